@@ -1,0 +1,1 @@
+"""Who owns which subnet. Knows nothing of kernels; could be used alone."""

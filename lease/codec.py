@@ -1,0 +1,133 @@
+"""flannel's keys and values <-> Lease. Pure; golden files in tests/unit/recordings.
+
+Source: flannel pkg/subnet/subnet.go (keys), pkg/lease/lease.go (LeaseAttrs), pkg/backend/vxlan/vxlan.go (BackendData).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
+
+NODE_FIELD = "OverlayNode"
+"""The one JSON field of ours: the identity of the node. flannel ignores unknown fields."""
+MAX_VALUE = 16_384
+"""Bytes of a value we read; a real one has some 200. What is longer is refused unread."""
+
+_KEY = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-(\d{1,2})(?:&([a-f\d:]+)-(\d{1,3}))?", re.ASCII)
+
+
+class BadRecord(ValueError):
+    """A record that cannot be read. The message names the field, and what was expected there."""
+
+
+def encode_key(v4: Prefix, v6: Prefix | None = None) -> str:
+    """The last part of the etcd key: `10.244.1.0-24`, with `&fd00:1::-64` for dual stack."""
+    key = f"{ip_text(4, v4.base)}-{v4.length}"
+    return key if v6 is None else f"{key}&{ip_text(6, v6.base)}-{v6.length}"
+
+
+def decode_key(key: str) -> tuple[Prefix, Prefix | None]:
+    """The subnets a key names. Unlike flannel it accepts no leading text and no host bits.
+
+    Raises:
+        BadRecord: names the part and what is allowed.
+    """
+    found = _KEY.fullmatch(key)
+    if not found:
+        raise BadRecord(f"key {key[:80]!a} is not of the form 10.244.1.0-24 or 10.244.1.0-24&fd00:1::-64")
+    v4 = _key_prefix(key, found[1], found[2], 4)
+    return v4, _key_prefix(key, found[3], found[4], 6) if found[3] else None
+
+
+def _key_prefix(key: str, base: str, length: str, family: int) -> Prefix:
+    longest = 31 if family == 4 else 127
+    try:
+        number, bits = ip_number(base, family), int(length)
+    except ValueError as error:
+        raise BadRecord(f"key {key[:80]!a}: {error}") from None
+    if not 1 <= bits <= longest:
+        raise BadRecord(f"key {key[:80]!a}: prefix length {bits} must be from 1 to {longest}")
+    if number & ((1 << ((32 if family == 4 else 128) - bits)) - 1):
+        raise BadRecord(f"key {key[:80]!a}: {base} has host bits beyond /{bits}")
+    return Prefix(family, number, bits)
+
+
+def encode_value(lease: Lease) -> bytes:
+    """A record's value, byte for byte as flannel writes it, with the node's identity behind it where there is one."""
+    assert lease.v4 is not None, "an etcd record always has an IPv4 part (flannel's key needs one)"
+    value: dict[str, Any] = {
+        "PublicIP": ip_text(4, lease.v4.public_ip),
+        "PublicIPv6": None if lease.v6 is None else ip_text(6, lease.v6.public_ip),
+        "BackendType": lease.backend,
+    }
+    for name, end in (("BackendData", lease.v4), ("BackendV6Data", lease.v6)):
+        if end is not None and end.mac is not None:
+            value[name] = {"VNI": end.vni, "VtepMAC": mac_text(end.mac)}
+    if lease.node:
+        value[NODE_FIELD] = lease.node
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, handle: int = 0) -> Lease:
+    """Read one record as flannel and we write it to etcd.
+
+    Args:
+        key: last part of the etcd key, `10.244.1.0-24`, with `&fd00:1::-64` for dual stack.
+        value: JSON object, UTF-8; unknown fields are ignored.
+        created, modified, handle: etcd's create and mod revision, and the etcd lease under it.
+
+    Raises:
+        BadRecord: names the field and what was expected there.
+    """
+    v4, v6 = decode_key(key)
+    if len(value) > MAX_VALUE:
+        raise BadRecord(f"value has {len(value)} bytes; a record has at most {MAX_VALUE}")
+    try:
+        fields = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"value is not JSON: {str(error)[:100]!a}") from None
+    if not isinstance(fields, dict):
+        raise BadRecord("value is not a JSON object")
+    backend = fields.get("BackendType") or ""
+    node = fields.get(NODE_FIELD) or ""
+    if not isinstance(backend, str) or not isinstance(node, str):
+        raise BadRecord(f"BackendType and {NODE_FIELD} must be strings")
+    first = _endpoint(v4, fields, "PublicIP", "BackendData", backend)
+    second = None
+    if v6 is not None and fields.get("PublicIPv6") is not None:
+        second = _endpoint(v6, fields, "PublicIPv6", "BackendV6Data", backend)
+    return Lease(key, backend[:32], first, second, node[:128], created, modified, handle)
+
+
+def _endpoint(subnet: Prefix, fields: dict[str, Any], ip_name: str, data_name: str, backend: str) -> Endpoint:
+    text = fields.get(ip_name)
+    if not isinstance(text, str):
+        raise BadRecord(f"{ip_name}: missing; it must be an IPv{subnet.family} address")
+    try:
+        public_ip = ip_number(text, subnet.family)
+    except ValueError:
+        raise BadRecord(f"{ip_name}: {text[:60]!a} must be an IPv{subnet.family} address") from None
+    if backend != "vxlan":
+        return Endpoint(subnet, public_ip, None, None)
+    return Endpoint(subnet, public_ip, *_vxlan_data(fields.get(data_name), data_name))
+
+
+def _vxlan_data(data: object, name: str) -> tuple[int, int]:
+    """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`."""
+    if not isinstance(data, dict):
+        raise BadRecord(f'{name}: missing; it must be an object like {{"VNI":1,"VtepMAC":"0e:.."}}')
+    vni, text = data.get("VNI", 0), data.get("VtepMAC")
+    if type(vni) is not int or not 0 <= vni < 1 << 24:
+        raise BadRecord(f"{name}.VNI: {str(vni)[:40]!a} must be a whole number from 0 to 16777215")
+    if not isinstance(text, str):
+        raise BadRecord(f"{name}.VtepMAC: missing; it must be a MAC like 0e:2a:00:00:00:01")
+    try:
+        mac = mac_number(text)
+    except ValueError as error:
+        raise BadRecord(f"{name}.VtepMAC: {error}") from None
+    if fault := mac_fault(mac):
+        raise BadRecord(f"{name}.VtepMAC: {text} {fault}")
+    return vni, mac

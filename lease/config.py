@@ -1,0 +1,233 @@
+"""net-conf.json -> NetworkConfig: every default, every refusal. Pure.
+
+Source: flannel pkg/subnet/config.go (fields, defaults), pkg/backend/vxlan/vxlan.go (Backend), recorded in
+docs/compatibility.md together with each place where we do what flannel's documentation promises instead of its code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
+
+MAX_VNI = (1 << 24) - 1
+DEFAULT_PORT = 8472
+"""The kernel's own default, which flannel gets by leaving the attribute out (drivers/net/vxlan/vxlan_core.c)."""
+OVERHEAD = {4: 50, 6: 70}
+"""Bytes VXLAN adds: outer IP header + UDP 8 + VXLAN 8 + inner Ethernet 14."""
+MIN_MTU = 68 + OVERHEAD[4]
+"""ETH_MIN_MTU of the device plus the overhead; the kernel refuses less with EINVAL."""
+
+_CIDR = re.compile(r"[0-9a-fA-F.:]+/[0-9]{1,3}")
+_MAC_PREFIX = re.compile(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{2}")
+_T = TypeVar("_T")
+
+
+class ConfigError(ValueError):
+    """The network config is wrong. The message names field, value and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The subnets of one family: `length`-bit subnets of `network` from `first` to `last` (bases, inclusive)."""
+
+    network: Prefix
+    length: int
+    first: int
+    last: int
+
+    @property
+    def size(self) -> int:
+        """How many subnets it has."""
+        return ((self.last - self.first) >> (WIDTH[self.network.family] - self.length)) + 1
+
+    def subnet(self, index: int) -> Prefix:
+        """The subnet at a place of 0..size-1."""
+        step = WIDTH[self.network.family] - self.length
+        return Prefix(self.network.family, self.first + (index << step), self.length)
+
+    def allows(self, subnet: Prefix) -> bool:
+        """Whether a node may hold that subnet under this config."""
+        return (
+            subnet.family == self.network.family
+            and subnet.length == self.length
+            and self.first <= subnet.base <= self.last
+        )
+
+    def __str__(self) -> str:
+        family = self.network.family
+        return f"{self.subnet(0)} .. {ip_text(family, self.last)}/{self.length}"
+
+
+@dataclass(frozen=True, slots=True)
+class VxlanConfig:
+    """The Backend object of type vxlan. mtu: the **underlay's** MTU as flannel means it, 0 to follow the underlay."""
+
+    vni: int = 1
+    port: int = DEFAULT_PORT
+    mtu: int = 0
+    direct_routing: bool = False
+    gbp: bool = False
+    learning: bool = False
+    mac_prefix: str = "0E-2A"
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """What every node of the network agrees on."""
+
+    v4: Pool | None
+    v6: Pool | None
+    backend: VxlanConfig
+
+    def pool(self, family: int) -> Pool | None:
+        """The subnets of a family, None where it is not enabled."""
+        return self.v4 if family == 4 else self.v6
+
+
+class _Fields:
+    """A JSON object read as Go's encoding/json reads it: key names in any case, unknown ones ignored, null = absent."""
+
+    def __init__(self, where: str, value: dict[str, Any]) -> None:
+        self._where = where
+        self._values = {key.lower(): item for key, item in value.items() if item is not None}
+
+    def get(self, name: str, kind: type[_T], default: _T) -> _T:
+        value = self._values.get(name.lower(), default)
+        if type(value) is not kind:  # bool is an int to Python, not to Go
+            raise ConfigError(f"{self._where}{name}: {_show(value)} must be {_KINDS[kind]}")
+        return value
+
+    def whole(self, name: str, low: int, high: int, default: int) -> int:
+        value = self.get(name, int, default)
+        if name.lower() in self._values and not low <= value <= high:
+            raise ConfigError(f"{self._where}{name}: {value} must be a whole number from {low} to {high}")
+        return value
+
+    def has(self, name: str) -> bool:
+        return name.lower() in self._values
+
+
+_KINDS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a string", dict: "an object {...}"}
+
+
+def parse_config(text: str | bytes) -> NetworkConfig:
+    """Read net-conf.json.
+
+    Raises:
+        ConfigError: one line naming the field, its value and what is allowed there.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{_show(value)} must be an object like {{'Network': '10.244.0.0/16'}}")
+    fields = _Fields("", value)
+    with_v4, with_v6 = fields.get("EnableIPv4", bool, True), fields.get("EnableIPv6", bool, False)
+    fields.get("EnableNFTables", bool, False)  # accepted: our rules are nftables always
+    if not with_v4 and not with_v6:
+        raise ConfigError("EnableIPv4: false and EnableIPv6: false leave no network; enable one of them")
+    # Both families are validated when they are there, enabled or not: a typing error must not wait for the switch.
+    v4 = _pool(fields, 4) if with_v4 or fields.has("Network") else None
+    v6 = _pool(fields, 6) if with_v6 or fields.has("IPv6Network") else None
+    return NetworkConfig(v4 if with_v4 else None, v6 if with_v6 else None, _backend(fields))
+
+
+def _pool(fields: _Fields, family: int) -> Pool:
+    """The subnets of one family, with flannel's defaults: a first subnet left out, the last one included."""
+    lead, width = ("", 32) if family == 4 else ("IPv6", 128)
+    longest, default_len = (30, 24) if family == 4 else (126, 64)
+    network = _network(fields, f"{lead}Network", family)
+    len_name = f"{lead}SubnetLen"
+    if not fields.get(len_name, int, 0):
+        if network.length > longest - 2:
+            raise ConfigError(f"{lead}Network: {network} is too small; allowed is /{longest - 2} or larger")
+        length = max(default_len, network.length + 2)
+    else:
+        length = fields.get(len_name, int, 0)
+        if not network.length + 2 <= length <= longest:
+            raise ConfigError(
+                f"{len_name}: {length} must be from {network.length + 2} (Network {network} has to hold at least"
+                f" four subnets) to {longest}"
+            )
+    step = 1 << (width - length)
+    first = _boundary(fields, f"{lead}SubnetMin", network, length, network.base + step)
+    last = _boundary(fields, f"{lead}SubnetMax", network, length, network.last + 1 - step)
+    if first > last:
+        raise ConfigError(
+            f"{lead}SubnetMin: {ip_text(family, first)} must not lie above {lead}SubnetMax {ip_text(family, last)}"
+        )
+    return Pool(network, length, first, last)
+
+
+def _network(fields: _Fields, name: str, family: int) -> Prefix:
+    example = "10.244.0.0/16" if family == 4 else "fd00:10:244::/48"
+    text = fields.get(name, str, "")
+    if not text:
+        raise ConfigError(f"{name}: missing; it must be a prefix like {example}")
+    try:
+        if not _CIDR.fullmatch(text):
+            raise ValueError
+        network = prefix(text)
+        if network.family != family:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{name}: {_show(text)} must be an IPv{family} prefix like {example}") from None
+    if network.base >> (28 if family == 4 else 120) == (0xE if family == 4 else 0xFF) or (
+        family == 4 and network.overlaps(prefix("127.0.0.0/8"))
+    ):
+        raise ConfigError(f"{name}: {network} must be unicast and must not touch loopback; use one like {example}")
+    return network
+
+
+def _boundary(fields: _Fields, name: str, network: Prefix, length: int, default: int) -> int:
+    """SubnetMin or SubnetMax: an address in the network, on a subnet boundary. 0.0.0.0 and :: mean the default."""
+    text = fields.get(name, str, "")
+    if not text:
+        return default
+    allowed = f"the base address of a /{length} inside {network}"
+    try:
+        address = ip_number(text, network.family)
+    except ValueError:
+        raise ConfigError(f"{name}: {_show(text)} must be {allowed}") from None
+    if address == 0:
+        return default
+    if not network.holds(address) or address & ((1 << (WIDTH[network.family] - length)) - 1):
+        raise ConfigError(f"{name}: {text} must be {allowed}")
+    return address
+
+
+def _backend(fields: _Fields) -> VxlanConfig:
+    """The Backend object; absent means vxlan, as flannel's documentation says (its code takes udp)."""
+    if not fields.has("Backend"):
+        return VxlanConfig()
+    value = fields.get("Backend", dict, {})
+    backend = _Fields("Backend.", value)
+    kind = backend.get("Type", str, "")
+    if kind.lower() != "vxlan":
+        raise ConfigError(f"Backend.Type: {_show(kind)} is not had here; allowed is 'vxlan'")
+    mac_prefix = backend.get("MacPrefix", str, "0E-2A")
+    if not _MAC_PREFIX.fullmatch(mac_prefix) or int(mac_prefix[:2], 16) & 1:
+        raise ConfigError(f"Backend.MacPrefix: {_show(mac_prefix)} must be two hex bytes of a unicast MAC like '0E-2A'")
+    mtu = backend.get("MTU", int, 0)
+    if mtu:
+        mtu = backend.whole("MTU", MIN_MTU, 65535, 0)
+    return VxlanConfig(
+        vni=backend.whole("VNI", 0, MAX_VNI, 1),
+        port=backend.whole("Port", 0, 65535, 0) or DEFAULT_PORT,
+        mtu=mtu,
+        direct_routing=backend.get("DirectRouting", bool, False),
+        gbp=backend.get("GBP", bool, False),
+        learning=backend.get("Learning", bool, False),
+        mac_prefix=mac_prefix,
+    )
+
+
+def _show(value: object) -> str:
+    """A value for a message: recognisable, never longer than a line."""
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."

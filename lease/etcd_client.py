@@ -1,0 +1,308 @@
+"""etcd v3 by etcd3's messages and stubs: failover, deadlines, authentication, TLS. Nothing else knows gRPC.
+
+etcd3's own client and watcher are not used: the watcher spins while etcd is away and loses its watches, the client
+ignores `limit` and `revision` and cannot authenticate without TLS (docs/dependencies.md).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lease import etcd_protobuf
+from lease.store import LeaseExpired, StoreUnavailable
+
+etcd_protobuf.load()
+
+import grpc  # noqa: E402
+from etcd3 import etcdrpc as rpc  # noqa: E402
+
+__all__ = ["EtcdClient", "EtcdSettings", "EtcdSettingsError", "rpc"]
+
+CALL_S, LIST_S = 5.0, 12.0
+"""Deadlines: of one call, and of a list (100,000 records take some 2 s)."""
+PROBE_AFTER_S, PROBE_ANSWER_S = 6.0, 5.0
+"""A watch silent for the first is probed, and given up when that is not answered within the second: 11 s in all."""
+_PROGRESS_REQUEST = b"\x1a\x00"
+"""WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_http_proxy", 0),
+    # A pool of its own for each channel: one given up as frozen must not be found again by its successor.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class EtcdSettingsError(ValueError):
+    """An endpoint or a TLS file that cannot be used: says which, and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdSettings:
+    """How to reach etcd. endpoints: `http://host:port` or `https://...`; cafile alone is enough for TLS."""
+
+    endpoints: tuple[str, ...]
+    cafile: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+    username: str = ""
+    password: str = field(default="", repr=False)
+
+
+class WatchStream:
+    """One watch. A thread of its own reads it, so that silence can be noticed and ended."""
+
+    def __init__(self, call_watch: Callable[[Iterator[Any]], Any], create: Any, where: str) -> None:
+        self._where = where
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._requests.put(create)
+        self._call = call_watch(iter(self._requests.get, None))
+        threading.Thread(target=self._read, name="watch-reader", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for answer in self._call:
+                self._answers.put(answer)
+            self._answers.put(StoreUnavailable(f"{self._where}: the watch was closed by the server"))
+        except grpc.RpcError as error:
+            self._answers.put(StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}"))
+
+    def answers(self) -> Iterator[Any]:
+        """Every WatchResponse. Raises StoreUnavailable when it ends or falls silent."""
+        probed = False
+        while True:
+            try:
+                answer = self._answers.get(timeout=PROBE_ANSWER_S if probed else PROBE_AFTER_S)
+            except queue.Empty:
+                if probed:
+                    raise StoreUnavailable(f"{self._where}: silent for {PROBE_AFTER_S + PROBE_ANSWER_S:.0f} s") from None
+                probed = True
+                self._requests.put(rpc.WatchRequest.FromString(_PROGRESS_REQUEST))
+                continue
+            probed = False
+            if isinstance(answer, StoreUnavailable):
+                raise answer
+            yield answer
+
+    def cancel(self) -> None:
+        """End it and both its threads."""
+        self._call.cancel()
+        self._requests.put(None)
+
+
+class EtcdClient:
+    """Calls to whichever endpoint answers. Safe for several threads."""
+
+    def __init__(self, settings: EtcdSettings) -> None:
+        """Raises EtcdSettingsError."""
+        self._settings = settings
+        if not settings.endpoints:
+            raise EtcdSettingsError("etcd-endpoints: empty; give one like http://127.0.0.1:2379")
+        self._targets = [_target(endpoint) for endpoint in settings.endpoints]
+        self._credentials: Any = _credentials(settings) if any(tls for _, tls in self._targets) else None
+        self._lock = threading.Lock()
+        self._at = 0
+        self._channel: Any = None
+        self._token = ""
+        self._watches: set[WatchStream] = set()
+        self._closed = False
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint in use."""
+        return self._settings.endpoints[self._at]
+
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def range(self, key: bytes, range_end: bytes = b"") -> Any:
+        """One linearizable range request, all its keys in one answer."""
+        return self._call(lambda channel: rpc.KVStub(channel).Range, rpc.RangeRequest(key=key, range_end=range_end), LIST_S)
+
+    def txn(self, compare: list[Any], success: list[Any], failure: list[Any] | None = None) -> Any:
+        """One transaction."""
+        request = rpc.TxnRequest(compare=compare, success=success, failure=failure or [])
+        return self._call(lambda channel: rpc.KVStub(channel).Txn, request)
+
+    def grant(self, ttl_s: int) -> int:
+        """A new etcd lease; its ID."""
+        return int(self._call(lambda channel: rpc.LeaseStub(channel).LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s)).ID)
+
+    def revoke(self, lease_id: int) -> None:
+        """End an etcd lease, and every key on it."""
+        self._call(lambda channel: rpc.LeaseStub(channel).LeaseRevoke, rpc.LeaseRevokeRequest(ID=lease_id))
+
+    def time_to_live(self, lease_id: int) -> tuple[int, int]:
+        """Seconds left and seconds granted. Raises LeaseExpired."""
+        request = rpc.LeaseTimeToLiveRequest(ID=lease_id)
+        answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseTimeToLive, request)
+        if answer.TTL <= 0:
+            raise LeaseExpired(f"etcd lease {lease_id:x} is gone")
+        return int(answer.TTL), int(answer.grantedTTL)
+
+    def keep_alive(self, lease_id: int) -> int:
+        """Renew once; seconds it now has. Raises LeaseExpired (etcd says TTL 0 without an error then)."""
+
+        def once(channel: Any) -> Callable[..., Any]:
+            stream = rpc.LeaseStub(channel).LeaseKeepAlive
+            return lambda request, **options: next(iter(stream(iter([request]), **options)))
+
+        answer = self._call(once, rpc.LeaseKeepAliveRequest(ID=lease_id))
+        if answer.TTL <= 0:
+            raise LeaseExpired(f"etcd lease {lease_id:x} is gone")
+        return int(answer.TTL)
+
+    def watch(self, key: bytes, range_end: bytes, start_revision: int) -> WatchStream:
+        """A watch on a range; ended by `forget`. It demands a leader, so that a cut-off member ends it."""
+        create = rpc.WatchRequest(
+            create_request=rpc.WatchCreateRequest(key=key, range_end=range_end, start_revision=start_revision)
+        )
+        try:
+            channel, metadata = self._connected()
+        except grpc.RpcError as error:
+            raise StoreUnavailable(f"{self.endpoint}: signing in: {_said(error)}") from error
+        metadata = [*metadata, ("hasleader", "true")]
+        stream = WatchStream(
+            lambda requests: rpc.WatchStub(channel).Watch(requests, metadata=metadata), create, self.endpoint
+        )
+        with self._lock:
+            self._watches.add(stream)
+            closed = self._closed
+        if closed:
+            stream.cancel()
+        return stream
+
+    def forget(self, stream: WatchStream, failed: bool) -> None:
+        """End a watch; when it failed, the next call goes to another endpoint over a new connection."""
+        stream.cancel()
+        with self._lock:
+            self._watches.discard(stream)
+        if failed:
+            self._next_endpoint()
+
+    def close(self) -> None:
+        """End everything under way, in whatever thread."""
+        with self._lock:
+            self._closed = True
+            watches, channel = tuple(self._watches), self._channel
+            self._channel = None
+        for stream in watches:
+            stream.cancel()
+        if channel is not None:
+            channel.close()
+
+    # --- how a call is made ------------------------------------------------------------------------------------------
+
+    def _call(self, method: Callable[[Any], Callable[..., Any]], request: Any, timeout_s: float = CALL_S) -> Any:
+        """Make a call, once at each endpoint at most; once more after signing in again.
+
+        Raises:
+            StoreUnavailable: names each endpoint and what it said.
+        """
+        said: list[str] = []
+        signed_in_again = False
+        while len(said) < len(self._targets):
+            endpoint = self.endpoint
+            try:
+                channel, metadata = self._connected()
+                return method(channel)(request, timeout=timeout_s, metadata=metadata)
+            except StopIteration:
+                said.append(f"{endpoint}: closed the stream without an answer")
+                self._next_endpoint(endpoint)
+            except grpc.RpcError as error:
+                if _token_is_old(error) and self._token and not signed_in_again:
+                    signed_in_again, self._token = True, ""
+                    continue
+                if error.code() == grpc.StatusCode.NOT_FOUND and "lease" in (error.details() or ""):
+                    raise LeaseExpired(error.details()) from error
+                said.append(f"{endpoint}: {_said(error)}")
+                if error.code() not in _AWAY:
+                    break  # it did answer: another member would say the same
+                self._next_endpoint(endpoint)
+            except ValueError as error:  # a channel closed by another thread
+                said.append(f"{endpoint}: {error}")
+                self._next_endpoint(endpoint)
+        raise StoreUnavailable("; ".join(said))
+
+    def _connected(self) -> tuple[Any, list[tuple[str, str]]]:
+        """The channel in use, and the metadata that signs a call."""
+        with self._lock:
+            if self._closed:
+                raise StoreUnavailable("the store was closed")
+            if self._channel is None:
+                target, tls = self._targets[self._at]
+                self._channel = (
+                    grpc.secure_channel(target, self._credentials, options=_OPTIONS)
+                    if tls
+                    else grpc.insecure_channel(target, options=_OPTIONS)
+                )
+            channel = self._channel
+        if self._settings.username and not self._token:
+            request = rpc.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
+            self._token = rpc.AuthStub(channel).Authenticate(request, timeout=CALL_S).token
+        return channel, [("token", self._token)] if self._token else []
+
+    def _next_endpoint(self, failed: str | None = None) -> None:
+        """Leave the endpoint in use (if it still is the one that failed), and its connection."""
+        with self._lock:
+            if self._closed or (failed is not None and failed != self.endpoint):
+                return
+            self._at = (self._at + 1) % len(self._targets)
+            channel, self._channel = self._channel, None
+            watches = tuple(self._watches)
+        for stream in watches:  # they ran over the connection that is given up: their owner lists and watches again
+            stream.cancel()
+        if channel is not None:
+            channel.close()
+
+
+def _token_is_old(error: grpc.RpcError) -> bool:
+    """A simple token ends after five minutes, and with each change of the users or roles (etcd server/auth)."""
+    return error.code() == grpc.StatusCode.UNAUTHENTICATED or "auth: revision" in (error.details() or "")
+
+
+def _said(error: grpc.RpcError) -> str:
+    code, details = error.code(), error.details() or ""
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    return f"{details[:200]} ({code.name})" if details else str(code.name)
+
+
+def _target(endpoint: str) -> tuple[str, bool]:
+    """gRPC's name for an endpoint, and whether it speaks TLS. `host:port` alone means http, as flannel takes it."""
+    parts = urlsplit(endpoint.strip() if "//" in endpoint else f"http://{endpoint.strip()}")
+    try:
+        port = parts.port or 2379
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port or parts.path not in ("", "/"):
+        raise EtcdSettingsError(f"etcd-endpoints: {endpoint!r} must be like http://127.0.0.1:2379 or https://host:2379")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"dns:///{host}:{port}", parts.scheme == "https"
+
+
+def _credentials(settings: EtcdSettings) -> Any:
+    if bool(settings.certfile) != bool(settings.keyfile):
+        raise EtcdSettingsError("etcd-certfile and etcd-keyfile: give both or neither")
+
+    def read(flag: str, path: str) -> bytes | None:
+        try:
+            return Path(path).read_bytes() if path else None
+        except OSError as error:
+            raise EtcdSettingsError(f"{flag}: {path}: {error.strerror}") from error
+
+    return grpc.ssl_channel_credentials(
+        root_certificates=read("etcd-cafile", settings.cafile),
+        private_key=read("etcd-keyfile", settings.keyfile),
+        certificate_chain=read("etcd-certfile", settings.certfile),
+    )

@@ -1,0 +1,54 @@
+"""etcd3 0.12 beside today's protobuf. Call `load()` before anything of etcd3 is used.
+
+etcd3's generated `*_pb2.py` are older than protobuf 3.21 accepts ("Descriptors cannot be created directly"). Their
+content is still right: each carries its file descriptor in serialized form. We take that literal out of each file
+(without running it), add it to a descriptor pool of our own, let protobuf make the message classes, and put modules
+holding these under the names that etcd3 imports. Nothing of the library is changed, and the fast parser is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_FILES = ("kv", "auth", "rpc")
+"""In the order of their imports."""
+_LITERAL = re.compile(r"serialized_pb=_b\(('(?:[^'\\]|\\.)*')\)", re.DOTALL)
+
+
+def load() -> None:
+    """Make `etcd3.etcdrpc` importable; a second call costs nothing.
+
+    Raises:
+        ImportError: etcd3 is missing, or is not laid out as in 0.12: says what was looked for.
+    """
+    if f"etcd3.etcdrpc.{_FILES[-1]}_pb2" in sys.modules:
+        return
+    # grpc's fork handlers serve forks without exec, which we never do; its own log lines would break ours.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from google.protobuf.descriptor_pool import DescriptorPool
+    from google.protobuf.message_factory import GetMessageClass
+
+    spec = importlib.util.find_spec("etcd3")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the package etcd3 is not installed; run `make setup`")
+    folder = Path(spec.submodule_search_locations[0]) / "etcdrpc"
+    pool = DescriptorPool()
+    modules = {}
+    for name in _FILES:
+        path = folder / f"{name}_pb2.py"
+        found = _LITERAL.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if found is None:
+            raise ImportError(f"{path} carries no serialized descriptor; lease/etcd_protobuf.py knows etcd3 0.12 only")
+        descriptor = pool.AddSerializedFile(ast.literal_eval(found[1]).encode("latin1"))
+        module = ModuleType(f"etcd3.etcdrpc.{name}_pb2")
+        for message, its_descriptor in descriptor.message_types_by_name.items():
+            setattr(module, message, GetMessageClass(its_descriptor))
+        modules[module.__name__] = module
+    sys.modules.update(modules)

@@ -1,0 +1,138 @@
+"""The values of the lease world: small, frozen, cheap. 20,000 of each fit in a few MiB.
+
+Addresses are integers (network order read as a number) and MACs are 48-bit integers: a tuple of those costs half of
+what `ipaddress` objects cost (docs/decisions.md, "Leases are tuples of integers"). Text is made at the edges only.
+"""
+
+from __future__ import annotations
+
+import re
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import NamedTuple
+
+WIDTH = {4: 32, 6: 128}
+"""Bits of an address, by family."""
+
+MAC_FORM = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}")
+
+
+class Prefix(NamedTuple):
+    """An IP prefix: family 4 or 6, its base address as a number without host bits, its length in bits."""
+
+    family: int
+    base: int
+    length: int
+
+    def __str__(self) -> str:
+        return f"{ip_text(self.family, self.base)}/{self.length}"
+
+    @property
+    def last(self) -> int:
+        """The highest address in it."""
+        return self.base | ((1 << (WIDTH[self.family] - self.length)) - 1)
+
+    def holds(self, address: int) -> bool:
+        """Whether an address (of the same family) lies in it."""
+        return self.base <= address <= self.last
+
+    def covers(self, other: Prefix) -> bool:
+        """Whether every address of `other` lies in it."""
+        return self.family == other.family and self.length <= other.length and self.holds(other.base)
+
+    def overlaps(self, other: Prefix) -> bool:
+        """Whether the two share an address."""
+        return self.covers(other) or other.covers(self)
+
+
+class Endpoint(NamedTuple):
+    """What a node publishes for one family: its subnet, and the VTEP behind which that subnet lives.
+
+    public_ip: underlay address as a number. vni, mac: from BackendData; None where the backend has none.
+    """
+
+    subnet: Prefix
+    public_ip: int
+    vni: int | None
+    mac: int | None
+
+
+class Lease(NamedTuple):
+    """One node's claim on a subnet, as the store holds it.
+
+    key: the store's own name for the record (etcd: the last part of the key, `10.244.1.0-24`).
+    v4, v6: the families it has. node: the identity of its owner, "" where the record does not say (flannel's).
+    created, modified: the store's revisions, by which the earlier claim wins and changes are fenced.
+    handle: the etcd lease under it, 0 for a reservation that never expires.
+    """
+
+    key: str
+    backend: str
+    v4: Endpoint | None
+    v6: Endpoint | None
+    node: str
+    created: int
+    modified: int
+    handle: int
+
+    def endpoint(self, family: int) -> Endpoint | None:
+        """The part of one family, 4 or 6."""
+        return self.v4 if family == 4 else self.v6
+
+    def same_claim(self, other: Lease) -> bool:
+        """Whether both say the same to a peer: all but revisions and the etcd lease."""
+        return self[:5] == other[:5]
+
+
+class Refused(NamedTuple):
+    """A record that cannot be used, and why. `created` orders it among the others of its subnet."""
+
+    key: str
+    reason: str
+    modified: int
+
+
+def ip_text(family: int, address: int) -> str:
+    """An address as people write it."""
+    return str(IPv4Address(address)) if family == 4 else str(IPv6Address(address))
+
+
+def ip_number(text: str, family: int) -> int:
+    """An address of one family as a number. Raises ValueError when it is none."""
+    return int(IPv4Address(text)) if family == 4 else int(IPv6Address(text))
+
+
+def prefix(text: str) -> Prefix:
+    """`10.244.1.0/24` as a Prefix; host bits are masked away, as flannel does. Raises ValueError."""
+    network: IPv4Network | IPv6Network
+    if ":" in text:
+        network = IPv6Network(text, strict=False)
+    else:
+        network = IPv4Network(text, strict=False)
+    return Prefix(network.version, int(network.network_address), network.prefixlen)
+
+
+def mask(family: int, length: int) -> int:
+    """The netmask of a length, as a number."""
+    width = WIDTH[family]
+    return ((1 << length) - 1) << (width - length)
+
+
+def mac_text(mac: int) -> str:
+    """A MAC in lower-case colon form, as flannel writes it."""
+    return mac.to_bytes(6, "big").hex(":")
+
+
+def mac_number(text: str) -> int:
+    """A MAC in colon form as a number. Raises ValueError."""
+    if not MAC_FORM.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is not six colon-separated hex bytes")
+    return int(text.replace(":", ""), 16)
+
+
+def mac_fault(mac: int) -> str | None:
+    """Why a MAC cannot be a VTEP's, or None."""
+    if mac == 0:
+        return "is all zero"
+    if mac >> 40 & 1:
+        return "is a multicast address"
+    return None

@@ -1,0 +1,63 @@
+"""An index of subnets: who overlaps whom, answered without looking at everybody. Pure.
+
+The store may hold subnets of any length (flannel allows SubnetLen to change under a running cluster), nearly always of
+one. So: one dict of bases for each length that occurs; a question costs one look-up for each of these lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from lease.model import WIDTH, Prefix, mask
+
+
+class SubnetIndex:
+    """A multiset of (prefix, key) pairs of one family: several keys may claim one prefix."""
+
+    def __init__(self, family: int) -> None:
+        self._family = family
+        self._by_length: dict[int, dict[int, tuple[str, ...]]] = {}
+
+    @classmethod
+    def of(cls, family: int, claims: Iterable[tuple[Prefix, str]]) -> SubnetIndex:
+        """An index of many claims at once."""
+        index = cls(family)
+        for subnet, key in claims:
+            index.add(subnet, key)
+        return index
+
+    def add(self, subnet: Prefix, key: str) -> None:
+        """Enter a claim; entering it twice is once."""
+        bases = self._by_length.setdefault(subnet.length, {})
+        keys = bases.get(subnet.base, ())
+        if key not in keys:
+            bases[subnet.base] = (*keys, key)
+
+    def remove(self, subnet: Prefix, key: str) -> None:
+        """Take a claim out; one that is not there is no error."""
+        bases = self._by_length.get(subnet.length, {})
+        left = tuple(other for other in bases.get(subnet.base, ()) if other != key)
+        if left:
+            bases[subnet.base] = left
+        else:
+            bases.pop(subnet.base, None)
+            if not bases:
+                self._by_length.pop(subnet.length, None)
+
+    def overlapping(self, subnet: Prefix) -> Iterator[str]:
+        """The keys of all claims that share an address with a subnet."""
+        for length, bases in self._by_length.items():
+            if length <= subnet.length:
+                yield from bases.get(subnet.base & mask(self._family, length), ())
+            elif 1 << (length - subnet.length) < len(bases):
+                step = WIDTH[self._family] - length
+                for index in range(1 << (length - subnet.length)):
+                    yield from bases.get(subnet.base + (index << step), ())
+            else:
+                for base, keys in bases.items():
+                    if subnet.holds(base):
+                        yield from keys
+
+    def free(self, subnet: Prefix) -> bool:
+        """Whether nobody claims an address of it."""
+        return next(self.overlapping(subnet), None) is None

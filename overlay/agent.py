@@ -1,0 +1,752 @@
+"""The owner loop: take what is in the inbox, change wanted or found, apply a slice, publish.
+
+Everything is level-triggered: each pass asks what should be from the inputs as they are now (config, underlay, lease,
+records) and makes it so. An event only says that something is worth a look; a lost one costs time until the next check.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import structlog
+
+from lease import config as net_config
+from lease import tenure
+from lease.config import ConfigError, NetworkConfig
+from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
+from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
+from overlay import __version__, cni, masquerade, plan, tunnel
+from overlay import underlay as choice
+from overlay.backends import vxlan
+from overlay.datapath import Datapath, tell_refused
+from overlay.kernel import netlink, nft
+from overlay.kernel.device import Links
+from overlay.kernel.entries import TUNNEL, UNDERLAY, Address, Link
+from overlay.kernel.netlink import KernelError
+from overlay.reconcile import Device
+from overlay.settings import Settings
+from overlay.status import DeviceStatus, LeaseStatus, Status
+
+log = structlog.get_logger()
+FULL_CHECK_S = 60.0
+"""How often the kernel is read whole, and the nft table with it."""
+FILES_CHECK_S = 5.0
+RETRY_S = 2.0
+UNREADY_AFTER_S = 10.0
+"""Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
+TURN_S = 1.0
+"""The loop turns at least so often; `healthy` means that it does."""
+STUCK_S = 20.0
+
+
+class Stop(NamedTuple):
+    """End the loop; the datapath stays."""
+
+    reason: str
+    code: int = 0
+
+
+class Died(NamedTuple):
+    """A thread ended that must not."""
+
+    thread: str
+    error: BaseException
+
+
+class Asked(NamedTuple):
+    """Somebody wants the status."""
+
+    answer: queue.SimpleQueue[Status]
+
+
+@dataclass(slots=True)
+class Due:
+    """Things to look at in this pass. All of them at the start, and at each full check."""
+
+    links: bool = True
+    underlay: bool = True
+    device: bool = True
+    dump: bool = True
+    nat: bool = True
+    files: bool = True
+
+
+class Agent:
+    """One node's agent. `run` owns all state; `post` is for every other thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        place: Callable[[], str],
+        store_hosts: Callable[[], dict[str, int]],
+        identity_of: Callable[[str], tenure.Identity],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._place, self._clock = settings, place, clock
+        self._store_hosts, self._identity_of = store_hosts, identity_of
+        self.claimer: tenure.TenureThread | None = None
+        """Set before `run`; it posts to us."""
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._requests = netlink.RequestSocket()
+        self._links_io = Links()
+        self._path = Datapath(self._requests, clock, random.Random())  # noqa: S311 (spreads load, guards nothing)
+        self._due = Due()
+        self._started = clock()
+        self._next_full = clock() + FULL_CHECK_S
+        self._next_files = 0.0
+        self._retry_at: dict[str, float] = {}
+        # the store's side
+        self._leases: dict[str, Lease] = {}
+        self._unreadable: dict[str, str] = {}
+        self._config: NetworkConfig | None = None
+        self._listed: Snapshot | None = None
+        self._snapshot_seen = False
+        self._store_down = ""
+        # our own side
+        self._underlay: choice.Underlay | None = None
+        self._held: Lease | None = None
+        self._held_how = ""
+        self._left_s: float | None = None
+        self._renewed_at: float | None = None
+        self._expires_at: float | None = None
+        self._retained: list[Prefix] = []
+        self._first_mac: int | None = None
+        self._looked_for_mac = False
+        # the kernel's side
+        self._links: dict[int, Link] = {}
+        self._addresses: dict[tuple[int, int, int], Address] = {}
+        self._device: vxlan.DeviceSpec | None = None
+        self._nat_listed: nft.Objects | None = None
+        self._nat_is: nft.Objects | None = None
+        # what is told
+        self.problems: dict[str, str] = {}
+        self._counters: Counter[str] = Counter()
+        self._unready_since: float | None = None
+        self._was_ready = False
+        self.last_turn = clock()
+        self._lock = threading.Lock()
+
+    # --- for other threads -------------------------------------------------------------------------------------------
+
+    def post(self, event: Any) -> None:
+        """Put an event into the inbox."""
+        self._inbox.put(event)
+
+    def healthy(self) -> bool:
+        """Whether the loop turns."""
+        return self._clock() - self.last_turn < STUCK_S
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether lease, records and kernel are as they should be, and what is not."""
+        if not self.healthy():
+            return False, "the agent's loop is stuck"
+        with self._lock:
+            problems = dict(self.problems)
+            ready = self._was_ready
+        return ready, "; ".join(f"{name}: {what}" for name, what in problems.items()) or "ok"
+
+    def ask_status(self, timeout_s: float = 8.0) -> Status | None:
+        """The status, from the loop itself; None when it does not answer."""
+        answer: queue.SimpleQueue[Status] = queue.SimpleQueue()
+        self.post(Asked(answer))
+        try:
+            return answer.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    @property
+    def port(self) -> int:
+        """The netlink port of our own requests, whose echoes the monitor need not tell."""
+        return self._requests.port
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until Stop; the exit code."""
+        more = False
+        while True:
+            stop = self._take_in(0.0 if more else self._wait_s())
+            if stop is not None:
+                log.info("agent.stopped", reason=stop.reason, datapath="stays in place")
+                return stop.code
+            more = self._pass()
+            self.last_turn = self._clock()
+
+    def _wait_s(self) -> float:
+        now = self._clock()
+        times = [now + TURN_S, self._next_full, self._next_files, *self._retry_at.values()]
+        if (retry := self._path.rec.next_retry()) is not None:
+            times.append(retry)
+        return max(0.0, min(times) - now)
+
+    def _take_in(self, wait_s: float) -> Stop | None:
+        """Everything in the inbox, after waiting for the first of it."""
+        try:
+            event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+        while True:
+            if isinstance(event, Stop):
+                return event
+            if isinstance(event, Died):
+                log.error("thread.died", thread=event.thread, error=repr(event.error))
+                return Stop(f"thread {event.thread} died", 1)
+            _OBSERVE[type(event)](self, event)
+            try:
+                event = self._inbox.get_nowait()
+            except queue.Empty:
+                return None
+
+    def _pass(self) -> bool:
+        """Make everything as it should be, in the order of dependence. Whether there is more to do at once."""
+        now = self._clock()
+        if now >= self._next_full:
+            self._next_full = now + FULL_CHECK_S
+            self._due = Due()
+        if now >= self._next_files:
+            self._next_files = now + FILES_CHECK_S
+            self._due.files = True
+        for name in [name for name, at in self._retry_at.items() if at <= now]:
+            del self._retry_at[name]
+            setattr(self._due, name, True)
+        self._step("links", self._read_links)
+        self._step("underlay", self._choose_underlay)
+        self._claim()
+        more = False
+        if self._held is not None and self._config is not None and self._underlay is not None:
+            self._step("device", self._ensure_device)
+            self._plan()
+            if self._path.node is not None and TUNNEL in self._path.rec.devices:
+                self._step("dump", lambda: self._path.read_kernel(self._links))
+            if self._path.dumped:
+                more = self._path.apply()
+                if self._path.rec.look_again:
+                    self._path.rec.look_again, self._due.dump = False, True
+            self._step("nat", self._ensure_nat)
+            self._step("files", self._ensure_files)
+        self._tell()
+        return more
+
+    def _step(self, name: str, act: Callable[[], None]) -> None:
+        """Do a step that is due; a refusal is a problem of that name, and retried."""
+        if not getattr(self._due, name):
+            return
+        setattr(self._due, name, False)
+        try:
+            act()
+        except (KernelError, OSError) as error:
+            self._problem(name, str(error) if isinstance(error, KernelError) else f"{error.filename}: {error.strerror}")
+            self._retry_at[name] = self._clock() + RETRY_S
+        except choice.UnderlayError as error:
+            self._problem(name, str(error))
+        else:
+            self._solved(name)
+
+    def _problem(self, name: str, what: str) -> None:
+        with self._lock:
+            news = self.problems.get(name) != what
+            self.problems[name] = what
+        if news:
+            log.warning("problem", subject=name, what=what)
+
+    def _solved(self, name: str) -> None:
+        with self._lock:
+            was = self.problems.pop(name, None)
+        if was is not None:
+            log.info("problem.solved", subject=name, was=was)
+
+    # --- what the store says -----------------------------------------------------------------------------------------
+
+    def _on_snapshot(self, snapshot: Snapshot) -> None:
+        if self._store_down:
+            log.info("store.back", store=self._place(), records=len(snapshot.leases))
+        self._store_down = ""
+        self._solved("store")
+        self._set_config(snapshot.config)
+        self._leases = dict(snapshot.leases)
+        self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
+        for key, reason in self._unreadable.items():
+            tell_refused(key, reason)
+        self._listed, self._snapshot_seen = snapshot, True
+        if self._held is not None:
+            if self._held.key not in self._leases or not self._leases[self._held.key].same_claim(self._held):
+                self._look()
+            self._path.replace(self._others())
+
+    def _on_changes(self, changes: Changes) -> None:
+        self._listed = None
+        for change in changes.changes:
+            if isinstance(change, ConfigText):
+                self._set_config(change.text)
+            else:
+                self._on_change(change)
+
+    def _on_change(self, change: Lease | Refused | Gone) -> None:
+        self._unreadable.pop(change.key, None)
+        if isinstance(change, Lease):
+            self._leases[change.key] = change
+        else:
+            self._leases.pop(change.key, None)
+        if isinstance(change, Refused):
+            self._unreadable[change.key] = change.reason
+            tell_refused(change.key, change.reason)
+        if self._held is not None and change.key == self._held.key:
+            if not isinstance(change, Lease) or not change.same_claim(self._held):
+                self._look()
+        elif isinstance(change, Lease):
+            self._path.put(change)
+            self._look_for_rivals(change)
+        else:
+            self._path.drop(change.key)
+
+    def _on_down(self, down: StoreDown) -> None:
+        if not self._store_down:
+            log.warning(
+                "store.down", store=self._place(), reason=down.reason, effect="retried; datapath and peers stay as they are"
+            )
+        self._store_down = down.reason
+        if self._config is None:
+            self._problem("store", down.reason)
+
+    def _set_config(self, text: bytes | None) -> None:
+        keeps = "" if self._config is None else "; the running config is kept"
+        if text is None:
+            self._problem("config", f"no network config at {self._place()}/config; waiting for it{keeps}")
+            return
+        try:
+            config = net_config.parse_config(text)
+            if config.v4 is None or config.v6 is not None:
+                which = "EnableIPv4: false" if config.v4 is None else "EnableIPv6: true"
+                raise ConfigError(f"{which} needs an IPv6 datapath, which is not built yet; allowed is IPv4 alone")
+        except ConfigError as error:
+            self._problem("config", f"{self._place()}/config: {error}{keeps}")
+            return
+        held = self._held.v4 if self._held is not None else None
+        if self._config is not None and held is not None:
+            assert self._config.v4 is not None
+            if config.v4.network != self._config.v4.network or not config.v4.allows(held.subnet):
+                self._problem(
+                    "config",
+                    f"the new config ({config.v4}) does not hold our subnet {held.subnet}; the running config is kept:"
+                    " drain this node and restart the agent",
+                )
+                return
+        if config != self._config:
+            log.info("config", network=str(config.v4.network), subnets=str(config.v4), **_backend_fields(config))
+            self._config = config
+            self._due = Due()
+        self._solved("config")
+
+    def _others(self) -> dict[str, Lease]:
+        assert self._held is not None
+        own = self._held.key
+        return {key: lease for key, lease in self._leases.items() if key != own}
+
+    def _look(self) -> None:
+        """Our own record may not be what it should be."""
+        if self.claimer is not None:
+            self.claimer.look()
+
+    def _look_for_rivals(self, lease: Lease) -> None:
+        """Another record that is older than ours and has our subnet or MAC wins; one with our address is told."""
+        held = self._held
+        if held is None or held.v4 is None or lease.v4 is None:
+            return
+        if lease.created < held.created and (
+            lease.v4.subnet.overlaps(held.v4.subnet) or (lease.v4.mac is not None and lease.v4.mac == held.v4.mac)
+        ):
+            self._look()
+        if lease.v4.public_ip == held.v4.public_ip:
+            log.warning(
+                "public_ip.claimed_twice",
+                public_ip=ip_text(4, held.v4.public_ip),
+                by=lease.key,
+                node=lease.node,
+                effect="that record is not used; give one of the two nodes another address",
+            )
+
+    # --- our own lease -----------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Tell the tenure what we want to hold, when all that belongs to it is known."""
+        if self.claimer is None or self._config is None or self._underlay is None or not self._snapshot_seen:
+            return
+        if not self._looked_for_mac:
+            try:
+                there = self._links_io.read(vxlan.device_name(self._config.backend))
+            except KernelError as error:
+                self._problem("device", str(error))
+                return
+            self._first_mac = there.mac if there is not None and there.kind == "vxlan" else None
+            self._looked_for_mac = True
+        self.claimer.claim(
+            tenure.Claim(
+                self._config,
+                self._underlay.public_ip,
+                self._first_mac,
+                self._identity_of(mac_text(self._underlay.mac)),
+                cni.previous_subnet(self._settings.subnet_file) if self._held is None else self._own_subnet(),
+                self._settings.take_over,
+            ),
+            self._listed,
+        )
+
+    def _own_subnet(self) -> Prefix:
+        assert self._held is not None
+        assert self._held.v4 is not None
+        return self._held.v4.subnet
+
+    def _on_held(self, event: tenure.Held) -> None:
+        lease = event.lease
+        assert lease.v4 is not None
+        tell = log.warning if event.loud else log.info
+        tell("lease", subnet=str(lease.v4.subnet), public_ip=ip_text(4, lease.v4.public_ip), how=event.how)
+        self._held, self._held_how = lease, event.how
+        self._leases[lease.key] = lease
+        if lease.v4.subnet in self._retained:
+            self._retained.remove(lease.v4.subnet)
+        self._due.device = self._due.nat = self._due.files = True
+        self._solved("lease")
+
+    def _on_lost(self, event: tenure.Lost) -> None:
+        assert event.lease.v4 is not None
+        subnet = event.lease.v4.subnet
+        self._retained.append(subnet)
+        self._problem(
+            "lease",
+            f"we lost {subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this node"
+            " until they are made again; another subnet is taken for new pods",
+        )
+
+    def _on_denied(self, event: tenure.Denied) -> None:
+        if event.conflict and self._held is None:
+            log.error("lease.conflict", reason=event.reason)
+            self.post(Stop(event.reason, 1))
+            return
+        self._problem("lease", event.reason)
+
+    def _on_renewed(self, event: tenure.Renewed) -> None:
+        now = self._clock()
+        self._left_s, self._renewed_at = event.left_s, now
+        self._expires_at = None if event.left_s is None else now + event.left_s
+
+    # --- what the kernel says ----------------------------------------------------------------------------------------
+
+    def _read_links(self) -> None:
+        links = {link.ifindex: link for link in self._requests.links()}
+        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses()}
+        if (links, addresses) != (self._links, self._addresses):
+            self._links, self._addresses = links, addresses
+            self._due.underlay = self._due.device = self._due.files = True
+
+    def _on_link(self, event: netlink.LinkSeen) -> None:
+        if self._path.on_link(event.link, event.gone) == TUNNEL:
+            self._counters["mended_device"] += 1
+            log.warning("device.gone" if event.gone else "device.down", device=event.link.name, effect="put back")
+        self._due.links = True
+        if self._device is not None and event.link.name == self._device.name:
+            self._due.device = True
+
+    def _on_address(self, event: netlink.AddressSeen) -> None:
+        self._due.links = True
+        device = self._path.rec.devices.get(TUNNEL)
+        if device is not None and event.address.oif == device.ifindex:
+            # The last address takes the routes with it, silently: read them again.
+            self._due.device = self._due.dump = True
+
+    def _on_route(self, event: netlink.RouteSeen) -> None:
+        self._path.on_route(event, self._links)
+
+    def _on_overrun(self, _event: netlink.Overrun) -> None:
+        self._counters["monitor_overruns"] += 1
+        log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
+        self._due = Due()
+
+    def _on_nft(self, _event: netlink.NftSeen) -> None:
+        self._due.nat = True
+
+    # --- making it so ------------------------------------------------------------------------------------------------
+
+    def _choose_underlay(self) -> None:
+        there = choice.Interfaces(self._links.values(), self._addresses.values())
+        current = self._underlay
+        found = choice.refresh(self._settings, current, there) if current is not None else None
+        if found is None:
+            try:
+                found = choice.choose(self._settings, there, self._requests.lookup, self._store_hosts())
+            except choice.UnderlayError:
+                self._retry_at["underlay"] = self._clock() + RETRY_S
+                raise
+        if found != current:
+            log.info("underlay", chosen=str(found), was=str(current) if current is not None else None)
+            self._underlay = found
+            self._due.device = self._due.files = True
+            if current is not None and current.index != found.index:
+                self._path.rec.device_lost(UNDERLAY, fdb_too=False)
+                self._due.dump = True
+        link = self._links.get(found.index)
+        self._path.rec.devices[UNDERLAY] = Device(found.index, link is not None and link.up)
+
+    def _ensure_device(self) -> None:
+        config, under, end = self._config, self._underlay, self._own()
+        assert config is not None
+        assert config.v4 is not None
+        assert under is not None
+        assert end.mac is not None
+        backend = config.backend
+        mtu, lowered = vxlan.device_mtu(backend, under.mtu)
+        if lowered:
+            self._problem("mtu", lowered)
+        else:
+            self._solved("mtu")
+        spec = vxlan.DeviceSpec(
+            vxlan.device_name(backend), backend.vni, backend.port, under.local, under.index, mtu, end.mac,
+            backend.gbp, backend.learning,
+        )  # fmt: skip
+        old = self._device.name if self._device is not None else _read_text(self._device_file())
+        ensured = tunnel.ensure(self._links_io, spec)
+        self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made)
+        if ensured.did:
+            log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
+        there = self._requests.addresses()
+        if did := tunnel.ensure_address(self._links_io, ensured.ifindex, end.subnet.base, config.v4.network, there):
+            log.info("device.address", device=spec.name, did=", ".join(did))
+            self._due.dump = True
+        if old != spec.name:
+            if old:
+                self._drop_device(old)
+            cni.write_atomically(self._device_file(), spec.name)
+        self._device = spec
+        self._ensure_sysctls(spec.name, under.name, backend.direct_routing)
+
+    def _ensure_sysctls(self, device: str, lower: str, direct: bool) -> None:
+        try:
+            if did := tunnel.ensure_sysctls(device, lower, direct):
+                log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
+            self._solved("sysctl")
+        except KernelError as error:
+            self._problem("sysctl", f"{error}; set it on the host")
+
+    def _device_file(self) -> str:
+        return f"{self._settings.run_dir}/device"
+
+    def _drop_device(self, name: str) -> None:
+        """The device of an earlier VNI: ours, since our own file names it."""
+        there = self._links_io.read(name)
+        if there is not None and there.kind == "vxlan":
+            log.info("device.removed", device=name, because="the VNI of the network config changed")
+            self._links_io.delete(there.ifindex)
+
+    def _plan(self) -> None:
+        """Wanted entries anew when anything but single records changed."""
+        config, under, held = self._config, self._underlay, self._held
+        assert config is not None
+        assert under is not None
+        assert held is not None
+        if not self._snapshot_seen:
+            return
+        device = self._path.rec.devices.get(TUNNEL)
+        own = frozenset(a.address for a in self._addresses.values() if device is None or a.oif != device.ifindex)
+        lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
+        node = plan.node_of(config, lease, under.on_link, own, tuple(self._retained))
+        if node == self._path.node:
+            return
+        self._path.plan(node, self._others())
+        self._due.dump = True
+        for other in self._others().values():
+            self._look_for_rivals(other)
+
+    def _ensure_nat(self) -> None:
+        config = self._config
+        assert config is not None
+        assert config.v4 is not None
+        name = masquerade.table_name(config.backend.vni)
+        wanted = masquerade.nat_table(
+            name,
+            config.v4.network,
+            self._own().subnet,
+            self._settings.ip_masq,
+            self._settings.fully_random,
+            self._settings.forward_rules,
+        )
+        found = nft.read_table("ip", name)
+        # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
+        if found == wanted or (wanted == self._nat_is and found == self._nat_listed):
+            return
+        if found and self._nat_is is not None:
+            self._counters["mended_nat"] += 1
+            log.warning("nat.mended", table=name, effect="put back as it should be")
+        nft.load_table("ip", name, wanted)
+        self._nat_is, self._nat_listed = wanted, nft.read_table("ip", name)
+        log.info("nat", table=name, masquerade=self._settings.ip_masq, forward=self._settings.forward_rules)
+
+    def _ensure_files(self) -> None:
+        config, device, end = self._config, self._device, self._own()
+        if device is None:
+            return
+        assert config is not None
+        assert config.v4 is not None
+        files = {
+            self._settings.subnet_file: cni.subnet_env(
+                config.v4.network, end.subnet, device.mtu, self._settings.ip_masq
+            )
+        }
+        if self._settings.cni_conf_dir:
+            bridges = {
+                link.name: frozenset(a.address for a in self._addresses.values() if a.oif == link.ifindex)
+                for link in self._links.values()
+            }
+            files[f"{self._settings.cni_conf_dir}/{cni.CONFLIST}"] = cni.network_list(
+                config.v4.network,
+                end.subnet,
+                device.mtu,
+                cni.bridge_name(end.subnet, bridges.items()),
+                self._settings.cni_data_dir,
+            )
+        for path, content in files.items():
+            if not cni.up_to_date(path, content):
+                cni.write_atomically(path, content)
+                log.info("file.written", path=path)
+
+    # --- what is told --------------------------------------------------------------------------------------------------
+
+    def _own(self) -> Endpoint:
+        assert self._held is not None
+        assert self._held.v4 is not None
+        return self._held.v4
+
+    def _tell(self) -> None:
+        """Readiness: every condition that must hold, and for how long it has not."""
+        now = self._clock()
+        if self._expires_at is not None and now >= self._expires_at:
+            self._problem("lease", "it was not renewed in time and may be given away; the store does not answer")
+        waiting = self._waits_for()
+        differing = self._path.rec.differing()
+        bad = bool(waiting) or differing > 0 or any(name not in _HARMLESS for name in self.problems)
+        with self._lock:
+            if waiting:
+                self.problems["waiting"] = waiting
+            else:
+                self.problems.pop("waiting", None)
+            if differing:
+                self.problems["kernel"] = f"{differing} entries are not as they should be"
+            else:
+                self.problems.pop("kernel", None)
+            if not bad:
+                self._unready_since = None
+                ready = True
+            else:
+                self._unready_since = self._unready_since or now
+                ready = self._was_ready and now - self._unready_since < UNREADY_AFTER_S
+            news, self._was_ready = ready != self._was_ready, ready
+        if news:
+            (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
+
+    def _waits_for(self) -> str:
+        if not self._snapshot_seen:
+            return f"for the first list from the store{': ' + self._store_down if self._store_down else ''}"
+        if self._config is None:
+            return "for a network config"
+        if self._underlay is None:
+            return "for an underlay"
+        if self._held is None:
+            return "for a lease"
+        return "" if self._path.dumped else "for the kernel to be read"
+
+    def _on_asked(self, asked: Asked) -> None:
+        asked.answer.put(self._status())
+
+    def _status(self) -> Status:
+        config, device = self._config, self._device
+        rec = self._path.rec
+        counters = dict(self._counters) | {f"mended_{kind}": count for kind, count in rec.mended.items()}
+        counters |= {f"writes_{kind}": count for kind, count in rec.writes.items()}
+        with self._lock:
+            problems, ready = dict(self.problems), self._was_ready
+        return Status(
+            version=__version__,
+            ready=ready,
+            store=self._place(),
+            store_down=self._store_down,
+            underlay=str(self._underlay) if self._underlay is not None else "",
+            network=str(config.v4.network) if config is not None and config.v4 is not None else "",
+            lease=self._lease_status(),
+            device=None
+            if device is None or self._underlay is None
+            else DeviceStatus(
+                device.name,
+                rec.devices[TUNNEL].ifindex if TUNNEL in rec.devices else 0,
+                device.vni,
+                device.port,
+                ip_text(4, device.local),
+                self._underlay.name,
+                device.mtu,
+                TUNNEL in rec.devices and "device" not in problems,
+            ),
+            peers=tuple(self._path.peers()),
+            problems=problems,
+            refused=self._unreadable | self._path.table.refused,
+            differences=tuple(self._path.differences()),
+            in_the_way=tuple(self._path.in_the_way.values()),
+            retained=tuple(str(subnet) for subnet in self._retained),
+            counters=counters,
+            uptime_s=round(self._clock() - self._started, 1),
+        )
+
+    def _lease_status(self) -> LeaseStatus | None:
+        if self._held is None:
+            return None
+        end = self._own()
+        left = None if self._expires_at is None else round(self._expires_at - self._clock())
+        return LeaseStatus(
+            str(end.subnet),
+            self._held.key,
+            ip_text(4, end.public_ip),
+            mac_text(end.mac or 0),
+            self._held.node,
+            self._held_how,
+            left,
+        )
+
+
+_HARMLESS = frozenset({"mtu", "config", "store"})
+"""Problems an operator should see, with which pods' traffic is as it should be."""
+
+
+def _backend_fields(config: NetworkConfig) -> dict[str, object]:
+    backend = config.backend
+    return {"vni": backend.vni, "port": backend.port, "mtu": backend.mtu or "the underlay's", "direct_routing": backend.direct_routing}
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+_OBSERVE: dict[type, Callable[[Agent, Any], None]] = {
+    Snapshot: Agent._on_snapshot,
+    Changes: Agent._on_changes,
+    StoreDown: Agent._on_down,
+    tenure.Held: Agent._on_held,
+    tenure.Lost: Agent._on_lost,
+    tenure.Denied: Agent._on_denied,
+    tenure.Renewed: Agent._on_renewed,
+    netlink.LinkSeen: Agent._on_link,
+    netlink.AddressSeen: Agent._on_address,
+    netlink.RouteSeen: Agent._on_route,
+    netlink.NeighbourSeen: lambda agent, event: agent._path.on_neighbour(event),
+    netlink.FdbSeen: lambda agent, event: agent._path.on_fdb(event),
+    netlink.Overrun: Agent._on_overrun,
+    netlink.NftSeen: Agent._on_nft,
+    Asked: Agent._on_asked,
+}

@@ -1,0 +1,1 @@
+"""The operator's command `overlay`. rich and click live only here."""

@@ -1,0 +1,353 @@
+"""Sockets to the kernel: send a batch and match its errors, dump, monitor; an overrun means "dump again"."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+from overlay.kernel import wire
+from overlay.kernel.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link
+
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+SOL_NETLINK = 270
+NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
+SO_RCVBUFFORCE, SO_ATTACH_FILTER = 33, 26
+RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 1, 3, 5, 7
+NFNLGRP_NFTABLES = 7
+NFTA_TABLE = 1
+"""The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
+REQUEST_BUFFER, MONITOR_BUFFER = 8 << 20, 128 << 20
+"""Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
+ANSWER_S = 5.0
+_RECV = 1 << 18
+_NFGENMSG = 4
+
+_T = TypeVar("_T")
+
+
+class KernelError(OSError):
+    """The kernel refused an operation, or did not answer. str() has the operation and the kernel's own words."""
+
+
+class Refusal(NamedTuple):
+    """Why one message of a batch was refused. text: the kernel's extended answer, "" where it gave none."""
+
+    errno: int
+    text: str
+
+    def __str__(self) -> str:
+        name = errno.errorcode.get(self.errno, str(self.errno))
+        return f"{name} ({self.text or os.strerror(self.errno)})"
+
+
+class RequestSocket:
+    """Requests and their answers. One thread only."""
+
+    def __init__(self) -> None:
+        self._socket = _netlink(NETLINK_ROUTE, REQUEST_BUFFER)
+        self._socket.settimeout(ANSWER_S)
+        for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
+            self._socket.setsockopt(SOL_NETLINK, option, 1)
+        self._seq = 0
+
+    @property
+    def port(self) -> int:
+        """Our netlink port id, which the kernel writes into the events that we cause."""
+        return int(self._socket.getsockname()[0])
+
+    def take_seqs(self, count: int) -> int:
+        """The first of `count` sequence numbers for a batch."""
+        if self._seq + count > 0x7FFFFFFF:
+            self._seq = 0
+        first, self._seq = self._seq + 1, self._seq + count
+        return first
+
+    def execute(self, messages: list[bytes], first: int) -> dict[int, Refusal]:
+        """Send messages numbered from `first`, wait for every ACK; the refusals by place in the batch.
+
+        What was not answered (a lost ACK) counts as refused with ETIMEDOUT: it is looked at again.
+        """
+        try:
+            self._socket.send(b"".join(messages))
+        except OSError as error:
+            return dict.fromkeys(range(len(messages)), Refusal(error.errno or errno.EIO, "sending the batch"))
+        waiting = set(range(len(messages)))
+        refused: dict[int, Refusal] = {}
+        while waiting:
+            try:
+                data = self._socket.recv(_RECV)
+            except (TimeoutError, OSError) as error:
+                code = error.errno if isinstance(error, OSError) and error.errno else errno.ETIMEDOUT
+                return refused | dict.fromkeys(waiting, Refusal(code, "the kernel's answer was lost"))
+            for message in wire.split(data):
+                place = message.seq - first
+                if message.kind == wire.NLMSG_ERROR and place in waiting:
+                    waiting.discard(place)
+                    if refusal := _refusal(message):
+                        refused[place] = refusal
+        return refused
+
+    def dump(self, request: Callable[[int], bytes], parse: Callable[[memoryview], _T | None]) -> list[_T]:
+        """Everything a dump request yields. Raises KernelError, also for errors that arrive inside NLMSG_DONE."""
+        seq = self.take_seqs(1)
+        found: list[_T] = []
+        for message in self._answers(request(seq), seq):
+            item = parse(message.body)
+            if item is not None:
+                found.append(item)
+        return found
+
+    def lookup(self, address: int) -> tuple[int, int, int] | None:
+        """Interface, source address and gateway by which the kernel reaches an address; None: no route."""
+        seq = self.take_seqs(1)
+        try:
+            for message in self._answers(wire.route_lookup(seq, address), seq, single=True):
+                return wire.parse_lookup(message.body)
+        except KernelError as error:
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
+                return None
+            raise
+        return None
+
+    def _answers(self, request: bytes, seq: int, single: bool = False) -> Iterator[wire.Message]:
+        try:
+            self._socket.send(request)
+            while True:
+                for message in wire.split(self._socket.recv(_RECV)):
+                    if message.seq != seq:
+                        continue
+                    if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                        code = -struct.unpack_from("=l", message.body)[0] if len(message.body) >= 4 else 0
+                        if code:
+                            raise KernelError(code, f"reading from the kernel: {os.strerror(code)}")
+                        return
+                    yield message
+                    if single:
+                        return
+        except TimeoutError as error:
+            raise KernelError(errno.ETIMEDOUT, "reading from the kernel: no answer") from error
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.EIO, f"reading from the kernel: {error.strerror}") from error
+
+    def links(self) -> list[Link]:
+        """All interfaces."""
+        return self.dump(wire.link_dump, wire.parse_link)
+
+    def addresses(self) -> list[Address]:
+        """All IPv4 addresses."""
+        return self.dump(wire.address_dump, wire.parse_address)
+
+    def routes(self) -> list[FoundRoute]:
+        """All IPv4 unicast routes of the main table."""
+        return self.dump(wire.route_dump, wire.parse_route)
+
+    def neighbours(self, oif: int) -> list[FoundNeighbour]:
+        """The IPv4 neighbours of a device."""
+        return [
+            item
+            for item in self.dump(lambda seq: wire.neighbour_dump(seq, oif), wire.parse_neighbour)
+            if isinstance(item, FoundNeighbour)
+        ]
+
+    def fdb(self, oif: int) -> list[FoundFdb]:
+        """The forwarding table of a vxlan device."""
+        return [
+            item
+            for item in self.dump(lambda seq: wire.fdb_dump(seq, oif), wire.parse_neighbour)
+            if isinstance(item, FoundFdb)
+        ]
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+class LinkSeen(NamedTuple):
+    """An interface was made, changed or (gone) deleted."""
+
+    link: Link
+    gone: bool
+
+
+class AddressSeen(NamedTuple):
+    """An IPv4 address came or went."""
+
+    address: Address
+    gone: bool
+
+
+class RouteSeen(NamedTuple):
+    """An IPv4 route of the main table came, changed or went."""
+
+    route: FoundRoute
+    gone: bool
+
+
+class NeighbourSeen(NamedTuple):
+    """An IPv4 neighbour came, changed or went."""
+
+    neighbour: FoundNeighbour
+    gone: bool
+
+
+class FdbSeen(NamedTuple):
+    """An entry of a vxlan's forwarding table came, changed or went."""
+
+    entry: FoundFdb
+    gone: bool
+
+
+class Overrun(NamedTuple):
+    """Events were lost: only a dump tells the truth now."""
+
+
+class NftSeen(NamedTuple):
+    """Somebody touched one of our nftables tables; "": events were lost, maybe one of these."""
+
+    table: str
+
+
+KernelEvent = LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | FdbSeen | Overrun | NftSeen
+
+
+def parse_event(message: wire.Message) -> KernelEvent | None:
+    """What one notification says; None for what nobody here needs. Pure."""
+    kind, body = message.kind, message.body
+    if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
+        route = wire.parse_route(body)
+        return None if route is None else RouteSeen(route, kind == wire.RTM_DELROUTE)
+    if kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
+        neighbour = wire.parse_neighbour(body)
+        if neighbour is None:
+            return None
+        gone = kind == wire.RTM_DELNEIGH
+        return FdbSeen(neighbour, gone) if isinstance(neighbour, FoundFdb) else NeighbourSeen(neighbour, gone)
+    if kind in (wire.RTM_NEWLINK, wire.RTM_DELLINK):
+        # A bridge announces its ports with family AF_BRIDGE: not the interface itself.
+        return None if body[0] == wire.AF_BRIDGE else LinkSeen(wire.parse_link(body), kind == wire.RTM_DELLINK)
+    if kind in (wire.RTM_NEWADDR, wire.RTM_DELADDR):
+        address = wire.parse_address(body)
+        return None if address is None else AddressSeen(address, kind == wire.RTM_DELADDR)
+    return None
+
+
+class Monitor(threading.Thread):
+    """Turns notifications into events. Dies loudly: `died` is called with what ended it."""
+
+    def __init__(self, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None], own_port: int) -> None:
+        super().__init__(name="monitor", daemon=True)
+        self._post, self._died = post, died
+        self._socket = _netlink(NETLINK_ROUTE, MONITOR_BUFFER)
+        _drop_echoes(self._socket, own_port)
+        for group in (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE):
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+
+    def run(self) -> None:
+        try:
+            while True:
+                try:
+                    data = self._socket.recv(_RECV)
+                except OSError as error:
+                    if error.errno == errno.ENOBUFS:
+                        self._post(Overrun())
+                        continue
+                    if error.errno == errno.EBADF:
+                        return  # closed by stop()
+                    raise
+                if not data:
+                    return
+                for message in wire.split(data):
+                    event = parse_event(message)
+                    if event is not None:
+                        self._post(event)
+        except BaseException as error:
+            self._died(error)
+            raise
+
+    def stop(self) -> None:
+        """End the thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class NftMonitor(threading.Thread):
+    """Says when an nftables table of ours (by the start of its name) was touched, by whomever."""
+
+    def __init__(self, prefix: str, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None]) -> None:
+        super().__init__(name="nft-monitor", daemon=True)
+        self._prefix, self._post, self._died = prefix.encode(), post, died
+        self._socket = _netlink(NETLINK_NETFILTER, MONITOR_BUFFER)
+        self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
+
+    def run(self) -> None:
+        try:
+            while True:
+                try:
+                    data = self._socket.recv(_RECV)
+                except OSError as error:
+                    if error.errno == errno.ENOBUFS:
+                        self._post(NftSeen(""))
+                        continue
+                    raise
+                touched = set()
+                for message in wire.split(data):
+                    name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
+                    if name is not None and bytes(name).startswith(self._prefix):
+                        touched.add(bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
+                for table in touched:
+                    self._post(NftSeen(table))
+        except BaseException as error:
+            self._died(error)
+            raise
+
+
+def _refusal(message: wire.Message) -> Refusal | None:
+    code = -struct.unpack_from("=l", message.body)[0]
+    if code == 0:
+        return None
+    text = ""
+    if message.flags & 0x200:  # NLM_F_ACK_TLVS; with NETLINK_CAP_ACK only the request's header stands before them
+        attr = wire.attributes(message.body, 4 + 16).get(1)  # NLMSGERR_ATTR_MSG
+        text = bytes(attr).rstrip(b"\0").decode("utf-8", "replace") if attr is not None else ""
+    return Refusal(code, text)
+
+
+def _netlink(protocol: int, buffer: int) -> socket.socket:
+    made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
+    except PermissionError:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    made.bind((0, 0))
+    return made
+
+
+def _drop_echoes(listening: socket.socket, own_port: int) -> None:
+    """Let the kernel leave out the events that we cause: their nlmsg_pid (offset 12) is our port id.
+
+    Each event is one message in one buffer, so looking at its first header is enough. (FDB events say 0: they come.)
+    """
+    ld_word, jump_equal, ret = 0x20, 0x15, 0x06
+    program = b"".join(
+        struct.pack("=HBBL", *step)
+        for step in (
+            (ld_word, 0, 0, 12),  # loads in network order
+            (jump_equal, 0, 1, socket.htonl(own_port)),
+            (ret, 0, 0, 0),
+            (ret, 0, 0, 0xFFFFFFFF),
+        )
+    )
+    code = ctypes.create_string_buffer(program)
+    listening.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+    )

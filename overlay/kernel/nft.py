@@ -1,0 +1,55 @@
+"""Load one nftables table of ours atomically, read it back. By the distribution's nft binary and its JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+from overlay.kernel.netlink import KernelError
+
+NFT_S = 30.0
+Objects = list[dict[str, Any]]
+
+
+def read_table(family: str, name: str) -> Objects:
+    """The objects of a table in order, without handles and counters' values; [] where there is no such table.
+
+    Raises KernelError.
+    """
+    done = _nft(["-j", "list", "table", family, name], "")
+    if done.returncode != 0:
+        if "No such file or directory" in done.stderr:
+            return []
+        raise KernelError(5, f"nft: listing table {family} {name}: {_last_line(done.stderr)}")
+    found: Objects = []
+    for item in json.loads(done.stdout).get("nftables", []):
+        kind = next(iter(item))
+        if kind != "metainfo":
+            found.append({kind: {key: value for key, value in item[kind].items() if key != "handle"}})
+    return found
+
+
+def load_table(family: str, name: str, objects: Objects) -> None:
+    """Replace a table by these objects, in one transaction; an empty list removes it. Raises KernelError."""
+    table = {"table": {"family": family, "name": name}}
+    commands: Objects = [{"add": table}, {"delete": table}, *({"add": item} for item in objects)]
+    done = _nft(["-j", "-f", "-"], json.dumps({"nftables": commands}))
+    if done.returncode != 0:
+        raise KernelError(5, f"nft: loading table {family} {name}: {_last_line(done.stderr)}")
+
+
+def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            ["nft", *arguments], input=text, capture_output=True, text=True, timeout=NFT_S, check=False
+        )
+    except FileNotFoundError as error:
+        raise KernelError(2, "nft: not found; install it: apt-get install nftables") from error
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(110, f"nft: no answer within {NFT_S:.0f} s") from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "Error" in line), lines[-1] if lines else "failed without a word")

@@ -1,0 +1,237 @@
+"""overlayd: wires the rooms together, signals, exit codes; the only place that knows them all.
+
+Exit codes: 0 stopped by a signal, 1 cannot go on (another node has our address, a bug), 2 the command line is wrong.
+systemd's Restart=on-failure restarts on 1 and 2.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import hashlib
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import structlog
+
+from overlay import __version__, masquerade, serve
+from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
+
+EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+MACHINE_ID = "/etc/machine-id"
+log = structlog.get_logger()
+
+
+def main() -> None:
+    """The command `overlayd`."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run an agent until a signal; the exit code."""
+    try:
+        settings, version_only = read_settings(arguments, os.environ)
+    except SettingsError as error:
+        print(f"overlayd: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    if version_only:
+        print(__version__, file=sys.stderr)  # where flanneld prints it
+        return EXIT_STOPPED
+    start_logging(settings.log_level, settings.log_format)
+    for name in unknown_variables(os.environ):
+        log.warning("environment", variable=name, effect="unknown to us and ignored")
+    try:
+        lock = _lock(settings.run_dir)
+        code = _run(settings)
+    except _CannotStart as error:
+        print(f"overlayd: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Exception as error:  # a bug: say where, leave the datapath, let the supervisor start us again
+        log.error("crashed", error=repr(error), where=traceback.format_exc().strip().replace("\n", " | "))
+        return EXIT_FAILED
+    lock.close()
+    return code
+
+
+class _CannotStart(Exception):
+    """One line for the operator."""
+
+
+def _run(settings: Settings) -> int:
+    from lease.etcd_client import EtcdSettings, EtcdSettingsError
+    from lease.etcd import EtcdStore
+    from lease.store import Feed
+    from lease.tenure import Tenure, TenureThread
+    from overlay.agent import Agent, Died, Stop
+    from overlay.kernel.netlink import Monitor, NftMonitor
+
+    import random
+
+    log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
+    try:
+        store = EtcdStore(
+            EtcdSettings(
+                settings.etcd_endpoints,
+                settings.etcd_cafile,
+                settings.etcd_certfile,
+                settings.etcd_keyfile,
+                settings.etcd_username,
+                settings.etcd_password,
+            ),
+            settings.etcd_prefix,
+        )
+    except EtcdSettingsError as error:
+        raise _CannotStart(str(error)) from error
+    try:
+        agent = Agent(settings, lambda: store.place, lambda: store_hosts(settings), identity(settings.node_name))
+    except OSError as error:
+        raise _CannotStart(f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW") from error
+
+    def died(thread: str) -> Callable[[BaseException], None]:
+        return lambda error: agent.post(Died(thread, error))
+
+    tenure = Tenure(store, prober(), settings.lease_ttl_s, random.Random())  # noqa: S311 (draws a subnet)
+    agent.claimer = TenureThread(tenure, agent.post, settings.renew_within_s)
+    feed = Feed(store, agent.post)
+    threads: list[threading.Thread] = [
+        Monitor(agent.post, died("monitor"), agent.port),
+        NftMonitor(masquerade.TABLE_PREFIX, agent.post, died("nft-monitor")),
+        agent.claimer,
+        feed,
+    ]
+    threading.excepthook = lambda args: agent.post(
+        Died(args.thread.name if args.thread else "?", args.exc_value or RuntimeError("unknown"))
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _frame: agent.post(Stop(signal.Signals(got).name)))
+    _serve(settings, agent)
+    for thread in threads:
+        thread.start()
+    gc.freeze()
+    try:
+        return agent.run()
+    finally:
+        feed.stop()
+        agent.claimer.stop()
+        store.close()
+
+
+def _serve(settings: Settings, agent: Any) -> None:
+    def healthz() -> serve.Answer:
+        return serve.text(200, "overlayd is running") if agent.healthy() else serve.text(503, "the loop is stuck")
+
+    def readyz() -> serve.Answer:
+        ready, why = agent.readiness()
+        return serve.text(200, "overlayd is ready") if ready else serve.text(503, f"not ready: {why}")
+
+    def status() -> serve.Answer:
+        found = agent.ask_status()
+        return serve.text(503, "the loop is stuck") if found is None else serve.as_json(200, found.json())
+
+    routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz}
+    try:
+        serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
+    except OSError as error:
+        raise _CannotStart(f"--run-dir: {settings.run_dir}/{serve.SOCKET_NAME}: {error}") from error
+    if settings.healthz_port:
+        try:
+            serve.serve_tcp(settings.healthz_ip, settings.healthz_port, routes)
+        except OSError as error:
+            where = f"{settings.healthz_ip}:{settings.healthz_port}"
+            raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
+
+
+def start_logging(level: str, kind: str) -> None:
+    """structlog to stderr: key=value on a terminal, JSON otherwise."""
+    console = kind == "console" or (kind == "auto" and sys.stderr.isatty())
+    numbers = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+            if console
+            else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _lock(run_dir: str) -> Any:
+    """One agent for one run directory: held as long as we live."""
+    try:
+        Path(run_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
+        file = open(f"{run_dir}/lock", "a+")  # noqa: SIM115 (closed by the end of the process)
+    except OSError as error:
+        raise _CannotStart(f"--run-dir: {error.filename}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        pid = file.read().strip() or "?"
+        raise _CannotStart(
+            f"--run-dir: {run_dir} is in use by another overlayd (pid {pid}); stop it, or give this one a run-dir of its own"
+        ) from None
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def identity(node_name: str) -> Callable[[str], Any]:
+    """The identity of this node, given the MAC of its underlay interface. The machine-id itself is confidential
+    (man 5 machine-id): a hash of it, keyed by our purpose, is written."""
+    from lease.tenure import Identity
+
+    try:
+        machine = Path(MACHINE_ID).read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        machine = ""
+    usable = len(machine) == 32 and machine != "0" * 32
+    hashed = hashlib.sha256(f"overlayd {machine}".encode()).hexdigest()[:16] if usable else ""
+    return lambda link: Identity(hashed, node_name, link)
+
+
+def prober() -> Callable[[int], Any]:
+    """Who answers for an address: by ARP on the interface to which it is on-link; cannot tell where it is not."""
+    from lease.tenure import Answer
+    from overlay.kernel.arp import probe
+    from overlay.kernel.netlink import KernelError, RequestSocket
+    from overlay.underlay import on_link_interface
+
+    def ask(address: int) -> Answer:
+        requests = RequestSocket()
+        try:
+            name = on_link_interface(address, requests.links(), requests.addresses())
+            return Answer(False, None) if name is None else Answer(True, probe(name, address))
+        except (KernelError, OSError) as error:
+            log.warning("probe", error=str(error), effect="nobody can say who has that address")
+            return Answer(False, None)
+        finally:
+            requests.close()
+
+    return ask
+
+
+def store_hosts(settings: Settings) -> dict[str, int]:
+    """The store's IPv4 addresses by the name they were given under; names that do not resolve are left out."""
+    found: dict[str, int] = {}
+    for endpoint in settings.etcd_endpoints:
+        host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+        try:
+            address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+        except (OSError, UnicodeError):
+            continue
+        found[host] = int.from_bytes(socket.inet_aton(str(address)), "big")
+    return found

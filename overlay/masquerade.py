@@ -1,0 +1,82 @@
+"""The nat and forward table as data. Pure; kernel/nft.py loads it.
+
+The rules are flannel's (pkg/trafficmngr/iptables), in its iptables form: its nftables form cannot masquerade host to
+pod, and compares kube-proxy's mark whole instead of as a mask (docs/compatibility.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lease.model import Prefix
+
+MARK = 0x4000
+"""kube-proxy's masquerade mark; kube-proxy itself masquerades such packets."""
+MULTICAST = Prefix(4, 0xE0000000, 4)
+TABLE_PREFIX = "overlay-"
+Rule = dict[str, Any]
+
+
+def table_name(vni: int) -> str:
+    """One table for each network on the node."""
+    return f"{TABLE_PREFIX}{vni}"
+
+
+def nat_table(name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool) -> list[Rule]:
+    """The table as `nft -j` lists it (without handles): chains and rules in order. [] when nothing is wanted."""
+    chains: list[Rule] = []
+    if masq:
+        mark = _match({"&": [{"meta": {"key": "mark"}}, MARK]}, "==", MARK)
+        go: Rule = {"masquerade": {"flags": "fully-random"}} if fully_random else {"masquerade": None}
+        leave: Rule = {"return": None}
+        chains += _chain(
+            name,
+            "postrouting",
+            {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"},
+            [
+                ("packets that kube-proxy masquerades itself", [mark, leave]),
+                ("pod to pod: never", [_from(subnet), _to(network), leave]),
+                ("pod to pod: never", [_from(network), _to(subnet), leave]),
+                ("to local pods: keep the client's address", [_from(network, "!="), _to(subnet), leave]),
+                ("pods to the world, multicast never", [_from(network), _to(MULTICAST, "!="), go]),
+                ("the world to remote pods", [_from(network, "!="), _to(network), go]),
+            ],
+        )
+    if forward:
+        chains += _chain(
+            name,
+            "forward",
+            {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"},
+            [
+                ("from pods", [_from(network), {"accept": None}]),
+                ("to pods", [_to(network), {"accept": None}]),
+            ],
+        )
+    if not chains:
+        return []
+    chains.sort(key=lambda item: "rule" in item)  # as nft lists: chains, then rules
+    return [{"table": {"family": "ip", "name": name}}, *chains]
+
+
+def _chain(table: str, name: str, hook: Rule, rules: list[tuple[str, list[Rule]]]) -> list[Rule]:
+    made: list[Rule] = [{"chain": {"family": "ip", "table": table, "name": name, **hook}}]
+    for comment, expr in rules:
+        made.append({"rule": {"family": "ip", "table": table, "chain": name, "expr": expr, "comment": comment}})
+    return made
+
+
+def _match(left: Rule, op: str, right: object) -> Rule:
+    return {"match": {"op": op, "left": left, "right": right}}
+
+
+def _from(where: Prefix, op: str = "==") -> Rule:
+    return _address("saddr", where, op)
+
+
+def _to(where: Prefix, op: str = "==") -> Rule:
+    return _address("daddr", where, op)
+
+
+def _address(field: str, where: Prefix, op: str) -> Rule:
+    base, length = str(where).split("/")
+    return _match({"payload": {"protocol": "ip", "field": field}}, op, {"prefix": {"addr": base, "len": int(length)}})

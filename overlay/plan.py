@@ -1,0 +1,105 @@
+"""Wanted entries for one peer, and whether a peer's record can be used at all. Pure; asks the backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lease.config import NetworkConfig, VxlanConfig
+from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
+from overlay.backends import vxlan
+from overlay.kernel.entries import RouteKey
+
+_UNUSABLE = tuple(prefix(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))
+"""Never an underlay address: this-network, loopback, multicast, reserved and broadcast (RFC 6890)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What plan needs to know of this node.
+
+    own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own IPv4 addresses.
+    retained: subnets that it does not hold any more, but on which its pods still run.
+    """
+
+    network: Prefix
+    backend: VxlanConfig
+    own: Lease
+    on_link: tuple[Prefix, ...]
+    addresses: frozenset[int]
+    retained: tuple[Prefix, ...] = ()
+
+
+def node_of(
+    config: NetworkConfig,
+    own: Lease,
+    on_link: tuple[Prefix, ...],
+    addresses: frozenset[int],
+    retained: tuple[Prefix, ...] = (),
+) -> Node:
+    """The Node of a config that has IPv4."""
+    assert config.v4 is not None
+    return Node(config.v4.network, config.backend, own, on_link, addresses, retained)
+
+
+def refusal(node: Node, lease: Lease) -> str | None:
+    """Why a record cannot be a peer, whatever the other records say; None where it can."""
+    if lease.backend != vxlan.BACKEND:
+        return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {vxlan.BACKEND!a}"
+    if lease.v4 is None:
+        return "it has no IPv4 part, and there is no IPv6 datapath yet"
+    return _subnet_fault(node, lease.v4.subnet, lease.v4.public_ip) or _vtep_fault(node, lease.v4)
+
+
+def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
+    network = node.network
+    if not network.covers(subnet):
+        return f"subnet {subnet} is outside Network {network}"
+    if subnet.length < network.length + 2:
+        return f"subnet {subnet} is too large a part of Network {network}"
+    for there in node.on_link:
+        if subnet.overlaps(there):
+            return f"subnet {subnet} overlaps our underlay {there}"
+    if subnet.holds(public_ip):
+        return f"PublicIP {ip_text(4, public_ip)} lies in its own subnet {subnet}"
+    assert node.own.v4 is not None
+    if subnet.overlaps(node.own.v4.subnet):
+        return f"subnet {subnet} overlaps our own {node.own.v4.subnet}"
+    for kept in node.retained:
+        if subnet.overlaps(kept):
+            return f"subnet {subnet} overlaps {kept}, which we lost but on which pods of this node still run"
+    return None
+
+
+def _vtep_fault(node: Node, end: Endpoint) -> str | None:
+    address = ip_text(4, end.public_ip)
+    if any(bad.holds(end.public_ip) for bad in _UNUSABLE):
+        return f"PublicIP {address} cannot be a node's address"
+    for there in node.on_link:
+        if there.length < 31 and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
+            return f"PublicIP {address} is the network or broadcast address of {there}"
+    own = node.own.v4
+    assert own is not None
+    if end.public_ip == own.public_ip or end.public_ip in node.addresses:
+        return f"PublicIP {address} is our own"
+    if node.network.holds(end.public_ip):
+        return f"PublicIP {address} lies inside Network {node.network}: the tunnel would run through itself"
+    if end.mac is None:
+        return "BackendData has no VtepMAC"
+    if end.mac == own.mac:
+        return f"VtepMAC {mac_text(end.mac)} is our own"
+    if end.vni != node.backend.vni:
+        return f"VNI {end.vni} is not this network's {node.backend.vni}"
+    return None
+
+
+def entries(node: Node, lease: Lease) -> vxlan.Entries:
+    """The kernel entries of a record that `refusal` lets pass."""
+    assert lease.v4 is not None
+    public_ip = lease.v4.public_ip
+    direct = node.backend.direct_routing and any(there.holds(public_ip) for there in node.on_link)
+    return vxlan.peer_entries(node.network, lease.v4, direct)
+
+
+def route_key(node: Node, subnet: Prefix) -> RouteKey:
+    """The key of the route that a subnet would get."""
+    return vxlan.route_key(node.network, subnet)
