@@ -595,9 +595,10 @@ class Agent:
         assert config is not None
         assert config.v4 is not None
         files = {
+            f"{self._settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(self._held_key(), end),
             self._settings.subnet_file: cni.subnet_env(
                 config.v4.network, end.subnet, device.mtu, self._settings.ip_masq
-            )
+            ),
         }
         if self._settings.cni_conf_dir:
             bridges = {
@@ -622,6 +623,10 @@ class Agent:
         assert self._held is not None
         assert self._held.v4 is not None
         return self._held.v4
+
+    def _held_key(self) -> str:
+        assert self._held is not None
+        return self._held.key
 
     def _tell(self) -> None:
         """Readiness: every condition that must hold, and for how long it has not."""

@@ -12,12 +12,22 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from lease.model import Prefix, ip_text, prefix
+from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
 
 CONFLIST = "10-flannel.conflist"
 """flannel's name, so that a node has one network list whichever agent runs."""
 NETWORK_NAME = "cbr0"
 """flannel's network name: pods attached under it can still be detached."""
+
+LEASE_FILE = "lease.json"
+"""Below --run-dir: which record is ours, for `overlay release`."""
+
+
+def lease_file(key: str, end: Endpoint) -> str:
+    """The content of LEASE_FILE."""
+    assert end.mac is not None
+    fields = {"key": key, "public_ip": ip_text(4, end.public_ip), "vtep_mac": mac_text(end.mac)}
+    return json.dumps(fields) + "\n"
 
 
 def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:

@@ -55,7 +55,8 @@ class Datapath:
         """Routes of others that stand before ours, in words."""
         self._rising: set[int] = set()
         """Devices that we set up, whose notification of that has not come yet."""
-        self._told: Counter[str] = Counter()
+        self._told_mended: Counter[str] = Counter()
+        self._told_writes: Counter[str] = Counter()
         self._was_differing = False
 
     # --- wanted --------------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ class Datapath:
         for item in refused:
             self._tell_failure(item)
         differing = self.rec.differing()
-        if not more and (self._was_differing or self.rec.mended != self._told):
+        if not more and (self._was_differing or self.rec.mended != self._told_mended):
             self._tell_done(differing)
         self._was_differing = bool(differing)
         return more
@@ -255,16 +256,11 @@ class Datapath:
             )
 
     def _tell_done(self, differing: int) -> None:
-        mended = self.rec.mended - Counter({name: count for name, count in self._told.items() if name in self.rec.mended})
-        if mended:
-            log.warning("kernel.mended", **dict(mended), effect="put back as they should be")
-        now = Counter(self.rec.writes)
-        log.info(
-            "kernel.reconciled",
-            differing=differing,
-            **{name: count for name, count in now.items() if count != self._told[name]},
-        )
-        self._told = self.rec.mended | now
+        if mended := self.rec.mended - self._told_mended:
+            log.warning("kernel.mended", **mended, effect="put back as it should be")
+        if writes := self.rec.writes - self._told_writes:
+            log.info("kernel.reconciled", differing=differing, **writes)
+        self._told_mended, self._told_writes = self.rec.mended.copy(), self.rec.writes.copy()
 
     # --- for the status --------------------------------------------------------------------------------------------------
 

@@ -66,28 +66,19 @@ class _CannotStart(Exception):
 
 
 def _run(settings: Settings) -> int:
-    from lease.etcd_client import EtcdSettings, EtcdSettingsError
+    import random
+
     from lease.etcd import EtcdStore
+    from lease.etcd_client import EtcdSettingsError
     from lease.store import Feed
     from lease.tenure import Tenure, TenureThread
     from overlay.agent import Agent, Died, Stop
     from overlay.kernel.netlink import Monitor, NftMonitor
-
-    import random
+    from overlay.release import etcd_settings
 
     log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
     try:
-        store = EtcdStore(
-            EtcdSettings(
-                settings.etcd_endpoints,
-                settings.etcd_cafile,
-                settings.etcd_certfile,
-                settings.etcd_keyfile,
-                settings.etcd_username,
-                settings.etcd_password,
-            ),
-            settings.etcd_prefix,
-        )
+        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
     except EtcdSettingsError as error:
         raise _CannotStart(str(error)) from error
     try:
@@ -235,3 +226,7 @@ def store_hosts(settings: Settings) -> dict[str, int]:
             continue
         found[host] = int.from_bytes(socket.inet_aton(str(address)), "big")
     return found
+
+
+if __name__ == "__main__":
+    main()

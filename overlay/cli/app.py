@@ -1,0 +1,48 @@
+"""The operator's command `overlay`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from overlay import __version__
+from overlay.cli.lab import lab
+from overlay.cli.status import status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def app() -> None:
+    """Look at, try and mend a VXLAN overlay network."""
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def release(flags: tuple[str, ...]) -> None:
+    """Give up this node's lease (takes overlayd's flags and environment)."""
+    from overlay.release import ReleaseError
+    from overlay.release import release as give_up
+    from overlay.settings import SettingsError, read_settings
+
+    try:
+        settings, _ = read_settings(flags, os.environ, "overlay release")
+        click.echo(f"released {give_up(settings)}")
+    except (SettingsError, ReleaseError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+app.add_command(lab)
+app.add_command(status)
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,295 @@
+"""`overlay lab`: a whole network on one machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from lease.config import ConfigError
+from overlay.lab import netns
+from overlay.lab.capture import Captured
+from overlay.lab.lab import DEFAULT_NET_CONF, Lab, locked
+from overlay.lab.matrix import Cell
+from overlay.lab.processes import LabError
+
+_NAME = click.option("--name", default="lab", show_default=True, help="which lab, where there are several")
+_JSON = click.option("--json", "as_json", is_flag=True, help="everything, for scripts")
+
+
+@click.group()
+def lab() -> None:
+    """Nodes as network namespaces on this machine: real etcd, real VXLAN devices, pods by the real CNI plugins."""
+
+
+@lab.command()
+@_NAME
+@_JSON
+@click.option("--nodes", type=click.IntRange(1, 250), default=3, show_default=True)
+@click.option("--pods", type=click.IntRange(0, 200), default=2, show_default=True, help="on each node")
+@click.option("--net-conf", default=DEFAULT_NET_CONF, show_default=True, help="the network config")
+@click.option("--agent-flag", multiple=True, help="one more flag for each agent, e.g. --agent-flag=--ip-masq")
+def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_flag: tuple[str, ...]) -> None:
+    """Bring a lab up and prove that every pod reaches every other. It stays up.
+
+    A lab that stands is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
+    """
+    with _working(name, as_json) as (it, tell):
+        if it.exists and not it.whole():
+            tell("removing what is left of an earlier lab")
+            it.down(tell)
+            it = Lab(name)
+        if not it.exists:
+            it.up(nodes, pods, net_conf, list(agent_flag), tell)
+        _prove(it, as_json, tell)
+
+
+@lab.command("status")
+@_NAME
+@_JSON
+def status_(name: str, as_json: bool) -> None:
+    """Nodes with lease, VTEP MAC and device. Exit status 0 only if every agent is ready."""
+    with _working(name, as_json) as (it, _):
+        _must_exist(it)
+        statuses = _statuses(it)
+        _print_nodes(it, statuses, as_json)
+        sys.exit(0 if it.whole() and all(found.get("ready") for found in statuses.values()) else 1)
+
+
+@lab.command("matrix")
+@_NAME
+@_JSON
+def matrix_(name: str, as_json: bool) -> None:
+    """Every pair of pods, and pods with nodes, measured again."""
+    with _working(name, as_json) as (it, tell):
+        _must_exist(it)
+        _prove(it, as_json, tell)
+
+
+@lab.command("exec", context_settings={"ignore_unknown_options": True})
+@_NAME
+@click.argument("where")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def exec_(name: str, where: str, command: tuple[str, ...]) -> None:
+    """Run a command in a node (node1) or a pod (node1-pod1)."""
+    try:
+        namespace = Lab(name).namespace(where)
+    except LabError as error:
+        raise click.ClickException(str(error)) from error
+    os.execvp("nsenter", ["nsenter", f"--net={netns.path(namespace)}", "--", *command])
+
+
+@lab.command("add-node")
+@_NAME
+@_JSON
+@click.option("--pods", type=click.IntRange(0, 200), default=2, show_default=True)
+def add_node(name: str, as_json: bool, pods: int) -> None:
+    """One more node; the matrix is measured again."""
+    with _working(name, as_json) as (it, tell):
+        it.add_node(pods, tell)
+        _prove(it, as_json, tell)
+
+
+@lab.command("remove-node")
+@_NAME
+@click.argument("node")
+def remove_node(name: str, node: str) -> None:
+    """Take a node away, and give up its lease."""
+    with _working(name, False) as (it, tell):
+        _must_exist(it)
+        it.remove_node(node, tell)
+
+
+@lab.command()
+@_NAME
+def down(name: str) -> None:
+    """Remove the lab and all that a crash left of it."""
+    with _working(name, False) as (it, tell):
+        was = it.exists
+        it.down(tell)
+        click.echo(f"the lab {name!r} is gone" if was else f"there is no lab {name!r}", err=True)
+
+
+# --- how it is shown -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working(name: str, as_json: bool) -> Iterator[tuple[Lab, Callable[[str], None]]]:
+    """The lab, locked, with its progress shown on stderr; errors as one line."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        with locked(name):
+            if as_json or not console.is_terminal:
+                yield Lab(name), lambda line: click.echo(f"... {line}", err=True)
+            else:
+                with console.status("") as spinner:
+                    yield Lab(name), spinner.update
+    except (LabError, ConfigError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _must_exist(it: Lab) -> None:
+    if not it.exists:
+        raise LabError(f"there is no lab {it.name!r}; `overlay lab up` makes it")
+
+
+def _statuses(it: Lab) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for node in it.nodes:
+        try:
+            found[node.name] = it.agent_status(node)
+        except LabError as error:
+            found[node.name] = {"ready": False, "error": str(error)}
+    return found
+
+
+def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
+    """Show nodes, matrix and packet; end with their exit status."""
+    tell("measuring who reaches whom")
+    cells = it.prove()
+    packet = it.capture()
+    statuses = _statuses(it)
+    holds = bool(cells) and all(cell.ok for cell in cells) and (packet is None or _encapsulated(it, packet))
+    if as_json:
+        value = {
+            "holds": holds,
+            "nodes": _node_values(it, statuses),
+            "matrix": [dataclasses.asdict(cell) for cell in cells],
+            "packet": dataclasses.asdict(packet) if packet is not None else None,
+        }
+        click.echo(json.dumps(value, indent=2))
+    else:
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+        _print_nodes(it, statuses, False, console)
+        for kinds in ("pod-pod", "node-pod", "pod-node"):
+            _print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
+        if packet is not None:
+            _print_packet(console, packet)
+        _print_verdict(console, it, cells, holds)
+    sys.exit(0 if holds else 1)
+
+
+def _encapsulated(it: Lab, packet: Captured) -> bool:
+    """Whether a captured packet is what it must be: between nodes outside, between pods inside."""
+    nodes = {node.address for node in it.nodes}
+    pods = {address for node in it.nodes for address in node.pods.values()}
+    return {*packet.outer_ip} <= nodes and {*packet.inner_ip} <= pods and packet.vni == it.config.backend.vni
+
+
+def _node_values(it: Lab, statuses: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": node.name,
+            "address": node.address,
+            "namespace": f"overlay-{it.name}-{node.name}",
+            "pods": node.pods,
+            "log": str(it.log(node.name)),
+            "status": statuses[node.name],
+        }
+        for node in it.nodes
+    ]
+
+
+def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, console: Console | None = None) -> None:
+    if as_json:
+        click.echo(json.dumps({"whole": it.whole(), "nodes": _node_values(it, statuses)}, indent=2))
+        return
+    table = Table(title=f"lab {it.name}: {len(it.nodes)} nodes", title_justify="left")
+    for column in ("node", "underlay", "lease", "VTEP MAC", "device", "MTU", "peers", "ready", "pods"):
+        table.add_column(column)
+    for node in it.nodes:
+        found = statuses[node.name]
+        lease, device = found.get("lease") or {}, found.get("device") or {}
+        table.add_row(
+            node.name,
+            node.address,
+            lease.get("subnet", "-"),
+            lease.get("vtep_mac", "-"),
+            device.get("name", "-"),
+            str(device.get("mtu", "-")),
+            str(len(found.get("peers", ()))),
+            "[green]yes[/]" if found.get("ready") else "[red]no[/]",
+            " ".join(address or "?" for address in node.pods.values()),
+        )
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    for name, found in statuses.items():
+        for subject, what in (found.get("problems") or {}).items():
+            console.print(f"[red]{name}: {subject}: {what}[/]")
+        if "error" in found:
+            console.print(f"[red]{found['error']}[/]")
+
+
+_TITLES = {
+    "pod-pod": "pod to pod: round trip in microseconds / source that the far side saw",
+    "node-pod": "node to pod",
+    "pod-node": "pod to node",
+}
+WIDE = 9
+"""Columns that fit; a larger matrix is shown as its failures and a summary."""
+
+
+def _print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
+    if not cells:
+        return
+    targets = list(dict.fromkeys(cell.target for cell in cells))
+    title = _TITLES[kinds]
+    if len(targets) > WIDE:
+        good = [cell.rtt_us for cell in cells if cell.ok and cell.rtt_us is not None]
+        median = f", median {sorted(good)[len(good) // 2]:.0f} us" if good else ""
+        console.print(f"{title}: {len(good)} of {len(cells)} pairs hold{median} (--json has each)")
+        return
+    table = Table(title=title, title_justify="left")
+    table.add_column("from \\ to")
+    for target in targets:
+        table.add_column(target)
+    by_pair = {(cell.source, cell.target): cell for cell in cells}
+    for source in dict.fromkeys(cell.source for cell in cells):
+        row = []
+        for target in targets:
+            cell = by_pair.get((source, target))
+            row.append("" if cell is None else _cell_text(cell))
+        table.add_row(source, *row)
+    console.print(table)
+
+
+def _cell_text(cell: Cell) -> str:
+    if not cell.ok:
+        return f"[red]{cell.why}[/]"
+    return f"{cell.rtt_us:.0f} us\n{cell.seen}"
+
+
+def _print_packet(console: Console, packet: Captured) -> None:
+    table = Table(title=f"one packet, caught leaving by {packet.interface} ({packet.length} bytes)", title_justify="left")
+    for column in ("header", "from", "to", "what"):
+        table.add_column(column)
+    table.add_row("outer Ethernet", *packet.outer_mac, "the underlay's interfaces")
+    table.add_row("outer IPv4", *packet.outer_ip, "the nodes")
+    table.add_row("outer UDP", str(packet.outer_port[0]), str(packet.outer_port[1]), "VXLAN")
+    table.add_row("VXLAN", "", "", f"VNI {packet.vni}")
+    table.add_row("inner Ethernet", *packet.inner_mac, "the VTEPs")
+    table.add_row("inner IPv4", *packet.inner_ip, "the pods, no NAT")
+    table.add_row("inner UDP", str(packet.inner_port[0]), str(packet.inner_port[1]), f"payload {packet.payload}")
+    console.print(table)
+
+
+def _print_verdict(console: Console, it: Lab, cells: list[Cell], holds: bool) -> None:
+    good = sum(cell.ok for cell in cells)
+    if holds:
+        console.print(f"[green]all {good} pairs reach each other, each seen with its own address[/]")
+    elif not cells:
+        console.print("[yellow]no pods, so nothing to measure[/]")
+    else:
+        console.print(f"[red]{good} of {len(cells)} pairs hold[/]; look at: overlay lab status --name {it.name}")
+    console.print(
+        f"it stays up; try: overlay lab exec node1 -- ip route | overlay status --run-dir {it.folder}/node1"
+        " | overlay lab down"
+    )

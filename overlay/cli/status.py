@@ -1,0 +1,115 @@
+"""`overlay status`: own lease, device, peers, and all that differs from what should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from overlay.serve import SOCKET_NAME, ask_unix
+from overlay.settings import DEFAULT_RUN_DIR
+
+PEERS_SHOWN = 50
+
+
+@click.command()
+@click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
+@click.option("--json", "as_json", is_flag=True, help="everything, for scripts")
+@click.option("--all", "all_peers", is_flag=True, help=f"all peers, not the first {PEERS_SHOWN}")
+def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
+    """This node's lease, device and peers, and all that is not as it should be.
+
+    Exit status: 0 the node is ready, 1 it is not, 2 no agent answers.
+    """
+    where = f"{run_dir}/{SOCKET_NAME}"
+    try:
+        code, body = ask_unix(where, "/status")
+    except OSError as error:
+        click.echo(f"overlay status: no agent answers at {where} ({error.strerror or error}); does overlayd run?", err=True)
+        sys.exit(2)
+    if code != 200:
+        click.echo(f"overlay status: {body.strip()}", err=True)
+        sys.exit(2)
+    found = json.loads(body)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show(Console(highlight=False), found, all_peers)
+    sys.exit(0 if found["ready"] else 1)
+
+
+def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
+    """As tables."""
+    console.print(_node(found))
+    peers = found["peers"]
+    table = Table(title=f"{len(peers)} peers", title_justify="left")
+    for column in ("subnet", "public IP", "VTEP MAC", "node", "path", "entries"):
+        table.add_column(column)
+    for peer in peers if all_peers else peers[:PEERS_SHOWN]:
+        style = "" if peer["entries"] == "ok" else "red"
+        table.add_row(
+            peer["subnet"], peer["public_ip"], peer["vtep_mac"], peer["node"], peer["path"], peer["entries"], style=style
+        )
+    if peers:
+        console.print(table)
+    if len(peers) > PEERS_SHOWN and not all_peers:
+        console.print(f"... and {len(peers) - PEERS_SHOWN} more: --all")
+    wrong = list(differences(found))
+    if wrong:
+        table = Table(title="not as it should be", title_justify="left", style="red")
+        table.add_column("what")
+        table.add_column("why")
+        for what, why in wrong:
+            table.add_row(what, why)
+        console.print(table)
+    else:
+        console.print("everything is as it should be")
+
+
+def differences(found: dict[str, Any]) -> Any:
+    """All that an operator should look at, as (what, why)."""
+    for subject, what in found["problems"].items():
+        yield subject, what
+    if found["store_down"]:
+        yield "store", f"{found['store_down']} (datapath and peers stay as they are)"
+    for key, reason in found["refused"].items():
+        yield f"record {key}", f"not used: {reason}"
+    for item in found["differences"]:
+        tries = f", refused {item['tries']} times: {item['refused']}" if item["tries"] else ""
+        yield f"{item['kind']} {item['entry']}", f"{item['state']}{tries}"
+    for route in found["in_the_way"]:
+        yield f"route {route}", "not ours, and stands before ours"
+    for subnet in found["retained"]:
+        yield f"subnet {subnet}", "lost to another node; pods made before still use it here"
+
+
+def _node(found: dict[str, Any]) -> Table:
+    table = Table(title=f"overlayd {found['version']}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column()
+    ready = "[green]yes[/]" if found["ready"] else "[red]no[/]"
+    table.add_row("ready", ready)
+    table.add_row("store", found["store"])
+    table.add_row("underlay", found["underlay"] or "none chosen yet")
+    lease = found["lease"]
+    if lease:
+        left = "never expires" if lease["left_s"] is None else f"{lease['left_s'] // 60} min left"
+        table.add_row("lease", f"{lease['subnet']} of {found['network']} ({lease['how']}; {left})")
+        table.add_row("public IP", lease["public_ip"])
+    else:
+        table.add_row("lease", "none")
+    device = found["device"]
+    if device:
+        table.add_row(
+            "device",
+            f"{device['name']} {lease['vtep_mac'] if lease else ''} local {device['local']} dev {device['lower']}"
+            f" port {device['port']} MTU {device['mtu']}" + ("" if device["in_order"] else " [red](not in order)[/]"),
+        )
+    mended = {name: count for name, count in found["counters"].items() if name.startswith("mended_")}
+    if mended:
+        table.add_row("mended", ", ".join(f"{name[7:]} {count}" for name, count in mended.items()))
+    return table

@@ -1,0 +1,368 @@
+"""The lab as a whole: up, status, add a node, remove one, down; also after a crash of the command itself.
+
+What there is stands in one state file, written before and after each thing is made, and in names with our prefix:
+`down` finds everything by these.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lease.config import NetworkConfig, parse_config
+from overlay.cni import CONFLIST, write_atomically
+from overlay.lab import matrix, netns, pods, processes, topology
+from overlay.lab.capture import Captured, capture
+from overlay.lab.processes import LabError, Process
+from overlay.serve import SOCKET_NAME, ask_unix
+
+ROOT = Path("/run/overlay-lab")
+DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
+READY_S = 60.0
+Progress = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Node:
+    """One node of the lab. pods: name -> address ("" until CNI gave one)."""
+
+    name: str
+    number: int
+    agent: Process | None = None
+    pods: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def address(self) -> str:
+        """On the underlay."""
+        return topology.node_address(self.number)
+
+
+class Lab:
+    """A lab by its name; what there is of it, if anything."""
+
+    def __init__(self, name: str = "lab") -> None:
+        """Raises LabError."""
+        if not re.fullmatch(r"[a-z0-9]{1,16}", name):
+            raise LabError(f"--name {name!r}: must be 1 to 16 lower-case letters and digits")
+        self.name = name
+        self.folder = ROOT / name
+        self.etcd: Process | None = None
+        self.net_conf = DEFAULT_NET_CONF
+        self.agent_flags: list[str] = []
+        self.nodes: list[Node] = []
+        self._load()
+
+    # --- what there is -------------------------------------------------------------------------------------------------
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything of it is there."""
+        return self.folder.exists() or bool(netns.existing(f"overlay-{self.name}-"))
+
+    def whole(self) -> bool:
+        """Whether all its processes run and all pods have addresses."""
+        return (
+            self.etcd is not None
+            and self.etcd.alive()
+            and bool(self.nodes)
+            and all(node.agent is not None and node.agent.alive() for node in self.nodes)
+            and all(address for node in self.nodes for address in node.pods.values())
+        )
+
+    @property
+    def config(self) -> NetworkConfig:
+        """The network config it was made with."""
+        return parse_config(self.net_conf)
+
+    @property
+    def endpoint(self) -> str:
+        """Its etcd, from inside the lab."""
+        return f"http://{topology.GATEWAY}:2379"
+
+    def node(self, name: str) -> Node:
+        """A node by name. Raises LabError."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise LabError(f"there is no {name}; there is: {', '.join(node.name for node in self.nodes) or 'no node'}")
+
+    def run_dir(self, node: Node) -> Path:
+        """What the node's agent writes."""
+        return self.folder / node.name
+
+    def namespace(self, name: str) -> str:
+        """The namespace of a node or pod by its name, checked. Raises LabError."""
+        names = [node.name for node in self.nodes] + [pod for node in self.nodes for pod in node.pods]
+        if name not in names:
+            raise LabError(f"there is no {name}; there is: {', '.join(names) or 'nothing: overlay lab up makes it'}")
+        return topology.node_netns(self.name, name)
+
+    def ends(self) -> list[matrix.End]:
+        """All pods and nodes."""
+        found = []
+        for node in self.nodes:
+            namespace = topology.node_netns(self.name, node.name)
+            found.append(matrix.End(node.name, "node", namespace, node.address, node.name))
+            found += [
+                matrix.End(pod, "pod", topology.node_netns(self.name, pod), address, node.name)
+                for pod, address in node.pods.items()
+                if address
+            ]
+        return found
+
+    def agent_status(self, node: Node) -> dict[str, Any]:
+        """The agent's own status. Raises LabError."""
+        try:
+            code, body = ask_unix(str(self.run_dir(node) / SOCKET_NAME), "/status")
+        except OSError as error:
+            raise LabError(f"{node.name}: its agent does not answer ({error}); log: {self.log(node.name)}") from error
+        if code != 200:
+            raise LabError(f"{node.name}: {body.strip()}")
+        return dict(json.loads(body))
+
+    def log(self, name: str) -> Path:
+        """The log of an agent, or of etcd."""
+        return self.folder / f"{name}.log"
+
+    # --- making it -----------------------------------------------------------------------------------------------------
+
+    def up(self, nodes: int, pods_each: int, net_conf: str, agent_flags: list[str], tell: Progress) -> None:
+        """Bring it up. Raises LabError; what was made by then stays for `down`."""
+        parse_config(net_conf)
+        pods.plugin_path()
+        self.net_conf, self.agent_flags = net_conf, agent_flags
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._save()
+        tell("underlay: bridge 192.168.1.0/24")
+        topology.make_underlay(self.name)
+        tell("etcd")
+        command = processes.etcd_command(self.folder, topology.GATEWAY)
+        self.etcd = processes.start(topology.underlay_name(self.name), command, self.log("etcd"))
+        self._save()
+        self._put_config(net_conf)
+        for number in range(1, nodes + 1):
+            self._make_node(number, tell)
+        self._wait_ready(self.nodes, tell)
+        self._attach(self.nodes, pods_each, tell)
+
+    def add_node(self, pods_each: int, tell: Progress) -> Node:
+        """One more node, with pods. Raises LabError."""
+        self._must_be_whole()
+        number = max((node.number for node in self.nodes), default=0) + 1
+        if number > topology.MAX_NODES:
+            raise LabError(f"192.168.1.0/24 has room for {topology.MAX_NODES} nodes")
+        node = self._make_node(number, tell)
+        self._wait_ready([node], tell)
+        self._attach([node], pods_each, tell)
+        return node
+
+    def remove_node(self, name: str, tell: Progress) -> None:
+        """Take a node away: its pods, its agent, its lease, its namespace. Raises LabError."""
+        node = self.node(name)
+        tell(f"{name}: pods")
+        for pod in list(node.pods):
+            netns.delete(topology.node_netns(self.name, pod))
+        tell(f"{name}: agent")
+        if node.agent is not None:
+            processes.end([node.agent])
+        tell(f"{name}: lease")
+        self._release(node)
+        netns.delete(topology.node_netns(self.name, name))
+        self.nodes.remove(node)
+        self._save()
+        shutil.rmtree(self.run_dir(node), ignore_errors=True)
+
+    def down(self, tell: Progress) -> None:
+        """Remove everything that bears its name, noted or not."""
+        tell("processes")
+        noted = [node.agent for node in self.nodes if node.agent is not None]
+        noted += [self.etcd] if self.etcd is not None else []
+        processes.end(noted + processes.leftovers(self.folder))
+        tell("namespaces")
+        for name in netns.existing(f"overlay-{self.name}-"):
+            netns.delete(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if ROOT.exists() and not any(entry.is_dir() for entry in ROOT.iterdir()):
+            shutil.rmtree(ROOT, ignore_errors=True)
+        self.etcd, self.nodes = None, []
+
+    def prove(self, answer_s: float = matrix.ANSWER_S) -> list[matrix.Cell]:
+        """The whole matrix."""
+        masq = "--ip-masq" in self.agent_flags
+        addresses = {node.name: node.address for node in self.nodes}
+
+        def expected(source: matrix.End, target: matrix.End, own: str) -> str:
+            # A node's underlay address lies outside the pod network: there --ip-masq does what it says.
+            if masq and source.kind == "pod" and target.kind == "node" and source.node != target.node:
+                return addresses[source.node]
+            return own
+
+        with matrix.Wires(self.ends()) as wires:
+            return wires.all(expected, answer_s)
+
+    def capture(self) -> Captured | None:
+        """A packet between pods of two nodes; None where there are no two nodes with pods. Raises LabError."""
+        with_pods = [node for node in self.nodes if any(node.pods.values())]
+        if len(with_pods) < 2 or self.config.backend.direct_routing:
+            return None
+        by_name = {end.name: end for end in self.ends()}
+        source, target = (by_name[next(iter(node.pods))] for node in with_pods[:2])
+        with matrix.Wires([source, target]) as wires:
+            namespace = topology.node_netns(self.name, with_pods[0].name)
+            return capture(
+                namespace, "eth0", self.config.backend.port, lambda: wires.measure(source, target)
+            )
+
+    # --- its parts -----------------------------------------------------------------------------------------------------
+
+    def _make_node(self, number: int, tell: Progress) -> Node:
+        node = Node(f"node{number}", number)
+        tell(f"{node.name}: namespace, agent")
+        self.nodes.append(node)
+        self._save()
+        topology.make_node(self.name, node.name, number)
+        run_dir = self.run_dir(node)
+        run_dir.mkdir(exist_ok=True)
+        command = [
+            *processes.agent_command(),
+            f"--etcd-endpoints={self.endpoint}",
+            f"--run-dir={run_dir}",
+            f"--subnet-file={run_dir}/subnet.env",
+            f"--cni-conf-dir={run_dir}/cni",
+            f"--cni-data-dir={run_dir}/ipam",
+            f"--node-name={node.name}",
+            *self.agent_flags,
+        ]
+        node.agent = processes.start(topology.node_netns(self.name, node.name), command, self.log(node.name))
+        self._save()
+        return node
+
+    def _wait_ready(self, nodes: list[Node], tell: Progress) -> None:
+        until = time.monotonic() + READY_S
+        for node in nodes:
+            tell(f"{node.name}: waiting for its agent to be ready")
+            while (why := self._not_ready(node)) is not None:
+                if node.agent is None or not node.agent.alive() or time.monotonic() > until:
+                    raise LabError(f"{node.name}: {why}; its log, {self.log(node.name)}, ends: {self._log_end(node.name)}")
+                time.sleep(0.05)
+
+    def _not_ready(self, node: Node) -> str | None:
+        try:
+            code, body = ask_unix(str(self.run_dir(node) / SOCKET_NAME), "/readyz")
+        except OSError as error:
+            return f"its agent does not answer ({error.strerror})"
+        return None if code == 200 else body.strip()
+
+    def _log_end(self, name: str) -> str:
+        try:
+            lines = self.log(name).read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1][:300] if lines else "(empty)"
+
+    def _attach(self, nodes: list[Node], pods_each: int, tell: Progress) -> None:
+        wanted = [(node, f"{node.name}-pod{i}") for node in nodes for i in range(1, pods_each + 1)]
+        for node, pod in wanted:
+            node.pods[pod] = ""
+        self._save()
+
+        def one(item: tuple[Node, str]) -> None:
+            node, pod = item
+            namespace = topology.node_netns(self.name, pod)
+            netns.create(namespace)
+            conflist = self.run_dir(node) / "cni" / CONFLIST
+            node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)
+
+        tell(f"{len(wanted)} pods by CNI")
+        with ThreadPoolExecutor(max_workers=4) as pool:
+            list(pool.map(one, wanted))
+        self._save()
+
+    def _put_config(self, net_conf: str) -> None:
+        def put() -> None:
+            from lease.etcd_client import EtcdClient, EtcdSettings, rpc
+            from lease.store import StoreUnavailable
+
+            client = EtcdClient(EtcdSettings((self.endpoint,)))
+            key = b"/coreos.com/network/config"
+            operation = rpc.RequestOp(request_put=rpc.PutRequest(key=key, value=net_conf.encode()))
+            until = time.monotonic() + 20
+            try:
+                while True:
+                    try:
+                        client.txn([], [operation])
+                        return
+                    except StoreUnavailable as error:
+                        if time.monotonic() > until or self.etcd is None or not self.etcd.alive():
+                            raise LabError(f"etcd does not come up: {error}; log: {self.log('etcd')}") from error
+                        time.sleep(0.05)
+            finally:
+                client.close()
+
+        netns.inside(topology.underlay_name(self.name), put)
+
+    def _release(self, node: Node) -> None:
+        from overlay.release import ReleaseError, release
+        from overlay.settings import read_settings
+
+        flags = [f"--etcd-endpoints={self.endpoint}", f"--run-dir={self.run_dir(node)}"]
+        settings, _ = read_settings(flags, {})
+        try:
+            netns.inside(topology.underlay_name(self.name), lambda: release(settings))
+        except (ReleaseError, OSError) as error:
+            raise LabError(f"{node.name}: {error}") from error
+
+    def _must_be_whole(self) -> None:
+        if not self.exists:
+            raise LabError(f"there is no lab {self.name!r}; `overlay lab up` makes it")
+        if not self.whole():
+            raise LabError(f"the lab {self.name!r} is not whole; `overlay lab down`, then `overlay lab up`")
+
+    # --- its state file ----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        value = {
+            "net_conf": self.net_conf,
+            "agent_flags": self.agent_flags,
+            "etcd": self.etcd,
+            "nodes": [
+                {"name": node.name, "number": node.number, "agent": node.agent, "pods": node.pods} for node in self.nodes
+            ],
+        }
+        write_atomically(str(self.folder / "lab.json"), json.dumps(value, indent=1))
+
+    def _load(self) -> None:
+        try:
+            value = json.loads((self.folder / "lab.json").read_text())
+        except (OSError, ValueError):
+            return
+        self.net_conf, self.agent_flags = value["net_conf"], value["agent_flags"]
+        self.etcd = Process(*value["etcd"]) if value["etcd"] else None
+        self.nodes = [
+            Node(item["name"], item["number"], Process(*item["agent"]) if item["agent"] else None, item["pods"])
+            for item in value["nodes"]
+        ]
+
+
+@contextmanager
+def locked(name: str) -> Iterator[None]:
+    """One command at a time for one lab. Raises LabError."""
+    if os.geteuid() != 0:
+        raise LabError("the lab makes network namespaces: run it as root")
+    ROOT.mkdir(parents=True, exist_ok=True)
+    with open(ROOT / f".{name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LabError(f"another `overlay lab` command works on the lab {name!r}; wait for it") from error
+        yield

@@ -1,0 +1,75 @@
+"""Network namespaces by name, and work done inside them by threads that enter them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyroute2 import IPRoute
+from pyroute2 import netns as _netns
+
+_T = TypeVar("_T")
+FOLDER = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+
+
+def path(name: str) -> str:
+    """The file that names a namespace."""
+    return str(FOLDER / name)
+
+
+def create(name: str) -> None:
+    """Make a namespace, its loopback up; one that is there is an error. Raises OSError."""
+    _netns.create(name)
+    inside(name, _loopback_up)
+
+
+def delete(name: str) -> None:
+    """Remove a namespace with all that is in it; one that is gone is no error."""
+    if (FOLDER / name).exists():
+        _netns.remove(name)
+
+
+def existing(prefix: str) -> list[str]:
+    """The namespaces whose names start so."""
+    return sorted(entry.name for entry in FOLDER.iterdir() if entry.name.startswith(prefix)) if FOLDER.is_dir() else []
+
+
+def enter(name: str) -> None:
+    """Move this thread into a namespace; threads it starts later are there too. Raises OSError."""
+    handle = os.open(path(name), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(handle, CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), name)
+    finally:
+        os.close(handle)
+
+
+def inside(name: str, act: Callable[[], _T]) -> _T:
+    """Do something in a namespace, in a thread of its own. Sockets made there stay there, whoever uses them later."""
+    done: list[Any] = []
+
+    def run() -> None:
+        try:
+            enter(name)
+            done.append((True, act()))
+        except BaseException as error:
+            done.append((False, error))
+
+    thread = threading.Thread(target=run, name=f"in {name}")
+    thread.start()
+    thread.join()
+    succeeded, result = done[0]
+    if not succeeded:
+        raise result
+    return result  # type: ignore[no-any-return]
+
+
+def _loopback_up() -> None:
+    with IPRoute() as ipr:
+        ipr.link("set", index=1, state="up")

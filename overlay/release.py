@@ -1,0 +1,69 @@
+"""`overlay release`: give up this node's lease."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lease.etcd import EtcdStore
+from lease.etcd_client import EtcdSettings, EtcdSettingsError
+from lease.model import ip_text, mac_text
+from lease.store import RecordChanged, StoreUnavailable
+from overlay.cni import LEASE_FILE, remove
+from overlay.serve import SOCKET_NAME, ask_unix
+from overlay.settings import Settings
+
+
+class ReleaseError(Exception):
+    """Nothing was released: says why, and what to do."""
+
+
+def etcd_settings(settings: Settings) -> EtcdSettings:
+    """The part of the settings that reaches etcd."""
+    return EtcdSettings(
+        settings.etcd_endpoints,
+        settings.etcd_cafile,
+        settings.etcd_certfile,
+        settings.etcd_keyfile,
+        settings.etcd_username,
+        settings.etcd_password,
+    )
+
+
+def release(settings: Settings) -> str:
+    """Delete the record that this node's agent held last; its key. The datapath stays as it is.
+
+    Raises:
+        ReleaseError: the agent still runs (it would take the lease again), none is known here, or the record is not
+            ours any more.
+    """
+    try:
+        ask_unix(f"{settings.run_dir}/{SOCKET_NAME}", "/healthz", 2.0)
+        raise ReleaseError(f"an agent runs on {settings.run_dir} and would take the lease again; stop it first")
+    except OSError:
+        pass
+    file = Path(settings.run_dir) / LEASE_FILE
+    try:
+        ours = json.loads(file.read_text())
+        key, public_ip, vtep_mac = ours["key"], ours["public_ip"], ours["vtep_mac"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ReleaseError(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
+    try:
+        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
+    except EtcdSettingsError as error:
+        raise ReleaseError(str(error)) from error
+    try:
+        lease = store.read().leases.get(key)
+        if lease is not None and lease.v4 is not None:
+            there = (ip_text(4, lease.v4.public_ip), mac_text(lease.v4.mac or 0))
+            if there != (public_ip, vtep_mac):
+                raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
+            store.remove(lease)
+        remove(str(file))
+    except StoreUnavailable as error:
+        raise ReleaseError(f"the store does not do it now: {error}") from error
+    except RecordChanged as error:
+        raise ReleaseError(f"{error}; look again") from error
+    finally:
+        store.close()
+    return str(key)
