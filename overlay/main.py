@@ -148,7 +148,8 @@ def start_logging(level: str, kind: str) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
+            _in_reading_order,
+            structlog.processors.LogfmtRenderer(bool_as_flag=False)
             if console
             else structlog.processors.JSONRenderer(),
         ],
@@ -156,6 +157,12 @@ def start_logging(level: str, kind: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def _in_reading_order(_logger: object, _method: str, event: Any) -> dict[str, Any]:
+    """When, how bad, what; then the fields."""
+    first = ("timestamp", "level", "event")
+    return {name: event[name] for name in first if name in event} | {k: v for k, v in event.items() if k not in first}
 
 
 def _lock(run_dir: str) -> Any:

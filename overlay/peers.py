@@ -120,13 +120,13 @@ class PeerTable:
             if key != lease.key:
                 yield key
         for key in self._by_mac.get(lease.v4.mac or 0, ()):
-            other = self.records[key].v4
-            if key != lease.key and other is not None and other.public_ip != lease.v4.public_ip:
+            other = self.records[key].v4 if key != lease.key else None
+            if other is not None and other.public_ip != lease.v4.public_ip:
                 yield key
 
     def _rivals_after(self, lease: Lease) -> set[tuple[int, str]]:
         me = (lease.created, lease.key)
-        rivals = {(self.records[key].created, key) for key in self._rivals(lease) if key in self.records}
+        rivals = {(self.records[key].created, key) for key in self._rivals(lease)}
         return {rival for rival in rivals if rival > me}
 
     def _enter(self, lease: Lease) -> None:

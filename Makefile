@@ -1,0 +1,40 @@
+# Everything starts from `make setup`, which installs what is missing (apt, PyPI) and makes .venv.
+PY := .venv/bin/python
+STAMP := .venv/.made-from
+
+.PHONY: setup lab lab-down lint test cover lock image interop clean
+
+setup: $(STAMP)
+
+$(STAMP): .ci/setup .ci/requirements.txt pyproject.toml
+	.ci/setup
+
+lab: setup ## three nodes, six pods, the whole matrix; stays up
+	.venv/bin/overlay lab up
+
+lab-down: setup
+	.venv/bin/overlay lab down
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+
+test: setup
+	$(PY) -m pytest tests -n 4 --dist worksteal
+
+interop: setup ## the real flanneld beside ours and swapped under live traffic (builds it: Go, some minutes)
+	bench/flanneld/build
+	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop -n 2
+
+lock: setup ## take newer versions of what pyproject.toml asks for
+	$(PY) -m pip install --quiet uv
+	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
+		--extra cli --extra lab --extra dev --custom-compile-command "make lock" -o .ci/requirements.txt pyproject.toml
+
+image: ## BASE=... for another Debian base
+	docker build $(if $(BASE),--build-arg BASE=$(BASE)) -t overlayd .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .hypothesis .import_linter_cache
