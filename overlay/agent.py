@@ -489,11 +489,11 @@ class Agent:
             log.info("underlay", chosen=str(found), was=str(current) if current is not None else None)
             self._underlay = found
             self._due.device = self._due.files = True
-            if current is not None and current.index != found.index:
+            if current is not None and current.ifindex != found.ifindex:
                 self._path.rec.device_lost(UNDERLAY, fdb_too=False)
                 self._due.dump = True
-        link = self._links.get(found.index)
-        self._path.rec.devices[UNDERLAY] = Device(found.index, link is not None and link.up)
+        link = self._links.get(found.ifindex)
+        self._path.rec.devices[UNDERLAY] = Device(found.ifindex, link is not None and link.up)
 
     def _ensure_device(self) -> None:
         config, under, end = self._config, self._underlay, self._own()
@@ -508,7 +508,7 @@ class Agent:
         else:
             self._solved("mtu")
         spec = vxlan.DeviceSpec(
-            vxlan.device_name(backend), backend.vni, backend.port, under.local, under.index, mtu, end.mac,
+            vxlan.device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, end.mac,
             backend.gbp, backend.learning,
         )  # fmt: skip
         old = self._device.name if self._device is not None else _read_text(self._device_file())

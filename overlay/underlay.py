@@ -30,7 +30,7 @@ class Underlay:
     advertise. on_link: the interface's prefixes. arp: whether neighbours there can be asked."""
 
     name: str
-    index: int
+    ifindex: int
     mtu: int
     mac: int
     local: int

@@ -51,7 +51,7 @@ class DeviceFound:
     """A device of that name, as it is. spec.vni is -1 where it is no vxlan; checksums: it has udpcsum and no zero
     checksum over IPv6; special: group, external or a port range of its own."""
 
-    index: int
+    ifindex: int
     up: bool
     kind: str
     spec: DeviceSpec

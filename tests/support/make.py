@@ -1,0 +1,30 @@
+"""Leases and nodes for tests, from as few words as possible."""
+
+from __future__ import annotations
+
+from lease.config import VxlanConfig
+from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from overlay.plan import Node
+
+OWN_MAC = mac_number("0a:00:00:00:00:02")
+
+
+def lease(subnet: str, ip: str, mac: str = "", *, created: int = 1, vni: int = 1, backend: str = "vxlan", node: str = "") -> Lease:
+    """A peer's record; its MAC is made from its public IP where none is given."""
+    where, address = prefix(subnet), ip_number(ip, 4)
+    number = mac_number(mac) if mac else (0x0A << 40) | address
+    return Lease(subnet.replace("/", "-"), backend, Endpoint(where, address, vni, number), None, node, created, created, 0)
+
+
+def node(**change) -> Node:
+    """Node 192.168.1.2 with 10.244.2.0/24 in 10.244.0.0/16."""
+    own = lease("10.244.2.0/24", "192.168.1.2", "0a:00:00:00:00:02")
+    fields = {
+        "network": prefix("10.244.0.0/16"),
+        "backend": VxlanConfig(),
+        "own": own,
+        "on_link": (prefix("192.168.1.0/24"),),
+        "addresses": frozenset({ip_number("192.168.1.2", 4)}),
+        "retained": (),
+    }
+    return Node(**(fields | change))

@@ -1,0 +1,133 @@
+"""What one record becomes in the kernel, or why it becomes nothing."""
+
+import pytest
+
+from lease.config import VxlanConfig
+from lease.model import Lease, ip_number, mac_number, prefix
+from overlay.backends.vxlan import DeviceFound, DeviceSpec, device_mtu, live_changes, replace_reason
+from overlay.kernel.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.plan import entries, refusal
+from tests.support.make import lease, node
+
+
+def ip(text: str) -> int:
+    return ip_number(text, 4)
+
+
+def test_a_peer_by_tunnel():
+    found = entries(node(), lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:09"))
+    assert found.route == (RouteKey(ip("10.244.9.0"), 24, 10), RouteValue(TUNNEL, ip("10.244.9.0"), True, PROTOCOL))
+    assert found.neighbour == (ip("10.244.9.0"), NeighbourValue(mac_number("0a:00:00:00:00:09")))
+    assert found.fdb == (mac_number("0a:00:00:00:00:09"), FdbValue(ip("192.168.1.9")))
+
+
+def test_a_peer_reached_directly_has_a_route_alone():
+    found = entries(node(backend=VxlanConfig(direct_routing=True)), lease("10.244.9.0/24", "192.168.1.9"))
+    assert found.route == (RouteKey(ip("10.244.9.0"), 24, 10), RouteValue(UNDERLAY, ip("192.168.1.9"), False, PROTOCOL))
+    assert (found.neighbour, found.fdb) == (None, None)
+
+
+def test_a_peer_behind_a_router_goes_by_tunnel_also_with_direct_routing():
+    found = entries(node(backend=VxlanConfig(direct_routing=True)), lease("10.244.9.0/24", "172.16.0.9"))
+    assert found.route[1].role == TUNNEL
+
+
+def test_each_route_has_a_metric_of_its_own():
+    peers = [lease(f"10.244.{n}.0/24", f"192.168.1.{n}") for n in range(3, 250)]
+    assert len({entries(node(), peer).route[0].metric for peer in peers}) == len(peers)
+
+
+GOOD = lease("10.244.9.0/24", "192.168.1.9")
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        pytest.param(lease("10.245.9.0/24", "192.168.1.9"), "outside Network", id="outside Network"),
+        pytest.param(lease("192.168.1.0/24", "192.168.1.9"), "outside Network", id="the underlay, as once took every node down"),
+        pytest.param(lease("0.0.0.0/1", "192.168.1.9"), "outside Network", id="half the world"),
+        pytest.param(lease("10.244.0.0/17", "192.168.1.9"), "too large", id="half the network"),
+        pytest.param(lease("10.244.2.0/25", "192.168.1.9"), "overlaps our own", id="part of our own subnet"),
+        pytest.param(lease("10.244.9.0/24", "10.244.9.5"), "its own subnet", id="a VTEP behind itself"),
+        pytest.param(lease("10.244.9.0/24", "10.244.8.5"), "through itself", id="a VTEP inside the network"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.2"), "is our own", id="our address"),
+        pytest.param(lease("10.244.9.0/24", "0.0.0.0"), "cannot be a node's", id="zero"),
+        pytest.param(lease("10.244.9.0/24", "127.0.0.1"), "cannot be a node's", id="loopback"),
+        pytest.param(lease("10.244.9.0/24", "239.1.1.1"), "cannot be a node's", id="multicast"),
+        pytest.param(lease("10.244.9.0/24", "255.255.255.255"), "cannot be a node's", id="broadcast"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.255"), "broadcast address of", id="the underlay's broadcast"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.0"), "broadcast address of", id="the underlay's base"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:02"), "VtepMAC", id="our MAC"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.9", vni=42), "VNI 42", id="another VNI"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend="host-gw"), "host-gw", id="another backend"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend=""), "BackendType", id="udp's record without a type"),
+        pytest.param(Lease("k", "vxlan", None, None, "", 1, 1, 0), "IPv6", id="no IPv4 part"),
+    ],
+)  # fmt: skip
+def test_refused_with_its_reason(record, words):
+    reason = refusal(node(), record)
+    assert reason is not None
+    assert words in reason
+
+
+def test_an_underlay_inside_the_network_is_protected():
+    wide = node(network=prefix("192.168.0.0/16"), own=lease("192.168.77.0/24", "192.168.1.2"))
+    reason = refusal(wide, lease("192.168.1.0/24", "172.16.0.9"))
+    assert reason is not None
+    assert "underlay" in reason
+
+
+def test_a_good_one_is_not():
+    assert refusal(node(), GOOD) is None
+
+
+def test_a_subnet_our_pods_still_run_on_is_kept_from_its_new_owner():
+    reason = refusal(node(retained=(prefix("10.244.9.0/24"),)), GOOD)
+    assert reason is not None
+    assert "still run" in reason
+
+
+@pytest.mark.parametrize(
+    ("configured", "underlay", "expected", "told"),
+    [(0, 1500, 1450, False), (1400, 1500, 1350, False), (9000, 1500, 1450, True), (1500, 1500, 1450, False)],
+)
+def test_mtu(configured, underlay, expected, told):
+    mtu, why = device_mtu(VxlanConfig(mtu=configured), underlay)
+    assert mtu == expected
+    assert bool(why) == told
+
+
+SPEC = DeviceSpec("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False, False)
+
+
+def found(**change) -> DeviceFound:
+    names = DeviceSpec.__dataclass_fields__
+    spec = DeviceSpec(**({name: getattr(SPEC, name) for name in names} | {k: v for k, v in change.items() if k in names}))
+    rest = {"ifindex": 4, "up": True, "kind": "vxlan", "checksums": True, "special": ""}
+    return DeviceFound(spec=spec, **(rest | {k: v for k, v in change.items() if k not in names}))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"vni": 2}, "VNI"),
+        ({"port": 4789}, "port"),
+        ({"gbp": True}, "GBP"),
+        ({"checksums": False}, "checksum"),
+        ({"special": "group 239.1.1.1"}, "group"),
+        ({"kind": "dummy"}, "dummy"),
+    ],
+)
+def test_a_device_is_replaced_only_where_the_kernel_cannot_change_it(change, word):
+    reason = replace_reason(SPEC, found(**change))
+    assert reason is not None
+    assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [({}, set()), ({"local": 1}, {"local"}), ({"lower": 9}, {"lower"}), ({"learning": True}, {"learning"}), ({"mtu": 1400}, {"mtu"}), ({"mac": 6}, {"mac"}), ({"up": False}, {"up"})],
+)
+def test_everything_else_is_changed_live(change, expected):
+    assert replace_reason(SPEC, found(**change)) is None
+    assert live_changes(SPEC, found(**change)).keys() == expected

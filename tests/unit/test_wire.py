@@ -1,0 +1,142 @@
+"""Our packed messages against pyroute2's encoding of the same, attribute by attribute; and what we read back."""
+
+import socket
+import struct
+
+import pytest
+from pyroute2.netlink import nlmsg
+from pyroute2.netlink.rtnl.ndmsg import ndmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from lease.model import ip_text, mac_text
+from overlay.kernel import wire
+from overlay.kernel.entries import (
+    PROTOCOL, TUNNEL, UNDERLAY, ELSEWHERE, FdbValue, FoundFdb, FoundNeighbour, FoundRoute, NeighbourValue, RouteKey, RouteValue,
+    fdb_is_ours, neighbour_is_ours, route_role,
+)  # fmt: skip
+
+BASE, VIA, MAC, DST = 0x0AF40900, 0x0AF40900, 0x0A0000000009, 0xC0A80109
+
+
+def theirs(kind: type[nlmsg], message_type: int, flags: int, seq: int, header: dict, attrs: list) -> bytes:
+    """What pyroute2 makes of the same."""
+    made = kind()
+    made["header"] = {"type": message_type, "flags": flags, "sequence_number": seq, "pid": 0}
+    for name, value in header.items():
+        made[name] = value
+    made["attrs"] = attrs
+    made.encode()
+    return bytes(made.data)
+
+
+def normal(message: bytes):
+    """Header, fixed part and attributes in order of type: the order of attributes means nothing to the kernel."""
+    length, kind, flags, seq, pid = struct.unpack_from("=LHHLL", message)
+    assert length == len(message)
+    fixed = 12
+    attrs = wire.attributes(memoryview(message), 16 + fixed)
+    return kind, flags, seq, pid, message[16 : 16 + fixed], sorted((k, bytes(v)) for k, v in attrs.items())
+
+
+ROUTE_HEADER = {"family": socket.AF_INET, "dst_len": 24, "src_len": 0, "tos": 0, "table": 254, "proto": PROTOCOL, "scope": 0, "type": 1}
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_route_add(replace):
+    ours = wire.route_add(5, RouteKey(BASE, 24, 10), RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, replace)
+    flags = 0x1 | 0x4 | 0x400 | (0x100 if replace else 0x200)
+    attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 7), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, VIA))]
+    assert normal(ours) == normal(theirs(rtmsg, 24, flags, 5, ROUTE_HEADER | {"flags": 4}, attrs))
+
+
+def test_route_delete_of_a_direct_route():
+    ours = wire.route_delete(6, RouteKey(BASE, 24, 10), RouteValue(UNDERLAY, DST, False, PROTOCOL), 2)
+    attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 2), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, DST))]
+    assert normal(ours) == normal(theirs(rtmsg, 25, 0x5, 6, ROUTE_HEADER | {"flags": 0}, attrs))
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_neighbour(add):
+    ours = (wire.neighbour_add if add else wire.neighbour_delete)(7, BASE, NeighbourValue(MAC), 4)
+    header = {"family": socket.AF_INET, "ifindex": 4, "state": 0x80, "flags": 0, "ndm_type": 1}
+    attrs = [("NDA_DST", ip_text(4, BASE)), ("NDA_LLADDR", mac_text(MAC))]
+    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x505 if add else 0x5, 7, header, attrs))
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_fdb(add):
+    ours = (wire.fdb_add if add else wire.fdb_delete)(8, MAC, FdbValue(DST), 4)
+    header = {"family": 7, "ifindex": 4, "state": 0x80, "flags": 0x02, "ndm_type": 0}
+    attrs = [("NDA_LLADDR", mac_text(MAC)), ("NDA_DST", ip_text(4, DST))]
+    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x505 if add else 0x5, 8, header, attrs))
+
+
+def test_messages_in_one_buffer_are_told_apart():
+    one = wire.fdb_add(1, MAC, FdbValue(DST), 4)
+    two = wire.neighbour_add(2, BASE, NeighbourValue(MAC), 4)
+    assert [message.seq for message in wire.split(one + two)] == [1, 2]
+    assert [message.seq for message in wire.split(one + two[:-9])] == [1], "a cut message is not guessed at"
+    assert list(wire.split(b"\x00" * 16)) == []
+
+
+def body(message: bytes) -> memoryview:
+    return next(wire.split(message)).body
+
+
+def test_what_we_write_is_what_we_read():
+    key = RouteKey(BASE, 24, 10)
+    route = wire.parse_route(body(wire.route_add(1, key, RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, True)))
+    assert route == FoundRoute(key, 7, VIA, 4, PROTOCOL, ())
+    assert wire.parse_neighbour(body(wire.neighbour_add(1, BASE, NeighbourValue(MAC), 4))) == FoundNeighbour(4, BASE, MAC, 0x80, ())
+    assert wire.parse_neighbour(body(wire.fdb_add(1, MAC, FdbValue(DST), 4))) == FoundFdb(4, MAC, DST, 0x80, ())
+
+
+def route(oif=4, protocol=PROTOCOL, via=BASE, flags=4, base=BASE, odd=()) -> FoundRoute:
+    return FoundRoute(RouteKey(base, 24, 10), oif, via, flags, protocol, odd)
+
+
+ROLES, NETWORK = {4: TUNNEL, 2: UNDERLAY}, (0x0AF40000, 0x0AF4FFFF)
+
+
+@pytest.mark.parametrize(
+    ("found", "role"),
+    [
+        pytest.param(route(), TUNNEL, id="ours on the tunnel"),
+        pytest.param(route(oif=2, via=DST, flags=0), UNDERLAY, id="ours on the underlay"),
+        pytest.param(route(protocol=3), TUNNEL, id="flannel's form on the tunnel"),
+        pytest.param(route(protocol=3, flags=0), None, id="boot on the tunnel, not onlink: somebody's"),
+        pytest.param(route(protocol=3, via=BASE + 1), None, id="boot on the tunnel by another gateway: somebody's"),
+        pytest.param(route(protocol=3, oif=2), None, id="flannel's form on the underlay: somebody's"),
+        pytest.param(route(protocol=2, via=0, flags=0), None, id="the kernel's own"),
+        pytest.param(route(protocol=4), None, id="static on the tunnel: somebody's"),
+        pytest.param(route(oif=9), ELSEWHERE, id="ours on an earlier underlay"),
+        pytest.param(route(oif=9, base=0x0B000000), None, id="our number on another device, outside our network: another agent's"),
+        pytest.param(route(protocol=3, odd=(("scope", 253),)), None, id="flannel's form, but altered"),
+    ],
+)  # fmt: skip
+def test_what_is_ours(found, role):
+    assert route_role(found, ROLES, NETWORK) == role
+
+
+@pytest.mark.parametrize(
+    ("found", "ours"),
+    [
+        (FoundNeighbour(4, BASE, MAC, 0x80, ()), True),
+        (FoundNeighbour(4, BASE, None, 0x01, ()), False),
+        (FoundNeighbour(4, BASE, MAC, 0x02, ()), False),
+        (FoundNeighbour(4, BASE, MAC, 0x40, ()), False),
+        (FoundNeighbour(2, BASE, MAC, 0x80, ()), False),
+    ],
+    ids=["permanent", "incomplete", "reachable", "noarp", "another device"],
+)
+def test_which_neighbours_are_ours(found, ours):
+    assert neighbour_is_ours(found, 4) == ours
+
+
+@pytest.mark.parametrize(
+    ("found", "ours"),
+    [(FoundFdb(4, MAC, DST, 0x80, ()), True), (FoundFdb(4, 0, DST, 0x80, ()), True), (FoundFdb(4, 0x3333_0000_0001, None, 0x80, ()), False), (FoundFdb(5, MAC, DST, 0x80, ()), False)],
+    ids=["a peer", "the default destination", "multicast", "another device"],
+)
+def test_which_fdb_entries_are_ours(found, ours):
+    assert fdb_is_ours(found, 4) == ours
