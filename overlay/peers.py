@@ -25,6 +25,8 @@ class PeerTable:
         self._judge = judge
         self.records: dict[str, Lease] = {}
         self.refused: dict[str, str] = {}
+        self._faulty: set[str] = set()
+        """Refused for what they are, whatever the others say; these take no part in disputes."""
         self._subnets = SubnetIndex(4)
         self._by_mac: dict[int, tuple[str, ...]] = {}
 
@@ -52,7 +54,7 @@ class PeerTable:
 
     def judge_again(self, judge: Judge) -> None:
         """Every record under a new judge (config, underlay or own lease changed); the caller looks at `accepted`."""
-        records, self.records, self.refused = self.records, {}, {}
+        records, self.records, self.refused, self._faulty = self.records, {}, {}, set()
         self._subnets, self._by_mac, self._judge = SubnetIndex(4), {}, judge
         self._change(dict(records))
 
@@ -62,15 +64,16 @@ class PeerTable:
         for key, lease in change.items():
             before[key] = self._peer(key)
             old = self.records.pop(key, None)
-            if old is not None:
+            self.refused.pop(key, None)
+            if old is not None and key not in self._faulty:
                 pending |= self._rivals_after(old)
                 self._leave(old)
-                self.refused.pop(key, None)
+            self._faulty.discard(key)
             if lease is not None:
                 self.records[key] = lease
-                reason = self._judge(lease)
-                if reason is not None:
+                if (reason := self._judge(lease)) is not None:
                     self.refused[key] = reason
+                    self._faulty.add(key)
                 else:
                     self._enter(lease)
                     pending.add((lease.created, key))
@@ -86,7 +89,7 @@ class PeerTable:
             item = heapq.heappop(heap)
             queued.discard(item)
             lease = self.records.get(item[1])
-            if lease is None:
+            if lease is None or lease.key in self._faulty:
                 continue
             before.setdefault(lease.key, self._peer(lease.key))
             was_refused = lease.key in self.refused
@@ -136,8 +139,7 @@ class PeerTable:
         self._by_mac[mac] = (*self._by_mac.get(mac, ()), lease.key)
 
     def _leave(self, lease: Lease) -> None:
-        if lease.v4 is None:
-            return
+        assert lease.v4 is not None
         self._subnets.remove(lease.v4.subnet, lease.key)
         mac = lease.v4.mac or 0
         left = tuple(key for key in self._by_mac.get(mac, ()) if key != lease.key)

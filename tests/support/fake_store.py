@@ -26,6 +26,7 @@ class FakeStore:
         self.before_create: Callable[[Lease], None] = lambda _lease: None
         self.reads = 0
         self._watchers: list[queue.SimpleQueue[Changes | None]] = []
+        self._history: list[Changes] = []
 
     place = "memory /test"
 
@@ -48,8 +49,9 @@ class FakeStore:
             self._tell(Gone(key))
 
     def _tell(self, change: Lease | Refused | Gone) -> None:
+        self._history.append(Changes(self.revision, (change,)))
         for watcher in self._watchers:
-            watcher.put(Changes(self.revision, (change,)))
+            watcher.put(self._history[-1])
 
     def _decode(self, key: str) -> Lease | Refused:
         value, created, modified, handle = self.records[key]
@@ -75,6 +77,8 @@ class FakeStore:
         self._check()
         watcher: queue.SimpleQueue[Changes | None] = queue.SimpleQueue()
         with self._lock:
+            for changes in self._history:
+                watcher.put(changes)
             self._watchers.append(watcher)
         while (changes := watcher.get()) is not None:
             if changes.revision > after:

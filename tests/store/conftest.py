@@ -1,0 +1,47 @@
+"""Real etcds on loopback."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from lease.etcd import EtcdStore
+from lease.etcd_client import EtcdSettings
+from tests.support.etcd import Etcd
+
+
+@pytest.fixture(scope="module")
+def shared_etcd(tmp_path_factory) -> Iterator[Etcd]:
+    """For tests that do not hurt it."""
+    etcd = Etcd(tmp_path_factory.mktemp("etcd"))
+    yield etcd
+    etcd.close()
+
+
+@pytest.fixture
+def etcd(tmp_path) -> Iterator[Etcd]:
+    """For tests that do."""
+    etcd = Etcd(tmp_path)
+    yield etcd
+    etcd.close()
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"/overlay-test/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def open_store():
+    """Opens stores, closes them."""
+    opened: list[EtcdStore] = []
+
+    def make(*endpoints: str, prefix: str = "/coreos.com/network", **more) -> EtcdStore:
+        opened.append(EtcdStore(EtcdSettings(tuple(endpoints), **more), prefix))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()

@@ -1,0 +1,369 @@
+"""Whatever happens to etcd, the Feed ends up with what etcd says: no event lost, no busy loop."""
+
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+
+from lease.codec import encode_value
+from lease.model import Endpoint, Lease, prefix
+from lease.store import Changes, ConfigText, Feed, Gone, Snapshot, StoreDown, StoreUnavailable, backoff_s
+from tests.support.etcd import Etcd, free_port
+from tests.support.wait import until
+
+ROOT = "/coreos.com/network"
+
+
+def value(n: int, ip: int = 0) -> tuple[str, bytes]:
+    subnet = prefix(f"10.244.{n}.0/24")
+    key = f"10.244.{n}.0-24"
+    return key, encode_value(Lease(key, "vxlan", Endpoint(subnet, ip or 0xC0A80100 + n, 1, 0x0A0000000000 + n), None, "", 0, 0, 0))
+
+
+class Follower:
+    """Applies what a Feed posts, as the agent does; its view is compared with the store."""
+
+    def __init__(self, store) -> None:
+        self.store = store
+        self.view: dict[str, bytes] = {}
+        self.config: bytes | None = None
+        self.events: list[object] = []
+        self.feed = Feed(store, self.take)
+        self.feed.start()
+
+    def take(self, event) -> None:
+        self.events.append(event)
+        if isinstance(event, Snapshot):
+            self.config = event.config
+            self.view = {key: encode_value(lease) for key, lease in event.leases.items()}
+        elif isinstance(event, Changes):
+            for change in event.changes:
+                if isinstance(change, Lease):
+                    self.view[change.key] = encode_value(change)
+                elif isinstance(change, Gone):
+                    self.view.pop(change.key, None)
+                elif isinstance(change, ConfigText):
+                    self.config = change.text
+
+    def count(self, kind) -> int:
+        return sum(isinstance(event, kind) for event in self.events)
+
+    def stop(self) -> None:
+        self.feed.stop()
+        self.store.close()
+        self.feed.join(10)
+        assert not self.feed.is_alive()
+
+
+@pytest.fixture
+def follow(open_store):
+    followers = []
+
+    def start(*endpoints: str, **more) -> Follower:
+        followers.append(Follower(open_store(*endpoints, **more)))
+        return followers[-1]
+
+    yield start
+    for follower in followers:
+        follower.stop()
+
+
+def put(etcd: Etcd, n: int, ip: int = 0) -> None:
+    key, data = value(n, ip)
+    etcd.put(f"{ROOT}/subnets/{key}", data)
+
+
+def agrees(follower: Follower, etcd: Etcd) -> bool:
+    there = {key.rpartition("/")[2]: kv["value"] for key, kv in etcd.get(f"{ROOT}/subnets/").items()}
+    return follower.view == there
+
+
+def follows(follower: Follower, etcd: Etcd, seconds: float = 25.0) -> None:
+    until("the follower has what etcd has", lambda: agrees(follower, etcd), seconds)
+
+
+def test_list_then_watch(etcd, follow):
+    put(etcd, 1)
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    put(etcd, 2)
+    put(etcd, 1, ip=0xC0A80163)
+    etcd.delete(f"{ROOT}/subnets/10.244.2.0-24")
+    follows(follower, etcd)
+    assert follower.count(Snapshot) == 1
+
+
+def test_killed_and_changed_while_away(etcd, follow):
+    put(etcd, 1)
+    put(etcd, 2)
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    etcd.kill()
+    until("it is told", lambda: follower.count(StoreDown))
+    etcd.start()
+    etcd.delete(f"{ROOT}/subnets/10.244.1.0-24")
+    put(etcd, 2, ip=0xC0A80177)
+    put(etcd, 3)
+    follows(follower, etcd)
+
+
+def test_away_costs_next_to_nothing(etcd, follow):
+    """Tries while etcd is away are few: counted, with backoff up to 15 s."""
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    etcd.kill()
+    time.sleep(6)
+    assert 1 <= follower.count(StoreDown) <= 9
+    etcd.start()
+    put(etcd, 4)
+    follows(follower, etcd)
+
+
+def test_frozen_is_noticed_within_15_seconds_and_survived(etcd, follow):
+    put(etcd, 1)
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    etcd.freeze()
+    began = time.monotonic()
+    until("the silence is noticed", lambda: follower.count(StoreDown), 20)
+    assert time.monotonic() - began < 15
+    assert follower.view, "what was known is kept"
+    etcd.thaw()
+    put(etcd, 2)
+    follows(follower, etcd)
+
+
+def test_frozen_from_the_start(etcd, follow):
+    etcd.freeze()
+    follower = follow(etcd.endpoint)
+    until("it is told", lambda: follower.count(StoreDown), 20)
+    etcd.thaw()
+    put(etcd, 2)
+    follows(follower, etcd)
+
+
+def test_a_watch_that_is_quiet_is_not_given_up(etcd, follow):
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    time.sleep(14)
+    assert follower.count(Snapshot) == 1
+    assert follower.count(StoreDown) == 0
+
+
+def test_compacted_while_away(etcd, follow):
+    for n in range(1, 6):
+        put(etcd, n)
+    follower = follow(etcd.endpoint)
+    follows(follower, etcd)
+    etcd.freeze()
+    until("the silence is noticed", lambda: follower.count(StoreDown), 20)
+    etcd.thaw()
+    etcd.delete(f"{ROOT}/subnets/10.244.3.0-24")
+    put(etcd, 9)
+    etcd.compact(etcd.revision())
+    follows(follower, etcd)
+
+
+def test_a_watch_from_a_compacted_revision_ends(etcd, open_store):
+    for n in range(1, 6):
+        put(etcd, n)
+    etcd.compact(etcd.revision())
+    with pytest.raises(StoreUnavailable, match="compacted"):
+        next(open_store(etcd.endpoint).watch(1))
+
+
+def test_restored_from_an_older_backup(etcd, follow, tmp_path):
+    """Revisions go backwards, and pass the old ones again with other content."""
+    for n in range(1, 4):
+        put(etcd, n)
+    etcd.kill()
+    shutil.copytree(etcd.folder / "data", tmp_path / "backup")
+    etcd.start()
+    follower = follow(etcd.endpoint)
+    for n in range(4, 12):
+        put(etcd, n)
+    etcd.delete(f"{ROOT}/subnets/10.244.1.0-24")
+    follows(follower, etcd)
+    etcd.kill()
+    shutil.rmtree(etcd.folder / "data")
+    shutil.move(tmp_path / "backup", etcd.folder / "data")
+    etcd.start()
+    for n in range(20, 40):
+        put(etcd, n)
+    follows(follower, etcd)
+    assert "10.244.1.0-24" in follower.view
+    assert "10.244.5.0-24" not in follower.view
+
+
+def test_a_watch_from_the_future_ends(etcd, open_store):
+    with pytest.raises(StoreUnavailable, match="restored from a backup"):
+        next(open_store(etcd.endpoint).watch(10_000))
+
+
+def test_some_endpoints_dead(etcd, follow):
+    put(etcd, 1)
+    dead = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
+    follower = follow(dead[0], "http://no-such-host.invalid:2379", etcd.endpoint, dead[1])
+    follows(follower, etcd)
+
+
+def test_one_endpoint_frozen_among_others(tmp_path, follow):
+    members = cluster(tmp_path, 3)
+    try:
+        follower = follow(*[member.endpoint for member in members])
+        put(members[0], 1)
+        follows(follower, members[1])
+        members[0].freeze()
+        put(members[1], 2)
+        follows(follower, members[1], 30)
+        members[0].thaw()
+        # No quorum: the member that is left has no leader, and says so instead of serving a dead watch.
+        members[1].kill()
+        members[2].kill()
+        downs = follower.count(StoreDown)
+        until("the loss of the leader is noticed", lambda: follower.count(StoreDown) > downs, 30)
+        members[1].start()
+        put(members[1], 3)
+        follows(follower, members[1], 30)
+    finally:
+        for member in members:
+            member.close()
+
+
+def cluster(folder, size: int) -> list[Etcd]:
+    ports = [(free_port(), free_port()) for _ in range(size)]
+    names = ",".join(f"m{n}=http://127.0.0.1:{peer}" for n, (_, peer) in enumerate(ports))
+    members: list[Etcd] = []
+
+    def start(n: int) -> None:
+        flags = ("--name", f"m{n}", "--initial-cluster", names)
+        members.append(Etcd(folder / f"m{n}", port=ports[n][0], flags=flags, peer=ports[n][1]))
+
+    threads = [threading.Thread(target=start, args=(n,)) for n in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(members) == size
+    return sorted(members, key=lambda member: member.folder)
+
+
+def test_user_and_password_without_tls_and_tokens_that_end(tmp_path, follow, open_store):
+    etcd = Etcd(tmp_path, flags=("--auth-token-ttl", "2"))
+    try:
+        put(etcd, 1)
+        for path, body in (
+            ("/v3/auth/user/add", {"name": "root", "password": "secret"}),
+            ("/v3/auth/role/add", {"name": "root"}),
+            ("/v3/auth/user/grant", {"user": "root", "role": "root"}),
+            ("/v3/auth/enable", {}),
+        ):
+            etcd.ask(path, body)
+        with pytest.raises(StoreUnavailable, match="(?i)user name is empty|permission"):
+            open_store(etcd.endpoint).read()
+        with pytest.raises(StoreUnavailable, match="(?i)authentication failed"):
+            open_store(etcd.endpoint, username="root", password="wrong").read()
+        store = open_store(etcd.endpoint, username="root", password="secret")
+        assert len(store.read().leases) == 1
+        time.sleep(4)
+        made = store.create(decoded(2), 100)
+        assert store.keep_alive(made).left_s
+        follower = follow(etcd.endpoint, username="root", password="secret")
+        until("a record comes by the watch", lambda: len(follower.view) == 2)
+        time.sleep(4)
+        store.create(decoded(3), 100)
+        until("and another after the token ended", lambda: len(follower.view) == 3)
+    finally:
+        etcd.close()
+
+
+def decoded(n: int) -> Lease:
+    from lease.codec import decode_lease
+
+    return decode_lease(*value(n))
+
+
+def test_tls_with_and_without_a_client_certificate(tmp_path, open_store):
+    pki(tmp_path)
+    flags = ("--cert-file", f"{tmp_path}/server.crt", "--key-file", f"{tmp_path}/server.key")
+    etcd = Etcd(tmp_path / "one", flags=flags, scheme="https")
+    try:
+        ca = f"{tmp_path}/ca.crt"
+        assert open_store(etcd.endpoint, cafile=ca).read().leases == {}, "a CA file alone is enough"
+        with pytest.raises(StoreUnavailable):
+            open_store(etcd.endpoint).read()
+        with pytest.raises(StoreUnavailable):
+            open_store(etcd.endpoint.replace("https", "http")).read()
+    finally:
+        etcd.close()
+    etcd = Etcd(tmp_path / "two", flags=(*flags, "--client-cert-auth", "--trusted-ca-file", ca), scheme="https")
+    try:
+        with pytest.raises(StoreUnavailable):
+            open_store(etcd.endpoint, cafile=ca).read()
+        store = open_store(etcd.endpoint, cafile=ca, certfile=f"{tmp_path}/client.crt", keyfile=f"{tmp_path}/client.key")
+        assert store.read().leases == {}
+    finally:
+        etcd.close()
+
+
+def pki(folder) -> None:
+    """A CA, a server and a client certificate, by openssl."""
+
+    def run(*words: str) -> None:
+        try:
+            subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
+        except FileNotFoundError:
+            pytest.fail("openssl is missing: apt-get install openssl")
+
+    run("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=overlay-test", "-days", "2")
+    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
+    for name in ("server", "client"):
+        run("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        run("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-out", f"{name}.crt", "-days", "2", "-extfile", "ext")
+
+
+def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
+    """Answers over 4 MiB, gRPC's default limit."""
+    pad = b'","X":"' + b"x" * 900 + b'"}'
+    batch = []
+    for n in range(5000):
+        base = f"10.{n >> 8}.{n & 255}.0"
+        data = b'{"PublicIP":"192.168.1.2","BackendType":"udp' + pad
+        batch.append((f"{base}-24", data))
+    for start in range(0, len(batch), 100):
+        etcd.ask("/v3/kv/txn", {"success": [{"request_put": {"key": b64(f"{ROOT}/subnets/{k}"), "value": b64(v)}} for k, v in batch[start : start + 100]]})
+    assert len(open_store(etcd.endpoint).read().leases) == 5000
+
+
+def b64(data) -> str:
+    import base64
+
+    return base64.b64encode(data.encode() if isinstance(data, str) else data).decode()
+
+
+def test_no_thread_or_descriptor_is_left_behind(etcd, open_store):
+    import os
+
+    store = open_store(etcd.endpoint)
+
+    def cycle() -> None:
+        watching = store.watch(store.read().revision)
+        put(etcd, 1)
+        next(watching)
+        watching.close()
+
+    for _ in range(3):
+        cycle()
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(25):
+        cycle()
+    until("threads end", lambda: threading.active_count() <= threads + 1)
+    until("descriptors end", lambda: len(os.listdir("/proc/self/fd")) <= files + 3)
+
+
+def test_backoff_grows_and_spreads():
+    assert [round(backoff_s(n, 1.0), 1) for n in (1, 2, 3, 4)] == [0.2, 0.4, 0.8, 1.6]
+    assert backoff_s(50, 1.0) == 15.0
+    assert backoff_s(1, 0.5) == 0.1

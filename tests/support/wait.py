@@ -1,0 +1,26 @@
+"""Wait for a condition, with a deadline and a reason."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def until(what: str, check: Callable[[], T], seconds: float = 20.0, pause_s: float = 0.03) -> T:
+    """The first true value of `check`; its last value stands in the failure."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            found: object = check()
+        except (OSError, AssertionError, KeyError, IndexError, TypeError) as error:
+            found, last = False, repr(error)
+        else:
+            last = repr(found)
+        if found:
+            return found  # type: ignore[return-value]
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:.0f} s: {what}; last: {last[:2000]}")
+        time.sleep(pause_s)

@@ -1,0 +1,132 @@
+"""subnet.env as flannel writes it, the CNI list, the nat table as data."""
+
+import json
+import os
+import stat
+
+import pytest
+
+from lease.config import parse_config
+from lease.model import prefix
+from overlay import cni
+from overlay.backends.vxlan import device_mtu
+from overlay.masquerade import nat_table
+from tests.unit import recordings
+
+NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.76.0/24")
+
+
+@pytest.mark.parametrize("name", ["etcd-vxlan.txt", "etcd-vxlan-direct-vni42.txt", "kube-vxlan.txt"])
+@pytest.mark.parametrize("node", ["node1", "node2"])
+def test_subnet_env_is_the_recorded_one(name, node):
+    recording = recordings.read(name)
+    recorded = recording.sections[f"{node}: subnet.env"].rstrip("\n") + "\n"
+    fields = dict(line.split("=") for line in recorded.splitlines())
+    config = parse_config(recording.config)
+    assert config.v4 is not None
+    mtu, _ = device_mtu(config.backend, 1500)
+    ours = cni.subnet_env(config.v4.network, prefix(fields["FLANNEL_SUBNET"]), mtu, fields["FLANNEL_IPMASQ"] == "true")
+    assert ours == recorded
+
+
+def test_the_previous_subnet_is_read_back(tmp_path):
+    path = tmp_path / "subnet.env"
+    path.write_text(cni.subnet_env(NETWORK, SUBNET, 1450, True))
+    assert cni.previous_subnet(str(path)) == SUBNET
+
+
+@pytest.mark.parametrize(
+    "content", ["", "FLANNEL_SUBNET=", "FLANNEL_SUBNET=rubbish", "FLANNEL_SUBNET=10.1.1.1/24,10.1.2.1/24", "FLANNEL_SUBNET=fd00::1/64", "\x00\xff", "FLANNEL_SUBNET"]
+)
+def test_a_broken_subnet_env_is_no_preference(tmp_path, content):
+    path = tmp_path / "subnet.env"
+    path.write_bytes(content.encode("latin1"))
+    assert cni.previous_subnet(str(path)) is None
+
+
+def test_no_subnet_env_is_no_preference(tmp_path):
+    assert cni.previous_subnet(str(tmp_path / "none")) is None
+
+
+def test_files_are_put_in_place_whole_with_flannels_modes(tmp_path):
+    path = tmp_path / "new" / "deep" / "subnet.env"
+    old = os.umask(0o077)
+    try:
+        cni.write_atomically(str(path), "a=1\n")
+    finally:
+        os.umask(old)
+    assert path.read_text() == "a=1\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    path.chmod(0o600)
+    cni.write_atomically(str(path), "a=2\n")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600, "an existing file's mode is kept"
+    assert [entry.name for entry in path.parent.iterdir()] == ["subnet.env"], "no temporary file is left"
+    assert cni.up_to_date(str(path), "a=2\n")
+    assert not cni.up_to_date(str(path), "a=1\n")
+
+
+def test_the_network_list():
+    found = json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", "/run/x"))
+    bridge, portmap = found["plugins"]
+    assert (found["name"], found["cniVersion"]) == ("cbr0", "0.3.1")
+    assert bridge["mtu"] == 1450
+    assert bridge["ipMasq"] is False, "the bridge plugin would masquerade pod to pod"
+    assert bridge["ipam"] == {"type": "host-local", "ranges": [[{"subnet": "10.244.76.0/24"}]], "routes": [{"dst": "10.244.0.0/16"}], "dataDir": "/run/x"}
+    assert portmap == {"type": "portmap", "capabilities": {"portMappings": True}}
+    assert "dataDir" not in json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", ""))["plugins"][0]["ipam"]
+
+
+GATEWAY, ELSEWHERE = SUBNET.base + 1, SUBNET.base - 255
+
+
+@pytest.mark.parametrize(
+    ("there", "name"),
+    [
+        ({}, "cni0"),
+        ({"cni0": frozenset()}, "cni0"),
+        ({"cni0": frozenset({GATEWAY})}, "cni0"),
+        ({"cni0": frozenset({ELSEWHERE})}, "cni1"),
+        ({"cni0": frozenset({ELSEWHERE}), "cni1": frozenset({GATEWAY})}, "cni1"),
+        ({"cni1": frozenset({GATEWAY})}, "cni1"),
+    ],
+    ids=["none", "one without an address", "ours", "one of another subnet", "ours is the second", "only the second is left"],
+)  # fmt: skip
+def test_a_new_subnet_gets_a_bridge_of_its_own_while_old_pods_use_the_other(there, name):
+    assert cni.bridge_name(SUBNET, there.items()) == name
+
+
+def rules(table, chain):
+    return [json.dumps(item["rule"]["expr"]) for item in table if item.get("rule", {}).get("chain") == chain]
+
+
+def test_the_nat_rules_are_those_that_flannel_left():
+    """Rule by rule, with the text of the recorded iptables chain beside it."""
+    table = nat_table("overlay-1", NETWORK, SUBNET, True, True, True)
+    recorded = [
+        line.split("--comment", 1)[0].removeprefix("-A FLANNEL-POSTRTG ").removesuffix(" -m comment ") + " " + line.split("-j ", 1)[1]
+        for line in recordings.read("etcd-vxlan.txt").sections["node1 (192.168.1.2): iptables-save"].splitlines()
+        if line.startswith("-A FLANNEL-POSTRTG")
+    ]
+    assert recorded == [
+        "-m mark --mark 0x4000/0x4000 RETURN",
+        "-s 10.244.76.0/24 -d 10.244.0.0/16 RETURN",
+        "-s 10.244.0.0/16 -d 10.244.76.0/24 RETURN",
+        "! -s 10.244.0.0/16 -d 10.244.76.0/24 RETURN",
+        "-s 10.244.0.0/16 ! -d 224.0.0.0/4 MASQUERADE --random-fully",
+        "! -s 10.244.0.0/16 -d 10.244.0.0/16 MASQUERADE --random-fully",
+    ]
+    ours = rules(table, "postrouting")
+    assert len(ours) == len(recorded)
+    for mine, theirs in zip(ours, recorded, strict=True):
+        assert ("masquerade" in mine) == ("MASQUERADE" in theirs)
+        assert ("fully-random" in mine) == ("--random-fully" in theirs)
+        assert mine.count('"!="') == theirs.count("!")
+        for flag, field in (("-s ", "saddr"), ("-d ", "daddr")):
+            assert (field in mine) == (flag in theirs)
+    assert '"&"' in ours[0], "kube-proxy's mark is a mask, not a value"
+
+
+def test_what_is_not_wanted_is_not_there():
+    assert nat_table("overlay-1", NETWORK, SUBNET, False, True, False) == []
+    assert rules(nat_table("overlay-1", NETWORK, SUBNET, False, True, True), "postrouting") == []
+    assert not any("fully-random" in rule for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True), "postrouting"))

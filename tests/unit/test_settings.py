@@ -1,0 +1,101 @@
+"""flanneld's flags and environment, with flanneld's meaning or a clear refusal."""
+
+import pytest
+
+from lease.model import ip_number
+from overlay.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
+
+FLANNELD = (
+    "etcd-endpoints etcd-prefix etcd-keyfile etcd-certfile etcd-cafile etcd-username etcd-password iface iface-regex iface-can-reach"
+    " subnet-file public-ip public-ipv6 subnet-lease-renew-margin ip-masq ip-masq-fully-random-disable kube-subnet-mgr kube-api-url"
+    " kubeconfig-file kube-annotation-prefix version healthz-ip healthz-port iptables-resync iptables-forward-rules ip-blackhole-route"
+    " net-config-path set-node-network-unavailable v vmodule log_backtrace_at"
+).split()
+
+
+def read(*arguments: str, **environ: str) -> Settings:
+    return read_settings(arguments, environ)[0]
+
+
+def test_every_flag_of_flanneld_is_known():
+    assert set(FLANNELD) <= {flag.name for flag in FLAGS}
+
+
+def test_defaults_are_flannels():
+    settings = read()
+    assert settings.etcd_endpoints == ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
+    assert settings.etcd_prefix == "/coreos.com/network"
+    assert settings.subnet_file == "/run/flannel/subnet.env"
+    assert (settings.ip_masq, settings.fully_random, settings.forward_rules) == (False, True, True)
+    assert (settings.renew_margin_min, settings.lease_ttl_s) == (60, 86_400)
+    assert settings.healthz_port == 0
+
+
+@pytest.mark.parametrize("form", [["-iface=eth0"], ["--iface=eth0"], ["-iface", "eth0"], ["--iface", "eth0"]])
+def test_gos_ways_to_write_a_flag(form):
+    assert read(*form).iface == ("eth0",)
+
+
+@pytest.mark.parametrize(("form", "value"), [("-ip-masq", True), ("--ip-masq=true", True), ("-ip-masq=1", True), ("--ip-masq=false", False), ("-ip-masq=F", False)])
+def test_booleans(form, value):
+    assert read(form).ip_masq is value
+
+
+def test_repeatable_flags_keep_their_order():
+    settings = read("--iface=eth1", "--iface-regex=10\\.", "-iface=eth0")
+    assert settings.iface == ("eth1", "eth0")
+    assert settings.iface_regex == ("10\\.",)
+
+
+def test_the_environment_is_read_and_the_command_line_wins():
+    settings = read("--etcd-prefix=/a", FLANNELD_ETCD_PREFIX="/b", FLANNELD_IP_MASQ="true", FLANNELD_IFACE="eth9", FLANNELD_PUBLIC_IP="")
+    assert settings.etcd_prefix == "/a"
+    assert settings.ip_masq
+    assert settings.iface == ("eth9",)
+    assert settings.public_ip == 0
+
+
+def test_addresses_endpoints_and_levels():
+    settings = read("--etcd-endpoints= http://a:1 ,http://b:2", "--public-ip=203.0.113.9", "-v=2")
+    assert settings.etcd_endpoints == ("http://a:1", "http://b:2")
+    assert settings.public_ip == ip_number("203.0.113.9", 4)
+    assert settings.log_level == "debug"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "words"),
+    [
+        (["--no-such-flag"], {}, ["no-such-flag"]),
+        (["stray"], {}, ["stray"]),
+        (["--healthz-port=x"], {}, ["--healthz-port", "'x'", "whole number"]),
+        (["--healthz-port=70000"], {}, ["--healthz-port", "65535"]),
+        (["--ip-masq=maybe"], {}, ["--ip-masq", "maybe", "true or false"]),
+        ([], {"FLANNELD_IP_MASQ": "maybe"}, ["FLANNELD_IP_MASQ", "maybe"]),
+        (["--public-ip=eth0"], {}, ["--public-ip", "eth0", "IPv4"]),
+        (["--iface-regex=("], {}, ["--iface-regex", "regular expression"]),
+        (["--subnet-lease-renew-margin=1440"], {}, ["1439"]),
+        (["--subnet-file=relative"], {}, ["--subnet-file", "absolute"]),
+        (["--node-name=a b"], {}, ["--node-name"]),
+        (["--etcd-username=u"], {}, ["--etcd-password"]),
+        (["--etcd-endpoints=,"], {}, ["--etcd-endpoints"]),
+        (["--etcd-prefix=/"], {}, ["--etcd-prefix"]),
+        (["--kube-subnet-mgr"], {}, ["--kube-subnet-mgr", "refused", "Kubernetes"]),
+        ([], {"FLANNELD_KUBE_SUBNET_MGR": "true"}, ["FLANNELD_KUBE_SUBNET_MGR", "refused"]),
+        (["--ip-blackhole-route"], {}, ["refused", "blackhole"]),
+        (["--public-ipv6=fd00::1"], {}, ["refused", "IPv6"]),
+    ],
+)
+def test_refused_in_one_line_that_names_flag_value_and_what_is_allowed(arguments, environ, words):
+    with pytest.raises(SettingsError) as caught:
+        read_settings(arguments, environ)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_password_is_never_shown():
+    assert "secret" not in repr(read("--etcd-username=u", "--etcd-password=secret"))
+
+
+def test_typing_errors_in_the_environment_are_found():
+    assert unknown_variables({"FLANNELD_IFCE": "x", "FLANNELD_IFACE": "y", "PATH": ""}) == ["FLANNELD_IFCE"]

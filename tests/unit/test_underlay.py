@@ -1,0 +1,114 @@
+"""Which interface carries the tunnel, and why."""
+
+import pytest
+
+from lease.model import ip_number, prefix
+from overlay.kernel.entries import Address, Link
+from overlay.settings import Settings
+from overlay.underlay import Interfaces, UnderlayError, choose, on_link_interface, refresh
+
+
+def ip(text: str) -> int:
+    return ip_number(text, 4)
+
+
+def link(index: int, name: str, mtu: int = 1500, kind: str = "", loopback: bool = False, up: bool = True) -> Link:
+    return Link(index, name, up, mtu, 0x020000000000 | index, kind, not loopback, True, loopback)
+
+
+def address(oif: int, text: str, length: int = 24, **change) -> Address:
+    return Address(oif, ip(text), length, 0, False, False, True)._replace(**change)
+
+
+LO, ETH0, ETH1, FLANNEL = link(1, "lo", 65536, loopback=True), link(2, "eth0"), link(3, "eth1", 9000), link(4, "flannel.1", 1450, "vxlan")
+THERE = Interfaces(
+    [LO, ETH0, ETH1, FLANNEL],
+    [
+        address(1, "127.0.0.1", 8, scope=254), address(2, "10.0.2.15"), address(3, "192.168.1.77", secondary=True),
+        address(3, "192.168.1.2"), address(4, "10.244.5.0", 32),
+    ],
+)  # fmt: skip
+STORE = {"etcd.example": ip("192.168.1.1")}
+
+
+def kernel(target: int):
+    """192.168.1.0/24 is on eth1, loopback on lo, everything else goes by eth0's default route."""
+    if prefix("192.168.1.0/24").holds(target):
+        return 3, ip("192.168.1.2"), 0
+    if prefix("127.0.0.0/8").holds(target):
+        return 1, ip("127.0.0.1"), 0
+    return 2, ip("10.0.2.15"), ip("10.0.2.2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "store", "name", "local", "reason"),
+    [
+        pytest.param(Settings(), STORE, "eth1", "192.168.1.2", "routes to the store etcd.example", id="the route to the store"),
+        pytest.param(Settings(), {"127.0.0.1": ip("127.0.0.1")}, "eth0", "10.0.2.15", "default route", id="a store on this machine"),
+        pytest.param(Settings(iface=("eth9", "eth1")), STORE, "eth1", "192.168.1.2", "--iface eth1", id="first iface that is there"),
+        pytest.param(Settings(iface=("192.168.1.77",)), STORE, "eth1", "192.168.1.77", "--iface 192.168.1.77", id="iface by address"),
+        pytest.param(Settings(iface_regex=("10\\.0\\..*",)), STORE, "eth0", "10.0.2.15", "--iface-regex", id="regex over addresses first"),
+        pytest.param(Settings(iface_regex=("h1$",)), STORE, "eth1", "192.168.1.2", "--iface-regex", id="regex over names, unanchored"),
+        pytest.param(Settings(iface=("nope",), iface_regex=("eth0",)), STORE, "eth0", "10.0.2.15", "--iface-regex", id="regex after iface"),
+        pytest.param(Settings(iface_can_reach=ip("192.168.1.99")), STORE, "eth1", "192.168.1.2", "--iface-can-reach 192.168.1.99", id="can reach"),
+        pytest.param(Settings(public_ip=ip("10.0.2.15")), STORE, "eth0", "10.0.2.15", "--public-ip", id="a public IP that is local"),
+    ],
+)
+def test_choice(settings, store, name, local, reason):
+    found = choose(settings, THERE, kernel, store)
+    assert (found.name, found.local) == (name, ip(local))
+    assert reason in found.reason
+
+
+def test_a_public_ip_that_is_not_local_is_advertised_and_never_the_tunnels_source():
+    found = choose(Settings(public_ip=ip("203.0.113.5")), THERE, kernel, STORE)
+    assert (found.name, found.local, found.public_ip) == ("eth1", ip("192.168.1.2"), ip("203.0.113.5"))
+
+
+def test_of_several_addresses_the_public_one_is_the_source():
+    found = choose(Settings(iface=("eth1",), public_ip=ip("192.168.1.77")), THERE, kernel, STORE)
+    assert found.local == found.public_ip == ip("192.168.1.77")
+
+
+def test_the_only_interface_is_taken_without_any_route():
+    there = Interfaces([LO, ETH1, FLANNEL], [address(3, "192.168.1.2"), address(4, "10.244.5.0", 32)])
+    assert choose(Settings(), there, lambda _: None, STORE).name == "eth1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (Settings(), ["--iface", "eth0 10.0.2.15", "eth1 192.168.1.2"]),
+        (Settings(iface=("ens5",)), ["--iface ens5", "eth0 10.0.2.15"]),
+        (Settings(iface_regex=("^wg",)), ["--iface-regex ^wg"]),
+        (Settings(iface_can_reach=ip("8.8.8.8")), ["--iface-can-reach 8.8.8.8"]),
+    ],
+)
+def test_no_choice_says_what_there_is_and_which_flag_decides(settings, words):
+    with pytest.raises(UnderlayError) as caught:
+        choose(settings, THERE, lambda _: None, {})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_interface_without_an_address():
+    with pytest.raises(UnderlayError, match="no IPv4 address"):
+        choose(Settings(iface=("eth2",)), Interfaces([link(5, "eth2")], []), lambda _: None, {})
+
+
+def test_the_choice_is_kept_while_its_address_stands():
+    current = choose(Settings(), THERE, kernel, STORE)
+    wider = Interfaces([LO, ETH0, ETH1._replace(mtu=1400)], THERE.addresses)
+    refreshed = refresh(Settings(), current, wider)
+    assert refreshed is not None
+    assert (refreshed.mtu, refreshed.local, refreshed.reason) == (1400, current.local, current.reason)
+    assert refresh(Settings(), current, Interfaces([ETH1], [address(3, "192.168.1.9")])) is None
+    assert refresh(Settings(), current, Interfaces([], [])) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("192.168.1.99", "eth1"), ("192.168.1.2", "eth1"), ("10.0.2.99", "eth0"), ("203.0.113.5", None), ("127.0.0.5", None), ("10.244.5.0", None)],
+)
+def test_where_an_address_can_be_asked_for(asked, expected):
+    assert on_link_interface(ip(asked), THERE.links.values(), THERE.addresses) == expected
