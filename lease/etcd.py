@@ -128,6 +128,9 @@ class EtcdStore:
             return Lifetime(None, None)
         return Lifetime(*self._client.time_to_live(lease.handle))
 
+    def reconnect(self) -> None:
+        self._client.reconnect()
+
     def close(self) -> None:
         self._client.close()
 

@@ -190,6 +190,10 @@ class EtcdClient:
         if failed:
             self._next_endpoint()
 
+    def reconnect(self) -> None:
+        """Give up the connection in use, and every call on it: its local address may be gone."""
+        self._give_up(self._at)
+
     def close(self) -> None:
         """End everything under way, in whatever thread."""
         with self._lock:
@@ -255,12 +259,20 @@ class EtcdClient:
     def _next_endpoint(self, failed: str | None = None) -> None:
         """Leave the endpoint in use (if it still is the one that failed), and its connection."""
         with self._lock:
-            if self._closed or (failed is not None and failed != self.endpoint):
+            if failed is not None and failed != self.endpoint:
                 return
-            self._at = (self._at + 1) % len(self._targets)
+            following = (self._at + 1) % len(self._targets)
+        self._give_up(following)
+
+    def _give_up(self, following: int) -> None:
+        """Close the connection in use; the next call makes one to the endpoint of that number."""
+        with self._lock:
+            if self._closed:
+                return
+            self._at = following
             channel, self._channel = self._channel, None
             watches = tuple(self._watches)
-        for stream in watches:  # they ran over the connection that is given up: their owner lists and watches again
+        for stream in watches:  # they ran over that connection: their owner lists and watches again
             stream.cancel()
         if channel is not None:
             channel.close()

@@ -119,6 +119,9 @@ class Store(Protocol):
     def lifetime(self, lease: Lease) -> Lifetime:
         """How long it has left. Raises LeaseExpired."""
 
+    def reconnect(self) -> None:
+        """The way there may have changed (our own address did): connections in use are given up, not waited for."""
+
     def close(self) -> None:
         """End every call under way."""
 

@@ -298,7 +298,9 @@ class Tenure:
             if kind is Kind.SURE:
                 return lease, "kept: our public IP and our device's MAC", False
             if claim.take_over and kind is Kind.ADDRESS:
-                return lease, f"taken over from {_owner(lease)}, as the flag says", True
+                # Its owner may well live: never with its MAC, or neither it nor the peers could tell the two apart.
+                how = f"taken over from {_owner(lease)}, as the flag says"
+                return lease._replace(v4=lease.v4._replace(mac=None)), how, True
             answer = self._probe(lease.v4.public_ip)
             if kind is Kind.MOVED:
                 if answer.can_tell and answer.by is None:
@@ -396,7 +398,7 @@ class TenureThread(threading.Thread):
         self._rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
 
     def claim(self, claim: Claim, snapshot: Snapshot | None = None) -> None:
-        """What this node wants from now on. snapshot: a list just read, which saves reading another one."""
+        """What this node wants from now on. snapshot: a list read before anything was held, which saves another."""
         with self._wake:
             if claim != self._claim:
                 self._claim, self._snapshot = claim, snapshot

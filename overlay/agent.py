@@ -76,6 +76,7 @@ class Due:
     device: bool = True
     dump: bool = True
     nat: bool = True
+    sysctl: bool = True
     files: bool = True
 
 
@@ -94,6 +95,8 @@ class Agent:
         self._store_hosts, self._identity_of = store_hosts, identity_of
         self.claimer: tenure.TenureThread | None = None
         """Set before `run`; it posts to us."""
+        self.reconnect: Callable[[], None] = lambda: None
+        """Tells the store that our own address changed; set before `run`."""
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests = netlink.RequestSocket()
         self._links_io = Links()
@@ -118,8 +121,10 @@ class Agent:
         self._renewed_at: float | None = None
         self._expires_at: float | None = None
         self._retained: list[Prefix] = []
+        self._looked = False
+        """For what an earlier run left: the device's MAC, and the subnet of subnet.env."""
         self._first_mac: int | None = None
-        self._looked_for_mac = False
+        self._previous: Prefix | None = None
         # the kernel's side
         self._links: dict[int, Link] = {}
         self._addresses: dict[tuple[int, int, int], Address] = {}
@@ -213,7 +218,7 @@ class Agent:
             self._due = Due()
         if now >= self._next_files:
             self._next_files = now + FILES_CHECK_S
-            self._due.files = True
+            self._due.files = self._due.sysctl = True
         for name in [name for name, at in self._retry_at.items() if at <= now]:
             del self._retry_at[name]
             setattr(self._due, name, True)
@@ -231,6 +236,7 @@ class Agent:
                 if self._path.rec.look_again:
                     self._path.rec.look_again, self._due.dump = False, True
             self._step("nat", self._ensure_nat)
+            self._step("sysctl", self._ensure_sysctls)
             self._step("files", self._ensure_files)
         self._tell()
         return more
@@ -379,30 +385,26 @@ class Agent:
         """Tell the tenure what we want to hold, when all that belongs to it is known."""
         if self.claimer is None or self._config is None or self._underlay is None or not self._snapshot_seen:
             return
-        if not self._looked_for_mac:
+        if not self._looked:
             try:
                 there = self._links_io.read(vxlan.device_name(self._config.backend))
             except KernelError as error:
                 self._problem("device", str(error))
                 return
             self._first_mac = there.mac if there is not None and there.kind == "vxlan" else None
-            self._looked_for_mac = True
+            self._previous = cni.previous_subnet(self._settings.subnet_file)
+            self._looked = True
         self.claimer.claim(
             tenure.Claim(
                 self._config,
                 self._underlay.public_ip,
                 self._first_mac,
                 self._identity_of(mac_text(self._underlay.mac)),
-                cni.previous_subnet(self._settings.subnet_file) if self._held is None else self._own_subnet(),
+                self._previous,
                 self._settings.take_over,
             ),
-            self._listed,
+            self._listed if self._held is None else None,
         )
-
-    def _own_subnet(self) -> Prefix:
-        assert self._held is not None
-        assert self._held.v4 is not None
-        return self._held.v4.subnet
 
     def _on_held(self, event: tenure.Held) -> None:
         lease = event.lease
@@ -489,6 +491,8 @@ class Agent:
             log.info("underlay", chosen=str(found), was=str(current) if current is not None else None)
             self._underlay = found
             self._due.device = self._due.files = True
+            if current is not None and current.local != found.local:
+                self.reconnect()
             if current is not None and current.ifindex != found.ifindex:
                 self._path.rec.device_lost(UNDERLAY, fdb_too=False)
                 self._due.dump = True
@@ -525,15 +529,14 @@ class Agent:
                 self._drop_device(old)
             cni.write_atomically(self._device_file(), spec.name)
         self._device = spec
-        self._ensure_sysctls(spec.name, under.name, backend.direct_routing)
+        self._due.sysctl = True
 
-    def _ensure_sysctls(self, device: str, lower: str, direct: bool) -> None:
-        try:
-            if did := tunnel.ensure_sysctls(device, lower, direct):
-                log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
-            self._solved("sysctl")
-        except KernelError as error:
-            self._problem("sysctl", f"{error}; set it on the host")
+    def _ensure_sysctls(self) -> None:
+        if self._device is None or self._underlay is None or self._config is None:
+            return
+        direct = self._config.backend.direct_routing
+        if did := tunnel.ensure_sysctls(self._device.name, self._underlay.name, direct):
+            log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
 
     def _device_file(self) -> str:
         return f"{self._settings.run_dir}/device"
@@ -580,8 +583,9 @@ class Agent:
         found = nft.read_table("ip", name)
         # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
         if found == wanted or (wanted == self._nat_is and found == self._nat_listed):
+            self._nat_is, self._nat_listed = wanted, found
             return
-        if found and self._nat_is is not None:
+        if wanted == self._nat_is:
             self._counters["mended_nat"] += 1
             log.warning("nat.mended", table=name, effect="put back as it should be")
         nft.load_table("ip", name, wanted)

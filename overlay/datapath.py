@@ -78,21 +78,24 @@ class Datapath:
 
     def replace(self, others: Mapping[str, Lease]) -> None:
         """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion."""
-        self._turn(self.table.replace(others))
+        if self.node is not None:
+            self._turn(self.table.replace(others))
 
     def put(self, lease: Lease) -> None:
         """A record came or changed."""
+        if self.node is None:
+            return  # `plan` takes all records over, once we have a lease
         self._turn(self.table.put(lease))
         if reason := self.table.refused.get(lease.key):
             tell_refused(lease.key, reason)
 
     def drop(self, key: str) -> None:
         """A record went."""
-        self._turn(self.table.drop(key))
+        if self.node is not None:
+            self._turn(self.table.drop(key))
 
     def _turn(self, turned: Turned) -> None:
-        if self.node is None:
-            return
+        assert self.node is not None
         for was, _ in turned.values():
             if was is not None:
                 for kind, key, _value in _flat(plan.entries(self.node, was)):

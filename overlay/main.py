@@ -91,6 +91,7 @@ def _run(settings: Settings) -> int:
 
     tenure = Tenure(store, prober(), settings.lease_ttl_s, random.Random())  # noqa: S311 (draws a subnet)
     agent.claimer = TenureThread(tenure, agent.post, settings.renew_within_s)
+    agent.reconnect = store.reconnect
     feed = Feed(store, agent.post)
     threads: list[threading.Thread] = [
         Monitor(agent.post, died("monitor"), agent.port),

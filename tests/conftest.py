@@ -15,6 +15,17 @@ settings.register_profile("deep", settings.get_profile("ci"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """A failed test with a world shows what its agents said last."""
+    report = yield
+    world = getattr(item, "funcargs", {}).get("world") or getattr(item, "funcargs", {}).get("bare_world")
+    if report.when == "call" and report.failed and hasattr(world, "agents"):
+        for agent in world.agents:
+            report.sections.append((f"log of {agent.node}", agent.log()[-6000:]))
+    return report
+
+
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(7)

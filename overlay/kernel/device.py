@@ -146,7 +146,7 @@ def write_sysctl(name: str, value: str) -> None:
     try:
         (SYSCTL / name).write_text(value)
     except OSError as error:
-        raise KernelError(error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}") from error
+        raise KernelError(error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}; set it on the host") from error
 
 
 @contextlib.contextmanager

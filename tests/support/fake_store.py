@@ -133,6 +133,9 @@ class FakeStore:
             raise LeaseExpired(lease.key)
         return Lifetime(self.leases[lease.handle], self.granted)
 
+    def reconnect(self) -> None:
+        """Nothing is connected."""
+
     def close(self) -> None:
         for watcher in self._watchers:
             watcher.put(None)

@@ -15,7 +15,7 @@ def until(what: str, check: Callable[[], T], seconds: float = 20.0, pause_s: flo
     while True:
         try:
             found: object = check()
-        except (OSError, AssertionError, KeyError, IndexError, TypeError) as error:
+        except (OSError, AssertionError, LookupError, TypeError, ValueError, AttributeError) as error:
             found, last = False, repr(error)
         else:
             last = repr(found)

@@ -155,6 +155,8 @@ def test_the_flag_takes_over_whoever_answers():
     held = only_held(world.settle(take_over=True))
     assert held.loud
     assert held.lease.key == "10.244.5.0-24"
+    assert held.lease.v4 is not None
+    assert held.lease.v4.mac not in (None, MAC_A), "its owner may live, and two devices never get one MAC"
 
 
 def test_a_new_dhcp_address_keeps_the_subnet():

@@ -1,0 +1,38 @@
+"""Whole agents in namespaces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.world import World, sweep_stale
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _swept() -> None:
+    if os.geteuid() != 0:
+        pytest.fail("these tests make network namespaces: run them as root", pytrace=False)
+    sweep_stale()
+
+
+@pytest.fixture
+def world(tmp_path) -> Iterator[World]:
+    """An underlay with etcd and the default config."""
+    made = World(tmp_path / "world")
+    try:
+        made.config()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def bare_world(tmp_path) -> Iterator[World]:
+    """The same without a config."""
+    made = World(tmp_path / "world")
+    try:
+        yield made
+    finally:
+        made.close()

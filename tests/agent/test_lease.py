@@ -1,0 +1,349 @@
+"""The lease from an operator's side: allocation under contention, conflicts, loss, release."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lease.model import ip_text, mac_number
+from overlay.lab import matrix, netns, topology
+from tests.support.wait import until
+from tests.support.world import ROOT, number
+
+FRESH_S = 86_000
+
+
+def other(ip: str = "192.168.1.50", mac: str = "0a:00:00:00:00:50", **more) -> dict:
+    return {"PublicIP": ip, "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": mac}} | more
+
+
+def test_a_missing_config_is_waited_for_with_one_line(bare_world):
+    world = bare_world
+    agent = world.agent(world.node(1))
+    told = until("it says so", lambda: [e for e in agent.events("problem") if e["subject"] == "config"])
+    assert "no network config at" in told[0]["what"]
+    assert f"{ROOT}/config" in told[0]["what"]
+    time.sleep(3)
+    assert len([e for e in agent.events("problem") if e["subject"] == "config"]) == 1
+    assert world.records() == {}
+    world.config()
+    agent.wait_ready()
+
+
+def test_a_wrong_config_is_refused_and_a_running_agent_keeps_its_last_good_one(world):
+    (one,) = world.nodes(1)
+    before = world.kernel("node1")
+    world.config(SubnetLen=99)
+    problem = until("it says so", lambda: one.status()["problems"].get("config"))
+    for word in ("SubnetLen", "99", "30", "the running config is kept"):
+        assert word in problem
+    world.etcd.delete(f"{ROOT}/config")
+    until("a missing one, too", lambda: "is kept" in one.status()["problems"].get("config", "") and "no network config" in one.status()["problems"]["config"])
+    assert one.ready()
+    assert world.kernel("node1") == before
+    two = world.agent(world.node(2))
+    until("a newcomer waits", lambda: "no network config" in two.status()["problems"].get("config", ""))
+    world.config()
+    two.wait_ready()
+    until("no problem is left", lambda: not one.status()["problems"])
+
+
+def test_a_network_that_does_not_hold_our_subnet_needs_a_drain(world):
+    (one,) = world.nodes(1)
+    subnet = one.subnet()
+    world.config(Network="10.99.0.0/16")
+    problem = until("it says so", lambda: one.status()["problems"].get("config"))
+    assert "drain" in problem
+    assert str(subnet) in problem
+    assert one.ready()
+    again = world.restart(one).wait_ready()
+    assert again.status()["network"] == "10.99.0.0/16"
+    assert list(world.records()) == [str(again.subnet()).replace("/", "-")], "the old record is given up"
+
+
+@pytest.mark.timeout(180)
+def test_twenty_nodes_over_exactly_twenty_subnets(world):
+    """All at once, all in namespaces that share machine-id and hostname."""
+    world.config(SubnetMin="10.244.1.0", SubnetMax="10.244.20.0")
+    names = [world.node(n) for n in range(1, 21)]
+    agents = [world.agent(name) for name in names]
+    for agent in agents:
+        agent.wait_ready(120)
+    records = world.records()
+    assert sorted(records) == sorted(f"10.244.{n}.0-24" for n in range(1, 21))
+    assert len({record["PublicIP"] for record in records.values()}) == 20
+    assert len({record["BackendData"]["VtepMAC"] for record in records.values()}) == 20
+    one_more = world.agent(world.node(21))
+    full = until("the 21st says that the range is full", lambda: [e for e in one_more.events("problem") if e["subject"] == "lease"])
+    assert "all 20 subnets" in full[0]["what"]
+    assert one_more.process.poll() is None
+    agents[0].stop()
+    (key,) = [key for key, record in records.items() if record["PublicIP"] == "192.168.1.2"]
+    world.etcd.delete(f"{ROOT}/subnets/{key}")
+    one_more.wait_ready(60)
+    assert str(one_more.subnet()).replace("/", "-") == key
+
+
+def test_the_second_node_on_one_address_refuses_naming_the_first(world):
+    one, _ = world.nodes(2)
+    record = world.records()[str(one.subnet()).replace("/", "-")]
+    second = twin(world)
+    assert second.process.wait(20) == 1
+    (told,) = second.events("lease.conflict")
+    for word in ("192.168.1.2", str(one.subnet()).replace("/", "-"), "node1", "--take-over"):
+        assert word in told["reason"]
+    assert world.records()[str(one.subnet()).replace("/", "-")] == record
+    assert one.ready()
+
+
+def twin(world, *flags):
+    """A node9 that claims node1's address."""
+    name = world.node(9)
+    world.run(name, "ip", "addr", "flush", "dev", "eth0")
+    world.run(name, "ip", "addr", "add", "192.168.1.2/24", "dev", "eth0")
+    return world.agent(name, *flags)
+
+
+def test_two_nodes_with_one_address_behind_nat(world):
+    """Off-link, so nobody can be asked: the second refuses while the record is fresh; a flag takes over, unfought."""
+    one, two = (world.agent(world.node(n), "--public-ip=203.0.113.5", f"--node-name=node{n}") for n in (1, 2))
+    for agent in (one, two):
+        until("one is ready, or refused", lambda agent=agent: agent.process.poll() is not None or agent.ready())
+    first, second = (one, two) if one.process.poll() is None else (two, one)
+    assert second.process.wait(20) == 1
+    (told,) = second.events("lease.conflict")
+    for word in ("203.0.113.5", first.node, "off-link", "--take-over"):
+        assert word in told["reason"]
+    subnet = first.subnet()
+    taker = world.agent(second.node, "--public-ip=203.0.113.5", f"--node-name={second.node}", "--take-over", run_dir=second.run_dir.name)
+    taker.wait_ready()
+    assert taker.subnet() == subnet
+    problem = until("the first says so", lambda: first.status()["problems"].get("lease"))
+    assert "203.0.113.5" in problem
+    assert taker.node in problem
+    assert first.process.poll() is None
+    until("and is not ready", lambda: not first.ready(), 25)
+    time.sleep(3)
+    record = world.records()[str(subnet).replace("/", "-")]
+    assert record["BackendData"]["VtepMAC"] == taker.mac() != first.mac()
+    assert taker.ready()
+
+
+def test_a_reinstalled_node_takes_its_old_record_over(world):
+    name = world.node(1)
+    world.put_record("10.244.7.0-24", other("192.168.1.2", "0a:00:00:00:00:07", OverlayNode="f00/old/02:00:00:00:00:01"), world.etcd.grant(FRESH_S))
+    agent = world.agent(name).wait_ready()
+    assert str(agent.subnet()) == "10.244.7.0/24"
+    assert agent.mac() == "0a:00:00:00:00:07"
+    (lease,) = agent.events("lease")
+    assert lease["level"] == "warning"
+    assert "taken over from old" in lease["how"]
+
+
+def test_a_new_address_after_a_restart_keeps_the_subnet(world):
+    one, two = world.nodes(2)
+    subnet, mac = one.subnet(), one.mac()
+    one.stop()
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    readdress(world)
+    again = world.restart(one).wait_ready()
+    assert (again.subnet(), again.mac()) == (subnet, mac)
+    assert world.records()[str(subnet).replace("/", "-")]["PublicIP"] == "192.168.1.102"
+    until("the peer follows", lambda: number("192.168.1.102") in world.kernel("node2")["fdb"].values())
+
+
+def readdress(world) -> None:
+    world.run("node1", "ip", "addr", "del", "192.168.1.2/24", "dev", "eth0")
+    world.run("node1", "ip", "addr", "add", "192.168.1.102/24", "dev", "eth0")
+    world.run("node1", "ip", "route", "replace", "default", "via", "192.168.1.1")
+
+
+def test_a_reboot_keeps_subnet_and_mac(world):
+    """No device, no run-dir, no subnet.env: all that is left stands in etcd."""
+    import shutil
+
+    one, _ = world.nodes(2)
+    subnet, mac = one.subnet(), one.mac()
+    one.stop()
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    shutil.rmtree(one.run_dir)
+    again = world.restart(one).wait_ready()
+    assert (again.subnet(), again.mac()) == (subnet, mac)
+
+
+def test_the_old_subnet_env_is_a_preference(world):
+    node = world.node(1)
+    folder = world.folder / node
+    folder.mkdir()
+    (folder / "subnet.env").write_text("FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.123.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n")
+    assert str(world.agent(node).wait_ready().subnet()) == "10.244.123.0/24"
+
+
+def test_a_deleted_record_is_taken_again_while_traffic_flows(world):
+    one, two = world.nodes(2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    key = str(one.subnet()).replace("/", "-")
+    with world.stream(source, target) as stream:
+        world.etcd.delete(f"{ROOT}/subnets/{key}")
+        until("it is there again", lambda: key in world.records())
+        until("for the peer, too", lambda: world.peers("node2") == 1)
+    assert stream.lost() == 0
+    assert [e for e in one.events("lease") if "taken again" in e["how"]]
+    assert world.records()[key]["lease"], "with a lease under it"
+
+
+def test_an_expired_lease_is_taken_again(world):
+    one, _ = world.nodes(2)
+    key = str(one.subnet()).replace("/", "-")
+    world.etcd.revoke(world.records()[key]["lease"])
+    until("it is there again", lambda: key in world.records())
+    assert one.ready()
+
+
+def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_one(world):
+    one, two = world.nodes(2)
+    old_pod, local = world.pod(one, "a"), world.pod(one, "b")
+    subnet = one.subnet()
+    key = str(subnet).replace("/", "-")
+    one.process.send_signal(signal.SIGSTOP)
+    world.etcd.delete(f"{ROOT}/subnets/{key}")
+    world.put_record(key, other())
+    one.process.send_signal(signal.SIGCONT)
+    until("another subnet", lambda: one.subnet() != subnet)
+    one.wait_ready()
+    assert str(subnet) in one.status()["retained"]
+    lost = [e for e in one.events("problem") if e["subject"] == "lease"]
+    assert str(subnet) in lost[0]["what"]
+    assert one.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
+    until("the list is the new subnet's", lambda: str(one.subnet()) in (one.run_dir / "cni" / "10-flannel.conflist").read_text())
+    new_pod, far = world.pod(one, "c"), world.pod(two, "a")
+    assert one.subnet().holds(number(new_pod.address))
+    with matrix.Wires([old_pod, local, new_pod, far]) as wires:
+        assert wires.measure(old_pod, local).ok, "old pods reach each other"
+        assert wires.measure(old_pod, new_pod).ok, "and new ones"
+        assert wires.measure(new_pod, far).ok, "new pods reach the world"
+    assert world.records()[key]["PublicIP"] == "192.168.1.50", "the new owner keeps it"
+
+
+def test_somebodys_change_of_our_record_is_put_right(world):
+    one, _ = world.nodes(2)
+    key = str(one.subnet()).replace("/", "-")
+    record = json.loads(world.records()[key]["value"])
+    for broken in (record | {"BackendType": "host-gw"}, record | {"BackendData": {"VNI": 9, "VtepMAC": one.mac()}}, "garbage"):
+        world.put_record(key, broken, world.records()[key]["lease"])
+        until("it is as it was", lambda: json.loads(world.records()[key]["value"]) == record)
+    assert one.subnet() == one.subnet()
+
+
+def test_a_reservation_never_gets_a_ttl(world):
+    node = world.node(1)
+    world.put_record("10.244.44.0-24", other("192.168.1.2"))
+    agent = world.agent(node).wait_ready()
+    assert str(agent.subnet()) == "10.244.44.0/24"
+    record = world.records()["10.244.44.0-24"]
+    assert record["lease"] == 0
+    assert "node" not in record
+    assert agent.status()["lease"]["left_s"] is None
+    again = world.restart(agent).wait_ready()
+    assert world.records()["10.244.44.0-24"]["lease"] == 0
+    assert str(again.subnet()) == "10.244.44.0/24"
+
+
+def test_the_lease_is_renewed_long_before_its_end(world):
+    agent = world.agent(world.node(1), "--subnet-lease-ttl=6", "--subnet-lease-renew-margin=1").wait_ready()
+    key = str(agent.subnet()).replace("/", "-")
+    created = world.records()[key]["create_revision"]
+    lowest = 6
+    end = time.monotonic() + 9
+    while time.monotonic() < end:
+        lowest = min(lowest, world.etcd.time_to_live(world.records()[key]["lease"]))
+        time.sleep(0.2)
+    assert lowest >= 2
+    assert world.records()[key]["create_revision"] == created, "renewing writes no record: no peer hears of it"
+
+
+def release(world, agent, *flags) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["nsenter", f"--net={netns.path(world.namespace(agent.node))}", sys.executable, "-m", "overlay.cli.app", "release",
+         f"--etcd-endpoints={world.etcd.endpoint}", f"--run-dir={agent.run_dir}", *flags],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_release_gives_the_lease_up(world):
+    one, two = world.nodes(2)
+    key = str(one.subnet()).replace("/", "-")
+    refused = release(world, one)
+    assert refused.returncode == 1
+    assert "stop it first" in refused.stderr
+    one.stop()
+    assert key in world.records(), "a shutdown keeps it"
+    done = release(world, one)
+    assert (done.returncode, done.stdout) == (0, f"released {key}\n")
+    assert key not in world.records()
+    until("the peer is told", lambda: two.status()["peers"] == [])
+    again = release(world, one)
+    assert again.returncode == 1
+    assert "no lease of this node is known" in again.stderr
+
+
+def test_release_gives_nobody_elses_up(world):
+    one, _ = world.nodes(2)
+    key = str(one.subnet()).replace("/", "-")
+    one.stop()
+    world.put_record(key, other())
+    done = release(world, one)
+    assert done.returncode == 1
+    assert "192.168.1.50" in done.stderr
+    assert key in world.records()
+
+
+def test_a_snapshot_of_a_vm_resumed_at_another_address_is_another_node(world):
+    """Same device and MAC, same machine-id, another live address: two nodes, two MACs, two subnets."""
+    one, _ = world.nodes(2)
+    name = world.node(5)
+    world.run(name, "ip", "link", "add", "flannel.1", "address", one.mac(), "type", "vxlan", "id", "1", "dstport", "8472", "dev", "eth0", "local", "192.168.1.6", "nolearning")
+    clone = world.agent(name, "--node-name=node1").wait_ready()
+    assert clone.subnet() != one.subnet()
+    assert clone.mac() != one.mac()
+    assert world.device(name).mac == mac_number(clone.mac())
+    assert one.ready()
+
+
+def test_etcd_away_is_no_harm_and_seen(world):
+    one, two = world.nodes(2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    with world.stream(source, target) as stream:
+        world.etcd.kill()
+        until("it is seen", lambda: one.status()["store_down"], 20)
+        world.run("node1", "ip", "link", "del", "flannel.1")
+        until("repairs go on without a store", lambda: world.peers("node1") == 1)
+        world.etcd.start()
+        until("it is back", lambda: not one.status()["store_down"], 30)
+    assert one.ready()
+    assert stream.lost() < stream.sent / 2, "only while the device was gone"
+
+
+def test_a_join_storm_costs_each_node_the_same(world):
+    """Ten at once: every one is ready, and everybody knows everybody."""
+    names = [world.node(n) for n in range(1, 11)]
+    agents: list = [None] * 10
+
+    def start(i: int) -> None:
+        agents[i] = world.agent(names[i])
+
+    threads = [threading.Thread(target=start, args=(i,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for agent in agents:
+        agent.wait_ready(60)
+    for agent in agents:
+        until("nine peers", lambda agent=agent: world.peers(agent.node) == 9, 30)
+    assert topology.node_address(1) == "192.168.1.2"
+    assert ip_text(4, number("192.168.1.2")) == "192.168.1.2"

@@ -1,0 +1,231 @@
+"""The main job: nodes lease subnets, pods reach pods, and a restart costs no packet."""
+
+import json
+import os
+import signal
+import stat
+
+import pytest
+
+from lease.model import mac_number, prefix
+from overlay.lab import matrix
+from tests.support.wait import until
+from tests.support.world import ROOT, number
+
+
+def test_pods_reach_pods_without_nat_and_records_files_and_device_are_flannels(world):
+    one, two = world.nodes(2)
+    ends = [world.pod(one, "a"), world.pod(one, "b"), world.pod(two, "a")]
+    with matrix.Wires(ends) as wires:
+        cells = wires.all()
+    assert len(cells) == 6
+    assert all(cell.ok for cell in cells), cells
+
+    subnet = one.subnet()
+    record = world.records()[f"{str(subnet).replace('/', '-')}"]
+    assert list(json.loads(record["value"])) == ["PublicIP", "PublicIPv6", "BackendType", "BackendData", "OverlayNode"]
+    assert record["PublicIP"] == "192.168.1.2"
+    assert record["BackendData"] == {"VNI": 1, "VtepMAC": one.mac()}
+    assert 86_000 < world.etcd.time_to_live(record["lease"]) <= 86_400
+
+    env = one.run_dir / "subnet.env"
+    assert env.read_text() == f"FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={str(subnet).replace('.0/', '.1/')}\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    assert stat.S_IMODE(env.stat().st_mode) == 0o644
+
+    device = world.device("node1")
+    assert (device.kind, device.vni, device.port, device.mtu, device.learning, device.up) == ("vxlan", 1, 8472, 1450, False, True)
+    assert device.local == number("192.168.1.2")
+    assert device.mac == mac_number(one.mac())
+    peer = two.subnet()
+    there = world.kernel("node1")
+    route = there["routes"][peer[1:]]
+    assert (route.via, route.flags & 4, route.protocol, route.key.metric) == (peer.base, 4, 111, 1 + ((peer.base >> 8) & 0xFF))
+    assert there["neighbours"] == {peer.base: mac_number(two.mac())}
+    assert there["fdb"] == {mac_number(two.mac()): number("192.168.1.3")}
+    addresses = world.run("node1", "ip", "-4", "-br", "addr", "show", "flannel.1")
+    assert addresses.split()[2:] == [f"{subnet}".replace("/24", "/32")]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "kill -9"])
+def test_a_restart_costs_no_packet_and_writes_nothing(world, how):
+    one, two = world.nodes(2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    before = (world.kernel("node1"), world.etcd.revision(), one.subnet(), one.mac())
+    with world.stream(source, target) as stream:
+        code = one.stop(how)
+        assert code == (0 if how == signal.SIGTERM else -9)
+        assert world.kernel("node1") == before[0], "the datapath stays"
+        again = world.restart(one).wait_ready()
+        until("it follows", lambda: len(again.status()["peers"]) == 1)
+    assert stream.sent > 50
+    assert stream.lost() == 0
+    assert (world.kernel("node1"), world.etcd.revision(), again.subnet(), again.mac()) == before
+    assert not [name for name in again.status()["counters"] if name.startswith("writes_")], "zero writes to the kernel"
+
+
+def test_nothing_of_a_peer_is_touched_before_the_first_list(world):
+    one, _ = world.nodes(2)
+    before = world.kernel("node1")
+    one.stop()
+    world.etcd.kill()
+    again = world.restart(one)
+    until("it says that it waits", lambda: "first list" in again.status()["problems"].get("waiting", ""))
+    assert not again.ready()
+    assert world.kernel("node1") == before
+    world.etcd.start()
+    again.wait_ready()
+    assert world.kernel("node1") == before
+
+
+def test_what_left_while_we_were_down_is_swept(world):
+    one, two, _three = world.nodes(3)
+    one.stop()
+    two.stop()
+    gone = next(key for key, record in world.records().items() if record["PublicIP"] == "192.168.1.3")
+    world.etcd.delete(f"{ROOT}/subnets/{gone}")
+    assert world.peers("node1") == 2
+    world.restart(one).wait_ready()
+    until("only the third is left", lambda: world.peers("node1") == 1)
+    there = world.kernel("node1")
+    assert (len(there["routes"]), len(there["neighbours"]), len(there["fdb"])) == (1, 1, 1)
+
+
+def test_join_change_and_leave(world):
+    (one,) = world.nodes(1)
+    record = {"PublicIP": "192.168.1.50", "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"}}
+    world.put_record("10.244.0.0-24", record)
+    until("it joined", lambda: world.peers("node1") == 1)
+    world.put_record("10.244.0.0-24", record | {"PublicIP": "192.168.1.51", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"}})
+    moved = {mac_number("0a:00:00:00:00:51"): number("192.168.1.51")}
+    until("it changed, and its old MAC is gone", lambda: world.kernel("node1")["fdb"] == moved)
+    world.etcd.delete(f"{ROOT}/subnets/10.244.0.0-24")
+    until("it left", lambda: world.kernel("node1") == {"routes": {}, "neighbours": {}, "fdb": {}})
+
+
+def test_bad_records_cost_their_own_entry_only(world):
+    (one,) = world.nodes(1)
+    good = {"PublicIP": "192.168.1.50", "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"}}
+
+    def with_(**change):
+        return good | change
+
+    bad = {
+        "not-a-subnet": "x",
+        "10.244.0.0-16": good,
+        "192.168.1.0-24": good,
+        "0.0.0.0-1": good,
+        "10.245.0.0-24": good,
+        str(one.subnet()).replace("/24", "-25"): good,
+        "10.244.3.0-24": with_(BackendType="host-gw"),
+        "10.244.4.0-24": with_(PublicIP="192.168.1.2"),
+        "10.244.5.0-24": with_(BackendData={"VNI": 1, "VtepMAC": one.mac()}),
+        "10.244.6.0-24": with_(BackendData={"VNI": 7, "VtepMAC": "0a:00:00:00:00:56"}),
+        "10.244.7.0-24": "{" * 5000,
+        "10.244.8.0-24": "y" * 200_000,
+    }
+    if str(one.subnet())[:10].rstrip(".0/") in ("10.244.3", "10.244.4", "10.244.5", "10.244.6", "10.244.7", "10.244.8"):
+        bad = {key: value for key, value in bad.items() if not key.startswith(str(one.subnet())[:9])}
+    for key, value in bad.items():
+        world.put_record(key, value)
+    world.put_record("10.244.0.0-24", with_(PublicIP="192.168.1.51", BackendData={"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"}))
+    until("the good one is a peer", lambda: world.peers("node1") == 1)
+    status = one.status()
+    assert status["refused"].keys() == bad.keys()
+    assert all(status["refused"].values()), "each with its reason"
+    assert one.ready()
+    assert len(one.events("record.refused")) == len(bad)
+    assert "192.168.1.0/24 dev eth0" in world.run("node1", "ip", "route")
+    # and the same at a start
+    again = world.restart(one).wait_ready()
+    until("again", lambda: again.status()["refused"].keys() == bad.keys())
+    assert world.peers("node1") == 1
+
+
+def test_direct_routing_and_its_toggling(world):
+    world.config(Backend={"Type": "vxlan", "DirectRouting": True})
+    one, two = world.nodes(2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    there = world.kernel("node1")
+    (route,) = there["routes"].values()
+    assert (route.via, route.protocol, route.oif) == (number("192.168.1.3"), 111, world.index("node1", "eth0"))
+    assert (there["neighbours"], there["fdb"]) == ({}, {})
+    with world.stream(source, target) as stream:
+        for toggle, whole in ((False, 1), (True, 0), (False, 1)):
+            world.config(Backend={"Type": "vxlan", "DirectRouting": toggle})
+            until("both have changed over", lambda whole=whole: world.peers("node1") == whole == world.peers("node2"))
+            until("nothing else is left", lambda whole=whole: len(world.kernel("node1")["fdb"]) == whole)
+    assert stream.lost() == 0
+    assert one.ready()
+    assert two.ready()
+
+
+def test_a_vxlan_side_and_a_direct_side_under_strict_rp_filter(world):
+    """Half-way through a roll-out one side sends directly, the other by the tunnel: strict filtering would drop all."""
+    names = [world.node(1), world.node(2)]
+    for name in names:
+        world.run(name, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter")
+    world.config(Backend={"Type": "vxlan", "DirectRouting": True})
+    one, two = [world.agent(name, f"--node-name={name}").wait_ready() for name in names]
+    until("peers", lambda: len(one.status()["peers"]) == len(two.status()["peers"]) == 1)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    two.stop()
+    world.config(Backend={"Type": "vxlan", "DirectRouting": False})
+    until("one uses the tunnel, two still sends directly", lambda: world.peers("node1") == 1 and world.peers("node2") == 0)
+    with matrix.Wires([source, target]) as wires:
+        assert all(cell.ok for cell in wires.all()), "decapsulated packets pass where the way back is direct"
+
+
+def test_many_agents_share_one_file_system_and_two_on_one_run_dir_do_not(world):
+    one, _two = world.nodes(2)
+    second = world.agent("node1", "--node-name=x", run_dir="node1")
+    assert second.process.wait(20) == 1
+    assert f"pid {one.process.pid}" in second.log()
+    assert one.ready()
+
+
+def test_the_environment_works_as_flannelds(world):
+    node = world.node(1)
+    agent = world.agent(node, environ={"FLANNELD_IP_MASQ": "true", "FLANNELD_IFACE": "eth0", "FLANNELD_TYPO": "1"}).wait_ready()
+    assert "FLANNEL_IPMASQ=true" in (agent.run_dir / "subnet.env").read_text()
+    assert "--iface eth0" in agent.status()["underlay"]
+    assert agent.events("environment")[0]["variable"] == "FLANNELD_TYPO"
+
+
+@pytest.mark.parametrize("flags", [["--bogus"], ["--ip-masq=perhaps"], ["--etcd-endpoints=ftp://x"], ["--etcd-cafile=/no/such", "--etcd-endpoints=https://h:1"], ["--kube-subnet-mgr"]])
+def test_a_wrong_command_line_is_one_line_and_no_traceback(world, flags):
+    agent = world.agent(world.node(1), *flags)
+    assert agent.process.wait(20) in (1, 2)
+    lines = [line for line in agent.log().strip().splitlines() if not line.startswith("{")]
+    assert len(lines) == 1
+    assert lines[0].startswith("overlayd: ")
+
+
+def test_health_and_readiness_over_tcp(world):
+    node = world.node(1)
+    agent = world.agent(node, "--healthz-ip=127.0.0.1", "--healthz-port=18471").wait_ready()
+
+    def ask(path: str) -> tuple[int, str]:
+        import http.client
+        import socket
+
+        connection = http.client.HTTPConnection("127.0.0.1", 18471)
+        connection.sock = world.inside(node, lambda: socket.create_connection(("127.0.0.1", 18471), 5))
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+    assert ask("/healthz")[0] == 200
+    assert ask("/readyz")[0] == 200
+    assert ask("/nothing")[0] == 404
+    os.kill(agent.process.pid, signal.SIGSTOP)
+    os.kill(agent.process.pid, signal.SIGCONT)
+    assert ask("/healthz")[0] == 200
+
+
+def test_a_prefix_of_its_own(world):
+    world.etcd.put("/lab/net/config", '{"Network":"10.99.0.0/16","SubnetLen":25}')
+    agent = world.agent(world.node(1), "--etcd-prefix=/lab/net").wait_ready()
+    assert prefix("10.99.0.0/16").covers(agent.subnet())
+    assert agent.subnet().length == 25
+    assert world.etcd.get("/lab/net/subnets/")
+    assert world.records() == {}

@@ -1,0 +1,281 @@
+"""Whole agents in namespaces: an underlay bridge with etcd, nodes on it, overlayd in each, all removed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyroute2 import IPRoute
+
+from lease.model import Prefix, ip_number, prefix
+from overlay.cni import CONFLIST
+from overlay.kernel.device import Links, VxlanAttributes
+from overlay.kernel.netlink import RequestSocket
+from overlay.lab import matrix, netns, pods, topology
+from overlay.serve import SOCKET_NAME, ask_unix
+from tests.support.etcd import Etcd
+from tests.support.wait import until
+
+T = TypeVar("T")
+ROOT = "/coreos.com/network"
+NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+ROUTE_FORM = re.compile(r"10\.\d+\.\d+\.\d+/\d+")
+
+
+def sweep_stale() -> None:
+    """Remove what a crashed test run left: namespaces bear the pid of their run."""
+    for name in netns.existing("overlay-t"):
+        found = re.match(r"overlay-t(\d+)x", name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            netns.delete(name)
+
+
+class Agent:
+    """One overlayd."""
+
+    def __init__(self, world: World, node: str, flags: tuple[str, ...], run_dir: Path, environ: dict[str, str]) -> None:
+        self.world, self.node, self.run_dir = world, node, run_dir
+        self.log_path = run_dir.parent / f"{run_dir.name}.log"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.command = [
+            "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, "-m", "overlay.main",
+            f"--etcd-endpoints={world.etcd.endpoint}", f"--run-dir={run_dir}", f"--subnet-file={run_dir}/subnet.env",
+            f"--cni-conf-dir={run_dir}/cni", f"--cni-data-dir={run_dir}/ipam", "--log-format=json", *flags,
+        ]  # fmt: skip
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=os.environ | environ)
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if line["event"] == name]
+
+    def status(self) -> dict[str, Any]:
+        code, body = ask_unix(str(self.run_dir / SOCKET_NAME), "/status")
+        assert code == 200, body
+        return dict(json.loads(body))
+
+    def ready(self) -> bool:
+        return ask_unix(str(self.run_dir / SOCKET_NAME), "/readyz")[0] == 200
+
+    def wait_ready(self, seconds: float = 25.0) -> Agent:
+        try:
+            until("the agent is ready", lambda: self.process.poll() is not None or self.ready(), seconds)
+            assert self.process.poll() is None
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log()[-3000:]}") from None
+        return self
+
+    def subnet(self) -> Prefix:
+        return prefix(self.status()["lease"]["subnet"])
+
+    def mac(self) -> str:
+        return str(self.status()["lease"]["vtep_mac"])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(15)
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class World:
+    """The underlay, its etcd, nodes, agents and pods of one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lab = f"t{os.getpid()}x{uuid.uuid4().hex[:4]}"
+        self.folder = folder
+        self.agents: list[Agent] = []
+        self.pod_names: dict[str, str] = {}
+        self._numbers: dict[str, int] = {}
+        topology.make_underlay(self.lab)
+        self.etcd = Etcd(folder / "etcd", host=topology.GATEWAY, port=2379, namespace=topology.underlay_name(self.lab))
+
+    # --- nodes and agents
+    def namespace(self, node: str) -> str:
+        return topology.node_netns(self.lab, node)
+
+    def config(self, **fields: Any) -> None:
+        self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **fields}))
+
+    def node(self, number: int) -> str:
+        """node1 is 192.168.1.2."""
+        name = f"node{number}"
+        topology.make_node(self.lab, name, number)
+        self._numbers[name] = number
+        return name
+
+    def agent(self, node: str, *flags: str, run_dir: str = "", environ: dict[str, str] | None = None) -> Agent:
+        self.agents.append(Agent(self, node, flags, self.folder / (run_dir or node), environ or {}))
+        return self.agents[-1]
+
+    def nodes(self, count: int, *flags: str) -> list[Agent]:
+        agents = [self.agent(self.node(number), f"--node-name=node{number}", *flags) for number in range(1, count + 1)]
+        for agent in agents:
+            agent.wait_ready()
+        for agent in agents:
+            until("it has its peers", lambda agent=agent: len(agent.status()["peers"]) == count - 1 and not agent.status()["differences"])
+        return agents
+
+    def restart(self, agent: Agent, *flags: str) -> Agent:
+        if agent.process.poll() is None:
+            agent.stop()
+        return self.agent(agent.node, f"--node-name={agent.node}", *flags, run_dir=agent.run_dir.name)
+
+    # --- the kernel of a node
+    def inside(self, node: str, act: Callable[[], T]) -> T:
+        return netns.inside(self.namespace(node), act)
+
+    def ipr(self, node: str, act: Callable[[IPRoute], T]) -> T:
+        def run() -> T:
+            with IPRoute() as ipr:
+                return act(ipr)
+
+        return self.inside(node, run)
+
+    def index(self, node: str, name: str = "flannel.1") -> int:
+        found = self.ipr(node, lambda ipr: ipr.link_lookup(ifname=name))
+        return int(found[0]) if found else 0
+
+    def device(self, node: str, name: str = "flannel.1") -> VxlanAttributes | None:
+        """The vxlan device as rtnetlink shows it."""
+
+        def read() -> VxlanAttributes | None:
+            links = Links()
+            try:
+                return links.read(name)
+            finally:
+                links.close()
+
+        return self.inside(node, read)
+
+    def run(self, node: str, *command: str) -> str:
+        done = subprocess.run(["nsenter", f"--net={netns.path(self.namespace(node))}", *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def kernel(self, node: str, device: str = "flannel.1") -> dict[str, Any]:
+        """What peers are to the kernel: routes by our device or protocol, neighbours, FDB."""
+        index = self.index(node, device)
+
+        def read() -> dict[str, Any]:
+            requests = RequestSocket()
+            try:
+                return {
+                    "routes": {r.key[:2]: r for r in requests.routes() if r.oif == index or r.protocol == 111},
+                    "neighbours": {n.address: n.mac for n in requests.neighbours(index) if n.state & 0x80} if index else {},
+                    "fdb": {f.mac: f.dst for f in requests.fdb(index) if not f.mac >> 40 & 1} if index else {},
+                }
+            finally:
+                requests.close()
+
+        return self.inside(node, read)
+
+    def peers(self, node: str, device: str = "flannel.1") -> int:
+        """How many peers are whole in the kernel: route, neighbour and FDB."""
+        there = self.kernel(node, device)
+        whole = 0
+        for base, _length in there["routes"]:
+            mac = there["neighbours"].get(base)
+            whole += mac is not None and mac in there["fdb"]
+        return whole
+
+    # --- records
+    def records(self) -> dict[str, dict[str, Any]]:
+        return {key.rpartition("/")[2]: kv | json.loads(kv["value"]) for key, kv in self.etcd.get(f"{ROOT}/subnets/").items()}
+
+    def put_record(self, key: str, value: str | bytes | dict[str, Any], lease: int = 0) -> None:
+        self.etcd.put(f"{ROOT}/subnets/{key}", json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value, lease)
+
+    # --- pods
+    def pod(self, agent: Agent, name: str) -> matrix.End:
+        namespace = self.namespace(f"{agent.node}-{name}")
+        netns.create(namespace)
+        address = pods.attach(self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, namespace)
+        return matrix.End(f"{agent.node}-{name}", "pod", namespace, address, agent.node)
+
+    @contextmanager
+    def stream(self, source: matrix.End, target: matrix.End, gap_s: float = 0.005) -> Iterator[Stream]:
+        stream = Stream(source, target, gap_s)
+        try:
+            yield stream
+        finally:
+            stream.stop()
+
+    def close(self) -> None:
+        for agent in self.agents:
+            if agent.process.poll() is None:
+                agent.process.kill()
+            agent.process.wait()
+        self.etcd.close()
+        for name in netns.existing(f"overlay-{self.lab}-"):
+            netns.delete(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Stream:
+    """Datagrams from one pod to another, some 200 a second, each numbered; those that never arrived are known."""
+
+    def __init__(self, source: matrix.End, target: matrix.End, gap_s: float) -> None:
+        import select
+        import socket
+        import threading
+
+        self.wires = matrix.Wires([source, target])
+        listening = self.wires._listening[target.name]
+        sending = matrix.netns.inside(source.namespace, lambda: matrix._connect(target, listening.getsockname()[1]))
+        self._ending = threading.Event()
+        self.sent = 0
+        self.came: set[int] = set()
+        self.errors: list[str] = []
+
+        def send() -> None:
+            while not self._ending.is_set():
+                try:
+                    sending.send(self.sent.to_bytes(8, "big"))
+                except OSError as error:
+                    self.errors.append(str(error))
+                self.sent += 1
+                time.sleep(gap_s)
+
+        def receive() -> None:
+            while not self._ending.is_set() or select.select([listening], [], [], 0.3)[0]:
+                if select.select([listening], [], [], 0.1)[0]:
+                    self.came.add(int.from_bytes(listening.recv(64), "big"))
+
+        self._threads = [threading.Thread(target=send), threading.Thread(target=receive)]
+        self._sending = sending
+        assert isinstance(sending, socket.socket)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        if not self._ending.is_set():
+            self._ending.set()
+            for thread in self._threads:
+                thread.join()
+            self._sending.close()
+            self.wires.close()
+
+    def lost(self) -> int:
+        """After `stop`."""
+        self.stop()
+        return self.sent - len(self.came)
+
+
+def number(text: str) -> int:
+    return ip_number(text, 4)
