@@ -65,7 +65,9 @@ class EtcdStore:
                 if answer.compact_revision:
                     raise StoreUnavailable(f"{where}: revision {after + 1} is compacted; the list is read again")
                 if answer.canceled:
-                    raise StoreUnavailable(f"{where}: the watch was refused: {answer.cancel_reason or 'no reason given'}")
+                    raise StoreUnavailable(
+                        f"{where}: the watch was refused: {answer.cancel_reason or 'no reason given'}"
+                    )
                 if answer.created and answer.header.revision < after:
                     raise StoreUnavailable(
                         f"{where}: is at revision {answer.header.revision}, before {after} which we read:"
@@ -172,6 +174,4 @@ def _put(key: bytes, value: bytes, handle: int) -> Any:
 
 
 def _unchanged(key: bytes, lease: Lease) -> Any:
-    return rpc.Compare(
-        result=rpc.Compare.EQUAL, target=rpc.Compare.MOD, key=key, mod_revision=lease.modified
-    )
+    return rpc.Compare(result=rpc.Compare.EQUAL, target=rpc.Compare.MOD, key=key, mod_revision=lease.modified)

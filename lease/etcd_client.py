@@ -86,7 +86,9 @@ class WatchStream:
                 answer = self._answers.get(timeout=PROBE_ANSWER_S if probed else PROBE_AFTER_S)
             except queue.Empty:
                 if probed:
-                    raise StoreUnavailable(f"{self._where}: silent for {PROBE_AFTER_S + PROBE_ANSWER_S:.0f} s") from None
+                    raise StoreUnavailable(
+                        f"{self._where}: silent for {PROBE_AFTER_S + PROBE_ANSWER_S:.0f} s"
+                    ) from None
                 probed = True
                 self._requests.put(rpc.WatchRequest.FromString(_PROGRESS_REQUEST))
                 continue
@@ -127,7 +129,9 @@ class EtcdClient:
 
     def range(self, key: bytes, range_end: bytes = b"") -> Any:
         """One linearizable range request, all its keys in one answer."""
-        return self._call(lambda channel: rpc.KVStub(channel).Range, rpc.RangeRequest(key=key, range_end=range_end), LIST_S)
+        return self._call(
+            lambda channel: rpc.KVStub(channel).Range, rpc.RangeRequest(key=key, range_end=range_end), LIST_S
+        )
 
     def txn(self, compare: list[Any], success: list[Any], failure: list[Any] | None = None) -> Any:
         """One transaction."""

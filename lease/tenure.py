@@ -383,7 +383,11 @@ class TenureThread(threading.Thread):
     """Turns a Tenure: settles when the claim changes or somebody says look, renews in time, retries with backoff."""
 
     def __init__(
-        self, tenure: Tenure, post: Callable[[TenureEvent], None], renew_within_s: float | None = None, clock: Clock = time.monotonic
+        self,
+        tenure: Tenure,
+        post: Callable[[TenureEvent], None],
+        renew_within_s: float | None = None,
+        clock: Clock = time.monotonic,
     ) -> None:
         """renew_within_s: renew at least so often (flannel's renew margin), None for our own rhythm."""
         super().__init__(name="tenure", daemon=True)
@@ -453,7 +457,9 @@ class TenureThread(threading.Thread):
             return self._again()
         self._failures = 0
         self._post(renewed)
-        return self._renew_within_s if renewed.left_s is None else min(self._renew_within_s, renew_every_s(renewed.left_s))
+        return (
+            self._renew_within_s if renewed.left_s is None else min(self._renew_within_s, renew_every_s(renewed.left_s))
+        )
 
     def _again(self) -> float:
         """Something is open: settle again after a while."""

@@ -316,7 +316,10 @@ class Agent:
     def _on_down(self, down: StoreDown) -> None:
         if not self._store_down:
             log.warning(
-                "store.down", store=self._place(), reason=down.reason, effect="retried; datapath and peers stay as they are"
+                "store.down",
+                store=self._place(),
+                reason=down.reason,
+                effect="retried; datapath and peers stay as they are",
             )
         self._store_down = down.reason
         if self._config is None:
@@ -732,7 +735,12 @@ _HARMLESS = frozenset({"mtu", "config", "store"})
 
 def _backend_fields(config: NetworkConfig) -> dict[str, object]:
     backend = config.backend
-    return {"vni": backend.vni, "port": backend.port, "mtu": backend.mtu or "the underlay's", "direct_routing": backend.direct_routing}
+    return {
+        "vni": backend.vni,
+        "port": backend.port,
+        "mtu": backend.mtu or "the underlay's",
+        "direct_routing": backend.direct_routing,
+    }
 
 
 def _read_text(path: str) -> str:

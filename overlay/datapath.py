@@ -218,7 +218,9 @@ class Datapath:
             return TUNNEL
         return role
 
-    def _watch_foreign(self, route: FoundRoute, links: Mapping[int, Link], known: Mapping[RouteKey, str] | None = None) -> None:
+    def _watch_foreign(
+        self, route: FoundRoute, links: Mapping[int, Link], known: Mapping[RouteKey, str] | None = None
+    ) -> None:
         """Note a route of somebody else's that stands before one of ours. It is never touched."""
         node = self.node
         if node is None or not node.network.holds(route.key.base) or route.key.length < node.network.length:
@@ -335,4 +337,3 @@ def _neighbour_value(found: FoundNeighbour) -> NeighbourValue:
 
 def _fdb_value(entry: FoundFdb) -> FdbValue:
     return FdbValue(entry.dst or 0, entry.odd)
-

@@ -84,7 +84,9 @@ def _run(settings: Settings) -> int:
     try:
         agent = Agent(settings, lambda: store.place, lambda: store_hosts(settings), identity(settings.node_name))
     except OSError as error:
-        raise _CannotStart(f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW") from error
+        raise _CannotStart(
+            f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
+        ) from error
 
     def died(thread: str) -> Callable[[BaseException], None]:
         return lambda error: agent.post(Died(thread, error))
@@ -150,9 +152,7 @@ def start_logging(level: str, kind: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _in_reading_order,
-            structlog.processors.LogfmtRenderer(bool_as_flag=False)
-            if console
-            else structlog.processors.JSONRenderer(),
+            structlog.processors.LogfmtRenderer(bool_as_flag=False) if console else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -150,4 +150,3 @@ class PeerTable:
 
     def _peer(self, key: str) -> Lease | None:
         return None if key in self.refused else self.records.get(key)
-

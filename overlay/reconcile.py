@@ -356,4 +356,3 @@ _MESSAGES: dict[tuple[bool, Kind], Callable[..., bytes]] = {
 def retry_delay_s(failures: int, spread: float) -> float:
     """0.1, 0.2, 0.4 ... 30 s; `spread` in 0.8..1.2 keeps 1,000 entries from being retried as one."""
     return min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 9)) * spread
-

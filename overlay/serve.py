@@ -32,7 +32,7 @@ def _handler(routes: Routes) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = 10
 
-        def do_GET(self) -> None:  # noqa: N802 (http.server's name)
+        def do_GET(self) -> None:
             route = routes.get(self.path.split("?")[0])
             status, kind, body = route() if route else text(404, f"there is {', '.join(routes)}")
             data = body.encode()

@@ -144,7 +144,9 @@ def parser(prog: str = "overlayd") -> argparse.ArgumentParser:
     return made
 
 
-def read_settings(arguments: Sequence[str], environ: Mapping[str, str], prog: str = "overlayd") -> tuple[Settings, bool]:
+def read_settings(
+    arguments: Sequence[str], environ: Mapping[str, str], prog: str = "overlayd"
+) -> tuple[Settings, bool]:
     """Settings, and whether only the version was asked for.
 
     Raises:
@@ -208,7 +210,11 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         check(name, os.path.isabs, "an absolute path")
     for name in ("cni-conf-dir", "cni-data-dir"):
         check(name, lambda path: not path or os.path.isabs(path), "an absolute path, or empty")
-    check("node-name", lambda text: re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text) is not None, "a host name, at most 63 long")
+    check(
+        "node-name",
+        lambda text: re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text) is not None,
+        "a host name, at most 63 long",
+    )
     check("log-level", lambda level: level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")

@@ -155,9 +155,11 @@ def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
     """Show nodes, matrix and packet; end with their exit status."""
     tell("measuring who reaches whom")
     cells = it.prove()
-    packet = it.capture()
+    packet, missed = _capture(it)
     statuses = _statuses(it)
-    holds = bool(cells) and all(cell.ok for cell in cells) and (packet is None or _encapsulated(it, packet))
+    holds = (
+        bool(cells) and all(cell.ok for cell in cells) and not missed and (packet is None or _encapsulated(it, packet))
+    )
     if as_json:
         value = {
             "holds": holds,
@@ -173,8 +175,18 @@ def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
             _print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
         if packet is not None:
             _print_packet(console, packet)
+        if missed:
+            console.print(f"[red]{missed}[/]")
         _print_verdict(console, it, cells, holds)
     sys.exit(0 if holds else 1)
+
+
+def _capture(it: Lab) -> tuple[Captured | None, str]:
+    """A captured packet, or why there is none."""
+    try:
+        return it.capture(), ""
+    except LabError as error:
+        return None, str(error)
 
 
 def _encapsulated(it: Lab, packet: Captured) -> bool:
@@ -268,7 +280,9 @@ def _cell_text(cell: Cell) -> str:
 
 
 def _print_packet(console: Console, packet: Captured) -> None:
-    table = Table(title=f"one packet, caught leaving by {packet.interface} ({packet.length} bytes)", title_justify="left")
+    table = Table(
+        title=f"one packet, caught leaving by {packet.interface} ({packet.length} bytes)", title_justify="left"
+    )
     for column in ("header", "from", "to", "what"):
         table.add_column(column)
     table.add_row("outer Ethernet", *packet.outer_mac, "the underlay's interfaces")

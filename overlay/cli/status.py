@@ -29,7 +29,9 @@ def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
     try:
         code, body = ask_unix(where, "/status")
     except OSError as error:
-        click.echo(f"overlay status: no agent answers at {where} ({error.strerror or error}); does overlayd run?", err=True)
+        click.echo(
+            f"overlay status: no agent answers at {where} ({error.strerror or error}); does overlayd run?", err=True
+        )
         sys.exit(2)
     if code != 200:
         click.echo(f"overlay status: {body.strip()}", err=True)
@@ -52,7 +54,13 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
         style = "" if peer["entries"] == "ok" else "red"
         table.add_row(
-            peer["subnet"], peer["public_ip"], peer["vtep_mac"], peer["node"], peer["path"], peer["entries"], style=style
+            peer["subnet"],
+            peer["public_ip"],
+            peer["vtep_mac"],
+            peer["node"],
+            peer["path"],
+            peer["entries"],
+            style=style,
         )
     if peers:
         console.print(table)

@@ -24,9 +24,7 @@ def probe(interface: str, address: int, probes: int = PROBES, gap_s: float = GAP
         link.bind((interface, ETH_P_ARP))
         own = link.getsockname()[4]
         target = address.to_bytes(4, "big")
-        request = _FRAME.pack(
-            b"\xff" * 6, own, ETH_P_ARP, 1, 0x0800, 6, 4, _REQUEST, own, bytes(4), bytes(6), target
-        )
+        request = _FRAME.pack(b"\xff" * 6, own, ETH_P_ARP, 1, 0x0800, 6, 4, _REQUEST, own, bytes(4), bytes(6), target)
         for _ in range(probes):
             link.send(request)
             until = time.monotonic() + gap_s

@@ -59,7 +59,9 @@ class Links:
                 raise
         return _attributes(found[0]) if found else None
 
-    def create(self, name: str, vni: int, port: int, local: str, lower: int, mtu: int, mac: str, gbp: bool, learning: bool) -> None:
+    def create(
+        self, name: str, vni: int, port: int, local: str, lower: int, mtu: int, mac: str, gbp: bool, learning: bool
+    ) -> None:
         """Make a vxlan device, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
         attributes: dict[str, Any] = {
             "kind": "vxlan",
@@ -146,7 +148,9 @@ def write_sysctl(name: str, value: str) -> None:
     try:
         (SYSCTL / name).write_text(value)
     except OSError as error:
-        raise KernelError(error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}; set it on the host") from error
+        raise KernelError(
+            error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}; set it on the host"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -154,7 +158,9 @@ def _as_kernel_error(doing: str) -> Iterator[None]:
     try:
         yield
     except NetlinkError as error:
-        raise KernelError(error.code, f"{doing}: {errno.errorcode.get(error.code, error.code)} ({os.strerror(error.code)})") from error
+        raise KernelError(
+            error.code, f"{doing}: {errno.errorcode.get(error.code, error.code)} ({os.strerror(error.code)})"
+        ) from error
     except KernelError:
         raise
     except OSError as error:
@@ -189,7 +195,9 @@ def _attributes(link: Any) -> VxlanAttributes:
         lower=has("IFLA_VXLAN_LINK") or 0,
         gbp=has("IFLA_VXLAN_GBP") is not None and has("IFLA_VXLAN_GBP") is not False,
         learning=bool(has("IFLA_VXLAN_LEARNING")),
-        checksums=bool(has("IFLA_VXLAN_UDP_CSUM")) and not has("IFLA_VXLAN_UDP_ZERO_CSUM6_TX") and not has("IFLA_VXLAN_UDP_ZERO_CSUM6_RX"),
+        checksums=bool(has("IFLA_VXLAN_UDP_CSUM"))
+        and not has("IFLA_VXLAN_UDP_ZERO_CSUM6_TX")
+        and not has("IFLA_VXLAN_UDP_ZERO_CSUM6_RX"),
         special=" and ".join(special),
     )
 

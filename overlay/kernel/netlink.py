@@ -148,7 +148,12 @@ class RequestSocket:
 
     def routes(self) -> list[FoundRoute]:
         """All IPv4 unicast routes of the main table."""
-        return self.dump(wire.route_dump, wire.parse_route)
+        try:
+            return self.dump(wire.route_dump, wire.parse_route)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:  # a namespace that never had a route has no main table yet
+                return []
+            raise
 
     def neighbours(self, oif: int) -> list[FoundNeighbour]:
         """The IPv4 neighbours of a device."""
@@ -243,7 +248,9 @@ def parse_event(message: wire.Message) -> KernelEvent | None:
 class Monitor(threading.Thread):
     """Turns notifications into events. Dies loudly: `died` is called with what ended it."""
 
-    def __init__(self, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None], own_port: int) -> None:
+    def __init__(
+        self, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None], own_port: int
+    ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._post, self._died = post, died
         self._socket = _netlink(NETLINK_ROUTE, MONITOR_BUFFER)

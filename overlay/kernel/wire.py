@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from overlay.kernel.entries import (
     NUD_PERMANENT,
-    PROTOCOL,
     RT_TABLE_MAIN,
     RTNH_F_ONLINK,
     Address,
@@ -229,9 +228,7 @@ def parse_route(body: memoryview) -> FoundRoute | None:
         odd.append(("scope, type, tos", scope, kind, tos))
     odd += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
     key = RouteKey(_address(attrs.get(RTA_DST)), length, _number(attrs.get(RTA_PRIORITY)))
-    return FoundRoute(
-        key, _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd)
-    )
+    return FoundRoute(key, _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd))
 
 
 def parse_neighbour(body: memoryview) -> FoundNeighbour | FoundFdb | None:
@@ -243,7 +240,7 @@ def parse_neighbour(body: memoryview) -> FoundNeighbour | FoundFdb | None:
     lladdr = attrs.get(NDA_LLADDR)
     mac = int.from_bytes(lladdr, "big") if lladdr is not None and len(lladdr) == 6 else None
     if family == AF_INET:
-        odd: tuple[object, ...] = ((flags,) if flags & (NTF_ROUTER | NTF_EXT_LEARNED) else ())
+        odd: tuple[object, ...] = (flags,) if flags & (NTF_ROUTER | NTF_EXT_LEARNED) else ()
         if NDA_DST not in attrs:
             return None
         return FoundNeighbour(oif, _address(attrs[NDA_DST]), mac, state, odd)

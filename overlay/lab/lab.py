@@ -219,9 +219,7 @@ class Lab:
         source, target = (by_name[next(iter(node.pods))] for node in with_pods[:2])
         with matrix.Wires([source, target]) as wires:
             namespace = topology.node_netns(self.name, with_pods[0].name)
-            return capture(
-                namespace, "eth0", self.config.backend.port, lambda: wires.measure(source, target)
-            )
+            return capture(namespace, "eth0", self.config.backend.port, lambda: wires.measure(source, target))
 
     # --- its parts -----------------------------------------------------------------------------------------------------
 
@@ -253,7 +251,9 @@ class Lab:
             tell(f"{node.name}: waiting for its agent to be ready")
             while (why := self._not_ready(node)) is not None:
                 if node.agent is None or not node.agent.alive() or time.monotonic() > until:
-                    raise LabError(f"{node.name}: {why}; its log, {self.log(node.name)}, ends: {self._log_end(node.name)}")
+                    raise LabError(
+                        f"{node.name}: {why}; its log, {self.log(node.name)}, ends: {self._log_end(node.name)}"
+                    )
                 time.sleep(0.05)
 
     def _not_ready(self, node: Node) -> str | None:
@@ -336,7 +336,8 @@ class Lab:
             "agent_flags": self.agent_flags,
             "etcd": self.etcd,
             "nodes": [
-                {"name": node.name, "number": node.number, "agent": node.agent, "pods": node.pods} for node in self.nodes
+                {"name": node.name, "number": node.number, "agent": node.agent, "pods": node.pods}
+                for node in self.nodes
             ],
         }
         write_atomically(str(self.folder / "lab.json"), json.dumps(value, indent=1))

@@ -18,7 +18,12 @@ FRESH_S = 86_000
 
 
 def other(ip: str = "192.168.1.50", mac: str = "0a:00:00:00:00:50", **more) -> dict:
-    return {"PublicIP": ip, "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": mac}} | more
+    return {
+        "PublicIP": ip,
+        "PublicIPv6": None,
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": mac},
+    } | more
 
 
 def test_a_missing_config_is_waited_for_with_one_line(bare_world):
@@ -42,7 +47,13 @@ def test_a_wrong_config_is_refused_and_a_running_agent_keeps_its_last_good_one(w
     for word in ("SubnetLen", "99", "30", "the running config is kept"):
         assert word in problem
     world.etcd.delete(f"{ROOT}/config")
-    until("a missing one, too", lambda: "is kept" in one.status()["problems"].get("config", "") and "no network config" in one.status()["problems"]["config"])
+    until(
+        "a missing one, too",
+        lambda: (
+            "is kept" in one.status()["problems"].get("config", "")
+            and "no network config" in one.status()["problems"]["config"]
+        ),
+    )
     assert one.ready()
     assert world.kernel("node1") == before
     two = world.agent(world.node(2))
@@ -78,7 +89,10 @@ def test_twenty_nodes_over_exactly_twenty_subnets(world):
     assert len({record["PublicIP"] for record in records.values()}) == 20
     assert len({record["BackendData"]["VtepMAC"] for record in records.values()}) == 20
     one_more = world.agent(world.node(21))
-    full = until("the 21st says that the range is full", lambda: [e for e in one_more.events("problem") if e["subject"] == "lease"])
+    full = until(
+        "the 21st says that the range is full",
+        lambda: [e for e in one_more.events("problem") if e["subject"] == "lease"],
+    )
     assert "all 20 subnets" in full[0]["what"]
     assert one_more.process.poll() is None
     agents[0].stop()
@@ -119,7 +133,9 @@ def test_two_nodes_with_one_address_behind_nat(world):
     for word in ("203.0.113.5", first.node, "off-link", "--take-over"):
         assert word in told["reason"]
     subnet = first.subnet()
-    taker = world.agent(second.node, "--public-ip=203.0.113.5", f"--node-name={second.node}", "--take-over", run_dir=second.run_dir.name)
+    taker = world.agent(
+        second.node, "--public-ip=203.0.113.5", f"--node-name={second.node}", "--take-over", run_dir=second.run_dir.name
+    )
     taker.wait_ready()
     assert taker.subnet() == subnet
     problem = until("the first says so", lambda: first.status()["problems"].get("lease"))
@@ -135,7 +151,11 @@ def test_two_nodes_with_one_address_behind_nat(world):
 
 def test_a_reinstalled_node_takes_its_old_record_over(world):
     name = world.node(1)
-    world.put_record("10.244.7.0-24", other("192.168.1.2", "0a:00:00:00:00:07", OverlayNode="f00/old/02:00:00:00:00:01"), world.etcd.grant(FRESH_S))
+    world.put_record(
+        "10.244.7.0-24",
+        other("192.168.1.2", "0a:00:00:00:00:07", OverlayNode="f00/old/02:00:00:00:00:01"),
+        world.etcd.grant(FRESH_S),
+    )
     agent = world.agent(name).wait_ready()
     assert str(agent.subnet()) == "10.244.7.0/24"
     assert agent.mac() == "0a:00:00:00:00:07"
@@ -179,7 +199,9 @@ def test_the_old_subnet_env_is_a_preference(world):
     node = world.node(1)
     folder = world.folder / node
     folder.mkdir()
-    (folder / "subnet.env").write_text("FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.123.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n")
+    (folder / "subnet.env").write_text(
+        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.123.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    )
     assert str(world.agent(node).wait_ready().subnet()) == "10.244.123.0/24"
 
 
@@ -219,7 +241,10 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
     lost = [e for e in one.events("problem") if e["subject"] == "lease"]
     assert str(subnet) in lost[0]["what"]
     assert one.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
-    until("the list is the new subnet's", lambda: str(one.subnet()) in (one.run_dir / "cni" / "10-flannel.conflist").read_text())
+    until(
+        "the list is the new subnet's",
+        lambda: str(one.subnet()) in (one.run_dir / "cni" / "10-flannel.conflist").read_text(),
+    )
     new_pod, far = world.pod(one, "c"), world.pod(two, "a")
     assert one.subnet().holds(number(new_pod.address))
     with matrix.Wires([old_pod, local, new_pod, far]) as wires:
@@ -233,7 +258,11 @@ def test_somebodys_change_of_our_record_is_put_right(world):
     one, _ = world.nodes(2)
     key = str(one.subnet()).replace("/", "-")
     record = json.loads(world.records()[key]["value"])
-    for broken in (record | {"BackendType": "host-gw"}, record | {"BackendData": {"VNI": 9, "VtepMAC": one.mac()}}, "garbage"):
+    for broken in (
+        record | {"BackendType": "host-gw"},
+        record | {"BackendData": {"VNI": 9, "VtepMAC": one.mac()}},
+        "garbage",
+    ):
         world.put_record(key, broken, world.records()[key]["lease"])
         until("it is as it was", lambda: json.loads(world.records()[key]["value"]) == record)
     assert one.subnet() == one.subnet()
@@ -306,7 +335,26 @@ def test_a_snapshot_of_a_vm_resumed_at_another_address_is_another_node(world):
     """Same device and MAC, same machine-id, another live address: two nodes, two MACs, two subnets."""
     one, _ = world.nodes(2)
     name = world.node(5)
-    world.run(name, "ip", "link", "add", "flannel.1", "address", one.mac(), "type", "vxlan", "id", "1", "dstport", "8472", "dev", "eth0", "local", "192.168.1.6", "nolearning")
+    world.run(
+        name,
+        "ip",
+        "link",
+        "add",
+        "flannel.1",
+        "address",
+        one.mac(),
+        "type",
+        "vxlan",
+        "id",
+        "1",
+        "dstport",
+        "8472",
+        "dev",
+        "eth0",
+        "local",
+        "192.168.1.6",
+        "nolearning",
+    )
     clone = world.agent(name, "--node-name=node1").wait_ready()
     assert clone.subnet() != one.subnet()
     assert clone.mac() != one.mac()

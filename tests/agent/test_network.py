@@ -29,17 +29,32 @@ def test_pods_reach_pods_without_nat_and_records_files_and_device_are_flannels(w
     assert 86_000 < world.etcd.time_to_live(record["lease"]) <= 86_400
 
     env = one.run_dir / "subnet.env"
-    assert env.read_text() == f"FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={str(subnet).replace('.0/', '.1/')}\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    assert (
+        env.read_text()
+        == f"FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET={str(subnet).replace('.0/', '.1/')}\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+    )
     assert stat.S_IMODE(env.stat().st_mode) == 0o644
 
     device = world.device("node1")
-    assert (device.kind, device.vni, device.port, device.mtu, device.learning, device.up) == ("vxlan", 1, 8472, 1450, False, True)
+    assert (device.kind, device.vni, device.port, device.mtu, device.learning, device.up) == (
+        "vxlan",
+        1,
+        8472,
+        1450,
+        False,
+        True,
+    )
     assert device.local == number("192.168.1.2")
     assert device.mac == mac_number(one.mac())
     peer = two.subnet()
     there = world.kernel("node1")
     route = there["routes"][peer[1:]]
-    assert (route.via, route.flags & 4, route.protocol, route.key.metric) == (peer.base, 4, 111, 1 + ((peer.base >> 8) & 0xFF))
+    assert (route.via, route.flags & 4, route.protocol, route.key.metric) == (
+        peer.base,
+        4,
+        111,
+        1 + ((peer.base >> 8) & 0xFF),
+    )
     assert there["neighbours"] == {peer.base: mac_number(two.mac())}
     assert there["fdb"] == {mac_number(two.mac()): number("192.168.1.3")}
     addresses = world.run("node1", "ip", "-4", "-br", "addr", "show", "flannel.1")
@@ -92,10 +107,18 @@ def test_what_left_while_we_were_down_is_swept(world):
 
 def test_join_change_and_leave(world):
     (one,) = world.nodes(1)
-    record = {"PublicIP": "192.168.1.50", "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"}}
+    record = {
+        "PublicIP": "192.168.1.50",
+        "PublicIPv6": None,
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"},
+    }
     world.put_record("10.244.0.0-24", record)
     until("it joined", lambda: world.peers("node1") == 1)
-    world.put_record("10.244.0.0-24", record | {"PublicIP": "192.168.1.51", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"}})
+    world.put_record(
+        "10.244.0.0-24",
+        record | {"PublicIP": "192.168.1.51", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"}},
+    )
     moved = {mac_number("0a:00:00:00:00:51"): number("192.168.1.51")}
     until("it changed, and its old MAC is gone", lambda: world.kernel("node1")["fdb"] == moved)
     world.etcd.delete(f"{ROOT}/subnets/10.244.0.0-24")
@@ -104,7 +127,12 @@ def test_join_change_and_leave(world):
 
 def test_bad_records_cost_their_own_entry_only(world):
     (one,) = world.nodes(1)
-    good = {"PublicIP": "192.168.1.50", "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"}}
+    good = {
+        "PublicIP": "192.168.1.50",
+        "PublicIPv6": None,
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"},
+    }
 
     def with_(**change):
         return good | change
@@ -127,7 +155,9 @@ def test_bad_records_cost_their_own_entry_only(world):
         bad = {key: value for key, value in bad.items() if not key.startswith(str(one.subnet())[:9])}
     for key, value in bad.items():
         world.put_record(key, value)
-    world.put_record("10.244.0.0-24", with_(PublicIP="192.168.1.51", BackendData={"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"}))
+    world.put_record(
+        "10.244.0.0-24", with_(PublicIP="192.168.1.51", BackendData={"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"})
+    )
     until("the good one is a peer", lambda: world.peers("node1") == 1)
     status = one.status()
     assert status["refused"].keys() == bad.keys()
@@ -163,14 +193,21 @@ def test_a_vxlan_side_and_a_direct_side_under_strict_rp_filter(world):
     """Half-way through a roll-out one side sends directly, the other by the tunnel: strict filtering would drop all."""
     names = [world.node(1), world.node(2)]
     for name in names:
-        world.run(name, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter")
+        world.run(
+            name,
+            "sh",
+            "-c",
+            "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter; echo 1 > /proc/sys/net/ipv4/conf/eth0/rp_filter",
+        )
     world.config(Backend={"Type": "vxlan", "DirectRouting": True})
     one, two = [world.agent(name, f"--node-name={name}").wait_ready() for name in names]
     until("peers", lambda: len(one.status()["peers"]) == len(two.status()["peers"]) == 1)
     source, target = world.pod(one, "a"), world.pod(two, "a")
     two.stop()
     world.config(Backend={"Type": "vxlan", "DirectRouting": False})
-    until("one uses the tunnel, two still sends directly", lambda: world.peers("node1") == 1 and world.peers("node2") == 0)
+    until(
+        "one uses the tunnel, two still sends directly", lambda: world.peers("node1") == 1 and world.peers("node2") == 0
+    )
     with matrix.Wires([source, target]) as wires:
         assert all(cell.ok for cell in wires.all()), "decapsulated packets pass where the way back is direct"
 
@@ -185,13 +222,24 @@ def test_many_agents_share_one_file_system_and_two_on_one_run_dir_do_not(world):
 
 def test_the_environment_works_as_flannelds(world):
     node = world.node(1)
-    agent = world.agent(node, environ={"FLANNELD_IP_MASQ": "true", "FLANNELD_IFACE": "eth0", "FLANNELD_TYPO": "1"}).wait_ready()
+    agent = world.agent(
+        node, environ={"FLANNELD_IP_MASQ": "true", "FLANNELD_IFACE": "eth0", "FLANNELD_TYPO": "1"}
+    ).wait_ready()
     assert "FLANNEL_IPMASQ=true" in (agent.run_dir / "subnet.env").read_text()
     assert "--iface eth0" in agent.status()["underlay"]
     assert agent.events("environment")[0]["variable"] == "FLANNELD_TYPO"
 
 
-@pytest.mark.parametrize("flags", [["--bogus"], ["--ip-masq=perhaps"], ["--etcd-endpoints=ftp://x"], ["--etcd-cafile=/no/such", "--etcd-endpoints=https://h:1"], ["--kube-subnet-mgr"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--bogus"],
+        ["--ip-masq=perhaps"],
+        ["--etcd-endpoints=ftp://x"],
+        ["--etcd-cafile=/no/such", "--etcd-endpoints=https://h:1"],
+        ["--kube-subnet-mgr"],
+    ],
+)
 def test_a_wrong_command_line_is_one_line_and_no_traceback(world, flags):
     agent = world.agent(world.node(1), *flags)
     assert agent.process.wait(20) in (1, 2)

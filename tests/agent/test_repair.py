@@ -54,14 +54,24 @@ def test_deleted_entries(world, pair, what):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param("ip route replace {subnet} via {base} dev flannel.1 onlink metric {metric} mtu 900", id="route altered"),
+        pytest.param(
+            "ip route replace {subnet} via {base} dev flannel.1 onlink metric {metric} mtu 900", id="route altered"
+        ),
         pytest.param("ip route replace {subnet} dev flannel.1 metric {metric}", id="route without its gateway"),
-        pytest.param("ip neigh replace {base} lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", id="neighbour's MAC altered"),
-        pytest.param("ip neigh replace {base} lladdr {mac} dev flannel.1 nud stale", id="neighbour not permanent any more"),
+        pytest.param(
+            "ip neigh replace {base} lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", id="neighbour's MAC altered"
+        ),
+        pytest.param(
+            "ip neigh replace {base} lladdr {mac} dev flannel.1 nud stale", id="neighbour not permanent any more"
+        ),
         pytest.param("bridge fdb replace {mac} dev flannel.1 dst 192.168.1.99", id="FDB destination altered"),
         pytest.param("bridge fdb replace {mac} dev flannel.1 dst 192.168.1.3 port 9999", id="FDB port altered"),
-        pytest.param("ip route add 10.244.0.0/25 via {base} dev flannel.1 onlink proto 111", id="a route of ours too many"),
-        pytest.param("ip neigh add 10.244.0.9 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", id="a neighbour too many"),
+        pytest.param(
+            "ip route add 10.244.0.0/25 via {base} dev flannel.1 onlink proto 111", id="a route of ours too many"
+        ),
+        pytest.param(
+            "ip neigh add 10.244.0.9 lladdr 02:00:00:00:00:99 dev flannel.1 nud permanent", id="a neighbour too many"
+        ),
         pytest.param("bridge fdb add 02:00:00:00:00:99 dev flannel.1 dst 192.168.1.99", id="an FDB entry too many"),
         pytest.param("bridge fdb append 00:00:00:00:00:00 dev flannel.1 dst 192.168.1.99", id="a default destination"),
     ],
@@ -70,11 +80,18 @@ def test_altered_entries(world, pair, command):
     before = world.kernel("node1")
     (base, length), route = next(iter(before["routes"].items()))
     filled = command.format(
-        subnet=f"{ip_text(4, base)}/{length}", base=ip_text(4, base), metric=route.key.metric, mac=mac_text(before["neighbours"][base])
+        subnet=f"{ip_text(4, base)}/{length}",
+        base=ip_text(4, base),
+        metric=route.key.metric,
+        mac=mac_text(before["neighbours"][base]),
     )
     writes = sum(v for k, v in pair[0].status()["counters"].items() if k.startswith("writes_"))
     world.run("node1", *filled.split())
-    until("we wrote", lambda: sum(v for k, v in pair[0].status()["counters"].items() if k.startswith("writes_")) > writes, SOON)
+    until(
+        "we wrote",
+        lambda: sum(v for k, v in pair[0].status()["counters"].items() if k.startswith("writes_")) > writes,
+        SOON,
+    )
     whole(world, before)
 
 
@@ -90,7 +107,10 @@ def test_altered_entries(world, pair, command):
         pytest.param("ip link set flannel.1 type vxlan id 1 learning", id="learning"),
         pytest.param("ip link set flannel.1 type vxlan id 1 local 192.168.1.77", id="another local address"),
         pytest.param("sh -c 'ip link del flannel.1; ip link add flannel.1 type bridge'", id="a bridge in its place"),
-        pytest.param("sh -c 'ip link del flannel.1; ip link add flannel.1 type vxlan id 1 dstport 4789 dev eth0'", id="a vxlan of another port in its place"),
+        pytest.param(
+            "sh -c 'ip link del flannel.1; ip link add flannel.1 type vxlan id 1 dstport 4789 dev eth0'",
+            id="a vxlan of another port in its place",
+        ),
     ],
 )
 def test_the_device(world, pair, command):
@@ -137,7 +157,13 @@ def test_what_is_not_ours_is_never_touched(world, pair):
     agent = world.restart(pair[0]).wait_ready()
     until("peers", lambda: len(agent.status()["peers"]) == 1)
     routes = world.run("node1", "ip", "route", "show", "table", "all")
-    for there in ("10.99.0.0/24 via 192.168.1.3", f"{subnet} via 192.168.1.3 dev eth0 metric 5000", "10.98.0.0/24 dev flannel.1", "blackhole 10.97.0.0/16", "10.96.0.0/24 dev flannel.1 table 100"):
+    for there in (
+        "10.99.0.0/24 via 192.168.1.3",
+        f"{subnet} via 192.168.1.3 dev eth0 metric 5000",
+        "10.98.0.0/24 dev flannel.1",
+        "blackhole 10.97.0.0/16",
+        "10.96.0.0/24 dev flannel.1 table 100",
+    ):
         assert there in routes
     assert "192.168.1.77" in world.run("node1", "ip", "neigh")
     assert "172.30.0.1/32" in world.run("node1", "ip", "addr")
@@ -165,7 +191,11 @@ def test_a_foreign_route_in_the_way_is_reported_not_replaced(world, pair):
 
 def nat(world, node: str) -> list:
     listed = json.loads(world.run(node, "nft", "-j", "list", "ruleset"))["nftables"]
-    return [item for item in listed if next(iter(item.values())).get("table", next(iter(item.values())).get("name")) == "overlay-1"]
+    return [
+        item
+        for item in listed
+        if next(iter(item.values())).get("table", next(iter(item.values())).get("name")) == "overlay-1"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -225,9 +255,19 @@ def test_the_kernels_own_news_is_not_taken_for_drift(world, pair):
     """A quiet network stays quiet: nothing mended, nothing written, over some full checks' worth of passes."""
     before = pair[0].status()["counters"]
     for _ in range(3):
-        world.put_record("10.244.0.0-24", {"PublicIP": "192.168.1.50", "PublicIPv6": None, "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"}})
+        world.put_record(
+            "10.244.0.0-24",
+            {
+                "PublicIP": "192.168.1.50",
+                "PublicIPv6": None,
+                "BackendType": "vxlan",
+                "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:50"},
+            },
+        )
         until("joined", lambda: world.peers("node1") == 2)
         world.etcd.delete("/coreos.com/network/subnets/10.244.0.0-24")
         until("left", lambda: world.peers("node1") == 1)
     after = pair[0].status()["counters"]
-    assert {k: v for k, v in after.items() if k.startswith("mended")} == {k: v for k, v in before.items() if k.startswith("mended")}
+    assert {k: v for k, v in after.items() if k.startswith("mended")} == {
+        k: v for k, v in before.items() if k.startswith("mended")
+    }

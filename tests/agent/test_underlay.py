@@ -13,8 +13,16 @@ def test_a_smaller_underlay_mtu_is_followed(world):
     for underlay, inner in ((1400, 1350), (1500, 1450)):
         world.run("node1", "ip", "link", "set", "eth0", "mtu", str(underlay))
         until("the device follows", lambda inner=inner: world.device("node1").mtu == inner, 5)
-        until("subnet.env follows", lambda inner=inner: f"FLANNEL_MTU={inner}" in (one.run_dir / "subnet.env").read_text(), 5)
-        until("the CNI list follows", lambda inner=inner: f'"mtu": {inner}' in (one.run_dir / "cni" / "10-flannel.conflist").read_text(), 5)
+        until(
+            "subnet.env follows",
+            lambda inner=inner: f"FLANNEL_MTU={inner}" in (one.run_dir / "subnet.env").read_text(),
+            5,
+        )
+        until(
+            "the CNI list follows",
+            lambda inner=inner: f'"mtu": {inner}' in (one.run_dir / "cni" / "10-flannel.conflist").read_text(),
+            5,
+        )
     assert world.kernel("node1") == before
 
 
@@ -39,7 +47,9 @@ def test_a_new_address_is_followed_live(world):
     world.run("node1", "ip", "addr", "del", "192.168.1.2/24", "dev", "eth0")
     until("the tunnel's source", lambda: world.device("node1").local == number("192.168.1.102"), 10)
     until("the peer's FDB", lambda: number("192.168.1.102") in world.kernel("node2")["fdb"].values(), 10)
-    assert (world.index("node1"), one.subnet(), one.mac()) == (index, subnet, mac), "the device was changed, not made again"
+    assert (world.index("node1"), one.subnet(), one.mac()) == (index, subnet, mac), (
+        "the device was changed, not made again"
+    )
     with matrix.Wires([source, target]) as wires:
         assert all(cell.ok for cell in wires.all())
     until("ready", one.ready)
@@ -60,6 +70,7 @@ def test_the_underlay_goes_down_and_up(world):
     source, target = world.pod(one, "a"), world.pod(two, "a")
     world.run("node1", "ip", "link", "set", "eth0", "down")
     world.run("node1", "ip", "link", "set", "eth0", "up")
+
     def reached() -> bool:
         with matrix.Wires([source, target]) as wires:
             return all(cell.ok for cell in wires.all(answer_s=0.3))
@@ -117,7 +128,13 @@ def test_a_change_the_kernel_cannot_make_live_makes_the_device_again_with_its_ma
     macs = [agent.mac() for agent in agents]
     world.config(Backend={"Type": "vxlan", **backend})
     for node in ("node1", "node2"):
-        until("the new device", lambda node=node: world.device(node, name).port == port and world.device(node, name).gbp == bool(backend.get("GBP")), 15)
+        until(
+            "the new device",
+            lambda node=node: (
+                world.device(node, name).port == port and world.device(node, name).gbp == bool(backend.get("GBP"))
+            ),
+            15,
+        )
         until("and its peer", lambda node=node: world.peers(node, name) == 1, 15)
         if name != "flannel.1":
             until("the old one is gone", lambda node=node: world.device(node, "flannel.1") is None)
@@ -125,7 +142,9 @@ def test_a_change_the_kernel_cannot_make_live_makes_the_device_again_with_its_ma
     with matrix.Wires([source, target]) as wires:
         assert all(cell.ok for cell in wires.all())
     if name == "flannel.1":
-        assert [e for e in agents[0].events("device") if "the kernel cannot change it" in e.get("because", "")], "it says why"
+        assert [e for e in agents[0].events("device") if "the kernel cannot change it" in e.get("because", "")], (
+            "it says why"
+        )
 
 
 def test_a_vni_changed_while_the_agent_was_down_leaves_no_old_device(world):
@@ -140,7 +159,28 @@ def test_a_vni_changed_while_the_agent_was_down_leaves_no_old_device(world):
 def test_an_adopted_device_is_changed_live_and_keeps_its_mac(world):
     node = world.node(1)
     mac = "0e:2a:11:22:33:44"
-    world.run(node, "ip", "link", "add", "flannel.1", "address", mac, "mtu", "1300", "type", "vxlan", "id", "1", "dstport", "8472", "dev", "eth0", "local", "192.168.1.99", "learning")
+    world.run(
+        node,
+        "ip",
+        "link",
+        "add",
+        "flannel.1",
+        "address",
+        mac,
+        "mtu",
+        "1300",
+        "type",
+        "vxlan",
+        "id",
+        "1",
+        "dstport",
+        "8472",
+        "dev",
+        "eth0",
+        "local",
+        "192.168.1.99",
+        "learning",
+    )
     index = world.index(node)
     agent = world.agent(node).wait_ready()
     device = world.device(node)

@@ -24,7 +24,12 @@ def world(request, prefix, open_store):
     where = f"{prefix}/subnets/"
     etcd.put(f"{prefix}/config", '{"Network":"10.244.0.0/16"}')
     store = open_store(etcd.endpoint, prefix=prefix)
-    return store, lambda key, value: etcd.put(where + key, value), lambda key: etcd.delete(where + key), lambda it: etcd.revoke(it.handle)
+    return (
+        store,
+        lambda key, value: etcd.put(where + key, value),
+        lambda key: etcd.delete(where + key),
+        lambda it: etcd.revoke(it.handle),
+    )
 
 
 def test_what_is_created_is_read(world):
@@ -138,9 +143,12 @@ def test_the_watch_tells_what_comes_after_the_list(world):
 def test_the_value_is_flannels_byte_for_byte(shared_etcd, prefix, open_store):
     store = open_store(shared_etcd.endpoint, prefix=prefix)
     made = store.create(lease()._replace(node=""), 86_400)
-    (key, kv), = shared_etcd.get(prefix).items()
+    ((key, kv),) = shared_etcd.get(prefix).items()
     assert key == f"{prefix}/subnets/10.244.5.0-24"
-    assert kv["value"] == b'{"PublicIP":"192.168.1.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:02"}}'
+    assert (
+        kv["value"]
+        == b'{"PublicIP":"192.168.1.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"0a:00:00:00:00:02"}}'
+    )
     assert kv["lease"] == made.handle
     assert 86_390 <= shared_etcd.time_to_live(kv["lease"]) <= 86_400
 

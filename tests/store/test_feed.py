@@ -19,7 +19,9 @@ ROOT = "/coreos.com/network"
 def value(n: int, ip: int = 0) -> tuple[str, bytes]:
     subnet = prefix(f"10.244.{n}.0/24")
     key = f"10.244.{n}.0-24"
-    return key, encode_value(Lease(key, "vxlan", Endpoint(subnet, ip or 0xC0A80100 + n, 1, 0x0A0000000000 + n), None, "", 0, 0, 0))
+    return key, encode_value(
+        Lease(key, "vxlan", Endpoint(subnet, ip or 0xC0A80100 + n, 1, 0x0A0000000000 + n), None, "", 0, 0, 0)
+    )
 
 
 class Follower:
@@ -302,7 +304,9 @@ def test_tls_with_and_without_a_client_certificate(tmp_path, open_store):
     try:
         with pytest.raises(StoreUnavailable):
             open_store(etcd.endpoint, cafile=ca).read()
-        store = open_store(etcd.endpoint, cafile=ca, certfile=f"{tmp_path}/client.crt", keyfile=f"{tmp_path}/client.key")
+        store = open_store(
+            etcd.endpoint, cafile=ca, certfile=f"{tmp_path}/client.crt", keyfile=f"{tmp_path}/client.key"
+        )
         assert store.read().leases == {}
     finally:
         etcd.close()
@@ -317,11 +321,52 @@ def pki(folder) -> None:
         except FileNotFoundError:
             pytest.fail("openssl is missing: apt-get install openssl")
 
-    run("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.crt", "-subj", "/CN=overlay-test", "-days", "2")
+    run(
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.crt",
+        "-subj",
+        "/CN=overlay-test",
+        "-days",
+        "2",
+    )
     (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
     for name in ("server", "client"):
-        run("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        run("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-out", f"{name}.crt", "-days", "2", "-extfile", "ext")
+        run(
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
+        run(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            "ca.crt",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-out",
+            f"{name}.crt",
+            "-days",
+            "2",
+            "-extfile",
+            "ext",
+        )
 
 
 def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
@@ -333,7 +378,15 @@ def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
         data = b'{"PublicIP":"192.168.1.2","BackendType":"udp' + pad
         batch.append((f"{base}-24", data))
     for start in range(0, len(batch), 100):
-        etcd.ask("/v3/kv/txn", {"success": [{"request_put": {"key": b64(f"{ROOT}/subnets/{k}"), "value": b64(v)}} for k, v in batch[start : start + 100]]})
+        etcd.ask(
+            "/v3/kv/txn",
+            {
+                "success": [
+                    {"request_put": {"key": b64(f"{ROOT}/subnets/{k}"), "value": b64(v)}}
+                    for k, v in batch[start : start + 100]
+                ]
+            },
+        )
     assert len(open_store(etcd.endpoint).read().leases) == 5000
 
 

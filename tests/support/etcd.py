@@ -27,7 +27,16 @@ def free_port() -> int:
 class Etcd:
     """One etcd server."""
 
-    def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0, namespace: str = "", flags: tuple[str, ...] = (), scheme: str = "http", peer: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        namespace: str = "",
+        flags: tuple[str, ...] = (),
+        scheme: str = "http",
+        peer: int = 0,
+    ) -> None:
         self.folder, self.host, self.port, self.namespace = folder, host, port or free_port(), namespace
         self.scheme, self.flags = scheme, flags
         self.peer = peer or free_port()
@@ -92,7 +101,8 @@ class Etcd:
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         answer = self.ask("/v3/kv/range", {"key": _b64(prefix), "range_end": _b64(end)})
         return {
-            base64.b64decode(kv["key"]).decode("utf-8", "replace"): kv | {"value": base64.b64decode(kv.get("value", "")), "lease": int(kv.get("lease", 0))}
+            base64.b64decode(kv["key"]).decode("utf-8", "replace"): kv
+            | {"value": base64.b64decode(kv.get("value", "")), "lease": int(kv.get("lease", 0))}
             for kv in answer.get("kvs", [])
         }
 

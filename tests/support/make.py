@@ -9,11 +9,15 @@ from overlay.plan import Node
 OWN_MAC = mac_number("0a:00:00:00:00:02")
 
 
-def lease(subnet: str, ip: str, mac: str = "", *, created: int = 1, vni: int = 1, backend: str = "vxlan", node: str = "") -> Lease:
+def lease(
+    subnet: str, ip: str, mac: str = "", *, created: int = 1, vni: int = 1, backend: str = "vxlan", node: str = ""
+) -> Lease:
     """A peer's record; its MAC is made from its public IP where none is given."""
     where, address = prefix(subnet), ip_number(ip, 4)
     number = mac_number(mac) if mac else (0x0A << 40) | address
-    return Lease(subnet.replace("/", "-"), backend, Endpoint(where, address, vni, number), None, node, created, created, 0)
+    return Lease(
+        subnet.replace("/", "-"), backend, Endpoint(where, address, vni, number), None, node, created, created, 0
+    )
 
 
 def node(**change) -> Node:

@@ -128,7 +128,10 @@ class World:
         for agent in agents:
             agent.wait_ready()
         for agent in agents:
-            until("it has its peers", lambda agent=agent: len(agent.status()["peers"]) == count - 1 and not agent.status()["differences"])
+            until(
+                "it has its peers",
+                lambda agent=agent: len(agent.status()["peers"]) == count - 1 and not agent.status()["differences"],
+            )
         return agents
 
     def restart(self, agent: Agent, *flags: str) -> Agent:
@@ -164,7 +167,12 @@ class World:
         return self.inside(node, read)
 
     def run(self, node: str, *command: str) -> str:
-        done = subprocess.run(["nsenter", f"--net={netns.path(self.namespace(node))}", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["nsenter", f"--net={netns.path(self.namespace(node))}", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -177,7 +185,9 @@ class World:
             try:
                 return {
                     "routes": {r.key[:2]: r for r in requests.routes() if r.oif == index or r.protocol == 111},
-                    "neighbours": {n.address: n.mac for n in requests.neighbours(index) if n.state & 0x80} if index else {},
+                    "neighbours": {n.address: n.mac for n in requests.neighbours(index) if n.state & 0x80}
+                    if index
+                    else {},
                     "fdb": {f.mac: f.dst for f in requests.fdb(index) if not f.mac >> 40 & 1} if index else {},
                 }
             finally:
@@ -196,10 +206,17 @@ class World:
 
     # --- records
     def records(self) -> dict[str, dict[str, Any]]:
-        return {key.rpartition("/")[2]: kv | json.loads(kv["value"]) for key, kv in self.etcd.get(f"{ROOT}/subnets/").items()}
+        return {
+            key.rpartition("/")[2]: kv | json.loads(kv["value"])
+            for key, kv in self.etcd.get(f"{ROOT}/subnets/").items()
+        }
 
     def put_record(self, key: str, value: str | bytes | dict[str, Any], lease: int = 0) -> None:
-        self.etcd.put(f"{ROOT}/subnets/{key}", json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value, lease)
+        self.etcd.put(
+            f"{ROOT}/subnets/{key}",
+            json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value,
+            lease,
+        )
 
     # --- pods
     def pod(self, agent: Agent, name: str) -> matrix.End:

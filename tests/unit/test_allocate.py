@@ -58,7 +58,9 @@ def test_full_says_so(rng):
 
 
 def test_nodes_starting_together_rarely_collide():
-    chosen = [choose_subnet(pool('{"Network":"10.0.0.0/8"}'), index(), None, random.Random(seed)) for seed in range(200)]
+    chosen = [
+        choose_subnet(pool('{"Network":"10.0.0.0/8"}'), index(), None, random.Random(seed)) for seed in range(200)
+    ]
     assert len(set(chosen)) >= 198, "drawn from all 65,535, not from the first 100"
 
 
@@ -81,11 +83,17 @@ def test_the_work_does_not_grow_with_the_leases(rng):
 
 
 prefixes = st.builds(
-    lambda base, length: Prefix(4, (10 << 24) | (base >> (32 - length) << (32 - length)), length), st.integers(0, (1 << 16) - 1), st.integers(20, 30)
+    lambda base, length: Prefix(4, (10 << 24) | (base >> (32 - length) << (32 - length)), length),
+    st.integers(0, (1 << 16) - 1),
+    st.integers(20, 30),
 )
 
 
-@given(st.lists(st.tuples(prefixes, st.sampled_from("abc")), max_size=30), st.lists(st.tuples(prefixes, st.sampled_from("abc")), max_size=15), prefixes)
+@given(
+    st.lists(st.tuples(prefixes, st.sampled_from("abc")), max_size=30),
+    st.lists(st.tuples(prefixes, st.sampled_from("abc")), max_size=15),
+    prefixes,
+)
 def test_the_index_says_what_a_plain_search_says(added, removed, asked):
     found = SubnetIndex(4)
     plain: set[tuple[Prefix, str]] = set()

@@ -12,7 +12,10 @@ from lease.model import Endpoint, Lease, Prefix, mac_fault, prefix
 from tests.unit import recordings
 
 ETCD = [name for name in recordings.FILES if name.startswith("etcd")]
-KEY, VALUE = "10.244.76.0-24", b'{"PublicIP":"192.168.1.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"e2:32:57:67:ca:0b"}}'
+KEY, VALUE = (
+    "10.244.76.0-24",
+    b'{"PublicIP":"192.168.1.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"e2:32:57:67:ca:0b"}}',
+)
 
 
 def test_every_recording_is_here():
@@ -88,10 +91,14 @@ def with_value(**change) -> bytes:
         pytest.param(with_value(BackendData=None), ["BackendData"], id="no BackendData"),
         pytest.param(with_value(BackendData={"VNI": 1}), ["VtepMAC", "missing"], id="no MAC"),
         pytest.param(with_value(BackendData={"VNI": 1, "VtepMAC": "xx"}), ["VtepMAC"], id="MAC garbage"),
-        pytest.param(with_value(BackendData={"VNI": 1, "VtepMAC": "01:00:5e:00:00:01"}), ["multicast"], id="MAC multicast"),
+        pytest.param(
+            with_value(BackendData={"VNI": 1, "VtepMAC": "01:00:5e:00:00:01"}), ["multicast"], id="MAC multicast"
+        ),
         pytest.param(with_value(BackendData={"VNI": 1, "VtepMAC": "00:00:00:00:00:00"}), ["zero"], id="MAC zero"),
         pytest.param(with_value(BackendData={"VNI": "1", "VtepMAC": "0e:00:00:00:00:01"}), ["VNI"], id="VNI a string"),
-        pytest.param(with_value(BackendData={"VNI": 1 << 24, "VtepMAC": "0e:00:00:00:00:01"}), ["VNI"], id="VNI too large"),
+        pytest.param(
+            with_value(BackendData={"VNI": 1 << 24, "VtepMAC": "0e:00:00:00:00:01"}), ["VNI"], id="VNI too large"
+        ),
     ],
 )
 def test_bad_values(value, words):
@@ -115,8 +122,16 @@ def test_anything_is_a_lease_or_a_bad_record(value, key):
             assert "\n" not in str(error)
 
 
-v4_prefixes = st.builds(lambda base, length: Prefix(4, base >> (32 - length) << (32 - length), length), st.integers(0, (1 << 32) - 1), st.integers(1, 31))
-v6_prefixes = st.builds(lambda base, length: Prefix(6, base >> (128 - length) << (128 - length), length), st.integers(0, (1 << 128) - 1), st.integers(1, 127))
+v4_prefixes = st.builds(
+    lambda base, length: Prefix(4, base >> (32 - length) << (32 - length), length),
+    st.integers(0, (1 << 32) - 1),
+    st.integers(1, 31),
+)
+v6_prefixes = st.builds(
+    lambda base, length: Prefix(6, base >> (128 - length) << (128 - length), length),
+    st.integers(0, (1 << 128) - 1),
+    st.integers(1, 127),
+)
 macs = st.integers(1, (1 << 48) - 1).filter(lambda mac: mac_fault(mac) is None)
 v4_ends = st.builds(Endpoint, v4_prefixes, st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 24) - 1), macs)
 v6_ends = st.builds(Endpoint, v6_prefixes, st.integers(0, (1 << 128) - 1), st.integers(0, (1 << 24) - 1), macs)

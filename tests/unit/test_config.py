@@ -26,16 +26,28 @@ def pool_of(**fields):
         pytest.param({"Network": "10.244.0.0/16"}, ("10.244.1.0", "10.244.255.0", 24, 255), id="flannel's default"),
         pytest.param({"Network": "10.244.9.9/16"}, ("10.244.1.0", "10.244.255.0", 24, 255), id="host bits are masked"),
         pytest.param({"Network": "10.0.0.0/22"}, ("10.0.1.0", "10.0.3.0", 24, 3), id="/22 still has /24"),
-        pytest.param({"Network": "10.0.0.0/23"}, ("10.0.0.128", "10.0.1.128", 25, 3), id="/23 has four /25, one left out"),
+        pytest.param(
+            {"Network": "10.0.0.0/23"}, ("10.0.0.128", "10.0.1.128", 25, 3), id="/23 has four /25, one left out"
+        ),
         pytest.param({"Network": "10.0.0.0/28"}, ("10.0.0.4", "10.0.0.12", 30, 3), id="the smallest network"),
         pytest.param(
             {"Network": "10.50.0.0/16", "SubnetLen": 26, "SubnetMin": "10.50.1.0", "SubnetMax": "10.50.9.0"},
             ("10.50.1.0", "10.50.9.0", 26, 33),
             id="the recorded config with its own length and bounds",
         ),
-        pytest.param({"network": "10.1.0.0/16", "SUBNETLEN": 20}, ("10.1.16.0", "10.1.240.0", 20, 15), id="keys in any case"),
-        pytest.param({"Network": "10.1.0.0/16", "SubnetMin": "0.0.0.0", "X": 1}, ("10.1.1.0", "10.1.255.0", 24, 255), id="zero means default, unknown keys are ignored"),
-        pytest.param({"Network": "10.1.0.0/16", "SubnetLen": None, "Backend": None}, ("10.1.1.0", "10.1.255.0", 24, 255), id="null is absent"),
+        pytest.param(
+            {"network": "10.1.0.0/16", "SUBNETLEN": 20}, ("10.1.16.0", "10.1.240.0", 20, 15), id="keys in any case"
+        ),
+        pytest.param(
+            {"Network": "10.1.0.0/16", "SubnetMin": "0.0.0.0", "X": 1},
+            ("10.1.1.0", "10.1.255.0", 24, 255),
+            id="zero means default, unknown keys are ignored",
+        ),
+        pytest.param(
+            {"Network": "10.1.0.0/16", "SubnetLen": None, "Backend": None},
+            ("10.1.1.0", "10.1.255.0", 24, 255),
+            id="null is absent",
+        ),
     ],
 )
 def test_pool(fields, expected):
@@ -62,7 +74,16 @@ def test_ipv6_alone():
         pytest.param({"type": "VXLAN", "vni": 42}, VxlanConfig(vni=42), id="any case, of keys and of the type"),
         pytest.param({"Type": "vxlan", "Port": 0}, VxlanConfig(port=8472), id="port 0 is the kernel's default"),
         pytest.param(
-            {"Type": "vxlan", "VNI": 42, "Port": 4789, "DirectRouting": True, "MTU": 1400, "GBP": True, "Learning": True, "MacPrefix": "0A-00"},
+            {
+                "Type": "vxlan",
+                "VNI": 42,
+                "Port": 4789,
+                "DirectRouting": True,
+                "MTU": 1400,
+                "GBP": True,
+                "Learning": True,
+                "MacPrefix": "0A-00",
+            },
             VxlanConfig(42, 4789, 1400, True, True, True, "0A-00"),
             id="everything",
         ),
@@ -88,23 +109,73 @@ def test_a_missing_backend_is_vxlan_as_the_documentation_says():
         pytest.param({"Network": "127.0.0.0/16"}, ["Network", "127.0.0.0/16", "loopback"], id="loopback"),
         pytest.param({"Network": "224.0.0.0/8"}, ["Network", "unicast"], id="multicast"),
         pytest.param({"Network": "10.0.0.0/16", "SubnetLen": 31}, ["SubnetLen", "31", "30"], id="length above 30"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetLen": 17}, ["SubnetLen", "17", "18", "four"], id="fewer than four subnets"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetLen": "24"}, ["SubnetLen", "whole number"], id="length as a string"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetLen": True}, ["SubnetLen", "whole number"], id="length as a bool"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetMin": "10.1.0.0"}, ["SubnetMin", "10.1.0.0", "inside 10.0.0.0/16"], id="min outside"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetMax": "10.0.5.7"}, ["SubnetMax", "10.0.5.7", "base address of a /24"], id="max off boundary"),
-        pytest.param({"Network": "10.0.0.0/16", "SubnetMin": "10.0.9.0", "SubnetMax": "10.0.5.0"}, ["SubnetMin", "10.0.9.0", "10.0.5.0"], id="min above max, which flannel accepts"),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetLen": 17}, ["SubnetLen", "17", "18", "four"], id="fewer than four subnets"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetLen": "24"}, ["SubnetLen", "whole number"], id="length as a string"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetLen": True}, ["SubnetLen", "whole number"], id="length as a bool"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetMin": "10.1.0.0"},
+            ["SubnetMin", "10.1.0.0", "inside 10.0.0.0/16"],
+            id="min outside",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetMax": "10.0.5.7"},
+            ["SubnetMax", "10.0.5.7", "base address of a /24"],
+            id="max off boundary",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "SubnetMin": "10.0.9.0", "SubnetMax": "10.0.5.0"},
+            ["SubnetMin", "10.0.9.0", "10.0.5.0"],
+            id="min above max, which flannel accepts",
+        ),
         pytest.param({"Network": "10.0.0.0/16", "EnableIPv4": False}, ["EnableIPv4", "EnableIPv6"], id="no family"),
         pytest.param({"Network": "10.0.0.0/16", "EnableIPv6": True}, ["IPv6Network", "missing"], id="no IPv6 network"),
-        pytest.param({"Network": "10.0.0.0/16", "IPv6Network": "rubbish"}, ["IPv6Network", "rubbish"], id="IPv6 is validated when it is off, too"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {}}, ["Backend.Type", "vxlan"], id="a backend without a type"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "udp"}}, ["Backend.Type", "udp", "vxlan"], id="a backend we have not"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": "vxlan"}, ["Backend", "object"], id="a backend that is a string"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "Port": 70000}}, ["Backend.Port", "70000", "65535"], id="Port 70000, which flannel makes 4464"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "VNI": 1 << 24}}, ["Backend.VNI", "16777215"], id="VNI out of range"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "MTU": 60}}, ["Backend.MTU", "60", "118"], id="an MTU the kernel refuses"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "MacPrefix": "0G-00"}}, ["Backend.MacPrefix", "0G-00"], id="MacPrefix"),
-        pytest.param({"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "GBP": 1}}, ["Backend.GBP", "true or false"], id="GBP as a number"),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "IPv6Network": "rubbish"},
+            ["IPv6Network", "rubbish"],
+            id="IPv6 is validated when it is off, too",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {}}, ["Backend.Type", "vxlan"], id="a backend without a type"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "udp"}},
+            ["Backend.Type", "udp", "vxlan"],
+            id="a backend we have not",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": "vxlan"}, ["Backend", "object"], id="a backend that is a string"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "Port": 70000}},
+            ["Backend.Port", "70000", "65535"],
+            id="Port 70000, which flannel makes 4464",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "VNI": 1 << 24}},
+            ["Backend.VNI", "16777215"],
+            id="VNI out of range",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "MTU": 60}},
+            ["Backend.MTU", "60", "118"],
+            id="an MTU the kernel refuses",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "MacPrefix": "0G-00"}},
+            ["Backend.MacPrefix", "0G-00"],
+            id="MacPrefix",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "GBP": 1}},
+            ["Backend.GBP", "true or false"],
+            id="GBP as a number",
+        ),
     ],
 )
 def test_refused_naming_field_value_and_what_is_allowed(fields, words):
@@ -123,12 +194,28 @@ def test_not_an_object(text):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["10.0.0.0/8", "fd00::/8", "vxlan"]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["10.0.0.0/8", "fd00::/8", "vxlan"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
 keys = st.sampled_from(
-    ["Network", "SubnetLen", "SubnetMin", "SubnetMax", "Backend", "EnableIPv4", "EnableIPv6", "IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin"]
+    [
+        "Network",
+        "SubnetLen",
+        "SubnetMin",
+        "SubnetMax",
+        "Backend",
+        "EnableIPv4",
+        "EnableIPv6",
+        "IPv6Network",
+        "IPv6SubnetLen",
+        "IPv6SubnetMin",
+    ]
 )
 
 

@@ -36,7 +36,16 @@ def test_the_previous_subnet_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "FLANNEL_SUBNET=", "FLANNEL_SUBNET=rubbish", "FLANNEL_SUBNET=10.1.1.1/24,10.1.2.1/24", "FLANNEL_SUBNET=fd00::1/64", "\x00\xff", "FLANNEL_SUBNET"]
+    "content",
+    [
+        "",
+        "FLANNEL_SUBNET=",
+        "FLANNEL_SUBNET=rubbish",
+        "FLANNEL_SUBNET=10.1.1.1/24,10.1.2.1/24",
+        "FLANNEL_SUBNET=fd00::1/64",
+        "\x00\xff",
+        "FLANNEL_SUBNET",
+    ],
 )
 def test_a_broken_subnet_env_is_no_preference(tmp_path, content):
     path = tmp_path / "subnet.env"
@@ -71,7 +80,12 @@ def test_the_network_list():
     assert (found["name"], found["cniVersion"]) == ("cbr0", "0.3.1")
     assert bridge["mtu"] == 1450
     assert bridge["ipMasq"] is False, "the bridge plugin would masquerade pod to pod"
-    assert bridge["ipam"] == {"type": "host-local", "ranges": [[{"subnet": "10.244.76.0/24"}]], "routes": [{"dst": "10.244.0.0/16"}], "dataDir": "/run/x"}
+    assert bridge["ipam"] == {
+        "type": "host-local",
+        "ranges": [[{"subnet": "10.244.76.0/24"}]],
+        "routes": [{"dst": "10.244.0.0/16"}],
+        "dataDir": "/run/x",
+    }
     assert portmap == {"type": "portmap", "capabilities": {"portMappings": True}}
     assert "dataDir" not in json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", ""))["plugins"][0]["ipam"]
 
@@ -103,7 +117,9 @@ def test_the_nat_rules_are_those_that_flannel_left():
     """Rule by rule, with the text of the recorded iptables chain beside it."""
     table = nat_table("overlay-1", NETWORK, SUBNET, True, True, True)
     recorded = [
-        line.split("--comment", 1)[0].removeprefix("-A FLANNEL-POSTRTG ").removesuffix(" -m comment ") + " " + line.split("-j ", 1)[1]
+        line.split("--comment", 1)[0].removeprefix("-A FLANNEL-POSTRTG ").removesuffix(" -m comment ")
+        + " "
+        + line.split("-j ", 1)[1]
         for line in recordings.read("etcd-vxlan.txt").sections["node1 (192.168.1.2): iptables-save"].splitlines()
         if line.startswith("-A FLANNEL-POSTRTG")
     ]
@@ -129,4 +145,7 @@ def test_the_nat_rules_are_those_that_flannel_left():
 def test_what_is_not_wanted_is_not_there():
     assert nat_table("overlay-1", NETWORK, SUBNET, False, True, False) == []
     assert rules(nat_table("overlay-1", NETWORK, SUBNET, False, True, True), "postrouting") == []
-    assert not any("fully-random" in rule for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True), "postrouting"))
+    assert not any(
+        "fully-random" in rule
+        for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True), "postrouting")
+    )

@@ -78,7 +78,8 @@ def greedy(records: list[Lease]) -> set[str]:
     taken: list[Lease] = []
     for record in sorted(records, key=lambda r: (r.created, r.key)):
         if refusal(here, record) is None and not any(
-            other.v4.subnet.overlaps(record.v4.subnet) or (other.v4.mac == record.v4.mac and other.v4.public_ip != record.v4.public_ip)
+            other.v4.subnet.overlaps(record.v4.subnet)
+            or (other.v4.mac == record.v4.mac and other.v4.public_ip != record.v4.public_ip)
             for other in taken
         ):
             taken.append(record)
@@ -86,7 +87,8 @@ def greedy(records: list[Lease]) -> set[str]:
 
 
 subnets = st.sampled_from(
-    [f"10.244.{n}.0/24" for n in range(8, 16)] + ["10.244.8.0/22", "10.244.8.0/23", "10.244.12.0/22", "10.244.8.128/25", "10.245.0.0/24", "10.244.2.0/24"]
+    [f"10.244.{n}.0/24" for n in range(8, 16)]
+    + ["10.244.8.0/22", "10.244.8.0/23", "10.244.12.0/22", "10.244.8.128/25", "10.245.0.0/24", "10.244.2.0/24"]
 )
 records = st.builds(
     lambda subnet, host, mac, created: lease(subnet, f"192.168.1.{host}", f"0a:00:00:00:00:{mac:02x}", created=created),
@@ -95,7 +97,9 @@ records = st.builds(
     st.integers(1, 6),
     st.integers(1, 5),
 )
-steps = st.lists(st.tuples(st.sampled_from(["put", "drop", "replace"]), st.lists(records, min_size=1, max_size=6)), max_size=12)
+steps = st.lists(
+    st.tuples(st.sampled_from(["put", "drop", "replace"]), st.lists(records, min_size=1, max_size=6)), max_size=12
+)
 
 
 @given(steps)

@@ -102,7 +102,9 @@ SPEC = DeviceSpec("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False, Fa
 
 def found(**change) -> DeviceFound:
     names = DeviceSpec.__dataclass_fields__
-    spec = DeviceSpec(**({name: getattr(SPEC, name) for name in names} | {k: v for k, v in change.items() if k in names}))
+    spec = DeviceSpec(
+        **({name: getattr(SPEC, name) for name in names} | {k: v for k, v in change.items() if k in names})
+    )
     rest = {"ifindex": 4, "up": True, "kind": "vxlan", "checksums": True, "special": ""}
     return DeviceFound(spec=spec, **(rest | {k: v for k, v in change.items() if k not in names}))
 
@@ -126,7 +128,15 @@ def test_a_device_is_replaced_only_where_the_kernel_cannot_change_it(change, wor
 
 @pytest.mark.parametrize(
     ("change", "expected"),
-    [({}, set()), ({"local": 1}, {"local"}), ({"lower": 9}, {"lower"}), ({"learning": True}, {"learning"}), ({"mtu": 1400}, {"mtu"}), ({"mac": 6}, {"mac"}), ({"up": False}, {"up"})],
+    [
+        ({}, set()),
+        ({"local": 1}, {"local"}),
+        ({"lower": 9}, {"lower"}),
+        ({"learning": True}, {"learning"}),
+        ({"mtu": 1400}, {"mtu"}),
+        ({"mac": 6}, {"mac"}),
+        ({"up": False}, {"up"}),
+    ],
 )
 def test_everything_else_is_changed_live(change, expected):
     assert replace_reason(SPEC, found(**change)) is None

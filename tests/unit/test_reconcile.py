@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from overlay.kernel import wire
-from overlay.kernel.entries import PROTOCOL, TUNNEL, FdbValue, FoundFdb, FoundNeighbour, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.entries import (
+    PROTOCOL,
+    TUNNEL,
+    FdbValue,
+    FoundFdb,
+    FoundNeighbour,
+    NeighbourValue,
+    RouteKey,
+    RouteValue,
+)
 from overlay.kernel.netlink import Refusal
 from overlay.reconcile import SLICE, Device, Kind, Reconciler, Tracker, retry_delay_s
 
@@ -122,7 +131,9 @@ def test_tracker(wanted, found, missing, extra, order):
     assert (it.wanted(), it.found()) == (wanted, found)
 
 
-operations = st.lists(st.tuples(st.sampled_from(["want", "unwant", "find", "lose"]), st.integers(0, 3), st.integers(0, 2)), max_size=30)
+operations = st.lists(
+    st.tuples(st.sampled_from(["want", "unwant", "find", "lose"]), st.integers(0, 3), st.integers(0, 2)), max_size=30
+)
 
 
 @given(operations)
@@ -324,7 +335,11 @@ class Interleaved(RuleBasedStateMachine):
                 if seen:
                     self.rec.find(kind, key, odd)
 
-    @rule(n=st.integers(0, 5), which=st.sampled_from(list(Kind)), code=st.sampled_from([errno.ENOBUFS, errno.EPERM, errno.EINVAL]))
+    @rule(
+        n=st.integers(0, 5),
+        which=st.sampled_from(list(Kind)),
+        code=st.sampled_from([errno.ENOBUFS, errno.EPERM, errno.EINVAL]),
+    )
     def kernel_refuses(self, n: int, which: Kind, code: int) -> None:
         for kind, key, _ in peer(n):
             if kind is which:

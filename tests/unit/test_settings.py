@@ -5,12 +5,7 @@ import pytest
 from lease.model import ip_number
 from overlay.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
 
-FLANNELD = (
-    "etcd-endpoints etcd-prefix etcd-keyfile etcd-certfile etcd-cafile etcd-username etcd-password iface iface-regex iface-can-reach"
-    " subnet-file public-ip public-ipv6 subnet-lease-renew-margin ip-masq ip-masq-fully-random-disable kube-subnet-mgr kube-api-url"
-    " kubeconfig-file kube-annotation-prefix version healthz-ip healthz-port iptables-resync iptables-forward-rules ip-blackhole-route"
-    " net-config-path set-node-network-unavailable v vmodule log_backtrace_at"
-).split()
+FLANNELD = ["etcd-endpoints", "etcd-prefix", "etcd-keyfile", "etcd-certfile", "etcd-cafile", "etcd-username", "etcd-password", "iface", "iface-regex", "iface-can-reach", "subnet-file", "public-ip", "public-ipv6", "subnet-lease-renew-margin", "ip-masq", "ip-masq-fully-random-disable", "kube-subnet-mgr", "kube-api-url", "kubeconfig-file", "kube-annotation-prefix", "version", "healthz-ip", "healthz-port", "iptables-resync", "iptables-forward-rules", "ip-blackhole-route", "net-config-path", "set-node-network-unavailable", "v", "vmodule", "log_backtrace_at"]
 
 
 def read(*arguments: str, **environ: str) -> Settings:
@@ -36,7 +31,16 @@ def test_gos_ways_to_write_a_flag(form):
     assert read(*form).iface == ("eth0",)
 
 
-@pytest.mark.parametrize(("form", "value"), [("-ip-masq", True), ("--ip-masq=true", True), ("-ip-masq=1", True), ("--ip-masq=false", False), ("-ip-masq=F", False)])
+@pytest.mark.parametrize(
+    ("form", "value"),
+    [
+        ("-ip-masq", True),
+        ("--ip-masq=true", True),
+        ("-ip-masq=1", True),
+        ("--ip-masq=false", False),
+        ("-ip-masq=F", False),
+    ],
+)
 def test_booleans(form, value):
     assert read(form).ip_masq is value
 
@@ -48,7 +52,13 @@ def test_repeatable_flags_keep_their_order():
 
 
 def test_the_environment_is_read_and_the_command_line_wins():
-    settings = read("--etcd-prefix=/a", FLANNELD_ETCD_PREFIX="/b", FLANNELD_IP_MASQ="true", FLANNELD_IFACE="eth9", FLANNELD_PUBLIC_IP="")
+    settings = read(
+        "--etcd-prefix=/a",
+        FLANNELD_ETCD_PREFIX="/b",
+        FLANNELD_IP_MASQ="true",
+        FLANNELD_IFACE="eth9",
+        FLANNELD_PUBLIC_IP="",
+    )
     assert settings.etcd_prefix == "/a"
     assert settings.ip_masq
     assert settings.iface == ("eth9",)

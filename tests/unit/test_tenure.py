@@ -104,7 +104,9 @@ def test_a_changed_device_mac_is_published():
     assert world.stored() == held
 
 
-@pytest.mark.parametrize("who", [OTHER, Identity("", "", ""), CLONE], ids=["another node", "flannel", "a clone with our name"])
+@pytest.mark.parametrize(
+    "who", [OTHER, Identity("", "", ""), CLONE], ids=["another node", "flannel", "a clone with our name"]
+)
 def test_the_second_node_on_one_address_refuses_naming_the_first(who):
     world = World(answer=SOMEBODY)
     before = world.put(lease(node=who))
@@ -209,7 +211,9 @@ def test_a_lost_race_chooses_again_until_the_range_is_full():
     def another_is_faster(wanted):
         number = next(races, None)
         if number is not None:
-            world.store.put(wanted.key, encode_value(lease(f"{wanted.key[:-3]}/24", ip=IP9 + number, mac=MAC_B + number)))
+            world.store.put(
+                wanted.key, encode_value(lease(f"{wanted.key[:-3]}/24", ip=IP9 + number, mac=MAC_B + number))
+            )
 
     world.store.before_create = another_is_faster
     held = only_held(world.settle()).lease

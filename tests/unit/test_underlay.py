@@ -20,7 +20,12 @@ def address(oif: int, text: str, length: int = 24, **change) -> Address:
     return Address(oif, ip(text), length, 0, False, False, True)._replace(**change)
 
 
-LO, ETH0, ETH1, FLANNEL = link(1, "lo", 65536, loopback=True), link(2, "eth0"), link(3, "eth1", 9000), link(4, "flannel.1", 1450, "vxlan")
+LO, ETH0, ETH1, FLANNEL = (
+    link(1, "lo", 65536, loopback=True),
+    link(2, "eth0"),
+    link(3, "eth1", 9000),
+    link(4, "flannel.1", 1450, "vxlan"),
+)
 THERE = Interfaces(
     [LO, ETH0, ETH1, FLANNEL],
     [
@@ -43,15 +48,73 @@ def kernel(target: int):
 @pytest.mark.parametrize(
     ("settings", "store", "name", "local", "reason"),
     [
-        pytest.param(Settings(), STORE, "eth1", "192.168.1.2", "routes to the store etcd.example", id="the route to the store"),
-        pytest.param(Settings(), {"127.0.0.1": ip("127.0.0.1")}, "eth0", "10.0.2.15", "default route", id="a store on this machine"),
-        pytest.param(Settings(iface=("eth9", "eth1")), STORE, "eth1", "192.168.1.2", "--iface eth1", id="first iface that is there"),
-        pytest.param(Settings(iface=("192.168.1.77",)), STORE, "eth1", "192.168.1.77", "--iface 192.168.1.77", id="iface by address"),
-        pytest.param(Settings(iface_regex=("10\\.0\\..*",)), STORE, "eth0", "10.0.2.15", "--iface-regex", id="regex over addresses first"),
-        pytest.param(Settings(iface_regex=("h1$",)), STORE, "eth1", "192.168.1.2", "--iface-regex", id="regex over names, unanchored"),
-        pytest.param(Settings(iface=("nope",), iface_regex=("eth0",)), STORE, "eth0", "10.0.2.15", "--iface-regex", id="regex after iface"),
-        pytest.param(Settings(iface_can_reach=ip("192.168.1.99")), STORE, "eth1", "192.168.1.2", "--iface-can-reach 192.168.1.99", id="can reach"),
-        pytest.param(Settings(public_ip=ip("10.0.2.15")), STORE, "eth0", "10.0.2.15", "--public-ip", id="a public IP that is local"),
+        pytest.param(
+            Settings(), STORE, "eth1", "192.168.1.2", "routes to the store etcd.example", id="the route to the store"
+        ),
+        pytest.param(
+            Settings(),
+            {"127.0.0.1": ip("127.0.0.1")},
+            "eth0",
+            "10.0.2.15",
+            "default route",
+            id="a store on this machine",
+        ),
+        pytest.param(
+            Settings(iface=("eth9", "eth1")),
+            STORE,
+            "eth1",
+            "192.168.1.2",
+            "--iface eth1",
+            id="first iface that is there",
+        ),
+        pytest.param(
+            Settings(iface=("192.168.1.77",)),
+            STORE,
+            "eth1",
+            "192.168.1.77",
+            "--iface 192.168.1.77",
+            id="iface by address",
+        ),
+        pytest.param(
+            Settings(iface_regex=("10\\.0\\..*",)),
+            STORE,
+            "eth0",
+            "10.0.2.15",
+            "--iface-regex",
+            id="regex over addresses first",
+        ),
+        pytest.param(
+            Settings(iface_regex=("h1$",)),
+            STORE,
+            "eth1",
+            "192.168.1.2",
+            "--iface-regex",
+            id="regex over names, unanchored",
+        ),
+        pytest.param(
+            Settings(iface=("nope",), iface_regex=("eth0",)),
+            STORE,
+            "eth0",
+            "10.0.2.15",
+            "--iface-regex",
+            id="regex after iface",
+        ),
+        pytest.param(
+            Settings(iface_can_reach=ip("192.168.1.99")),
+            STORE,
+            "eth1",
+            "192.168.1.2",
+            "--iface-can-reach 192.168.1.99",
+            id="can reach",
+        ),
+        pytest.param(
+            Settings(public_ip=ip("10.0.2.15")),
+            STORE,
+            "eth0",
+            "10.0.2.15",
+            "--public-ip",
+            id="a public IP that is local",
+        ),
     ],
 )
 def test_choice(settings, store, name, local, reason):
@@ -108,7 +171,14 @@ def test_the_choice_is_kept_while_its_address_stands():
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
-    [("192.168.1.99", "eth1"), ("192.168.1.2", "eth1"), ("10.0.2.99", "eth0"), ("203.0.113.5", None), ("127.0.0.5", None), ("10.244.5.0", None)],
+    [
+        ("192.168.1.99", "eth1"),
+        ("192.168.1.2", "eth1"),
+        ("10.0.2.99", "eth0"),
+        ("203.0.113.5", None),
+        ("127.0.0.5", None),
+        ("10.244.5.0", None),
+    ],
 )
 def test_where_an_address_can_be_asked_for(asked, expected):
     assert on_link_interface(ip(asked), THERE.links.values(), THERE.addresses) == expected

@@ -11,8 +11,20 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 from lease.model import ip_text, mac_text
 from overlay.kernel import wire
 from overlay.kernel.entries import (
-    PROTOCOL, TUNNEL, UNDERLAY, ELSEWHERE, FdbValue, FoundFdb, FoundNeighbour, FoundRoute, NeighbourValue, RouteKey, RouteValue,
-    fdb_is_ours, neighbour_is_ours, route_role,
+    ELSEWHERE,
+    PROTOCOL,
+    TUNNEL,
+    UNDERLAY,
+    FdbValue,
+    FoundFdb,
+    FoundNeighbour,
+    FoundRoute,
+    NeighbourValue,
+    RouteKey,
+    RouteValue,
+    fdb_is_ours,
+    neighbour_is_ours,
+    route_role,
 )  # fmt: skip
 
 BASE, VIA, MAC, DST = 0x0AF40900, 0x0AF40900, 0x0A0000000009, 0xC0A80109
@@ -38,7 +50,16 @@ def normal(message: bytes):
     return kind, flags, seq, pid, message[16 : 16 + fixed], sorted((k, bytes(v)) for k, v in attrs.items())
 
 
-ROUTE_HEADER = {"family": socket.AF_INET, "dst_len": 24, "src_len": 0, "tos": 0, "table": 254, "proto": PROTOCOL, "scope": 0, "type": 1}
+ROUTE_HEADER = {
+    "family": socket.AF_INET,
+    "dst_len": 24,
+    "src_len": 0,
+    "tos": 0,
+    "table": 254,
+    "proto": PROTOCOL,
+    "scope": 0,
+    "type": 1,
+}
 
 
 @pytest.mark.parametrize("replace", [True, False])
@@ -87,7 +108,9 @@ def test_what_we_write_is_what_we_read():
     key = RouteKey(BASE, 24, 10)
     route = wire.parse_route(body(wire.route_add(1, key, RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, True)))
     assert route == FoundRoute(key, 7, VIA, 4, PROTOCOL, ())
-    assert wire.parse_neighbour(body(wire.neighbour_add(1, BASE, NeighbourValue(MAC), 4))) == FoundNeighbour(4, BASE, MAC, 0x80, ())
+    assert wire.parse_neighbour(body(wire.neighbour_add(1, BASE, NeighbourValue(MAC), 4))) == FoundNeighbour(
+        4, BASE, MAC, 0x80, ()
+    )
     assert wire.parse_neighbour(body(wire.fdb_add(1, MAC, FdbValue(DST), 4))) == FoundFdb(4, MAC, DST, 0x80, ())
 
 
@@ -135,7 +158,12 @@ def test_which_neighbours_are_ours(found, ours):
 
 @pytest.mark.parametrize(
     ("found", "ours"),
-    [(FoundFdb(4, MAC, DST, 0x80, ()), True), (FoundFdb(4, 0, DST, 0x80, ()), True), (FoundFdb(4, 0x3333_0000_0001, None, 0x80, ()), False), (FoundFdb(5, MAC, DST, 0x80, ()), False)],
+    [
+        (FoundFdb(4, MAC, DST, 0x80, ()), True),
+        (FoundFdb(4, 0, DST, 0x80, ()), True),
+        (FoundFdb(4, 0x3333_0000_0001, None, 0x80, ()), False),
+        (FoundFdb(5, MAC, DST, 0x80, ()), False),
+    ],
     ids=["a peer", "the default destination", "multicast", "another device"],
 )
 def test_which_fdb_entries_are_ours(found, ours):

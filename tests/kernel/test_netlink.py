@@ -1,0 +1,253 @@
+"""Batches, dumps and notifications against the real kernel."""
+
+import errno
+import queue
+import struct
+import time
+
+import pytest
+from pyroute2 import IPRoute
+
+from lease.model import ip_number
+from overlay.kernel import wire
+from overlay.kernel.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.netlink import (
+    AddressSeen,
+    FdbSeen,
+    KernelError,
+    LinkSeen,
+    Monitor,
+    NeighbourSeen,
+    Overrun,
+    RequestSocket,
+    RouteSeen,
+)
+from overlay.lab import netns
+from tests.support.wait import until
+
+BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009
+KEY = RouteKey(BASE, 24, 10)
+
+
+def index_of(requests: RequestSocket, name: str = "flannel.1") -> int:
+    return next(link.ifindex for link in requests.links() if link.name == name)
+
+
+@pytest.fixture
+def requests(inside):
+    made = inside(RequestSocket)
+    yield made
+    made.close()
+
+
+def value(via: int = BASE) -> RouteValue:
+    return RouteValue(TUNNEL, via, True, PROTOCOL)
+
+
+def peer(first: int, index: int, n: int = 0) -> list[bytes]:
+    base, mac = BASE + (n << 8), MAC + n
+    return [
+        wire.neighbour_add(first, base, NeighbourValue(mac), index),
+        wire.fdb_add(first + 1, mac, FdbValue(DST + n), index),
+        wire.route_add(first + 2, RouteKey(base, 24, 10 + n), value(base), index, False),
+    ]
+
+
+def test_a_batch_is_what_dumps_show(requests):
+    index = index_of(requests)
+    first = requests.take_seqs(300)
+    messages = [message for n in range(100) for message in peer(first + 3 * n, index, n)]
+    assert requests.execute(messages, first) == {}
+    routes = [r for r in requests.routes() if r.oif == index]
+    assert len(routes) == len(requests.neighbours(index)) == len(requests.fdb(index)) == 100
+    found = next(r for r in routes if r.key == KEY)
+    assert (found.via, found.flags & 4, found.protocol, found.odd) == (BASE, 4, PROTOCOL, ())
+    assert {n.address: n.mac for n in requests.neighbours(index)}[BASE] == MAC
+    assert {f.mac: f.dst for f in requests.fdb(index)}[MAC] == DST
+
+
+def test_errors_are_matched_to_their_message(requests):
+    index = index_of(requests)
+    first = requests.take_seqs(5)
+    messages = [
+        wire.neighbour_add(first, BASE, NeighbourValue(MAC), index),
+        wire.neighbour_add(first + 1, BASE + 256, NeighbourValue(MAC), 9999),
+        wire.route_add(first + 2, RouteKey(BASE + 7, 24, 5), value(), index, False),
+        wire.route_delete(first + 3, RouteKey(BASE, 24, 77), value(), index),
+        wire.fdb_add(first + 4, MAC, FdbValue(DST), index),
+    ]
+    refused = requests.execute(messages, first)
+    assert set(refused) == {1, 2, 3}
+    assert refused[1].errno == errno.ENODEV
+    assert refused[3].errno == errno.ESRCH
+    assert "EINVAL" in str(refused[2])
+    assert len(requests.neighbours(index)) == len(requests.fdb(index)) == 1
+
+
+def test_a_foreign_route_is_not_replaced_by_a_create(requests, inside):
+    index = index_of(requests)
+
+    def foreign() -> None:
+        with IPRoute() as ipr:
+            ipr.route("add", dst="10.244.9.0/24", oif=ipr.link_lookup(ifname="eth0")[0], priority=10)
+
+    inside(foreign)
+    first = requests.take_seqs(1)
+    refused = requests.execute([wire.route_add(first, KEY, value(), index, replace=False)], first)
+    assert refused[0].errno == errno.EEXIST
+    first = requests.take_seqs(1)
+    assert requests.execute([wire.route_delete(first, KEY, value(), index)], first)[0].errno == errno.ESRCH, (
+        "nor deleted: the protocol differs"
+    )
+
+
+def test_what_is_absent_says_so_in_the_ways_we_take_for_done(requests):
+    index = index_of(requests)
+    first = requests.take_seqs(3)
+    refused = requests.execute(
+        [
+            wire.route_delete(first, KEY, value(), index),
+            wire.neighbour_delete(first + 1, BASE, NeighbourValue(MAC), index),
+            wire.fdb_delete(first + 2, MAC, FdbValue(DST), index),
+        ],
+        first,
+    )
+    assert [refused[n].errno for n in range(3)] == [errno.ESRCH, errno.ENOENT, errno.ENOENT]
+
+
+def test_an_error_inside_the_end_of_a_dump_is_not_an_empty_kernel(requests):
+    def of_a_device_that_is_not_there(seq: int) -> bytes:
+        body = struct.pack("=BBBBBBBBL", wire.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0) + struct.pack(
+            "=HHL", 8, wire.RTA_OIF, 9999
+        )
+        return (
+            struct.pack("=LHHLL", 16 + len(body), wire.RTM_GETROUTE, wire.NLM_F_REQUEST | wire.NLM_F_DUMP, seq, 0)
+            + body
+        )
+
+    with pytest.raises(KernelError) as caught:
+        requests.dump(of_a_device_that_is_not_there, wire.parse_route)
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_a_namespace_that_never_had_a_route_has_none(space):
+    name = f"{space}-bare"
+    netns.create(name)
+    try:
+        requests = netns.inside(name, RequestSocket)
+        assert requests.routes() == []
+        requests.close()
+    finally:
+        netns.delete(name)
+
+
+def test_a_bad_length_in_mid_batch_ends_in_a_refusal_not_in_a_hang(requests, monkeypatch):
+    monkeypatch.setattr("overlay.kernel.netlink.ANSWER_S", 0.3)
+    requests._socket.settimeout(0.3)
+    index = index_of(requests)
+    first = requests.take_seqs(3)
+    messages = [wire.neighbour_add(first + n, BASE + n, NeighbourValue(MAC), index) for n in range(3)]
+    messages[1] = (5000).to_bytes(4, "little") + messages[1][4:]
+    refused = requests.execute(messages, first)
+    assert set(refused) == {1, 2}
+
+
+def test_lookups(requests):
+    index = index_of(requests, "eth0")
+    assert requests.lookup(ip_number("192.168.1.77", 4)) == (index, ip_number("192.168.1.2", 4), 0)
+    assert requests.lookup(ip_number("203.0.113.1", 4)) is None
+
+
+def test_links_and_addresses(requests):
+    links = {link.name: link for link in requests.links()}
+    assert links["flannel.1"].kind == "vxlan"
+    assert links["eth0"].kind == "veth"
+    assert links["eth0"].arp
+    assert links["lo"].loopback
+    assert not links["lo"].arp
+    found = {a.address: a for a in requests.addresses() if a.oif == links["eth0"].ifindex}
+    assert found[ip_number("192.168.1.2", 4)].length == 24
+    assert found[ip_number("192.168.1.2", 4)].permanent
+
+
+@pytest.fixture
+def heard(inside, requests):
+    """Events as they come, and the monitor."""
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    died: list = []
+    monitor = inside(lambda: Monitor(events.put, died.append, requests.port))
+    monitor.start()
+    yield events
+    monitor.stop()
+    monitor.join(5)
+    assert not died
+
+
+def drain(events) -> list:
+    time.sleep(0.15)
+    found = []
+    while not events.empty():
+        found.append(events.get())
+    return found
+
+
+def test_our_own_routes_and_neighbours_are_not_told_back(requests, heard):
+    index = index_of(requests)
+    first = requests.take_seqs(3)
+    assert requests.execute(peer(first, index), first) == {}
+    told = drain(heard)
+    assert [type(event) for event in told] == [FdbSeen], (
+        "FDB events bear no sender; the others are filtered in the kernel"
+    )
+
+
+def test_what_others_do_is_told(requests, heard, inside):
+    def others() -> None:
+        with IPRoute() as ipr:
+            index = ipr.link_lookup(ifname="flannel.1")[0]
+            ipr.route("add", dst="10.244.9.0/24", gateway="10.244.9.0", oif=index, flags="onlink", priority=10)
+            ipr.neigh("add", dst="10.244.9.0", lladdr="0e:2a:00:00:00:09", ifindex=index, state="permanent")
+            ipr.fdb("add", ifindex=index, lladdr="0e:2a:00:00:00:09", dst="192.168.1.9")
+            ipr.addr("add", index=index, address="10.244.2.0", prefixlen=32)
+            ipr.route("del", dst="10.244.9.0/24", priority=10)
+            ipr.link("set", index=index, state="down")
+            ipr.link("del", index=index)
+
+    inside(others)
+    told = drain(heard)
+    kinds = [(type(event).__name__, getattr(event, "gone", None)) for event in told]
+    for expected in (
+        ("RouteSeen", False),
+        ("NeighbourSeen", False),
+        ("FdbSeen", False),
+        ("AddressSeen", False),
+        ("RouteSeen", True),
+        ("LinkSeen", False),
+        ("NeighbourSeen", True),
+        ("FdbSeen", True),
+        ("LinkSeen", True),
+    ):
+        assert expected in kinds
+    route = next(event for event in told if isinstance(event, RouteSeen)).route
+    assert route.key == KEY
+    assert [event.link.up for event in told if isinstance(event, LinkSeen) and event.link.name == "flannel.1"][
+        0
+    ] is False
+    assert any(isinstance(event, AddressSeen) for event in told)
+    assert any(isinstance(event, NeighbourSeen) for event in told)
+
+
+def test_lost_events_are_told(requests, inside):
+    events: queue.SimpleQueue = queue.SimpleQueue()
+    monitor = inside(lambda: Monitor(events.put, lambda _: None, 0))
+    import socket
+
+    monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    index = index_of(requests)
+    for n in range(30):
+        first = requests.take_seqs(3)
+        requests.execute(peer(first, index, n), first)
+    monitor.start()
+    until("an overrun is told", lambda: any(isinstance(event, Overrun) for event in drain(events)))
+    monitor.stop()
+    monitor.join(5)
