@@ -42,7 +42,8 @@ def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_fla
 
     A lab that stands is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
     """
-    with _working(name, as_json) as (it, tell):
+    with _working(name, as_json) as (found, tell):
+        it = found
         if it.exists and not it.whole():
             tell("removing what is left of an earlier lab")
             it.down(tell)

@@ -80,8 +80,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
 
 def differences(found: dict[str, Any]) -> Any:
     """All that an operator should look at, as (what, why)."""
-    for subject, what in found["problems"].items():
-        yield subject, what
+    yield from found["problems"].items()
     if found["store_down"]:
         yield "store", f"{found['store_down']} (datapath and peers stay as they are)"
     for key, reason in found["refused"].items():

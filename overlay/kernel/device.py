@@ -203,7 +203,7 @@ def _attributes(link: Any) -> VxlanAttributes:
 
 
 def _reader(data: Any) -> Any:
-    return (lambda name: data.get_attr(name)) if data is not None else (lambda _name: None)
+    return data.get_attr if data is not None else (lambda _name: None)
 
 
 def _ip(text: str | None) -> int:

@@ -263,9 +263,9 @@ def test_user_and_password_without_tls_and_tokens_that_end(tmp_path, follow, ope
             ("/v3/auth/enable", {}),
         ):
             etcd.ask(path, body)
-        with pytest.raises(StoreUnavailable, match="(?i)user name is empty|permission"):
+        with pytest.raises(StoreUnavailable, match=r"(?i)user name is empty|permission"):
             open_store(etcd.endpoint).read()
-        with pytest.raises(StoreUnavailable, match="(?i)authentication failed"):
+        with pytest.raises(StoreUnavailable, match=r"(?i)authentication failed"):
             open_store(etcd.endpoint, username="root", password="wrong").read()
         store = open_store(etcd.endpoint, username="root", password="secret")
         assert len(store.read().leases) == 1

@@ -5,7 +5,39 @@ import pytest
 from lease.model import ip_number
 from overlay.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
 
-FLANNELD = ["etcd-endpoints", "etcd-prefix", "etcd-keyfile", "etcd-certfile", "etcd-cafile", "etcd-username", "etcd-password", "iface", "iface-regex", "iface-can-reach", "subnet-file", "public-ip", "public-ipv6", "subnet-lease-renew-margin", "ip-masq", "ip-masq-fully-random-disable", "kube-subnet-mgr", "kube-api-url", "kubeconfig-file", "kube-annotation-prefix", "version", "healthz-ip", "healthz-port", "iptables-resync", "iptables-forward-rules", "ip-blackhole-route", "net-config-path", "set-node-network-unavailable", "v", "vmodule", "log_backtrace_at"]
+FLANNELD = [
+    "etcd-endpoints",
+    "etcd-prefix",
+    "etcd-keyfile",
+    "etcd-certfile",
+    "etcd-cafile",
+    "etcd-username",
+    "etcd-password",
+    "iface",
+    "iface-regex",
+    "iface-can-reach",
+    "subnet-file",
+    "public-ip",
+    "public-ipv6",
+    "subnet-lease-renew-margin",
+    "ip-masq",
+    "ip-masq-fully-random-disable",
+    "kube-subnet-mgr",
+    "kube-api-url",
+    "kubeconfig-file",
+    "kube-annotation-prefix",
+    "version",
+    "healthz-ip",
+    "healthz-port",
+    "iptables-resync",
+    "iptables-forward-rules",
+    "ip-blackhole-route",
+    "net-config-path",
+    "set-node-network-unavailable",
+    "v",
+    "vmodule",
+    "log_backtrace_at",
+]
 
 
 def read(*arguments: str, **environ: str) -> Settings:
