@@ -1,0 +1,57 @@
+"""The real flanneld beside ours (built by bench/flanneld/build; run by `make interop`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lease.model import prefix
+from overlay import cni
+from overlay.cni import CONFLIST
+from overlay.lab import netns
+from tests.agent.conftest import _swept, world  # noqa: F401 (fixtures)
+from tests.support.wait import until
+from tests.support.world import World
+
+BINARY = Path(os.environ.get("FLANNELD", Path(__file__).parents[2] / ".venv" / "flanneld"))
+
+
+class Flanneld:
+    """One flanneld on a node, with the files of an Agent beside it, so that either can take the other's place."""
+
+    def __init__(self, world: World, node: str) -> None:
+        self.world, self.node, self.run_dir = world, node, world.folder / node
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if not BINARY.exists():
+            pytest.fail("no flanneld: run `make interop`, which builds it", pytrace=False)
+        with (self.run_dir / "flanneld.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    "nsenter", f"--net={netns.path(world.namespace(node))}", str(BINARY),
+                    f"-etcd-endpoints={world.etcd.endpoint}", "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
+                ],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        world.agents.append(self)  # type: ignore[arg-type]  # ended with the others
+
+    def wait_ready(self) -> Flanneld:
+        until("flanneld wrote subnet.env", lambda: (self.run_dir / "subnet.env").exists(), 30)
+        subnet = cni.previous_subnet(str(self.run_dir / "subnet.env"))
+        assert subnet is not None
+        conflist = self.run_dir / "cni" / CONFLIST
+        if not conflist.exists():
+            cni.write_atomically(
+                str(conflist), cni.network_list(prefix("10.244.0.0/16"), subnet, 1450, "cni0", f"{self.run_dir}/ipam")
+            )
+        self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        return self
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(15)
+
+    def log(self) -> str:
+        return (self.run_dir / "flanneld.log").read_text(errors="replace")
