@@ -122,8 +122,14 @@ def parse_config(text: str | bytes) -> NetworkConfig:
     """
     try:
         value = json.loads(text)
+        return _read(value)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"not JSON: {error}") from error
+
+
+def _read(value: object) -> NetworkConfig:
     if not isinstance(value, dict):
         raise ConfigError(f"{_show(value)} must be an object like {{'Network': '10.244.0.0/16'}}")
     fields = _Fields("", value)

@@ -30,7 +30,8 @@ PROBE_AFTER_S, PROBE_ANSWER_S = 6.0, 5.0
 """A watch silent for the first is probed, and given up when that is not answered within the second: 11 s in all."""
 _PROGRESS_REQUEST = b"\x1a\x00"
 """WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+"""Not had from this endpoint; CANCELLED: another thread gave the connection up."""
 _OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -64,6 +65,7 @@ class WatchStream:
 
     def __init__(self, call_watch: Callable[[Iterator[Any]], Any], create: Any, where: str) -> None:
         self._where = where
+        self.channel: Any = None
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests.put(create)
@@ -77,6 +79,8 @@ class WatchStream:
             self._answers.put(StoreUnavailable(f"{self._where}: the watch was closed by the server"))
         except grpc.RpcError as error:
             self._answers.put(StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}"))
+        except Exception as error:  # never a reader that is silently gone
+            self._answers.put(StoreUnavailable(f"{self._where}: the watch ended: {error!r}"))
 
     def answers(self) -> Iterator[Any]:
         """Every WatchResponse. Raises StoreUnavailable when it ends or falls silent."""
@@ -112,7 +116,8 @@ class EtcdClient:
         if not settings.endpoints:
             raise EtcdSettingsError("etcd-endpoints: empty; give one like http://127.0.0.1:2379")
         self._targets = [_target(endpoint) for endpoint in settings.endpoints]
-        self._credentials: Any = _credentials(settings) if any(tls for _, tls in self._targets) else None
+        if any(tls for _, tls in self._targets):
+            _credentials(settings)  # refused now rather than at the first call
         self._lock = threading.Lock()
         self._at = 0
         self._channel: Any = None
@@ -176,9 +181,13 @@ class EtcdClient:
         except grpc.RpcError as error:
             raise StoreUnavailable(f"{self.endpoint}: signing in: {_said(error)}") from error
         metadata = [*metadata, ("hasleader", "true")]
-        stream = WatchStream(
-            lambda requests: rpc.WatchStub(channel).Watch(requests, metadata=metadata), create, self.endpoint
-        )
+        try:
+            stream = WatchStream(
+                lambda requests: rpc.WatchStub(channel).Watch(requests, metadata=metadata), create, self.endpoint
+            )
+        except ValueError as error:  # another thread gave the connection up meanwhile
+            raise StoreUnavailable(f"{self.endpoint}: {error}") from error
+        stream.channel = channel
         with self._lock:
             self._watches.add(stream)
             closed = self._closed
@@ -191,7 +200,8 @@ class EtcdClient:
         stream.cancel()
         with self._lock:
             self._watches.discard(stream)
-        if failed:
+            in_use = self._channel is stream.channel
+        if failed and in_use:
             self._next_endpoint()
 
     def reconnect(self) -> None:
@@ -250,7 +260,7 @@ class EtcdClient:
             if self._channel is None:
                 target, tls = self._targets[self._at]
                 self._channel = (
-                    grpc.secure_channel(target, self._credentials, options=_OPTIONS)
+                    grpc.secure_channel(target, self._fresh_credentials(), options=_OPTIONS)
                     if tls
                     else grpc.insecure_channel(target, options=_OPTIONS)
                 )
@@ -259,6 +269,13 @@ class EtcdClient:
             request = rpc.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
             self._token = rpc.AuthStub(channel).Authenticate(request, timeout=CALL_S).token
         return channel, [("token", self._token)] if self._token else []
+
+    def _fresh_credentials(self) -> Any:
+        """Read anew for each connection: certificates are rotated under a running agent."""
+        try:
+            return _credentials(self._settings)
+        except EtcdSettingsError as error:
+            raise StoreUnavailable(str(error)) from error
 
     def _next_endpoint(self, failed: str | None = None) -> None:
         """Leave the endpoint in use (if it still is the one that failed), and its connection."""

@@ -104,10 +104,7 @@ def ip_number(text: str, family: int) -> int:
 def prefix(text: str) -> Prefix:
     """`10.244.1.0/24` as a Prefix; host bits are masked away, as flannel does. Raises ValueError."""
     network: IPv4Network | IPv6Network
-    if ":" in text:
-        network = IPv6Network(text, strict=False)
-    else:
-        network = IPv4Network(text, strict=False)
+    network = IPv6Network(text, strict=False) if ":" in text else IPv4Network(text, strict=False)
     return Prefix(network.version, int(network.network_address), network.prefixlen)
 
 

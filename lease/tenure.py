@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import enum
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lease.allocate import RangeFull, choose_mac, choose_subnet
-from lease.codec import BadRecord, decode_key, encode_key
+from lease.codec import encode_key
 from lease.config import NetworkConfig, Pool
-from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, mask
 from lease.store import (
     LeaseExpired,
     RecordChanged,
@@ -31,6 +32,11 @@ from lease.store import (
 )
 from lease.subnets import SubnetIndex
 
+_BASE = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-", re.ASCII)
+RACES = 40
+"""Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
+LOOK_GAP_S = 1.0
+"""Our own record is put right at most so often: somebody may write against us without end."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
 
@@ -46,7 +52,7 @@ class Identity(NamedTuple):
     link: str
 
     def __str__(self) -> str:
-        return f"{self.machine}/{self.name}/{self.link}" if self.machine or self.name else ""
+        return "/".join(self) if any(self) else ""
 
     @classmethod
     def read(cls, text: str) -> Identity:
@@ -57,6 +63,15 @@ class Identity(NamedTuple):
     def same_node(self, other: Identity) -> bool:
         """Whether both name the same machine and the same node name (a clone does too)."""
         return bool(self.machine or self.name) and self[:2] == other[:2]
+
+    def moved_from(self, other: Identity) -> bool:
+        """Whether a record of `other` behind another address may be ours. The machine alone says nothing (clones share
+        it): the operator's name for the node must agree too, or the interface's MAC."""
+        return self.same_node(other) and (bool(self.name) or self.same_link(other))
+
+    def same_link(self, other: Identity) -> bool:
+        """Whether both have the same underlay interface."""
+        return bool(self.link) and self.link == other.link
 
     def called(self) -> str:
         """For a message."""
@@ -77,7 +92,8 @@ Probe = Callable[[int], Answer]
 class Claim(NamedTuple):
     """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none.
 
-    previous: the subnet of the old subnet.env. take_over: the operator said that the record of our address is ours.
+    previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
+    take_over: the operator said that the record of our address is ours; it counts for the first lease only.
     """
 
     config: NetworkConfig
@@ -86,12 +102,17 @@ class Claim(NamedTuple):
     identity: Identity
     previous: Prefix | None
     take_over: bool = False
+    avoid: tuple[Prefix, ...] = ()
 
     @property
     def pool(self) -> Pool:
         """The IPv4 subnets; a config without them never becomes a claim."""
         assert self.config.v4 is not None
         return self.config.v4
+
+    def allows(self, subnet: Prefix) -> bool:
+        """Whether this node may hold a subnet."""
+        return self.pool.allows(subnet) and not any(subnet.overlaps(there) for there in self.avoid)
 
 
 class Held(NamedTuple):
@@ -125,10 +146,12 @@ class Renewed(NamedTuple):
 TenureEvent = Held | Lost | Denied | Renewed
 
 
-class Clock(Protocol):
-    """time.monotonic, or a test's."""
+Clock = Callable[[], float]
 
-    def __call__(self) -> float: ...
+
+def boottime() -> float:
+    """Seconds that also pass while the machine sleeps: a lease runs on in the store meanwhile (clock_gettime(2))."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Kind(enum.Enum):
@@ -151,7 +174,7 @@ def find_own(leases: Mapping[str, Lease], claim: Claim) -> list[tuple[Kind, Leas
         same_mac = claim.device_mac is not None and end.mac == claim.device_mac
         if end.public_ip == claim.public_ip:
             found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease))
-        elif same_mac or (lease.node and claim.identity.same_node(Identity.read(lease.node))):
+        elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
             found.append((Kind.MOVED, lease))
 
     def likely(item: tuple[Kind, Lease]) -> tuple[object, ...]:
@@ -163,28 +186,44 @@ def find_own(leases: Mapping[str, Lease], claim: Claim) -> list[tuple[Kind, Leas
     return sorted(found, key=likely)
 
 
-def occupied(snapshot: Snapshot, without: str | None = None) -> SubnetIndex:
-    """All subnets that records claim, unreadable ones included: they stand in the way of a create all the same."""
+def occupied(snapshot: Snapshot, claim: Claim, without: str | None = None) -> SubnetIndex:
+    """The subnets that records claim, and those that a create would be refused for.
+
+    A record that nobody can use (outside Network, a large part of it, unreadable) takes no subnet but the one of its
+    own base: the transaction that creates a record demands that no key of that base stands.
+    """
+    pool = claim.pool
     index = SubnetIndex(4)
+
+    def base_only(base: int, key: str) -> None:
+        index.add(Prefix(4, base & mask(4, pool.length), pool.length), key)
+
     for key, lease in snapshot.leases.items():
-        if lease.v4 is not None and key != without:
-            index.add(lease.v4.subnet, key)
+        if lease.v4 is None or key == without:
+            continue
+        subnet = lease.v4.subnet
+        if pool.network.covers(subnet) and subnet.length >= pool.network.length + 2:
+            index.add(subnet, key)
+        else:
+            base_only(subnet.base, key)
     for key in snapshot.refused:
-        if key != without:
+        found = _BASE.match(key)
+        if found and key != without:
             try:
-                index.add(decode_key(key)[0], key)
-            except BadRecord:
+                base_only(ip_number(found[1], 4), key)
+            except ValueError:
                 continue
     return index
 
 
-def earlier_overlap(snapshot: Snapshot, own: Lease) -> Lease | None:
+def earlier_overlap(snapshot: Snapshot, claim: Claim, own: Lease) -> Lease | None:
     """A record that overlaps ours and was there before it: then the subnet is not ours."""
     assert own.v4 is not None
-    for key in occupied(snapshot, own.key).overlapping(own.v4.subnet):
+    for key in occupied(snapshot, claim, own.key).overlapping(own.v4.subnet):
         other = snapshot.leases.get(key)
-        if other is not None and other.created < own.created:
-            return other
+        if other is not None and other.created < own.created and other.v4 is not None:
+            if other.v4.subnet.overlaps(own.v4.subnet) and claim.pool.network.covers(other.v4.subnet):
+                return other
     return None
 
 
@@ -194,25 +233,39 @@ class Tenure:
     def __init__(self, store: Store, probe: Probe, ttl_s: int, rng: random.Random) -> None:
         self._store, self._probe, self._ttl_s, self._rng = store, probe, ttl_s, rng
         self.held: Lease | None = None
+        self.owed: list[TenureEvent] = []
+        """What happened in a settling that the store then broke off: to be told all the same."""
+        self._mac_in_use: int | None = None
+        """Of a lease we held: the device keeps it when the subnet is lost."""
+        self._to_remove: Lease | None = None
+        """Our old record, which the new one replaced."""
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened, [] when nothing had to be done.
 
-        Raises StoreUnavailable: try again; nothing is lost by that.
+        Raises StoreUnavailable: try again; what happened until then stands in `owed`.
         """
-        events: list[TenureEvent] = []
-        while True:
-            snapshot = snapshot or self._store.read()
+        events, self.owed = self.owed, []
+        if self._mac_in_use is not None:
+            claim = claim._replace(device_mac=self._mac_in_use, take_over=False)
+        for _ in range(RACES):
             try:
-                if self.held is not None:
-                    return [*events, *self._keep(claim, snapshot)]
-                return [*events, *self._acquire(claim, snapshot)]
+                if snapshot is None or (self.held is not None and snapshot.revision < self.held.modified):
+                    snapshot = self._store.read()
+                events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
+                if self.held is not None and self.held.v4 is not None:
+                    self._mac_in_use = self.held.v4.mac
+                return events
             except (SubnetTaken, RecordChanged):
                 snapshot = None  # a lost race: look again
             except _SubnetLost as lost:
                 assert self.held is not None
                 events.append(Lost(self.held, str(lost)))
                 self.held = None
+            except StoreUnavailable:
+                self.owed = events
+                raise
+        return [*events, Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause")]
 
     def renew(self) -> Renewed:
         """Keep the etcd lease alive. Raises LeaseExpired, StoreUnavailable."""
@@ -229,12 +282,15 @@ class Tenure:
         if there is None:
             return self._restore(claim, snapshot, held)
         assert there.v4 is not None
-        if there.v4.mac != held.v4.mac and there.v4.public_ip != held.v4.public_ip:
+        theirs = Identity.read(there.node)
+        foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
+        if there.v4.public_ip not in (held.v4.public_ip, claim.public_ip) and (there.v4.mac != held.v4.mac or foreign):
             raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
         if there.v4.mac != held.v4.mac and there.node != held.node:
             raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
-        if (earlier := earlier_overlap(snapshot, there)) is not None:
+        if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
+        self._remove_old(snapshot)
         mac = self._mac(claim._replace(device_mac=held.v4.mac), snapshot, there)
         wanted = self._lease(claim, there.v4.subnet, mac, there.key)
         if there.same_claim(wanted):
@@ -257,7 +313,7 @@ class Tenure:
                 handle = 0
             self.held = self._store.change(held._replace(modified=broken.modified, handle=handle), wanted)
             return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
-        if taken := next(occupied(snapshot).overlapping(subnet), None):
+        if taken := next(occupied(snapshot, claim).overlapping(subnet), None):
             other = snapshot.leases.get(taken)
             raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
         self.held = self._store.create(wanted, self._ttl_s)
@@ -269,26 +325,39 @@ class Tenure:
         own, how, loud = self._own(claim, snapshot)
         if isinstance(how, Denied):
             return [how]
-        pool = claim.pool
         if own is not None:
             assert own.v4 is not None
-            if pool.allows(own.v4.subnet) and earlier_overlap(snapshot, own) is None:
+            if claim.allows(own.v4.subnet) and earlier_overlap(snapshot, claim, own) is None:
                 wanted = self._lease(claim, own.v4.subnet, self._mac(claim, snapshot, own), own.key)
                 self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
                 return [Held(self.held, how, loud)]
-        taken = occupied(snapshot)
+        taken = occupied(snapshot, claim)
+        for there_already in claim.avoid:
+            taken.add(there_already, "our underlay")
         try:
-            subnet = choose_subnet(pool, taken, claim.previous, self._rng)
+            subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
         except RangeFull as full:
             return [Denied(str(full))]
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
-            how = "as in subnet.env" if subnet == claim.previous else "allocated"
-        else:
-            how, loud = f"allocated, since our old {own.key} does not fit the config any more", True
-            self._store.remove(own)
-        return [Held(self.held, how, loud)]
+            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", loud)]
+        self._to_remove = own
+        self._remove_old(snapshot)
+        return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", loud=True)]
+
+    def _remove_old(self, snapshot: Snapshot) -> None:
+        """Take away the record that our lease replaced; later, where the store does not do it now."""
+        old = self._to_remove
+        if old is None:
+            return
+        there = snapshot.leases.get(old.key)
+        if there is not None and there.same_claim(old):
+            try:
+                self._store.remove(there)
+            except (StoreUnavailable, RecordChanged):
+                return
+        self._to_remove = None
 
     def _own(self, claim: Claim, snapshot: Snapshot) -> tuple[Lease | None, str | Denied, bool]:
         """Our own record, how we know, and whether that is worth a warning; a Denied instead of how: a conflict."""
@@ -298,12 +367,11 @@ class Tenure:
             if kind is Kind.SURE:
                 return lease, "kept: our public IP and our device's MAC", False
             if claim.take_over and kind is Kind.ADDRESS:
-                # Its owner may well live: never with its MAC, or neither it nor the peers could tell the two apart.
-                how = f"taken over from {_owner(lease)}, as the flag says"
-                return lease._replace(v4=lease.v4._replace(mac=None)), how, True
+                return lease, f"taken over from {_owner(lease)}, as the flag says", True
             answer = self._probe(lease.v4.public_ip)
             if kind is Kind.MOVED:
-                if answer.can_tell and answer.by is None:
+                surely = lease.v4.mac == claim.device_mac and claim.identity.same_link(theirs)
+                if answer.by is None and (answer.can_tell or surely):
                     old = ip_text(4, lease.v4.public_ip)
                     return lease, f"kept: ours from {old}, which nobody answers for any more", True
                 continue
@@ -317,7 +385,7 @@ class Tenure:
 
     def _in_use(self, claim: Claim, lease: Lease, theirs: Identity) -> bool:
         """Where nobody can be asked: whether the record may belong to a node that lives."""
-        if claim.identity.same_node(theirs) and claim.identity.link == theirs.link:
+        if claim.identity.same_link(theirs):
             return False
         try:
             left, granted = self._store.lifetime(lease)
@@ -330,7 +398,11 @@ class Tenure:
         return left > granted - 2 * renew_every_s(granted)
 
     def _mac(self, claim: Claim, snapshot: Snapshot, own: Lease | None) -> int:
-        """The device's MAC, else our record's, else a new one: never one that another record had before us."""
+        """The device's MAC, else our record's, else a new one: never one that another record had before us.
+
+        A record that another interface wrote lends us its subnet, never its MAC: its owner may live after all, and then
+        neither it nor the peers could tell the two apart.
+        """
         used = {
             end.mac
             for lease in snapshot.leases.values()
@@ -338,7 +410,9 @@ class Tenure:
             for end in (lease.v4, lease.v6)
             if end is not None and end.mac is not None
         }
-        recorded = own.v4.mac if own is not None and own.v4 is not None else None
+        recorded = None
+        if own is not None and own.v4 is not None and claim.identity.same_link(Identity.read(own.node)):
+            recorded = own.v4.mac
         for mac in (claim.device_mac, recorded):
             if mac is not None and mac not in used:
                 return mac
@@ -387,7 +461,7 @@ class TenureThread(threading.Thread):
         tenure: Tenure,
         post: Callable[[TenureEvent], None],
         renew_within_s: float | None = None,
-        clock: Clock = time.monotonic,
+        clock: Clock = boottime,
     ) -> None:
         """renew_within_s: renew at least so often (flannel's renew margin), None for our own rhythm."""
         super().__init__(name="tenure", daemon=True)
@@ -398,6 +472,7 @@ class TenureThread(threading.Thread):
         self._snapshot: Snapshot | None = None
         self._dirty = self._ending = False
         self._due = 0.0
+        self._last = -LOOK_GAP_S
         self._failures = 0
         self._rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
 
@@ -413,7 +488,7 @@ class TenureThread(threading.Thread):
         """Our record may not be what it was."""
         with self._wake:
             self._snapshot = None
-            self._look_now()
+            self._look_now(self._last + LOOK_GAP_S)
 
     def stop(self) -> None:
         """End the thread; the lease stays."""
@@ -421,22 +496,25 @@ class TenureThread(threading.Thread):
             self._ending = True
             self._wake.notify()
 
-    def _look_now(self) -> None:
-        self._dirty, self._due = True, 0.0
+    def _look_now(self, not_before: float = 0.0) -> None:
+        self._dirty, self._due = True, min(self._due, not_before)
         self._wake.notify()
 
     def run(self) -> None:
         while True:
             with self._wake:
                 while not self._ending and (self._claim is None or self._clock() < self._due):
-                    self._wake.wait(None if self._claim is None else self._due - self._clock())
+                    # in pieces, since a wait does not count the time that the machine slept
+                    self._wake.wait(None if self._claim is None else min(30.0, self._due - self._clock()))
                 if self._ending:
                     return
                 claim, snapshot, dirty = self._claim, self._snapshot, self._dirty
                 self._dirty, self._snapshot, self._due = False, None, float("inf")
             assert claim is not None
             wait_s = self._step(claim, snapshot, dirty)
-            with self._wake:  # a claim or look that came meanwhile has put it to now
+            with self._wake:  # a claim or look that came meanwhile has put it earlier
+                if dirty:
+                    self._last = self._clock()
                 self._due = min(self._due, self._clock() + wait_s)
 
     def _step(self, claim: Claim, snapshot: Snapshot | None, dirty: bool) -> float:
@@ -452,6 +530,9 @@ class TenureThread(threading.Thread):
         except LeaseExpired:
             return self._again()
         except StoreUnavailable as error:
+            owed, tenure.owed = tenure.owed, []
+            for event in owed:
+                self._post(event)
             if tenure.held is None:
                 self._post(Denied(str(error)))
             return self._again()

@@ -26,7 +26,7 @@ from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, masquerade, plan, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
-from overlay.datapath import Datapath, tell_refused
+from overlay.datapath import Datapath
 from overlay.kernel import netlink, nft
 from overlay.kernel.device import Links
 from overlay.kernel.entries import TUNNEL, UNDERLAY, Address, Link
@@ -42,6 +42,8 @@ FILES_CHECK_S = 5.0
 RETRY_S = 2.0
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
+EVENTS_A_TURN = 20_000
+"""So many are taken in before a pass is made, under whatever storm."""
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
 STUCK_S = 20.0
@@ -87,7 +89,7 @@ class Agent:
         self,
         settings: Settings,
         place: Callable[[], str],
-        store_hosts: Callable[[], dict[str, int]],
+        store_hosts: Callable[[], dict[str, int | None]],
         identity_of: Callable[[str], tenure.Identity],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -131,6 +133,7 @@ class Agent:
         self._device: vxlan.DeviceSpec | None = None
         self._nat_listed: nft.Objects | None = None
         self._nat_is: nft.Objects | None = None
+        self._written: dict[str, str] = {}
         # what is told
         self.problems: dict[str, str] = {}
         self._counters: Counter[str] = Counter()
@@ -198,17 +201,19 @@ class Agent:
             event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
         except queue.Empty:
             return None
-        while True:
+        for left in range(EVENTS_A_TURN, 0, -1):
             if isinstance(event, Stop):
                 return event
             if isinstance(event, Died):
                 log.error("thread.died", thread=event.thread, error=repr(event.error))
                 return Stop(f"thread {event.thread} died", 1)
             _OBSERVE[type(event)](self, event)
-            try:
-                event = self._inbox.get_nowait()
-            except queue.Empty:
-                return None
+            if left > 1:
+                try:
+                    event = self._inbox.get_nowait()
+                except queue.Empty:
+                    break
+        return None
 
     def _pass(self) -> bool:
         """Make everything as it should be, in the order of dependence. Whether there is more to do at once."""
@@ -280,7 +285,7 @@ class Agent:
         self._leases = dict(snapshot.leases)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
         for key, reason in self._unreadable.items():
-            tell_refused(key, reason)
+            self._path.refusals.tell(key, reason)
         self._listed, self._snapshot_seen = snapshot, True
         if self._held is not None:
             if self._held.key not in self._leases or not self._leases[self._held.key].same_claim(self._held):
@@ -303,7 +308,7 @@ class Agent:
             self._leases.pop(change.key, None)
         if isinstance(change, Refused):
             self._unreadable[change.key] = change.reason
-            tell_refused(change.key, change.reason)
+            self._path.refusals.tell(change.key, change.reason)
         if self._held is not None and change.key == self._held.key:
             if not isinstance(change, Lease) or not change.same_claim(self._held):
                 self._look()
@@ -373,7 +378,7 @@ class Agent:
             lease.v4.subnet.overlaps(held.v4.subnet) or (lease.v4.mac is not None and lease.v4.mac == held.v4.mac)
         ):
             self._look()
-        if lease.v4.public_ip == held.v4.public_ip:
+        if lease.v4.public_ip == held.v4.public_ip and lease.v4.mac != held.v4.mac:
             log.warning(
                 "public_ip.claimed_twice",
                 public_ip=ip_text(4, held.v4.public_ip),
@@ -405,6 +410,7 @@ class Agent:
                 self._identity_of(mac_text(self._underlay.mac)),
                 self._previous,
                 self._settings.take_over,
+                (*self._underlay.on_link, Prefix(4, self._underlay.public_ip, 32)),
             ),
             self._listed if self._held is None else None,
         )
@@ -457,6 +463,9 @@ class Agent:
             self._counters["mended_device"] += 1
             log.warning("device.gone" if event.gone else "device.down", device=event.link.name, effect="put back")
         self._due.links = True
+        if self._underlay is not None and event.link.name == self._underlay.name:
+            # down and up again looks unchanged afterwards, but took the direct routes with it
+            self._due.underlay = self._due.dump = True
         if self._device is not None and event.link.name == self._device.name:
             self._due.device = True
 
@@ -473,6 +482,7 @@ class Agent:
     def _on_overrun(self, _event: netlink.Overrun) -> None:
         self._counters["monitor_overruns"] += 1
         log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
+        self._path.events_lost()
         self._due = Due()
 
     def _on_nft(self, _event: netlink.NftSeen) -> None:
@@ -550,6 +560,9 @@ class Agent:
         if there is not None and there.kind == "vxlan":
             log.info("device.removed", device=name, because="the VNI of the network config changed")
             self._links_io.delete(there.ifindex)
+        vni = name.rpartition(".")[2]
+        if vni.isdigit():
+            nft.load_table("ip", masquerade.table_name(int(vni)), [])
 
     def _plan(self) -> None:
         """Wanted entries anew when anything but single records changed."""
@@ -559,8 +572,7 @@ class Agent:
         assert held is not None
         if not self._snapshot_seen:
             return
-        device = self._path.rec.devices.get(TUNNEL)
-        own = frozenset(a.address for a in self._addresses.values() if device is None or a.oif != device.ifindex)
+        own = frozenset(a.address for a in self._addresses.values() if a.oif == under.ifindex)
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         node = plan.node_of(config, lease, under.on_link, own, tuple(self._retained))
         if node == self._path.node:
@@ -621,8 +633,15 @@ class Agent:
             )
         for path, content in files.items():
             if not cni.up_to_date(path, content):
+                altered = self._written.get(path) == content
                 cni.write_atomically(path, content)
-                log.info("file.written", path=path)
+                self._written[path] = content
+                if altered:
+                    log.warning(
+                        "file.mended", path=path, effect="somebody altered or removed it; does another agent write it?"
+                    )
+                else:
+                    log.info("file.written", path=path)
 
     # --- what is told --------------------------------------------------------------------------------------------------
 

@@ -53,11 +53,11 @@ class Datapath:
         self.dumped = False
         self.in_the_way: dict[RouteKey, str] = {}
         """Routes of others that stand before ours, in words."""
+        self.refusals = Refusals()
         self._rising: set[int] = set()
         """Devices that we set up, whose notification of that has not come yet."""
         self._told_mended: Counter[str] = Counter()
         self._told_writes: Counter[str] = Counter()
-        self._was_differing = False
 
     # --- wanted --------------------------------------------------------------------------------------------------------
 
@@ -73,7 +73,7 @@ class Datapath:
         for kind in Kind:
             self.rec.want_exactly(kind, wanted[kind])
         for key, reason in self.table.refused.items():
-            tell_refused(key, reason)
+            self.refusals.tell(key, reason)
         log.info("peers", wanted=len(self.table.records) - len(self.table.refused), refused=len(self.table.refused))
 
     def replace(self, others: Mapping[str, Lease]) -> None:
@@ -87,10 +87,13 @@ class Datapath:
             return  # `plan` takes all records over, once we have a lease
         self._turn(self.table.put(lease))
         if reason := self.table.refused.get(lease.key):
-            tell_refused(lease.key, reason)
+            self.refusals.tell(lease.key, reason)
+        else:
+            self.refusals.forget(lease.key)
 
     def drop(self, key: str) -> None:
         """A record went."""
+        self.refusals.forget(key)
         if self.node is not None:
             self._turn(self.table.drop(key))
 
@@ -142,9 +145,9 @@ class Datapath:
     def on_fdb(self, event: netlink.FdbSeen) -> None:
         """An FDB entry came, changed or went."""
         device, entry = self.rec.devices.get(TUNNEL), event.entry
-        if device is None or not fdb_is_ours(entry, device.ifindex):
+        if device is None or entry.oif != device.ifindex:
             return
-        if not event.gone:
+        if not event.gone and fdb_is_ours(entry, device.ifindex):
             self.rec.find(Kind.FDB, entry.mac, _fdb_value(entry))
         elif self.rec.fdb.is_found(entry.mac):
             self.rec.lose(Kind.FDB, entry.mac)
@@ -173,6 +176,10 @@ class Datapath:
             self.rec.device_lost(TUNNEL, fdb_too=made)
             self._rising.add(ifindex)
         self.rec.devices[TUNNEL] = Device(ifindex, True)
+
+    def events_lost(self) -> None:
+        """Notifications were dropped: none is waited for any more."""
+        self._rising.clear()
 
     # --- found: the whole kernel ---------------------------------------------------------------------------------------
 
@@ -244,9 +251,8 @@ class Datapath:
         for item in refused:
             self._tell_failure(item)
         differing = self.rec.differing()
-        if not more and (self._was_differing or self.rec.mended != self._told_mended):
+        if not more:
             self._tell_done(differing)
-        self._was_differing = bool(differing)
         return more
 
     def _tell_failure(self, item: Refused) -> None:
@@ -261,6 +267,8 @@ class Datapath:
             )
 
     def _tell_done(self, differing: int) -> None:
+        if self.rec.mended == self._told_mended and self.rec.writes == self._told_writes:
+            return
         if mended := self.rec.mended - self._told_mended:
             log.warning("kernel.mended", **mended, effect="put back as it should be")
         if writes := self.rec.writes - self._told_writes:
@@ -307,9 +315,30 @@ class Datapath:
                 )
 
 
-def tell_refused(key: str, reason: str) -> None:
-    """One line for a record that cannot be used."""
-    log.warning("record.refused", key=key, reason=reason, effect="skipped until it changes")
+class Refusals:
+    """Says once why a record cannot be used, and again only when the reason changes: re-lists repeat them all."""
+
+    MOST = 1000
+    """Lines altogether before the rest is only counted in the status: a store full of rubbish fills no disk."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, str] = {}
+        self._lines = 0
+
+    def tell(self, key: str, reason: str) -> None:
+        """A record cannot be used."""
+        if self._told.get(key) == reason or self._lines > self.MOST:
+            return
+        self._told[key] = reason
+        self._lines += 1
+        if self._lines > self.MOST:
+            log.warning("record.refused", effect="too many to log; `overlay status` has them all")
+        else:
+            log.warning("record.refused", key=key, reason=reason, effect="skipped until it changes")
+
+    def forget(self, key: str) -> None:
+        """It is gone, or good now."""
+        self._told.pop(key, None)
 
 
 def entry_text(kind: Kind, key: Any) -> str:

@@ -6,7 +6,6 @@ systemd's Restart=on-failure restarts on 1 and 2.
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import hashlib
 import os
@@ -14,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,9 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from lease.model import ip_number
 from overlay import __version__, masquerade, serve
+from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -49,9 +51,9 @@ def run(arguments: list[str]) -> int:
     for name in unknown_variables(os.environ):
         log.warning("environment", variable=name, effect="unknown to us and ignored")
     try:
-        lock = _lock(settings.run_dir)
+        lock = hold(settings.run_dir)
         code = _run(settings)
-    except _CannotStart as error:
+    except (_CannotStart, RunDirError) as error:
         print(f"overlayd: {error}", file=sys.stderr)
         return EXIT_FAILED
     except Exception as error:  # a bug: say where, leave the datapath, let the supervisor start us again
@@ -81,8 +83,9 @@ def _run(settings: Settings) -> int:
         store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
     except EtcdSettingsError as error:
         raise _CannotStart(str(error)) from error
+    hosts = StoreHosts(settings.etcd_endpoints)
     try:
-        agent = Agent(settings, lambda: store.place, lambda: store_hosts(settings), identity(settings.node_name))
+        agent = Agent(settings, lambda: store.place, lambda: hosts.known, identity(settings.node_name))
     except OSError as error:
         raise _CannotStart(
             f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
@@ -166,28 +169,6 @@ def _in_reading_order(_logger: object, _method: str, event: Any) -> dict[str, An
     return {name: event[name] for name in first if name in event} | {k: v for k, v in event.items() if k not in first}
 
 
-def _lock(run_dir: str) -> Any:
-    """One agent for one run directory: held as long as we live."""
-    try:
-        Path(run_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = open(f"{run_dir}/lock", "a+")  # noqa: SIM115 (closed by the end of the process)
-    except OSError as error:
-        raise _CannotStart(f"--run-dir: {error.filename}: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        pid = file.read().strip() or "?"
-        raise _CannotStart(
-            f"--run-dir: {run_dir} is in use by another overlayd (pid {pid}); stop it, or give this one a run-dir of its own"
-        ) from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
-
-
 def identity(node_name: str) -> Callable[[str], Any]:
     """The identity of this node, given the MAC of its underlay interface. The machine-id itself is confidential
     (man 5 machine-id): a hash of it, keyed by our purpose, is written."""
@@ -223,17 +204,38 @@ def prober() -> Callable[[int], Any]:
     return ask
 
 
-def store_hosts(settings: Settings) -> dict[str, int]:
-    """The store's IPv4 addresses by the name they were given under; names that do not resolve are left out."""
-    found: dict[str, int] = {}
-    for endpoint in settings.etcd_endpoints:
-        host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
-        try:
-            address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
-        except (OSError, UnicodeError):
-            continue
-        found[host] = int.from_bytes(socket.inet_aton(str(address)), "big")
-    return found
+class StoreHosts:
+    """The store's IPv4 addresses by the name they were given under, None for one that does not resolve (yet).
+
+    A resolver may take half a minute to say no, so names are looked up in a thread, and the loop asks what is known.
+    """
+
+    RETRY_S = 2.0
+
+    def __init__(self, endpoints: tuple[str, ...]) -> None:
+        self.known: dict[str, int | None] = {}
+        names = []
+        for endpoint in endpoints:
+            host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+            try:
+                self.known[host] = ip_number(host, 4)
+            except ValueError:
+                self.known[host] = None
+                names.append(host)
+        if names:
+            threading.Thread(target=self._resolve, args=(names,), name="resolver", daemon=True).start()
+
+    def _resolve(self, names: list[str]) -> None:
+        while names:
+            for host in list(names):
+                try:
+                    address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+                except (OSError, UnicodeError):
+                    continue
+                self.known = {**self.known, host: ip_number(str(address), 4)}
+                names.remove(host)
+            if names:
+                time.sleep(self.RETRY_S)
 
 
 if __name__ == "__main__":

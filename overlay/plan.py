@@ -81,8 +81,6 @@ def _vtep_fault(node: Node, end: Endpoint) -> str | None:
     assert own is not None
     if end.public_ip == own.public_ip or end.public_ip in node.addresses:
         return f"PublicIP {address} is our own"
-    if node.network.holds(end.public_ip):
-        return f"PublicIP {address} lies inside Network {node.network}: the tunnel would run through itself"
     if end.mac is None:
         return "BackendData has no VtepMAC"
     if end.mac == own.mac:

@@ -10,12 +10,16 @@ from lease.etcd_client import EtcdSettings, EtcdSettingsError
 from lease.model import ip_text, mac_text
 from lease.store import RecordChanged, StoreUnavailable
 from overlay.cni import LEASE_FILE, remove
-from overlay.serve import SOCKET_NAME, ask_unix
+from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings
 
 
 class ReleaseError(Exception):
     """Nothing was released: says why, and what to do."""
+
+
+class NothingKnown(ReleaseError):
+    """No agent of this run directory ever held a lease."""
 
 
 def etcd_settings(settings: Settings) -> EtcdSettings:
@@ -37,17 +41,23 @@ def release(settings: Settings) -> str:
         ReleaseError: the agent still runs (it would take the lease again), none is known here, or the record is not
             ours any more.
     """
+    if not Path(settings.run_dir).is_dir():
+        raise NothingKnown(f"no lease of this node is known: there is no {settings.run_dir}; is --run-dir the agent's?")
     try:
-        ask_unix(f"{settings.run_dir}/{SOCKET_NAME}", "/healthz", 2.0)
-        raise ReleaseError(f"an agent runs on {settings.run_dir} and would take the lease again; stop it first")
-    except OSError:
-        pass
+        lock = hold(settings.run_dir)
+    except RunDirError as error:
+        raise ReleaseError(f"{error} and would take the lease again; stop it first") from error
+    with lock:
+        return _release(settings)
+
+
+def _release(settings: Settings) -> str:
     file = Path(settings.run_dir) / LEASE_FILE
     try:
         ours = json.loads(file.read_text())
         key, public_ip, vtep_mac = ours["key"], ours["public_ip"], ours["vtep_mac"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ReleaseError(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
+        raise NothingKnown(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
     try:
         store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
     except EtcdSettingsError as error:

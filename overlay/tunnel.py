@@ -15,7 +15,7 @@ LOOSE = "2"
 
 
 class Ensured(NamedTuple):
-    """The device after `ensure`. lost: its routes and neighbours went on the way; made: so did its FDB. did: what was
+    """The device after `ensure`. lost: its routes and neighbours had gone, silently; made: so had its FDB. did: what was
     done, for the log; why: why it was made again."""
 
     ifindex: int
@@ -66,7 +66,7 @@ def ensure(links: Links, spec: DeviceSpec) -> Ensured:
     if "up" in changes:
         links.set_up(index)
     did |= {name: change for name, change in changes.items() if not made}
-    return Ensured(index, "up" in changes or "mac" in changes, made, did, why)
+    return Ensured(index, "up" in changes, made, did, why)
 
 
 def found(name: str, attributes: VxlanAttributes) -> DeviceFound:

@@ -78,10 +78,10 @@ class Interfaces:
         return ", ".join(parts) or "no interface with an IPv4 address"
 
 
-def choose(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int]) -> Underlay:
+def choose(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> Underlay:
     """The underlay by flags, else by the route to the store.
 
-    store_hosts: the store's addresses by the name they were given under.
+    store_hosts: the store's addresses by the name they were given under; None: it does not resolve yet.
 
     Raises:
         UnderlayError: nothing matches.
@@ -121,7 +121,7 @@ def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, rea
 
 
 def _chosen(
-    settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int]
+    settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]
 ) -> tuple[Link, int, str]:
     """Interface, address (0: its best) and the reason."""
     if settings.iface or settings.iface_regex or settings.iface_can_reach:
@@ -129,9 +129,14 @@ def _chosen(
     if settings.public_ip and (holder := there.holder(settings.public_ip)) is not None:
         return holder, settings.public_ip, "it holds --public-ip"
     for name, address in store_hosts.items():
-        found = lookup(address)
+        found = lookup(address) if address is not None else None
         if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
             return link, found[1], f"it routes to the store {name}"
+    if unresolved := [name for name, address in store_hosts.items() if address is None]:
+        raise UnderlayError(
+            f"the store's name {', '.join(unresolved)} does not resolve yet, so no route to it says which interface to"
+            f" use; trying again (--iface says it at once); there is: {there.listed()}"
+        )
     found = lookup(_ANYWHERE)
     if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
         return link, found[1], "the default route leaves by it (the store is on this machine)"
@@ -143,7 +148,7 @@ def _chosen(
     if len(able) == 1:
         return able[0], 0, "the only interface with an address (no route to the store, no default route)"
     raise UnderlayError(
-        f"no route to the store ({', '.join(store_hosts) or 'its name does not resolve'}) nor a default route says which"
+        f"no route to the store ({', '.join(store_hosts)}) nor a default route says which"
         f" interface to use; say --iface; there is: {there.listed()}"
     )
 

@@ -111,14 +111,16 @@ class Address(NamedTuple):
 def route_role(route: FoundRoute, roles: dict[int, int], network: tuple[int, int]) -> int | None:
     """The role of the device of a route that is ours; None for a route that is not: invariant 3 of the house.
 
-    Ours are the routes of our protocol number on our two devices, and elsewhere those into our network (first and last
-    address); and flannel's own form on the tunnel device (protocol boot, gateway is the subnet's base, onlink), so that
-    a node that moves from flannel leaves nothing behind.
+    Ours are the routes of our protocol number on the tunnel device, and elsewhere those into our network (first and
+    last address): another agent, of another network, may share the underlay. And flannel's own form on the tunnel
+    device (protocol boot, gateway is the subnet's base, onlink), so that a node that moves from flannel leaves nothing
+    behind.
     """
     role = roles.get(route.oif)
     if route.protocol == PROTOCOL:
-        inside = network[0] <= route.key.base <= network[1]
-        return role if role is not None else (ELSEWHERE if inside else None)
+        if role != TUNNEL and not network[0] <= route.key.base <= network[1]:
+            return None
+        return ELSEWHERE if role is None else role
     flannel_form = route.protocol == RTPROT_BOOT and route.via == route.key.base and bool(route.flags & RTNH_F_ONLINK)
     return role if role == TUNNEL and flannel_form and not route.odd else None
 
@@ -129,6 +131,6 @@ def neighbour_is_ours(neighbour: FoundNeighbour, tunnel: int) -> bool:
 
 
 def fdb_is_ours(entry: FoundFdb, tunnel: int) -> bool:
-    """Unicast entries on the tunnel device. The all-zero MAC (default destination) is nobody's peer, but it floods
-    unknown traffic of this device to somebody: it is ours to remove."""
-    return entry.oif == tunnel and not entry.mac >> 40 & 1
+    """Lasting unicast entries on the tunnel device; never learned ones. The all-zero MAC (default destination) is
+    nobody's peer, but it floods unknown traffic of this device to somebody: it is ours to remove."""
+    return entry.oif == tunnel and not entry.mac >> 40 & 1 and entry.state & (NUD_PERMANENT | NUD_NOARP) != 0

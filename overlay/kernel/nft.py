@@ -8,7 +8,7 @@ from typing import Any
 
 from overlay.kernel.netlink import KernelError
 
-NFT_S = 30.0
+NFT_S = 8.0
 Objects = list[dict[str, Any]]
 
 
@@ -23,7 +23,11 @@ def read_table(family: str, name: str) -> Objects:
             return []
         raise KernelError(5, f"nft: listing table {family} {name}: {_last_line(done.stderr)}")
     found: Objects = []
-    for item in json.loads(done.stdout).get("nftables", []):
+    try:
+        listed = json.loads(done.stdout)["nftables"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KernelError(5, f"nft: listing table {family} {name}: not understood: {error!r}") from error
+    for item in listed:
         kind = next(iter(item))
         if kind != "metainfo":
             found.append({kind: {key: value for key, value in item[kind].items() if key != "handle"}})

@@ -312,13 +312,15 @@ class Lab:
         netns.inside(topology.underlay_name(self.name), put)
 
     def _release(self, node: Node) -> None:
-        from overlay.release import ReleaseError, release
+        from overlay.release import NothingKnown, ReleaseError, release
         from overlay.settings import read_settings
 
         flags = [f"--etcd-endpoints={self.endpoint}", f"--run-dir={self.run_dir(node)}"]
         settings, _ = read_settings(flags, {})
         try:
             netns.inside(topology.underlay_name(self.name), lambda: release(settings))
+        except NothingKnown:
+            return  # it never got one
         except (ReleaseError, OSError) as error:
             raise LabError(f"{node.name}: {error}") from error
 

@@ -138,6 +138,7 @@ def test_a_change_the_kernel_cannot_make_live_makes_the_device_again_with_its_ma
         until("and its peer", lambda node=node: world.peers(node, name) == 1, 15)
         if name != "flannel.1":
             until("the old one is gone", lambda node=node: world.device(node, "flannel.1") is None)
+            until("and its nat table", lambda node=node: "overlay-1\n" not in world.run(node, "nft", "list", "tables"))
     until("the same MACs", lambda: [agent.mac() for agent in agents] == macs)
     with matrix.Wires([source, target]) as wires:
         assert all(cell.ok for cell in wires.all())
@@ -186,3 +187,70 @@ def test_an_adopted_device_is_changed_live_and_keeps_its_mac(world):
     device = world.device(node)
     assert (world.index(node), agent.mac()) == (index, mac)
     assert (device.mtu, device.local, device.learning, device.up) == (1450, number("192.168.1.2"), False, True)
+
+
+def test_two_networks_on_one_node_leave_each_other_alone(world):
+    """Flannel's "multi": two agents, two prefixes, two VNIs, one underlay; both with direct routes of our number."""
+    world.etcd.put(
+        "/second/network/config",
+        '{"Network":"10.50.0.0/16","Backend":{"Type":"vxlan","VNI":2,"Port":8473,"DirectRouting":true}}',
+    )
+    one, two = world.nodes(2)
+    firsts = [
+        world.agent(name, "--etcd-prefix=/second/network", f"--node-name={name}", run_dir=f"{name}-second").wait_ready()
+        for name in ("node1", "node2")
+    ]
+    for agent in (one, two, *firsts):
+        until(
+            "each has its peer",
+            lambda agent=agent: len(agent.status()["peers"]) == 1 and not agent.status()["differences"],
+        )
+
+    def routes() -> str:
+        return world.run("node1", "ip", "route", "show", "proto", "111")
+
+    before = routes()
+    assert before.count("\n") == 2
+    world.run("node1", "sh", "-c", "ip link set flannel.1 down; ip link set flannel.1 up")
+    until("back", lambda: routes() == before)
+    assert one.ready()
+    assert firsts[0].ready()
+
+
+def test_a_flap_of_the_underlay_too_short_to_see_brings_direct_routes_back(world):
+    world.config(Backend={"Type": "vxlan", "DirectRouting": True})
+    world.nodes(3)
+    before = world.kernel("node1")["routes"]
+    assert len(before) == 2
+    batch = world.folder / "flap"
+    batch.write_text("link set eth0 down\nlink set eth0 up\n")
+    world.run("node1", "ip", "-batch", str(batch))
+    until("the routes are back", lambda: world.kernel("node1")["routes"] == before, 10)
+
+
+def test_addresses_elsewhere_on_the_node_are_no_news(world):
+    """A Service proxy adds addresses to dummy devices all day long."""
+    one, _ = world.nodes(2)
+    plans = len(one.events("peers"))
+    for n in range(5):
+        world.run("node1", "ip", "addr", "add", f"172.31.0.{n}/32", "dev", "lo")
+    world.config(Backend={"Type": "vxlan", "MTU": 1400})
+    until("it took notice of something later", lambda: world.device("node1").mtu == 1350)
+    assert len(one.events("peers")) == plans + 1, "planned anew for the config alone"
+
+
+def test_learned_entries_are_the_kernels(world):
+    world.config(Backend={"Type": "vxlan", "Learning": True})
+    one, _ = world.nodes(2)
+    world.run(
+        "node1", "bridge", "fdb", "add", "02:00:00:00:00:99", "dev", "flannel.1", "dst", "192.168.1.99", "dynamic"
+    )
+    until(
+        "another event passed",
+        lambda: (
+            world.run("node1", "ip", "link", "set", "flannel.1", "mtu", "1200") == ""
+            and world.device("node1").mtu == 1450
+        ),
+    )
+    assert "02:00:00:00:00:99" in world.run("node1", "bridge", "fdb", "show", "dev", "flannel.1")
+    assert "writes_remove_fdb" not in one.status()["counters"]

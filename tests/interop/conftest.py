@@ -38,7 +38,7 @@ class Flanneld:
         world.agents.append(self)  # type: ignore[arg-type]  # ended with the others
 
     def wait_ready(self) -> Flanneld:
-        until("flanneld wrote subnet.env", lambda: (self.run_dir / "subnet.env").exists(), 30)
+        until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)
         subnet = cni.previous_subnet(str(self.run_dir / "subnet.env"))
         assert subnet is not None
         conflist = self.run_dir / "cni" / CONFLIST

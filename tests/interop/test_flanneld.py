@@ -72,7 +72,7 @@ def test_from_flannel_to_ours_and_back_under_live_traffic(world):
 
 def test_what_we_write_is_read_by_flannel_after_it_started(world):
     world.config(**CONF)
-    theirs = Flanneld(world, world.node(1)).wait_ready()
+    Flanneld(world, world.node(1)).wait_ready()
     ours = world.agent(world.node(2), "--node-name=node2").wait_ready()
     until("flannel has us", lambda: world.peers("node1") == 1)
     mac, peer = next(iter(world.kernel("node1")["fdb"].items()))

@@ -230,9 +230,9 @@ def test_what_others_do_is_told(requests, heard, inside):
         assert expected in kinds
     route = next(event for event in told if isinstance(event, RouteSeen)).route
     assert route.key == KEY
-    assert [event.link.up for event in told if isinstance(event, LinkSeen) and event.link.name == "flannel.1"][
-        0
-    ] is False
+    assert (
+        next(event.link.up for event in told if isinstance(event, LinkSeen) and event.link.name == "flannel.1") is False
+    )
     assert any(isinstance(event, AddressSeen) for event in told)
     assert any(isinstance(event, NeighbourSeen) for event in told)
 

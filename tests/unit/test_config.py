@@ -187,7 +187,9 @@ def test_refused_naming_field_value_and_what_is_allowed(fields, words):
         assert word in message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", b"\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "5", b"\xff\xfe", "[" * 100_000, '{"Network":' + "[" * 900 + "]" * 900 + "}"]
+)
 def test_not_an_object(text):
     with pytest.raises(ConfigError):
         parse_config(text)

@@ -7,7 +7,7 @@ import pytest
 from lease.codec import decode_lease, encode_value
 from lease.config import parse_config
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
-from lease.store import LeaseExpired
+from lease.store import LeaseExpired, StoreUnavailable
 from lease.tenure import Answer, Claim, Denied, Held, Identity, Lost, Tenure
 from tests.support.fake_store import FakeStore
 
@@ -126,7 +126,10 @@ def test_a_recycled_address_that_nobody_answers_for_is_taken_over_loudly(who):
     there = world.put(lease(node=who))
     held = only_held(world.settle())
     assert held.loud
-    assert held.lease.v4 == there.v4
+    assert held.lease.v4 is not None
+    assert there.v4 is not None
+    assert held.lease.v4.subnet == there.v4.subnet
+    assert held.lease.v4.mac != there.v4.mac, "its owner may live after all: never with its MAC"
     assert held.lease.node == str(ME)
 
 
@@ -176,7 +179,7 @@ def test_a_new_dhcp_address_keeps_the_subnet():
 def test_a_clone_of_another_node_is_another_node(answer, device_mac):
     world = World(answer=answer)
     before = world.put(lease(ip=IP9, node=ME))
-    held = only_held(world.settle(device_mac=device_mac)).lease
+    held = only_held(world.settle(device_mac=device_mac, who=CLONE)).lease
     assert held.key != before.key
     assert held.v4 is not None
     assert held.v4.mac != MAC_A, "two devices never get one MAC"
@@ -239,6 +242,72 @@ def test_an_unreadable_record_still_occupies_its_subnet():
     world = World()
     world.store.put("10.244.5.0-24", b"garbage")
     assert only_held(world.settle(previous="10.244.5.0/24")).lease.key != "10.244.5.0-24"
+
+
+def test_a_device_that_stands_proves_a_changed_address_behind_nat():
+    """--public-ip was changed, nobody can be asked: the device's MAC and the interface say that this is us."""
+    world = World(answer=UNKNOWN)
+    world.put(lease(ip=IP9, node=ME))
+    assert only_held(world.settle(device_mac=MAC_A)).lease.key == "10.244.5.0-24"
+
+
+def test_clones_without_a_name_take_nothing_from_each_other():
+    """One machine-id, no --node-name, another interface: a node that is cut off for a moment loses nothing."""
+    world = World(answer=NOBODY)
+    before = world.put(lease(ip=IP9, node=Identity("machine", "", "02:00:00:00:00:09")))
+    held = only_held(world.settle(who=Identity("machine", "", "02:00:00:00:00:02"))).lease
+    assert held.key != before.key
+    assert world.asked == [], "a machine-id alone raises no question"
+
+
+def test_a_node_without_any_machine_id_starts_again_behind_nat():
+    me = Identity("", "", "02:00:00:00:00:02")
+    world = World(answer=UNKNOWN)
+    world.put(lease(node=me))
+    assert only_held(world.settle(who=me)).lease.key == "10.244.5.0-24"
+
+
+@pytest.mark.parametrize("key", ["10.244.5.0-24x", "10.244.5.0-33", "10.244.5.0-23", "10.244.5.0-"])
+def test_rubbish_that_blocks_a_base_is_stepped_around(key):
+    """The transaction refuses a base on which any key stands, whatever that key is worth."""
+    world = World()
+    world.store.put(key, b"junk")
+    assert only_held(world.settle(previous="10.244.5.0/24")).lease.key != "10.244.5.0-24"
+    world, held = running()
+    world.store.put(key, b"junk")
+    world.store.delete(held.key)
+    lost, new = world.settle()
+    assert isinstance(lost, Lost)
+    assert isinstance(new, Held)
+
+
+@pytest.mark.parametrize("key", ["10.244.0.0-16", "10.244.0.0-17", "10.0.0.0-8", "0.0.0.0-1"])
+def test_one_useless_record_does_not_stop_all_allocation(key):
+    world = World()
+    world.store.put(key, encode_value(lease(ip=IP9, mac=MAC_B)))
+    held = only_held(world.settle(previous="10.244.5.0/24")).lease
+    assert held.key == "10.244.5.0-24"
+    assert world.settle() == [], "nor is it a reason to give ours up, though it is older"
+
+
+def test_the_underlay_is_never_leased():
+    config = parse_config('{"Network":"192.168.0.0/16","SubnetMin":"192.168.1.0","SubnetMax":"192.168.2.0"}')
+    for _ in range(8):
+        world = World(config=config)
+        claim = Claim(config, IP2, None, ME, prefix("192.168.1.0/24"), False, (prefix("192.168.1.0/24"),))
+        assert only_held(world.tenure.settle(claim)).lease.key == "192.168.2.0-24"
+
+
+def test_races_that_never_end_are_paused_and_told():
+    world = World()
+
+    def always_faster(wanted):
+        world.store.put(wanted.key, encode_value(lease(f"{wanted.key[:-3]}/24", ip=IP9, mac=MAC_B)))
+
+    world.store.before_create = always_faster
+    (denied,) = world.settle()
+    assert isinstance(denied, Denied)
+    assert "races" in denied.reason
 
 
 # --- while it runs -----------------------------------------------------------------------------------------------------
@@ -362,5 +431,68 @@ def test_renewing_an_expired_lease_says_so():
 
 def test_identities_are_read_back_as_written():
     assert Identity.read(str(ME)) == ME
-    assert str(Identity("", "", "02:00:00:00:00:02")) == "", "an identity that tells nobody apart is not written"
-    assert not Identity("", "", "x").same_node(Identity("", "", "x"))
+    link_only = Identity("", "", "02:00:00:00:00:02")
+    assert Identity.read(str(link_only)) == link_only
+    assert str(Identity("", "", "")) == ""
+    assert not link_only.same_node(link_only), "nothing but a MAC names no node"
+    assert link_only.same_link(link_only)
+    assert not Identity("", "", "").same_link(Identity("", "", ""))
+
+
+def test_a_loss_is_told_also_when_the_store_breaks_off_in_the_middle():
+    world, held = running()
+    world.store.delete(held.key)
+    world.put(lease(ip=IP9, mac=MAC_B, node=OTHER))
+
+    def breaks(_wanted):
+        raise StoreUnavailable("gone")
+
+    world.store.before_create = breaks
+    with pytest.raises(StoreUnavailable):
+        world.settle()
+    assert [type(event) for event in world.tenure.owed] == [Lost]
+    world.store.before_create = lambda _wanted: None
+    lost, new = world.settle()
+    assert isinstance(lost, Lost)
+    assert isinstance(new, Held)
+
+
+def test_the_mac_of_the_device_survives_the_loss_of_the_subnet():
+    world, held = running()
+    world.store.delete(held.key)
+    world.put(lease(ip=IP9, mac=MAC_B, node=OTHER))
+    _, new = world.settle()
+    assert isinstance(new, Held)
+    assert new.lease.v4 is not None
+    assert held.v4 is not None
+    assert new.lease.v4.mac == held.v4.mac
+
+
+def test_a_list_from_before_our_own_write_is_not_believed():
+    world = World(answer=NOBODY)
+    world.put(lease(node=OTHER))
+    stale = world.store.read()
+    only_held(world.settle())
+    claim = Claim(CONFIG, IP2, None, ME, None)
+    assert world.tenure.settle(claim, stale) == []
+
+
+def test_the_flag_counts_for_the_first_lease_only():
+    world = World(answer=SOMEBODY)
+    world.put(lease(node=OTHER))
+    only_held(world.settle(take_over=True))
+    world.put(lease(mac=MAC_B, node=OTHER))
+    lost, denied = world.settle(take_over=True)
+    assert isinstance(lost, Lost)
+    assert isinstance(denied, Denied), "two nodes with the flag do not fight"
+
+
+def test_the_old_record_goes_later_when_the_store_does_not_do_it_now():
+    world = World(config=parse_config('{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0"}'))
+    world.put(lease(node=ME))
+    real, world.store.remove = world.store.remove, lambda _lease: (_ for _ in ()).throw(StoreUnavailable("not now"))
+    held = only_held(world.settle(device_mac=MAC_A)).lease
+    assert "10.244.5.0-24" in world.store.records
+    world.store.remove = real
+    world.settle(device_mac=MAC_A)
+    assert list(world.store.records) == [held.key]

@@ -154,6 +154,13 @@ def test_no_choice_says_what_there_is_and_which_flag_decides(settings, words):
         assert word in str(caught.value)
 
 
+def test_a_store_name_that_does_not_resolve_yet_is_waited_for():
+    with pytest.raises(UnderlayError, match=r"etcd.example does not resolve yet"):
+        choose(Settings(), THERE, kernel, {"etcd.example": None})
+    assert choose(Settings(), THERE, kernel, {"a.example": None, **STORE}).name == "eth1"
+    assert choose(Settings(iface=("eth0",)), THERE, kernel, {"etcd.example": None}).name == "eth0"
+
+
 def test_an_interface_without_an_address():
     with pytest.raises(UnderlayError, match="no IPv4 address"):
         choose(Settings(iface=("eth2",)), Interfaces([link(5, "eth2")], []), lambda _: None, {})

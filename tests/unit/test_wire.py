@@ -132,6 +132,7 @@ ROLES, NETWORK = {4: TUNNEL, 2: UNDERLAY}, (0x0AF40000, 0x0AF4FFFF)
         pytest.param(route(protocol=3, oif=2), None, id="flannel's form on the underlay: somebody's"),
         pytest.param(route(protocol=2, via=0, flags=0), None, id="the kernel's own"),
         pytest.param(route(protocol=4), None, id="static on the tunnel: somebody's"),
+        pytest.param(route(oif=2, base=0x0B000000), None, id="our number on the underlay, outside our network: another agent's"),
         pytest.param(route(oif=9), ELSEWHERE, id="ours on an earlier underlay"),
         pytest.param(route(oif=9, base=0x0B000000), None, id="our number on another device, outside our network: another agent's"),
         pytest.param(route(protocol=3, odd=(("scope", 253),)), None, id="flannel's form, but altered"),
@@ -163,8 +164,9 @@ def test_which_neighbours_are_ours(found, ours):
         (FoundFdb(4, 0, DST, 0x80, ()), True),
         (FoundFdb(4, 0x3333_0000_0001, None, 0x80, ()), False),
         (FoundFdb(5, MAC, DST, 0x80, ()), False),
+        (FoundFdb(4, MAC, DST, 0x02, ()), False),
     ],
-    ids=["a peer", "the default destination", "multicast", "another device"],
+    ids=["a peer", "the default destination", "multicast", "another device", "learned"],
 )
 def test_which_fdb_entries_are_ours(found, ours):
     assert fdb_is_ours(found, 4) == ours
