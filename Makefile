@@ -32,6 +32,8 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 	$(PY) -m pip install --quiet uv
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--extra cli --extra lab --extra dev --custom-compile-command "make lock" -o .ci/requirements.txt pyproject.toml
+	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade --no-annotate \
+		--extra cli --extra build -c .ci/requirements.txt --custom-compile-command "make lock" -o .ci/runtime.txt pyproject.toml
 
 image: ## BASE=... for another Debian base
 	docker build $(if $(BASE),--build-arg BASE=$(BASE)) -t overlayd .

@@ -202,7 +202,7 @@ def occupied(snapshot: Snapshot, claim: Claim, without: str | None = None) -> Su
         if lease.v4 is None or key == without:
             continue
         subnet = lease.v4.subnet
-        if pool.network.covers(subnet) and subnet.length >= pool.network.length + 2:
+        if _usable(claim, subnet):
             index.add(subnet, key)
         else:
             base_only(subnet.base, key)
@@ -221,10 +221,17 @@ def earlier_overlap(snapshot: Snapshot, claim: Claim, own: Lease) -> Lease | Non
     assert own.v4 is not None
     for key in occupied(snapshot, claim, own.key).overlapping(own.v4.subnet):
         other = snapshot.leases.get(key)
-        if other is not None and other.created < own.created and other.v4 is not None:
-            if other.v4.subnet.overlaps(own.v4.subnet) and claim.pool.network.covers(other.v4.subnet):
-                return other
+        if other is None or other.v4 is None or other.created >= own.created:
+            continue
+        if _usable(claim, other.v4.subnet) and other.v4.subnet.overlaps(own.v4.subnet):
+            return other
     return None
+
+
+def _usable(claim: Claim, subnet: Prefix) -> bool:
+    """Whether a record of that subnet can be anybody's: inside Network, and no large part of it."""
+    network = claim.pool.network
+    return network.covers(subnet) and subnet.length >= network.length + 2
 
 
 class Tenure:

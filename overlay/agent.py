@@ -99,6 +99,8 @@ class Agent:
         """Set before `run`; it posts to us."""
         self.reconnect: Callable[[], None] = lambda: None
         """Tells the store that our own address changed; set before `run`."""
+        self.started: Callable[[], None] = lambda: None
+        """Called when we are ready for the first time; set before `run`."""
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests = netlink.RequestSocket()
         self._links_io = Links()
@@ -138,7 +140,7 @@ class Agent:
         self.problems: dict[str, str] = {}
         self._counters: Counter[str] = Counter()
         self._unready_since: float | None = None
-        self._was_ready = False
+        self._was_ready = self._ever_ready = False
         self.last_turn = clock()
         self._lock = threading.Lock()
 
@@ -678,6 +680,9 @@ class Agent:
                 self._unready_since = self._unready_since or now
                 ready = self._was_ready and now - self._unready_since < UNREADY_AFTER_S
             news, self._was_ready = ready != self._was_ready, ready
+        if ready and not self._ever_ready:
+            self._ever_ready = True
+            self.started()
         if news:
             (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
 

@@ -96,7 +96,7 @@ def _run(settings: Settings) -> int:
 
     tenure = Tenure(store, prober(), settings.lease_ttl_s, random.Random())  # noqa: S311 (draws a subnet)
     agent.claimer = TenureThread(tenure, agent.post, settings.renew_within_s)
-    agent.reconnect = store.reconnect
+    agent.reconnect, agent.started = store.reconnect, lambda: notify("READY=1")
     feed = Feed(store, agent.post)
     threads: list[threading.Thread] = [
         Monitor(agent.post, died("monitor"), agent.port),
@@ -167,6 +167,19 @@ def _in_reading_order(_logger: object, _method: str, event: Any) -> dict[str, An
     """When, how bad, what; then the fields."""
     first = ("timestamp", "level", "event")
     return {name: event[name] for name in first if name in event} | {k: v for k, v in event.items() if k not in first}
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it started us with Type=notify (sd_notify(3)); flanneld says READY=1 at the same moment."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+            connection.connect(f"\0{path[1:]}" if path.startswith("@") else path)
+            connection.send(state.encode())
+    except OSError as error:
+        log.warning("notify", socket=path, error=str(error), effect="systemd does not learn that we are ready")
 
 
 def identity(node_name: str) -> Callable[[str], Any]:

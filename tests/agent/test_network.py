@@ -277,3 +277,14 @@ def test_a_prefix_of_its_own(world):
     assert agent.subnet().length == 25
     assert world.etcd.get("/lab/net/subnets/")
     assert world.records() == {}
+
+
+def test_systemd_is_told_when_it_is_ready(world, tmp_path):
+    import socket
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(20)
+        agent = world.agent(world.node(1), environ={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        assert listening.recv(100) == b"READY=1"
+        assert agent.ready()

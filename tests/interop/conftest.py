@@ -22,20 +22,20 @@ BINARY = Path(os.environ.get("FLANNELD", Path(__file__).parents[2] / ".venv" / "
 class Flanneld:
     """One flanneld on a node, with the files of an Agent beside it, so that either can take the other's place."""
 
-    def __init__(self, world: World, node: str) -> None:
-        self.world, self.node, self.run_dir = world, node, world.folder / node
+    def __init__(self, where: World, node: str) -> None:
+        self.world, self.node, self.run_dir = where, node, where.folder / node
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if not BINARY.exists():
             pytest.fail("no flanneld: run `make interop`, which builds it", pytrace=False)
         with (self.run_dir / "flanneld.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    "nsenter", f"--net={netns.path(world.namespace(node))}", str(BINARY),
-                    f"-etcd-endpoints={world.etcd.endpoint}", "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
+                    "nsenter", f"--net={netns.path(where.namespace(node))}", str(BINARY),
+                    f"-etcd-endpoints={where.etcd.endpoint}", "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
                 ],
                 stdout=log, stderr=log,
             )  # fmt: skip
-        world.agents.append(self)  # type: ignore[arg-type]  # ended with the others
+        where.agents.append(self)  # type: ignore[arg-type]  # ended with the others
 
     def wait_ready(self) -> Flanneld:
         until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)
