@@ -1,118 +1,20 @@
-"""Keeps what is ours: acquire, keep alive, lost, taken again.
-
-What may be ours is decided by evidence, strongest first (`find_own`):
-- the record holds our public IP and the MAC of the VTEP device that this kernel has: this is us, no question asked;
-- it holds our public IP: a doubt, settled by asking the underlay who answers for that address;
-- it holds another public IP, but our identity or our device's MAC: ours only if nobody answers for that address.
-Identity alone proves nothing: cloned VMs and namespaces share machine-id and hostname.
-"""
+"""Keeps what is ours: acquire, keep alive, lost, taken again. What may be ours is claim.py's to say."""
 
 from __future__ import annotations
 
-import enum
 import random
-import re
-import threading
-import time
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lease.allocate import RangeFull, choose_mac, choose_subnet
+from lease.claim import Answer, Claim, Identity, Kind, Probe, earlier_overlap, find_own, occupied
 from lease.codec import encode_key
-from lease.config import NetworkConfig, Pool
-from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, mask
-from lease.store import (
-    LeaseExpired,
-    RecordChanged,
-    Snapshot,
-    Store,
-    StoreUnavailable,
-    SubnetTaken,
-    backoff_s,
-)
-from lease.subnets import SubnetIndex
+from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 
-_BASE = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-", re.ASCII)
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
-LOOK_GAP_S = 1.0
-"""Our own record is put right at most so often: somebody may write against us without end."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
-
-
-class Identity(NamedTuple):
-    """Who a node says it is. machine: hash of its machine-id; name: --node-name; link: MAC of its underlay interface.
-
-    Written into the record as one string. It raises or calms a doubt, and never decides one (see above).
-    """
-
-    machine: str
-    name: str
-    link: str
-
-    def __str__(self) -> str:
-        return "/".join(self) if any(self) else ""
-
-    @classmethod
-    def read(cls, text: str) -> Identity:
-        """Of a record; of one that says nothing, all parts are empty."""
-        parts = text.split("/")
-        return cls(*parts) if len(parts) == 3 else cls("", text, "")
-
-    def same_node(self, other: Identity) -> bool:
-        """Whether both name the same machine and the same node name (a clone does too)."""
-        return bool(self.machine or self.name) and self[:2] == other[:2]
-
-    def moved_from(self, other: Identity) -> bool:
-        """Whether a record of `other` behind another address may be ours. The machine alone says nothing (clones share
-        it): the operator's name for the node must agree too, or the interface's MAC."""
-        return self.same_node(other) and (bool(self.name) or self.same_link(other))
-
-    def same_link(self, other: Identity) -> bool:
-        """Whether both have the same underlay interface."""
-        return bool(self.link) and self.link == other.link
-
-    def called(self) -> str:
-        """For a message."""
-        return self.name or (f"machine {self.machine}" if self.machine else "a node that left no identity (flannel?)")
-
-
-class Answer(NamedTuple):
-    """What the underlay says about an address. by: the MAC that answered, None where nobody did."""
-
-    can_tell: bool
-    by: int | None
-
-
-Probe = Callable[[int], Answer]
-"""Asks the underlay who answers for an IPv4 address (ARP, about a second where nobody does)."""
-
-
-class Claim(NamedTuple):
-    """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none.
-
-    previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
-    take_over: the operator said that the record of our address is ours; it counts for the first lease only.
-    """
-
-    config: NetworkConfig
-    public_ip: int
-    device_mac: int | None
-    identity: Identity
-    previous: Prefix | None
-    take_over: bool = False
-    avoid: tuple[Prefix, ...] = ()
-
-    @property
-    def pool(self) -> Pool:
-        """The IPv4 subnets; a config without them never becomes a claim."""
-        assert self.config.v4 is not None
-        return self.config.v4
-
-    def allows(self, subnet: Prefix) -> bool:
-        """Whether this node may hold a subnet."""
-        return self.pool.allows(subnet) and not any(subnet.overlaps(there) for there in self.avoid)
 
 
 class Held(NamedTuple):
@@ -144,94 +46,6 @@ class Renewed(NamedTuple):
 
 
 TenureEvent = Held | Lost | Denied | Renewed
-
-
-Clock = Callable[[], float]
-
-
-def boottime() -> float:
-    """Seconds that also pass while the machine sleeps: a lease runs on in the store meanwhile (clock_gettime(2))."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Kind(enum.Enum):
-    """How sure we are that a record is ours."""
-
-    SURE = 1
-    ADDRESS = 2
-    """It holds our public IP."""
-    MOVED = 3
-    """It holds our identity or MAC behind another public IP."""
-
-
-def find_own(leases: Mapping[str, Lease], claim: Claim) -> list[tuple[Kind, Lease]]:
-    """The records that may be ours, the likeliest first. Pure."""
-    found: list[tuple[Kind, Lease]] = []
-    for lease in leases.values():
-        end = lease.v4
-        if end is None:
-            continue
-        same_mac = claim.device_mac is not None and end.mac == claim.device_mac
-        if end.public_ip == claim.public_ip:
-            found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease))
-        elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
-            found.append((Kind.MOVED, lease))
-
-    def likely(item: tuple[Kind, Lease]) -> tuple[object, ...]:
-        kind, lease = item
-        same = claim.identity.same_node(Identity.read(lease.node))
-        previous = lease.v4 is not None and lease.v4.subnet == claim.previous
-        return kind.value, not same, not previous, lease.created, lease.key
-
-    return sorted(found, key=likely)
-
-
-def occupied(snapshot: Snapshot, claim: Claim, without: str | None = None) -> SubnetIndex:
-    """The subnets that records claim, and those that a create would be refused for.
-
-    A record that nobody can use (outside Network, a large part of it, unreadable) takes no subnet but the one of its
-    own base: the transaction that creates a record demands that no key of that base stands.
-    """
-    pool = claim.pool
-    index = SubnetIndex(4)
-
-    def base_only(base: int, key: str) -> None:
-        index.add(Prefix(4, base & mask(4, pool.length), pool.length), key)
-
-    for key, lease in snapshot.leases.items():
-        if lease.v4 is None or key == without:
-            continue
-        subnet = lease.v4.subnet
-        if _usable(claim, subnet):
-            index.add(subnet, key)
-        else:
-            base_only(subnet.base, key)
-    for key in snapshot.refused:
-        found = _BASE.match(key)
-        if found and key != without:
-            try:
-                base_only(ip_number(found[1], 4), key)
-            except ValueError:
-                continue
-    return index
-
-
-def earlier_overlap(snapshot: Snapshot, claim: Claim, own: Lease) -> Lease | None:
-    """A record that overlaps ours and was there before it: then the subnet is not ours."""
-    assert own.v4 is not None
-    for key in occupied(snapshot, claim, own.key).overlapping(own.v4.subnet):
-        other = snapshot.leases.get(key)
-        if other is None or other.v4 is None or other.created >= own.created:
-            continue
-        if _usable(claim, other.v4.subnet) and other.v4.subnet.overlaps(own.v4.subnet):
-            return other
-    return None
-
-
-def _usable(claim: Claim, subnet: Prefix) -> bool:
-    """Whether a record of that subnet can be anybody's: inside Network, and no large part of it."""
-    network = claim.pool.network
-    return network.covers(subnet) and subnet.length >= network.length + 2
 
 
 class Tenure:
@@ -458,100 +272,3 @@ def _conflict(claim: Claim, lease: Lease, answer: Answer) -> str:
         " Give this node an address of its own (--iface, --public-ip); if that node is gone for good,"
         " start once with --take-over"
     )
-
-
-class TenureThread(threading.Thread):
-    """Turns a Tenure: settles when the claim changes or somebody says look, renews in time, retries with backoff."""
-
-    def __init__(
-        self,
-        tenure: Tenure,
-        post: Callable[[TenureEvent], None],
-        renew_within_s: float | None = None,
-        clock: Clock = boottime,
-    ) -> None:
-        """renew_within_s: renew at least so often (flannel's renew margin), None for our own rhythm."""
-        super().__init__(name="tenure", daemon=True)
-        self._tenure, self._post, self._clock = tenure, post, clock
-        self._renew_within_s = renew_within_s or RENEW_AT_LEAST_S
-        self._wake = threading.Condition()
-        self._claim: Claim | None = None
-        self._snapshot: Snapshot | None = None
-        self._dirty = self._ending = False
-        self._due = 0.0
-        self._last = -LOOK_GAP_S
-        self._failures = 0
-        self._rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
-
-    def claim(self, claim: Claim, snapshot: Snapshot | None = None) -> None:
-        """What this node wants from now on. snapshot: a list read before anything was held, which saves another."""
-        with self._wake:
-            if claim != self._claim:
-                self._claim, self._snapshot = claim, snapshot
-                self._failures = 0
-                self._look_now()
-
-    def look(self) -> None:
-        """Our record may not be what it was."""
-        with self._wake:
-            self._snapshot = None
-            self._look_now(self._last + LOOK_GAP_S)
-
-    def stop(self) -> None:
-        """End the thread; the lease stays."""
-        with self._wake:
-            self._ending = True
-            self._wake.notify()
-
-    def _look_now(self, not_before: float = 0.0) -> None:
-        self._dirty, self._due = True, min(self._due, not_before)
-        self._wake.notify()
-
-    def run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._ending and (self._claim is None or self._clock() < self._due):
-                    # in pieces, since a wait does not count the time that the machine slept
-                    self._wake.wait(None if self._claim is None else min(30.0, self._due - self._clock()))
-                if self._ending:
-                    return
-                claim, snapshot, dirty = self._claim, self._snapshot, self._dirty
-                self._dirty, self._snapshot, self._due = False, None, float("inf")
-            assert claim is not None
-            wait_s = self._step(claim, snapshot, dirty)
-            with self._wake:  # a claim or look that came meanwhile has put it earlier
-                if dirty:
-                    self._last = self._clock()
-                self._due = min(self._due, self._clock() + wait_s)
-
-    def _step(self, claim: Claim, snapshot: Snapshot | None, dirty: bool) -> float:
-        """One settling and renewing; seconds until the next."""
-        tenure = self._tenure
-        try:
-            if dirty or tenure.held is None:
-                for event in tenure.settle(claim, snapshot):
-                    self._post(event)
-            if tenure.held is None:
-                return self._again()
-            renewed = tenure.renew()
-        except LeaseExpired:
-            return self._again()
-        except StoreUnavailable as error:
-            owed, tenure.owed = tenure.owed, []
-            for event in owed:
-                self._post(event)
-            if tenure.held is None:
-                self._post(Denied(str(error)))
-            return self._again()
-        self._failures = 0
-        self._post(renewed)
-        return (
-            self._renew_within_s if renewed.left_s is None else min(self._renew_within_s, renew_every_s(renewed.left_s))
-        )
-
-    def _again(self) -> float:
-        """Something is open: settle again after a while."""
-        with self._wake:
-            self._dirty = True
-        self._failures += 1
-        return backoff_s(self._failures, self._rng.uniform(0.5, 1.0))

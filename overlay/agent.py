@@ -8,45 +8,42 @@ from __future__ import annotations
 
 import queue
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import structlog
 
 from lease import config as net_config
 from lease import tenure
+from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
+from lease.keeper import TenureThread
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from overlay import __version__, cni, masquerade, plan, tunnel
-from overlay import underlay as choice
-from overlay.backends import vxlan
+from overlay import __version__, cni, plan
 from overlay.datapath import Datapath
-from overlay.kernel import netlink, nft
-from overlay.kernel.device import Links
-from overlay.kernel.entries import TUNNEL, UNDERLAY, Address, Link
+from overlay.health import Health
+from overlay.host import Host
+from overlay.kernel import netlink
+from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.reconcile import Device
 from overlay.settings import Settings
-from overlay.status import DeviceStatus, LeaseStatus, Status
+from overlay.status import LeaseStatus, Status
+from overlay.underlay import UnderlayError
 
 log = structlog.get_logger()
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
 FILES_CHECK_S = 5.0
 RETRY_S = 2.0
-UNREADY_AFTER_S = 10.0
-"""Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
-STUCK_S = 20.0
 
 
 class Stop(NamedTuple):
@@ -90,12 +87,12 @@ class Agent:
         settings: Settings,
         place: Callable[[], str],
         store_hosts: Callable[[], dict[str, int | None]],
-        identity_of: Callable[[str], tenure.Identity],
+        identity_of: Callable[[str], Identity],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._place, self._clock = settings, place, clock
-        self._store_hosts, self._identity_of = store_hosts, identity_of
-        self.claimer: tenure.TenureThread | None = None
+        self._identity_of = identity_of
+        self.claimer: TenureThread | None = None
         """Set before `run`; it posts to us."""
         self.reconnect: Callable[[], None] = lambda: None
         """Tells the store that our own address changed; set before `run`."""
@@ -103,7 +100,8 @@ class Agent:
         """Called when we are ready for the first time; set before `run`."""
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._requests = netlink.RequestSocket()
-        self._links_io = Links()
+        self._host = Host(settings, self._requests, store_hosts)
+        self.health = Health(clock)
         self._path = Datapath(self._requests, clock, random.Random())  # noqa: S311 (spreads load, guards nothing)
         self._due = Due()
         self._started = clock()
@@ -118,7 +116,6 @@ class Agent:
         self._snapshot_seen = False
         self._store_down = ""
         # our own side
-        self._underlay: choice.Underlay | None = None
         self._held: Lease | None = None
         self._held_how = ""
         self._left_s: float | None = None
@@ -129,39 +126,16 @@ class Agent:
         """For what an earlier run left: the device's MAC, and the subnet of subnet.env."""
         self._first_mac: int | None = None
         self._previous: Prefix | None = None
-        # the kernel's side
-        self._links: dict[int, Link] = {}
-        self._addresses: dict[tuple[int, int, int], Address] = {}
-        self._device: vxlan.DeviceSpec | None = None
-        self._nat_listed: nft.Objects | None = None
-        self._nat_is: nft.Objects | None = None
-        self._written: dict[str, str] = {}
-        # what is told
-        self.problems: dict[str, str] = {}
         self._counters: Counter[str] = Counter()
-        self._unready_since: float | None = None
-        self._was_ready = self._ever_ready = False
-        self.last_turn = clock()
-        self._lock = threading.Lock()
+        """Devices that somebody else took down or away."""
+        self._overruns = 0
+        self._ever_ready = False
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
     def post(self, event: Any) -> None:
         """Put an event into the inbox."""
         self._inbox.put(event)
-
-    def healthy(self) -> bool:
-        """Whether the loop turns."""
-        return self._clock() - self.last_turn < STUCK_S
-
-    def readiness(self) -> tuple[bool, str]:
-        """Whether lease, records and kernel are as they should be, and what is not."""
-        if not self.healthy():
-            return False, "the agent's loop is stuck"
-        with self._lock:
-            problems = dict(self.problems)
-            ready = self._was_ready
-        return ready, "; ".join(f"{name}: {what}" for name, what in problems.items()) or "ok"
 
     def ask_status(self, timeout_s: float = 8.0) -> Status | None:
         """The status, from the loop itself; None when it does not answer."""
@@ -188,7 +162,7 @@ class Agent:
                 log.info("agent.stopped", reason=stop.reason, datapath="stays in place")
                 return stop.code
             more = self._pass()
-            self.last_turn = self._clock()
+            self.health.turned()
 
     def _wait_s(self) -> float:
         now = self._clock()
@@ -233,18 +207,18 @@ class Agent:
         self._step("underlay", self._choose_underlay)
         self._claim()
         more = False
-        if self._held is not None and self._config is not None and self._underlay is not None:
+        if self._held is not None and self._config is not None and self._host.underlay is not None:
             self._step("device", self._ensure_device)
             self._plan()
             if self._path.node is not None and TUNNEL in self._path.rec.devices:
-                self._step("dump", lambda: self._path.read_kernel(self._links))
+                self._step("dump", lambda: self._path.read_kernel(self._host.links))
             if self._path.dumped:
                 more = self._path.apply()
                 if self._path.rec.look_again:
                     self._path.rec.look_again, self._due.dump = False, True
-            self._step("nat", self._ensure_nat)
-            self._step("sysctl", self._ensure_sysctls)
-            self._step("files", self._ensure_files)
+            self._step("nat", lambda: self._host.ensure_nat(self._config_now(), self._own()))
+            self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
+            self._step("files", lambda: self._host.ensure_files(self._config_now(), self._key(), self._own()))
         self._tell()
         return more
 
@@ -256,25 +230,14 @@ class Agent:
         try:
             act()
         except (KernelError, OSError) as error:
-            self._problem(name, str(error) if isinstance(error, KernelError) else f"{error.filename}: {error.strerror}")
+            self.health.problem(
+                name, str(error) if isinstance(error, KernelError) else f"{error.filename}: {error.strerror}"
+            )
             self._retry_at[name] = self._clock() + RETRY_S
-        except choice.UnderlayError as error:
-            self._problem(name, str(error))
+        except UnderlayError as error:
+            self.health.problem(name, str(error))
         else:
-            self._solved(name)
-
-    def _problem(self, name: str, what: str) -> None:
-        with self._lock:
-            news = self.problems.get(name) != what
-            self.problems[name] = what
-        if news:
-            log.warning("problem", subject=name, what=what)
-
-    def _solved(self, name: str) -> None:
-        with self._lock:
-            was = self.problems.pop(name, None)
-        if was is not None:
-            log.info("problem.solved", subject=name, was=was)
+            self.health.solved(name)
 
     # --- what the store says -----------------------------------------------------------------------------------------
 
@@ -282,7 +245,7 @@ class Agent:
         if self._store_down:
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
         self._store_down = ""
-        self._solved("store")
+        self.health.solved("store")
         self._set_config(snapshot.config)
         self._leases = dict(snapshot.leases)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
@@ -330,12 +293,12 @@ class Agent:
             )
         self._store_down = down.reason
         if self._config is None:
-            self._problem("store", down.reason)
+            self.health.problem("store", down.reason)
 
     def _set_config(self, text: bytes | None) -> None:
         keeps = "" if self._config is None else "; the running config is kept"
         if text is None:
-            self._problem("config", f"no network config at {self._place()}/config; waiting for it{keeps}")
+            self.health.problem("config", f"no network config at {self._place()}/config; waiting for it{keeps}")
             return
         try:
             config = net_config.parse_config(text)
@@ -343,13 +306,13 @@ class Agent:
                 which = "EnableIPv4: false" if config.v4 is None else "EnableIPv6: true"
                 raise ConfigError(f"{which} needs an IPv6 datapath, which is not built yet; allowed is IPv4 alone")
         except ConfigError as error:
-            self._problem("config", f"{self._place()}/config: {error}{keeps}")
+            self.health.problem("config", f"{self._place()}/config: {error}{keeps}")
             return
         held = self._held.v4 if self._held is not None else None
         if self._config is not None and held is not None:
             assert self._config.v4 is not None
             if config.v4.network != self._config.v4.network or not config.v4.allows(held.subnet):
-                self._problem(
+                self.health.problem(
                     "config",
                     f"the new config ({config.v4}) does not hold our subnet {held.subnet}; the running config is kept:"
                     " drain this node and restart the agent",
@@ -359,7 +322,7 @@ class Agent:
             log.info("config", network=str(config.v4.network), subnets=str(config.v4), **_backend_fields(config))
             self._config = config
             self._due = Due()
-        self._solved("config")
+        self.health.solved("config")
 
     def _others(self) -> dict[str, Lease]:
         assert self._held is not None
@@ -393,29 +356,27 @@ class Agent:
 
     def _claim(self) -> None:
         """Tell the tenure what we want to hold, when all that belongs to it is known."""
-        if self.claimer is None or self._config is None or self._underlay is None or not self._snapshot_seen:
+        config, under = self._config, self._host.underlay
+        if self.claimer is None or config is None or under is None or not self._snapshot_seen:
             return
         if not self._looked:
             try:
-                there = self._links_io.read(vxlan.device_name(self._config.backend))
+                self._first_mac = self._host.existing_mac(config)
             except KernelError as error:
-                self._problem("device", str(error))
+                self.health.problem("device", str(error))
                 return
-            self._first_mac = there.mac if there is not None and there.kind == "vxlan" else None
             self._previous = cni.previous_subnet(self._settings.subnet_file)
             self._looked = True
-        self.claimer.claim(
-            tenure.Claim(
-                self._config,
-                self._underlay.public_ip,
-                self._first_mac,
-                self._identity_of(mac_text(self._underlay.mac)),
-                self._previous,
-                self._settings.take_over,
-                (*self._underlay.on_link, Prefix(4, self._underlay.public_ip, 32)),
-            ),
-            self._listed if self._held is None else None,
+        claim = Claim(
+            config,
+            under.public_ip,
+            self._first_mac,
+            self._identity_of(mac_text(under.mac)),
+            self._previous,
+            self._settings.take_over,
+            (*under.on_link, Prefix(4, under.public_ip, 32)),
         )
+        self.claimer.claim(claim, self._listed if self._held is None else None)
 
     def _on_held(self, event: tenure.Held) -> None:
         lease = event.lease
@@ -427,13 +388,13 @@ class Agent:
         if lease.v4.subnet in self._retained:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
-        self._solved("lease")
+        self.health.solved("lease")
 
     def _on_lost(self, event: tenure.Lost) -> None:
         assert event.lease.v4 is not None
         subnet = event.lease.v4.subnet
         self._retained.append(subnet)
-        self._problem(
+        self.health.problem(
             "lease",
             f"we lost {subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this node"
             " until they are made again; another subnet is taken for new pods",
@@ -444,7 +405,7 @@ class Agent:
             log.error("lease.conflict", reason=event.reason)
             self.post(Stop(event.reason, 1))
             return
-        self._problem("lease", event.reason)
+        self.health.problem("lease", event.reason)
 
     def _on_renewed(self, event: tenure.Renewed) -> None:
         now = self._clock()
@@ -454,21 +415,18 @@ class Agent:
     # --- what the kernel says ----------------------------------------------------------------------------------------
 
     def _read_links(self) -> None:
-        links = {link.ifindex: link for link in self._requests.links()}
-        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses()}
-        if (links, addresses) != (self._links, self._addresses):
-            self._links, self._addresses = links, addresses
+        if self._host.read_links():
             self._due.underlay = self._due.device = self._due.files = True
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         if self._path.on_link(event.link, event.gone) == TUNNEL:
-            self._counters["mended_device"] += 1
+            self._counters["device"] += 1
             log.warning("device.gone" if event.gone else "device.down", device=event.link.name, effect="put back")
         self._due.links = True
-        if self._underlay is not None and event.link.name == self._underlay.name:
+        if (under := self._host.underlay) is not None and event.link.name == under.name:
             # down and up again looks unchanged afterwards, but took the direct routes with it
             self._due.underlay = self._due.dump = True
-        if self._device is not None and event.link.name == self._device.name:
+        if (device := self._host.device) is not None and event.link.name == device.name:
             self._due.device = True
 
     def _on_address(self, event: netlink.AddressSeen) -> None:
@@ -479,10 +437,10 @@ class Agent:
             self._due.device = self._due.dump = True
 
     def _on_route(self, event: netlink.RouteSeen) -> None:
-        self._path.on_route(event, self._links)
+        self._path.on_route(event, self._host.links)
 
     def _on_overrun(self, _event: netlink.Overrun) -> None:
-        self._counters["monitor_overruns"] += 1
+        self._overruns += 1
         log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
         self._path.events_lost()
         self._due = Due()
@@ -493,157 +451,47 @@ class Agent:
     # --- making it so ------------------------------------------------------------------------------------------------
 
     def _choose_underlay(self) -> None:
-        there = choice.Interfaces(self._links.values(), self._addresses.values())
-        current = self._underlay
-        found = choice.refresh(self._settings, current, there) if current is not None else None
-        if found is None:
-            try:
-                found = choice.choose(self._settings, there, self._requests.lookup, self._store_hosts())
-            except choice.UnderlayError:
-                self._retry_at["underlay"] = self._clock() + RETRY_S
-                raise
-        if found != current:
-            log.info("underlay", chosen=str(found), was=str(current) if current is not None else None)
-            self._underlay = found
+        try:
+            before = self._host.choose_underlay()
+        except UnderlayError:
+            self._retry_at["underlay"] = self._clock() + RETRY_S
+            raise
+        under = self._host.underlay
+        assert under is not None
+        if before is not None:
             self._due.device = self._due.files = True
-            if current is not None and current.local != found.local:
+            if before.local != under.local:
                 self.reconnect()
-            if current is not None and current.ifindex != found.ifindex:
+            if before.ifindex != under.ifindex:
                 self._path.rec.device_lost(UNDERLAY, fdb_too=False)
                 self._due.dump = True
-        link = self._links.get(found.ifindex)
-        self._path.rec.devices[UNDERLAY] = Device(found.ifindex, link is not None and link.up)
+        self._path.rec.devices[UNDERLAY] = Device(under.ifindex, self._host.underlay_up())
 
     def _ensure_device(self) -> None:
-        config, under, end = self._config, self._underlay, self._own()
-        assert config is not None
-        assert config.v4 is not None
-        assert under is not None
-        assert end.mac is not None
-        backend = config.backend
-        mtu, lowered = vxlan.device_mtu(backend, under.mtu)
-        if lowered:
-            self._problem("mtu", lowered)
-        else:
-            self._solved("mtu")
-        spec = vxlan.DeviceSpec(
-            vxlan.device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, end.mac,
-            backend.gbp, backend.learning,
-        )  # fmt: skip
-        old = self._device.name if self._device is not None else _read_text(self._device_file())
-        ensured = tunnel.ensure(self._links_io, spec)
+        ensured, lowered = self._host.ensure_device(self._config_now(), self._own())
         self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made)
-        if ensured.did:
-            log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
-        there = self._requests.addresses()
-        if did := tunnel.ensure_address(self._links_io, ensured.ifindex, end.subnet.base, config.v4.network, there):
-            log.info("device.address", device=spec.name, did=", ".join(did))
-            self._due.dump = True
-        if old != spec.name:
-            if old:
-                self._drop_device(old)
-            cni.write_atomically(self._device_file(), spec.name)
-        self._device = spec
-        self._due.sysctl = True
-
-    def _ensure_sysctls(self) -> None:
-        if self._device is None or self._underlay is None or self._config is None:
-            return
-        direct = self._config.backend.direct_routing
-        if did := tunnel.ensure_sysctls(self._device.name, self._underlay.name, direct):
-            log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
-
-    def _device_file(self) -> str:
-        return f"{self._settings.run_dir}/device"
-
-    def _drop_device(self, name: str) -> None:
-        """The device of an earlier VNI: ours, since our own file names it."""
-        there = self._links_io.read(name)
-        if there is not None and there.kind == "vxlan":
-            log.info("device.removed", device=name, because="the VNI of the network config changed")
-            self._links_io.delete(there.ifindex)
-        vni = name.rpartition(".")[2]
-        if vni.isdigit():
-            nft.load_table("ip", masquerade.table_name(int(vni)), [])
+        self._due.sysctl = self._due.files = True
+        if lowered:
+            self.health.problem("mtu", lowered)
+        else:
+            self.health.solved("mtu")
 
     def _plan(self) -> None:
         """Wanted entries anew when anything but single records changed."""
-        config, under, held = self._config, self._underlay, self._held
-        assert config is not None
+        under, held = self._host.underlay, self._held
         assert under is not None
         assert held is not None
         if not self._snapshot_seen:
             return
-        own = frozenset(a.address for a in self._addresses.values() if a.oif == under.ifindex)
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
-        node = plan.node_of(config, lease, under.on_link, own, tuple(self._retained))
+        addresses = self._host.underlay_addresses()
+        node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained))
         if node == self._path.node:
             return
         self._path.plan(node, self._others())
         self._due.dump = True
         for other in self._others().values():
             self._look_for_rivals(other)
-
-    def _ensure_nat(self) -> None:
-        config = self._config
-        assert config is not None
-        assert config.v4 is not None
-        name = masquerade.table_name(config.backend.vni)
-        wanted = masquerade.nat_table(
-            name,
-            config.v4.network,
-            self._own().subnet,
-            self._settings.ip_masq,
-            self._settings.fully_random,
-            self._settings.forward_rules,
-        )
-        found = nft.read_table("ip", name)
-        # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
-        if found == wanted or (wanted == self._nat_is and found == self._nat_listed):
-            self._nat_is, self._nat_listed = wanted, found
-            return
-        if wanted == self._nat_is:
-            self._counters["mended_nat"] += 1
-            log.warning("nat.mended", table=name, effect="put back as it should be")
-        nft.load_table("ip", name, wanted)
-        self._nat_is, self._nat_listed = wanted, nft.read_table("ip", name)
-        log.info("nat", table=name, masquerade=self._settings.ip_masq, forward=self._settings.forward_rules)
-
-    def _ensure_files(self) -> None:
-        config, device, end = self._config, self._device, self._own()
-        if device is None:
-            return
-        assert config is not None
-        assert config.v4 is not None
-        files = {
-            f"{self._settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(self._held_key(), end),
-            self._settings.subnet_file: cni.subnet_env(
-                config.v4.network, end.subnet, device.mtu, self._settings.ip_masq
-            ),
-        }
-        if self._settings.cni_conf_dir:
-            bridges = {
-                link.name: frozenset(a.address for a in self._addresses.values() if a.oif == link.ifindex)
-                for link in self._links.values()
-            }
-            files[f"{self._settings.cni_conf_dir}/{cni.CONFLIST}"] = cni.network_list(
-                config.v4.network,
-                end.subnet,
-                device.mtu,
-                cni.bridge_name(end.subnet, bridges.items()),
-                self._settings.cni_data_dir,
-            )
-        for path, content in files.items():
-            if not cni.up_to_date(path, content):
-                altered = self._written.get(path) == content
-                cni.write_atomically(path, content)
-                self._written[path] = content
-                if altered:
-                    log.warning(
-                        "file.mended", path=path, effect="somebody altered or removed it; does another agent write it?"
-                    )
-                else:
-                    log.info("file.written", path=path)
 
     # --- what is told --------------------------------------------------------------------------------------------------
 
@@ -652,46 +500,29 @@ class Agent:
         assert self._held.v4 is not None
         return self._held.v4
 
-    def _held_key(self) -> str:
+    def _key(self) -> str:
         assert self._held is not None
         return self._held.key
 
+    def _config_now(self) -> NetworkConfig:
+        assert self._config is not None
+        return self._config
+
     def _tell(self) -> None:
         """Readiness: every condition that must hold, and for how long it has not."""
-        now = self._clock()
-        if self._expires_at is not None and now >= self._expires_at:
-            self._problem("lease", "it was not renewed in time and may be given away; the store does not answer")
-        waiting = self._waits_for()
-        differing = self._path.rec.differing()
-        bad = bool(waiting) or differing > 0 or any(name not in _HARMLESS for name in self.problems)
-        with self._lock:
-            if waiting:
-                self.problems["waiting"] = waiting
-            else:
-                self.problems.pop("waiting", None)
-            if differing:
-                self.problems["kernel"] = f"{differing} entries are not as they should be"
-            else:
-                self.problems.pop("kernel", None)
-            if not bad:
-                self._unready_since = None
-                ready = True
-            else:
-                self._unready_since = self._unready_since or now
-                ready = self._was_ready and now - self._unready_since < UNREADY_AFTER_S
-            news, self._was_ready = ready != self._was_ready, ready
+        if self._expires_at is not None and self._clock() >= self._expires_at:
+            self.health.problem("lease", "it was not renewed in time and may be given away; the store does not answer")
+        ready = self.health.judge(self._waits_for(), self._path.rec.differing())
         if ready and not self._ever_ready:
             self._ever_ready = True
             self.started()
-        if news:
-            (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
 
     def _waits_for(self) -> str:
         if not self._snapshot_seen:
             return f"for the first list from the store{': ' + self._store_down if self._store_down else ''}"
         if self._config is None:
             return "for a network config"
-        if self._underlay is None:
+        if self._host.underlay is None:
             return "for an underlay"
         if self._held is None:
             return "for a lease"
@@ -701,39 +532,28 @@ class Agent:
         asked.answer.put(self._status())
 
     def _status(self) -> Status:
-        config, device = self._config, self._device
-        rec = self._path.rec
-        counters = dict(self._counters) | {f"mended_{kind}": count for kind, count in rec.mended.items()}
-        counters |= {f"writes_{kind}": count for kind, count in rec.writes.items()}
-        with self._lock:
-            problems, ready = dict(self.problems), self._was_ready
+        config, rec, problems = self._config, self._path.rec, self.health.problems()
+        mended = self._counters + self._host.mended + rec.mended
+        device = rec.devices.get(TUNNEL)
+        in_order = device is not None and "device" not in problems
         return Status(
             version=__version__,
-            ready=ready,
+            ready=self.health.readiness()[0],
             store=self._place(),
             store_down=self._store_down,
-            underlay=str(self._underlay) if self._underlay is not None else "",
+            underlay=str(self._host.underlay or ""),
             network=str(config.v4.network) if config is not None and config.v4 is not None else "",
             lease=self._lease_status(),
-            device=None
-            if device is None or self._underlay is None
-            else DeviceStatus(
-                device.name,
-                rec.devices[TUNNEL].ifindex if TUNNEL in rec.devices else 0,
-                device.vni,
-                device.port,
-                ip_text(4, device.local),
-                self._underlay.name,
-                device.mtu,
-                TUNNEL in rec.devices and "device" not in problems,
-            ),
+            device=self._host.device_status(device.ifindex if device is not None else 0, in_order),
             peers=tuple(self._path.peers()),
             problems=problems,
             refused=self._unreadable | self._path.table.refused,
             differences=tuple(self._path.differences()),
             in_the_way=tuple(self._path.in_the_way.values()),
             retained=tuple(str(subnet) for subnet in self._retained),
-            counters=counters,
+            counters={f"mended_{kind}": count for kind, count in mended.items()}
+            | {f"writes_{kind}": count for kind, count in rec.writes.items()}
+            | {"monitor_overruns": self._overruns},
             uptime_s=round(self._clock() - self._started, 1),
         )
 
@@ -753,10 +573,6 @@ class Agent:
         )
 
 
-_HARMLESS = frozenset({"mtu", "config", "store"})
-"""Problems an operator should see, with which pods' traffic is as it should be."""
-
-
 def _backend_fields(config: NetworkConfig) -> dict[str, object]:
     backend = config.backend
     return {
@@ -765,13 +581,6 @@ def _backend_fields(config: NetworkConfig) -> dict[str, object]:
         "mtu": backend.mtu or "the underlay's",
         "direct_routing": backend.direct_routing,
     }
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""
 
 
 _OBSERVE: dict[type, Callable[[Agent, Any], None]] = {

@@ -72,8 +72,9 @@ def _run(settings: Settings) -> int:
 
     from lease.etcd import EtcdStore
     from lease.etcd_client import EtcdSettingsError
+    from lease.keeper import TenureThread
     from lease.store import Feed
-    from lease.tenure import Tenure, TenureThread
+    from lease.tenure import Tenure
     from overlay.agent import Agent, Died, Stop
     from overlay.kernel.netlink import Monitor, NftMonitor
     from overlay.release import etcd_settings
@@ -123,10 +124,12 @@ def _run(settings: Settings) -> int:
 
 def _serve(settings: Settings, agent: Any) -> None:
     def healthz() -> serve.Answer:
-        return serve.text(200, "overlayd is running") if agent.healthy() else serve.text(503, "the loop is stuck")
+        return (
+            serve.text(200, "overlayd is running") if agent.health.healthy() else serve.text(503, "the loop is stuck")
+        )
 
     def readyz() -> serve.Answer:
-        ready, why = agent.readiness()
+        ready, why = agent.health.readiness()
         return serve.text(200, "overlayd is ready") if ready else serve.text(503, f"not ready: {why}")
 
     def status() -> serve.Answer:
@@ -185,7 +188,7 @@ def notify(state: str) -> None:
 def identity(node_name: str) -> Callable[[str], Any]:
     """The identity of this node, given the MAC of its underlay interface. The machine-id itself is confidential
     (man 5 machine-id): a hash of it, keyed by our purpose, is written."""
-    from lease.tenure import Identity
+    from lease.claim import Identity
 
     try:
         machine = Path(MACHINE_ID).read_text(encoding="ascii").strip()
@@ -198,7 +201,7 @@ def identity(node_name: str) -> Callable[[str], Any]:
 
 def prober() -> Callable[[int], Any]:
     """Who answers for an address: by ARP on the interface to which it is on-link; cannot tell where it is not."""
-    from lease.tenure import Answer
+    from lease.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
     from overlay.underlay import on_link_interface

@@ -4,11 +4,12 @@ import random
 
 import pytest
 
+from lease.claim import Answer, Claim, Identity
 from lease.codec import decode_lease, encode_value
 from lease.config import parse_config
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
 from lease.store import LeaseExpired, StoreUnavailable
-from lease.tenure import Answer, Claim, Denied, Held, Identity, Lost, Tenure
+from lease.tenure import Denied, Held, Lost, Tenure
 from tests.support.fake_store import FakeStore
 
 IP2, IP3, IP9 = (ip_number(f"192.168.1.{n}", 4) for n in (2, 3, 9))

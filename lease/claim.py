@@ -1,0 +1,176 @@
+"""Which records may be ours, and what stands in the way of others. Pure: records and a claim in, evidence out.
+
+Evidence, strongest first (`find_own`):
+- the record holds our public IP and the MAC of the VTEP device that this kernel has: this is us, no question asked;
+- it holds our public IP: a doubt, settled by asking the underlay who answers for that address;
+- it holds another public IP, but our identity or our device's MAC: ours only if nobody answers for that address.
+Identity alone proves nothing: cloned VMs and namespaces share machine-id and hostname.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from lease.config import NetworkConfig, Pool
+from lease.model import Lease, Prefix, ip_number, mask
+from lease.store import Snapshot
+from lease.subnets import SubnetIndex
+
+_BASE = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-", re.ASCII)
+
+
+class Identity(NamedTuple):
+    """Who a node says it is. machine: hash of its machine-id; name: --node-name; link: MAC of its underlay interface.
+
+    Written into the record as one string. It raises or calms a doubt, and never decides one (see above).
+    """
+
+    machine: str
+    name: str
+    link: str
+
+    def __str__(self) -> str:
+        return "/".join(self) if any(self) else ""
+
+    @classmethod
+    def read(cls, text: str) -> Identity:
+        """Of a record; of one that says nothing, all parts are empty."""
+        parts = text.split("/")
+        return cls(*parts) if len(parts) == 3 else cls("", text, "")
+
+    def same_node(self, other: Identity) -> bool:
+        """Whether both name the same machine and the same node name (a clone does too)."""
+        return bool(self.machine or self.name) and self[:2] == other[:2]
+
+    def moved_from(self, other: Identity) -> bool:
+        """Whether a record of `other` behind another address may be ours. The machine alone says nothing (clones share
+        it): the operator's name for the node must agree too, or the interface's MAC."""
+        return self.same_node(other) and (bool(self.name) or self.same_link(other))
+
+    def same_link(self, other: Identity) -> bool:
+        """Whether both have the same underlay interface."""
+        return bool(self.link) and self.link == other.link
+
+    def called(self) -> str:
+        """For a message."""
+        return self.name or (f"machine {self.machine}" if self.machine else "a node that left no identity (flannel?)")
+
+
+class Answer(NamedTuple):
+    """What the underlay says about an address. by: the MAC that answered, None where nobody did."""
+
+    can_tell: bool
+    by: int | None
+
+
+Probe = Callable[[int], Answer]
+"""Asks the underlay who answers for an IPv4 address (ARP, about a second where nobody does)."""
+
+
+class Claim(NamedTuple):
+    """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none.
+
+    previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
+    take_over: the operator said that the record of our address is ours; it counts for the first lease only.
+    """
+
+    config: NetworkConfig
+    public_ip: int
+    device_mac: int | None
+    identity: Identity
+    previous: Prefix | None
+    take_over: bool = False
+    avoid: tuple[Prefix, ...] = ()
+
+    @property
+    def pool(self) -> Pool:
+        """The IPv4 subnets; a config without them never becomes a claim."""
+        assert self.config.v4 is not None
+        return self.config.v4
+
+    def allows(self, subnet: Prefix) -> bool:
+        """Whether this node may hold a subnet."""
+        return self.pool.allows(subnet) and not any(subnet.overlaps(there) for there in self.avoid)
+
+
+class Kind(enum.Enum):
+    """How sure we are that a record is ours."""
+
+    SURE = 1
+    ADDRESS = 2
+    """It holds our public IP."""
+    MOVED = 3
+    """It holds our identity or MAC behind another public IP."""
+
+
+def find_own(leases: Mapping[str, Lease], claim: Claim) -> list[tuple[Kind, Lease]]:
+    """The records that may be ours, the likeliest first. Pure."""
+    found: list[tuple[Kind, Lease]] = []
+    for lease in leases.values():
+        end = lease.v4
+        if end is None:
+            continue
+        same_mac = claim.device_mac is not None and end.mac == claim.device_mac
+        if end.public_ip == claim.public_ip:
+            found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease))
+        elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
+            found.append((Kind.MOVED, lease))
+
+    def likely(item: tuple[Kind, Lease]) -> tuple[object, ...]:
+        kind, lease = item
+        same = claim.identity.same_node(Identity.read(lease.node))
+        previous = lease.v4 is not None and lease.v4.subnet == claim.previous
+        return kind.value, not same, not previous, lease.created, lease.key
+
+    return sorted(found, key=likely)
+
+
+def occupied(snapshot: Snapshot, claim: Claim, without: str | None = None) -> SubnetIndex:
+    """The subnets that records claim, and those that a create would be refused for.
+
+    A record that nobody can use (outside Network, a large part of it, unreadable) takes no subnet but the one of its
+    own base: the transaction that creates a record demands that no key of that base stands.
+    """
+    pool = claim.pool
+    index = SubnetIndex(4)
+
+    def base_only(base: int, key: str) -> None:
+        index.add(Prefix(4, base & mask(4, pool.length), pool.length), key)
+
+    for key, lease in snapshot.leases.items():
+        if lease.v4 is None or key == without:
+            continue
+        subnet = lease.v4.subnet
+        if _usable(claim, subnet):
+            index.add(subnet, key)
+        else:
+            base_only(subnet.base, key)
+    for key in snapshot.refused:
+        found = _BASE.match(key)
+        if found and key != without:
+            try:
+                base_only(ip_number(found[1], 4), key)
+            except ValueError:
+                continue
+    return index
+
+
+def earlier_overlap(snapshot: Snapshot, claim: Claim, own: Lease) -> Lease | None:
+    """A record that overlaps ours and was there before it: then the subnet is not ours."""
+    assert own.v4 is not None
+    for key in occupied(snapshot, claim, own.key).overlapping(own.v4.subnet):
+        other = snapshot.leases.get(key)
+        if other is None or other.v4 is None or other.created >= own.created:
+            continue
+        if _usable(claim, other.v4.subnet) and other.v4.subnet.overlaps(own.v4.subnet):
+            return other
+    return None
+
+
+def _usable(claim: Claim, subnet: Prefix) -> bool:
+    """Whether a record of that subnet can be anybody's: inside Network, and no large part of it."""
+    network = claim.pool.network
+    return network.covers(subnet) and subnet.length >= network.length + 2

@@ -1,0 +1,197 @@
+"""This node's own part of the kernel: links and addresses as they are, the underlay chosen from them, the device made of
+that, nat table, sysctls and files. Each `ensure_*` compares, and acts only on a difference.
+
+Belongs to the agent's owner thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from lease.config import NetworkConfig
+from lease.model import Endpoint, ip_text
+from overlay import cni, masquerade, tunnel
+from overlay import underlay as choice
+from overlay.backends import vxlan
+from overlay.kernel import netlink, nft
+from overlay.kernel.device import Links
+from overlay.kernel.entries import Address, Link
+from overlay.settings import Settings
+from overlay.status import DeviceStatus
+
+log = structlog.get_logger()
+
+
+class Host:
+    """What of this node's kernel is not peers."""
+
+    def __init__(
+        self, settings: Settings, requests: netlink.RequestSocket, store_hosts: Callable[[], dict[str, int | None]]
+    ) -> None:
+        self._settings, self._requests, self._store_hosts = settings, requests, store_hosts
+        self._links_io = Links()
+        self.links: dict[int, Link] = {}
+        self.addresses: dict[tuple[int, int, int], Address] = {}
+        self.underlay: choice.Underlay | None = None
+        self.device: vxlan.DeviceSpec | None = None
+        self.mended: Counter[str] = Counter()
+        """nat tables and files that somebody else altered or removed."""
+        self._nat: tuple[nft.Objects, nft.Objects] | None = None
+        """What we loaded last, and how nft listed it then."""
+        self._written: dict[str, str] = {}
+
+    def read_links(self) -> bool:
+        """Links and addresses; whether they changed. Raises KernelError."""
+        links = {link.ifindex: link for link in self._requests.links()}
+        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses()}
+        changed = (links, addresses) != (self.links, self.addresses)
+        self.links, self.addresses = links, addresses
+        return changed
+
+    def choose_underlay(self) -> choice.Underlay | None:
+        """The underlay by today's links; the one before when it changed. Raises UnderlayError, KernelError."""
+        there = choice.Interfaces(self.links.values(), self.addresses.values())
+        before = self.underlay
+        found = choice.refresh(self._settings, before, there) if before is not None else None
+        if found is None:
+            found = choice.choose(self._settings, there, self._requests.lookup, self._store_hosts())
+        if found == before:
+            return None
+        log.info("underlay", chosen=str(found), was=str(before) if before is not None else None)
+        self.underlay = found
+        return before or found
+
+    def underlay_up(self) -> bool:
+        """Whether the underlay's link is up."""
+        link = self.links.get(self.underlay.ifindex) if self.underlay is not None else None
+        return link is not None and link.up
+
+    def underlay_addresses(self) -> frozenset[int]:
+        """All IPv4 addresses of the underlay's interface."""
+        index = self.underlay.ifindex if self.underlay is not None else -1
+        return frozenset(a.address for a in self.addresses.values() if a.oif == index)
+
+    def existing_mac(self, config: NetworkConfig) -> int | None:
+        """The MAC of the device that an earlier run or flannel left. Raises KernelError."""
+        there = self._links_io.read(vxlan.device_name(config.backend))
+        return there.mac if there is not None and there.kind == "vxlan" else None
+
+    def ensure_device(self, config: NetworkConfig, own: Endpoint) -> tuple[tunnel.Ensured, str]:
+        """The device of our lease, with its address; what was done, and why its MTU is not the configured one ("" when
+        it is). Raises KernelError."""
+        under = self.underlay
+        assert under is not None
+        assert config.v4 is not None
+        assert own.mac is not None
+        backend = config.backend
+        mtu, lowered = vxlan.device_mtu(backend, under.mtu)
+        spec = vxlan.DeviceSpec(
+            vxlan.device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, own.mac,
+            backend.gbp, backend.learning,
+        )  # fmt: skip
+        old = self.device.name if self.device is not None else _read_text(self._device_file())
+        ensured = tunnel.ensure(self._links_io, spec)
+        if ensured.did:
+            log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
+        there = self._requests.addresses()
+        if did := tunnel.ensure_address(self._links_io, ensured.ifindex, own.subnet.base, config.v4.network, there):
+            log.info("device.address", device=spec.name, did=", ".join(did))
+        if old != spec.name:
+            if old:
+                self._drop_device(old)
+            cni.write_atomically(self._device_file(), spec.name)
+        self.device = spec
+        return ensured, lowered
+
+    def ensure_sysctls(self, config: NetworkConfig) -> None:
+        """Raises KernelError."""
+        if self.device is None or self.underlay is None:
+            return
+        if did := tunnel.ensure_sysctls(self.device.name, self.underlay.name, config.backend.direct_routing):
+            log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
+
+    def ensure_nat(self, config: NetworkConfig, own: Endpoint) -> None:
+        """The nat and forward table. Raises KernelError."""
+        assert config.v4 is not None
+        settings = self._settings
+        name = masquerade.table_name(config.backend.vni)
+        wanted = masquerade.nat_table(
+            name, config.v4.network, own.subnet, settings.ip_masq, settings.fully_random, settings.forward_rules
+        )
+        found = nft.read_table("ip", name)
+        # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
+        if found == wanted or self._nat == (wanted, found):
+            self._nat = (wanted, found)
+            return
+        if self._nat is not None and self._nat[0] == wanted:
+            self.mended["nat"] += 1
+            log.warning("nat.mended", table=name, effect="put back as it should be")
+        nft.load_table("ip", name, wanted)
+        self._nat = (wanted, nft.read_table("ip", name))
+        log.info("nat", table=name, masquerade=settings.ip_masq, forward=settings.forward_rules)
+
+    def ensure_files(self, config: NetworkConfig, key: str, own: Endpoint) -> None:
+        """subnet.env, the CNI network list, and which record is ours. Raises OSError."""
+        if self.device is None:
+            return
+        assert config.v4 is not None
+        network, mtu, settings = config.v4.network, self.device.mtu, self._settings
+        files = {
+            f"{settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(key, own),
+            settings.subnet_file: cni.subnet_env(network, own.subnet, mtu, settings.ip_masq),
+        }
+        if settings.cni_conf_dir:
+            bridge = cni.bridge_name(own.subnet, self._interface_addresses().items())
+            content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir)
+            files[f"{settings.cni_conf_dir}/{cni.CONFLIST}"] = content
+        for path, content in files.items():
+            if cni.up_to_date(path, content):
+                continue
+            altered = self._written.get(path) == content
+            cni.write_atomically(path, content)
+            self._written[path] = content
+            if altered:
+                self.mended["file"] += 1
+                log.warning(
+                    "file.mended", path=path, effect="somebody altered or removed it; does another agent write it?"
+                )
+            else:
+                log.info("file.written", path=path)
+
+    def device_status(self, ifindex: int, in_order: bool) -> DeviceStatus | None:
+        """For the status."""
+        device, under = self.device, self.underlay
+        if device is None or under is None:
+            return None
+        local = ip_text(4, device.local)
+        return DeviceStatus(device.name, ifindex, device.vni, device.port, local, under.name, device.mtu, in_order)
+
+    def _interface_addresses(self) -> dict[str, frozenset[int]]:
+        return {
+            link.name: frozenset(a.address for a in self.addresses.values() if a.oif == link.ifindex)
+            for link in self.links.values()
+        }
+
+    def _device_file(self) -> str:
+        return f"{self._settings.run_dir}/device"
+
+    def _drop_device(self, name: str) -> None:
+        """The device of an earlier VNI, ours since our own file names it, and its nat table."""
+        there = self._links_io.read(name)
+        if there is not None and there.kind == "vxlan":
+            log.info("device.removed", device=name, because="the VNI of the network config changed")
+            self._links_io.delete(there.ifindex)
+        vni = name.rpartition(".")[2]
+        if vni.isdigit():
+            nft.load_table("ip", masquerade.table_name(int(vni)), [])
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
