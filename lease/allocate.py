@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import random
+from typing import Protocol
 
 from lease.config import Pool
 from lease.model import Prefix, mac_fault
-from lease.subnets import SubnetIndex
 
 TRIES = 48
 """Random looks before the range is walked from a random place: even at 90 % full all miss once in 150 starts."""
+
+
+class Taken(Protocol):
+    """What is taken already (subnets.SubnetIndex, claim.Occupied)."""
+
+    def free(self, subnet: Prefix) -> bool:
+        """Whether nobody claims an address of it."""
 
 
 class RangeFull(Exception):
     """Every subnet of the range is taken."""
 
 
-def choose_subnet(pool: Pool, taken: SubnetIndex, preferred: Prefix | None, rng: random.Random) -> Prefix:
+def choose_subnet(pool: Pool, taken: Taken, preferred: Prefix | None, rng: random.Random) -> Prefix:
     """A free subnet: the preferred one if the config allows it, else one drawn evenly from all that are free.
 
     Nodes that start together on one list then collide with a chance of 1 in all free ones, not in flannel's first 100.

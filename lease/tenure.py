@@ -6,7 +6,7 @@ import random
 from typing import NamedTuple
 
 from lease.allocate import RangeFull, choose_mac, choose_subnet
-from lease.claim import Answer, Claim, Identity, Kind, Probe, earlier_overlap, find_own, occupied
+from lease.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.codec import encode_key
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
@@ -134,7 +134,7 @@ class Tenure:
                 handle = 0
             self.held = self._store.change(held._replace(modified=broken.modified, handle=handle), wanted)
             return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
-        if taken := next(occupied(snapshot, claim).overlapping(subnet), None):
+        if taken := next(Occupied(snapshot, claim).overlapping(subnet), None):
             other = snapshot.leases.get(taken)
             raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
         self.held = self._store.create(wanted, self._ttl_s)
@@ -152,7 +152,7 @@ class Tenure:
                 wanted = self._lease(claim, own.v4.subnet, self._mac(claim, snapshot, own), own.key)
                 self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
                 return [Held(self.held, how, loud)]
-        taken = occupied(snapshot, claim)
+        taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
         try:
@@ -162,10 +162,30 @@ class Tenure:
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
+            if (first := self._first_with_our_address(claim)) is not None:
+                return [first]
             return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", loud)]
         self._to_remove = own
         self._remove_old(snapshot)
         return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", loud=True)]
+
+    def _first_with_our_address(self, claim: Claim) -> Denied | None:
+        """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
+        came later looks once more, and gives it back where the first lives."""
+        held = self.held
+        assert held is not None
+        snapshot = self._store.read()
+        earlier = {
+            key: lease
+            for key, lease in snapshot.leases.items()
+            if lease.v4 is not None and lease.v4.public_ip == claim.public_ip and lease.created < held.created
+        }
+        _, how, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
+        if not isinstance(how, Denied):
+            return None
+        self._store.remove(held)
+        self.held = None
+        return how
 
     def _remove_old(self, snapshot: Snapshot) -> None:
         """Take away the record that our lease replaced; later, where the store does not do it now."""

@@ -414,6 +414,22 @@ def test_etcd_away_is_no_harm_and_seen(world):
     assert stream.lost() < stream.sent / 2, "only while the device was gone"
 
 
+def test_a_node_cut_off_from_etcd_notices_and_catches_up(world):
+    """A black hole: packets vanish, no connection is refused."""
+    one, two = world.nodes(2)
+    world.run("underlay", "ip", "link", "set", "v1", "down")
+    began = time.monotonic()
+    until("it is seen", lambda: one.status()["store_down"], 20)
+    assert time.monotonic() - began < 16
+    world.put_record("10.244.0.0-24", other())
+    two.stop()
+    world.etcd.delete(f"{ROOT}/subnets/{next(k for k, r in world.records().items() if r['PublicIP'] == '192.168.1.3')}")
+    assert world.peers("node1") == 1, "what was known is kept"
+    world.run("underlay", "ip", "link", "set", "v1", "up")
+    until("it has caught up", lambda: [peer["public_ip"] for peer in one.status()["peers"]] == ["192.168.1.50"], 40)
+    until("so has the kernel", lambda: world.peers("node1") == 1)
+
+
 def test_a_join_storm_costs_each_node_the_same(world):
     """Ten at once: every one is ready, and everybody knows everybody."""
     names = [world.node(n) for n in range(1, 11)]

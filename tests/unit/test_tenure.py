@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from lease.claim import Answer, Claim, Identity
+from lease.claim import Answer, Claim, Identity, Occupied
 from lease.codec import decode_lease, encode_value
 from lease.config import parse_config
-from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_number, prefix
 from lease.store import LeaseExpired, StoreUnavailable
 from lease.tenure import Denied, Held, Lost, Tenure
 from tests.support.fake_store import FakeStore
@@ -299,6 +299,22 @@ def test_the_underlay_is_never_leased():
         assert only_held(world.tenure.settle(claim)).lease.key == "192.168.2.0-24"
 
 
+@pytest.mark.parametrize("answer", [SOMEBODY, UNKNOWN], ids=["on-link", "behind NAT"])
+def test_of_two_that_start_at_one_moment_with_one_address_the_later_gives_way(answer):
+    world = World(answer=answer)
+
+    def first_is_faster(_wanted):
+        world.store.before_create = lambda _lease: None
+        world.put(lease("10.244.9.0/24", mac=MAC_B, node=OTHER))
+
+    world.store.before_create = first_is_faster
+    (denied,) = world.settle()
+    assert isinstance(denied, Denied)
+    assert denied.conflict
+    assert "n3" in denied.reason
+    assert list(world.store.records) == ["10.244.9.0-24"], "ours is given back"
+
+
 def test_races_that_never_end_are_paused_and_told():
     world = World()
 
@@ -497,3 +513,23 @@ def test_the_old_record_goes_later_when_the_store_does_not_do_it_now():
     world.store.remove = real
     world.settle(device_mac=MAC_A)
     assert list(world.store.records) == [held.key]
+
+
+@pytest.mark.parametrize("length", [20, 23, 24, 25, 28])
+def test_what_is_occupied_is_what_a_plain_search_says(length, rng):
+    """Records of the config's own length are found by key, others by index: both ways agree with looking at all."""
+    world = World()
+    for _ in range(60):
+        size = rng.choice([22, 24, 24, 24, 25])
+        base = ip_number("10.244.64.0", 4) + (rng.randrange(1 << 12) >> (32 - size) << (32 - size))
+        subnet = f"{ip_text(4, base)}/{size}"
+        key = subnet.replace("/", "-") + rng.choice(["", "", f"&fd00:1:0:{rng.randrange(99):x}::-64"])
+        world.store.put(key, encode_value(lease(subnet)))
+    snapshot = world.store.read()
+    taken = Occupied(snapshot, Claim(CONFIG, IP2, None, ME, None))
+    for _ in range(100):
+        base = ip_number("10.244.64.0", 4) + (rng.randrange(1 << 12) >> (32 - length) << (32 - length))
+        asked = Prefix(4, base, length)
+        plain = sorted(key for key, it in snapshot.leases.items() if it.v4 is not None and it.v4.subnet.overlaps(asked))
+        assert sorted(taken.overlapping(asked)) == plain
+        assert taken.free(asked) == (not plain)
