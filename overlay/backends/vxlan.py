@@ -79,7 +79,7 @@ def route_key(network: Prefix, subnet: Prefix) -> RouteKey:
     """The key of a subnet's route.
 
     Each route has a metric of its own, 1 + the place of its subnet in the network: the kernel looks routes of one
-    metric up in a list, which makes N of them cost N^2 (docs/performance.md).
+    metric up in a list, which makes N of them cost N^2 (docs/decisions.md).
     """
     return RouteKey(subnet.base, subnet.length, 1 + ((subnet.base - network.base) >> (32 - subnet.length)))
 

@@ -1,7 +1,7 @@
 """Entries <-> netlink messages by struct. Pure; tests compare every message with pyroute2's encoding of the same.
 
 Why not pyroute2 here: building one message through it costs 1-2 orders of magnitude more, and there are 60,000 of them
-for 20,000 peers (facts in docs/performance.md). Everything rare goes through pyroute2 (device.py).
+for 20,000 peers (facts in docs/decisions.md). Everything rare goes through pyroute2 (device.py).
 
 Source: include/uapi/linux/{netlink,rtnetlink,neighbour,if_link,if_addr}.h.
 """
