@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from lease import config as net_config
 from lease import tenure
 from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
-from lease.keeper import TenureThread
+from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, plan
@@ -88,7 +87,7 @@ class Agent:
         place: Callable[[], str],
         store_hosts: Callable[[], dict[str, int | None]],
         identity_of: Callable[[str], Identity],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boottime,
     ) -> None:
         self._settings, self._place, self._clock = settings, place, clock
         self._identity_of = identity_of
@@ -118,8 +117,6 @@ class Agent:
         # our own side
         self._held: Lease | None = None
         self._held_how = ""
-        self._left_s: float | None = None
-        self._renewed_at: float | None = None
         self._expires_at: float | None = None
         self._retained: list[Prefix] = []
         self._looked = False
@@ -408,9 +405,8 @@ class Agent:
         self.health.problem("lease", event.reason)
 
     def _on_renewed(self, event: tenure.Renewed) -> None:
-        now = self._clock()
-        self._left_s, self._renewed_at = event.left_s, now
-        self._expires_at = None if event.left_s is None else now + event.left_s
+        self._expires_at = None if event.left_s is None else self._clock() + event.left_s
+        self.health.solved("renewal")
 
     # --- what the kernel says ----------------------------------------------------------------------------------------
 
@@ -419,8 +415,9 @@ class Agent:
             self._due.underlay = self._due.device = self._due.files = True
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
+        was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up
         if self._path.on_link(event.link, event.gone) == TUNNEL:
-            self._counters["device"] += 1
+            self._counters["device"] += was_up  # a deletion is told as down, then as gone
             log.warning("device.gone" if event.gone else "device.down", device=event.link.name, effect="put back")
         self._due.links = True
         if (under := self._host.underlay) is not None and event.link.name == under.name:
@@ -483,6 +480,7 @@ class Agent:
         assert held is not None
         if not self._snapshot_seen:
             return
+        self._let_go()
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         addresses = self._host.underlay_addresses()
         node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained))
@@ -492,6 +490,18 @@ class Agent:
         self._due.dump = True
         for other in self._others().values():
             self._look_for_rivals(other)
+
+    def _let_go(self) -> None:
+        """A subnet we lost is kept from its new owner while pods of this node use it: while a bridge has its address."""
+        device = self._path.rec.devices.get(TUNNEL)
+        for subnet in list(self._retained):
+            if not any(
+                subnet.holds(a.address)
+                for a in self._host.addresses.values()
+                if device is None or a.oif != device.ifindex
+            ):
+                self._retained.remove(subnet)
+                log.info("subnet.let_go", subnet=str(subnet), because="no pod of this node uses it any more")
 
     # --- what is told --------------------------------------------------------------------------------------------------
 
@@ -511,7 +521,7 @@ class Agent:
     def _tell(self) -> None:
         """Readiness: every condition that must hold, and for how long it has not."""
         if self._expires_at is not None and self._clock() >= self._expires_at:
-            self.health.problem("lease", "it was not renewed in time and may be given away; the store does not answer")
+            self.health.problem("renewal", "the lease was not renewed in time and may be given away: the store is away")
         ready = self.health.judge(self._waits_for(), self._path.rec.differing())
         if ready and not self._ever_ready:
             self._ever_ready = True
@@ -561,7 +571,7 @@ class Agent:
         if self._held is None:
             return None
         end = self._own()
-        left = None if self._expires_at is None else round(self._expires_at - self._clock())
+        left = None if self._expires_at is None else max(0, round(self._expires_at - self._clock()))
         return LeaseStatus(
             str(end.subnet),
             self._held.key,

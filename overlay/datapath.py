@@ -232,13 +232,16 @@ class Datapath:
         node = self.node
         if node is None or not node.network.holds(route.key.base) or route.key.length < node.network.length:
             return
-        own = plan.route_key(node, Prefix(4, route.key.base, route.key.length))
-        if not self.rec.routes.is_wanted(own) or route.key.metric > own.metric:
-            return
-        device = links[route.oif].name if route.oif in links else f"interface {route.oif}"
-        via = f" via {ip_text(4, route.via)}" if route.via else ""
         prefix = Prefix(4, route.key.base, route.key.length)
-        what = f"{prefix}{via} dev {device} metric {route.key.metric} proto {route.protocol}"
+        if not any(
+            lease.v4 is not None
+            and (lease.v4.subnet != prefix or route.key.metric <= plan.route_key(node, prefix).metric)
+            for lease in self.table.covering(prefix)
+        ):
+            return
+        via = f" via {ip_text(4, route.via)}" if route.via else ""
+        device = f" dev {links[route.oif].name}" if route.oif in links else " to nowhere, or to several gateways"
+        what = f"{prefix}{via}{device} metric {route.key.metric} proto {route.protocol}"
         if route.key not in (self.in_the_way if known is None else known):
             log.warning("route.in_the_way", route=what, effect="not ours, so it stays; that subnet goes by it")
         self.in_the_way[route.key] = what

@@ -53,6 +53,9 @@ def run(arguments: list[str]) -> int:
     try:
         lock = hold(settings.run_dir)
         code = _run(settings)
+    except SettingsError as error:
+        print(f"overlayd: {error}", file=sys.stderr)
+        return EXIT_USAGE
     except (_CannotStart, RunDirError) as error:
         print(f"overlayd: {error}", file=sys.stderr)
         return EXIT_FAILED
@@ -79,11 +82,11 @@ def _run(settings: Settings) -> int:
     from overlay.kernel.netlink import Monitor, NftMonitor
     from overlay.release import etcd_settings
 
-    log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
     try:
         store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
     except EtcdSettingsError as error:
-        raise _CannotStart(str(error)) from error
+        raise SettingsError(f"--{error}") from error
+    log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
     hosts = StoreHosts(settings.etcd_endpoints)
     try:
         agent = Agent(settings, lambda: store.place, lambda: hosts.known, identity(settings.node_name))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping
 
-from lease.model import Lease, mac_text
+from lease.model import Lease, Prefix, mac_text
 from lease.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -37,6 +37,13 @@ class PeerTable:
     def sharing_mac(self, mac: int) -> Iterator[Lease]:
         """The accepted records of one MAC: a node may hold two subnets."""
         return (self.records[key] for key in self._by_mac.get(mac, ()) if key not in self.refused)
+
+    def covering(self, prefix: Prefix) -> Iterator[Lease]:
+        """The peers in whose subnet a prefix lies."""
+        for key in self._subnets.overlapping(prefix):
+            lease = self.records[key]
+            if key not in self.refused and lease.v4 is not None and lease.v4.subnet.covers(prefix):
+                yield lease
 
     def put(self, lease: Lease) -> Turned:
         """Enter or replace a record."""

@@ -64,7 +64,12 @@ def _release(settings: Settings) -> str:
         raise ReleaseError(str(error)) from error
     try:
         lease = store.read().leases.get(key)
-        if lease is not None and lease.v4 is not None:
+        if lease is None:
+            raise ReleaseError(
+                f"{store.place} has no record {key}: are these the agent's --etcd-endpoints and --etcd-prefix?"
+                f" If it expired, there is nothing to release (rm {file})"
+            )
+        if lease.v4 is not None:
             there = (ip_text(4, lease.v4.public_ip), mac_text(lease.v4.mac or 0))
             if there != (public_ip, vtep_mac):
                 raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")

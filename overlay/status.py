@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LeaseStatus:
-    """Our own lease. left_s: of the etcd lease at the last renewal, None for a reservation."""
+    """Our own lease. left_s: until the etcd lease ends, None for a reservation."""
 
     subnet: str
     key: str

@@ -118,7 +118,7 @@ def replace_reason(wanted: DeviceSpec, found: DeviceFound) -> str | None:
 
 def live_changes(wanted: DeviceSpec, found: DeviceFound) -> dict[str, str]:
     """What to change on a device that stays: attribute -> "old -> new" for people. Nothing is lost by any of these
-    but the MAC's, which takes the neighbours with it."""
+    but the MAC's, which takes the neighbours with it (and the kernel says so, for each)."""
     have = found.spec
     pairs = {
         "local": (ip_text(4, have.local), ip_text(4, wanted.local)),

@@ -32,6 +32,9 @@ def release(flags: tuple[str, ...]) -> None:
     try:
         settings, _ = read_settings(flags, os.environ, "overlay release")
         click.echo(f"released {give_up(settings)}")
+        click.echo(
+            "device, routes, subnet.env and CNI list stay as they are; no pod should run here any more", err=True
+        )
     except (SettingsError, ReleaseError) as error:
         raise click.ClickException(str(error)) from error
 

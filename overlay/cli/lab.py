@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lease.config import ConfigError
 from overlay.lab import netns
@@ -50,6 +51,11 @@ def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_fla
             it = Lab(name)
         if not it.exists:
             it.up(nodes, pods, net_conf, list(agent_flag), tell)
+        elif (len(it.nodes), it.net_conf, it.agent_flags) != (nodes, net_conf, list(agent_flag)):
+            raise LabError(
+                f"a lab {name!r} of {len(it.nodes)} nodes stands already, made otherwise: `overlay lab down --name {name}`"
+                " first, or take another --name; `overlay lab matrix` shows the one that stands"
+            )
         _prove(it, as_json, tell)
 
 
@@ -177,7 +183,7 @@ def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
         if packet is not None:
             _print_packet(console, packet)
         if missed:
-            console.print(f"[red]{missed}[/]")
+            console.print(Text(missed, style="red"))
         _print_verdict(console, it, cells, holds)
     sys.exit(0 if holds else 1)
 
@@ -234,11 +240,15 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
         )
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     console.print(table)
+    for line in it.broken():
+        console.print(Text(line, style="red"))
     for name, found in statuses.items():
         for subject, what in (found.get("problems") or {}).items():
-            console.print(f"[red]{name}: {subject}: {what}[/]")
+            console.print(Text(f"{name}: {subject}: {what}", style="red"))
+        if found.get("store_down"):
+            console.print(Text(f"{name}: store: {found['store_down']}", style="red"))
         if "error" in found:
-            console.print(f"[red]{found['error']}[/]")
+            console.print(Text(found["error"], style="red"))
 
 
 _TITLES = {
@@ -269,15 +279,13 @@ def _print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
         row = []
         for target in targets:
             cell = by_pair.get((source, target))
-            row.append("" if cell is None else _cell_text(cell))
+            row.append(Text() if cell is None else _cell_text(cell))
         table.add_row(source, *row)
     console.print(table)
 
 
-def _cell_text(cell: Cell) -> str:
-    if not cell.ok:
-        return f"[red]{cell.why}[/]"
-    return f"{cell.rtt_us:.0f} us\n{cell.seen}"
+def _cell_text(cell: Cell) -> Text:
+    return Text(f"{cell.rtt_us:.0f} us\n{cell.seen}") if cell.ok else Text(cell.why, style="red")
 
 
 def _print_packet(console: Console, packet: Captured) -> None:
@@ -304,7 +312,10 @@ def _print_verdict(console: Console, it: Lab, cells: list[Cell], holds: bool) ->
         console.print("[yellow]no pods, so nothing to measure[/]")
     else:
         console.print(f"[red]{good} of {len(cells)} pairs hold[/]; look at: overlay lab status --name {it.name}")
+    command = sys.argv[0] if sys.argv[0].endswith("overlay") else "overlay"
+    name = "" if it.name == "lab" else f" --name {it.name}"
+    first = it.nodes[0].name if it.nodes else "node1"
     console.print(
-        f"it stays up; try: overlay lab exec node1 -- ip route | overlay status --run-dir {it.folder}/node1"
-        " | overlay lab down"
+        f"it stays up; try:\n  {command} lab exec{name} {first} -- ip route\n"
+        f"  {command} status --run-dir {it.folder}/{first}\n  {command} lab down{name}"
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from overlay.serve import SOCKET_NAME, ask_unix
 from overlay.settings import DEFAULT_RUN_DIR
@@ -45,40 +47,28 @@ def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
 
 
 def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
-    """As tables."""
+    """As tables. Others wrote some of the words: they are data (Text), never read as markup."""
     console.print(_node(found))
     peers = found["peers"]
-    table = Table(title=f"{len(peers)} peers", title_justify="left")
-    for column in ("subnet", "public IP", "VTEP MAC", "node", "path", "entries"):
-        table.add_column(column)
+    columns = ("subnet", "public_ip", "vtep_mac", "node", "path", "entries")
+    table = Table(*(column.replace("_", " ") for column in columns), title=f"{len(peers)} peers", title_justify="left")
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
-        style = "" if peer["entries"] == "ok" else "red"
-        table.add_row(
-            peer["subnet"],
-            peer["public_ip"],
-            peer["vtep_mac"],
-            peer["node"],
-            peer["path"],
-            peer["entries"],
-            style=style,
-        )
+        table.add_row(*(Text(peer[column]) for column in columns), style="" if peer["entries"] == "ok" else "red")
     if peers:
         console.print(table)
     if len(peers) > PEERS_SHOWN and not all_peers:
         console.print(f"... and {len(peers) - PEERS_SHOWN} more: --all")
     wrong = list(differences(found))
-    if wrong:
-        table = Table(title="not as it should be", title_justify="left", style="red")
-        table.add_column("what")
-        table.add_column("why")
-        for what, why in wrong:
-            table.add_row(what, why)
-        console.print(table)
-    else:
+    if not wrong:
         console.print("everything is as it should be")
+        return
+    table = Table("what", "why", title="not as it should be", title_justify="left", style="red")
+    for what, why in wrong:
+        table.add_row(Text(what), Text(why))
+    console.print(table)
 
 
-def differences(found: dict[str, Any]) -> Any:
+def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """All that an operator should look at, as (what, why)."""
     yield from found["problems"].items()
     if found["store_down"]:
@@ -95,28 +85,22 @@ def differences(found: dict[str, Any]) -> Any:
 
 
 def _node(found: dict[str, Any]) -> Table:
-    table = Table(title=f"overlayd {found['version']}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column()
-    ready = "[green]yes[/]" if found["ready"] else "[red]no[/]"
-    table.add_row("ready", ready)
-    table.add_row("store", found["store"])
-    table.add_row("underlay", found["underlay"] or "none chosen yet")
-    lease = found["lease"]
+    table = Table("", "", title=f"overlayd {found['version']}", title_justify="left", show_header=False)
+    table.add_row("ready", Text("yes", style="green") if found["ready"] else Text("no", style="red"))
+    lease, device = found["lease"], found["device"]
+    rows = {"store": found["store"], "underlay": found["underlay"] or "none chosen yet", "lease": "none"}
     if lease:
         left = "never expires" if lease["left_s"] is None else f"{lease['left_s'] // 60} min left"
-        table.add_row("lease", f"{lease['subnet']} of {found['network']} ({lease['how']}; {left})")
-        table.add_row("public IP", lease["public_ip"])
-    else:
-        table.add_row("lease", "none")
-    device = found["device"]
+        rows["lease"] = f"{lease['subnet']} of {found['network']} ({lease['how']}; {left})"
+        rows["public IP"] = lease["public_ip"]
     if device:
-        table.add_row(
-            "device",
+        rows["device"] = (
             f"{device['name']} {lease['vtep_mac'] if lease else ''} local {device['local']} dev {device['lower']}"
-            f" port {device['port']} MTU {device['mtu']}" + ("" if device["in_order"] else " [red](not in order)[/]"),
+            f" port {device['port']} MTU {device['mtu']}{'' if device['in_order'] else ' (not in order)'}"
         )
-    mended = {name: count for name, count in found["counters"].items() if name.startswith("mended_")}
+    mended = {name[7:]: count for name, count in found["counters"].items() if name.startswith("mended_")}
     if mended:
-        table.add_row("mended", ", ".join(f"{name[7:]} {count}" for name, count in mended.items()))
+        rows["mended"] = ", ".join(f"{name} {count}" for name, count in mended.items())
+    for name, words in rows.items():
+        table.add_row(name, Text(words))
     return table

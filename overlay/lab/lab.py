@@ -52,9 +52,7 @@ class Lab:
 
     def __init__(self, name: str = "lab") -> None:
         """Raises LabError."""
-        if not re.fullmatch(r"[a-z0-9]{1,16}", name):
-            raise LabError(f"--name {name!r}: must be 1 to 16 lower-case letters and digits")
-        self.name = name
+        self.name = _checked(name)
         self.folder = ROOT / name
         self.etcd: Process | None = None
         self.net_conf = DEFAULT_NET_CONF
@@ -70,14 +68,26 @@ class Lab:
         return self.folder.exists() or bool(netns.existing(f"overlay-{self.name}-"))
 
     def whole(self) -> bool:
-        """Whether all its processes run and all pods have addresses."""
-        return (
-            self.etcd is not None
-            and self.etcd.alive()
-            and bool(self.nodes)
-            and all(node.agent is not None and node.agent.alive() for node in self.nodes)
-            and all(address for node in self.nodes for address in node.pods.values())
-        )
+        """Whether nothing of it is broken."""
+        return self.broken() == []
+
+    def broken(self) -> list[str]:
+        """What is not as it was made: processes that ended, pods without an address. Agents may have been started again
+        by hand: one that answers will do."""
+        found = [] if self.etcd is not None and self.etcd.alive() else ["etcd does not run"]
+        if not self.nodes:
+            found.append("there is no node")
+        for node in self.nodes:
+            if (node.agent is None or not node.agent.alive()) and not self._answers(node):
+                found.append(f"{node.name}: its agent does not run")
+            found += [f"{pod} was never attached" for pod, address in node.pods.items() if not address]
+        return found
+
+    def _answers(self, node: Node) -> bool:
+        try:
+            return ask_unix(str(self.run_dir(node) / SOCKET_NAME), "/healthz", 2.0)[0] == 200
+        except OSError:
+            return False
 
     @property
     def config(self) -> NetworkConfig:
@@ -173,8 +183,8 @@ class Lab:
         for pod in list(node.pods):
             netns.delete(topology.node_netns(self.name, pod))
         tell(f"{name}: agent")
-        if node.agent is not None:
-            processes.end([node.agent])
+        agents = [node.agent] if node.agent is not None else []
+        processes.end(agents + processes.leftovers(self.run_dir(node)))
         tell(f"{name}: lease")
         self._release(node)
         netns.delete(topology.node_netns(self.name, name))
@@ -192,8 +202,8 @@ class Lab:
         for name in netns.existing(f"overlay-{self.name}-"):
             netns.delete(name)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if ROOT.exists() and not any(entry.is_dir() for entry in ROOT.iterdir()):
-            shutil.rmtree(ROOT, ignore_errors=True)
+        if ROOT.exists() and not any(ROOT.iterdir()):
+            ROOT.rmdir()
         self.etcd, self.nodes = None, []
 
     def prove(self, answer_s: float = matrix.ANSWER_S) -> list[matrix.Cell]:
@@ -328,7 +338,9 @@ class Lab:
         if not self.exists:
             raise LabError(f"there is no lab {self.name!r}; `overlay lab up` makes it")
         if not self.whole():
-            raise LabError(f"the lab {self.name!r} is not whole; `overlay lab down`, then `overlay lab up`")
+            raise LabError(
+                f"the lab {self.name!r} is broken ({'; '.join(self.broken())}): `overlay lab down`, then `overlay lab up`"
+            )
 
     # --- its state file ----------------------------------------------------------------------------------------------
 
@@ -357,15 +369,24 @@ class Lab:
         ]
 
 
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]{1,16}", name):
+        raise LabError(f"--name {name!r}: must be 1 to 16 lower-case letters and digits")
+    return name
+
+
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """One command at a time for one lab. Raises LabError."""
     if os.geteuid() != 0:
         raise LabError("the lab makes network namespaces: run it as root")
-    ROOT.mkdir(parents=True, exist_ok=True)
-    with open(ROOT / f".{name}.lock", "w") as file:
+    with open(f"/run/overlay-lab-{_checked(name)}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise LabError(f"another `overlay lab` command works on the lab {name!r}; wait for it") from error
-        yield
+        try:
+            yield
+        finally:
+            if not (ROOT / name).exists():
+                Path(file.name).unlink(missing_ok=True)

@@ -58,7 +58,14 @@ class Wires:
 
     def __init__(self, ends: Iterable[End]) -> None:
         self.ends = list(ends)
-        self._listening = {end.name: netns.inside(end.namespace, lambda end=end: _listen(end)) for end in self.ends}  # type: ignore[misc]
+        self._listening: dict[str, socket.socket] = {}
+        self._broken: dict[str, str] = {}
+        """Ends that cannot listen, and why: every pair with them fails, the others are measured."""
+        for end in self.ends:
+            try:
+                self._listening[end.name] = netns.inside(end.namespace, lambda end=end: _listen(end))  # type: ignore[misc]
+            except OSError as error:
+                self._broken[end.name] = f"{end.name} has no {end.address}: {error.strerror}"
 
     def close(self) -> None:
         """Close all sockets."""
@@ -73,8 +80,11 @@ class Wires:
 
     def measure(self, source: End, target: End, expected: Expected = no_nat, answer_s: float = ANSWER_S) -> Cell:
         """One pair; the best of three round trips."""
-        listening = self._listening[target.name]
         kinds = f"{source.kind}-{target.kind}"
+        for end in (target, source):
+            if end.name in self._broken:
+                return Cell(source.name, target.name, kinds, None, "", "", False, self._broken[end.name])
+        listening = self._listening[target.name]
         best: float | None = None
         seen = own = ""
         try:

@@ -72,7 +72,7 @@ def leftovers(folder: Path) -> list[Process]:
         except OSError:
             continue
         programs = (b"overlay.main", b"--data-dir")
-        if any(word in programs for word in words) and any(word.startswith(f"{folder}/".encode()) for word in words):
+        if any(word in programs for word in words) and any(f"{folder}/".encode() in word for word in words):
             found.append(Process(int(entry.name), _start_time(int(entry.name)) or 0))
     return found
 

@@ -137,6 +137,39 @@ def test_a_crash_of_the_lab_command_is_cleaned_up(name):
     assert mine == []
 
 
+def test_an_agent_started_by_hand_is_found_and_ended(name):
+    """Of a lab command killed between starting an agent and noting it, or of a user who started one again."""
+    overlay("lab", "up", "--name", name, "--nodes", "1", "--pods", "1")
+    node = Lab(name).nodes[0]
+    words = Path(f"/proc/{node.agent.pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+    os.kill(node.agent.pid, signal.SIGKILL)
+    until("it is gone", lambda: not node.agent.alive())
+    namespace = f"overlay-{name}-node1"
+    again = subprocess.Popen(
+        ["nsenter", f"--net={netns.path(namespace)}", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until("an agent that answers will do", lambda: overlay("lab", "status", "--name", name, check=None).returncode == 0)
+    overlay("lab", "down", "--name", name)
+    assert again.wait(15) == 0
+    assert not Path(f"/run/overlay-lab/{name}").exists()
+
+
+def test_the_matrix_names_an_end_that_lost_its_address(name):
+    overlay("lab", "up", "--name", name, "--nodes", "2", "--pods", "1")
+    overlay("lab", "exec", "--name", name, "node1-pod1", "ip", "link", "del", "eth0")
+    done = overlay("lab", "matrix", "--name", name, "--json", check=1)
+    cells = {(cell["source"], cell["target"]): cell for cell in json.loads(done.stdout)["matrix"]}
+    assert "node1-pod1 has no 10.244." in cells["node2-pod1", "node1-pod1"]["why"]
+    assert cells["node1", "node2-pod1"]["ok"], "the others are measured"
+
+
+def test_a_lab_that_stands_is_not_remade_in_silence(name):
+    overlay("lab", "up", "--name", name, "--nodes", "1", "--pods", "1")
+    done = overlay("lab", "up", "--name", name, "--nodes", "2", "--pods", "1", check=1)
+    assert "stands already" in done.stderr
+    assert "--name" in done.stderr
+
+
 def test_with_masquerade_and_direct_routing(name):
     conf = (
         '{"Network":"10.50.0.0/16","SubnetLen":26,"Backend":{"Type":"vxlan","VNI":42,"Port":4789,"DirectRouting":true}}'
@@ -169,6 +202,7 @@ def test_with_masquerade_and_direct_routing(name):
         (["lab", "up", "--net-conf", "{}"], "Network: missing"),
         (["lab", "up", "--nodes", "0"], "0 is not in the range"),
         (["lab", "up", "--name", "Bad Name"], "lower-case"),
+        (["lab", "matrix", "--name", "../x"], "lower-case"),
         (["lab", "matrix"], "there is no lab"),
         (["lab", "add-node"], "there is no lab"),
         (["release", "--run-dir=/nonexistent"], "no lease of this node is known"),

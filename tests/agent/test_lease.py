@@ -252,6 +252,12 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
         assert wires.measure(old_pod, new_pod).ok, "and new ones"
         assert wires.measure(new_pod, far).ok, "new pods reach the world"
     assert world.records()[key]["PublicIP"] == "192.168.1.50", "the new owner keeps it"
+    world.run("node1", "ip", "link", "del", "cni0")
+    until(
+        "once no pod is left, the new owner is a peer",
+        lambda: key not in one.status()["refused"] and not one.status()["retained"],
+    )
+    until("in the kernel, too", lambda: world.peers("node1") == 2)
 
 
 def test_somebodys_change_of_our_record_is_put_right(world):

@@ -179,6 +179,13 @@ def test_a_foreign_route_in_the_way_is_reported_not_replaced(world, pair):
     assert "eth0" in told
     world.run("node1", "ip", "route", "del", subnet, "dev", "eth0", "metric", "0")
     until("and forgotten", lambda: not agent.status()["in_the_way"], SOON)
+    # a part of it is as bad
+    part = f"{subnet[:-3]}/26"
+    world.run("node1", "ip", "route", "add", "blackhole", part)
+    (told,) = until("it is told", lambda: agent.status()["in_the_way"], SOON)
+    assert part in told
+    world.run("node1", "ip", "route", "del", "blackhole", part)
+    until("and forgotten", lambda: not agent.status()["in_the_way"], SOON)
     # one with our very metric: our own cannot stand beside it
     world.run("node1", "ip", "route", "replace", subnet, "dev", "eth0", "metric", str(key.metric))
     until("it is told", lambda: agent.status()["in_the_way"] and agent.status()["differences"], SOON)

@@ -44,12 +44,14 @@ def sweep_stale() -> None:
 class Agent:
     """One overlayd."""
 
-    def __init__(self, world: World, node: str, flags: tuple[str, ...], run_dir: Path, environ: dict[str, str]) -> None:
+    def __init__(
+        self, world: World, node: str, flags: tuple[str, ...], run_dir: Path, environ: dict[str, str], program: str = ""
+    ) -> None:
         self.world, self.node, self.run_dir = world, node, run_dir
         self.log_path = run_dir.parent / f"{run_dir.name}.log"
         run_dir.mkdir(parents=True, exist_ok=True)
         self.command = [
-            "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, "-m", "overlay.main",
+            "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, *(["-c", program] if program else ["-m", "overlay.main"]),
             f"--etcd-endpoints={world.etcd.endpoint}", f"--run-dir={run_dir}", f"--subnet-file={run_dir}/subnet.env",
             f"--cni-conf-dir={run_dir}/cni", f"--cni-data-dir={run_dir}/ipam", "--log-format=json", *flags,
         ]  # fmt: skip
@@ -119,8 +121,11 @@ class World:
         self._numbers[name] = number
         return name
 
-    def agent(self, node: str, *flags: str, run_dir: str = "", environ: dict[str, str] | None = None) -> Agent:
-        self.agents.append(Agent(self, node, flags, self.folder / (run_dir or node), environ or {}))
+    def agent(
+        self, node: str, *flags: str, run_dir: str = "", environ: dict[str, str] | None = None, program: str = ""
+    ) -> Agent:
+        """program: Python to run instead of `-m overlay.main`, for faults that come from inside."""
+        self.agents.append(Agent(self, node, flags, self.folder / (run_dir or node), environ or {}, program))
         return self.agents[-1]
 
     def nodes(self, count: int, *flags: str) -> list[Agent]:

