@@ -6,6 +6,7 @@ What there is stands in one state file, written before and after each thing is m
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -181,6 +182,12 @@ class Lab:
         node = self.node(name)
         tell(f"{name}: pods")
         for pod in list(node.pods):
+            with contextlib.suppress(LabError, OSError):  # a broken node is removed all the same
+                pods.detach(
+                    topology.node_netns(self.name, name),
+                    self.run_dir(node) / "cni" / CONFLIST,
+                    topology.node_netns(self.name, pod),
+                )
             netns.delete(topology.node_netns(self.name, pod))
         tell(f"{name}: agent")
         agents = [node.agent] if node.agent is not None else []

@@ -430,3 +430,38 @@ def test_backoff_grows_and_spreads():
     assert [round(backoff_s(n, 1.0), 1) for n in (1, 2, 3, 4)] == [0.2, 0.4, 0.8, 1.6]
     assert backoff_s(50, 1.0) == 15.0
     assert backoff_s(1, 0.5) == 0.1
+
+
+def test_the_least_privilege_that_operations_md_names_is_enough(tmp_path, open_store):
+    etcd = Etcd(tmp_path)
+    try:
+        etcd.put(f"{ROOT}/config", "{}")
+        rights = [(0, f"{ROOT}/", f"{ROOT}0"), (2, f"{ROOT}/subnets/", f"{ROOT}/subnets0")]
+        for path, body in (
+            ("/v3/auth/user/add", {"name": "root", "password": "r"}),
+            ("/v3/auth/role/add", {"name": "root"}),
+            ("/v3/auth/user/grant", {"user": "root", "role": "root"}),
+            ("/v3/auth/user/add", {"name": "overlay", "password": "secret"}),
+            ("/v3/auth/role/add", {"name": "overlay"}),
+            *(
+                (
+                    "/v3/auth/role/grant",
+                    {"name": "overlay", "perm": {"permType": kind, "key": b64(key), "range_end": b64(end)}},
+                )
+                for kind, key, end in rights
+            ),
+            ("/v3/auth/user/grant", {"user": "overlay", "role": "overlay"}),
+            ("/v3/auth/enable", {}),
+        ):
+            etcd.ask(path, body)
+        store = open_store(etcd.endpoint, username="overlay", password="secret")
+        made = store.create(decoded(2), 100)
+        assert store.read().leases == {made.key: made}
+        watching = store.watch(made.modified)
+        changed = store.change(made, made._replace(node="m/n/l"))
+        assert next(watching).changes == (changed,)
+        assert store.keep_alive(changed).left_s
+        store.remove(changed)
+        watching.close()
+    finally:
+        etcd.close()
