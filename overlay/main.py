@@ -203,17 +203,27 @@ def identity(node_name: str) -> Callable[[str], Any]:
 
 
 def prober() -> Callable[[int], Any]:
-    """Who answers for an address: by ARP on the interface to which it is on-link; cannot tell where it is not."""
+    """Who answers for an address: by ARP on the interface to which it is on-link; cannot tell where it is not.
+
+    Nor where the router answers: in some clouds, and with proxy ARP, it does so for every address of the link, our own
+    among them.
+    """
     from lease.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
-    from overlay.underlay import on_link_interface
+    from overlay.underlay import ANYWHERE, on_link_interface
 
     def ask(address: int) -> Answer:
         requests = RequestSocket()
         try:
             name = on_link_interface(address, requests.links(), requests.addresses())
-            return Answer(False, None) if name is None else Answer(True, probe(name, address))
+            if name is None:
+                return Answer(False, None)
+            by = probe(name, address)
+            gateway = (requests.lookup(ANYWHERE) or (0, 0, 0))[2]
+            if by is not None and gateway not in (0, address) and probe(name, gateway) == by:
+                return Answer(False, None)
+            return Answer(True, by)
         except (KernelError, OSError) as error:
             log.warning("probe", error=str(error), effect="nobody can say who has that address")
             return Answer(False, None)

@@ -16,7 +16,7 @@ from overlay.settings import Settings
 
 Lookup = Callable[[int], tuple[int, int, int] | None]
 """Interface, source address and gateway by which the kernel reaches an address."""
-_ANYWHERE = ip_number("192.0.2.1", 4)
+ANYWHERE = ip_number("192.0.2.1", 4)
 """An address that only the default route reaches (TEST-NET-1, RFC 5737); nothing is sent."""
 
 
@@ -137,7 +137,7 @@ def _chosen(
             f"the store's name {', '.join(unresolved)} does not resolve yet, so no route to it says which interface to"
             f" use; trying again (--iface says it at once); there is: {there.listed()}"
         )
-    found = lookup(_ANYWHERE)
+    found = lookup(ANYWHERE)
     if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
         return link, found[1], "the default route leaves by it (the store is on this machine)"
     able = [

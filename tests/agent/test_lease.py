@@ -1,7 +1,9 @@
 """The lease from an operator's side: allocation under contention, conflicts, loss, release."""
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -193,6 +195,50 @@ def test_a_reboot_keeps_subnet_and_mac(world):
     shutil.rmtree(one.run_dir)
     again = world.restart(one).wait_ready()
     assert (again.subnet(), again.mac()) == (subnet, mac)
+
+
+def answer_for_everybody(world) -> list[bytes]:
+    """The underlay's bridge answers each ARP probe (Linux' own proxy ARP leaves out those from 0.0.0.0)."""
+    answered: list[bytes] = []
+
+    def listen() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
+        made.bind(("br0", 0x0806))
+        return made
+
+    link = world.inside("underlay", listen)
+    own = link.getsockname()[4]
+
+    def run() -> None:
+        with contextlib.suppress(OSError), link:
+            while world.etcd.process.poll() is None:
+                frame = link.recv(2048)
+                if frame[20:22] == b"\x00\x01" and frame[28:32] == bytes(4):
+                    asker, target = frame[22:28], frame[38:42]
+                    link.send(asker + own + frame[12:20] + b"\x00\x02" + own + target + asker + bytes(4))
+                    answered.append(target)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answered
+
+
+def test_a_router_that_answers_for_every_address_is_nobody_in_particular(world):
+    """Proxy ARP, as in some clouds: after a reboot our own address is answered for, by the router."""
+    one, _ = world.nodes(2)
+    subnet, mac = one.subnet(), one.mac()
+    one.stop()
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    answered = answer_for_everybody(world)
+    again = world.restart(one).wait_ready()
+    assert (again.subnet(), again.mac()) == (subnet, mac)
+    again.stop()
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    key = str(subnet).replace("/", "-")
+    world.put_record(key, other("192.168.1.2", OverlayNode="f00/stranger/02:00:00:00:00:77"), world.etcd.grant(FRESH_S))
+    refused = world.restart(again)
+    assert refused.process.wait(20) == 1, "but a fresh record of a stranger is not overrun on its word"
+    assert "stranger" in refused.events("lease.conflict")[0]["reason"]
+    assert len(answered) >= 2, "it did answer, both times"
 
 
 def test_the_old_subnet_env_is_a_preference(world):
