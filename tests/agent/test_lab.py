@@ -1,5 +1,6 @@
 """The lab and the operator's command, as a user runs them."""
 
+import contextlib
 import json
 import os
 import re
@@ -115,6 +116,14 @@ def test_the_matrix_fails_when_a_pair_does(name):
     until("the agent mends it", lambda: overlay("lab", "matrix", "--name", name, check=None).returncode == 0, 40)
 
 
+def command_lines():
+    """Every process and its command line; one that ends while we look is none."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                yield int(entry.name), (entry / "cmdline").read_bytes()
+
+
 def test_a_crash_of_the_lab_command_is_cleaned_up(name):
     running = subprocess.Popen(
         [sys.executable, "-m", "overlay.cli.app", "lab", "up", "--name", name],
@@ -129,11 +138,7 @@ def test_a_crash_of_the_lab_command_is_cleaned_up(name):
     time.sleep(0.2)
     assert not netns.existing(f"overlay-{name}-")
     assert not Path(f"/run/overlay-lab/{name}").exists()
-    mine = [
-        p
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit() and f"/run/overlay-lab/{name}/".encode() in (p / "cmdline").read_bytes()
-    ]
+    mine = [pid for pid, words in command_lines() if f"/run/overlay-lab/{name}/".encode() in words]
     assert mine == []
 
 
