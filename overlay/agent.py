@@ -226,13 +226,12 @@ class Agent:
         setattr(self._due, name, False)
         try:
             act()
-        except (KernelError, OSError) as error:
-            self.health.problem(
-                name, str(error) if isinstance(error, KernelError) else f"{error.filename}: {error.strerror}"
-            )
+        except (OSError, UnderlayError) as error:
+            words = str(error)
+            if isinstance(error, OSError) and not isinstance(error, KernelError):
+                words = f"{error.filename}: {error.strerror}"
+            self.health.problem(name, words)
             self._retry_at[name] = self._clock() + RETRY_S
-        except UnderlayError as error:
-            self.health.problem(name, str(error))
         else:
             self.health.solved(name)
 
@@ -448,11 +447,7 @@ class Agent:
     # --- making it so ------------------------------------------------------------------------------------------------
 
     def _choose_underlay(self) -> None:
-        try:
-            before = self._host.choose_underlay()
-        except UnderlayError:
-            self._retry_at["underlay"] = self._clock() + RETRY_S
-            raise
+        before = self._host.choose_underlay()
         under = self._host.underlay
         assert under is not None
         if before is not None:

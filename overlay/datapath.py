@@ -119,7 +119,7 @@ class Datapath:
     def on_route(self, event: netlink.RouteSeen, links: Mapping[int, Link]) -> None:
         """A route of the main table came, changed or went."""
         route = event.route
-        role = self._role(route)
+        role = self._role(route, self._roles())
         if role is None:
             if not event.gone and self.rec.routes.is_found(route.key):
                 self.rec.lose(Kind.ROUTE, route.key)  # replaced under our feet by a foreign one
@@ -135,22 +135,24 @@ class Datapath:
     def on_neighbour(self, event: netlink.NeighbourSeen) -> None:
         """A neighbour came, changed or went."""
         device, found = self.rec.devices.get(TUNNEL), event.neighbour
-        if device is None or found.oif != device.ifindex:
-            return
-        if not event.gone and neighbour_is_ours(found, device.ifindex):
-            self.rec.find(Kind.NEIGHBOUR, found.address, _neighbour_value(found))
-        elif self.rec.neighbours.is_found(found.address):
-            self.rec.lose(Kind.NEIGHBOUR, found.address)
+        if device is not None and found.oif == device.ifindex:
+            there = not event.gone and neighbour_is_ours(found, device.ifindex)
+            self._seen(Kind.NEIGHBOUR, found.address, _neighbour_value(found) if there else None)
 
     def on_fdb(self, event: netlink.FdbSeen) -> None:
         """An FDB entry came, changed or went."""
         device, entry = self.rec.devices.get(TUNNEL), event.entry
-        if device is None or entry.oif != device.ifindex:
-            return
-        if not event.gone and fdb_is_ours(entry, device.ifindex):
-            self.rec.find(Kind.FDB, entry.mac, _fdb_value(entry))
-        elif self.rec.fdb.is_found(entry.mac):
-            self.rec.lose(Kind.FDB, entry.mac)
+        if device is not None and entry.oif == device.ifindex:
+            there = not event.gone and fdb_is_ours(entry, device.ifindex)
+            self._seen(Kind.FDB, entry.mac, _fdb_value(entry) if there else None)
+
+    def _seen(self, kind: Kind, key: int, value: object) -> None:
+        """An entry of ours as it is now; None: there is none. (Losing what we did not know of would be news to nobody,
+        and would end the backoff of an entry that is refused.)"""
+        if value is not None:
+            self.rec.find(kind, key, value)
+        elif self.rec.tracker(kind).is_found(key):
+            self.rec.lose(kind, key)
 
     def on_link(self, link: Link, gone: bool) -> int | None:
         """A link changed; the role of the device that was lost by it, if one was. Never coalesced: a device that was
@@ -201,8 +203,9 @@ class Datapath:
 
     def _found_routes(self, foreign: list[FoundRoute]) -> dict[RouteKey, RouteValue]:
         found: dict[RouteKey, RouteValue] = {}
+        roles = self._roles()
         for route in self._requests.routes():
-            role = self._role(route)
+            role = self._role(route, roles)
             if role is None:
                 foreign.append(route)
             else:
@@ -216,9 +219,12 @@ class Datapath:
     def _found_fdb(self, index: int) -> dict[int, FdbValue]:
         return {item.mac: _fdb_value(item) for item in self._requests.fdb(index) if fdb_is_ours(item, index)}
 
-    def _role(self, route: FoundRoute) -> int | None:
+    def _roles(self) -> dict[int, int]:
+        """Roles by interface number."""
+        return {device.ifindex: role for role, device in self.rec.devices.items()}
+
+    def _role(self, route: FoundRoute, roles: dict[int, int]) -> int | None:
         """The role of a route that is ours; one of ours that somebody altered on our own device is still ours."""
-        roles = {device.ifindex: role for role, device in self.rec.devices.items()}
         network = self.node.network if self.node is not None else Prefix(4, 0, 0)
         role = route_role(route, roles, (network.base, network.last))
         if role is None and roles.get(route.oif) == TUNNEL and self.rec.routes.is_wanted(route.key):

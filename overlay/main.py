@@ -95,16 +95,13 @@ def _run(settings: Settings) -> int:
             f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
         ) from error
 
-    def died(thread: str) -> Callable[[BaseException], None]:
-        return lambda error: agent.post(Died(thread, error))
-
     tenure = Tenure(store, prober(), settings.lease_ttl_s, random.Random())  # noqa: S311 (draws a subnet)
     agent.claimer = TenureThread(tenure, agent.post, settings.renew_within_s)
     agent.reconnect, agent.started = store.reconnect, lambda: notify("READY=1")
     feed = Feed(store, agent.post)
     threads: list[threading.Thread] = [
-        Monitor(agent.post, died("monitor"), agent.port),
-        NftMonitor(masquerade.TABLE_PREFIX, agent.post, died("nft-monitor")),
+        Monitor(agent.post, agent.port),
+        NftMonitor(masquerade.TABLE_PREFIX, agent.post),
         agent.claimer,
         feed,
     ]

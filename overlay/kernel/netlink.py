@@ -245,40 +245,30 @@ def parse_event(message: wire.Message) -> KernelEvent | None:
     return None
 
 
-class Monitor(threading.Thread):
-    """Turns notifications into events. Dies loudly: `died` is called with what ended it."""
+class _Listener(threading.Thread):
+    """Receives notifications until it is stopped. What it raises ends the thread (main sees to that)."""
 
-    def __init__(
-        self, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None], own_port: int
-    ) -> None:
-        super().__init__(name="monitor", daemon=True)
-        self._post, self._died = post, died
-        self._socket = _netlink(NETLINK_ROUTE, MONITOR_BUFFER)
-        _drop_echoes(self._socket, own_port)
-        for group in (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE):
+    def __init__(self, name: str, protocol: int, groups: tuple[int, ...], post: Callable[[KernelEvent], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._post = post
+        self._socket = _netlink(protocol, MONITOR_BUFFER)
+        for group in groups:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
 
     def run(self) -> None:
-        try:
-            while True:
-                try:
-                    data = self._socket.recv(_RECV)
-                except OSError as error:
-                    if error.errno == errno.ENOBUFS:
-                        self._post(Overrun())
-                        continue
-                    if error.errno == errno.EBADF:
-                        return  # closed by stop()
-                    raise
-                if not data:
-                    return
-                for message in wire.split(data):
-                    event = parse_event(message)
-                    if event is not None:
-                        self._post(event)
-        except BaseException as error:
-            self._died(error)
-            raise
+        while True:
+            try:
+                data = self._socket.recv(_RECV)
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    self._overrun()
+                    continue
+                if error.errno == errno.EBADF:
+                    return  # closed by stop()
+                raise
+            if not data:
+                return
+            self._received(data)
 
     def stop(self) -> None:
         """End the thread."""
@@ -286,36 +276,51 @@ class Monitor(threading.Thread):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
+    def _overrun(self) -> None:
+        """Notifications were lost."""
+        raise NotImplementedError
 
-class NftMonitor(threading.Thread):
+    def _received(self, data: bytes) -> None:
+        """Messages came."""
+        raise NotImplementedError
+
+
+class Monitor(_Listener):
+    """Turns rtnetlink's notifications into events."""
+
+    def __init__(self, post: Callable[[KernelEvent], None], own_port: int) -> None:
+        groups = (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE)
+        super().__init__("monitor", NETLINK_ROUTE, groups, post)
+        _drop_echoes(self._socket, own_port)
+
+    def _overrun(self) -> None:
+        self._post(Overrun())
+
+    def _received(self, data: bytes) -> None:
+        for message in wire.split(data):
+            event = parse_event(message)
+            if event is not None:
+                self._post(event)
+
+
+class NftMonitor(_Listener):
     """Says when an nftables table of ours (by the start of its name) was touched, by whomever."""
 
-    def __init__(self, prefix: str, post: Callable[[KernelEvent], None], died: Callable[[BaseException], None]) -> None:
-        super().__init__(name="nft-monitor", daemon=True)
-        self._prefix, self._post, self._died = prefix.encode(), post, died
-        self._socket = _netlink(NETLINK_NETFILTER, MONITOR_BUFFER)
-        self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, NFNLGRP_NFTABLES)
+    def __init__(self, prefix: str, post: Callable[[KernelEvent], None]) -> None:
+        super().__init__("nft-monitor", NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), post)
+        self._prefix = prefix.encode()
 
-    def run(self) -> None:
-        try:
-            while True:
-                try:
-                    data = self._socket.recv(_RECV)
-                except OSError as error:
-                    if error.errno == errno.ENOBUFS:
-                        self._post(NftSeen(""))
-                        continue
-                    raise
-                touched = set()
-                for message in wire.split(data):
-                    name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
-                    if name is not None and bytes(name).startswith(self._prefix):
-                        touched.add(bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
-                for table in touched:
-                    self._post(NftSeen(table))
-        except BaseException as error:
-            self._died(error)
-            raise
+    def _overrun(self) -> None:
+        self._post(NftSeen(""))
+
+    def _received(self, data: bytes) -> None:
+        touched = set()
+        for message in wire.split(data):
+            name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
+            if name is not None and bytes(name).startswith(self._prefix):
+                touched.add(bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
+        for table in touched:
+            self._post(NftSeen(table))
 
 
 def _refusal(message: wire.Message) -> Refusal | None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from tests.support.world import World, sweep_stale
+from tests.support.world import World, ready_the_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _swept() -> None:
-    if os.geteuid() != 0:
-        pytest.fail("these tests make network namespaces: run them as root", pytrace=False)
-    sweep_stale()
+    ready_the_machine()
 
 
 @pytest.fixture

@@ -13,16 +13,14 @@ from pyroute2 import IPRoute
 
 from overlay.kernel.device import Links
 from overlay.lab import netns
-from tests.support.world import sweep_stale
+from tests.support.world import ready_the_machine
 
 MAC = "0e:2a:00:00:00:01"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _swept() -> None:
-    if os.geteuid() != 0:
-        pytest.fail("these tests make network namespaces: run them as root", pytrace=False)
-    sweep_stale()
+    ready_the_machine()
 
 
 @pytest.fixture

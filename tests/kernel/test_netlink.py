@@ -3,6 +3,7 @@
 import errno
 import queue
 import struct
+import threading
 import time
 
 import pytest
@@ -171,11 +172,12 @@ def test_links_and_addresses(requests):
 
 
 @pytest.fixture
-def heard(inside, requests):
+def heard(inside, requests, monkeypatch):
     """Events as they come, and the monitor."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     died: list = []
-    monitor = inside(lambda: Monitor(events.put, died.append, requests.port))
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    monitor = inside(lambda: Monitor(events.put, requests.port))
     monitor.start()
     yield events
     monitor.stop()
@@ -239,7 +241,7 @@ def test_what_others_do_is_told(requests, heard, inside):
 
 def test_lost_events_are_told(requests, inside):
     events: queue.SimpleQueue = queue.SimpleQueue()
-    monitor = inside(lambda: Monitor(events.put, lambda _: None, 0))
+    monitor = inside(lambda: Monitor(events.put, 0))
     import socket
 
     monitor._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)

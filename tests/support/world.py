@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from pyroute2 import IPRoute
 
 from lease.model import Prefix, ip_number, prefix
@@ -33,8 +34,10 @@ NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
 ROUTE_FORM = re.compile(r"10\.\d+\.\d+\.\d+/\d+")
 
 
-def sweep_stale() -> None:
-    """Remove what a crashed test run left: namespaces bear the pid of their run."""
+def ready_the_machine() -> None:
+    """Demand root, and remove what a crashed test run left: namespaces bear the pid of their run."""
+    if os.geteuid() != 0:
+        pytest.fail("these tests make network namespaces: run them as root", pytrace=False)
     for name in netns.existing("overlay-t"):
         found = re.match(r"overlay-t(\d+)x", name)
         if found and not Path(f"/proc/{found[1]}").exists():
