@@ -112,11 +112,11 @@ def _endpoint(subnet: Prefix, fields: dict[str, Any], ip_name: str, data_name: s
         raise BadRecord(f"{ip_name}: {text[:60]!a} must be an IPv{subnet.family} address") from None
     if backend != "vxlan":
         return Endpoint(subnet, public_ip, None, None)
-    return Endpoint(subnet, public_ip, *_vxlan_data(fields.get(data_name), data_name))
+    return Endpoint(subnet, public_ip, *vxlan_data(fields.get(data_name), data_name))
 
 
-def _vxlan_data(data: object, name: str) -> tuple[int, int]:
-    """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`."""
+def vxlan_data(data: object, name: str) -> tuple[int, int]:
+    """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`. Raises BadRecord."""
     if not isinstance(data, dict):
         raise BadRecord(f'{name}: missing; it must be an object like {{"VNI":1,"VtepMAC":"0e:.."}}')
     vni, text = data.get("VNI", 0), data.get("VtepMAC")

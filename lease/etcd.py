@@ -41,6 +41,10 @@ class EtcdStore:
     def place(self) -> str:
         return f"etcd {self._client.endpoint} {self._root}"
 
+    @property
+    def config_place(self) -> str:
+        return f"{self.place}/config"
+
     def read(self) -> Snapshot:
         answer = self._client.range(self._first, self._end)
         config: bytes | None = None

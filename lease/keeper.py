@@ -6,10 +6,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from lease.claim import Claim
+from lease.model import Lease
 from lease.store import LeaseExpired, Snapshot, StoreUnavailable, backoff_s
-from lease.tenure import RENEW_AT_LEAST_S, Denied, Tenure, TenureEvent, renew_every_s
+from lease.tenure import RENEW_AT_LEAST_S, Denied, Renewed, TenureEvent, renew_every_s
 
 LOOK_GAP_S = 1.0
 """Our own record is put right at most so often: somebody may write against us without end."""
@@ -21,12 +23,25 @@ def boottime() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+class Holder(Protocol):
+    """What a TenureThread turns: tenure.Tenure on etcd, node_tenure.NodeTenure on Kubernetes."""
+
+    held: Lease | None
+    owed: list[TenureEvent]
+
+    def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
+        """Make store and claim agree; what happened. Raises StoreUnavailable."""
+
+    def renew(self) -> Renewed:
+        """Keep what is held. Raises LeaseExpired: settle again; StoreUnavailable."""
+
+
 class TenureThread(threading.Thread):
-    """Turns a Tenure: settles when the claim changes or somebody says look, renews in time, retries with backoff."""
+    """Turns a Holder: settles when the claim changes or somebody says look, renews in time, retries with backoff."""
 
     def __init__(
         self,
-        tenure: Tenure,
+        tenure: Holder,
         post: Callable[[TenureEvent], None],
         renew_within_s: float | None = None,
         clock: Clock = boottime,

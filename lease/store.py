@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
+from lease.annotations import Hints
 from lease.model import Lease, Refused
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 15.0
@@ -53,7 +54,8 @@ class ConfigText(NamedTuple):
     text: bytes | None
 
 
-Change = Lease | Refused | Gone | ConfigText
+Change = Lease | Refused | Gone | ConfigText | Hints
+"""Hints: our own Node changed in what an operator, or the cluster, says of it (Kubernetes only)."""
 
 
 class Snapshot(NamedTuple):
@@ -63,6 +65,7 @@ class Snapshot(NamedTuple):
     config: bytes | None
     leases: dict[str, Lease]
     refused: dict[str, Refused]
+    hints: Hints = Hints()
 
 
 class Changes(NamedTuple):
@@ -85,16 +88,19 @@ class Lifetime(NamedTuple):
     granted_s: float | None
 
 
-class Store(Protocol):
-    """Where leases live.
+class LeaseSource(Protocol):
+    """Where leases are read.
 
     Every method may raise StoreUnavailable; what else is named. No exception of a client library leaves the adapter.
-    A write that raised StoreUnavailable may have been carried out: read again before concluding anything.
     """
 
     @property
     def place(self) -> str:
         """The store and prefix, for messages."""
+
+    @property
+    def config_place(self) -> str:
+        """Where the network config stands, for messages."""
 
     def read(self) -> Snapshot:
         """Everything, in one consistent read."""
@@ -102,6 +108,19 @@ class Store(Protocol):
     def watch(self, after: int) -> Iterator[Changes]:
         """What changes after that revision, for ever. Raises StoreUnavailable too when the history is gone, when the
         server turns out to be behind `after` (restored from a backup), or is silent for more than 15 s."""
+
+    def reconnect(self) -> None:
+        """The way there may have changed (our own address did): connections in use are given up, not waited for."""
+
+    def close(self) -> None:
+        """End every call under way."""
+
+
+class Store(LeaseSource, Protocol):
+    """Where leases are taken, too (etcd; on Nodes the cluster gives them).
+
+    A write that raised StoreUnavailable may have been carried out: read again before concluding anything.
+    """
 
     def create(self, lease: Lease, ttl_s: int) -> Lease:
         """Create the record if no record of that base is there, atomically. Raises SubnetTaken."""
@@ -119,12 +138,6 @@ class Store(Protocol):
     def lifetime(self, lease: Lease) -> Lifetime:
         """How long it has left. Raises LeaseExpired."""
 
-    def reconnect(self) -> None:
-        """The way there may have changed (our own address did): connections in use are given up, not waited for."""
-
-    def close(self) -> None:
-        """End every call under way."""
-
 
 def backoff_s(failures: int, spread: float) -> float:
     """0.2, 0.4, ... 15 s; `spread` in 0.5..1 keeps a thousand nodes from coming back as one."""
@@ -139,7 +152,10 @@ class Feed(threading.Thread):
     """
 
     def __init__(
-        self, store: Store, post: Callable[[Snapshot | Changes | StoreDown], None], rng: random.Random | None = None
+        self,
+        store: LeaseSource,
+        post: Callable[[Snapshot | Changes | StoreDown], None],
+        rng: random.Random | None = None,
     ) -> None:
         super().__init__(name="feed", daemon=True)
         self._store, self._post = store, post

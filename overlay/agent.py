@@ -10,7 +10,7 @@ import queue
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import structlog
@@ -20,6 +20,7 @@ from lease import tenure
 from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
+from lease.annotations import Hints
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, plan
@@ -30,7 +31,8 @@ from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.reconcile import Device
-from overlay.settings import Settings
+from overlay.files import FileText
+from overlay.settings import Settings, SettingsError, read_live
 from overlay.status import LeaseStatus, Status
 from overlay.underlay import UnderlayError
 
@@ -90,11 +92,16 @@ class Agent:
         clock: Callable[[], float] = boottime,
     ) -> None:
         self._settings, self._place, self._clock = settings, place, clock
+        self.config_place = "the store"
+        """Where the network config stands, for messages; set before `run`."""
+        self._hints = Hints()
         self._identity_of = identity_of
         self.claimer: TenureThread | None = None
         """Set before `run`; it posts to us."""
         self.reconnect: Callable[[], None] = lambda: None
         """Tells the store that our own address changed; set before `run`."""
+        self.set_log_level: Callable[[str], None] = lambda _level: None
+        """Set before `run`."""
         self.started: Callable[[], None] = lambda: None
         """Called when we are ready for the first time; set before `run`."""
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -215,7 +222,7 @@ class Agent:
                     self._path.rec.look_again, self._due.dump = False, True
             self._step("nat", lambda: self._host.ensure_nat(self._config_now(), self._own()))
             self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
-            self._step("files", lambda: self._host.ensure_files(self._config_now(), self._key(), self._own()))
+            self._step("files", self._ensure_files)
         self._tell()
         return more
 
@@ -243,6 +250,7 @@ class Agent:
         self._store_down = ""
         self.health.solved("store")
         self._set_config(snapshot.config)
+        self._on_hints(snapshot.hints)
         self._leases = dict(snapshot.leases)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
         for key, reason in self._unreadable.items():
@@ -258,8 +266,55 @@ class Agent:
         for change in changes.changes:
             if isinstance(change, ConfigText):
                 self._set_config(change.text)
+            elif isinstance(change, Hints):
+                self._on_hints(change)
+                self._look()
             else:
                 self._on_change(change)
+
+    def _on_hints(self, hints: Hints) -> None:
+        """What an operator wrote on our own Node."""
+        if hints.faults:
+            self.health.problem("annotations", "; ".join(hints.faults))
+        else:
+            self.health.solved("annotations")
+        if hints.public_ip != self._hints.public_ip:
+            address = hints.public_ip or self._settings.public_ip
+            self._host.settings = replace(self._host.settings, public_ip=address)
+            self._host.choose_again = self._due.underlay = True
+        if hints != self._hints:
+            self._look()
+        self._hints = hints
+
+    def _on_file(self, event: FileText) -> None:
+        """A file that an operator may change while we run says something new."""
+        if event.what == "cni-conf":
+            self._host.template = event.text
+            self._due.files = True
+        elif event.what == "net-conf":
+            self._set_config(event.text)
+        elif event.what == "live":
+            self._set_live(event)
+
+    def _set_live(self, event: FileText) -> None:
+        try:
+            live = self._settings if event.text is None else read_live(event.text, self._settings)
+        except SettingsError as error:
+            self.health.problem("live-settings", f"{event.path}: {error}; what ran until now is kept")
+            return
+        self.health.solved("live-settings")
+        live = replace(live, public_ip=self._host.settings.public_ip)
+        if live != self._host.settings:
+            log.info(
+                "live_settings",
+                log_level=live.log_level,
+                ip_masq=live.ip_masq,
+                fully_random=live.fully_random,
+                forward_rules=live.forward_rules,
+            )
+            self._host.settings = live
+            self.set_log_level(live.log_level)
+            self._due.nat = self._due.files = True
 
     def _on_change(self, change: Lease | Refused | Gone) -> None:
         self._unreadable.pop(change.key, None)
@@ -294,7 +349,7 @@ class Agent:
     def _set_config(self, text: bytes | None) -> None:
         keeps = "" if self._config is None else "; the running config is kept"
         if text is None:
-            self.health.problem("config", f"no network config at {self._place()}/config; waiting for it{keeps}")
+            self.health.problem("config", f"no network config at {self.config_place}; waiting for it{keeps}")
             return
         try:
             config = net_config.parse_config(text)
@@ -302,12 +357,12 @@ class Agent:
                 which = "EnableIPv4: false" if config.v4 is None else "EnableIPv6: true"
                 raise ConfigError(f"{which} needs an IPv6 datapath, which is not built yet; allowed is IPv4 alone")
         except ConfigError as error:
-            self.health.problem("config", f"{self._place()}/config: {error}{keeps}")
+            self.health.problem("config", f"{self.config_place}: {error}{keeps}")
             return
         held = self._held.v4 if self._held is not None else None
         if self._config is not None and held is not None:
             assert self._config.v4 is not None
-            if config.v4.network != self._config.v4.network or not config.v4.allows(held.subnet):
+            if config.v4.network != self._config.v4.network or not self._fits(config, held.subnet):
                 self.health.problem(
                     "config",
                     f"the new config ({config.v4}) does not hold our subnet {held.subnet}; the running config is kept:"
@@ -319,6 +374,11 @@ class Agent:
             self._config = config
             self._due = Due()
         self.health.solved("config")
+
+    def _fits(self, config: NetworkConfig, subnet: Prefix) -> bool:
+        """Whether we may hold a subnet: on Kubernetes the cluster gave it, and SubnetLen, Min and Max are not asked."""
+        assert config.v4 is not None
+        return config.v4.network.covers(subnet) if self._settings.kube else config.v4.allows(subnet)
 
     def _others(self) -> dict[str, Lease]:
         assert self._held is not None
@@ -468,6 +528,17 @@ class Agent:
         else:
             self.health.solved("mtu")
 
+    def _ensure_files(self) -> None:
+        in_sync = self._path.dumped and not self._path.rec.differing()
+        try:
+            self._host.ensure_files(self._config_now(), self._key(), self._own(), in_sync)
+        except ValueError as error:
+            self.health.problem("cni", f"{self._settings.cni_conf_template}: {error}")
+        else:
+            self.health.solved("cni")
+        if not self._host.listed:
+            self._retry_at["files"] = self._clock() + 0.2
+
     def _plan(self) -> None:
         """Wanted entries anew when anything but single records changed."""
         under, held = self._host.underlay, self._held
@@ -478,7 +549,8 @@ class Agent:
         self._let_go()
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         addresses = self._host.underlay_addresses()
-        node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained))
+        widest = 1 if self._settings.kube else 2
+        node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained), widest)
         if node == self._path.node:
             return
         self._path.plan(node, self._others())
@@ -604,4 +676,5 @@ _OBSERVE: dict[type, Callable[[Agent, Any], None]] = {
     netlink.Overrun: Agent._on_overrun,
     netlink.NftSeen: Agent._on_nft,
     Asked: Agent._on_asked,
+    FileText: Agent._on_file,
 }

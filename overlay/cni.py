@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
 
@@ -18,6 +20,9 @@ CONFLIST = "10-flannel.conflist"
 """flannel's name, so that a node has one network list whichever agent runs."""
 NETWORK_NAME = "cbr0"
 """flannel's network name: pods attached under it can still be detached."""
+
+PLUGINS = ("bridge", "host-local", "portmap", "loopback")
+PLUGIN_PLACES = ("/usr/lib/cni", "/opt/cni/bin")
 
 LEASE_FILE = "lease.json"
 """Below --run-dir: which record is ours, for `overlay release`."""
@@ -85,6 +90,73 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
     return json.dumps({"name": NETWORK_NAME, "cniVersion": "0.3.1", "plugins": plugins}, indent=2) + "\n"
 
 
+def render_list(template: bytes, plain: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
+    """flannel's cni-conf.json as a list that needs no flannel plugin: its entry of type flannel becomes bridge and
+    host-local on our lease, its delegate's values kept; other entries stay as they are.
+
+    plain: what `network_list` makes, whose bridge and dataDir are taken. Source: the flannel CNI plugin, flannel_linux.go.
+
+    Raises:
+        ValueError: the template cannot be used; says where and what is allowed.
+    """
+    try:
+        found = json.loads(template)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {str(error)[:100]}") from None
+    plugins = found.get("plugins") if isinstance(found, dict) else None
+    if not isinstance(plugins, list) or not all(isinstance(entry, dict) for entry in plugins):
+        raise ValueError('"plugins" must be a list of objects, as in flannel\'s cni-conf.json')
+    ours = json.loads(plain)
+    made = [
+        _bridge(entry, ours["plugins"][0], network, mtu, ip_masq) if entry.get("type") == "flannel" else entry
+        for entry in plugins
+    ]
+    name = found.get("name") or NETWORK_NAME
+    return (
+        json.dumps({**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}, indent=2)
+        + "\n"
+    )
+
+
+def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> dict[str, Any]:
+    delegate, ipam = entry.get("delegate") or {}, entry.get("ipam") or {}
+    if not isinstance(delegate, dict) or not isinstance(ipam, dict):
+        raise ValueError("delegate and ipam of the entry of type flannel must be objects")
+    if wrong := {"name", "ipam"} & delegate.keys():
+        raise ValueError(f"delegate.{min(wrong)}: not allowed (nor by flannel); ipam stands beside delegate")
+    routes = ipam.get("routes") or []
+    if not isinstance(routes, list):
+        raise ValueError("ipam.routes must be a list")
+    kind = delegate.get("type", "bridge")
+    bridge = {"type": kind, "mtu": mtu, "ipMasq": not ip_masq}
+    if kind == "bridge":
+        bridge |= {"bridge": plain["bridge"], "isGateway": True}
+    return {
+        **bridge,
+        **delegate,
+        "ipam": {
+            **plain["ipam"],
+            **ipam,
+            "type": "host-local",
+            "ranges": plain["ipam"]["ranges"],
+            "routes": [*routes, {"dst": str(network)}],
+        },
+    }
+
+
+def listed_subnet(path: str) -> Prefix | None:
+    """The IPv4 subnet that an existing network list gives addresses of, None where it names none."""
+    try:
+        for plugin in json.loads(Path(path).read_text(encoding="utf-8"))["plugins"]:
+            for group in (plugin.get("ipam") or {}).get("ranges") or []:
+                for each in group:
+                    if (found := prefix(each["subnet"])).family == 4:
+                        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return None
+
+
 def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:
     """The bridge for pods of a subnet: cni0, unless that one serves another subnet (its pods keep it).
 
@@ -96,6 +168,31 @@ def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -
         if any(subnet.holds(address) for address in there.get(name, ())):
             return name
     return next(name for name in names if not there.get(name))
+
+
+def install_plugins(source: str, target: str) -> dict[str, str]:
+    """Copy the plugins we use to where there is none, each to a temporary name, then renamed; what was done with each.
+
+    Raises OSError: a plugin is in neither place, or cannot be written.
+    """
+    done = {}
+    places = [Path(source)] if source else [Path(place) for place in PLUGIN_PLACES]
+    for name in PLUGINS:
+        there = Path(target) / name
+        if os.access(there, os.X_OK):
+            done[name] = "the host has one; it stays"
+            continue
+        found = next((place / name for place in places if os.access(place / name, os.X_OK)), places[0] / name)
+        temporary = there.with_name(f".{name}.{os.getpid()}")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(found, temporary)
+            temporary.chmod(0o755)
+            os.replace(temporary, there)
+        finally:
+            temporary.unlink(missing_ok=True)
+        done[name] = f"copied from {found}"
+    return done
 
 
 def up_to_date(path: str, content: str) -> bool:

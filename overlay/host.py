@@ -32,17 +32,23 @@ class Host:
     def __init__(
         self, settings: Settings, requests: netlink.RequestSocket, store_hosts: Callable[[], dict[str, int | None]]
     ) -> None:
-        self._settings, self._requests, self._store_hosts = settings, requests, store_hosts
+        self.settings, self._requests, self._store_hosts = settings, requests, store_hosts
+        self.template: bytes | None = None
+        """flannel's cni-conf.json, where there is one."""
         self._links_io = Links()
         self.links: dict[int, Link] = {}
         self.addresses: dict[tuple[int, int, int], Address] = {}
         self.underlay: choice.Underlay | None = None
         self.device: vxlan.DeviceSpec | None = None
+        self.choose_again = False
+        """The choice itself changed, not only what there is."""
         self.mended: Counter[str] = Counter()
         """nat tables and files that somebody else altered or removed."""
         self._nat: tuple[nft.Objects, nft.Objects] | None = None
         """What we loaded last, and how nft listed it then."""
         self._written: dict[str, str] = {}
+        self.listed = False
+        """The node was in sync once: its network list may stand."""
 
     def read_links(self) -> bool:
         """Links and addresses; whether they changed. Raises KernelError."""
@@ -56,9 +62,11 @@ class Host:
         """The underlay by today's links; the one before when it changed. Raises UnderlayError, KernelError."""
         there = choice.Interfaces(self.links.values(), self.addresses.values())
         before = self.underlay
-        found = choice.refresh(self._settings, before, there) if before is not None else None
+        keep = before is not None and not self.choose_again
+        found = choice.refresh(self.settings, before, there) if before is not None and keep else None
         if found is None:
-            found = choice.choose(self._settings, there, self._requests.lookup, self._store_hosts())
+            found = choice.choose(self.settings, there, self._requests.lookup, self._store_hosts())
+        self.choose_again = False
         if found == before:
             return None
         log.info("underlay", chosen=str(found), was=str(before) if before is not None else None)
@@ -117,7 +125,7 @@ class Host:
     def ensure_nat(self, config: NetworkConfig, own: Endpoint) -> None:
         """The nat and forward table. Raises KernelError."""
         assert config.v4 is not None
-        settings = self._settings
+        settings = self.settings
         name = masquerade.table_name(config.backend.vni)
         wanted = masquerade.nat_table(
             name, config.v4.network, own.subnet, settings.ip_masq, settings.fully_random, settings.forward_rules
@@ -134,12 +142,16 @@ class Host:
         self._nat = (wanted, nft.read_table("ip", name))
         log.info("nat", table=name, masquerade=settings.ip_masq, forward=settings.forward_rules)
 
-    def ensure_files(self, config: NetworkConfig, key: str, own: Endpoint) -> None:
-        """subnet.env, the CNI network list, and which record is ours. Raises OSError."""
+    def ensure_files(self, config: NetworkConfig, key: str, own: Endpoint, in_sync: bool) -> None:
+        """subnet.env, the CNI network list, and which record is ours. Raises OSError.
+
+        in_sync: all peers are in the kernel. The first network list waits for that, since it makes the node Ready; one
+        that an earlier life left for another subnet goes at once, before a pod gets an address of it.
+        """
         if self.device is None:
             return
         assert config.v4 is not None
-        network, mtu, settings = config.v4.network, self.device.mtu, self._settings
+        network, mtu, settings = config.v4.network, self.device.mtu, self.settings
         files = {
             f"{settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(key, own),
             settings.subnet_file: cni.subnet_env(network, own.subnet, mtu, settings.ip_masq),
@@ -147,7 +159,17 @@ class Host:
         if settings.cni_conf_dir:
             bridge = cni.bridge_name(own.subnet, self._interface_addresses().items())
             content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir)
-            files[f"{settings.cni_conf_dir}/{cni.CONFLIST}"] = content
+            if self.template is not None:
+                content = cni.render_list(self.template, content, network, own.subnet, mtu, settings.ip_masq)
+            path = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
+            self.listed = self.listed or in_sync
+            if self.listed:
+                files[path] = content
+            elif (old := cni.listed_subnet(path)) is not None and old != own.subnet:
+                cni.remove(path)
+                log.warning(
+                    "file.removed", path=path, because=f"it gives addresses of {old}; our lease is {own.subnet}"
+                )
         for path, content in files.items():
             if cni.up_to_date(path, content):
                 continue
@@ -177,7 +199,7 @@ class Host:
         }
 
     def _device_file(self) -> str:
-        return f"{self._settings.run_dir}/device"
+        return f"{self.settings.run_dir}/device"
 
     def _drop_device(self, name: str) -> None:
         """The device of an earlier VNI, ours since our own file names it, and its nat table."""

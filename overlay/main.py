@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import random
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import structlog
@@ -27,8 +28,14 @@ from overlay import __version__, masquerade, serve
 from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
 
+if TYPE_CHECKING:
+    from lease.keeper import Holder
+    from lease.store import LeaseSource
+
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_threshold = LEVELS["info"]
 log = structlog.get_logger()
 
 
@@ -71,23 +78,18 @@ class _CannotStart(Exception):
 
 
 def _run(settings: Settings) -> int:
-    import random
-
-    from lease.etcd import EtcdStore
-    from lease.etcd_client import EtcdSettingsError
     from lease.keeper import TenureThread
     from lease.store import Feed
-    from lease.tenure import Tenure
     from overlay.agent import Agent, Died, Stop
+    from overlay.files import FileThread
+    from overlay.kernel.device import sysctls_at
     from overlay.kernel.netlink import Monitor, NftMonitor
-    from overlay.release import etcd_settings
 
-    try:
-        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
-    except EtcdSettingsError as error:
-        raise SettingsError(f"--{error}") from error
-    log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
-    hosts = StoreHosts(settings.etcd_endpoints)
+    rng = random.Random()  # noqa: S311 (draws a subnet, spreads load)
+    side = _on_nodes(settings, rng) if settings.kube else _on_etcd(settings, rng)
+    store = side.store
+    sysctls_at(settings.proc_sys_net)
+    hosts = StoreHosts(side.hosts)
     try:
         agent = Agent(settings, lambda: store.place, lambda: hosts.known, identity(settings.node_name))
     except OSError as error:
@@ -95,15 +97,35 @@ def _run(settings: Settings) -> int:
             f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
         ) from error
 
-    tenure = Tenure(store, prober(), settings.lease_ttl_s, random.Random())  # noqa: S311 (draws a subnet)
-    agent.claimer = TenureThread(tenure, agent.post, settings.renew_within_s)
-    agent.reconnect, agent.started = store.reconnect, lambda: notify("READY=1")
+    agent.claimer = claimer = TenureThread(side.tenure, agent.post, side.renew_within_s)
+    agent.reconnect, agent.config_place, agent.set_log_level = store.reconnect, store.config_place, set_log_level
+
+    def started() -> None:
+        notify("READY=1")
+        side.network_up()
+        claimer.look()
+
+    agent.started = started
     feed = Feed(store, agent.post)
+    files = FileThread(
+        {
+            what: path
+            for what, path in (
+                ("net-conf", settings.net_config_path if settings.kube else ""),
+                ("cni-conf", settings.cni_conf_template),
+                ("live", settings.live_settings),
+            )
+            if path
+        },
+        agent.post,
+    )
+    files.look()
     threads: list[threading.Thread] = [
         Monitor(agent.post, agent.port),
         NftMonitor(masquerade.TABLE_PREFIX, agent.post),
-        agent.claimer,
+        claimer,
         feed,
+        files,
     ]
     threading.excepthook = lambda args: agent.post(
         Died(args.thread.name if args.thread else "?", args.exc_value or RuntimeError("unknown"))
@@ -118,8 +140,47 @@ def _run(settings: Settings) -> int:
         return agent.run()
     finally:
         feed.stop()
-        agent.claimer.stop()
+        claimer.stop()
         store.close()
+
+
+class _StoreSide(NamedTuple):
+    """What one kind of store brings along."""
+
+    store: LeaseSource
+    tenure: Holder
+    renew_within_s: float
+    hosts: tuple[str, ...]
+    """Whose route says which interface carries the tunnel; none: the default route's, as flannel does."""
+    network_up: Callable[[], None]
+
+
+def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
+    from lease.etcd import EtcdStore
+    from lease.etcd_client import EtcdSettingsError
+    from lease.tenure import Tenure
+    from overlay.release import etcd_settings
+
+    try:
+        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
+    except EtcdSettingsError as error:
+        raise SettingsError(f"--{error}") from error
+    log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
+    tenure = Tenure(store, prober(), settings.lease_ttl_s, rng)
+    return _StoreSide(store, tenure, settings.renew_within_s, settings.etcd_endpoints, lambda: None)
+
+
+def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
+    from lease.node_tenure import CHECK_S, NodeTenure
+    from overlay.uninstall import node_store
+
+    try:
+        store, names = node_store(settings)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    log.info("start", version=__version__, store=store.place, node=settings.node_name, config=settings.net_config_path)
+    tenure = NodeTenure(store, names, settings.node_name, settings.tell_condition, rng)
+    return _StoreSide(store, tenure, CHECK_S, (), lambda: setattr(tenure, "network_up", True))
 
 
 def _serve(settings: Settings, agent: Any) -> None:
@@ -152,18 +213,31 @@ def _serve(settings: Settings, agent: Any) -> None:
 def start_logging(level: str, kind: str) -> None:
     """structlog to stderr: key=value on a terminal, JSON otherwise."""
     console = kind == "console" or (kind == "auto" and sys.stderr.isatty())
-    numbers = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+    set_log_level(level)
     structlog.configure(
         processors=[
+            _quieter,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             _in_reading_order,
             structlog.processors.LogfmtRenderer(bool_as_flag=False) if console else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(numbers[level]),
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS["debug"]),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def set_log_level(level: str) -> None:
+    """Of everything that is logged from now on."""
+    global _threshold  # noqa: PLW0603 (structlog's own level is fixed when a logger is first used)
+    _threshold = LEVELS[level]
+
+
+def _quieter(_logger: object, method: str, event: Any) -> Any:
+    if LEVELS.get(method, LEVELS["error"]) < _threshold:
+        raise structlog.DropEvent
+    return event
 
 
 def _in_reading_order(_logger: object, _method: str, event: Any) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class Node:
     on_link: tuple[Prefix, ...]
     addresses: frozenset[int]
     retained: tuple[Prefix, ...] = ()
+    widest: int = 2
+    """A subnet is longer than Network by so many bits at least: a record cannot take half the cluster's traffic. On
+    Kubernetes the cluster gave the subnets, and only all of Network is too much."""
 
 
 def node_of(
@@ -35,10 +38,11 @@ def node_of(
     on_link: tuple[Prefix, ...],
     addresses: frozenset[int],
     retained: tuple[Prefix, ...] = (),
+    widest: int = 2,
 ) -> Node:
     """The Node of a config that has IPv4."""
     assert config.v4 is not None
-    return Node(config.v4.network, config.backend, own, on_link, addresses, retained)
+    return Node(config.v4.network, config.backend, own, on_link, addresses, retained, widest)
 
 
 def refusal(node: Node, lease: Lease) -> str | None:
@@ -54,7 +58,7 @@ def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
     network = node.network
     if not network.covers(subnet):
         return f"subnet {subnet} is outside Network {network}"
-    if subnet.length < network.length + 2:
+    if subnet.length < network.length + node.widest:
         return f"subnet {subnet} is too large a part of Network {network}"
     for there in node.on_link:
         if subnet.overlaps(there):

@@ -41,6 +41,10 @@ def release(settings: Settings) -> str:
         ReleaseError: the agent still runs (it would take the lease again), none is known here, or the record is not
             ours any more.
     """
+    if settings.kube:
+        raise ReleaseError(
+            "on Kubernetes the subnet is the Node's podCIDR; `overlay uninstall` takes the node's annotations away"
+        )
     if not Path(settings.run_dir).is_dir():
         raise NothingKnown(f"no lease of this node is known: there is no {settings.run_dir}; is --run-dir the agent's?")
     try:

@@ -7,18 +7,23 @@ have not. Source: flannel main.go (flags), pkg/util/flagutil (environment).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NoReturn
 
+from lease.annotations import DEFAULT_PREFIX, Names
 from lease.model import ip_number
 
 ENV_PREFIX = "FLANNELD_"
 DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LIVE = ("log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules")
+"""Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
 """flannel's: 24 hours (pkg/subnet/etcd/local_manager.go)."""
 
@@ -53,7 +58,16 @@ class Settings:
     run_dir: str = DEFAULT_RUN_DIR
     cni_conf_dir: str = DEFAULT_CNI_CONF_DIR
     cni_data_dir: str = ""
+    cni_conf_template: str = ""
     node_name: str = ""
+    kube: bool = False
+    kube_api_url: str = ""
+    kubeconfig: str = ""
+    annotation_prefix: str = DEFAULT_PREFIX
+    net_config_path: str = "/etc/kube-flannel/net-conf.json"
+    tell_condition: bool = True
+    live_settings: str = ""
+    proc_sys_net: str = "/proc/sys/net"
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -75,7 +89,6 @@ class Flag(NamedTuple):
     ours: bool = False
 
 
-_KUBE = "Kubernetes mode is not built yet; run it against etcd"
 FLAGS = (
     Flag("etcd-endpoints", "str", "http://127.0.0.1:4001,http://127.0.0.1:2379", "etcd servers, comma-separated"),
     Flag("etcd-prefix", "str", "/coreos.com/network", "where the network's keys stand"),
@@ -100,18 +113,27 @@ FLAGS = (
     Flag("v", "int", 0, "above 0: log level debug"),
     Flag("public-ipv6", "str", "", "", "there is no IPv6 datapath yet"),
     Flag("ip-blackhole-route", "bool", False, "", "there are no blackhole routes here"),
-    Flag("kube-subnet-mgr", "bool", False, "", _KUBE),
-    Flag("kube-api-url", "str", "", "", _KUBE),
-    Flag("kubeconfig-file", "str", "", "", _KUBE),
-    Flag("kube-annotation-prefix", "str", "flannel.alpha.coreos.com", "", _KUBE),
-    Flag("net-config-path", "str", "/etc/kube-flannel/net-conf.json", "", _KUBE),
-    Flag("set-node-network-unavailable", "bool", True, "", _KUBE),
+    Flag("kube-subnet-mgr", "bool", False, "take the subnet from this Node's podCIDR, peers from Kubernetes, not etcd"),
+    Flag("kube-api-url", "str", "", "the API server; else --kubeconfig-file, else the pod's service account"),
+    Flag("kubeconfig-file", "str", "", "kubeconfig with API server and credentials"),
+    Flag("kube-annotation-prefix", "str", DEFAULT_PREFIX, "what the Node annotations' names begin with"),
+    Flag("net-config-path", "str", "/etc/kube-flannel/net-conf.json", "the network config, with --kube-subnet-mgr"),
+    Flag("set-node-network-unavailable", "bool", True, "set the Node's NetworkUnavailable to False once it is"),
     Flag("vmodule", "str", "", "", "use --log-level"),
     Flag("log_backtrace_at", "str", "", "", "use --log-level"),
     Flag("run-dir", "str", DEFAULT_RUN_DIR, "all else that the agent writes; one agent each", ours=True),
     Flag("cni-conf-dir", "str", DEFAULT_CNI_CONF_DIR, "where the CNI network list is written; empty = none", ours=True),
     Flag("cni-data-dir", "str", "", "dataDir of host-local in that list; empty = the plugin's own", ours=True),
-    Flag("node-name", "str", "", "tells this node from others with the same machine-id", ours=True),
+    Flag(
+        "cni-conf-template",
+        "str",
+        "",
+        "flannel's cni-conf.json, to make that list of; empty = the plain one",
+        ours=True,
+    ),
+    Flag("node-name", "str", "", "this node's name (else $NODE_NAME); with Kubernetes its Node's", ours=True),
+    Flag("live-settings", "str", "", f"JSON file of flags that change while we run: {', '.join(LIVE)}", ours=True),
+    Flag("proc-sys-net", "str", "/proc/sys/net", "where /proc/sys/net is writable, in a container", ours=True),
     Flag("take-over", "bool", False, "take the record of our public IP over, whoever made it", ours=True),
     Flag("subnet-lease-ttl", "int", LEASE_TTL_S, "life of an etcd lease, in seconds", ours=True),
     Flag("log-level", "str", "info", "debug, info, warning or error", ours=True),
@@ -165,7 +187,43 @@ def read_settings(
         if flag.refuse and value != flag.default:
             raise SettingsError(f"{where}: {_shown(flag, value)} is refused: {flag.refuse}")
         values[flag.name] = value
+    if not values["node-name"] and values["kube-subnet-mgr"]:
+        values["node-name"] = environ.get("NODE_NAME", "")
     return _settings(values), values["version"]
+
+
+def read_live(text: bytes, settings: Settings) -> Settings:
+    """Settings with what --live-settings says now; what it does not name is as at the start.
+
+    Raises:
+        SettingsError: names the field, its value and what is allowed; a flag that cannot change live is said to be one.
+    """
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"not JSON: {str(error)[:100]}") from None
+    if not isinstance(given, dict):
+        raise SettingsError('it must be an object like {"log-level": "info"}')
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        flag = next((flag for flag in FLAGS if flag.name == name), None)
+        if flag is None or name not in LIVE:
+            why = "there is no such flag" if flag is None else "it needs a restart: set it in the agent's arguments"
+            raise SettingsError(f"{str(name)[:60]!a}: {why}; allowed here: {', '.join(LIVE)}")
+        if type(value) is not (bool if flag.kind == "bool" else str):
+            raise SettingsError(
+                f"{name}: {str(value)[:60]!a} must be {'true or false' if flag.kind == 'bool' else 'a string'}"
+            )
+        if name == "log-level" and value not in LOG_LEVELS:
+            raise SettingsError(f"log-level: {str(value)[:60]!a} must be {', '.join(LOG_LEVELS)}")
+        values[name] = value
+    return replace(
+        settings,
+        log_level=values.get("log-level", settings.log_level),
+        ip_masq=values.get("ip-masq", settings.ip_masq),
+        fully_random=not values.get("ip-masq-fully-random-disable", not settings.fully_random),
+        forward_rules=values.get("iptables-forward-rules", settings.forward_rules),
+    )
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -206,16 +264,25 @@ def _settings(values: Mapping[str, Any]) -> Settings:
             re.compile(pattern)
         except re.error as error:
             raise SettingsError(f"--iface-regex: {pattern!r} is not a regular expression: {error}") from None
-    for name in ("run-dir", "subnet-file"):
+    for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net"):
         check(name, os.path.isabs, "an absolute path")
-    for name in ("cni-conf-dir", "cni-data-dir"):
+    for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings"):
         check(name, lambda path: not path or os.path.isabs(path), "an absolute path, or empty")
+    longest = 253 if values["kube-subnet-mgr"] else 63
     check(
         "node-name",
-        lambda text: re.fullmatch(r"[A-Za-z0-9._-]{0,63}", text) is not None,
-        "a host name, at most 63 long",
+        lambda text: re.fullmatch(rf"[A-Za-z0-9._-]{{0,{longest}}}", text) is not None,
+        f"a host name, at most {longest} long",
     )
-    check("log-level", lambda level: level in ("debug", "info", "warning", "error"), "debug, info, warning or error")
+    if values["kube-subnet-mgr"] and not values["node-name"]:
+        raise SettingsError(
+            "--kube-subnet-mgr: which Node is this? set NODE_NAME (in a DaemonSet: fieldRef spec.nodeName) or --node-name"
+        )
+    try:
+        Names.of(values["kube-annotation-prefix"])
+    except ValueError as error:
+        raise SettingsError(f"--kube-annotation-prefix: {error}") from None
+    check("log-level", lambda level: level in LOG_LEVELS, ", ".join(LOG_LEVELS))
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")
     endpoints = tuple(part.strip() for part in values["etcd-endpoints"].split(",") if part.strip())
@@ -246,7 +313,16 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         run_dir=values["run-dir"],
         cni_conf_dir=values["cni-conf-dir"],
         cni_data_dir=values["cni-data-dir"],
+        cni_conf_template=values["cni-conf-template"],
         node_name=values["node-name"],
+        kube=values["kube-subnet-mgr"],
+        kube_api_url=values["kube-api-url"],
+        kubeconfig=values["kubeconfig-file"],
+        annotation_prefix=values["kube-annotation-prefix"],
+        net_config_path=values["net-config-path"],
+        tell_condition=values["set-node-network-unavailable"],
+        live_settings=values["live-settings"],
+        proc_sys_net=values["proc-sys-net"].rstrip("/"),
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],

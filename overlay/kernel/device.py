@@ -15,6 +15,17 @@ from pyroute2.netlink.exceptions import NetlinkError
 from overlay.kernel.netlink import KernelError
 
 SYSCTL = Path("/proc/sys")
+_net = SYSCTL / "net"
+
+
+def sysctls_at(net: str) -> None:
+    """Where /proc/sys/net is to be found: a container has /proc/sys read-only, and the host's own mounted elsewhere."""
+    global _net  # noqa: PLW0603 (set once, at the start)
+    _net = Path(net)
+
+
+def _sysctl(name: str) -> Path:
+    return _net / name.removeprefix("net/") if name.startswith("net/") else SYSCTL / name
 
 
 class VxlanAttributes(NamedTuple):
@@ -138,7 +149,7 @@ class Links:
 def read_sysctl(name: str) -> str | None:
     """A sysctl by its path below /proc/sys, None where there is none."""
     try:
-        return (SYSCTL / name).read_text().strip()
+        return _sysctl(name).read_text().strip()
     except OSError:
         return None
 
@@ -146,7 +157,7 @@ def read_sysctl(name: str) -> str | None:
 def write_sysctl(name: str, value: str) -> None:
     """Raises KernelError (a read-only /proc/sys, as in an unprivileged container)."""
     try:
-        (SYSCTL / name).write_text(value)
+        _sysctl(name).write_text(value)
     except OSError as error:
         raise KernelError(
             error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}; set it on the host"

@@ -29,6 +29,7 @@ class FakeStore:
         self._history: list[Changes] = []
 
     place = "memory /test"
+    config_place = "memory /test/config"
 
     def _check(self) -> None:
         if self.away:

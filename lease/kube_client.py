@@ -1,0 +1,214 @@
+"""The way to the Kubernetes API: configuration and credentials by the kubernetes client, requests through its pool.
+
+Neither its typed models (20 times the CPU) nor its Watch class (dies of an ERROR event) are used; `call_api` neither
+adds credentials nor raises on 401 (docs/decisions.md, "The Kubernetes client").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3
+
+from lease.store import StoreUnavailable
+
+TIMEOUT_S = 10.0
+SERVICE_HOST = "KUBERNETES_SERVICE_HOST"
+_KEEPALIVE = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 11_000),
+]
+"""A black hole is noticed within 11 s (tcp(7)); a frozen server acknowledges still: see NodeStore's probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class KubeSettings:
+    """Where the API is. Both empty: in a pod, by its service account."""
+
+    api_url: str = ""
+    kubeconfig: str = ""
+
+
+class KubeSettingsError(ValueError):
+    """Names the flag or variable and what to do."""
+
+
+class ApiError(StoreUnavailable):
+    """The API server answered with something other than success."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Stream:
+    """The lines of a watch, in lumps as they arrive."""
+
+    def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
+        self._response = response
+
+    def lumps(self) -> Iterator[list[bytes]]:
+        """Whole lines. Ends when the server ends; raises StoreUnavailable when the connection breaks."""
+        rest = b""
+        try:
+            for chunk in self._response.stream(1 << 16, decode_content=True):
+                *lines, rest = (rest + chunk).split(b"\n")
+                if lines:
+                    yield lines
+        except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
+            # ValueError, AttributeError: what http.client says when its socket is shut down under it
+            raise StoreUnavailable(f"the watch broke: {_words(error)}") from error
+
+    def end(self) -> None:
+        """Wake the reader: its `lumps` ends or raises."""
+        try:
+            self._response.shutdown()
+        except (OSError, ValueError, AttributeError, RuntimeError):
+            return
+
+    def close(self) -> None:
+        """Give the connection back; called by the reader alone."""
+        self._response.close()
+
+
+class KubeClient:
+    """Requests as this agent. Any thread may call; each call is one request."""
+
+    def __init__(self, settings: KubeSettings) -> None:
+        """Raises KubeSettingsError when nothing says where the API is."""
+        if not settings.api_url and not settings.kubeconfig and not os.environ.get(SERVICE_HOST):
+            raise KubeSettingsError(
+                f"--kube-subnet-mgr: not in a pod ({SERVICE_HOST} is not set); say --kubeconfig-file or --kube-api-url"
+            )
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._api: Any = None
+        self._ending = False
+
+    @property
+    def place(self) -> str:
+        """The API server, for messages."""
+        if self._api is not None:
+            return str(self._api.configuration.host)
+        return self._settings.api_url or self._settings.kubeconfig or f"https://{os.environ.get(SERVICE_HOST)}"
+
+    def get(
+        self,
+        path: str,
+        query: Mapping[str, str | int],
+        accept: str = "application/json",
+        timeout_s: float = TIMEOUT_S,
+    ) -> Any:
+        """A JSON answer. Raises ApiError, StoreUnavailable."""
+        return self._json(self._request("GET", path, query, {"Accept": accept}, None, timeout_s, preload=True))
+
+    def patch(self, path: str, body: object) -> Any:
+        """A strategic merge patch. Raises ApiError, StoreUnavailable."""
+        headers = {"Accept": "application/json", "Content-Type": "application/strategic-merge-patch+json"}
+        return self._json(self._request("PATCH", path, {}, headers, json.dumps(body), TIMEOUT_S, preload=True))
+
+    def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
+        """Open a watch. Raises ApiError, StoreUnavailable."""
+        return Stream(self._request("GET", path, query, {"Accept": accept}, None, None, preload=False))
+
+    def reconnect(self) -> None:
+        """Use no connection made before."""
+        with self._lock:
+            self._drop()
+
+    def close(self) -> None:
+        """No request from now on."""
+        self._ending = True
+        self.reconnect()
+
+    def _request(
+        self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
+        read_s: float | None, preload: bool,
+    ) -> urllib3.BaseHTTPResponse:  # fmt: skip
+        if self._ending:
+            raise StoreUnavailable("the agent is stopping")
+        api = self._connected()
+        url = f"{api.configuration.host.rstrip('/')}{path}{'?' if query else ''}{urlencode(query)}"
+        try:
+            sent = {"User-Agent": "overlayd", **headers}
+            api.update_params_for_auth(sent, [], ["BearerToken"], path, method, body)
+            response: urllib3.BaseHTTPResponse = api.rest_client.pool_manager.request(
+                method, url, headers=sent, body=body, preload_content=preload, retries=False, redirect=False,
+                timeout=urllib3.Timeout(total=read_s, connect=4.0, read=read_s),
+            )  # fmt: skip
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise StoreUnavailable(f"{api.configuration.host}: {_words(error)}") from error
+        except Exception as error:  # the client's own: a token file that is missing or empty just now
+            self.reconnect()
+            raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
+        if response.status // 100 == 2:
+            return response
+        message = _refusal(response, preload)
+        if response.status == 401:
+            self.reconnect()  # the token may have been rotated: read everything again
+        raise ApiError(response.status, f"{api.configuration.host}: {method} {path}: {response.status} {message}")
+
+    def _json(self, response: urllib3.BaseHTTPResponse) -> Any:
+        try:
+            return json.loads(response.data)
+        except ValueError as error:
+            raise StoreUnavailable(f"{self.place}: answered with no JSON: {error}") from error
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._api is None:
+                self._api = self._connect()
+            return self._api
+
+    def _connect(self) -> Any:
+        from kubernetes import client, config
+
+        loader: Any = config  # untyped
+        settings, made = self._settings, client.Configuration()
+        try:
+            if settings.kubeconfig:
+                loader.load_kube_config(settings.kubeconfig, client_configuration=made, persist_config=False)
+            elif not settings.api_url:
+                loader.load_incluster_config(made)
+        except Exception as error:  # ConfigException, FileNotFoundError, YAML's: whatever stands in that file
+            where = f"--kubeconfig-file: {settings.kubeconfig}" if settings.kubeconfig else "service account"
+            raise StoreUnavailable(f"{where}: {_words(error)}") from error
+        if settings.api_url:
+            made.host = settings.api_url
+        made.socket_options = _KEEPALIVE
+        made.retries = None
+        return client.ApiClient(made)
+
+    def _drop(self) -> None:
+        if self._api is not None:
+            self._api.rest_client.pool_manager.clear()
+        self._api = None
+
+
+def _words(error: BaseException) -> str:
+    reason = getattr(error, "reason", None)
+    if isinstance(reason, BaseException):
+        error = reason
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _refusal(response: urllib3.BaseHTTPResponse, preload: bool) -> str:
+    try:
+        data = response.data if preload else response.read(4096)
+        message = json.loads(data).get("message", "")
+    except (ValueError, AttributeError, OSError, urllib3.exceptions.HTTPError):
+        message = ""
+    finally:
+        response.release_conn()
+    return " ".join(str(message).split())[:300] or response.reason or ""

@@ -1,0 +1,138 @@
+"""`overlay uninstall`: take everything of ours off this node. Running pods lose their network."""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from lease.annotations import Names
+from lease.config import ConfigError, parse_config
+from lease.kube_client import KubeSettings
+from lease.kubernetes import NodeStore
+from lease.node_tenure import NodeTenure
+from lease.store import StoreError
+from overlay import cni, masquerade
+from overlay.backends.vxlan import device_name
+from overlay.files import read
+from overlay.kernel import netlink, nft, wire
+from overlay.kernel.device import Links
+from overlay.kernel.entries import PROTOCOL, UNDERLAY, FoundRoute, RouteValue
+from overlay.rundir import hold
+from overlay.serve import SOCKET_NAME
+from overlay.settings import Settings
+
+BATCH = 500
+
+
+class UninstallError(Exception):
+    """Something of ours could not be removed; the rest is. One line each."""
+
+
+def node_store(settings: Settings) -> tuple[NodeStore, Names]:
+    """The Kubernetes store of these settings. Raises KubeSettingsError."""
+    names = Names.of(settings.annotation_prefix)
+    where = KubeSettings(settings.kube_api_url, settings.kubeconfig)
+    return NodeStore(where, names, settings.node_name, settings.net_config_path), names
+
+
+def uninstall(settings: Settings) -> Iterator[str]:
+    """Remove the network list first (no new pod starts here), then what the node says to others, then kernel and files;
+    each thing removed, as a line.
+
+    Raises:
+        RunDirError: an agent still runs here; it would put everything back.
+        UninstallError: after all else was done.
+    """
+    with _held(settings):
+        failed: list[str] = []
+        for what, remove in (
+            ("CNI list", _network_list),
+            ("Node", _annotations),
+            ("kernel", _kernel),
+            ("files", _files),
+        ):
+            try:
+                yield from remove(settings)
+            except (OSError, StoreError, ValueError) as error:
+                failed.append(f"{what}: {error}")
+        if failed:
+            raise UninstallError("; ".join(failed))
+    shutil.rmtree(settings.run_dir, ignore_errors=True)  # a mount point stays, empty
+
+
+@contextmanager
+def _held(settings: Settings) -> Iterator[TextIO]:
+    file = hold(settings.run_dir)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+def _network_list(settings: Settings) -> Iterator[str]:
+    path = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
+    if settings.cni_conf_dir and Path(path).exists():
+        cni.remove(path)
+        yield path
+
+
+def _annotations(settings: Settings) -> Iterator[str]:
+    if not settings.kube:
+        return  # a lease in etcd is given up by `overlay release`
+    store, names = node_store(settings)
+    try:
+        tenure = NodeTenure(store, names, settings.node_name, settings.tell_condition, random.Random())  # noqa: S311
+        for name in tenure.withdraw():
+            yield f"annotation {name} of Node {settings.node_name}"
+    finally:
+        store.close()
+
+
+def _kernel(settings: Settings) -> Iterator[str]:
+    """Devices by our own file and by the network config, routes by our protocol number, tables by name."""
+    devices = {(read(f"{settings.run_dir}/device") or b"").decode(errors="replace").strip()}
+    with suppress(ConfigError):
+        devices.add(device_name(parse_config(read(settings.net_config_path) or b"").backend))
+    links, requests = Links(), netlink.RequestSocket()
+    try:
+        for name in sorted(devices - {""}):
+            there = links.read(name)
+            if there is not None and there.kind == "vxlan":
+                links.delete(there.ifindex)
+                yield f"device {name}, with its routes, neighbours and FDB"
+            vni = name.rpartition(".")[2]
+            if vni.isdigit() and nft.read_table("ip", masquerade.table_name(int(vni))):
+                nft.load_table("ip", masquerade.table_name(int(vni)), [])
+                yield f"nft table ip {masquerade.table_name(int(vni))}"
+        if direct := [route for route in requests.routes() if route.protocol == PROTOCOL]:
+            _remove_routes(requests, direct)
+            yield f"{len(direct)} direct routes"
+    finally:
+        links.close()
+        requests.close()
+
+
+def _remove_routes(requests: netlink.RequestSocket, routes: list[FoundRoute]) -> None:
+    for start in range(0, len(routes), BATCH):
+        part = routes[start : start + BATCH]
+        first = requests.take_seqs(len(part))
+        messages = [
+            wire.route_delete(first + place, route.key, RouteValue(UNDERLAY, route.via, False, PROTOCOL), route.oif)
+            for place, route in enumerate(part)
+        ]
+        for refusal in requests.execute(messages, first).values():
+            if refusal.errno != errno.ESRCH:
+                raise netlink.KernelError(refusal.errno, f"deleting our routes: {refusal}")
+
+
+def _files(settings: Settings) -> Iterator[str]:
+    ours = [f"{settings.run_dir}/{name}" for name in ("device", cni.LEASE_FILE, SOCKET_NAME)]
+    for path in (settings.subnet_file, *ours):
+        if Path(path).exists():
+            cni.remove(path)
+            yield path
