@@ -22,7 +22,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_runtest_makereport(item):
     """A failed test with a world shows what its agents said last."""
     report = yield
-    world = getattr(item, "funcargs", {}).get("world") or getattr(item, "funcargs", {}).get("bare_world")
+    there = getattr(item, "funcargs", {})
+    world = there.get("world") or there.get("bare_world") or there.get("kube_world")
     if report.when == "call" and report.failed and hasattr(world, "agents"):
         for agent in world.agents:
             report.sections.append((f"log of {agent.node}", agent.log()[-6000:]))

@@ -11,8 +11,6 @@ from overlay import __version__
 from overlay.cli.lab import lab
 from overlay.cli.status import status
 
-UNINSTALL_RETRY_S = 2.0
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -45,17 +43,9 @@ def release(flags: tuple[str, ...]) -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,
 )
-@click.option("--stay", default="", metavar="FILE", help="make FILE when done, and stay (for a DaemonSet)")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def uninstall(stay: str, flags: tuple[str, ...]) -> None:
-    """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network.
-
-    With --stay it tries until all is gone (an agent may still be stopping), makes FILE, and waits for a signal.
-    """
-    import signal
-    import time
-    from pathlib import Path
-
+def uninstall(flags: tuple[str, ...]) -> None:
+    """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
     from overlay.rundir import RunDirError
     from overlay.settings import SettingsError, read_settings
     from overlay.uninstall import UninstallError
@@ -63,24 +53,11 @@ def uninstall(stay: str, flags: tuple[str, ...]) -> None:
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
-    except SettingsError as error:
+        for line in remove(settings):
+            click.echo(f"removed {line}")
+    except (SettingsError, UninstallError, RunDirError) as error:
         raise click.ClickException(str(error)) from error
-    if stay:  # as the first process of a container nothing ends us but a handler of our own
-        signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(0))
-    while True:
-        try:
-            for line in remove(settings):
-                click.echo(f"removed {line}")
-            break
-        except (UninstallError, RunDirError) as error:
-            if not stay:
-                raise click.ClickException(str(error)) from error
-            click.echo(f"not yet: {error}; trying again", err=True)
-            time.sleep(UNINSTALL_RETRY_S)
     click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
-    if stay:
-        Path(stay).touch()
-        signal.pause()
 
 
 @app.command("install-cni")

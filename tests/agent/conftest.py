@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.world import World, ready_the_machine
+from tests.support.world import KubeWorld, World, ready_the_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +20,16 @@ def world(tmp_path) -> Iterator[World]:
     made = World(tmp_path / "world")
     try:
         made.config()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def kube_world(tmp_path) -> Iterator[KubeWorld]:
+    """An underlay with an API server, and flannel's ConfigMap as files."""
+    made = KubeWorld(tmp_path / "world")
+    try:
         yield made
     finally:
         made.close()

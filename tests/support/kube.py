@@ -211,5 +211,3 @@ class Kube:
 
 def annotations(notes: dict[str, Any]) -> dict[str, Any]:
     return {f"{PREFIX}/{name.replace('_', '-')}": value for name, value in notes.items()}
-
-

@@ -26,11 +26,16 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.lab import matrix, netns, pods, topology
 from overlay.serve import SOCKET_NAME, ask_unix
 from tests.support.etcd import Etcd
+from tests.support.kube import Kube
 from tests.support.wait import until
 
 T = TypeVar("T")
 ROOT = "/coreos.com/network"
 NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+CNI_CONF = """{"name":"cbr0","cniVersion":"0.3.1","plugins":[
+{"type":"flannel","delegate":{"hairpinMode":true,"isDefaultGateway":true}},
+{"type":"portmap","capabilities":{"portMappings":true}}]}"""
+"""As kube-flannel.yml has it."""
 ROUTE_FORM = re.compile(r"10\.\d+\.\d+\.\d+/\d+")
 
 
@@ -55,7 +60,7 @@ class Agent:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.command = [
             "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, *(["-c", program] if program else ["-m", "overlay.main"]),
-            f"--etcd-endpoints={world.etcd.endpoint}", f"--run-dir={run_dir}", f"--subnet-file={run_dir}/subnet.env",
+            *world.store_flags(node), f"--run-dir={run_dir}", f"--subnet-file={run_dir}/subnet.env",
             f"--cni-conf-dir={run_dir}/cni", f"--cni-data-dir={run_dir}/ipam", "--log-format=json", *flags,
         ]  # fmt: skip
         with self.log_path.open("ab") as log:
@@ -104,11 +109,20 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.lab = f"t{os.getpid()}x{uuid.uuid4().hex[:4]}"
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.agents: list[Agent] = []
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         topology.make_underlay(self.lab)
+        self.make_store(folder)
+
+    def make_store(self, folder: Path) -> None:
         self.etcd = Etcd(folder / "etcd", host=topology.GATEWAY, port=2379, namespace=topology.underlay_name(self.lab))
+
+    def store_flags(self, node: str) -> list[str]:
+        """How an agent reaches the store."""
+        del node
+        return [f"--etcd-endpoints={self.etcd.endpoint}"]
 
     # --- nodes and agents
     def namespace(self, node: str) -> str:
@@ -246,10 +260,48 @@ class World:
             if agent.process.poll() is None:
                 agent.process.kill()
             agent.process.wait()
-        self.etcd.close()
+        self.close_store()
         for name in netns.existing(f"overlay-{self.lab}-"):
             netns.delete(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close_store(self) -> None:
+        self.etcd.close()
+
+
+class KubeWorld(World):
+    """The same on Kubernetes: an API server on the underlay; `node(n)` makes the Node too, with podCIDR 10.244.n.0/24."""
+
+    def make_store(self, folder: Path) -> None:
+        self.kube = Kube(folder / "kube", host=topology.GATEWAY, namespace=topology.underlay_name(self.lab))
+        self.config_map = folder / "config"
+        self.config_map.mkdir()
+        self.config()
+        (self.config_map / "cni-conf.json").write_text(CNI_CONF)
+
+    def config(self, **fields: Any) -> None:
+        self.config_file("net-conf.json", {**NET_CONF, **fields})
+
+    def config_file(self, name: str, content: Any) -> None:
+        temporary = self.config_map / f".{name}"
+        temporary.write_text(content if isinstance(content, str) else json.dumps(content))
+        temporary.rename(self.config_map / name)
+
+    def node(self, number: int, pod_cidr: str | None = None) -> str:
+        name = super().node(number)
+        self.kube.node(name, f"10.244.{number}.0/24" if pod_cidr is None else pod_cidr)
+        return name
+
+    def store_flags(self, node: str) -> list[str]:
+        where = self.config_map
+        return [
+            "--kube-subnet-mgr", f"--kubeconfig-file={self.kube.kubeconfig()}", f"--node-name={node}",
+            f"--net-config-path={where}/net-conf.json", f"--cni-conf-template={where}/cni-conf.json",
+            f"--live-settings={where}/overlayd.json",
+        ]  # fmt: skip
+
+    def close_store(self) -> None:
+        self.kube.close()
 
 
 class Stream:

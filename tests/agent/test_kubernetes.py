@@ -1,0 +1,208 @@
+"""Whole agents on a real API server, with the rights of our manifest and no others."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+from overlay.lab import matrix
+from tests.support.wait import until
+from tests.support.world import KubeWorld, number
+
+
+def unavailable(world: KubeWorld, node: str) -> str:
+    conditions = world.kube.read(node).get("status", {}).get("conditions", [])
+    return next((c["status"] for c in conditions if c["type"] == "NetworkUnavailable"), "")
+
+
+def problems(agent) -> str:
+    return json.dumps(agent.status()["problems"])
+
+
+def test_two_nodes_become_one_network(kube_world):
+    world = kube_world
+    agents = world.nodes(2, "--ip-masq")
+    assert [str(agent.subnet()) for agent in agents] == ["10.244.1.0/24", "10.244.2.0/24"]
+    for number_, agent in enumerate(agents, 1):
+        name = f"node{number_}"
+        until("the condition is told", lambda name=name: unavailable(world, name) == "False")
+        assert world.kube.notes(name) == {
+            "kube-subnet-manager": "true",
+            "backend-type": "vxlan",
+            "backend-data": f'{{"VNI":1,"VtepMAC":"{agent.mac()}"}}',
+            "public-ip": f"192.168.1.{number_ + 1}",
+        }
+        found = json.loads((agent.run_dir / "cni" / "10-flannel.conflist").read_text())
+        assert found["name"] == "cbr0"
+        bridge, portmap = found["plugins"]
+        assert bridge["type"] == "bridge"
+        assert bridge["hairpinMode"] is bridge["isDefaultGateway"] is True
+        assert bridge["ipMasq"] is False
+        assert bridge["mtu"] == 1450
+        assert bridge["ipam"]["ranges"] == [[{"subnet": str(agent.subnet())}]]
+        assert {"dst": "10.244.0.0/16"} in bridge["ipam"]["routes"]
+        assert portmap["type"] == "portmap"
+    pods = [world.pod(agent, "pod") for agent in agents]
+    with matrix.Wires(pods) as wires:
+        assert all(cell.ok for cell in wires.all(lambda _s, _t, own: own))
+
+
+def test_a_restart_writes_nothing_and_costs_no_packet(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    pods = [world.pod(agent, "pod") for agent in agents]
+    until("the condition is told", lambda: unavailable(world, "node1") == "False")
+    version = world.kube.read("node1")["metadata"]["resourceVersion"]
+    mac = agents[0].mac()
+    with world.stream(pods[0], pods[1]) as stream:
+        again = world.restart(agents[0]).wait_ready()
+    assert stream.lost() == 0
+    assert again.mac() == mac
+    assert world.kube.read("node1")["metadata"]["resourceVersion"] == version
+
+
+def test_a_node_without_a_pod_cidr_waits_and_becomes_ready_by_itself(kube_world):
+    world = kube_world
+    world.node(1, "")
+    agent = world.agent("node1")
+    until("it says so", lambda: "no podCIDR yet" in problems(agent))
+    assert not agent.ready()
+    assert agent.process.poll() is None
+    world.kube.patch("node1", {"spec": {"podCIDR": "10.244.7.0/24", "podCIDRs": ["10.244.7.0/24"]}})
+    agent.wait_ready()
+    assert str(agent.subnet()) == "10.244.7.0/24"
+
+
+def test_what_somebody_removes_from_our_node_is_put_back(kube_world):
+    world = kube_world
+    world.nodes(1)
+    before = world.kube.notes("node1")
+    world.kube.annotate("node1", backend_data=None, kube_subnet_manager=None)
+    until("the annotations are back", lambda: world.kube.notes("node1") == before)
+    world.kube.annotate("node1", backend_data='{"VNI":1,"VtepMAC":"0a:00:00:00:00:99"}')
+    until("a changed one is put right", lambda: world.kube.notes("node1") == before)
+
+
+def test_a_node_made_again_under_one_name(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    mac = agents[1].mac()
+    world.kube.delete("node2")
+    until("the peer is gone", lambda: world.peers("node1") == 0)
+    until("it says why it is not ready", lambda: "no Node node2" in problems(agents[1]), 40)
+    world.kube.node("node2", "10.244.2.0/24")
+    until("the peer is back", lambda: world.peers("node1") == 1, 40)
+    assert agents[1].mac() == mac
+    until("it is ready again", agents[1].ready, 30)
+    until("the new Node has its condition", lambda: unavailable(world, "node2") == "False", 30)
+
+
+def test_a_node_made_again_with_another_pod_cidr_moves(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    world.kube.delete("node2")
+    world.kube.node("node2", "10.244.9.0/24")
+    until(
+        "the peer has its new subnet",
+        lambda: agents[0].status()["peers"] and agents[0].status()["peers"][0]["subnet"] == "10.244.9.0/24",
+        40,
+    )
+    until("its own agent too", lambda: str(agents[1].subnet()) == "10.244.9.0/24")
+    until("and the kernel", lambda: world.kernel("node1")["routes"].keys() == {(number("10.244.9.0"), 24)})
+
+
+def test_overlapping_pod_cidrs_the_older_node_wins(kube_world):
+    world = kube_world
+    world.nodes(2)
+    world.node(3, "10.244.2.0/24")
+    late = world.agent("node3")
+    until("the younger says why", lambda: "overlaps that of Node node2, which is older" in problems(late))
+    assert not late.ready()
+    assert world.kube.notes("node3") == {}
+    assert world.peers("node1") == 1
+
+
+def test_a_pod_cidr_outside_network_is_refused_by_name(kube_world):
+    world = kube_world
+    world.node(1, "10.99.1.0/24")
+    agent = world.agent("node1")
+    until("it says so", lambda: "outside Network 10.244.0.0/16" in problems(agent))
+
+
+def test_an_operator_chooses_and_replaces_the_public_ip(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    world.run("node1", "ip", "addr", "add", "192.168.1.77/24", "dev", "eth0")
+    world.kube.annotate("node1", node_public_ip="192.168.1.77")
+    until("it is published", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.77")
+    until("the device sends from it", lambda: world.device("node1").local == number("192.168.1.77"))
+    until("the peer sends to it", lambda: number("192.168.1.77") in world.kernel("node2")["fdb"].values())
+    world.kube.annotate("node1", public_ip_overwrite="192.168.1.2")
+    until("the other one is published", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.2")
+    assert world.device("node1").local == number("192.168.1.77")
+    world.kube.annotate("node1", node_public_ip="nonsense", public_ip_overwrite=None)
+    until("a bad value is told", lambda: "nonsense" in problems(agents[0]))
+    until("and what stood before holds", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.2")
+
+
+def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
+    world = kube_world
+    agents = world.nodes(2, "--ip-masq")
+    pods = [world.pod(agent, "pod") for agent in agents]
+    table = lambda: world.run("node1", "nft", "list", "table", "ip", "overlay-1")  # noqa: E731
+    assert "masquerade" in table()
+    with world.stream(pods[0], pods[1]) as stream:
+        world.config_file("overlayd.json", {"ip-masq": False, "log-level": "error"})
+        until("masquerade is off", lambda: "masquerade" not in table())
+        world.config(Backend={"Type": "vxlan", "DirectRouting": True})
+        until("routes are direct", lambda: all(not r.flags & 4 for r in world.kernel("node1")["routes"].values()))
+        until("on both", lambda: all(not r.flags & 4 for r in world.kernel("node2")["routes"].values()))
+        world.config(Backend={"Type": "vxlan", "MTU": 1400})
+        until("the MTU follows", lambda: world.device("node1").mtu == 1350)
+        until("for new pods too", lambda: '"mtu": 1350' in (agents[0].run_dir / "cni/10-flannel.conflist").read_text())
+    assert stream.lost() == 0
+    world.config_file("overlayd.json", {"iface": "eth1"})
+    until("what needs a restart is named", lambda: "needs a restart" in problems(agents[0]))
+    world.config_file("overlayd.json", "{")
+    until("rubbish is named", lambda: "not JSON" in problems(agents[0]))
+    world.config_file("net-conf.json", "{")
+    until("in the network config too", lambda: "net-conf.json: not JSON" in problems(agents[0]))
+    assert agents[0].ready()
+
+
+def test_uninstall_leaves_nothing(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    before = {agent.node: agent for agent in agents}
+    until("the condition is told", lambda: unavailable(world, "node1") == "False")
+    agents[0].stop()
+    done = world.run(
+        "node1", agents[0].command[2], "-m", "overlay.cli.app", "uninstall",
+        *[flag for flag in agents[0].command[5:] if flag.startswith("--")],
+    )  # fmt: skip
+    assert "device flannel.1" in done
+    assert world.kube.notes("node1") == {}
+    assert unavailable(world, "node1") == ""
+    assert world.device("node1") is None
+    assert "overlay" not in world.run("node1", "nft", "list", "ruleset")
+    assert not (before["node1"].run_dir / "cni" / "10-flannel.conflist").exists()
+    assert not (before["node1"].run_dir / "subnet.env").exists()
+    until("the peer lost it", lambda: world.peers("node2") == 0)
+
+
+def test_an_api_server_that_is_away_frozen_or_killed_costs_nothing(kube_world):
+    world = kube_world
+    agents = world.nodes(2)
+    pods = [world.pod(agent, "pod") for agent in agents]
+    with world.stream(pods[0], pods[1]) as stream:
+        world.kube.freeze()
+        until("a frozen one is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+        world.kube.thaw()
+        until("and found again", lambda: not any(agent.status()["store_down"] for agent in agents), 40)
+        world.kube.stop(signal.SIGKILL)
+        until("a killed one is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+        assert all(agent.ready() for agent in agents)
+        world.kube.start()
+        world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
+        until("what came since is seen", lambda: world.peers("node1") == 2, 40)
+    assert stream.lost() == 0
