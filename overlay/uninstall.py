@@ -41,8 +41,8 @@ def node_store(settings: Settings) -> tuple[NodeStore, Names]:
 
 
 def uninstall(settings: Settings) -> Iterator[str]:
-    """Remove the network list first (no new pod starts here), then what the node says to others, then kernel and files;
-    each thing removed, as a line.
+    """Remove the network list first (no new pod starts here), then kernel and files, and last what the node says to
+    others: a Node without our annotations is done. Each thing removed, as a line.
 
     Raises:
         RunDirError: an agent still runs here; it would put everything back.
@@ -52,9 +52,9 @@ def uninstall(settings: Settings) -> Iterator[str]:
         failed: list[str] = []
         for what, remove in (
             ("CNI list", _network_list),
-            ("Node", _annotations),
             ("kernel", _kernel),
             ("files", _files),
+            ("Node", _annotations),
         ):
             try:
                 yield from remove(settings)
