@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop clean
+.PHONY: setup lab lab-down lint test lock image interop cluster cluster-test bundle clean
 
 setup: $(STAMP)
 
@@ -22,7 +22,20 @@ lint: setup
 	.venv/bin/lint-imports --no-cache
 
 test: setup
-	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop
+	.ci/kubernetes/build kube-apiserver
+	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster
+
+cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
+	.ci/cluster-setup
+	.venv/bin/overlay cluster prove
+
+cluster-test: setup ## the same as tests
+	.ci/cluster-setup
+	$(PY) -m pytest tests/cluster
+
+bundle: setup ## image and manifests in one archive, for machines that reach no registry
+	.ci/cluster-setup
+	.ci/bundle
 
 interop: setup ## the real flanneld beside ours and swapped under live traffic (builds it: Go, some minutes)
 	bench/flanneld/build

@@ -8,6 +8,7 @@ import sys
 import click
 
 from overlay import __version__
+from overlay.cli.cluster import cluster
 from overlay.cli.lab import lab
 from overlay.cli.status import status
 
@@ -76,6 +77,7 @@ def install_cni(to: str, source: str) -> None:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
+app.add_command(cluster)
 app.add_command(lab)
 app.add_command(status)
 

@@ -179,7 +179,7 @@ def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
         console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
         _print_nodes(it, statuses, False, console)
         for kinds in ("pod-pod", "node-pod", "pod-node"):
-            _print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
+            print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
         if packet is not None:
             _print_packet(console, packet)
         if missed:
@@ -260,7 +260,7 @@ WIDE = 9
 """Columns that fit; a larger matrix is shown as its failures and a summary."""
 
 
-def _print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
+def print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
     if not cells:
         return
     targets = list(dict.fromkeys(cell.target for cell in cells))

@@ -18,7 +18,7 @@ CLONE_NEWNET = 0x40000000
 
 
 def path(name: str) -> str:
-    """The file that names a namespace."""
+    """The file that names a namespace; one without a name is named by its file (/proc/PID/ns/net)."""
     return str(FOLDER / name)
 
 

@@ -47,6 +47,7 @@ def start(namespace: str, command: list[str], log: Path) -> Process:
             start_new_session=True,
             close_fds=True,
         )
+    child.returncode = 0  # it outlives us; `end` collects it, and Popen need not wait for it
     return Process(child.pid, _start_time(child.pid) or 0)
 
 

@@ -1,0 +1,96 @@
+"""`overlay cluster`: a real two-node Kubernetes on this machine, our manifest on it, and what must hold.
+
+Needs the checkout (manifests, Kubernetes programs, images): `make cluster` prepares them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from overlay.cli.lab import print_matrix
+from overlay.lab.cluster import Cluster
+from overlay.lab.lab import locked
+from overlay.lab.processes import LabError
+from overlay.lab.proof import Proof
+
+NAME = click.option("--name", default="cluster", show_default=True)
+
+
+@click.group()
+def cluster() -> None:
+    """A real two-node Kubernetes on this machine (make cluster)."""
+
+
+@cluster.command()
+@NAME
+@click.option("--keep", is_flag=True, help="leave it running, with the network installed")
+@click.option("--outage", default=60.0, show_default=True, help="seconds that the API server is away")
+def prove(name: str, keep: bool, outage: float) -> None:
+    """Bring it up, apply the manifest, show who reaches whom, then do to it what operators do.
+
+    Exit status: 0 all held, 1 something did not.
+    """
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    it, began = Cluster(name), time.monotonic()
+
+    def tell(line: str) -> None:
+        console.print(Text(f"{time.monotonic() - began:6.1f} s  {line}"))
+
+    try:
+        with locked(name):
+            it.down()
+            it.up(2, plugins=False)
+            proof = Proof(it)
+            tell(f"{len(proof.names)} nodes are registered, none Ready: {', '.join(proof.names)}")
+            tell(proof.install())
+            pods = [end for end in proof.pods() if end.kind == "pod"]
+            tell(f"{len(pods)} pods run: {', '.join(f'{end.name} {end.address} on {end.node}' for end in pods)}")
+            cells = proof.reach()
+            for kinds in ("pod-pod", "node-pod", "pod-node"):
+                print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
+            tell(f"Service: {proof.service()}")
+            if keep:
+                tell(f"it stays up; try: overlay cluster kubectl --name {name} -- get pods -A -o wide")
+                return
+            for step in (
+                proof.rolling_restart,
+                proof.agent_killed,
+                lambda: proof.node_returns("node2"),
+                lambda: proof.outage(outage),
+                proof.uninstall,
+            ):
+                tell(step())
+            it.down()
+            tell("all held; the cluster is removed")
+    except LabError as error:
+        tell(f"did not hold: {error}")
+        tell(f"it is left as it is; look at it: overlay cluster kubectl --name {name} -- get pods -A -o wide")
+        tell(f"logs: {it.folder}/*.log; remove it: overlay cluster down --name {name}")
+        sys.exit(1)
+
+
+@cluster.command()
+@NAME
+def down(name: str) -> None:
+    """Remove it with everything in it, also what a crash left."""
+    try:
+        with locked(name):
+            Cluster(name).down()
+    except LabError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@cluster.command(context_settings={"ignore_unknown_options": True})
+@NAME
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def kubectl(name: str, arguments: tuple[str, ...]) -> None:
+    """kubectl as its administrator."""
+    try:
+        click.echo(Cluster(name).kubectl(*arguments, input=None if sys.stdin.isatty() else sys.stdin.read()), nl=False)
+    except LabError as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,127 @@
+"""Our image and manifest on a real two-node Kubernetes. The steps build on each other and run in this order; each is
+the proof that `make cluster` shows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from overlay.lab.cluster import Cluster
+from overlay.lab.processes import LabError
+from overlay.lab.proof import AGENTS, NAMESPACE, Proof, manifest
+from tests.support.wait import until
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def proof() -> Iterator[Proof]:
+    cluster = Cluster(f"test{os.getpid()}")
+    try:
+        cluster.up(2, plugins=False)
+        yield Proof(cluster)
+    finally:
+        cluster.down()
+
+
+def test_a_bare_cluster_has_no_network(proof):
+    """The control: what makes the nodes Ready below is us."""
+    assert [proof.cluster.ready(name) for name in proof.names] == [False, False]
+    with pytest.raises(LabError, match="within 3 s"):
+        proof.cluster.wait_ready(3)
+
+
+def test_the_manifest_makes_every_node_ready(proof):
+    proof.install()
+    assert proof.cluster.node_path("node1", "/opt/cni/bin/bridge").exists(), "the init container brings the plugins"
+
+
+def test_pods_and_nodes_reach_each_other(proof):
+    proof.pods()
+    cells = proof.reach()
+    assert {cell.kinds for cell in cells} == {"pod-pod", "node-pod", "pod-node"}
+    across = [cell for cell in cells if cell.kinds == "pod-pod" and cell.seen == cell.own]
+    assert len(across) == 12
+
+
+def test_a_service_answers(proof):
+    proof.service()
+
+
+def test_the_agent_has_the_rights_the_manifest_says_and_no_more(proof):
+    for node in proof.names:
+        pid = proof._pid(node, 'labels."io.kubernetes.container.name"==overlayd')
+        said = dict(line.split(":\t", 1) for line in open(f"/proc/{pid}/status").read().splitlines() if ":\t" in line)
+        assert int(said["CapEff"], 16) == 1 << 12 | 1 << 13, "NET_ADMIN and NET_RAW"  # linux/capability.h
+        assert said["Seccomp"].strip() == "2"
+        assert said["NoNewPrivs"].strip() == "1"
+        with pytest.raises(OSError, match="Read-only"):
+            open(f"/proc/{pid}/root/etc/overlay-test", "w")
+    assert proof.cluster.run("node1", ["cat", "/proc/sys/net/ipv4/ip_forward"]).strip() == "1"
+
+
+def test_another_nodes_status_is_closed_by_the_admission_policy(proof):
+    kubectl = proof.cluster.kubectl
+    kubectl("apply", "-f", "-", input=manifest_text("admission-policy.yaml"))
+    account = f"system:serviceaccount:{NAMESPACE}:overlay"
+    who = [f"--as={account}", "--as-user-extra=authentication.kubernetes.io/node-name=node1"]
+    patch = json.dumps({"metadata": {"annotations": {"flannel.alpha.coreos.com/public-ip": "192.168.1.2"}}})
+
+    def write(node: str) -> str:
+        return kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch, *who)
+
+    def refused() -> bool:
+        try:
+            write("node2")
+        except LabError as error:
+            return "forbidden" in str(error).lower() or "denied" in str(error).lower()
+        return False
+
+    until("another node's is refused", refused, 30)
+    write("node1")
+    proof.cluster.kubectl("-n", NAMESPACE, "rollout", "restart", "daemonset/overlay")
+    proof.cluster.kubectl("-n", NAMESPACE, "rollout", "status", "daemonset/overlay", "--timeout=120s")
+    until("the agents put right what was written", lambda: proof.notes("node2")["public-ip"] == "192.168.1.3", 30)
+
+
+def test_a_changed_config_map_arrives(proof):
+    """The kubelet brings it within two minutes; the agents take it without a restart."""
+    before = proof._agents()
+    text = manifest("overlay.yaml").replace('"Type": "vxlan"', '"Type": "vxlan", "MTU": 1400')
+    proof.cluster.kubectl("apply", "-f", "-", input=text)
+    until("the device's MTU", lambda: "mtu 1350" in proof.cluster.run("node2", ["ip", "link", "show", "flannel.1"]), 180)
+    proof.cluster.kubectl("apply", "-f", "-", input=manifest("overlay.yaml"))
+    assert proof._agents() == before
+
+
+def test_a_rolling_update_and_a_rollback_keep_connections(proof):
+    proof.rolling_restart()
+
+
+def test_killed_agents_keep_connections(proof):
+    proof.agent_killed()
+    assert min(proof._restarts()) >= 1
+    assert len(proof.cluster.objects("pods", "-n", NAMESPACE, "-l", AGENTS)) == 2
+
+
+def test_a_node_goes_and_returns(proof):
+    proof.node_returns("node2")
+
+
+def test_an_api_server_outage_of_a_minute(proof):
+    proof.outage(60)
+
+
+def test_uninstall_leaves_nothing(proof):
+    proof.uninstall()
+    with pytest.raises(LabError, match="not found"):
+        proof.cluster.kubectl("get", "namespace", NAMESPACE)
+
+
+def manifest_text(name: str) -> str:
+    from overlay.lab.cluster import SOURCES
+
+    return (SOURCES / "manifests" / name).read_text()
