@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Protocol
 
 from lease.allocate import choose_mac
@@ -137,7 +137,7 @@ class NodeTenure:
         """The condition to write; None where it stands or is not to be told (yet)."""
         if not self._tell_condition or not self.network_up or view.unavailable == "False":
             return None
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return {
             "type": UNAVAILABLE,
             "status": "False",

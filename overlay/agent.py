@@ -17,21 +17,21 @@ import structlog
 
 from lease import config as net_config
 from lease import tenure
+from lease.annotations import Hints
 from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
-from lease.annotations import Hints
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, plan
 from overlay.datapath import Datapath
+from overlay.files import FileText
 from overlay.health import Health
 from overlay.host import Host
 from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.reconcile import Device
-from overlay.files import FileText
 from overlay.settings import Settings, SettingsError, read_live
 from overlay.status import LeaseStatus, Status
 from overlay.underlay import UnderlayError

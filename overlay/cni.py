@@ -90,7 +90,7 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
     return json.dumps({"name": NETWORK_NAME, "cniVersion": "0.3.1", "plugins": plugins}, indent=2) + "\n"
 
 
-def render_list(template: bytes, plain: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
+def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq: bool) -> str:
     """flannel's cni-conf.json as a list that needs no flannel plugin: its entry of type flannel becomes bridge and
     host-local on our lease, its delegate's values kept; other entries stay as they are.
 

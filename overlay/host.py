@@ -160,7 +160,7 @@ class Host:
             bridge = cni.bridge_name(own.subnet, self._interface_addresses().items())
             content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir)
             if self.template is not None:
-                content = cni.render_list(self.template, content, network, own.subnet, mtu, settings.ip_masq)
+                content = cni.render_list(self.template, content, network, mtu, settings.ip_masq)
             path = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
             self.listed = self.listed or in_sync
             if self.listed:

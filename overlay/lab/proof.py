@@ -209,7 +209,9 @@ class Proof:
     def left_on(self, name: str) -> list[str]:
         """What of ours is on a node."""
         run, path = self.cluster.run, self.cluster.node_path
-        found = [f"link {line.split()[1]}" for line in run(name, ["ip", "-o", "link"]).splitlines() if "flannel" in line]
+        found = [
+            f"link {line.split()[1]}" for line in run(name, ["ip", "-o", "link"]).splitlines() if "flannel" in line
+        ]
         found += [line for line in run(name, ["ip", "route", "show", "proto", "111"]).splitlines() if line]
         found += [line for line in run(name, ["nft", "list", "tables"]).splitlines() if "overlay-" in line]
         found += [str(there) for folder in ("/run/overlay", "/run/flannel") for there in path(name, folder).glob("*")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -54,12 +55,14 @@ def test_a_service_answers(proof):
 def test_the_agent_has_the_rights_the_manifest_says_and_no_more(proof):
     for node in proof.names:
         pid = proof._pid(node, 'labels."io.kubernetes.container.name"==overlayd')
-        said = dict(line.split(":\t", 1) for line in open(f"/proc/{pid}/status").read().splitlines() if ":\t" in line)
+        said = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line
+        )
         assert int(said["CapEff"], 16) == 1 << 12 | 1 << 13, "NET_ADMIN and NET_RAW"  # linux/capability.h
         assert said["Seccomp"].strip() == "2"
         assert said["NoNewPrivs"].strip() == "1"
         with pytest.raises(OSError, match="Read-only"):
-            open(f"/proc/{pid}/root/etc/overlay-test", "w")
+            Path(f"/proc/{pid}/root/etc/overlay-test").touch()
     assert proof.cluster.run("node1", ["cat", "/proc/sys/net/ipv4/ip_forward"]).strip() == "1"
 
 
@@ -92,7 +95,9 @@ def test_a_changed_config_map_arrives(proof):
     before = proof._agents()
     text = manifest("overlay.yaml").replace('"Type": "vxlan"', '"Type": "vxlan", "MTU": 1400')
     proof.cluster.kubectl("apply", "-f", "-", input=text)
-    until("the device's MTU", lambda: "mtu 1350" in proof.cluster.run("node2", ["ip", "link", "show", "flannel.1"]), 180)
+    until(
+        "the device's MTU", lambda: "mtu 1350" in proof.cluster.run("node2", ["ip", "link", "show", "flannel.1"]), 180
+    )
     proof.cluster.kubectl("apply", "-f", "-", input=manifest("overlay.yaml"))
     assert proof._agents() == before
 

@@ -40,11 +40,11 @@ def kube(tmp_path) -> Iterator[Kube]:
 
 
 @pytest.fixture
-def clean(shared) -> Iterator[Kube]:
+def clean(shared) -> Kube:
     """The shared one, without Nodes."""
     for node in shared.ask("GET", "/api/v1/nodes")["items"]:
         shared.delete(node["metadata"]["name"])
-    yield shared
+    return shared
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_the_manifests_role_gives_this_and_no_more(clean, method, path, allowed)
         if allowed:
             call()
         else:
-            with pytest.raises(StoreUnavailable, match="403.*cannot"):
+            with pytest.raises(StoreUnavailable, match=r"403.*cannot"):
                 call()
     finally:
         client.close()
@@ -369,7 +369,7 @@ def test_compacted_history_means_list_again(kube, stores):
     kube.etcd.compact(kube.etcd.revision())
     kube.stop()
     kube.start()  # an API server without the events in its cache
-    with pytest.raises(StoreUnavailable, match="410|too old"):
+    with pytest.raises(StoreUnavailable, match=r"410|too old"):
         list(store.watch(0))
     assert len(store.read().leases) == 4
 
