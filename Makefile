@@ -39,6 +39,7 @@ bundle: setup ## image and manifests in one archive, for machines that reach no 
 
 interop: setup ## the real flanneld beside ours and swapped under live traffic (builds it: Go, some minutes)
 	bench/flanneld/build
+	.ci/kubernetes/build kube-apiserver
 	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop -n 2
 
 lock: setup ## take newer versions of what pyproject.toml asks for

@@ -12,9 +12,9 @@ from lease.model import prefix
 from overlay import cni
 from overlay.cni import CONFLIST
 from overlay.lab import netns
-from tests.agent.conftest import _swept, world  # noqa: F401 (fixtures)
+from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.wait import until
-from tests.support.world import World
+from tests.support.world import KubeWorld, World
 
 BINARY = Path(os.environ.get("FLANNELD", Path(__file__).parents[2] / ".venv" / "flanneld"))
 
@@ -31,11 +31,17 @@ class Flanneld:
             self.process = subprocess.Popen(
                 [
                     "nsenter", f"--net={netns.path(where.namespace(node))}", str(BINARY),
-                    f"-etcd-endpoints={where.etcd.endpoint}", "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
+                    *self._store_flags(where), "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
                 ],
-                stdout=log, stderr=log,
+                stdout=log, stderr=log, env=os.environ | {"NODE_NAME": node},
             )  # fmt: skip
         where.agents.append(self)  # type: ignore[arg-type]  # ended with the others
+
+    def _store_flags(self, where: World) -> list[str]:
+        if isinstance(where, KubeWorld):
+            config = f"{where.config_map}/net-conf.json"
+            return ["-kube-subnet-mgr", f"-kubeconfig-file={where.kube.kubeconfig()}", f"-net-config-path={config}"]
+        return [f"-etcd-endpoints={where.etcd.endpoint}"]
 
     def wait_ready(self) -> Flanneld:
         until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)
