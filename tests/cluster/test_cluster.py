@@ -69,12 +69,14 @@ def test_the_agent_has_the_rights_the_manifest_says_and_no_more(proof):
 def test_another_nodes_status_is_closed_by_the_admission_policy(proof):
     kubectl = proof.cluster.kubectl
     kubectl("apply", "-f", "-", input=manifest_text("admission-policy.yaml"))
-    account = f"system:serviceaccount:{NAMESPACE}:overlay"
-    who = [f"--as={account}", "--as-user-extra=authentication.kubernetes.io/node-name=node1"]
+    bound = ["--bound-object-kind=Node", "--bound-object-name=node1"]
+    token = kubectl("-n", NAMESPACE, "create", "token", "overlay", *bound).strip()
     patch = json.dumps({"metadata": {"annotations": {"flannel.alpha.coreos.com/public-ip": "192.168.1.2"}}})
 
     def write(node: str) -> str:
-        return kubectl("patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch, *who)
+        return kubectl(
+            "patch", "node", node, "--subresource=status", "--type=strategic", "-p", patch, f"--token={token}"
+        )
 
     def refused() -> bool:
         try:

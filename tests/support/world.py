@@ -290,6 +290,8 @@ class KubeWorld(World):
     def node(self, number: int, pod_cidr: str | None = None) -> str:
         name = super().node(number)
         self.kube.node(name, f"10.244.{number}.0/24" if pod_cidr is None else pod_cidr)
+        # as the node controller does to each; on a Node without any annotation flanneld panics
+        self.kube.patch(name, {"metadata": {"annotations": {"node.alpha.kubernetes.io/ttl": "0"}}})
         return name
 
     def store_flags(self, node: str) -> list[str]:
