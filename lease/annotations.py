@@ -17,7 +17,7 @@ from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, p
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
-_LONGEST = 4096
+LONGEST = 4096
 """Bytes of an annotation we read; a real one has some 50."""
 
 
@@ -121,24 +121,27 @@ def decode_node(
         subnet = subnets.get(family)
         public_ip = annotations.get(names.public_ip[place])
         data = annotations.get(names.data[place])
-        there = subnet is not None and public_ip is not None
-        if not there or (family == 6 and backend == "vxlan" and data is None):
+        if subnet is None or public_ip is None:
             ends.append(None)
             continue
-        assert subnet is not None
         try:
-            address = ip_number(str(public_ip), family)
-        except ValueError:
-            raise BadRecord(f"{names.public_ip[place]}: {public_ip!a:.80} must be an IPv{family} address") from None
-        vni, mac = _data(names.data[place], data) if backend == "vxlan" else (None, None)
-        ends.append(Endpoint(subnet, address, vni, mac))
+            try:
+                address = ip_number(str(public_ip), family)
+            except ValueError:
+                raise BadRecord(f"{names.public_ip[place]}: {public_ip!a:.80} must be an IPv{family} address") from None
+            vni, mac = _data(names.data[place], data) if backend == "vxlan" else (None, None)
+            ends.append(Endpoint(subnet, address, vni, mac))
+        except BadRecord:
+            if ends == [None] or family == 4:
+                raise
+            ends.append(None)  # what is wrong with its IPv6 costs no IPv4 peer
     if ends == [None, None]:
         raise BadRecord("it has no podCIDR yet" if not subnets else f"{names.public_ip[0]} is missing")
     return Lease(name, backend[:32], ends[0], ends[1], name, created, 0, uid)
 
 
 def _data(name: str, text: str | None) -> tuple[int, int]:
-    if text is None or len(text) > _LONGEST:
+    if text is None or len(text) > LONGEST:
         raise BadRecord(f"{name}: missing" if text is None else f"{name}: has {len(text)} bytes")
     try:
         value = json.loads(text)

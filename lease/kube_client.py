@@ -119,8 +119,13 @@ class KubeClient:
         return self._json(self._request("PATCH", path, {}, headers, json.dumps(body), TIMEOUT_S, preload=True))
 
     def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
-        """Open a watch. Raises ApiError, StoreUnavailable."""
-        return Stream(self._request("GET", path, query, {"Accept": accept}, None, None, preload=False))
+        """Open a watch: the answer must begin in time, what follows may take as long as it likes (who waits for it must
+        doubt it). Raises ApiError, StoreUnavailable."""
+        response = self._request("GET", path, query, {"Accept": accept}, None, TIMEOUT_S, preload=False)
+        sock = getattr(getattr(response, "connection", None), "sock", None)
+        if sock is not None:
+            sock.settimeout(None)
+        return Stream(response)
 
     def reconnect(self) -> None:
         """Use no connection made before."""
@@ -134,7 +139,7 @@ class KubeClient:
 
     def _request(
         self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
-        read_s: float | None, preload: bool,
+        read_s: float, preload: bool,
     ) -> urllib3.BaseHTTPResponse:  # fmt: skip
         if self._ending:
             raise StoreUnavailable("the agent is stopping")
@@ -145,7 +150,7 @@ class KubeClient:
             api.update_params_for_auth(sent, [], ["BearerToken"], path, method, body)
             response: urllib3.BaseHTTPResponse = api.rest_client.pool_manager.request(
                 method, url, headers=sent, body=body, preload_content=preload, retries=False, redirect=False,
-                timeout=urllib3.Timeout(total=read_s, connect=4.0, read=read_s),
+                timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise StoreUnavailable(f"{api.configuration.host}: {_words(error)}") from error
@@ -162,7 +167,7 @@ class KubeClient:
     def _json(self, response: urllib3.BaseHTTPResponse) -> Any:
         try:
             return json.loads(response.data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StoreUnavailable(f"{self.place}: answered with no JSON: {error}") from error
 
     def _connected(self) -> Any:

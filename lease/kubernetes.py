@@ -7,15 +7,17 @@ GET, many at once one list in pages.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lease.annotations import Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
+from lease.annotations import LONGEST, Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
 from lease.codec import BadRecord
 from lease.kube_client import ApiError, KubeClient, KubeSettings, Stream
 from lease.model import Lease, Prefix, Refused
@@ -24,12 +26,13 @@ from lease.store import Change, Changes, Gone, RecordChanged, Snapshot, StoreUna
 NODES = "/api/v1/nodes"
 ONE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 MANY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-FULL_PAGE, METADATA_PAGE = 50, 500
+FULL_PAGE, METADATA_PAGE = 50, 100
+"""Small, since a page is parsed whole: 500 of metadata cost 10 MiB that are never given back, and are no faster."""
 SINGLY = 16
 """So many unknown uids at once are asked for one by one; more by one list."""
 SILENT_S, PROBE_S = 8.0, 5.0
 """A watch silent for so long is doubted: is the server there at all? Together below 15 s."""
-NO_BOOKMARK_S = 150.0
+NO_BOOKMARK_S = 100.0
 """Bookmarks come every minute; without them (a restored etcd) the list is read again."""
 LUMP, PAUSE_S = 8, 0.1
 """Under many events they are read in lumps: a wake for each would cost more than the events."""
@@ -90,6 +93,10 @@ class NodeStore:
     # --- list and watch ------------------------------------------------------------------------------------------------
 
     def read(self) -> Snapshot:
+        with _answers_of(self._client.place):
+            return self._read()
+
+    def _read(self) -> Snapshot:
         nodes: dict[str, _Node] = {}
         unknown: dict[str, dict[str, Any]] = {}
         first = not self._nodes
@@ -100,7 +107,7 @@ class NodeStore:
                 meta = item["metadata"]
                 name, known = meta["name"], self._nodes.get(meta["name"])
                 if first:
-                    nodes[name] = self._keep(meta, *_subnets(item.get("spec", {})))
+                    nodes[name] = self._keep(meta, *_subnets(item.get("spec") or {}))
                 elif known is not None and known.uid == meta["uid"] and known.subnets:
                     nodes[name] = known if known.said == self._said(meta) else self._keep(meta, known.subnets)
                 else:
@@ -171,11 +178,12 @@ class NodeStore:
                 version = meta["resourceVersion"]
                 if kind != "BOOKMARK":
                     self._observe(kind, meta, changes, unknown)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise StoreUnavailable(f"an event that is none ({error!r}); the list is read again") from error
             self._version = version
-        for name, node in self._resolve(unknown).items():
-            self._put(name, node, changes)
+        with _answers_of(self._client.place):
+            for name, node in self._resolve(unknown).items():
+                self._put(name, node, changes)
         own = self._own_hints()
         told: list[Change] = list(changes.values())
         if own != self._hints or self._own in unknown:
@@ -214,7 +222,7 @@ class NodeStore:
                 for item in page["items"]:
                     meta = item["metadata"]
                     if meta["name"] in unknown and unknown[meta["name"]]["uid"] == meta["uid"]:
-                        found[meta["name"]] = self._keep(unknown[meta["name"]], *_subnets(item.get("spec", {})))
+                        found[meta["name"]] = self._keep(unknown[meta["name"]], *_subnets(item.get("spec") or {}))
             return found
         for name, meta in unknown.items():
             try:
@@ -224,7 +232,7 @@ class NodeStore:
                     continue
                 raise
             if item["metadata"]["uid"] == meta["uid"]:
-                found[name] = self._keep(meta, *_subnets(item.get("spec", {})))
+                found[name] = self._keep(meta, *_subnets(item.get("spec") or {}))
         return found
 
     def _pages(self, full: bool) -> Iterator[Any]:
@@ -257,7 +265,7 @@ class NodeStore:
 
     def _said(self, meta: Mapping[str, Any]) -> tuple[str | None, ...]:
         notes = meta.get("annotations") or {}
-        return tuple(notes.get(name) for name in self._interesting)
+        return tuple(_bounded(notes.get(name)) for name in self._interesting)
 
     def _own_hints(self) -> Hints:
         node = self._nodes.get(self._own)
@@ -284,6 +292,10 @@ class NodeStore:
 
     def own(self) -> NodeView:
         """Our own Node, read now. Raises RecordChanged when there is none, StoreUnavailable."""
+        with _answers_of(self._client.place):
+            return self._view()
+
+    def _view(self) -> NodeView:
         try:
             item = self._client.get(f"{NODES}/{self._own}", {})
         except ApiError as error:
@@ -363,6 +375,22 @@ def _subnets(spec: Mapping[str, Any]) -> tuple[dict[int, Prefix], str]:
         return {}, str(error)
 
 
+def _bounded(text: str | None) -> str | None:
+    """An annotation as it is remembered: a huge one (256 KiB are allowed) by its hash."""
+    if text is None or len(text) <= LONGEST:
+        return text
+    return f"{len(text)} bytes {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+@contextmanager
+def _answers_of(place: str) -> Iterator[None]:
+    """An answer that has not the form it must have (a proxy's, a broken server's) is no answer."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise StoreUnavailable(f"{place}: an answer that is none of this API's: {error!r}") from error
+
+
 def _reduced(meta: Mapping[str, Any], interesting: tuple[str, ...]) -> dict[str, Any]:
     notes = meta.get("annotations") or {}
     return {
@@ -375,4 +403,4 @@ def _reduced(meta: Mapping[str, Any], interesting: tuple[str, ...]) -> dict[str,
 
 def _number(version: str) -> int:
     """A resourceVersion for messages and order; it is opaque, though every server writes a number."""
-    return int(version) if version.isdigit() else 0
+    return int(version) if version.isdecimal() else 0

@@ -14,6 +14,7 @@ from lease.allocate import choose_mac
 from lease.annotations import Names, encode, hints, uid_number
 from lease.claim import Claim
 from lease.codec import BadRecord, vxlan_data
+from lease.kube_client import ApiError
 from lease.kubernetes import UNAVAILABLE, NodeView
 from lease.model import Endpoint, Lease, Prefix
 from lease.store import LeaseExpired, RecordChanged, Snapshot
@@ -21,6 +22,8 @@ from lease.tenure import Denied, Held, Lost, Renewed, TenureEvent
 
 TRIES = 5
 """A Node that is made again under our hands is read again so often before we pause."""
+REFUSED = (400, 401, 403, 413)
+"""What an API server says when trying again does not help: an operator must see it, also while we hold."""
 CHECK_S = 300.0
 """Annotations are watched; the condition is not in what we watch: our own Node is read whole so often."""
 REASON, MESSAGE = "FlannelIsUp", "Flannel is running on this node"
@@ -62,6 +65,10 @@ class NodeTenure:
                 return self._settle(claim, self._store.own())
             except RecordChanged as changed:
                 why = str(changed)
+            except ApiError as refused:
+                if refused.code not in REFUSED:
+                    raise
+                return self._deny(str(refused))
         return self._deny(f"{why}; is --node-name (NODE_NAME) right, and does its kubelet run?")
 
     def renew(self) -> Renewed:
@@ -74,6 +81,8 @@ class NodeTenure:
             raise LeaseExpired(str(error)) from error
         if self._differing(self.held, view) or self._condition(view) is not None:
             raise LeaseExpired("our Node does not say what we wrote")
+        if self.held.v4 is not None and self._older_overlap(self.held.v4.subnet, view.created):
+            raise LeaseExpired("an older Node has our podCIDR")
         return Renewed(None)
 
     def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:

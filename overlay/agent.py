@@ -43,6 +43,8 @@ FILES_CHECK_S = 5.0
 RETRY_S = 2.0
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
+LIST_LOOK_S = 0.2
+"""Until the first network list stands: the node is not Ready before."""
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
 
@@ -130,6 +132,8 @@ class Agent:
         """For what an earlier run left: the device's MAC, and the subnet of subnet.env."""
         self._first_mac: int | None = None
         self._previous: Prefix | None = None
+        self._told_twins: set[str] = set()
+        """Records with our public IP that were logged."""
         self._counters: Counter[str] = Counter()
         """Devices that somebody else took down or away."""
         self._overruns = 0
@@ -249,7 +253,8 @@ class Agent:
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
         self._store_down = ""
         self.health.solved("store")
-        self._set_config(snapshot.config)
+        if not self._settings.kube:  # there the config is a file, which has told it already
+            self._set_config(snapshot.config)
         self._on_hints(snapshot.hints)
         self._leases = dict(snapshot.leases)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
@@ -260,6 +265,8 @@ class Agent:
             if self._held.key not in self._leases or not self._leases[self._held.key].same_claim(self._held):
                 self._look()
             self._path.replace(self._others())
+            for other in self._others().values():
+                self._look_for_rivals(other)
 
     def _on_changes(self, changes: Changes) -> None:
         self._listed = None
@@ -399,7 +406,9 @@ class Agent:
             lease.v4.subnet.overlaps(held.v4.subnet) or (lease.v4.mac is not None and lease.v4.mac == held.v4.mac)
         ):
             self._look()
-        if lease.v4.public_ip == held.v4.public_ip and lease.v4.mac != held.v4.mac:
+        twin = lease.v4.public_ip == held.v4.public_ip and lease.v4.mac != held.v4.mac
+        if twin and lease.key not in self._told_twins:
+            self._told_twins.add(lease.key)
             log.warning(
                 "public_ip.claimed_twice",
                 public_ip=ip_text(4, held.v4.public_ip),
@@ -529,15 +538,17 @@ class Agent:
             self.health.solved("mtu")
 
     def _ensure_files(self) -> None:
-        in_sync = self._path.dumped and not self._path.rec.differing()
+        rec = self._path.rec
+        # an entry that the kernel refuses (and is told and tried again) does not keep the whole node from its pods
+        in_sync = self._path.dumped and rec.differing() <= len(rec.failures)
         try:
             self._host.ensure_files(self._config_now(), self._key(), self._own(), in_sync)
         except ValueError as error:
             self.health.problem("cni", f"{self._settings.cni_conf_template}: {error}")
         else:
             self.health.solved("cni")
-        if not self._host.listed:
-            self._retry_at["files"] = self._clock() + 0.2
+            if not self._host.listed:
+                self._retry_at["files"] = self._clock() + LIST_LOOK_S
 
     def _plan(self) -> None:
         """Wanted entries anew when anything but single records changed."""

@@ -152,9 +152,18 @@ def listed_subnet(path: str) -> Prefix | None:
                 for each in group:
                     if (found := prefix(each["subnet"])).family == 4:
                         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return None
+
+
+def names_plugin(path: str, kind: str) -> bool:
+    """Whether an existing network list names a plugin of that type."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return any(plugin["type"] == kind for plugin in found["plugins"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import structlog
 
 from lease.config import NetworkConfig
-from lease.model import Endpoint, ip_text
+from lease.model import Endpoint, Prefix, ip_text
 from overlay import cni, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
@@ -143,11 +143,18 @@ class Host:
         log.info("nat", table=name, masquerade=settings.ip_masq, forward=settings.forward_rules)
 
     def ensure_files(self, config: NetworkConfig, key: str, own: Endpoint, in_sync: bool) -> None:
-        """subnet.env, the CNI network list, and which record is ours. Raises OSError.
+        """subnet.env, the CNI network list, and which record is ours. Raises OSError, and ValueError
+        where cni-conf.json cannot be used, when all else is done.
 
         in_sync: all peers are in the kernel. The first network list waits for that, since it makes the node Ready; one
         that an earlier life left for another subnet goes at once, before a pod gets an address of it.
         """
+        path = f"{self.settings.cni_conf_dir}/{cni.CONFLIST}"
+        self.listed = self.listed or in_sync or not self.settings.cni_conf_dir
+        old = cni.listed_subnet(path) if path not in self._written else None
+        stale = old is not None and old != own.subnet
+        if stale and not self.listed:
+            self._remove_list(path, old, own)
         if self.device is None:
             return
         assert config.v4 is not None
@@ -156,20 +163,25 @@ class Host:
             f"{settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(key, own),
             settings.subnet_file: cni.subnet_env(network, own.subnet, mtu, settings.ip_masq),
         }
-        if settings.cni_conf_dir:
+        self._write(files)
+        if settings.cni_conf_dir and self.listed:
             bridge = cni.bridge_name(own.subnet, self._interface_addresses().items())
             content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir)
             if self.template is not None:
-                content = cni.render_list(self.template, content, network, mtu, settings.ip_masq)
-            path = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
-            self.listed = self.listed or in_sync
-            if self.listed:
-                files[path] = content
-            elif (old := cni.listed_subnet(path)) is not None and old != own.subnet:
-                cni.remove(path)
-                log.warning(
-                    "file.removed", path=path, because=f"it gives addresses of {old}; our lease is {own.subnet}"
-                )
+                try:
+                    content = cni.render_list(self.template, content, network, mtu, settings.ip_masq)
+                except ValueError:
+                    if stale:
+                        self._remove_list(path, old, own)
+                    raise
+            self._write({path: content})
+
+    def _remove_list(self, path: str, old: Prefix | None, own: Endpoint) -> None:
+        cni.remove(path)
+        log.warning("file.removed", path=path, because=f"it gives addresses of {old}; our lease is {own.subnet}")
+
+    def _write(self, files: dict[str, str]) -> None:
+        """Put files in place where they differ. Raises OSError."""
         for path, content in files.items():
             if cni.up_to_date(path, content):
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,21 +39,24 @@ def node_store(settings: Settings) -> tuple[NodeStore, Names]:
     return NodeStore(where, names, settings.node_name, settings.net_config_path), names
 
 
-def uninstall(settings: Settings) -> Iterator[str]:
-    """Remove the network list first (no new pod starts here), then kernel and files, and last what the node says to
-    others: a Node without our annotations is done. Each thing removed, as a line.
+def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
+    """Remove the network list first (no new pod starts here), then kernel, what the node says to others, and files; each
+    thing removed, as a line. Nothing at all where no agent of ours left its mark in the run directory; and where flannel
+    has the node (the network list names its plugin), its device, list, subnet.env and annotations stay.
 
     Raises:
         RunDirError: an agent still runs here; it would put everything back.
         UninstallError: after all else was done.
     """
+    if not force and not any(Path(mark).exists() for mark in _marks(settings)):
+        return
     with _held(settings):
         failed: list[str] = []
         for what, remove in (
             ("CNI list", _network_list),
             ("kernel", _kernel),
-            ("files", _files),
             ("Node", _annotations),
+            ("files", _files),
         ):
             try:
                 yield from remove(settings)
@@ -62,7 +64,19 @@ def uninstall(settings: Settings) -> Iterator[str]:
                 failed.append(f"{what}: {error}")
         if failed:
             raise UninstallError("; ".join(failed))
-    shutil.rmtree(settings.run_dir, ignore_errors=True)  # a mount point stays, empty
+        cni.remove(f"{settings.run_dir}/lock")
+    with suppress(OSError):  # a mount point, or something that is not ours is in it
+        Path(settings.run_dir).rmdir()
+
+
+def _marks(settings: Settings) -> list[str]:
+    """The files by which a later run knows that this node was ours."""
+    return [f"{settings.run_dir}/{name}" for name in ("device", cni.LEASE_FILE)]
+
+
+def _flannels(settings: Settings) -> bool:
+    """Whether the node is flannel's (again)."""
+    return bool(settings.cni_conf_dir) and cni.names_plugin(f"{settings.cni_conf_dir}/{cni.CONFLIST}", "flannel")
 
 
 @contextmanager
@@ -76,13 +90,13 @@ def _held(settings: Settings) -> Iterator[TextIO]:
 
 def _network_list(settings: Settings) -> Iterator[str]:
     path = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
-    if settings.cni_conf_dir and Path(path).exists():
+    if settings.cni_conf_dir and Path(path).exists() and not _flannels(settings):
         cni.remove(path)
         yield path
 
 
 def _annotations(settings: Settings) -> Iterator[str]:
-    if not settings.kube:
+    if not settings.kube or _flannels(settings):
         return  # a lease in etcd is given up by `overlay release`
     store, names = node_store(settings)
     try:
@@ -102,7 +116,7 @@ def _kernel(settings: Settings) -> Iterator[str]:
     try:
         for name in sorted(devices - {""}):
             there = links.read(name)
-            if there is not None and there.kind == "vxlan":
+            if there is not None and there.kind == "vxlan" and not _flannels(settings):
                 links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
             vni = name.rpartition(".")[2]
@@ -111,7 +125,7 @@ def _kernel(settings: Settings) -> Iterator[str]:
                 yield f"nft table ip {masquerade.table_name(int(vni))}"
         if direct := [route for route in requests.routes() if route.protocol == PROTOCOL]:
             _remove_routes(requests, direct)
-            yield f"{len(direct)} direct routes"
+            yield f"{len(direct)} routes of ours"
     finally:
         links.close()
         requests.close()
@@ -131,8 +145,8 @@ def _remove_routes(requests: netlink.RequestSocket, routes: list[FoundRoute]) ->
 
 
 def _files(settings: Settings) -> Iterator[str]:
-    ours = [f"{settings.run_dir}/{name}" for name in ("device", cni.LEASE_FILE, SOCKET_NAME)]
-    for path in (settings.subnet_file, *ours):
+    subnet_file = [] if _flannels(settings) else [settings.subnet_file]
+    for path in (*subnet_file, f"{settings.run_dir}/{SOCKET_NAME}", *_marks(settings)):
         if Path(path).exists():
             cni.remove(path)
             yield path

@@ -44,8 +44,9 @@ def release(flags: tuple[str, ...]) -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,
 )
+@click.option("--force", is_flag=True, help="also where no agent left its mark in the run directory")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def uninstall(flags: tuple[str, ...]) -> None:
+def uninstall(force: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
     from overlay.rundir import RunDirError
     from overlay.settings import SettingsError, read_settings
@@ -54,11 +55,15 @@ def uninstall(flags: tuple[str, ...]) -> None:
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
-        for line in remove(settings):
-            click.echo(f"removed {line}")
+        removed = list(remove(settings, force))
     except (SettingsError, UninstallError, RunDirError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
+    for line in removed:
+        click.echo(f"removed {line}")
+    if removed:
+        click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
+    else:
+        click.echo(f"no agent of ours left anything in {settings.run_dir}; --force looks all the same", err=True)
 
 
 @app.command("install-cni")

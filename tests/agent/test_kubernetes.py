@@ -6,8 +6,9 @@ import json
 import signal
 
 from overlay.lab import matrix
+from tests.support.kube import ACCOUNT
 from tests.support.wait import until
-from tests.support.world import KubeWorld, number
+from tests.support.world import CNI_CONF, KubeWorld, World, number
 
 
 def unavailable(world: KubeWorld, node: str) -> str:
@@ -206,3 +207,70 @@ def test_an_api_server_that_is_away_frozen_or_killed_costs_nothing(kube_world):
         world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
         until("what came since is seen", lambda: world.peers("node1") == 2, 40)
     assert stream.lost() == 0
+
+
+def uninstall(world: KubeWorld, agent, *more: str) -> str:
+    flags = [flag for flag in agent.command[5:] if flag.startswith("--")]
+    return world.run(agent.node, agent.command[2], "-m", "overlay.cli.app", "uninstall", *more, *flags)
+
+
+def test_uninstall_leaves_a_node_alone_that_is_not_ours(kube_world):
+    world = kube_world
+    world.kube.node("node1", "10.244.1.0/24")
+    topology_only = World.node(world, 1)
+    agent = world.agent(topology_only)
+    agent.wait_ready()
+    agent.stop()
+    notes = world.kube.notes("node1")
+    # flannel has the node again: its list, its device, its annotations
+    (agent.run_dir / "cni" / "10-flannel.conflist").write_text(CNI_CONF)
+    assert "nft table" in uninstall(world, agent)
+    assert world.device("node1") is not None
+    assert world.kube.notes("node1") == notes
+    assert (agent.run_dir / "cni" / "10-flannel.conflist").read_text() == CNI_CONF
+    assert (agent.run_dir / "subnet.env").exists()
+    # and once our marks are gone, nothing is touched at all
+    (agent.run_dir / "cni" / "10-flannel.conflist").unlink()
+    assert uninstall(world, agent) == ""
+    assert world.device("node1") is not None
+    assert "device flannel.1" in uninstall(world, agent, "--force")
+
+
+def test_a_broken_cni_template_costs_the_list_alone(kube_world):
+    world = kube_world
+    world.config_file("cni-conf.json", "{broken")
+    node = world.node(1)
+    run_dir = world.folder / node
+    (run_dir / "cni").mkdir(parents=True)
+    stale = run_dir / "cni" / "10-flannel.conflist"
+    stale.write_text('{"plugins":[{"ipam":{"ranges":[[{"subnet":"10.244.7.0/24"}]]}}]}')
+    agent = world.agent(node)
+    until("it is named", lambda: "cni-conf.json: not JSON" in problems(agent))
+    until("subnet.env stands", (run_dir / "subnet.env").exists)
+    assert not stale.exists(), "an old list gives addresses of another subnet"
+    world.config_file("cni-conf.json", CNI_CONF)
+    until("a whole one is taken", stale.exists)
+    until("nothing is wrong any more", lambda: problems(agent) == "{}")
+
+
+def test_a_write_that_is_forbidden_is_told_also_while_we_hold(kube_world):
+    world = kube_world
+    agent = world.nodes(1)[0]
+    until("the condition is told", lambda: unavailable(world, "node1") == "False")
+    world.kube.ask("DELETE", "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/overlay")
+    role = {
+        "metadata": {"name": "reader"},
+        "rules": [{"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]}],
+    }
+    binding = {
+        "metadata": {"name": "reader"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "reader"},
+        "subjects": [{"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": ACCOUNT}],
+    }
+    for kind, body in (("clusterroles", role), ("clusterrolebindings", binding)):
+        world.kube.ask("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", body)
+    world.kube.annotate("node1", public_ip=None)
+    until("it says what is forbidden", lambda: "403" in problems(agent) and "nodes/status" in problems(agent), 40)
+    world.kube.authorize()
+    until("it is put back, once it is allowed", lambda: world.kube.notes("node1").get("public-ip") == "192.168.1.2", 40)
+    until("and solved", lambda: "lease" not in agent.status()["problems"], 40)
