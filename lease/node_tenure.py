@@ -55,6 +55,8 @@ class NodeTenure:
         self.held: Lease | None = None
         self.owed: list[TenureEvent] = []
         self._denied = ""
+        self._last_mac: int | None = None
+        """Of a lease we held: the device keeps it when the podCIDR is another."""
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make our Node say what we hold; what happened. Raises StoreUnavailable."""
@@ -62,7 +64,8 @@ class NodeTenure:
         why = ""
         for _ in range(TRIES):
             try:
-                return self._settle(claim, self._store.own())
+                owed, self.owed = self.owed, []
+                return [*owed, *self._settle(claim, self._store.own())]
             except RecordChanged as changed:
                 why = str(changed)
             except ApiError as refused:
@@ -86,18 +89,22 @@ class NodeTenure:
         return Renewed(None)
 
     def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:
-        if (why := self._fault(claim, view)) is not None:
-            return self._deny(why)
-        subnet = view.subnets[4]
         events: list[TenureEvent] = []
-        if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != subnet:
-            events.append(Lost(self.held, f"Node {self._name} was made again, with podCIDR {subnet}"))
+        if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != view.subnets.get(4):
+            now = f"podCIDR {view.subnets[4]}" if 4 in view.subnets else "no podCIDR yet"
+            events.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
+            self._last_mac, self.held = self.held.v4.mac, None
+        if (why := self._fault(claim, view)) is not None:
+            return [*events, *self._deny(why)]
+        subnet = view.subnets[4]
         public_ip = hints(view.annotations, self._names).overwrite or claim.public_ip
         end = Endpoint(subnet, public_ip, claim.config.backend.vni, self._mac(claim, view))
         lease = Lease(self._name, "vxlan", end, None, self._name, view.created, 0, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
+            self.owed = list(events)
             self._store.write(view.uid, differing, condition)
+            self.owed = []
         same = self.held is not None and self.held == lease and not self._denied
         self.held, self._denied = lease, ""
         return events if same and not differing else [*events, Held(lease, f"podCIDR of Node {self._name}")]
@@ -165,7 +172,7 @@ class NodeTenure:
             for end in (other.v4, other.v6)
             if end is not None and end.mac is not None
         }
-        held = self.held.v4.mac if self.held is not None and self.held.v4 is not None else None
+        held = self.held.v4.mac if self.held is not None and self.held.v4 is not None else self._last_mac
         for mac in (held, claim.device_mac, self._published(view)):
             if mac is not None and mac not in used:
                 return mac

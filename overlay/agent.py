@@ -138,6 +138,8 @@ class Agent:
         """Devices that somebody else took down or away."""
         self._overruns = 0
         self._ever_ready = False
+        self._between = False
+        """The lease is lost, and there is no other yet: no CNI list until then."""
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
@@ -448,7 +450,7 @@ class Agent:
         assert lease.v4 is not None
         tell = log.warning if event.loud else log.info
         tell("lease", subnet=str(lease.v4.subnet), public_ip=ip_text(4, lease.v4.public_ip), how=event.how)
-        self._held, self._held_how = lease, event.how
+        self._held, self._held_how, self._between = lease, event.how, False
         self._leases[lease.key] = lease
         if lease.v4.subnet in self._retained:
             self._retained.remove(lease.v4.subnet)
@@ -459,6 +461,11 @@ class Agent:
         assert event.lease.v4 is not None
         subnet = event.lease.v4.subnet
         self._retained.append(subnet)
+        self._between = True
+        try:
+            self._host.withdraw_list()
+        except OSError as error:
+            self.health.problem("files", f"{error.filename}: {error.strerror}")
         self.health.problem(
             "lease",
             f"we lost {subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this node"
@@ -540,7 +547,7 @@ class Agent:
     def _ensure_files(self) -> None:
         rec = self._path.rec
         # an entry that the kernel refuses (and is told and tried again) does not keep the whole node from its pods
-        in_sync = self._path.dumped and rec.differing() <= len(rec.failures)
+        in_sync = not self._between and self._path.dumped and rec.differing() <= len(rec.failures)
         try:
             self._host.ensure_files(self._config_now(), self._key(), self._own(), in_sync)
         except ValueError as error:

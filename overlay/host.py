@@ -176,6 +176,16 @@ class Host:
                     raise
             self._write({path: content})
 
+    def withdraw_list(self) -> None:
+        """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.
+        Raises OSError."""
+        self.listed = False
+        path = f"{self.settings.cni_conf_dir}/{cni.CONFLIST}"
+        if self.settings.cni_conf_dir and path in self._written:
+            del self._written[path]
+            cni.remove(path)
+            log.warning("file.removed", path=path, because="the subnet it gives addresses of is not ours any more")
+
     def _remove_list(self, path: str, old: Prefix | None, own: Endpoint) -> None:
         cni.remove(path)
         log.warning("file.removed", path=path, because=f"it gives addresses of {old}; our lease is {own.subnet}")

@@ -274,9 +274,9 @@ class Connection:
 
         listening = netns.inside(target.namespace, listen)
         where = listening.getsockname()
-        self._near = netns.inside(source.namespace, lambda: socket.create_connection(where, 10))
-        self._far, _ = listening.accept()
-        listening.close()
+        with listening:
+            self._near = netns.inside(source.namespace, lambda: socket.create_connection(where, 10))
+            self._far, _ = listening.accept()
         for end in (self._near, self._far):
             end.settimeout(self.STALL_S)
         self._ending = threading.Event()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 
 from overlay.lab import matrix
 from tests.support.kube import ACCOUNT
@@ -109,6 +110,8 @@ def test_a_node_made_again_with_another_pod_cidr_moves(kube_world):
         40,
     )
     until("its own agent too", lambda: str(agents[1].subnet()) == "10.244.9.0/24")
+    conflist = agents[1].run_dir / "cni" / "10-flannel.conflist"
+    until("new pods get addresses of it", lambda: "10.244.9.0/24" in conflist.read_text())
     until("and the kernel", lambda: world.kernel("node1")["routes"].keys() == {(number("10.244.9.0"), 24)})
 
 
@@ -274,3 +277,20 @@ def test_a_write_that_is_forbidden_is_told_also_while_we_hold(kube_world):
     world.kube.authorize()
     until("it is put back, once it is allowed", lambda: world.kube.notes("node1").get("public-ip") == "192.168.1.2", 40)
     until("and solved", lambda: "lease" not in agent.status()["problems"], 40)
+
+
+def test_no_pod_is_made_in_a_subnet_that_a_new_node_may_not_get(kube_world):
+    """Between a Node made again and its podCIDR the old CNI list would give addresses that nobody routes here."""
+    world = kube_world
+    agent = world.nodes(1)[0]
+    conflist = agent.run_dir / "cni" / "10-flannel.conflist"
+    mac = agent.mac()
+    world.kube.delete("node1")
+    world.kube.node("node1")
+    until("the list is withdrawn", lambda: not conflist.exists(), 30)
+    time.sleep(6)  # the files are looked at every five seconds
+    assert not conflist.exists()
+    world.kube.patch("node1", {"spec": {"podCIDR": "10.244.8.0/24", "podCIDRs": ["10.244.8.0/24"]}})
+    until("it is back, for the new one", lambda: "10.244.8.0/24" in conflist.read_text(), 30)
+    until("ready", agent.ready)
+    assert agent.mac() == mac
