@@ -294,3 +294,18 @@ def test_no_pod_is_made_in_a_subnet_that_a_new_node_may_not_get(kube_world):
     until("it is back, for the new one", lambda: "10.244.8.0/24" in conflist.read_text(), 30)
     until("ready", agent.ready)
     assert agent.mac() == mac
+
+
+def test_a_black_hole_on_the_way_to_the_api_server(kube_world):
+    """Nothing is refused, nothing comes: only time tells."""
+    world = kube_world
+    agents = world.nodes(2)
+    rules = "table ip hole { chain in { type filter hook input priority 0; tcp dport 6443 drop; }; }"
+    world.run("underlay", "nft", rules)
+    until("it is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+    assert all(agent.ready() for agent in agents)
+    assert world.peers("node1") == world.peers("node2") == 1
+    world.run("underlay", "nft", "delete table ip hole")
+    until("and gone again", lambda: not any(agent.status()["store_down"] for agent in agents), 40)
+    world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
+    until("what came since is seen", lambda: world.peers("node1") == 2, 40)
