@@ -132,6 +132,8 @@ class Agent:
         """For what an earlier run left: the device's MAC, and the subnet of subnet.env."""
         self._first_mac: int | None = None
         self._previous: Prefix | None = None
+        self._files_seen: set[str] = set()
+        """Files of an operator that were there once."""
         self._told_twins: set[str] = set()
         """Records with our public IP that were logged."""
         self._counters: Counter[str] = Counter()
@@ -296,7 +298,14 @@ class Agent:
         self._hints = hints
 
     def _on_file(self, event: FileText) -> None:
-        """A file that an operator may change while we run says something new."""
+        """A file that an operator may change while we run says something new; one that vanished says nothing: what it said
+        last is kept. (A kubelet takes the ConfigMap away from a container whose pod is deleted, before it ends it.)"""
+        if event.text is None and event.what in self._files_seen:
+            self.health.problem(f"file {event.what}", f"{event.path} is gone; what it said last is kept")
+            return
+        if event.text is not None:
+            self._files_seen.add(event.what)
+            self.health.solved(f"file {event.what}")
         if event.what == "cni-conf":
             self._host.template = event.text
             self._due.files = True

@@ -11,7 +11,9 @@ log = structlog.get_logger()
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
-HARMLESS = frozenset({"mtu", "config", "store"})
+HARMLESS = frozenset(
+    {"mtu", "config", "store", "annotations", "live-settings", "file net-conf", "file cni-conf", "file live"}
+)
 """Problems an operator should see, with which pods' traffic is as it should be."""
 
 

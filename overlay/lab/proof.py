@@ -166,6 +166,7 @@ class Proof:
         self.cluster.wait("the node is Ready again", lambda: self.cluster.ready(name), 120)
         self.cluster.wait_running("app=everywhere", len(self.names), 180)
         self.cluster.wait_running("app=web", 2, 180)
+        self.cluster.wait_running(AGENTS, len(self.names), 120, NAMESPACE)
         after = self.cluster.objects("node", name)[0]["spec"]["podCIDR"]
         self.cluster.wait(f"{other} has a route to it", lambda: after in self._routes(other), 60)
         self.reach()

@@ -309,3 +309,23 @@ def test_a_black_hole_on_the_way_to_the_api_server(kube_world):
     until("and gone again", lambda: not any(agent.status()["store_down"] for agent in agents), 40)
     world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
     until("what came since is seen", lambda: world.peers("node1") == 2, 40)
+
+
+def test_a_config_map_that_vanishes_changes_nothing(kube_world):
+    """A kubelet takes it away from a container that it is about to end."""
+    world = kube_world
+    world.config_file("overlayd.json", {"ip-masq": True})
+    agent = world.nodes(1)[0]
+    conflist = (agent.run_dir / "cni" / "10-flannel.conflist").read_text()
+    assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    for path in list(world.config_map.iterdir()):
+        path.unlink()
+    until("it is told", lambda: problems(agent).count("is gone") == 3)
+    time.sleep(6)  # the files are looked at every five seconds
+    assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    assert (agent.run_dir / "cni" / "10-flannel.conflist").read_text() == conflist
+    assert agent.ready()
+    world.config_file("overlayd.json", {"ip-masq": False})
+    until(
+        "and followed again", lambda: "masquerade" not in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    )
