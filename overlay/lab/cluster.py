@@ -204,7 +204,7 @@ class Cluster:
             try:
                 if done():
                     return
-            except LabError as error:
+            except (LabError, OSError) as error:
                 why = f": {error}"
             if time.monotonic() > until:
                 raise LabError(f"{what}: not within {seconds:.0f} s{why}; logs: {self.folder}/*.log")
