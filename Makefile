@@ -29,8 +29,9 @@ cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and 
 	.ci/cluster-setup
 	.venv/bin/overlay cluster prove
 
-cluster-test: setup ## the same as tests
+cluster-test: setup ## the same as tests; and the move from the real flannel (builds it: Go, some minutes) and back
 	.ci/cluster-setup
+	.ci/flannel-image
 	$(PY) -m pytest tests/cluster
 
 bundle: setup ## image and manifests in one archive, for machines that reach no registry

@@ -62,7 +62,7 @@ class Names(NamedTuple):
 
 class Hints(NamedTuple):
     """What an operator wrote on our own Node. public_ip: the local address to use (node-public-ip); overwrite: what to
-    publish instead of it (public-ip-overwrite). 0: nothing. faults: values that are no address, one line each."""
+    publish instead of it (public-ip-overwrite). 0: nothing. faults: what cannot be followed, one line each."""
 
     public_ip: int = 0
     overwrite: int = 0
@@ -177,4 +177,7 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
             faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; it is ignored")
             return 0
 
+    for name in (names.node_public_ip[1], names.overwrite[1]):
+        if annotations.get(name):
+            faults.append(f"annotation {name}: there is no IPv6 datapath yet; it is ignored")
     return Hints(address(names.node_public_ip[0]), address(names.overwrite[0]), tuple(faults))

@@ -117,6 +117,8 @@ def test_hints_of_an_operator():
     bad = hints({NAMES.overwrite[0]: "fd00::1"}, NAMES)
     assert bad.overwrite == 0
     assert "must be an IPv4 address" in bad.faults[0]
+    six = hints({NAMES.overwrite[1]: "fd00::1", NAMES.node_public_ip[1]: "fd00::2"}, NAMES)
+    assert [fault.split(": ")[1:] for fault in six.faults] == [["there is no IPv6 datapath yet; it is ignored"]] * 2
 
 
 @given(st.dictionaries(st.sampled_from(NAMES.read()), st.text(max_size=60)))
