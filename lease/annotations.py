@@ -177,7 +177,6 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
             faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; it is ignored")
             return 0
 
-    for name in (names.node_public_ip[1], names.overwrite[1]):
-        if annotations.get(name):
-            faults.append(f"annotation {name}: there is no IPv6 datapath yet; it is ignored")
+    ipv6 = (name for name in (names.node_public_ip[1], names.overwrite[1]) if annotations.get(name))
+    faults += [f"annotation {name}: there is no IPv6 datapath yet; it is ignored" for name in ipv6]
     return Hints(address(names.node_public_ip[0]), address(names.overwrite[0]), tuple(faults))
