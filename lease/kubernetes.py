@@ -39,6 +39,10 @@ LUMP, PAUSE_S = 8, 0.1
 UNAVAILABLE = "NetworkUnavailable"
 
 
+class NodeGone(RecordChanged):
+    """There is no Node of our name."""
+
+
 class NodeView(NamedTuple):
     """Our own Node. unavailable: the status of its NetworkUnavailable condition, "" where it has none."""
 
@@ -291,7 +295,7 @@ class NodeStore:
         }
 
     def own(self) -> NodeView:
-        """Our own Node, read now. Raises RecordChanged when there is none, StoreUnavailable."""
+        """Our own Node, read now. Raises NodeGone, StoreUnavailable."""
         with _answers_of(self._client.place):
             return self._view()
 
@@ -300,7 +304,7 @@ class NodeStore:
             item = self._client.get(f"{NODES}/{self._own}", {})
         except ApiError as error:
             if error.code == 404:
-                raise RecordChanged(f"there is no Node {self._own}") from error
+                raise NodeGone(f"there is no Node {self._own}") from error
             raise
         meta = item["metadata"]
         conditions = (item.get("status") or {}).get("conditions") or []

@@ -15,7 +15,7 @@ from lease.annotations import Names, encode, hints, uid_number
 from lease.claim import Claim
 from lease.codec import BadRecord, vxlan_data
 from lease.kube_client import ApiError
-from lease.kubernetes import UNAVAILABLE, NodeView
+from lease.kubernetes import UNAVAILABLE, NodeGone, NodeView
 from lease.model import Endpoint, Lease, Prefix
 from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.tenure import Denied, Held, Lost, Renewed, TenureEvent
@@ -37,7 +37,7 @@ class OwnNode(Protocol):
         """The other nodes' leases as last seen."""
 
     def own(self) -> NodeView:
-        """Our own Node. Raises RecordChanged, StoreUnavailable."""
+        """Our own Node. Raises NodeGone, StoreUnavailable."""
 
     def write(self, uid: str, annotations: dict[str, str | None], condition: dict[str, str] | None) -> None:
         """One patch. Raises RecordChanged, StoreUnavailable."""
@@ -66,13 +66,16 @@ class NodeTenure:
             try:
                 owed, self.owed = self.owed, []
                 return [*owed, *self._settle(claim, self._store.own())]
+            except NodeGone as gone:
+                # its podCIDR is free, and a Node that comes back may get another
+                return self._deny(f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?", homeless=True)
             except RecordChanged as changed:
                 why = str(changed)
             except ApiError as refused:
                 if refused.code not in REFUSED:
                     raise
                 return self._deny(str(refused))
-        return self._deny(f"{why}; is --node-name (NODE_NAME) right, and does its kubelet run?")
+        return self._deny(f"{why}; it changed {TRIES} times while it was written")
 
     def renew(self) -> Renewed:
         """Whether all still stands as written. Raises LeaseExpired when it must be settled again, StoreUnavailable."""
@@ -142,9 +145,9 @@ class NodeTenure:
                 return name
         return None
 
-    def _deny(self, why: str) -> list[TenureEvent]:
+    def _deny(self, why: str, homeless: bool = False) -> list[TenureEvent]:
         self._denied = why
-        return [Denied(why)]
+        return [Denied(why, homeless=homeless)]
 
     def _differing(self, lease: Lease, view: NodeView) -> dict[str, str | None]:
         return {name: text for name, text in encode(lease, self._names).items() if view.annotations.get(name) != text}

@@ -33,10 +33,12 @@ class Lost(NamedTuple):
 
 
 class Denied(NamedTuple):
-    """No lease for now, and why. conflict: another node claims our public IP."""
+    """No lease for now, and why. conflict: another node claims our public IP. homeless: what we hold may be given to
+    another node at any time, so no new pod may get an address of it."""
 
     reason: str
     conflict: bool = False
+    homeless: bool = False
 
 
 class Renewed(NamedTuple):

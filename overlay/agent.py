@@ -141,7 +141,7 @@ class Agent:
         self._overruns = 0
         self._ever_ready = False
         self._between = False
-        """The lease is lost, and there is no other yet: no CNI list until then."""
+        """The lease is lost or its Node is gone, and there is no other yet: no CNI list until then."""
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
@@ -470,11 +470,7 @@ class Agent:
         assert event.lease.v4 is not None
         subnet = event.lease.v4.subnet
         self._retained.append(subnet)
-        self._between = True
-        try:
-            self._host.withdraw_list()
-        except OSError as error:
-            self.health.problem("files", f"{error.filename}: {error.strerror}")
+        self._withdraw_list()
         self.health.problem(
             "lease",
             f"we lost {subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this node"
@@ -487,6 +483,16 @@ class Agent:
             self.post(Stop(event.reason, 1))
             return
         self.health.problem("lease", event.reason)
+        if event.homeless and self._held is not None:
+            self._withdraw_list()
+
+    def _withdraw_list(self) -> None:
+        """No new pod shall get an address of our subnet, until there is a lease again."""
+        self._between = True
+        try:
+            self._host.withdraw_list()
+        except OSError as error:
+            self.health.problem("files", f"{error.filename}: {error.strerror}")
 
     def _on_renewed(self, event: tenure.Renewed) -> None:
         self._expires_at = None if event.left_s is None else self._clock() + event.left_s

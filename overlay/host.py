@@ -47,6 +47,7 @@ class Host:
         self._nat: tuple[nft.Objects, nft.Objects] | None = None
         """What we loaded last, and how nft listed it then."""
         self._written: dict[str, str] = {}
+        """Files that hold what we want, as we wrote or found them."""
         self.listed = False
         """The node was in sync once: its network list may stand."""
 
@@ -184,7 +185,7 @@ class Host:
         if self.settings.cni_conf_dir and path in self._written:
             del self._written[path]
             cni.remove(path)
-            log.warning("file.removed", path=path, because="the subnet it gives addresses of is not ours any more")
+            log.warning("file.removed", path=path, because="the subnet it gives addresses of may be another node's now")
 
     def _remove_list(self, path: str, old: Prefix | None, own: Endpoint) -> None:
         cni.remove(path)
@@ -193,9 +194,10 @@ class Host:
     def _write(self, files: dict[str, str]) -> None:
         """Put files in place where they differ. Raises OSError."""
         for path, content in files.items():
-            if cni.up_to_date(path, content):
-                continue
             altered = self._written.get(path) == content
+            if cni.up_to_date(path, content):
+                self._written[path] = content
+                continue
             cni.write_atomically(path, content)
             self._written[path] = content
             if altered:

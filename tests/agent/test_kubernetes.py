@@ -89,13 +89,17 @@ def test_a_node_made_again_under_one_name(kube_world):
     world = kube_world
     agents = world.nodes(2)
     mac = agents[1].mac()
+    conflist = agents[1].run_dir / "cni" / "10-flannel.conflist"
+    before = conflist.read_text()
     world.kube.delete("node2")
     until("the peer is gone", lambda: world.peers("node1") == 0)
     until("it says why it is not ready", lambda: "no Node node2" in problems(agents[1]), 40)
+    until("no pod is made in a subnet that is anybody's", lambda: not conflist.exists())
     world.kube.node("node2", "10.244.2.0/24")
     until("the peer is back", lambda: world.peers("node1") == 1, 40)
     assert agents[1].mac() == mac
     until("it is ready again", agents[1].ready, 30)
+    until("pods may be made again", lambda: conflist.exists() and conflist.read_text() == before)
     until("the new Node has its condition", lambda: unavailable(world, "node2") == "False", 30)
 
 
@@ -282,8 +286,8 @@ def test_a_write_that_is_forbidden_is_told_also_while_we_hold(kube_world):
 def test_no_pod_is_made_in_a_subnet_that_a_new_node_may_not_get(kube_world):
     """Between a Node made again and its podCIDR the old CNI list would give addresses that nobody routes here."""
     world = kube_world
-    agent = world.nodes(1)[0]
-    conflist = agent.run_dir / "cni" / "10-flannel.conflist"
+    conflist = world.nodes(1)[0].run_dir / "cni" / "10-flannel.conflist"
+    agent = world.restart(world.agents[0]).wait_ready()  # which finds the list as it should be, and writes nothing
     mac = agent.mac()
     world.kube.delete("node1")
     world.kube.node("node1")
