@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import NamedTuple
-from uuid import UUID
 
 from lease.codec import BadRecord, vxlan_data
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, prefix
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 LONGEST = 4096
 """Bytes of an annotation we read; a real one has some 50."""
 
@@ -80,10 +80,9 @@ def seniority(created: str, uid: str) -> int:
 
 def uid_number(uid: str) -> int:
     """A uid as a number; one that is no UUID by its first 16 bytes."""
-    try:
-        return UUID(uid).int
-    except ValueError:
-        return int.from_bytes(uid.encode()[:16].ljust(16, b"\0"), "big")
+    if _UUID.fullmatch(uid):
+        return int(uid.replace("-", ""), 16)
+    return int.from_bytes(uid.encode()[:16].ljust(16, b"\0"), "big")
 
 
 def node_subnets(pod_cidrs: Iterable[object]) -> dict[int, Prefix]:

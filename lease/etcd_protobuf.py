@@ -8,7 +8,6 @@ holding these under the names that etcd3 imports. Nothing of the library is chan
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -18,7 +17,7 @@ from types import ModuleType
 
 _FILES = ("kv", "auth", "rpc")
 """In the order of their imports."""
-_LITERAL = re.compile(r"serialized_pb=_b\(('(?:[^'\\]|\\.)*')\)", re.DOTALL)
+_LITERAL = re.compile(r"serialized_pb=_b\('((?:[^'\\]|\\.)*)'\)", re.DOTALL)
 
 
 def load() -> None:
@@ -46,9 +45,14 @@ def load() -> None:
         found = _LITERAL.search(path.read_text(encoding="utf-8")) if path.is_file() else None
         if found is None:
             raise ImportError(f"{path} carries no serialized descriptor; lease/etcd_protobuf.py knows etcd3 0.12 only")
-        descriptor = pool.AddSerializedFile(ast.literal_eval(found[1]).encode("latin1"))
+        descriptor = pool.AddSerializedFile(_bytes(found[1]))
         module = ModuleType(f"etcd3.etcdrpc.{name}_pb2")
         for message, its_descriptor in descriptor.message_types_by_name.items():
             setattr(module, message, GetMessageClass(its_descriptor))
         modules[module.__name__] = module
     sys.modules.update(modules)
+
+
+def _bytes(literal: str) -> bytes:
+    """A Python string literal's content, one byte for each character (the module ast, for this alone, costs 1 MiB)."""
+    return literal.encode("latin1").decode("unicode_escape").encode("latin1")

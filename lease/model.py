@@ -7,12 +7,14 @@ what `ipaddress` objects cost (docs/decisions.md, "Leases are tuples of integers
 from __future__ import annotations
 
 import re
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import NamedTuple
 
 WIDTH = {4: 32, 6: 128}
 """Bits of an address, by family."""
 
+_BYTE = "(0|[1-9][0-9]?|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
+_IPV4 = re.compile(rf"{_BYTE}\.{_BYTE}\.{_BYTE}\.{_BYTE}")
+_LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
 MAC_FORM = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}")
 
 
@@ -93,19 +95,42 @@ class Refused(NamedTuple):
 
 def ip_text(family: int, address: int) -> str:
     """An address as people write it."""
-    return str(IPv4Address(address)) if family == 4 else str(IPv6Address(address))
+    if family == 4:
+        return f"{address >> 24}.{address >> 16 & 255}.{address >> 8 & 255}.{address & 255}"
+    from ipaddress import IPv6Address  # half a MiB that an IPv4 cluster need not hold
+
+    return str(IPv6Address(address))
 
 
 def ip_number(text: str, family: int) -> int:
-    """An address of one family as a number. Raises ValueError when it is none."""
-    return int(IPv4Address(text)) if family == 4 else int(IPv6Address(text))
+    """An address of one family as a number: four decimal numbers without leading zeros, or RFC 4291's text.
+
+    Raises ValueError when it is none.
+    """
+    if family != 4:
+        from ipaddress import IPv6Address
+
+        return int(IPv6Address(text))
+    found = _IPV4.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text[:60]!a} is not an IPv4 address")
+    first, second, third, fourth = map(int, found.groups())
+    return first << 24 | second << 16 | third << 8 | fourth
 
 
 def prefix(text: str) -> Prefix:
-    """`10.244.1.0/24` as a Prefix; host bits are masked away, as flannel does. Raises ValueError."""
-    network: IPv4Network | IPv6Network
-    network = IPv6Network(text, strict=False) if ":" in text else IPv4Network(text, strict=False)
-    return Prefix(network.version, int(network.network_address), network.prefixlen)
+    """`10.244.1.0/24` as a Prefix; host bits are masked away, as flannel does; an address alone is a whole-length one.
+
+    Raises ValueError.
+    """
+    family = 6 if ":" in text else 4
+    address, slash, length_text = text.partition("/")
+    length = WIDTH[family]
+    if slash:
+        if not _LENGTH.fullmatch(length_text) or int(length_text) > length:
+            raise ValueError(f"{text[:60]!a} has no prefix length from 0 to {length}")
+        length = int(length_text)
+    return Prefix(family, ip_number(address, family) & mask(family, length), length)
 
 
 def mask(family: int, length: int) -> int:

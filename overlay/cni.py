@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -184,6 +182,8 @@ def install_plugins(source: str, target: str) -> dict[str, str]:
 
     Raises OSError: a plugin is in neither place, or cannot be written.
     """
+    import shutil
+
     done = {}
     places = [Path(source)] if source else [Path(place) for place in PLUGIN_PLACES]
     for name in PLUGINS:
@@ -221,8 +221,11 @@ def write_atomically(path: str, content: str) -> None:
         mode = stat.S_IMODE(target.stat().st_mode)
     except OSError:
         mode = 0o644
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
@@ -230,7 +233,7 @@ def write_atomically(path: str, content: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

@@ -7,7 +7,6 @@ systemd's Restart=on-failure restarts on 1 and 2.
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -269,8 +269,18 @@ def identity(node_name: str) -> Callable[[str], Any]:
     except (OSError, ValueError):
         machine = ""
     usable = len(machine) == 32 and machine != "0" * 32
-    hashed = hashlib.sha256(f"overlayd {machine}".encode()).hexdigest()[:16] if usable else ""
+    hashed = _sha256(f"overlayd {machine}".encode())[:16] if usable else ""
     return lambda link: Identity(hashed, node_name, link)
+
+
+def _sha256(data: bytes) -> str:
+    """hashlib's, without hashlib where that can be (as the module random does): it maps OpenSSL, 3.5 MiB for one hash."""
+    from importlib import import_module
+
+    for name in ("_sha256", "_sha2", "hashlib"):  # CPython 3.11; 3.12 and later; any
+        with suppress(ImportError):
+            return str(import_module(name).sha256(data).hexdigest())
+    raise ImportError("no SHA-256 in this Python")
 
 
 def prober() -> Callable[[int], Any]:

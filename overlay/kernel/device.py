@@ -1,18 +1,19 @@
-"""Make, adopt, mend a link: by pyroute2, since these operations are rare and need no speed."""
+"""Make, adopt, mend a link: by pyroute2's messages, since these operations are rare and need no speed.
+
+Its message classes alone, over our own socket: IPRoute and what comes with it cost 10 MiB and 90 ms.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from overlay.kernel.netlink import KernelError
+from overlay.kernel import wire
+from overlay.kernel.netlink import KernelError, RequestSocket
 
 SYSCTL = Path("/proc/sys")
 _net = SYSCTL / "net"
@@ -53,97 +54,123 @@ class Links:
     """Operations on links and addresses of this network namespace."""
 
     def __init__(self) -> None:
-        self._ipr = IPRoute()
+        self._requests = RequestSocket()
 
     def close(self) -> None:
         """Close its socket."""
-        self._ipr.close()
+        self._requests.close()
 
     def read(self, name: str) -> VxlanAttributes | None:
         """The device of a name, None where there is none. Raises KernelError."""
-        with _as_kernel_error(f"reading {name}"):
-            try:
-                found = list(self._ipr.get_links(ifname=name))
-            except NetlinkError as error:
-                if error.code == errno.ENODEV:
-                    return None
-                raise
-        return _attributes(found[0]) if found else None
+        message = ifinfmsg()
+        message["attrs"] = [("IFLA_IFNAME", name)]
+        try:
+            found = self._requests.ask(lambda seq: _encoded(message, wire.RTM_GETLINK, wire.NLM_F_REQUEST, seq))
+        except KernelError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise KernelError(error.errno, f"reading {name}: {_words(error)}") from error
+        shown = ifinfmsg(found)
+        shown.decode()
+        return _attributes(shown)
 
     def create(
         self, name: str, vni: int, port: int, local: str, lower: int, mtu: int, mac: str, gbp: bool, learning: bool
     ) -> None:
         """Make a vxlan device, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
-        attributes: dict[str, Any] = {
-            "kind": "vxlan",
-            "ifname": name,
-            "vxlan_id": vni,
-            "vxlan_port": port,
-            "vxlan_local": local,
-            "vxlan_link": lower,
-            "vxlan_learning": int(learning),
-            "address": mac,
-            "mtu": mtu,
-        }
+        data: list[tuple[str, Any]] = [
+            ("IFLA_VXLAN_ID", vni),
+            ("IFLA_VXLAN_PORT", port),
+            ("IFLA_VXLAN_LOCAL", local),
+            ("IFLA_VXLAN_LINK", lower),
+            ("IFLA_VXLAN_LEARNING", int(learning)),
+        ]
         if gbp:
-            attributes["vxlan_gbp"] = True
-        with _as_kernel_error(f"making {name} (vni {vni}, port {port}, local {local}, mtu {mtu})"):
-            self._ipr.link("add", **attributes)
+            data.append(("IFLA_VXLAN_GBP", True))
+        attributes = [("IFLA_IFNAME", name), ("IFLA_ADDRESS", mac), ("IFLA_MTU", mtu), _vxlan_info(data)]
+        doing = f"making {name} (vni {vni}, port {port}, local {local}, mtu {mtu})"
+        self._link(doing, attributes, flags=wire.NLM_F_CREATE | wire.NLM_F_EXCL)
 
     def change_vxlan(self, index: int, vni: int, local: str, lower: int, learning: bool) -> None:
         """Change what a vxlan lets change; FDB and traffic stay. Raises KernelError."""
-        with _as_kernel_error(f"changing the vxlan device to local {local}"):
-            self._ipr.link(
-                "set",
-                index=index,
-                kind="vxlan",
-                vxlan_id=vni,
-                vxlan_local=local,
-                vxlan_link=lower,
-                vxlan_learning=int(learning),
-            )
+        data = [
+            ("IFLA_VXLAN_ID", vni),
+            ("IFLA_VXLAN_LOCAL", local),
+            ("IFLA_VXLAN_LINK", lower),
+            ("IFLA_VXLAN_LEARNING", int(learning)),
+        ]
+        self._link(f"changing the vxlan device to local {local}", [_vxlan_info(data)], index)
 
     def set_mtu(self, index: int, mtu: int) -> None:
         """Raises KernelError (EINVAL above what the lower device bears)."""
-        with _as_kernel_error(f"setting MTU {mtu}"):
-            self._ipr.link("set", index=index, mtu=mtu)
+        self._link(f"setting MTU {mtu}", [("IFLA_MTU", mtu)], index)
 
     def set_mac(self, index: int, mac: str) -> None:
         """Takes the device's neighbours with it. Raises KernelError."""
-        with _as_kernel_error(f"setting MAC {mac}"):
-            self._ipr.link("set", index=index, address=mac)
+        self._link(f"setting MAC {mac}", [("IFLA_ADDRESS", mac)], index)
 
     def set_up(self, index: int) -> None:
         """Raises KernelError."""
-        with _as_kernel_error("setting the device up"):
-            self._ipr.link("set", index=index, state="up")
+        self._link("setting the device up", [], index, up=True)
 
     def delete(self, index: int) -> None:
         """Delete a link; one that is gone already is no error. Raises KernelError."""
-        with _as_kernel_error("deleting the device"):
-            try:
-                self._ipr.link("del", index=index)
-            except NetlinkError as error:
-                if error.code != errno.ENODEV:
-                    raise
+        self._link("deleting the device", [], index, kind=wire.RTM_DELLINK, harmless=(errno.ENODEV,))
 
     def add_address(self, index: int, address: str, length: int) -> None:
         """Add an IPv4 address; one that is there is no error. Raises KernelError."""
-        with _as_kernel_error(f"adding {address}/{length}"):
-            try:
-                self._ipr.addr("add", index=index, address=address, prefixlen=length)
-            except NetlinkError as error:
-                if error.code != errno.EEXIST:
-                    raise
+        flags = wire.NLM_F_CREATE | wire.NLM_F_EXCL
+        self._address(f"adding {address}/{length}", wire.RTM_NEWADDR, flags, index, address, length, (errno.EEXIST,))
 
     def remove_address(self, index: int, address: str, length: int) -> None:
         """Remove an IPv4 address; one that is gone is no error. Raises KernelError."""
-        with _as_kernel_error(f"removing {address}/{length}"):
-            try:
-                self._ipr.addr("del", index=index, address=address, prefixlen=length)
-            except NetlinkError as error:
-                if error.code not in (errno.EADDRNOTAVAIL, errno.ENODEV):
-                    raise
+        harmless = (errno.EADDRNOTAVAIL, errno.ENODEV)
+        self._address(f"removing {address}/{length}", wire.RTM_DELADDR, 0, index, address, length, harmless)
+
+    def _link(
+        self,
+        doing: str,
+        attributes: list[tuple[str, Any]],
+        index: int = 0,
+        flags: int = 0,
+        up: bool = False,
+        kind: int = wire.RTM_NEWLINK,
+        harmless: tuple[int, ...] = (),
+    ) -> None:
+        message = ifinfmsg()
+        message["index"], message["attrs"] = index, attributes
+        if up:
+            message["flags"] = message["change"] = wire.IFF_UP
+        self._do(doing, message, kind, flags, harmless)
+
+    def _address(
+        self, doing: str, kind: int, flags: int, index: int, address: str, length: int, harmless: tuple[int, ...]
+    ) -> None:
+        message = ifaddrmsg()
+        message["family"], message["index"], message["prefixlen"] = wire.AF_INET, index, length
+        message["attrs"] = [("IFA_LOCAL", address), ("IFA_ADDRESS", address)]
+        self._do(doing, message, kind, flags, harmless)
+
+    def _do(self, doing: str, message: Any, kind: int, flags: int, harmless: tuple[int, ...]) -> None:
+        seq = self._requests.take_seqs(1)
+        encoded = _encoded(message, kind, wire.NLM_F_REQUEST | flags, seq)
+        refusal = self._requests.execute([encoded], seq).get(0)
+        if refusal is not None and refusal.errno not in harmless:
+            raise KernelError(refusal.errno, f"{doing}: {refusal}")
+
+
+def _vxlan_info(data: list[tuple[str, Any]]) -> tuple[str, Any]:
+    return "IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "vxlan"), ("IFLA_INFO_DATA", {"attrs": data})]}
+
+
+def _encoded(message: Any, kind: int, flags: int, seq: int) -> bytes:
+    message["header"].update(type=kind, flags=flags, sequence_number=seq)
+    message.encode()
+    return bytes(message.data)
+
+
+def _words(error: KernelError) -> str:
+    return str(error.strerror or error)
 
 
 def read_sysctl(name: str) -> str | None:
@@ -162,20 +189,6 @@ def write_sysctl(name: str, value: str) -> None:
         raise KernelError(
             error.errno or errno.EIO, f"sysctl {name}={value}: {error.strerror}; set it on the host"
         ) from error
-
-
-@contextlib.contextmanager
-def _as_kernel_error(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except NetlinkError as error:
-        raise KernelError(
-            error.code, f"{doing}: {errno.errorcode.get(error.code, error.code)} ({os.strerror(error.code)})"
-        ) from error
-    except KernelError:
-        raise
-    except OSError as error:
-        raise KernelError(error.errno or errno.EIO, f"{doing}: {error}") from error
 
 
 def _attributes(link: Any) -> VxlanAttributes:

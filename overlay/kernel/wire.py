@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from overlay.kernel.entries import (
@@ -72,13 +72,13 @@ def _ip(address: int) -> bytes:
 
 def route_add(seq: int, key: RouteKey, value: RouteValue, oif: int, replace: bool) -> bytes:
     """RTM_NEWROUTE. replace only over a route found to be ours; otherwise EXCL, so that a foreign one is never lost."""
-    flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
+    flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
     return _route(RTM_NEWROUTE, flags, seq, key, value, oif)
 
 
 def route_delete(seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
     """RTM_DELROUTE. The protocol in it makes the kernel match only a route of that protocol."""
-    return _route(RTM_DELROUTE, NLM_F_REQUEST | NLM_F_ACK, seq, key, value, oif)
+    return _route(RTM_DELROUTE, NLM_F_REQUEST, seq, key, value, oif)
 
 
 def _route(kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
@@ -94,13 +94,13 @@ def _route(kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oi
 
 def neighbour_add(seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
     """RTM_NEWNEIGH, always replacing: EXCL would fail on an INCOMPLETE entry that traffic made."""
-    flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE
+    flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
     return _neighbour(RTM_NEWNEIGH, flags, seq, address, value, oif)
 
 
 def neighbour_delete(seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
     """RTM_DELNEIGH."""
-    return _neighbour(RTM_DELNEIGH, NLM_F_REQUEST | NLM_F_ACK, seq, address, value, oif)
+    return _neighbour(RTM_DELNEIGH, NLM_F_REQUEST, seq, address, value, oif)
 
 
 def _neighbour(kind: int, flags: int, seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
@@ -113,12 +113,12 @@ def _neighbour(kind: int, flags: int, seq: int, address: int, value: NeighbourVa
 
 def fdb_add(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
     """RTM_NEWNEIGH of family AF_BRIDGE on the device itself; REPLACE changes the destination in place."""
-    return _fdb(RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, seq, mac, value, oif)
+    return _fdb(RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, seq, mac, value, oif)
 
 
 def fdb_delete(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
     """RTM_DELNEIGH of family AF_BRIDGE. With a wrong destination the kernel says 0 and deletes nothing."""
-    return _fdb(RTM_DELNEIGH, NLM_F_REQUEST | NLM_F_ACK, seq, mac, value, oif)
+    return _fdb(RTM_DELNEIGH, NLM_F_REQUEST, seq, mac, value, oif)
 
 
 def _fdb(kind: int, flags: int, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
@@ -166,6 +166,15 @@ def parse_lookup(body: memoryview) -> tuple[int, int, int]:
     """The answer to route_lookup: interface, source address, gateway (0: on-link)."""
     attrs = attributes(body, _RTMSG.size)
     return _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_PREFSRC)), _address(attrs.get(RTA_GATEWAY))
+
+
+def acknowledged(messages: Sequence[bytes]) -> bytearray:
+    """A batch in one buffer, its last message asking for an ACK."""
+    batch = bytearray().join(messages)
+    at = len(batch) - len(messages[-1]) + 6
+    batch[at] |= NLM_F_ACK if sys.byteorder == "little" else 0
+    batch[at + 1] |= NLM_F_ACK if sys.byteorder == "big" else 0
+    return batch
 
 
 def _request(kind: int, seq: int, body: bytes) -> bytes:

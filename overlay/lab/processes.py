@@ -72,7 +72,7 @@ def leftovers(folder: Path) -> list[Process]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        programs = (b"overlay.main", b"--data-dir")
+        programs = (b"overlay", b"--data-dir")
         if any(word in programs for word in words) and any(f"{folder}/".encode() in word for word in words):
             found.append(Process(int(entry.name), _start_time(int(entry.name)) or 0))
     return found
@@ -80,7 +80,7 @@ def leftovers(folder: Path) -> list[Process]:
 
 def agent_command() -> list[str]:
     """This installation's overlayd."""
-    return [sys.executable, "-m", "overlay.main"]
+    return [sys.executable, "-m", "overlay"]
 
 
 def etcd_binary() -> str:

@@ -59,7 +59,7 @@ class Agent:
         self.log_path = run_dir.parent / f"{run_dir.name}.log"
         run_dir.mkdir(parents=True, exist_ok=True)
         self.command = [
-            "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, *(["-c", program] if program else ["-m", "overlay.main"]),
+            "nsenter", f"--net={netns.path(world.namespace(node))}", sys.executable, *(["-c", program] if program else ["-m", "overlay"]),
             *world.store_flags(node), f"--run-dir={run_dir}", f"--subnet-file={run_dir}/subnet.env",
             f"--cni-conf-dir={run_dir}/cni", f"--cni-data-dir={run_dir}/ipam", "--log-format=json", *flags,
         ]  # fmt: skip
@@ -141,7 +141,7 @@ class World:
     def agent(
         self, node: str, *flags: str, run_dir: str = "", environ: dict[str, str] | None = None, program: str = ""
     ) -> Agent:
-        """program: Python to run instead of `-m overlay.main`, for faults that come from inside."""
+        """program: Python to run instead of `-m overlay`, for faults that come from inside."""
         self.agents.append(Agent(self, node, flags, self.folder / (run_dir or node), environ or {}, program))
         return self.agents[-1]
 

@@ -65,7 +65,7 @@ ROUTE_HEADER = {
 @pytest.mark.parametrize("replace", [True, False])
 def test_route_add(replace):
     ours = wire.route_add(5, RouteKey(BASE, 24, 10), RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, replace)
-    flags = 0x1 | 0x4 | 0x400 | (0x100 if replace else 0x200)
+    flags = 0x1 | 0x400 | (0x100 if replace else 0x200)
     attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 7), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, VIA))]
     assert normal(ours) == normal(theirs(rtmsg, 24, flags, 5, ROUTE_HEADER | {"flags": 4}, attrs))
 
@@ -73,7 +73,7 @@ def test_route_add(replace):
 def test_route_delete_of_a_direct_route():
     ours = wire.route_delete(6, RouteKey(BASE, 24, 10), RouteValue(UNDERLAY, DST, False, PROTOCOL), 2)
     attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 2), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, DST))]
-    assert normal(ours) == normal(theirs(rtmsg, 25, 0x5, 6, ROUTE_HEADER | {"flags": 0}, attrs))
+    assert normal(ours) == normal(theirs(rtmsg, 25, 0x1, 6, ROUTE_HEADER | {"flags": 0}, attrs))
 
 
 @pytest.mark.parametrize("add", [True, False])
@@ -81,7 +81,7 @@ def test_neighbour(add):
     ours = (wire.neighbour_add if add else wire.neighbour_delete)(7, BASE, NeighbourValue(MAC), 4)
     header = {"family": socket.AF_INET, "ifindex": 4, "state": 0x80, "flags": 0, "ndm_type": 1}
     attrs = [("NDA_DST", ip_text(4, BASE)), ("NDA_LLADDR", mac_text(MAC))]
-    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x505 if add else 0x5, 7, header, attrs))
+    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x501 if add else 0x1, 7, header, attrs))
 
 
 @pytest.mark.parametrize("add", [True, False])
@@ -89,7 +89,7 @@ def test_fdb(add):
     ours = (wire.fdb_add if add else wire.fdb_delete)(8, MAC, FdbValue(DST), 4)
     header = {"family": 7, "ifindex": 4, "state": 0x80, "flags": 0x02, "ndm_type": 0}
     attrs = [("NDA_LLADDR", mac_text(MAC)), ("NDA_DST", ip_text(4, DST))]
-    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x505 if add else 0x5, 8, header, attrs))
+    assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x501 if add else 0x1, 8, header, attrs))
 
 
 def test_messages_in_one_buffer_are_told_apart():
@@ -170,3 +170,11 @@ def test_which_neighbours_are_ours(found, ours):
 )
 def test_which_fdb_entries_are_ours(found, ours):
     assert fdb_is_ours(found, 4) == ours
+
+
+def test_only_the_last_of_a_batch_asks_for_an_ack():
+    messages = [wire.neighbour_add(n, BASE + n, NeighbourValue(MAC), 7) for n in range(3)]
+    found = list(wire.split(bytes(wire.acknowledged(messages))))
+    assert [message.flags & 0x4 for message in found] == [0, 0, 0x4]
+    assert [message.flags & ~0x4 for message in found] == [0x1 | 0x400 | 0x100] * 3
+    assert [message.seq for message in found] == [0, 1, 2]

@@ -1,0 +1,196 @@
+"""Cold start, exec to the last peer in the kernel: `.venv/bin/python -m bench.cold [--peers 200,1000,5000,20000] [--rounds 3]`.
+
+Beside it in the same run, in turn: the real flanneld, the raw kernel floor (prebuilt messages, sent in batches to a device
+that is there already), and flannel's way of programming (one metric for all, a socket and a system call for each message, a
+TTL call for each lease) as far as a program of ours can show it. For each agent also CPU until then, and memory when idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import time
+
+from bench import rig
+from lease.etcd_client import EtcdClient, EtcdSettings
+from lease.model import prefix
+from overlay.backends.vxlan import peer_entries
+from overlay.kernel import wire
+from overlay.kernel.device import Links
+from overlay.kernel.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
+from overlay.kernel.netlink import RequestSocket
+from overlay.lab import netns, topology
+from tests.support.world import ROOT, World
+
+SETTLE_S = 6.0
+BATCH = 1500
+
+
+class Row:
+    """The figures of one program at one size."""
+
+    def __init__(self) -> None:
+        self.took: list[float] = []
+        self.cpu: list[float] = []
+        self.memory: list[rig.Memory] = []
+
+
+def agent(world: World, kind: str, count: int, row: Row, number: int) -> None:
+    """One cold start."""
+    node = rig.fresh_node(world)
+    watch = rig.RouteWatch(world.namespace(node))
+    program = rig.Program(world, node, kind, world.folder / f"{kind}-{count}-{number}")
+    try:
+        row.took.append(watch.until(came=count, limit_s=240) - program.began)
+        row.cpu.append(rig.cpu_s(program.pid))
+        time.sleep(SETTLE_S)
+        row.memory.append(rig.Memory.of(program.pid))
+    except SystemExit as error:
+        raise SystemExit(f"{kind}: {error}\n{program.log()[-3000:]}") from None
+    finally:
+        program.kill()
+        watch.close()
+
+
+def made_device(world: World, node: str) -> int:
+    """flannel.1 as the agents make it; its number."""
+
+    def make() -> int:
+        links = Links()
+        lower = next(link.ifindex for link in RequestSocket().links() if link.name == "eth0")
+        links.create(
+            "flannel.1",
+            1,
+            8472,
+            topology.node_address(int(node.removeprefix("node"))),
+            lower,
+            1450,
+            "0e:2a:ff:00:00:01",
+            False,
+            False,
+        )
+        there = links.read("flannel.1")
+        assert there is not None
+        links.set_up(there.ifindex)
+        links.close()
+        return there.ifindex
+
+    return netns.inside(world.namespace(node), make)
+
+
+def floor(world: World, count: int, row: Row) -> None:
+    """Three prebuilt messages a peer, in batches."""
+    node = rig.fresh_node(world)
+    index = made_device(world, node)
+    requests = netns.inside(world.namespace(node), RequestSocket)
+    first = requests.take_seqs(3 * count)
+    messages = [message for place in range(count) for message in three(place, first + 3 * place, index)]
+
+    def send() -> None:
+        for start in range(0, len(messages), BATCH):
+            part = messages[start : start + BATCH]
+            refused = requests.execute(part, first + start)
+            assert not refused, refused
+
+    row.took.append(rig.timed(send))
+    requests.close()
+
+
+def three(place: int, seq: int, index: int, metric: int | None = None) -> list[bytes]:
+    """Neighbour, FDB entry and route of a peer."""
+    end = rig.lease(place).v4
+    assert end is not None
+    entries = peer_entries(NETWORK, end, False)
+    assert entries.neighbour is not None
+    assert entries.fdb is not None
+    key = entries.route[0] if metric is None else RouteKey(end.subnet.base, end.subnet.length, metric)
+    value = RouteValue(TUNNEL, end.subnet.base, True, PROTOCOL)
+    return [
+        wire.neighbour_add(seq, *entries.neighbour, index),
+        wire.fdb_add(seq + 1, *entries.fdb, index),
+        wire.route_add(seq + 2, key, value, index, replace=True),
+    ]
+
+
+def flannels_way(world: World, count: int, row: Row) -> None:
+    """A TTL call for each lease, then each message by a socket of its own, all routes of one metric."""
+    node = rig.fresh_node(world)
+    index = made_device(world, node)
+    relay = rig.Relay(world)
+    client = EtcdClient(EtcdSettings((f"http://127.0.0.1:{relay.port}",)))
+    client.range(b"x")
+
+    def run() -> None:
+        found = client.range(f"{ROOT}/subnets/".encode(), f"{ROOT}/subnets0".encode())
+        for kv in found.kvs:
+            client.time_to_live(kv.lease)
+        netns.inside(world.namespace(node), lambda: one_by_one(count, index))
+
+    row.took.append(rig.timed(run))
+    client.close()
+    relay.close()
+
+
+def one_by_one(count: int, index: int) -> None:
+    """Each message alone, on a fresh socket, waiting for its ACK."""
+    for place in range(count):
+        for message in three(place, 1, index, metric=0):
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as alone:
+                alone.bind((0, 0))
+                alone.send(message)
+                alone.recv(4096)
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--peers", default="200,1000,5000,20000")
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--kinds", default="ours,flanneld,floor,flannels-way")
+    arguments.add_argument(
+        "--slow-up-to", type=int, default=20000, help="flanneld and flannel's way up to so many peers"
+    )
+    given = arguments.parse_args()
+    print(rig.machine())
+    with rig.world() as world:
+        records, there = rig.Records(world), 0
+        for count in sorted(int(text) for text in given.peers.split(",")):
+            records.put(rig.lease(number) for number in range(there, count))
+            there = count
+            measure(world, count, given.rounds, given.kinds.split(","), given.slow_up_to)
+        records.close()
+
+
+def measure(world: World, count: int, rounds: int, kinds: list[str], slow_up_to: int) -> None:
+    """One size, all kinds in turn."""
+    rows = {kind: Row() for kind in kinds if count <= slow_up_to or kind in ("ours", "floor")}
+    for number in range(rounds):
+        for kind, row in rows.items():
+            if kind == "floor":
+                floor(world, count, row)
+            elif kind == "flannels-way":
+                if number == 0:
+                    flannels_way(world, count, row)
+            else:
+                agent(world, kind, count, row, number)
+    base = rows.get("flanneld")
+    lines = []
+    for kind, row in rows.items():
+        against = "" if base is None or kind == "flanneld" else f"{min_of(row.took) / min_of(base.took):.3f}"
+        cpu = rig.spread(row.cpu) if row.cpu else ""
+        memory = [
+            rig.spread([getattr(each, name) for each in row.memory], digits=0) if row.memory else ""
+            for name in ("rss", "anon", "peak")
+        ]
+        lines.append((f"{count} {kind}", rig.spread(row.took), against, cpu, *memory))
+    rig.table(("peers", "seconds", "of flanneld's", "CPU s", "RSS MiB", "anonymous", "peak"), lines)
+
+
+def min_of(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+NETWORK = prefix(rig.NETWORK)
+
+if __name__ == "__main__":
+    main()

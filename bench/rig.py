@@ -1,0 +1,293 @@
+"""What the benchmarks share: an etcd full of leases, agents of three kinds beside it, a watch on the kernel, and tables.
+
+Everything is made in namespaces of its own and removed again. The kinds: `ours` (this checkout's overlayd), `flanneld`
+(the real one, built by bench/flanneld/build), and what a single benchmark adds as a baseline.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from lease.codec import encode_key, encode_value
+from lease.etcd_client import EtcdClient, EtcdSettings, rpc
+from lease.model import Endpoint, Lease, Prefix, ip_text
+from overlay.kernel import wire
+from overlay.lab import netns, topology
+from tests.support.world import ROOT, World
+
+FLANNELD = Path(os.environ.get("FLANNELD", Path(__file__).parents[1] / ".venv/flanneld"))
+NETWORK = "10.0.0.0/8"
+LENGTH = 25
+"""Of a subnet: a /8 of them holds 131,072."""
+CONFIG = {"Network": NETWORK, "SubnetLen": LENGTH, "EnableNFTables": True, "Backend": {"Type": "vxlan"}}
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def lease(number: int) -> Lease:
+    """Of peer `number`: subnet 10.x.y.z/25, public IP 172.16.0.0 + number, as flannel would write it."""
+    subnet = Prefix(4, (10 << 24) + ((number + 2) << (32 - LENGTH)), LENGTH)
+    end = Endpoint(subnet, (172 << 24 | 16 << 16) + number, 1, 0x0E2A << 32 | number)
+    return Lease(encode_key(subnet), "vxlan", end, None, "", 0, 0, 0)
+
+
+class Records:
+    """The records in a world's etcd, written by a client of this process."""
+
+    BATCH = 120
+
+    def __init__(self, world: World) -> None:
+        self._settings = EtcdSettings((world.etcd.endpoint,))
+        # gRPC makes its sockets in the thread that asks: a thread of ours stays in the underlay's namespace
+        self.world = world
+        self._relay = Relay(world)
+        self._client = EtcdClient(EtcdSettings((f"http://127.0.0.1:{self._relay.port}",)))
+        self._handles = [self._client.grant(86_400) for _ in range(20)]
+
+    def put(self, leases: Iterable[Lease]) -> int:
+        """Write them, 120 in a transaction; the last revision."""
+        batch: list[object] = []
+        revision = 0
+        for place, item in enumerate(leases):
+            key = f"{ROOT}/subnets/{item.key}".encode()
+            put = rpc.PutRequest(key=key, value=encode_value(item), lease=self._handles[place % len(self._handles)])
+            batch.append(rpc.RequestOp(request_put=put))
+            if len(batch) == self.BATCH:
+                revision = int(self._client.txn([], batch).header.revision)
+                batch = []
+        if batch:
+            revision = int(self._client.txn([], batch).header.revision)
+        return revision
+
+    def drop(self, leases: Iterable[Lease]) -> None:
+        """Delete them, 120 in a transaction."""
+        batch: list[object] = []
+        for item in leases:
+            key = f"{ROOT}/subnets/{item.key}".encode()
+            batch.append(rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=key)))
+            if len(batch) == self.BATCH:
+                self._client.txn([], batch)
+                batch = []
+        if batch:
+            self._client.txn([], batch)
+
+    def close(self) -> None:
+        """End the client."""
+        self._client.close()
+        self._relay.close()
+
+
+class Relay:
+    """A port of this machine's loopback that leads to the world's etcd (which lives in a namespace)."""
+
+    def __init__(self, world: World) -> None:
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listening.getsockname()[1])
+        self._where, self._to = topology.underlay_name(world.lab), (world.etcd.host, world.etcd.port)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listening.accept()
+                far = netns.inside(self._where, lambda: socket.create_connection(self._to))
+                for source, target in ((near, far), (far, near)):
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    threading.Thread(target=_pump, args=(source, target), daemon=True).start()
+
+    def close(self) -> None:
+        """No new connection."""
+        self._listening.close()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+class Memory(NamedTuple):
+    """MiB, as /proc/PID/status has them."""
+
+    rss: float
+    anon: float
+    peak: float
+
+    @classmethod
+    def of(cls, pid: int) -> Memory:
+        """Of a process now."""
+        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        return cls(*(int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
+
+
+def cpu_s(pid: int) -> float:
+    """utime + stime, with those of children that ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(int(field) for field in fields[11:15]) / TICK
+
+
+class RouteWatch:
+    """Counts the routes to subnets that come and go in a namespace, as the kernel tells them, with the time of the last."""
+
+    def __init__(self, namespace: str) -> None:
+        def listen() -> socket.socket:
+            made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+            made.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
+            made.bind((0, 0))
+            made.setsockopt(270, 1, 7)  # NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_ROUTE
+            made.settimeout(0.05)
+            return made
+
+        self._socket = netns.inside(namespace, listen)
+        self.came = self.went = 0
+        self.last = 0.0
+
+    def until(self, came: int = 0, went: int = 0, limit_s: float = 120.0) -> float:
+        """perf_counter() at the last of so many; they are counted since the last call. Raises SystemExit."""
+        end = time.perf_counter() + limit_s
+        recv, lengths = self._socket.recv, (LENGTH, 24)
+        while self.came < came or self.went < went:
+            try:
+                data = recv(1 << 16)
+            except TimeoutError:
+                if time.perf_counter() > end:
+                    raise SystemExit(f"{self.came} of {came} routes came, {self.went} of {went} went") from None
+                continue
+            if data[17] in lengths:  # rtm_dst_len
+                kind = data[4]
+                self.came += kind == wire.RTM_NEWROUTE
+                self.went += kind == wire.RTM_DELROUTE
+                self.last = time.perf_counter()
+        self.came = self.went = 0
+        return self.last
+
+    def forget(self) -> None:
+        """What is waiting is of no interest."""
+        with suppress(TimeoutError):
+            while True:
+                self._socket.recv(1 << 16)
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+
+
+class Program:
+    """An agent of some kind on a node."""
+
+    def __init__(self, world: World, node: str, kind: str, folder: Path, *flags: str) -> None:
+        self.kind = kind
+        command = ["nsenter", f"--net={netns.path(world.namespace(node))}"]
+        endpoint = f"--etcd-endpoints={world.etcd.endpoint}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if kind == "flanneld":
+            if not FLANNELD.exists():
+                raise SystemExit("no flanneld: bench/flanneld/build makes it")
+            command += [str(FLANNELD), endpoint, "-iface=eth0", f"-subnet-file={folder}/subnet.env", *flags]
+        else:
+            command += [
+                sys.executable, "-m", "overlay", endpoint, f"--run-dir={folder}", f"--subnet-file={folder}/subnet.env",
+                f"--cni-conf-dir={folder}/cni", "--log-format=json", *flags,
+            ]  # fmt: skip
+        with (folder / "log").open("ab") as log:
+            self.began = time.perf_counter()
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.pid = self.process.pid
+        self.folder = folder
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def end(self) -> None:
+        """SIGTERM, and wait."""
+        self.process.terminate()
+        self.process.wait(20)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(20)
+
+
+_made: dict[str, int] = {}
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """An underlay, an etcd and the network config in it; all gone afterwards."""
+    made = World(Path(tempfile.mkdtemp(prefix="overlay-bench-")) / "world")
+    try:
+        made.config(**CONFIG)
+        yield made
+    finally:
+        made.close()
+        made.folder.parent.rmdir()
+
+
+def fresh_node(where: World) -> str:
+    """Another node, with an empty kernel; those before it go."""
+    for name in netns.existing(where.namespace("node")):
+        netns.delete(name)
+    _made[where.lab] = _made.get(where.lab, 0) + 1
+    return where.node(_made[where.lab])
+
+
+def spread(values: list[float], scale: float = 1.0, digits: int = 2) -> str:
+    """`median (min .. max)`."""
+    shown = [value * scale for value in (statistics.median(values), min(values), max(values))]
+    return "{:.{d}f} ({:.{d}f} .. {:.{d}f})".format(*shown, d=digits)
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """Columns, as wide as they must be."""
+    lines = [head, *rows]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
+    for line in lines:
+        print(
+            "  ".join(
+                f"{cell:>{width}}" if place else f"{cell:<{width}}"
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ),
+            flush=True,
+        )
+
+
+def timed(act: Callable[[], object]) -> float:
+    """Seconds it took."""
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def machine() -> str:
+    """One line for a results page."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "?",
+    )
+    load = Path("/proc/loadavg").read_text().split()[0]
+    return f"{os.cpu_count()} cores of {model}, Linux {os.uname().release}, CPython {sys.version.split()[0]}, load {load} before"
+
+
+def ip(number: int) -> str:
+    return ip_text(4, number)
+
+
+_HEADER = struct.Struct("=LHHLL")

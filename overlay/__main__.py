@@ -1,0 +1,17 @@
+"""The agent as a process: `overlayd`, `python -m overlay`."""
+
+import sys
+
+from overlay import defer
+
+
+def main() -> None:
+    """Defer what an agent never uses, then be one."""
+    defer.install()
+    from overlay.main import run
+
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

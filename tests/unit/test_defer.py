@@ -1,0 +1,78 @@
+"""What is deferred exists, stays unrun in an agent, and is there when somebody asks; each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from overlay.defer import BY_SUBMODULES, WHOLE
+
+AGENT = """
+import json, sys
+from overlay import defer
+defer.install()
+import overlay.main, overlay.agent, overlay.files, lease.keeper, lease.store, lease.tenure, overlay.release, lease.etcd
+print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
+"""
+TWO_THREADS = """
+import sys, threading
+from overlay import defer
+defer.install()
+import asyncio, inspect
+found, ready = [], threading.Barrier(8)
+def ask():
+    ready.wait()
+    found.append((asyncio.Queue, inspect.signature, asyncio.events.get_event_loop))
+threads = [threading.Thread(target=ask) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join(20) for thread in threads]
+assert len(found) == 8 and len(set(found)) == 1, found
+assert {"asyncio", "inspect"} <= set(defer.ran()), defer.ran()
+import asyncio as again
+assert again.run is asyncio.run
+try:
+    asyncio.there_is_no_such_thing
+except AttributeError as error:
+    assert "no attribute" in str(error), error
+print("ok")
+"""
+WHOLE_PACKAGE = """
+from overlay import defer
+defer.install()
+import pyroute2, pyroute2.netlink.rtnl.ifinfmsg
+assert "pyroute2" not in defer.ran()
+assert pyroute2.netns.__name__ == "pyroute2.netns" and "pyroute2" not in defer.ran()
+pyroute2.IPRoute
+assert "pyroute2" in defer.ran()
+print("ok")
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *BY_SUBMODULES])
+def test_every_deferred_module_exists(name):
+    """One that a library renamed would be imported plainly again, and cost what it cost."""
+    assert importlib.util.find_spec(name) is not None
+
+
+def test_an_agent_on_etcd_runs_none_of_them():
+    found = json.loads(run(AGENT))
+    assert found["ran"] == []
+    assert not {"kubernetes", "rich.console", "asyncio.events", "http.client", "hashlib", "ssl"} & set(found["modules"])
+
+
+def test_two_threads_may_ask_first_at_once():
+    assert run(TWO_THREADS) == "ok\n"
+
+
+def test_a_package_runs_when_something_of_its_own_is_asked_for():
+    assert run(WHOLE_PACKAGE) == "ok\n"
