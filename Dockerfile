@@ -19,9 +19,10 @@ RUN /opt/overlay/bin/pip install -q --no-cache-dir --no-deps --no-build-isolatio
  && /opt/overlay/bin/python -m compileall -q /opt/overlay/lib
 
 FROM ${BASE}
-# nftables for masquerade and forwarding; iproute2 so that an engineer at 3 a.m. finds `ip` and `bridge` beside us.
+# nftables for masquerade and forwarding; iptables for nodes whose FORWARD chain still is the old one (iptables-legacy);
+# iproute2 so that an engineer at 3 a.m. finds `ip` and `bridge` beside us.
 RUN apt-get update -qq \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 nftables iproute2 ca-certificates \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 nftables iptables iproute2 ca-certificates \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/overlay /opt/overlay
 # For hosts that have none: `overlay install-cni` (docs/kubernetes.md).

@@ -1,4 +1,4 @@
-"""Cold start, exec to the last peer in the kernel: `.venv/bin/python -m bench.cold [--peers 200,1000,5000,20000] [--rounds 3]`.
+"""Cold start, exec to the last peer in the kernel: `.venv/bin/python -m bench.cold [--peers 200,20000] [--rounds 3]`.
 
 Beside it in the same run, in turn: the real flanneld, the raw kernel floor (prebuilt messages, sent in batches to a device
 that is there already), and flannel's way of programming (one metric for all, a socket and a system call for each message, a

@@ -282,8 +282,8 @@ def machine() -> str:
         ),
         "?",
     )
-    load = Path("/proc/loadavg").read_text().split()[0]
-    return f"{os.cpu_count()} cores of {model}, Linux {os.uname().release}, CPython {sys.version.split()[0]}, load {load} before"
+    load, python = Path("/proc/loadavg").read_text().split()[0], sys.version.split()[0]
+    return f"{os.cpu_count()} cores of {model}, Linux {os.uname().release}, CPython {python}, load {load} before"
 
 
 def ip(number: int) -> str:

@@ -62,10 +62,11 @@ class Names(NamedTuple):
 
 class Hints(NamedTuple):
     """What an operator wrote on our own Node. public_ip: the local address to use (node-public-ip); overwrite: what to
-    publish instead of it (public-ip-overwrite). 0: nothing. faults: what cannot be followed, one line each."""
+    publish instead of it (public-ip-overwrite). 0: nothing; None: something that is no address, so what it said before
+    holds. faults: what cannot be followed, one line each."""
 
-    public_ip: int = 0
-    overwrite: int = 0
+    public_ip: int | None = 0
+    overwrite: int | None = 0
     faults: tuple[str, ...] = ()
 
 
@@ -168,13 +169,13 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
     """What an operator asks of our own Node."""
     faults: list[str] = []
 
-    def address(name: str) -> int:
+    def address(name: str) -> int | None:
         text = annotations.get(name, "")
         try:
             return ip_number(text, 4) if text else 0
         except ValueError:
-            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; it is ignored")
-            return 0
+            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; what it said before holds")
+            return None
 
     ipv6 = (name for name in (names.node_public_ip[1], names.overwrite[1]) if annotations.get(name))
     faults += [f"annotation {name}: there is no IPv6 datapath yet; it is ignored" for name in ipv6]

@@ -45,11 +45,12 @@ class KubeSettingsError(ValueError):
 
 
 class ApiError(StoreUnavailable):
-    """The API server answered with something other than success."""
+    """The API server answered with something other than success. about: what its Status says was not found, "" where the
+    answer is no such Status (a proxy's 404, say)."""
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, about: str = "") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.about = code, about
 
 
 class Stream:
@@ -159,10 +160,12 @@ class KubeClient:
             raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
         if response.status // 100 == 2:
             return response
-        message = _refusal(response, preload)
+        message, about = _refusal(response, preload)
         if response.status == 401:
             self.reconnect()  # the token may have been rotated: read everything again
-        raise ApiError(response.status, f"{api.configuration.host}: {method} {path}: {response.status} {message}")
+        raise ApiError(
+            response.status, f"{api.configuration.host}: {method} {path}: {response.status} {message}", about
+        )
 
     def _json(self, response: urllib3.BaseHTTPResponse) -> Any:
         try:
@@ -208,12 +211,15 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _refusal(response: urllib3.BaseHTTPResponse, preload: bool) -> str:
+def _refusal(response: urllib3.BaseHTTPResponse, preload: bool) -> tuple[str, str]:
+    """A Status's message, and what it says was not found: `nodes/node1`."""
     try:
-        data = response.data if preload else response.read(4096)
-        message = json.loads(data).get("message", "")
-    except (ValueError, AttributeError, OSError, urllib3.exceptions.HTTPError):
-        message = ""
+        said = json.loads(response.data if preload else response.read(4096))
+        message, details = said.get("message", ""), said.get("details") or {}
+        missing = said.get("kind") == "Status" and said.get("reason") == "NotFound"
+        about = f"{details.get('kind')}/{details.get('name')}" if missing else ""
+    except (ValueError, AttributeError, OSError, RecursionError, urllib3.exceptions.HTTPError):
+        message = about = ""
     finally:
         response.release_conn()
-    return " ".join(str(message).split())[:300] or response.reason or ""
+    return " ".join(str(message).split())[:300] or response.reason or "", about

@@ -114,8 +114,10 @@ class NodeStore:
                     nodes[name] = self._keep(meta, *_subnets(item.get("spec") or {}))
                 elif known is not None and known.uid == meta["uid"] and known.subnets:
                     nodes[name] = known if known.said == self._said(meta) else self._keep(meta, known.subnets)
-                else:
+                elif self._asks(meta):
                     unknown[name] = _reduced(meta, self._interesting)
+                else:
+                    nodes[name] = self._keep(meta, {})
         nodes.update(self._resolve(unknown))
         self._nodes, self._version = nodes, version
         self._hints = self._own_hints()
@@ -204,10 +206,20 @@ class NodeStore:
                 unknown.pop(name, None)
                 self._nodes.pop(name, None)
                 changes[name] = Gone(name)
-        elif known is None or known.uid != meta["uid"] or not known.subnets:
+        elif known is not None and known.uid == meta["uid"] and known.subnets:
+            if known.said != self._said(meta):
+                self._put(name, self._keep(meta, known.subnets), changes)
+        elif self._asks(meta):
             unknown[name] = _reduced(meta, self._interesting)
-        elif known.said != self._said(meta):
-            self._put(name, self._keep(meta, known.subnets), changes)
+        else:
+            unknown.pop(name, None)
+            self._put(name, self._keep(meta, {}), changes)
+
+    def _asks(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a Node's podCIDR is worth a request: one that nobody manages (yet, or ever) is no peer, and where the
+        cluster gives no podCIDRs each heartbeat of each Node would cost each agent one."""
+        managed = (meta.get("annotations") or {}).get(self._names.managed) == "true"
+        return managed or meta["name"] == self._own
 
     def _put(self, name: str, node: _Node, changes: dict[str, Change]) -> None:
         was = self._nodes.get(name)
@@ -232,7 +244,7 @@ class NodeStore:
             try:
                 item = self._client.get(f"{NODES}/{name}", {})
             except ApiError as error:
-                if error.code == 404:
+                if error.about == f"nodes/{name}":
                     continue
                 raise
             if item["metadata"]["uid"] == meta["uid"]:
@@ -303,7 +315,7 @@ class NodeStore:
         try:
             item = self._client.get(f"{NODES}/{self._own}", {})
         except ApiError as error:
-            if error.code == 404:
+            if error.about == f"nodes/{self._own}":
                 raise NodeGone(f"there is no Node {self._own}") from error
             raise
         meta = item["metadata"]

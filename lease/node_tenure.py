@@ -16,7 +16,7 @@ from lease.claim import Claim
 from lease.codec import BadRecord, vxlan_data
 from lease.kube_client import ApiError
 from lease.kubernetes import UNAVAILABLE, NodeGone, NodeView
-from lease.model import Endpoint, Lease, Prefix
+from lease.model import Endpoint, Lease, Prefix, ip_number
 from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.tenure import Denied, Held, Lost, Renewed, TenureEvent
 
@@ -64,18 +64,23 @@ class NodeTenure:
         why = ""
         for _ in range(TRIES):
             try:
-                owed, self.owed = self.owed, []
-                return [*owed, *self._settle(claim, self._store.own())]
+                return self._told(self._settle(claim, self._store.own()))
             except NodeGone as gone:
                 # its podCIDR is free, and a Node that comes back may get another
-                return self._deny(f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?", homeless=True)
+                why = f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?"
+                return self._told(self._deny(why, homeless=True))
             except RecordChanged as changed:
                 why = str(changed)
             except ApiError as refused:
                 if refused.code not in REFUSED:
                     raise
-                return self._deny(str(refused))
-        return self._deny(f"{why}; it changed {TRIES} times while it was written")
+                return self._told(self._deny(str(refused)))
+        return self._told(self._deny(f"{why}; it changed {TRIES} times while it was written"))
+
+    def _told(self, events: list[TenureEvent]) -> list[TenureEvent]:
+        """These, after what happened in a settling that was broken off."""
+        owed, self.owed = self.owed, []
+        return [*owed, *events]
 
     def renew(self) -> Renewed:
         """Whether all still stands as written. Raises LeaseExpired when it must be settled again, StoreUnavailable."""
@@ -92,28 +97,44 @@ class NodeTenure:
         return Renewed(None)
 
     def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:
-        events: list[TenureEvent] = []
         if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != view.subnets.get(4):
             now = f"podCIDR {view.subnets[4]}" if 4 in view.subnets else "no podCIDR yet"
-            events.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
+            # owed at once: the device keeps the pods of it, whatever becomes of the rest
+            self.owed.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
             self._last_mac, self.held = self.held.v4.mac, None
         if (why := self._fault(claim, view)) is not None:
-            return [*events, *self._deny(why)]
+            return self._deny(why)
+        if older := self._older_overlap(view.subnets[4], view.created):
+            return self._deny(
+                f"podCIDR {view.subnets[4]} of Node {self._name} overlaps that of Node {older}, which is older;"
+                f" delete Node {self._name} and let its kubelet register it again",
+                homeless=True,
+            )
         subnet = view.subnets[4]
-        public_ip = hints(view.annotations, self._names).overwrite or claim.public_ip
-        end = Endpoint(subnet, public_ip, claim.config.backend.vni, self._mac(claim, view))
+        end = Endpoint(subnet, self._public_ip(claim, view), claim.config.backend.vni, self._mac(claim, view))
         lease = Lease(self._name, "vxlan", end, None, self._name, view.created, 0, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
-            self.owed = list(events)
             self._store.write(view.uid, differing, condition)
-            self.owed = []
         same = self.held is not None and self.held == lease and not self._denied
         self.held, self._denied = lease, ""
-        return events if same and not differing else [*events, Held(lease, f"podCIDR of Node {self._name}")]
+        return [] if same and not differing else [Held(lease, f"podCIDR of Node {self._name}")]
+
+    def _public_ip(self, claim: Claim, view: NodeView) -> int:
+        """What peers are to send to. A typing error must not take an address away that peers need: what was published
+        before holds, by us or (at a start) by whoever ran here."""
+        overwrite = hints(view.annotations, self._names).overwrite
+        if overwrite is not None:
+            return overwrite or claim.public_ip
+        if self.held is not None and self.held.v4 is not None:
+            return self.held.v4.public_ip
+        try:
+            return ip_number(view.annotations.get(self._names.public_ip[0], ""), 4)
+        except ValueError:
+            return claim.public_ip
 
     def _fault(self, claim: Claim, view: NodeView) -> str | None:
-        """Why the Node's podCIDR cannot be our subnet."""
+        """Why the Node's podCIDR cannot be our subnet, whatever the other Nodes have."""
         network, subnet = claim.pool.network, view.subnets.get(4)
         if view.fault:
             return f"Node {self._name}: {view.fault}"
@@ -132,11 +153,6 @@ class NodeTenure:
             )
         if there := next((there for there in claim.avoid if there.overlaps(subnet)), None):
             return f"podCIDR {subnet} of Node {self._name} overlaps our underlay {there}"
-        if older := self._older_overlap(subnet, view.created):
-            return (
-                f"podCIDR {subnet} of Node {self._name} overlaps that of Node {older}, which is older;"
-                f" delete Node {self._name} and let its kubelet register it again"
-            )
         return None
 
     def _older_overlap(self, subnet: Prefix, created: int) -> str | None:

@@ -23,7 +23,7 @@ from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from overlay import __version__, cni, plan
+from overlay import __version__, cni, forward, plan
 from overlay.datapath import Datapath
 from overlay.files import FileText
 from overlay.health import Health
@@ -43,6 +43,7 @@ FILES_CHECK_S = 5.0
 RETRY_S = 2.0
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
+FORWARD_GAP_S = 2.0
 LIST_LOOK_S = 0.2
 """Until the first network list stands: the node is not Ready before."""
 TURN_S = 1.0
@@ -78,6 +79,7 @@ class Due:
     device: bool = True
     dump: bool = True
     nat: bool = True
+    forward: bool = True
     sysctl: bool = True
     files: bool = True
 
@@ -97,6 +99,8 @@ class Agent:
         self.config_place = "the store"
         """Where the network config stands, for messages; set before `run`."""
         self._hints = Hints()
+        self._node_public_ip = 0
+        """The last that could be read."""
         self._identity_of = identity_of
         self.claimer: TenureThread | None = None
         """Set before `run`; it posts to us."""
@@ -229,6 +233,7 @@ class Agent:
                 if self._path.rec.look_again:
                     self._path.rec.look_again, self._due.dump = False, True
             self._step("nat", lambda: self._host.ensure_nat(self._config_now(), self._own()))
+            self._step("forward", self._ensure_forward)
             self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
             self._step("files", self._ensure_files)
         self._tell()
@@ -285,11 +290,9 @@ class Agent:
 
     def _on_hints(self, hints: Hints) -> None:
         """What an operator wrote on our own Node."""
-        if hints.faults:
-            self.health.problem("annotations", "; ".join(hints.faults))
-        else:
-            self.health.solved("annotations")
-        if hints.public_ip != self._hints.public_ip:
+        self.health.tell("annotations", "; ".join(hints.faults))
+        if hints.public_ip is not None and hints.public_ip != self._node_public_ip:
+            self._node_public_ip = hints.public_ip
             address = hints.public_ip or self._settings.public_ip
             self._host.settings = replace(self._host.settings, public_ip=address)
             self._host.choose_again = self._due.underlay = True
@@ -332,7 +335,7 @@ class Agent:
             )
             self._host.settings = live
             self.set_log_level(live.log_level)
-            self._due.nat = self._due.files = True
+            self._due.nat = self._due.forward = self._due.files = True
 
     def _on_change(self, change: Lease | Refused | Gone) -> None:
         self._unreadable.pop(change.key, None)
@@ -378,15 +381,13 @@ class Agent:
             self.health.problem("config", f"{self.config_place}: {error}{keeps}")
             return
         held = self._held.v4 if self._held is not None else None
-        if self._config is not None and held is not None:
-            assert self._config.v4 is not None
-            if config.v4.network != self._config.v4.network or not self._fits(config, held.subnet):
-                self.health.problem(
-                    "config",
-                    f"the new config ({config.v4}) does not hold our subnet {held.subnet}; the running config is kept:"
-                    " drain this node and restart the agent",
-                )
-                return
+        if self._config is not None and held is not None and not self._fits(config, held.subnet):
+            self.health.problem(
+                "config",
+                f"the new config ({config.v4}) does not hold our subnet {held.subnet}; the running config is kept:"
+                f" drain this node and {'delete its Node' if self._settings.kube else 'restart the agent'}",
+            )
+            return
         if config != self._config:
             log.info("config", network=str(config.v4.network), subnets=str(config.v4), **_backend_fields(config))
             self._config = config
@@ -532,8 +533,13 @@ class Agent:
         self._path.events_lost()
         self._due = Due()
 
-    def _on_nft(self, _event: netlink.NftSeen) -> None:
-        self._due.nat = True
+    def _on_nft(self, event: netlink.NftSeen) -> None:
+        if event.table == forward.SHARED_TABLE:
+            # kube-proxy writes there, too: looked at a moment later, and once for all its changes of that time
+            self._retry_at.setdefault("forward", self._clock() + FORWARD_GAP_S)
+        else:
+            self._due.nat = True
+            self._due.forward = self._due.forward or not event.table
 
     # --- making it so ------------------------------------------------------------------------------------------------
 
@@ -554,10 +560,10 @@ class Agent:
         ensured, lowered = self._host.ensure_device(self._config_now(), self._own())
         self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made)
         self._due.sysctl = self._due.files = True
-        if lowered:
-            self.health.problem("mtu", lowered)
-        else:
-            self.health.solved("mtu")
+        self.health.tell("mtu", lowered)
+
+    def _ensure_forward(self) -> None:
+        self.health.tell("forward chain", self._host.ensure_forward(self._config_now()))
 
     def _ensure_files(self) -> None:
         rec = self._path.rec
@@ -569,6 +575,7 @@ class Agent:
             self.health.problem("cni", f"{self._settings.cni_conf_template}: {error}")
         else:
             self.health.solved("cni")
+            self.health.tell("bridge filter", self._host.bridge_filter())
             if not self._host.listed:
                 self._retry_at["files"] = self._clock() + LIST_LOOK_S
 
@@ -592,14 +599,16 @@ class Agent:
             self._look_for_rivals(other)
 
     def _let_go(self) -> None:
-        """A subnet we lost is kept from its new owner while pods of this node use it: while a bridge has its address."""
+        """A subnet we lost is kept from its new owner while pods of this node use it."""
         device = self._path.rec.devices.get(TUNNEL)
         for subnet in list(self._retained):
-            if not any(
-                subnet.holds(a.address)
-                for a in self._host.addresses.values()
-                if device is None or a.oif != device.ifindex
-            ):
+            try:
+                used = self._host.still_used(subnet, device.ifindex if device is not None else 0)
+            except KernelError as error:
+                self.health.problem("bridge", str(error))
+                continue
+            self.health.solved("bridge")
+            if not used:
                 self._retained.remove(subnet)
                 log.info("subnet.let_go", subnet=str(subnet), because="no pod of this node uses it any more")
 

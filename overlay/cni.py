@@ -60,8 +60,12 @@ def previous_subnet(path: str) -> Prefix | None:
     return None
 
 
-def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_dir: str) -> str:
+def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_dir: str, waits_for: str = "") -> str:
     """The CNI network list: bridge, host-local and portmap on our lease.
+
+    waits_for: a file without which no pod is made: host-local reads it as resolvConf when it gives an address, and not when
+    it takes one back. After a boot subnet.env, which stands in /run, is not there until the agent has written it, so pods
+    wait, as they do with flannel's plugin; what stands in it means nothing to a resolver (no line is a nameserver's).
 
     ipMasq stays false: the bridge plugin would masquerade pod-to-pod traffic between nodes. Masquerade is ours.
     """
@@ -70,6 +74,8 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
         "ranges": [[{"subnet": str(subnet)}]],
         "routes": [{"dst": str(network)}],
     }
+    if waits_for:
+        ipam["resolvConf"] = waits_for
     if data_dir:
         ipam["dataDir"] = data_dir
     plugins = [
@@ -162,6 +168,15 @@ def names_plugin(path: str, kind: str) -> bool:
         return any(plugin["type"] == kind for plugin in found["plugins"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def bridges_in(content: str) -> set[str]:
+    """The bridges that a network list attaches pods to."""
+    try:
+        plugins = json.loads(content)["plugins"]
+        return {str(plugin["bridge"]) for plugin in plugins if plugin.get("type") == "bridge" and plugin.get("bridge")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()
 
 
 def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:

@@ -13,6 +13,7 @@ UNREADY_AFTER_S = 10.0
 STUCK_S = 20.0
 HARMLESS = frozenset(
     {"mtu", "config", "store", "annotations", "live-settings", "file net-conf", "file cni-conf", "file live"}
+    | {"forward", "forward chain", "bridge filter", "bridge"}
 )
 """Problems an operator should see, with which pods' traffic is as it should be."""
 
@@ -56,6 +57,13 @@ class Health:
         """It is not any more."""
         if (was := self._set(subject, "")) is not None:
             log.info("problem.solved", subject=subject, was=was)
+
+    def tell(self, subject: str, what: str) -> None:
+        """A problem, or ("") none any more."""
+        if what:
+            self.problem(subject, what)
+        else:
+            self.solved(subject)
 
     def judge(self, waiting: str, differing: int) -> bool | None:
         """Readiness, from what a start waits for and how many kernel entries differ; its new value when it changed."""

@@ -14,13 +14,13 @@ import structlog
 
 from lease.config import NetworkConfig
 from lease.model import Endpoint, Prefix, ip_text
-from overlay import cni, masquerade, tunnel
+from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
 from overlay.kernel import netlink, nft
-from overlay.kernel.device import Links
+from overlay.kernel.device import Links, read_sysctl
 from overlay.kernel.entries import Address, Link
-from overlay.settings import Settings
+from overlay.settings import DEFAULT_SUBNET_FILE, Settings
 from overlay.status import DeviceStatus
 
 log = structlog.get_logger()
@@ -48,6 +48,8 @@ class Host:
         """What we loaded last, and how nft listed it then."""
         self._written: dict[str, str] = {}
         """Files that hold what we want, as we wrote or found them."""
+        self._bridges: set[str] = set()
+        """Those that our network lists named."""
         self.listed = False
         """The node was in sync once: its network list may stand."""
 
@@ -143,6 +145,30 @@ class Host:
         self._nat = (wanted, nft.read_table("ip", name))
         log.info("nat", table=name, masquerade=settings.ip_masq, forward=settings.forward_rules)
 
+    def ensure_forward(self, config: NetworkConfig) -> str:
+        """Other people's forward chains let pods' traffic through; what an operator must mend. Raises KernelError."""
+        assert config.v4 is not None
+        network = config.v4.network if self.settings.forward_rules else None
+        did, blocked = forward.ensure(masquerade.table_name(config.backend.vni), network)
+        for what in did:
+            log.info("forward", did=what)
+        return blocked
+
+    def bridge_filter(self) -> str:
+        """Why a Service may not answer pods of its own node, "" where nothing stands in the way: kube-proxy's rules must see
+        packets between ports of one bridge (flannel does not start without that)."""
+        if not self.settings.kube or not self._bridges:
+            return ""
+        name = "net/bridge/bridge-nf-call-iptables"
+        value = read_sysctl(name)
+        if value == "1":
+            return ""
+        what = "there is no br_netfilter" if value is None else f"{name.replace('/', '.')} is {value}"
+        return (
+            f"{what}: a Service whose pod runs on the same node as its client may not answer;"
+            " on the host: modprobe br_netfilter && sysctl net.bridge.bridge-nf-call-iptables=1"
+        )
+
     def ensure_files(self, config: NetworkConfig, key: str, own: Endpoint, in_sync: bool) -> None:
         """subnet.env, the CNI network list, and which record is ours. Raises OSError, and ValueError
         where cni-conf.json cannot be used, when all else is done.
@@ -167,7 +193,10 @@ class Host:
         self._write(files)
         if settings.cni_conf_dir and self.listed:
             bridge = cni.bridge_name(own.subnet, self._interface_addresses().items())
-            content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir)
+            # only where host and agent surely see the same file: of a container's folders /run/flannel alone is the host's
+            same_file = not settings.kube or settings.subnet_file == DEFAULT_SUBNET_FILE
+            waits_for = settings.subnet_file if same_file else ""
+            content = cni.network_list(network, own.subnet, mtu, bridge, settings.cni_data_dir, waits_for)
             if self.template is not None:
                 try:
                     content = cni.render_list(self.template, content, network, mtu, settings.ip_masq)
@@ -175,7 +204,9 @@ class Host:
                     if stale:
                         self._remove_list(path, old, own)
                     raise
+            self._bridges |= cni.bridges_in(content)
             self._write({path: content})
+            self._clear_unfinished()
 
     def withdraw_list(self) -> None:
         """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.
@@ -208,6 +239,31 @@ class Host:
             else:
                 log.info("file.written", path=path)
 
+    def still_used(self, subnet: Prefix, tunnel: int) -> bool:
+        """Whether pods of this node use a subnet that it lost: while an interface other than the tunnel has an address of
+        it. A bridge of ours that lost its last port is removed: the bridge plugin never does that, and the connected route
+        would keep the new owner's pods from us for ever. Raises KernelError."""
+        used = False
+        for index in {a.oif for a in self.addresses.values() if subnet.holds(a.address) and a.oif != tunnel}:
+            link = self.links.get(index)
+            if link is None or link.kind != "bridge" or link.name not in self._bridges or self._ports(index):
+                used = True
+                continue
+            self._links_io.delete(index)
+            log.info("bridge.removed", bridge=link.name, because=f"no pod uses it, and {subnet} is another node's now")
+        return used
+
+    def _clear_unfinished(self) -> None:
+        """A pod whose making failed at its address (subnet.env was not there) leaves the bridge without port and MAC, and
+        the bridge plugin then fails for ever: "could not set bridge's mac: invalid argument" (1.1.1). Raises KernelError."""
+        for link in list(self.links.values()):
+            if link.kind == "bridge" and link.name in self._bridges and not link.mac and not self._ports(link.ifindex):
+                self._links_io.delete(link.ifindex)
+                log.info("bridge.removed", bridge=link.name, because="a pod that could not be made left it unfinished")
+
+    def _ports(self, bridge: int) -> int:
+        return sum(link.master == bridge for link in self.links.values())
+
     def device_status(self, ifindex: int, in_order: bool) -> DeviceStatus | None:
         """For the status."""
         device, under = self.device, self.underlay
@@ -226,7 +282,7 @@ class Host:
         return f"{self.settings.run_dir}/device"
 
     def _drop_device(self, name: str) -> None:
-        """The device of an earlier VNI, ours since our own file names it, and its nat table."""
+        """The device of an earlier VNI, ours since our own file names it, and its rules."""
         there = self._links_io.read(name)
         if there is not None and there.kind == "vxlan":
             log.info("device.removed", device=name, because="the VNI of the network config changed")
@@ -234,6 +290,7 @@ class Host:
         vni = name.rpartition(".")[2]
         if vni.isdigit():
             nft.load_table("ip", masquerade.table_name(int(vni)), [])
+            forward.remove(masquerade.table_name(int(vni)))
 
 
 def _read_text(path: str) -> str:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from lease.model import ip_number
-from overlay import __version__, masquerade, serve
+from overlay import __version__, forward, masquerade, serve
 from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
 
@@ -122,7 +122,7 @@ def _run(settings: Settings) -> int:
     files.look()
     threads: list[threading.Thread] = [
         Monitor(agent.post, agent.port),
-        NftMonitor(masquerade.TABLE_PREFIX, agent.post),
+        NftMonitor(masquerade.TABLE_PREFIX, (forward.SHARED_TABLE,), agent.post),
         claimer,
         feed,
         files,

@@ -47,15 +47,17 @@ def nat_table(name: str, network: Prefix, subnet: Prefix, masq: bool, fully_rand
             name,
             "forward",
             {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"},
-            [
-                ("from pods", [_from(network), {"accept": None}]),
-                ("to pods", [_to(network), {"accept": None}]),
-            ],
+            [*zip(("from pods", "to pods"), accepts(network), strict=True)],
         )
     if not chains:
         return []
     chains.sort(key=lambda item: "rule" in item)  # as nft lists: chains, then rules
     return [{"table": {"family": "ip", "name": name}}, *chains]
+
+
+def accepts(network: Prefix) -> list[list[Rule]]:
+    """The expressions that let forwarded packets from and to pods through."""
+    return [[_from(network), {"accept": None}], [_to(network), {"accept": None}]]
 
 
 def _chain(table: str, name: str, hook: Rule, rules: list[tuple[str, list[Rule]]]) -> list[Rule]:

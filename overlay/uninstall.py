@@ -15,7 +15,7 @@ from lease.kube_client import KubeSettings
 from lease.kubernetes import NodeStore
 from lease.node_tenure import NodeTenure
 from lease.store import StoreError
-from overlay import cni, masquerade
+from overlay import cni, forward, masquerade
 from overlay.backends.vxlan import device_name
 from overlay.files import read
 from overlay.kernel import netlink, nft, wire
@@ -26,6 +26,7 @@ from overlay.serve import SOCKET_NAME
 from overlay.settings import Settings
 
 BATCH = 500
+BEGUN = "uninstalling"
 
 
 class UninstallError(Exception):
@@ -48,9 +49,10 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
         RunDirError: an agent still runs here; it would put everything back.
         UninstallError: after all else was done.
     """
-    if not force and not any(Path(mark).exists() for mark in _marks(settings)):
+    if not force and not _ours(settings):
         return
     with _held(settings):
+        _begin(settings)
         failed: list[str] = []
         for what, remove in (
             ("CNI list", _network_list),
@@ -64,14 +66,36 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
                 failed.append(f"{what}: {error}")
         if failed:
             raise UninstallError("; ".join(failed))
+        for mark in _marks(settings):
+            if Path(mark).exists():
+                cni.remove(mark)
         cni.remove(f"{settings.run_dir}/lock")
     with suppress(OSError):  # a mount point, or something that is not ours is in it
         Path(settings.run_dir).rmdir()
 
 
+def _begin(settings: Settings) -> None:
+    """Leave a mark, so that what fails is tried again; in it, the bridges that the network list names."""
+    begun, conflist = f"{settings.run_dir}/{BEGUN}", f"{settings.cni_conf_dir}/{cni.CONFLIST}"
+    there = {*_bridges(settings), *cni.bridges_in((read(conflist) or b"").decode(errors="replace"))}
+    cni.write_atomically(begun, "\n".join(sorted(there)))
+
+
+def _bridges(settings: Settings) -> list[str]:
+    return (read(f"{settings.run_dir}/{BEGUN}") or b"").decode(errors="replace").split()
+
+
 def _marks(settings: Settings) -> list[str]:
-    """The files by which a later run knows that this node was ours."""
-    return [f"{settings.run_dir}/{name}" for name in ("device", cni.LEASE_FILE)]
+    """The files by which a later run knows that this node was ours, until all is done."""
+    return [f"{settings.run_dir}/{name}" for name in ("device", cni.LEASE_FILE, BEGUN)]
+
+
+def _ours(settings: Settings) -> bool:
+    """By the marks, which a reboot takes away (they stand in /run), or by a network list that does without flannel's
+    plugin, which outlives one."""
+    conflist = f"{settings.cni_conf_dir}/{cni.CONFLIST}"
+    listed = bool(settings.cni_conf_dir) and cni.listed_subnet(conflist) is not None
+    return any(Path(mark).exists() for mark in _marks(settings)) or (listed and not _flannels(settings))
 
 
 def _flannels(settings: Settings) -> bool:
@@ -123,6 +147,14 @@ def _kernel(settings: Settings) -> Iterator[str]:
             if vni.isdigit() and nft.read_table("ip", masquerade.table_name(int(vni))):
                 nft.load_table("ip", masquerade.table_name(int(vni)), [])
                 yield f"nft table ip {masquerade.table_name(int(vni))}"
+            if vni.isdigit():
+                yield from forward.remove(masquerade.table_name(int(vni)))
+        found = requests.links()
+        for bridge in found:
+            ours = bridge.kind == "bridge" and bridge.name in _bridges(settings) and not _flannels(settings)
+            if ours and not any(link.master == bridge.ifindex for link in found):
+                links.delete(bridge.ifindex)
+                yield f"bridge {bridge.name}, which no pod uses"
         if direct := [route for route in requests.routes() if route.protocol == PROTOCOL]:
             _remove_routes(requests, direct)
             yield f"{len(direct)} routes of ours"
@@ -146,7 +178,7 @@ def _remove_routes(requests: netlink.RequestSocket, routes: list[FoundRoute]) ->
 
 def _files(settings: Settings) -> Iterator[str]:
     subnet_file = [] if _flannels(settings) else [settings.subnet_file]
-    for path in (*subnet_file, f"{settings.run_dir}/{SOCKET_NAME}", *_marks(settings)):
+    for path in (*subnet_file, f"{settings.run_dir}/{SOCKET_NAME}"):
         if Path(path).exists():
             cni.remove(path)
             yield path

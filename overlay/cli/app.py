@@ -55,11 +55,12 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
-        removed = list(remove(settings, force))
+        removed = 0
+        for line in remove(settings, force):
+            click.echo(f"removed {line}")
+            removed += 1
     except (SettingsError, UninstallError, RunDirError) as error:
         raise click.ClickException(str(error)) from error
-    for line in removed:
-        click.echo(f"removed {line}")
     if removed:
         click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
     else:

@@ -83,7 +83,8 @@ class FoundFdb(NamedTuple):
 
 
 class Link(NamedTuple):
-    """A network interface. kind: `vxlan`, `veth`, ... or "" for hardware. arp: whether it resolves by ARP."""
+    """A network interface. kind: `vxlan`, `veth`, ... or "" for hardware. arp: whether it resolves by ARP. master: the
+    number of the bridge it is a port of, 0 where of none."""
 
     ifindex: int
     name: str
@@ -94,6 +95,7 @@ class Link(NamedTuple):
     arp: bool
     carrier: bool
     loopback: bool = False
+    master: int = 0
 
 
 class Address(NamedTuple):

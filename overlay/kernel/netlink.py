@@ -321,11 +321,12 @@ class Monitor(_Listener):
 
 
 class NftMonitor(_Listener):
-    """Says when an nftables table of ours (by the start of its name) was touched, by whomever."""
+    """Says when an nftables table of ours (by the start of its name), or one that we have rules in, was touched, by
+    whomever."""
 
-    def __init__(self, prefix: str, post: Callable[[KernelEvent], None]) -> None:
+    def __init__(self, prefix: str, others: tuple[str, ...], post: Callable[[KernelEvent], None]) -> None:
         super().__init__("nft-monitor", NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), post)
-        self._prefix = prefix.encode()
+        self._prefix, self._others = prefix.encode(), {other.encode() for other in others}
 
     def _overrun(self) -> None:
         self._post(NftSeen(""))
@@ -334,8 +335,9 @@ class NftMonitor(_Listener):
         touched = set()
         for message in wire.split(data):
             name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
-            if name is not None and bytes(name).startswith(self._prefix):
-                touched.add(bytes(name).rstrip(b"\0").decode("utf-8", "replace"))
+            text = bytes(name).rstrip(b"\0") if name is not None else b""
+            if name is not None and (text.startswith(self._prefix) or text in self._others):
+                touched.add(text.decode("utf-8", "replace"))
         for table in touched:
             self._post(NftSeen(table))
 

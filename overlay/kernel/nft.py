@@ -1,10 +1,11 @@
-"""Load one nftables table of ours atomically, read it back. By the distribution's nft binary and its JSON."""
+"""Load one nftables table of ours atomically, read it back; look at other people's forward chains. By the distribution's
+nft binary and its JSON."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 from overlay.kernel.netlink import KernelError
 
@@ -41,6 +42,52 @@ def load_table(family: str, name: str, objects: Objects) -> None:
     done = _nft(["-j", "-f", "-"], json.dumps({"nftables": commands}))
     if done.returncode != 0:
         raise KernelError(5, f"nft: loading table {family} {name}: {_last_line(done.stderr)}")
+
+
+class Chain(NamedTuple):
+    """A base chain at the forward hook."""
+
+    family: str
+    table: str
+    name: str
+    policy: str
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.table} {self.name}"
+
+
+def forward_chains() -> list[Chain]:
+    """The filter chains through which forwarded IPv4 packets go. Raises KernelError."""
+    return [
+        Chain(item["family"], item["table"], item["name"], item.get("policy", "accept"))
+        for item in _listed("chain", "chains")
+        if item.get("hook") == "forward" and item.get("type") == "filter" and item["family"] in ("ip", "inet")
+    ]
+
+
+def rules_of(chain: Chain) -> Objects:
+    """Its rules, with their handles. Raises KernelError."""
+    return _listed("rule", "chain", chain.family, chain.table, chain.name)
+
+
+def change_rules(chain: Chain, remove: Objects, add: Objects) -> None:
+    """Delete rules (by their handles) and append others, in one transaction. Raises KernelError."""
+    where = {"family": chain.family, "table": chain.table, "chain": chain.name}
+    commands: Objects = [{"delete": {"rule": {**where, "handle": rule["handle"]}}} for rule in remove]
+    commands += [{"add": {"rule": {**where, **rule}}} for rule in add]
+    done = _nft(["-j", "-f", "-"], json.dumps({"nftables": commands}))
+    if done.returncode != 0:
+        raise KernelError(5, f"nft: changing chain {chain}: {_last_line(done.stderr)}")
+
+
+def _listed(kind: str, *what: str) -> Objects:
+    done = _nft(["-j", "list", *what], "")
+    if done.returncode != 0:
+        raise KernelError(5, f"nft: listing {' '.join(what)}: {_last_line(done.stderr)}")
+    try:
+        return [item[kind] for item in json.loads(done.stdout)["nftables"] if kind in item]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KernelError(5, f"nft: listing {' '.join(what)}: not understood: {error!r}") from error
 
 
 def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:

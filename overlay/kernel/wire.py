@@ -46,7 +46,7 @@ IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_TABLE = 1, 4, 5, 6, 7, 15
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINKINFO = 1, 3, 4, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 
@@ -282,6 +282,7 @@ def parse_link(body: memoryview) -> Link:
         not flags & (IFF_NOARP | IFF_LOOPBACK) and mac is not None and len(mac) == 6,
         bool(flags & IFF_LOWER_UP),
         bool(flags & IFF_LOOPBACK),
+        _number(attrs.get(IFLA_MASTER)),
     )
 
 

@@ -6,8 +6,11 @@ import json
 import signal
 import time
 
+import pytest
+import yaml
+
 from overlay.lab import matrix
-from tests.support.kube import ACCOUNT
+from tests.support.kube import ACCOUNT, MANIFEST
 from tests.support.wait import until
 from tests.support.world import CNI_CONF, KubeWorld, World, number
 
@@ -130,6 +133,68 @@ def test_overlapping_pod_cidrs_the_older_node_wins(kube_world):
     assert world.peers("node1") == 1
 
 
+def test_a_younger_node_that_held_first_gives_no_more_addresses_out(kube_world):
+    """The older one's agent starts later: what is its by age it gets, and no pod is made where nobody sends to."""
+    world = kube_world
+    world.node(1)
+    older = world.node(2, "10.244.9.0/24")
+    time.sleep(1.1)  # a creationTimestamp has whole seconds
+    younger = world.agent(world.node(3, "10.244.9.0/24")).wait_ready()
+    conflist = younger.run_dir / "cni" / "10-flannel.conflist"
+    until("it has a network list", conflist.exists)
+    world.agent(older).wait_ready()
+    until("the younger says whose it is", lambda: "overlaps that of Node node2" in problems(younger), 30)
+    until("and makes no more pods", lambda: not conflist.exists())
+    world.kube.delete("node2")
+    until("until it is alone again", conflist.exists, 40)
+    until("and well", lambda: problems(younger) == "{}", 40)
+
+
+def test_a_wider_network_is_taken_live(kube_world):
+    world = kube_world
+    agents = world.nodes(2, "--ip-masq")
+    pods = [world.pod(agent, "pod") for agent in agents]
+    with world.stream(pods[0], pods[1]) as stream:
+        world.config(Network="10.240.0.0/12")
+        for agent in agents:
+            until("the status has it", lambda agent=agent: agent.status()["network"] == "10.240.0.0/12")
+            until("and the kernel", lambda agent=agent: not agent.status()["differences"] and agent.ready())
+            until("and the files", lambda agent=agent: "10.240.0.0/12" in (agent.run_dir / "subnet.env").read_text())
+        assert "10.240.0.0/12" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    assert stream.lost() == 0
+    world.config(Network="10.99.0.0/16")
+    until("one that does not hold the podCIDR is refused", lambda: "does not hold our subnet" in problems(agents[0]))
+    assert "delete its Node" in problems(agents[0])
+
+
+def test_flannels_config_map_alone_masquerades_as_flannel_does(kube_world):
+    """Its two keys, and the arguments of our manifest."""
+    documents = [found for found in yaml.safe_load_all(MANIFEST.read_text()) if found]
+    container = next(d for d in documents if d["kind"] == "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    flags = [flag for flag in container["args"] if flag.partition("=")[0] in ("--ip-masq", "--iptables-forward-rules")]
+    world = kube_world
+    agent = world.nodes(1, *flags)[0]
+    assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    bridge = json.loads((agent.run_dir / "cni" / "10-flannel.conflist").read_text())["plugins"][0]
+    assert bridge["ipMasq"] is False
+    world.config_file("overlayd.json", {"ip-masq": False})
+    until(
+        "overlayd.json wins", lambda: "masquerade" not in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+    )
+
+
+def test_a_bridge_whose_packets_kube_proxy_does_not_see_is_told(kube_world):
+    world = kube_world
+    agent = world.nodes(1)[0]
+    until("there is a network list", (agent.run_dir / "cni" / "10-flannel.conflist").exists)
+    assert problems(agent) == "{}"
+    world.run("node1", "sysctl", "-w", "net.bridge.bridge-nf-call-iptables=0")
+    until("it is told, and how to mend it", lambda: "modprobe br_netfilter" in problems(agent))
+    assert agent.ready()
+    world.run("node1", "sysctl", "-w", "net.bridge.bridge-nf-call-iptables=1")
+    until("and solved", lambda: problems(agent) == "{}")
+
+
 def test_a_pod_cidr_outside_network_is_refused_by_name(kube_world):
     world = kube_world
     world.node(1, "10.99.1.0/24")
@@ -148,9 +213,19 @@ def test_an_operator_chooses_and_replaces_the_public_ip(kube_world):
     world.kube.annotate("node1", public_ip_overwrite="192.168.1.2")
     until("the other one is published", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.2")
     assert world.device("node1").local == number("192.168.1.77")
-    world.kube.annotate("node1", node_public_ip="nonsense", public_ip_overwrite=None)
+    world.kube.annotate("node1", node_public_ip="nonsense", public_ip_overwrite="203.0.113.5")
     until("a bad value is told", lambda: "nonsense" in problems(agents[0]))
-    until("and what stood before holds", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.2")
+    until("the good one is taken", lambda: world.kube.notes("node1")["public-ip"] == "203.0.113.5")
+    assert world.device("node1").local == number("192.168.1.77"), "what stood before holds"
+    world.kube.annotate("node1", public_ip_overwrite="203.0.113.555")
+    until("a bad one is told, too", lambda: "203.0.113.555" in problems(agents[0]))
+    time.sleep(1.0)
+    assert world.kube.notes("node1")["public-ip"] == "203.0.113.5", "behind NAT all peers would lose the node"
+    again = world.restart(agents[0]).wait_ready()
+    assert world.kube.notes("node1")["public-ip"] == "203.0.113.5", "also after a restart"
+    world.kube.annotate("node1", node_public_ip=None, public_ip_overwrite=None)
+    until("without them it is as flags say", lambda: world.kube.notes("node1")["public-ip"] == "192.168.1.2")
+    until("and nothing is wrong", lambda: problems(again) == "{}")
 
 
 def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
@@ -241,6 +316,37 @@ def test_uninstall_leaves_a_node_alone_that_is_not_ours(kube_world):
     assert uninstall(world, agent) == ""
     assert world.device("node1") is not None
     assert "device flannel.1" in uninstall(world, agent, "--force")
+
+
+def test_an_uninstall_that_fails_is_finished_by_the_next(kube_world):
+    world = kube_world
+    agent = world.nodes(1)[0]
+    until("the condition is told", lambda: unavailable(world, "node1") == "False")
+    agent.stop()
+    world.kube.freeze()
+    with pytest.raises(AssertionError, match=r"removed device flannel\.1") as failed:
+        uninstall(world, agent)
+    assert "Node: " in str(failed.value)
+    world.kube.thaw()
+    assert "annotation" in uninstall(world, agent)
+    assert world.kube.notes("node1") == {}
+    assert unavailable(world, "node1") == ""
+    assert uninstall(world, agent) == "", "and then all is done"
+
+
+def test_a_node_that_was_down_is_cleaned_when_it_comes_back(kube_world):
+    """A reboot took the device, the tables and all of /run; the network list and the annotations stayed."""
+    world = kube_world
+    agent = world.nodes(1)[0]
+    until("the condition is told", lambda: unavailable(world, "node1") == "False")
+    agent.kill()
+    world.run("node1", "ip", "link", "del", "flannel.1")
+    world.run("node1", "nft", "flush", "ruleset")
+    for path in agent.run_dir.iterdir():
+        if path.is_file():
+            path.unlink()
+    assert "10-flannel.conflist" in uninstall(world, agent)
+    assert world.kube.notes("node1") == {}
 
 
 def test_a_broken_cni_template_costs_the_list_alone(kube_world):

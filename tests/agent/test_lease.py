@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lease.model import mac_number
-from overlay.lab import matrix, netns
+from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
 from tests.support.world import ROOT, number
 
@@ -298,12 +298,17 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
         assert wires.measure(old_pod, new_pod).ok, "and new ones"
         assert wires.measure(new_pod, far).ok, "new pods reach the world"
     assert world.records()[key]["PublicIP"] == "192.168.1.50", "the new owner keeps it"
-    world.run("node1", "ip", "link", "del", "cni0")
+    conflist = one.run_dir / "cni" / "10-flannel.conflist"
+    for end in (old_pod, local):
+        pods.detach(world.namespace("node1"), conflist, end.namespace)
     until(
         "once no pod is left, the new owner is a peer",
         lambda: key not in one.status()["refused"] and not one.status()["retained"],
     )
     until("in the kernel, too", lambda: world.peers("node1") == 2)
+    links = world.run("node1", "ip", "-o", "link")
+    assert "cni0" not in links, "its connected route would keep the new owner's pods from us"
+    assert "cni1" in links
 
 
 def test_somebodys_change_of_our_record_is_put_right(world):

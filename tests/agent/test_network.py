@@ -8,9 +8,36 @@ import stat
 import pytest
 
 from lease.model import mac_number, prefix
-from overlay.lab import matrix
+from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
 from tests.support.world import ROOT, number
+
+
+def test_after_a_boot_pods_wait_for_subnet_env(world):
+    """The network list outlives a boot, /run does not: as with flannel's plugin no pod is made before the agent has spoken."""
+    world.config()
+    agent = world.nodes(1)[0]
+    world.pod(agent, "before")
+    conflist, namespace = agent.run_dir / "cni" / "10-flannel.conflist", world.namespace("node1-after")
+    agent.kill()
+    for device in ("flannel.1", "cni0"):
+        world.run("node1", "ip", "link", "del", device)
+    (agent.run_dir / "subnet.env").unlink()
+    netns.create(namespace)
+    for _ in range(2):
+        with pytest.raises(pods.LabError, match=r"subnet\.env: no such file|bridge's mac"):
+            pods.attach(world.namespace("node1"), conflist, namespace)
+        pods.detach(world.namespace("node1"), conflist, namespace)  # as a runtime does then, without that file
+    world.restart(agent).wait_ready()
+
+    def made() -> bool:
+        try:
+            return pods.attach(world.namespace("node1"), conflist, namespace) != ""
+        except pods.LabError:
+            pods.detach(world.namespace("node1"), conflist, namespace)
+            raise OSError("not yet") from None
+
+    until("the bridge that was left unfinished is no hindrance", made)
 
 
 def test_pods_reach_pods_without_nat_and_records_files_and_device_are_flannels(world):

@@ -236,6 +236,7 @@ def test_addresses_elsewhere_on_the_node_are_no_news(world):
         world.run("node1", "ip", "addr", "add", f"172.31.0.{n}/32", "dev", "lo")
     world.config(Backend={"Type": "vxlan", "MTU": 1400})
     until("it took notice of something later", lambda: world.device("node1").mtu == 1350)
+    until("and planned for it", lambda: len(one.events("peers")) > plans)
     assert len(one.events("peers")) == plans + 1, "planned anew for the config alone"
 
 

@@ -45,10 +45,6 @@ def flannels_manifest() -> str:
             spec = item["spec"]["template"]["spec"]
             for container in (*spec["initContainers"], *spec["containers"]):
                 container |= {"image": "localhost/flannel:dev", "imagePullPolicy": "IfNotPresent"}
-        if item["kind"] == "ConfigMap":  # its iptables rules need br_netfilter, which this machine may lack
-            item["data"]["net-conf.json"] = item["data"]["net-conf.json"].replace(
-                '"EnableNFTables": false', '"EnableNFTables": true'
-            )
     return yaml.safe_dump_all(found)
 
 

@@ -14,7 +14,7 @@ import pytest
 from lease import kube_client
 from lease.annotations import DEFAULT_PREFIX, Names
 from lease.kube_client import KubeSettings
-from lease.kubernetes import NodeStore
+from lease.kubernetes import NodeGone, NodeStore
 from lease.store import StoreUnavailable
 
 GOOD_META = {"name": "n", "uid": "u", "resourceVersion": "5", "creationTimestamp": "2026-01-01T00:00:00Z"}
@@ -29,6 +29,7 @@ class Odd:
 
     def __init__(self) -> None:
         self.answer: Any = listed([])
+        self.code = 200
         self.stream: bytes | None = b""
         self.asked = 0
         self.ending = threading.Event()
@@ -47,7 +48,7 @@ class Odd:
                     body = odd.stream
                 else:
                     body = odd.answer if isinstance(odd.answer, bytes) else json.dumps(odd.answer).encode()
-                self.send_response(200)
+                self.send_response(200 if "watch=true" in self.path else odd.code)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -120,6 +121,22 @@ def test_a_watch_that_says_rubbish_or_ends_at_once_means_list_again(odd, store, 
     store.read()
     with pytest.raises(StoreUnavailable):
         list(store.watch(0))
+
+
+NOT_FOUND = {"kind": "Status", "reason": "NotFound", "details": {"kind": "nodes", "name": "me"}, "code": 404}
+
+
+@pytest.mark.parametrize(
+    "answer", [b"<html>not here</html>", {}, {**NOT_FOUND, "details": {"kind": "nodes", "name": "you"}}]
+)
+def test_a_404_that_does_not_speak_of_our_node_is_a_store_that_is_away(odd, store, answer):
+    """A front end's: whoever took it for the Node's end would take every node's network list away."""
+    odd.code, odd.answer = 404, answer
+    with pytest.raises(StoreUnavailable):
+        store.own()
+    odd.answer = NOT_FOUND
+    with pytest.raises(NodeGone):
+        store.own()
 
 
 def test_a_watch_that_never_begins_is_given_up(odd, store, monkeypatch):

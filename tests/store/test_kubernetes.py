@@ -219,6 +219,32 @@ def test_many_unknown_nodes_cost_one_list_and_one_costs_one_get(clean, stores, m
     assert len(asked) == 1
 
 
+def test_heartbeats_of_nodes_that_nobody_manages_cost_no_request(clean, stores, monkeypatch):
+    """They have no podCIDR: a cluster that gives none, virtual nodes."""
+    asked: list[str] = []
+    real = KubeClient.get
+
+    def counted(self, path, query, *args, **more):
+        asked.append(path)
+        return real(self, path, query, *args, **more)
+
+    told = stores.feed(stores(clean))
+    until("listed", lambda: told.lists)
+    monkeypatch.setattr(KubeClient, "get", counted)
+    for number in range(30):
+        clean.node(f"bare{number}")
+    for number in range(60):
+        clean.heartbeat(f"bare{number % 30}")
+    peer(clean, 7)
+    until("the watch is past them", lambda: told.leases.keys() == {"n7"})
+    assert [path for path in asked if path not in ("/api/v1/nodes/n7", "/api/v1/nodes/me")] == []
+    notes = {"kube_subnet_manager": "true", "backend_type": "vxlan", "public_ip": "192.168.1.9"}
+    clean.annotate("bare0", backend_data='{"VNI":1,"VtepMAC":"0a:00:00:00:00:09"}', **notes)
+    until("one that is managed later is looked at", lambda: "no podCIDR yet" in told.refused["bare0"].reason)
+    clean.patch("bare0", {"spec": {"podCIDR": "10.244.9.0/24", "podCIDRs": ["10.244.9.0/24"]}})
+    until("and is a peer", lambda: told.leases.keys() == {"n7", "bare0"})
+
+
 def test_a_node_made_again_is_told_also_while_the_watch_was_down(clean, stores):
     peer(clean, 1)
     store = stores(clean)

@@ -115,7 +115,7 @@ def test_hints_of_an_operator():
     notes = {NAMES.node_public_ip[0]: "192.168.1.7", NAMES.overwrite[0]: "203.0.113.5"}
     assert hints(notes, NAMES) == Hints(0xC0A80107, 0xCB007105)
     bad = hints({NAMES.overwrite[0]: "fd00::1"}, NAMES)
-    assert bad.overwrite == 0
+    assert bad.overwrite is None
     assert "must be an IPv4 address" in bad.faults[0]
     six = hints({NAMES.overwrite[1]: "fd00::1", NAMES.node_public_ip[1]: "fd00::2"}, NAMES)
     assert [fault.split(": ")[1:] for fault in six.faults] == [["there is no IPv6 datapath yet; it is ignored"]] * 2

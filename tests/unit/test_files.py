@@ -87,6 +87,9 @@ def test_the_network_list():
         "dataDir": "/run/x",
     }
     assert portmap == {"type": "portmap", "capabilities": {"portMappings": True}}
+    assert "resolvConf" not in found["plugins"][0]["ipam"]
+    waiting = json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", "", "/run/flannel/subnet.env"))
+    assert waiting["plugins"][0]["ipam"]["resolvConf"] == "/run/flannel/subnet.env"
     assert "dataDir" not in json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", ""))["plugins"][0]["ipam"]
 
 
