@@ -49,7 +49,13 @@ def choose_subnet(pool: Pool, taken: Taken, preferred: Prefix | None, rng: rando
     )
 
 
-def choose_mac(used: frozenset[int] | set[int], rng: random.Random) -> int:
+class Used(Protocol):
+    """MACs that others have: a set, or something that can be asked."""
+
+    def __contains__(self, mac: int, /) -> bool: ...
+
+
+def choose_mac(used: Used, rng: random.Random) -> int:
     """A random unicast, locally administered MAC that no record has (RFC 7042; flannel pkg/mac/mac.go)."""
     while True:
         mac = (rng.getrandbits(48) & ~(1 << 40)) | (1 << 41)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lease.codec import encode_key
 from lease.config import NetworkConfig, Pool
 from lease.model import Lease, Prefix, ip_number, mask
+from lease.packed import Leases
 from lease.store import Snapshot
 from lease.subnets import SubnetIndex
 
@@ -107,22 +108,19 @@ class Kind(enum.Enum):
     """It holds our identity or MAC behind another public IP."""
 
 
-def find_own(leases: Mapping[str, Lease], claim: Claim) -> list[tuple[Kind, Lease]]:
+def find_own(leases: Leases, claim: Claim) -> list[tuple[Kind, Lease]]:
     """The records that may be ours, the likeliest first. Pure."""
     found: list[tuple[Kind, Lease]] = []
-    ours = f"{claim.identity.machine}/{claim.identity.name}/"
-    for lease in leases.values():
+    texts = (f"{claim.identity.machine}/{claim.identity.name}/", claim.identity.name)
+    # looked at before it is read: of many thousand records nearly none is ours
+    for lease in leases.having(claim.public_ip, claim.device_mac, tuple(text for text in texts if text.strip("/"))):
         end = lease.v4
         if end is None:
             continue
         same_mac = claim.device_mac is not None and end.mac == claim.device_mac
         if end.public_ip == claim.public_ip:
             found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease))
-        elif same_mac or (
-            # looked at before it is read: of many thousand records nearly none is ours
-            (lease.node.startswith(ours) or lease.node == claim.identity.name)
-            and claim.identity.moved_from(Identity.read(lease.node))
-        ):
+        elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
             found.append((Kind.MOVED, lease))
 
     def likely(item: tuple[Kind, Lease]) -> tuple[object, ...]:
@@ -140,21 +138,19 @@ class Occupied:
     A record that nobody can use (outside Network, a large part of it, unreadable) takes no subnet but the one of its
     own base: the transaction that creates a record demands that no key of that base stands.
 
-    Nearly all records have the config's own length and a plain key: these are found by their key, and only the others
-    are put into an index. So 60,000 leases cost one quick look at each, and a question costs two look-ups.
+    Nearly all records have the config's own length and a key that says no more than their subnet: these are found by their
+    key, and only the others are put into an index. So 60,000 leases cost one quick look each, and a question two look-ups.
     """
 
     def __init__(self, snapshot: Snapshot, claim: Claim, without: str | None = None) -> None:
         self._leases, self._without, self._length = snapshot.leases, without, claim.pool.length
         self._others = SubnetIndex(4)
-        length = claim.pool.length
-        for key, lease in snapshot.leases.items():
-            end = lease.v4
-            if end is not None and (end.subnet.length != length or "&" in key) and key != without:
-                if usable(claim, end.subnet):
-                    self._others.add(end.subnet, key)
+        for lease in snapshot.leases.odd(claim.pool.length):
+            if lease.v4 is not None and lease.key != without:
+                if usable(claim, lease.v4.subnet):
+                    self._others.add(lease.v4.subnet, lease.key)
                 else:
-                    self._block(end.subnet.base, key)
+                    self._block(lease.v4.subnet.base, lease.key)
         for key in snapshot.refused:
             found = _BASE.match(key)
             if found and key != without:

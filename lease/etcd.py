@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lease.codec import BadRecord, decode_key, decode_lease, encode_value
 from lease.etcd_client import EtcdClient, EtcdSettings, rpc
 from lease.model import Lease, Refused, ip_text
+from lease.packed import Leases, decode, pack
 from lease.store import (
     Change,
     Changes,
@@ -23,6 +24,8 @@ from lease.store import (
 )
 
 _KEY_SHOWN = 120
+PAGE, PAGES = 1000, 20
+"""Records in a page; a longer list has larger pages."""
 
 
 class EtcdStore:
@@ -46,19 +49,47 @@ class EtcdStore:
         return f"{self.place}/config"
 
     def read(self) -> Snapshot:
-        answer = self._client.range(self._first, self._end)
+        """In pages at one revision, each reduced before the next: a range of 20,000 at once keeps 20 MiB. At most 21
+        of them, since etcd counts the whole range for each."""
         config: bytes | None = None
-        leases: dict[str, Lease] = {}
+        leases: dict[str, bytes] = {}
         refused: dict[str, Refused] = {}
-        for kv in answer.kvs:
-            change = self._decode(kv)
-            if isinstance(change, Lease):
-                leases[change.key] = change
-            elif isinstance(change, Refused):
-                refused[change.key] = change
-            elif isinstance(change, ConfigText):
-                config = change.text
-        return Snapshot(int(answer.header.revision), config, leases, refused)
+        start, revision, limit = self._first, 0, PAGE
+        while True:
+            page = self._client.range(start, self._end, limit, revision)
+            if not revision:
+                revision, limit = int(page.header.revision), max(PAGE, -(-int(page.count) // PAGES))
+            rest = self._take_usual(page.kvs, leases)
+            for kv in rest:
+                change = self._decode(kv)
+                if isinstance(change, Lease):
+                    leases[change.key] = pack(change)
+                elif isinstance(change, Refused):
+                    refused[change.key] = change
+                elif isinstance(change, ConfigText):
+                    config = change.text
+            if not page.more:
+                return Snapshot(revision, config, Leases(leases), refused)
+            start = page.kvs[-1].key + b"\0"
+
+    def later_than(self, revision: int) -> Leases:
+        answer = self._client.range(self._subnets, self._subnets[:-1] + b"0", later_than=revision)
+        return Leases.of(item for kv in answer.kvs if isinstance(item := self._decode(kv), Lease))
+
+    def _take_usual(self, kvs: Iterable[Any], leases: dict[str, bytes]) -> list[Any]:
+        """Enter the records that have flannel's usual form; the others."""
+        rest: list[Any] = []
+        lead, skip = self._subnets, len(self._subnets)
+        for kv in kvs:
+            key = kv.key
+            packed = None
+            if key.startswith(lead):
+                packed = decode(key[skip:], kv.value, kv.create_revision, kv.mod_revision, kv.lease)
+            if packed is None:
+                rest.append(kv)
+            else:
+                leases[key[skip:].decode()] = packed
+        return rest
 
     def watch(self, after: int) -> Iterator[Changes]:
         stream = self._client.watch(self._first, self._end, after + 1)

@@ -132,11 +132,14 @@ class EtcdClient:
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    def range(self, key: bytes, range_end: bytes = b"") -> Any:
-        """One linearizable range request, all its keys in one answer."""
-        return self._call(
-            lambda channel: rpc.KVStub(channel).Range, rpc.RangeRequest(key=key, range_end=range_end), LIST_S
-        )
+    def range(self, key: bytes, range_end: bytes = b"", limit: int = 0, revision: int = 0, later_than: int = 0) -> Any:
+        """One linearizable range request. limit: of keys, 0 for all; revision: as of then, 0 for now; later_than: only keys
+        written after that revision."""
+        request = rpc.RangeRequest(
+            key=key, range_end=range_end, limit=limit, revision=revision,
+            min_mod_revision=later_than + 1 if later_than else 0,
+        )  # fmt: skip
+        return self._call(lambda channel: rpc.KVStub(channel).Range, request, LIST_S)
 
     def txn(self, compare: list[Any], success: list[Any], failure: list[Any] | None = None) -> Any:
         """One transaction."""

@@ -95,6 +95,7 @@ class TenureThread(threading.Thread):
                 self._dirty, self._snapshot, self._due = False, None, float("inf")
             assert claim is not None
             wait_s = self._step(claim, snapshot, dirty)
+            snapshot = None  # not held while we wait
             with self._wake:  # a claim or look that came meanwhile has put it earlier
                 if dirty:
                     self._last = self._clock()

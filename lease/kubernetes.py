@@ -21,6 +21,7 @@ from lease.annotations import LONGEST, Hints, Names, decode_node, hints, node_su
 from lease.codec import BadRecord
 from lease.kube_client import ApiError, KubeClient, KubeSettings, Stream
 from lease.model import Lease, Prefix, Refused
+from lease.packed import Leases
 from lease.store import Change, Changes, Gone, RecordChanged, Snapshot, StoreUnavailable
 
 NODES = "/api/v1/nodes"
@@ -125,7 +126,7 @@ class NodeStore:
         return Snapshot(
             _number(version),
             self.config(),
-            {item.key: item for item in found if isinstance(item, Lease)},
+            Leases.of(item for item in found if isinstance(item, Lease)),
             {item.key: item for item in found if isinstance(item, Refused)},
             self._hints,
         )

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from lease.annotations import Hints
 from lease.model import Lease, Refused
+from lease.packed import Leases
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 15.0
 STEADY_S = 10.0
@@ -63,7 +64,7 @@ class Snapshot(NamedTuple):
 
     revision: int
     config: bytes | None
-    leases: dict[str, Lease]
+    leases: Leases
     refused: dict[str, Refused]
     hints: Hints = Hints()
 
@@ -122,6 +123,9 @@ class Store(LeaseSource, Protocol):
     A write that raised StoreUnavailable may have been carried out: read again before concluding anything.
     """
 
+    def later_than(self, revision: int) -> Leases:
+        """The leases that were written after a revision."""
+
     def create(self, lease: Lease, ttl_s: int) -> Lease:
         """Create the record if no record of that base is there, atomically. Raises SubnetTaken."""
 
@@ -168,9 +172,10 @@ class Feed(threading.Thread):
             listed_at = None
             try:
                 snapshot = self._store.read()
-                listed_at = time.monotonic()
+                listed_at, revision = time.monotonic(), snapshot.revision
                 self._post(snapshot)
-                for changes in self._store.watch(snapshot.revision):
+                del snapshot  # it is the agent's now: held here it would live as long as the watch
+                for changes in self._store.watch(revision):
                     self._post(changes)
                     if self._ending.is_set():
                         return

@@ -9,6 +9,7 @@ from lease.allocate import RangeFull, choose_mac, choose_subnet
 from lease.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.codec import encode_key
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 
 RACES = 40
@@ -164,24 +165,23 @@ class Tenure:
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
-            if (first := self._first_with_our_address(claim)) is not None:
+            if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
             return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", loud)]
         self._to_remove = own
         self._remove_old(snapshot)
         return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", loud=True)]
 
-    def _first_with_our_address(self, claim: Claim) -> Denied | None:
+    def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
         """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
         came later looks once more, and gives it back where the first lives."""
         held = self.held
         assert held is not None
-        snapshot = self._store.read()
-        earlier = {
-            key: lease
-            for key, lease in snapshot.leases.items()
+        earlier = Leases.of(
+            lease
+            for lease in self._store.later_than(snapshot.revision).values()
             if lease.v4 is not None and lease.v4.public_ip == claim.public_ip and lease.created < held.created
-        }
+        )
         _, how, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
         if not isinstance(how, Denied):
             return None
@@ -246,13 +246,7 @@ class Tenure:
         A record that another interface wrote lends us its subnet, never its MAC: its owner may live after all, and then
         neither it nor the peers could tell the two apart.
         """
-        used = {
-            end.mac
-            for lease in snapshot.leases.values()
-            if own is None or (lease.key != own.key and lease.created < own.created)
-            for end in (lease.v4, lease.v6)
-            if end is not None and end.mac is not None
-        }
+        used = _MacsBefore(snapshot.leases, own)
         recorded = None
         if own is not None and own.v4 is not None and claim.identity.same_link(Identity.read(own.node)):
             recorded = own.v4.mac
@@ -264,6 +258,20 @@ class Tenure:
     def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
         end = Endpoint(subnet, claim.public_ip, claim.config.backend.vni, mac)
         return Lease(key, "vxlan", end, None, str(claim.identity), 0, 0, 0)
+
+
+class _MacsBefore:
+    """The MACs that records had before ours. Asked for the one or two that are tried, not gathered."""
+
+    def __init__(self, leases: Leases, own: Lease | None) -> None:
+        self._leases, self._own = leases, own
+
+    def __contains__(self, mac: int) -> bool:
+        own = self._own
+        return any(
+            own is None or (lease.key != own.key and lease.created < own.created)
+            for lease in self._leases.with_mac(mac)
+        )
 
 
 class _SubnetLost(Exception):

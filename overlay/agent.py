@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
+from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, forward, plan
 from overlay.datapath import Datapath
@@ -39,6 +41,10 @@ from overlay.underlay import UnderlayError
 log = structlog.get_logger()
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
+LOOK_SHARE = 2000
+"""The kernel is read whole less often where that costs more: it may take a two-thousandth of the time."""
+PEERS_FIRST_S = 5.0
+"""So long after the start the steps that can wait, wait for the peers."""
 FILES_CHECK_S = 5.0
 RETRY_S = 2.0
 EVENTS_A_TURN = 20_000
@@ -118,10 +124,17 @@ class Agent:
         self._due = Due()
         self._started = clock()
         self._next_full = clock() + FULL_CHECK_S
+        self._next_dump = 0.0
+        self._look_cost = 0.0
+        """CPU seconds of the look under way."""
+        self._peers_first_until = clock() + PEERS_FIRST_S
         self._next_files = 0.0
         self._retry_at: dict[str, float] = {}
         # the store's side
-        self._leases: dict[str, Lease] = {}
+        self._unplanned: Leases | None = None
+        """The records, until there is a plan for them; then the datapath's table has all but the one at our own key."""
+        self._at_our_key: Lease | None = None
+        """Ours, or what somebody put there."""
         self._unreadable: dict[str, str] = {}
         self._config: NetworkConfig | None = None
         self._listed: Snapshot | None = None
@@ -212,7 +225,7 @@ class Agent:
         now = self._clock()
         if now >= self._next_full:
             self._next_full = now + FULL_CHECK_S
-            self._due = Due()
+            self._due = Due(dump=self._due.dump or now >= self._next_dump)
         if now >= self._next_files:
             self._next_files = now + FILES_CHECK_S
             self._due.files = self._due.sysctl = True
@@ -227,17 +240,39 @@ class Agent:
             self._step("device", self._ensure_device)
             self._plan()
             if self._path.node is not None and TUNNEL in self._path.rec.devices:
-                self._step("dump", lambda: self._path.read_kernel(self._host.links))
+                more = self._look_at_kernel()
             if self._path.dumped:
-                more = self._path.apply()
+                more |= self._path.apply()
                 if self._path.rec.look_again:
                     self._path.rec.look_again, self._due.dump = False, True
+            if more and self._clock() < self._peers_first_until:
+                return True
             self._step("nat", lambda: self._host.ensure_nat(self._config_now(), self._own()))
             self._step("forward", self._ensure_forward)
             self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
             self._step("files", self._ensure_files)
         self._tell()
         return more
+
+    def _look_at_kernel(self) -> bool:
+        """A slice of a look through the kernel, where one is due or under way; whether there is more of it. What is due
+        while one is under way is looked at by the next."""
+        if not self._path.looking():
+            if not self._due.dump:
+                return False
+            self._due.dump, self._look_cost = False, 0.0
+        began = time.thread_time()
+        try:
+            more = self._path.look(self._host.links)
+        except KernelError as error:
+            self.health.problem("dump", str(error))
+            self._retry_at["dump"] = self._clock() + RETRY_S
+            return False
+        self._look_cost += time.thread_time() - began
+        if not more:
+            self.health.solved("dump")
+            self._next_dump = self._clock() + max(FULL_CHECK_S, self._look_cost * LOOK_SHARE)
+        return more or self._due.dump
 
     def _step(self, name: str, act: Callable[[], None]) -> None:
         """Do a step that is due; a refusal is a problem of that name, and retried."""
@@ -265,17 +300,22 @@ class Agent:
         if not self._settings.kube:  # there the config is a file, which has told it already
             self._set_config(snapshot.config)
         self._on_hints(snapshot.hints)
-        self._leases = dict(snapshot.leases)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
         for key, reason in self._unreadable.items():
             self._path.refusals.tell(key, reason)
-        self._listed, self._snapshot_seen = snapshot, True
-        if self._held is not None:
-            if self._held.key not in self._leases or not self._leases[self._held.key].same_claim(self._held):
+        self._snapshot_seen = True
+        held = self._held
+        if held is None:
+            self._listed = snapshot
+        else:
+            self._at_our_key = snapshot.leases.get(held.key)
+            if self._at_our_key is None or not self._at_our_key.same_claim(held):
                 self._look()
-            self._path.replace(self._others())
-            for other in self._others().values():
-                self._look_for_rivals(other)
+        if held is None or self._path.node is None:
+            self._unplanned = Leases(dict(snapshot.leases.packed))  # the tenure's thread may be reading the other
+        else:
+            self._path.replace(snapshot.leases, held.key)
+            self._look_for_rivals()
 
     def _on_changes(self, changes: Changes) -> None:
         self._listed = None
@@ -339,21 +379,24 @@ class Agent:
 
     def _on_change(self, change: Lease | Refused | Gone) -> None:
         self._unreadable.pop(change.key, None)
-        if isinstance(change, Lease):
-            self._leases[change.key] = change
-        else:
-            self._leases.pop(change.key, None)
+        lease = change if isinstance(change, Lease) else None
         if isinstance(change, Refused):
             self._unreadable[change.key] = change.reason
             self._path.refusals.tell(change.key, change.reason)
         if self._held is not None and change.key == self._held.key:
-            if not isinstance(change, Lease) or not change.same_claim(self._held):
+            self._at_our_key = lease
+            if lease is None or not lease.same_claim(self._held):
                 self._look()
-        elif isinstance(change, Lease):
-            self._path.put(change)
-            self._look_for_rivals(change)
-        else:
+        elif self._unplanned is not None:
+            self._unplanned.packed.pop(change.key, None)
+            if lease is not None:
+                self._unplanned.packed[lease.key] = pack(lease)
+        elif lease is None:
             self._path.drop(change.key)
+        else:
+            self._path.put(lease)
+            if lease.key in self._path.table.refused:
+                self._look_at_rival(lease)
 
     def _on_down(self, down: StoreDown) -> None:
         if not self._store_down:
@@ -399,17 +442,17 @@ class Agent:
         assert config.v4 is not None
         return config.v4.network.covers(subnet) if self._settings.kube else config.v4.allows(subnet)
 
-    def _others(self) -> dict[str, Lease]:
-        assert self._held is not None
-        own = self._held.key
-        return {key: lease for key, lease in self._leases.items() if key != own}
-
     def _look(self) -> None:
         """Our own record may not be what it should be."""
         if self.claimer is not None:
             self.claimer.look()
 
-    def _look_for_rivals(self, lease: Lease) -> None:
+    def _look_for_rivals(self) -> None:
+        """All records that have something of ours are refused as peers."""
+        for lease in self._path.table.waiting():
+            self._look_at_rival(lease)
+
+    def _look_at_rival(self, lease: Lease) -> None:
         """Another record that is older than ours and has our subnet or MAC wins; one with our address is told."""
         held = self._held
         if held is None or held.v4 is None or lease.v4 is None:
@@ -460,12 +503,20 @@ class Agent:
         assert lease.v4 is not None
         tell = log.warning if event.loud else log.info
         tell("lease", subnet=str(lease.v4.subnet), public_ip=ip_text(4, lease.v4.public_ip), how=event.how)
+        if self._at_our_key is not None and self._at_our_key.key != lease.key:
+            self._elsewhere(self._at_our_key)
         self._held, self._held_how, self._between = lease, event.how, False
-        self._leases[lease.key] = lease
+        self._at_our_key, self._listed = lease, None
         if lease.v4.subnet in self._retained:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
         self.health.solved("lease")
+
+    def _elsewhere(self, lease: Lease) -> None:
+        """What stands at a key that was ours is somebody's record like any other."""
+        if self._unplanned is None:
+            self._unplanned = self._path.table.records()
+        self._unplanned.packed[lease.key] = pack(lease)
 
     def _on_lost(self, event: tenure.Lost) -> None:
         assert event.lease.v4 is not None
@@ -558,7 +609,8 @@ class Agent:
 
     def _ensure_device(self) -> None:
         ensured, lowered = self._host.ensure_device(self._config_now(), self._own())
-        self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made)
+        if self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made):
+            self._due.dump = True
         self._due.sysctl = self._due.files = True
         self.health.tell("mtu", lowered)
 
@@ -591,12 +643,12 @@ class Agent:
         addresses = self._host.underlay_addresses()
         widest = 1 if self._settings.kube else 2
         node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained), widest)
-        if node == self._path.node:
+        if node == self._path.node and self._unplanned is None:
             return
-        self._path.plan(node, self._others())
-        self._due.dump = True
-        for other in self._others().values():
-            self._look_for_rivals(other)
+        records = self._unplanned if self._unplanned is not None else self._path.table.records()
+        self._path.plan(node, records, held.key)
+        self._unplanned, self._due.dump = None, True
+        self._look_for_rivals()
 
     def _let_go(self) -> None:
         """A subnet we lost is kept from its new owner while pods of this node use it."""
@@ -664,7 +716,7 @@ class Agent:
             network=str(config.v4.network) if config is not None and config.v4 is not None else "",
             lease=self._lease_status(),
             device=self._host.device_status(device.ifindex if device is not None else 0, in_order),
-            peers=tuple(self._path.peers()),
+            peers=self._path.peers(),
             problems=problems,
             refused=self._unreadable | self._path.table.refused,
             differences=tuple(self._path.differences()),

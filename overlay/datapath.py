@@ -5,17 +5,19 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 
 from __future__ import annotations
 
+import errno
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import structlog
 
 from lease.model import Lease, Prefix, ip_text, mac_text
+from lease.packed import Leases, number
 from overlay import plan
-from overlay.backends.vxlan import Entries
-from overlay.kernel import netlink
+from overlay.kernel import netlink, wire
 from overlay.kernel.entries import (
     RTNH_F_ONLINK,
     TUNNEL,
@@ -23,6 +25,7 @@ from overlay.kernel.entries import (
     FoundFdb,
     FoundNeighbour,
     FoundRoute,
+    Kind,
     Link,
     NeighbourValue,
     RouteKey,
@@ -31,9 +34,12 @@ from overlay.kernel.entries import (
     neighbour_is_ours,
     route_role,
 )
+from overlay.kernel.fast import Sifted
+from overlay.kernel.netlink import KernelError
 from overlay.peers import PeerTable, Turned
-from overlay.reconcile import Device, Kind, Reconciler, Refused
-from overlay.status import Difference, PeerStatus
+from overlay.reconcile import Device, Entry, Reconciler, Refused
+from overlay.status import Difference, Peers
+from overlay.wanted import Wanted, flat
 
 log = structlog.get_logger()
 TOLD_AT = (2, 10, 100, 1000, 10000)
@@ -47,13 +53,15 @@ class Datapath:
 
     def __init__(self, requests: netlink.RequestSocket, clock: Callable[[], float], rng: random.Random) -> None:
         self._requests = requests
-        self.rec = Reconciler(requests, clock, rng)
         self.node: plan.Node | None = None
         self.table = PeerTable(lambda _lease: "no lease of our own yet")
+        self.rec = Reconciler(NOTHING, requests, clock, rng)
         self.dumped = False
         self.in_the_way: dict[RouteKey, str] = {}
         """Routes of others that stand before ours, in words."""
         self.refusals = Refusals()
+        self._look: Iterator[None] | None = None
+        """A look through the kernel that is under way."""
         self._rising: set[int] = set()
         """Devices that we set up, whose notification of that has not come yet."""
         self._told_mended: Counter[str] = Counter()
@@ -61,30 +69,32 @@ class Datapath:
 
     # --- wanted --------------------------------------------------------------------------------------------------------
 
-    def plan(self, node: plan.Node, others: Mapping[str, Lease]) -> None:
-        """Everything anew: the node itself changed (config, underlay, own lease), or this is the first list."""
+    def plan(self, node: plan.Node, leases: Leases, own: str) -> None:
+        """Everything anew: the node itself changed (config, underlay, own lease), or this is the first list. Of what the
+        kernel has nothing is believed until it is read. own: the key of our own record, which is no peer's."""
         self.node = node
-        self.table.judge_again(lambda lease: plan.refusal(node, lease))
-        self.table.replace(others)
-        wanted: tuple[dict[Any, Any], ...] = ({}, {}, {})
-        for lease in self.table.accepted():
-            for kind, key, value in _flat(plan.entries(node, lease)):
-                wanted[kind][key] = value
-        for kind in Kind:
-            self.rec.want_exactly(kind, wanted[kind])
+        self.table = PeerTable(lambda lease: plan.refusal(node, lease), plan.quick(node))
+        self.table.load(leases, own)
+        self._know_nothing()
         for key, reason in self.table.refused.items():
             self.refusals.tell(key, reason)
-        log.info("peers", wanted=len(self.table.records) - len(self.table.refused), refused=len(self.table.refused))
+        log.info("peers", wanted=len(self.table.packed), refused=len(self.table.refused))
 
-    def replace(self, others: Mapping[str, Lease]) -> None:
+    def _know_nothing(self) -> None:
+        assert self.node is not None
+        self.end_look()
+        self.rec.know_nothing(Wanted(self.node, self.table))
+        self.dumped = False
+
+    def replace(self, leases: Leases, own: str) -> None:
         """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion."""
         if self.node is not None:
-            self._turn(self.table.replace(others))
+            self._turn(self.table.replace(leases, own))
+            for key, reason in self.table.refused.items():
+                self.refusals.tell(key, reason)
 
     def put(self, lease: Lease) -> None:
         """A record came or changed."""
-        if self.node is None:
-            return  # `plan` takes all records over, once we have a lease
         self._turn(self.table.put(lease))
         if reason := self.table.refused.get(lease.key):
             self.refusals.tell(lease.key, reason)
@@ -94,25 +104,20 @@ class Datapath:
     def drop(self, key: str) -> None:
         """A record went."""
         self.refusals.forget(key)
-        if self.node is not None:
-            self._turn(self.table.drop(key))
+        self._turn(self.table.drop(key))
 
     def _turn(self, turned: Turned) -> None:
         assert self.node is not None
         for was, _ in turned.values():
-            if was is not None:
-                for kind, key, _value in _flat(plan.entries(self.node, was)):
-                    self.rec.unwant(kind, key)
-        for was, now in turned.values():
-            for lease in (now, *self._of_the_same_mac(was)):
-                if lease is not None:
-                    for kind, key, value in _flat(plan.entries(self.node, lease)):
-                        self.rec.want(kind, key, value)
+            if was is not None and was.v4 is not None:
+                self.rec.left(number(was.v4.subnet), self._entries(was))
+        for _, now in turned.values():
+            if now is not None and now.v4 is not None:
+                self.rec.joined(number(now.v4.subnet), self._entries(now))
 
-    def _of_the_same_mac(self, was: Lease | None) -> Iterator[Lease]:
-        """A node with two subnets has one FDB entry: it stays while one of them does."""
-        if was is not None and was.v4 is not None and was.v4.mac is not None:
-            yield from self.table.sharing_mac(was.v4.mac)
+    def _entries(self, lease: Lease) -> list[Entry]:
+        assert self.node is not None
+        return flat(plan.entries(self.node, lease))
 
     # --- found: events ---------------------------------------------------------------------------------------------------
 
@@ -121,7 +126,7 @@ class Datapath:
         route = event.route
         role = self._role(route, self._roles())
         if role is None:
-            if not event.gone and self.rec.routes.is_found(route.key):
+            if not event.gone and self.rec.is_found(Kind.ROUTE, route.key):
                 self.rec.lose(Kind.ROUTE, route.key)  # replaced under our feet by a foreign one
             if event.gone and self.in_the_way.pop(route.key, None) is not None:
                 self.rec.retry_now(Kind.ROUTE)
@@ -151,7 +156,7 @@ class Datapath:
         and would end the backoff of an entry that is refused.)"""
         if value is not None:
             self.rec.find(kind, key, value)
-        elif self.rec.tracker(kind).is_found(key):
+        elif self.rec.is_found(kind, key):
             self.rec.lose(kind, key)
 
     def on_link(self, link: Link, gone: bool) -> int | None:
@@ -172,12 +177,18 @@ class Datapath:
                 return role
         return None
 
-    def set_tunnel(self, ifindex: int, lost: bool, made: bool) -> None:
-        """The tunnel device stands and is up. lost: we had to set it up; made: we had to make it."""
+    def set_tunnel(self, ifindex: int, lost: bool, made: bool) -> bool:
+        """The tunnel device stands and is up. lost: we had to set it up; made: we had to make it. Whether a look through the
+        kernel, which was at another device, has to begin again."""
+        before = self.rec.devices.get(TUNNEL)
+        again = self.looking() and (before is None or before.ifindex != ifindex)
+        if again:
+            self.end_look()
         if made or lost:
             self.rec.device_lost(TUNNEL, fdb_too=made)
             self._rising.add(ifindex)
         self.rec.devices[TUNNEL] = Device(ifindex, True)
+        return again
 
     def events_lost(self) -> None:
         """Notifications were dropped: none is waited for any more."""
@@ -185,39 +196,127 @@ class Datapath:
 
     # --- found: the whole kernel ---------------------------------------------------------------------------------------
 
-    def read_kernel(self, links: Mapping[int, Link]) -> None:
-        """Read routes, neighbours and FDB whole. Raises KernelError."""
-        device = self.rec.devices.get(TUNNEL)
-        if device is None:
-            return
-        foreign: list[FoundRoute] = []
-        self.rec.merge_dump(Kind.ROUTE, self._found_routes(foreign), lambda: self._found_routes([]))
-        self.rec.merge_dump(
-            Kind.NEIGHBOUR, self._found_neighbours(device.ifindex), lambda: self._found_neighbours(device.ifindex)
-        )
-        self.rec.merge_dump(Kind.FDB, self._found_fdb(device.ifindex), lambda: self._found_fdb(device.ifindex))
-        before, self.in_the_way = self.in_the_way, {}
-        for route in foreign:
-            self._watch_foreign(route, links, before)
-        self.dumped = True
+    def look(self, links: Mapping[int, Link]) -> bool:
+        """Read routes, neighbours and FDB whole, a slice for each call; whether there is more of it. Raises KernelError."""
+        if self._look is None:
+            if TUNNEL not in self.rec.devices:
+                return False
+            self._look = self._looking(links)
+        try:
+            next(self._look)
+        except StopIteration:
+            self._look = None
+            return False
+        except BaseException:
+            self.end_look()
+            raise
+        return True
 
-    def _found_routes(self, foreign: list[FoundRoute]) -> dict[RouteKey, RouteValue]:
-        found: dict[RouteKey, RouteValue] = {}
-        roles = self._roles()
-        for route in self._requests.routes():
-            role = self._role(route, roles)
-            if role is None:
-                foreign.append(route)
+    def looking(self) -> bool:
+        """Whether a look through the kernel is under way."""
+        return self._look is not None
+
+    def end_look(self) -> None:
+        """Break it off."""
+        if self._look is not None:
+            self._look.close()  # type: ignore[attr-defined]  # a generator
+        self._look = None
+        self.rec.touched = None
+
+    def _looking(self, links: Mapping[int, Link]) -> Iterator[None]:
+        """A dump of a changing kernel leaves out live entries and repeats others: a key that an event or our own write
+        touched since it began keeps what those said, and an absence counts only if a second look agrees."""
+        requests = netlink.RequestSocket()
+        try:
+            foreign: list[FoundRoute] = []
+            for kind in (Kind.ROUTE, Kind.NEIGHBOUR, Kind.FDB):
+                self.rec.touched = set()
+                seen: set[int] = set()
+                others: set[Any] = set()
+                for _ in self._dump(requests, kind, seen, others, foreign):
+                    yield
+                absent = [peer for peer in self.rec.believed(kind) if peer not in seen]
+                left = [key for key in self.rec.extra[kind] if key not in others]
+                if absent or left:
+                    for _ in self._dump(requests, kind, seen, others, []):
+                        yield
+                    self._lose_absent(kind, absent, left, seen, others)
+            before, self.in_the_way = self.in_the_way, {}
+            for route in foreign:
+                self._watch_foreign(route, links, before)
+            self.dumped = True
+        finally:
+            self.rec.touched = None
+            requests.close()
+
+    def _dump(
+        self, requests: netlink.RequestSocket, kind: Kind, seen: set[int], others: set[Any], foreign: list[FoundRoute]
+    ) -> Iterator[None]:
+        """One dump, in slices. seen: the peers whose entry it showed as wanted; others: the keys of all other entries of
+        ours; foreign: routes that are not ours."""
+        index = self.rec.devices[TUNNEL].ifindex
+        wanted = self.rec.wanted
+        assert isinstance(wanted, Wanted)
+        sieve = wanted.sieve(index)
+        sift, request = {
+            Kind.ROUTE: (sieve.routes, wire.route_dump),
+            Kind.NEIGHBOUR: (sieve.neighbours, lambda seq: wire.neighbour_dump(seq, index)),
+            Kind.FDB: (sieve.fdb, lambda seq: wire.fdb_dump(seq, index)),
+        }[kind]
+        for agreed, rest in _of_a_table(requests.sifted(request, sift), kind):
+            seen.update(agreed)
+            self.rec.agree(kind, agreed if not self.rec.touched else self._untouched(kind, agreed))
+            for view in rest:
+                self._take(kind, next(wire.split(view)).body, index, seen, others, foreign)
+            yield
+
+    def _take(
+        self, kind: Kind, body: memoryview, index: int, seen: set[int], others: set[Any], foreign: list[FoundRoute]
+    ) -> None:
+        """An entry that is not simply as it should be."""
+        key: Any
+        value: Any
+        if kind is Kind.ROUTE:
+            route = wire.parse_route(body)
+            role = self._role(route, self._roles()) if route is not None else None
+            if route is None or role is None:
+                if route is not None:
+                    foreign.append(route)
+                return
+            key, value = route.key, _route_value(route, role)
+        else:
+            found = wire.parse_neighbour(body)
+            if isinstance(found, FoundFdb) and kind is Kind.FDB and fdb_is_ours(found, index):
+                key, value = found.mac, _fdb_value(found)
+            elif isinstance(found, FoundNeighbour) and kind is Kind.NEIGHBOUR and neighbour_is_ours(found, index):
+                key, value = found.address, _neighbour_value(found)
             else:
-                found[route.key] = _route_value(route, role)
-        return found
+                return
+        others.add(key)
+        if value == self.rec.wanted.value(kind, key):
+            seen.update(self.rec.wanted.owners(kind, key))
+        if self.rec.touched is None or (kind, key) not in self.rec.touched:
+            self.rec.find(kind, key, value)
+            assert self.rec.touched is not None
+            self.rec.touched.discard((kind, key))
 
-    def _found_neighbours(self, index: int) -> dict[int, NeighbourValue]:
-        found = (item for item in self._requests.neighbours(index) if neighbour_is_ours(item, index))
-        return {item.address: _neighbour_value(item) for item in found}
+    def _untouched(self, kind: Kind, peers: list[int]) -> list[int]:
+        touched, entries = self.rec.touched or set(), self.rec.wanted.entries
+        return [
+            peer for peer in peers if not any((its, key) in touched for its, key, _ in entries(peer) if its is kind)
+        ]
 
-    def _found_fdb(self, index: int) -> dict[int, FdbValue]:
-        return {item.mac: _fdb_value(item) for item in self._requests.fdb(index) if fdb_is_ours(item, index)}
+    def _lose_absent(self, kind: Kind, absent: list[int], left: list[Any], seen: set[int], others: set[Any]) -> None:
+        touched = self.rec.touched or set()
+        for peer in absent:
+            if peer in seen or peer not in self.table.packed:
+                continue
+            for its, key, _ in self.rec.wanted.entries(peer):
+                if its is kind and key not in others and (kind, key) not in touched and self.rec.is_found(kind, key):
+                    self.rec.lose(kind, key)
+        for key in left:
+            if key not in others and (kind, key) not in touched and key in self.rec.extra[kind]:
+                self.rec.lose(kind, key)
 
     def _roles(self) -> dict[int, int]:
         """Roles by interface number."""
@@ -227,7 +326,7 @@ class Datapath:
         """The role of a route that is ours; one of ours that somebody altered on our own device is still ours."""
         network = self.node.network if self.node is not None else Prefix(4, 0, 0)
         role = route_role(route, roles, (network.base, network.last))
-        if role is None and roles.get(route.oif) == TUNNEL and self.rec.routes.is_wanted(route.key):
+        if role is None and roles.get(route.oif) == TUNNEL and self.rec.wanted.value(Kind.ROUTE, route.key) is not None:
             return TUNNEL
         return role
 
@@ -286,42 +385,61 @@ class Datapath:
 
     # --- for the status --------------------------------------------------------------------------------------------------
 
-    def peers(self) -> Iterator[PeerStatus]:
-        """Each peer and how it stands."""
-        node = self.node
-        if node is None:
-            return
-        for lease in self.table.accepted():
-            assert lease.v4 is not None
-            entries = list(_flat(plan.entries(node, lease)))
-            missing = [kind.name.lower() for kind, key, _ in entries if key in self.rec.tracker(kind).missing]
-            yield PeerStatus(
-                str(lease.v4.subnet),
-                ip_text(4, lease.v4.public_ip),
-                mac_text(lease.v4.mac or 0),
-                lease.node.split("/")[1] if lease.node.count("/") == 2 else "",
-                "direct" if len(entries) == 1 else "vxlan",
-                "ok" if not missing else "missing " + ", ".join(missing),
-            )
+    def peers(self) -> Peers:
+        """Each peer and how it stands, to be written out by whoever asked: at 20,000 peers that takes a while."""
+        rec = self.rec
+        missing = {peer: rec.todo.get(peer, 0) | rec.held.get(peer, 0) for peer in (*rec.todo, *rec.held)}
+        return Peers(self.node, tuple(self.table.packed.values()), missing)
 
     def differences(self) -> Iterator[Difference]:
         """The entries that are not as they should be, at most SHOWN."""
-        shown = 0
+        return islice(self._differences(), SHOWN)
+
+    def _differences(self) -> Iterator[Difference]:
+        rec = self.rec
+        for peer in (*rec.held, *(peer for peer in rec.todo if peer not in rec.held)):
+            for kind, key, _ in rec.wanted.entries(peer):
+                if rec.is_missing(peer, kind):
+                    yield self._difference(kind, key, "wrong" if key in rec.extra[kind] else "missing")
         for kind in Kind:
-            tracker: Any = self.rec.tracker(kind)
-            for key in tracker.missing.keys() | tracker.extra.keys():
-                if shown == SHOWN:
-                    return
-                shown += 1
-                failure = self.rec.failures.get((kind, key))
-                state = "extra" if key not in tracker.missing else ("wrong" if key in tracker.extra else "missing")
-                yield Difference(
-                    kind.name.lower(),
-                    entry_text(kind, key),
-                    state,
-                    str(failure.refusal) if failure else "",
-                    failure.count if failure else 0,
-                )
+            for key in rec.extra[kind]:
+                if rec.wanted.value(kind, key) is None:
+                    yield self._difference(kind, key, "extra")
+
+    def _difference(self, kind: Kind, key: Any, state: str) -> Difference:
+        failure = self.rec.failures.get((kind, key))
+        refused, tries = (str(failure.refusal), failure.count) if failure else ("", 0)
+        return Difference(kind.name.lower(), entry_text(kind, key), state, refused, tries)
+
+
+class _NothingWanted:
+    """Before there is a plan."""
+
+    def peers(self) -> tuple[int, ...]:
+        return ()
+
+    def bits(self, peer: int) -> int:
+        raise LookupError(peer)
+
+    def entries(self, peer: int) -> list[Entry]:
+        raise LookupError(peer)
+
+    def owners(self, kind: Kind, key: Any) -> tuple[int, ...]:
+        del kind, key
+        return ()
+
+    def value(self, kind: Kind, key: Any) -> None:
+        del kind, key
+
+    def serves(self, key: Any) -> int:
+        del key
+        return 0
+
+    def messages(self, peer: int, seq: int, oif: int) -> None:
+        raise LookupError(peer, seq, oif)
+
+
+NOTHING = _NothingWanted()
 
 
 class Refusals:
@@ -357,12 +475,13 @@ def entry_text(kind: Kind, key: Any) -> str:
     return mac_text(key) if kind is Kind.FDB else ip_text(4, key)
 
 
-def _flat(entries: Entries) -> Iterator[tuple[Kind, Any, Any]]:
-    if entries.neighbour is not None:
-        yield Kind.NEIGHBOUR, *entries.neighbour
-    if entries.fdb is not None:
-        yield Kind.FDB, *entries.fdb
-    yield Kind.ROUTE, *entries.route
+def _of_a_table(dump: Iterator[Sifted], kind: Kind) -> Iterator[Sifted]:
+    """A namespace that never had a route has no main table yet: that is an empty one."""
+    try:
+        yield from dump
+    except KernelError as error:
+        if kind is not Kind.ROUTE or error.errno != errno.ENOENT:
+            raise
 
 
 def _route_value(route: FoundRoute, role: int) -> RouteValue:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lease.config import NetworkConfig, VxlanConfig
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
+from lease.packed import HEAD, PLAIN
 from overlay.backends import vxlan
 from overlay.kernel.entries import RouteKey
 
@@ -52,6 +54,31 @@ def refusal(node: Node, lease: Lease) -> str | None:
     if lease.v4 is None:
         return "it has no IPv4 part, and there is no IPv6 datapath yet"
     return _subnet_fault(node, lease.v4.subnet, lease.v4.public_ip) or _vtep_fault(node, lease.v4)
+
+
+def quick(node: Node) -> Callable[[bytes], bool]:
+    """Whether a packed record of flannel's usual form surely passes `refusal`; one that does not is asked there."""
+    assert node.own.v4 is not None
+    own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
+    closed = [(there.base, there.last) for there in (*node.on_link, own.subnet, *node.retained)]
+    ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
+    bad = node.addresses | {own.public_ip, *ends}
+    low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
+    reserved = [(there.base, there.last) for there in _UNUSABLE]
+
+    def passes(packed: bytes) -> bool:
+        base, length, public_ip, mac, its_vni, _, _, _, form = HEAD.unpack_from(packed)
+        last = base | ((1 << (32 - length)) - 1)
+        if form != PLAIN or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
+            return False
+        if public_ip in bad or base <= public_ip <= last:
+            return False
+        for first, end in closed:
+            if first <= last and base <= end:
+                return False
+        return all(not first <= public_ip <= end for first, end in reserved)
+
+    return passes
 
 
 def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:

@@ -1,7 +1,8 @@
-"""Wanted beside found, and what makes them one: entries agreed, wanted but not found, found but not wanted.
+"""Wanted beside found, and what makes them one. Only what differs is remembered: a peer's entries that are not there, as
+bits, and entries that are there and not wanted so. All else agrees, and stands nowhere but in the table of peers.
 
-An agreed value is stored once. Each key that differs is applied in batches, in an order in which traffic never meets a
-gap; a refused one is retried with backoff of its own and never holds up another.
+What differs is applied in batches, in an order in which traffic never meets a gap; an entry that the kernel refuses is
+retried with backoff of its own and never holds up another.
 """
 
 from __future__ import annotations
@@ -10,113 +11,65 @@ import errno
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import islice
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from overlay.kernel import wire
-from overlay.kernel.entries import TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.entries import TUNNEL, Kind
+from overlay.kernel.fast import MESSAGES
 from overlay.kernel.netlink import Refusal
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
-
 SLICE = 512
-"""Messages in one batch; some 8 ms."""
+"""Messages in one batch, some 4 ms of the kernel's time."""
 RETRY_FIRST_S, RETRY_LAST_S = 0.1, 30.0
+ROUTE_ALONE = 1 << Kind.ROUTE
+ALL = 1 << Kind.NEIGHBOUR | 1 << Kind.FDB | ROUTE_ALONE
+Entry = tuple[Kind, Any, Any]
+"""Kind, key and value."""
 
 
-class Tracker(Generic[K, V]):
-    """Wanted and found of one kind of entry."""
+class WantedEntries(Protocol):
+    """What shall be in the kernel (wanted.Wanted). A peer is a number."""
 
-    def __init__(self) -> None:
-        self.agreed: dict[K, V] = {}
-        self.missing: dict[K, V] = {}
-        """Wanted, but not found so; what is found instead stands in `extra`."""
-        self.extra: dict[K, V] = {}
-        """Found, but not wanted so."""
+    def peers(self) -> Iterable[int]:
+        """All peers."""
 
-    def want(self, key: K, value: V) -> None:
-        """It shall be there with that value."""
-        if key in self.agreed:
-            if self.agreed[key] == value:
-                return
-            self.extra[key] = self.agreed.pop(key)
-        if self.extra.get(key) == value:
-            self.agreed[key] = value
-            del self.extra[key]
-            self.missing.pop(key, None)
-        else:
-            self.missing[key] = value
+    def bits(self, peer: int) -> int:
+        """The kinds of entries that a peer has, as bits."""
 
-    def unwant(self, key: K) -> None:
-        """It shall not be there."""
-        self.missing.pop(key, None)
-        if key in self.agreed:
-            self.extra[key] = self.agreed.pop(key)
+    def entries(self, peer: int) -> list[Entry]:
+        """A peer's entries, in the order in which they are put in place."""
 
-    def find(self, key: K, value: V) -> None:
-        """The kernel has it with that value."""
-        if key in self.agreed:
-            if self.agreed[key] == value:
-                return
-            self.missing[key] = self.agreed.pop(key)
-        if self.missing.get(key) == value:
-            self.agreed[key] = value
-            del self.missing[key]
-            self.extra.pop(key, None)
-        else:
-            self.extra[key] = value
+    def owners(self, kind: Kind, key: Any) -> tuple[int, ...]:
+        """The peers that want an entry of a key."""
 
-    def lose(self, key: K) -> None:
-        """The kernel does not have it."""
-        self.extra.pop(key, None)
-        if key in self.agreed:
-            self.missing[key] = self.agreed.pop(key)
+    def value(self, kind: Kind, key: Any) -> Any:
+        """What the entry of a key shall be, None where none is wanted."""
 
-    def wanted(self) -> dict[K, V]:
-        """All that shall be there."""
-        return self.agreed | self.missing
+    def serves(self, key: Any) -> int:
+        """The peer of exactly the subnet that a route leads to, 0 where there is none."""
 
-    def found(self) -> dict[K, V]:
-        """All that is there, as far as we know."""
-        return self.agreed | self.extra
-
-    def is_wanted(self, key: K) -> bool:
-        return key in self.agreed or key in self.missing
-
-    def is_found(self, key: K) -> bool:
-        return key in self.agreed or key in self.extra
-
-    def differing(self) -> int:
-        """How many keys differ."""
-        return len(self.missing.keys() | self.extra.keys())
-
-
-class Kind(IntEnum):
-    """The kinds of entries, in the order in which they are put in place."""
-
-    NEIGHBOUR = 0
-    FDB = 1
-    ROUTE = 2
-
-
-@dataclass(slots=True)
-class Failure:
-    """One entry the kernel refuses."""
-
-    count: int
-    refusal: Refusal
-    since: float
+    def messages(self, peer: int, seq: int, oif: int) -> bytes | None:
+        """The three messages of a peer at once, or None."""
 
 
 class Requests(Protocol):
     """The part of RequestSocket used here."""
 
     def take_seqs(self, count: int) -> int: ...
-    def execute(self, messages: list[bytes], first: int) -> dict[int, Refusal]: ...
+    def execute(self, messages: list[bytes], first: int, count: int) -> dict[int, Refusal]: ...
+
+
+@dataclass(slots=True)
+class Failure:
+    """One entry the kernel refuses. token: of its last entry in the queue of retries."""
+
+    count: int
+    refusal: Refusal
+    since: float
+    token: int = 0
 
 
 class Refused(NamedTuple):
@@ -135,102 +88,210 @@ class Device(NamedTuple):
 
 
 class Reconciler:
-    """Neighbours, FDB and routes of all peers. Owned by one thread."""
+    """Neighbours, FDB and routes of all peers. Owned by one thread.
 
-    def __init__(self, requests: Requests, clock: Callable[[], float], rng: random.Random) -> None:
+    Entries of a peer that are missing stand as bits in `todo`, or in `held` while a refused one waits for its time. What is
+    found and not wanted so stands in `extra`: where a peer wants another value there, its bit is set as well.
+    """
+
+    def __init__(
+        self, wanted: WantedEntries, requests: Requests, clock: Callable[[], float], rng: random.Random
+    ) -> None:
+        self.wanted = wanted
         self._requests, self._clock, self._rng = requests, clock, rng
-        self.neighbours: Tracker[int, NeighbourValue] = Tracker()
-        self.fdb: Tracker[int, FdbValue] = Tracker()
-        self.routes: Tracker[RouteKey, RouteValue] = Tracker()
-        self._trackers: tuple[Tracker[Any, Any], ...] = (self.neighbours, self.fdb, self.routes)
         self.devices: dict[int, Device] = {}
         """By role; a role that is missing has no device now."""
+        self.todo: dict[int, int] = {}
+        self.held: dict[int, int] = {}
+        self.extra: tuple[dict[Any, Any], ...] = ({}, {}, {})
+        self._drops: tuple[dict[Any, None], ...] = ({}, {}, {})
+        """Of `extra`: what nobody wants, to be removed; and below, what the kernel refused to remove, until its time."""
+        self._kept: tuple[set[Any], ...] = (set(), set(), set())
+        self._missing = 0
         self.failures: dict[tuple[Kind, Hashable], Failure] = {}
         self.writes: Counter[str] = Counter()
-        """Messages the kernel accepted, by `add_route`, `remove_fdb`..."""
+        """Messages the kernel accepted, by `put_route`, `remove_fdb`..."""
         self.mended: Counter[str] = Counter()
         """Entries that somebody else changed or removed, by kind."""
         self.look_again = False
         """The kernel contradicted what we believed: only a dump tells."""
-        self._puts: tuple[dict[Any, None], ...] = ({}, {}, {})
-        self._drops: tuple[dict[Any, None], ...] = ({}, {}, {})
+        self.touched: set[tuple[Kind, Any]] | None = None
+        """While a dump is taken: the keys about which events or our own writes know better."""
         self._retries: list[tuple[float, int, Kind, Hashable]] = []
-        self._retry_number = 0
-
-    def tracker(self, kind: Kind) -> Tracker[Any, Any]:
-        """The tracker of a kind."""
-        return self._trackers[kind]
+        self._tokens = 0
 
     # --- what is wanted ------------------------------------------------------------------------------------------
 
-    def want(self, kind: Kind, key: Hashable, value: object) -> None:
-        """An entry shall be there."""
-        self.tracker(kind).want(key, value)
-        self._mark(kind, key)
+    def know_nothing(self, wanted: WantedEntries) -> None:
+        """Everything of these peers is missing, and nothing is found, until a dump says otherwise."""
+        self.wanted = wanted
+        self.todo = {peer: wanted.bits(peer) for peer in wanted.peers()}
+        self._missing = sum(map(int.bit_count, self.todo.values()))
+        self.held, self._retries = {}, []
+        self.extra, self._drops, self._kept = ({}, {}, {}), ({}, {}, {}), (set(), set(), set())
+        self.failures.clear()
 
-    def unwant(self, kind: Kind, key: Hashable) -> None:
-        """An entry shall not be there."""
-        self.tracker(kind).unwant(key)
-        self._mark(kind, key)
+    def left(self, peer: int, entries: Iterable[Entry]) -> None:
+        """These entries of a peer are not wanted any more; the table is without it already."""
+        for kind, key, value in entries:
+            was_missing = self._clear(peer, kind, key)
+            wanted = self.wanted.value(kind, key)
+            if not was_missing and wanted != value:
+                self.extra[kind][key] = value
+            self.failures.pop((kind, key), None)
+            self._sort(kind, key, wanted)
 
-    def want_exactly(self, kind: Kind, wanted: Mapping[Any, object]) -> None:
-        """These shall be there, and no other."""
-        tracker = self.tracker(kind)
-        for key in [key for key in (*tracker.agreed, *tracker.missing) if key not in wanted]:
-            self.unwant(kind, key)
-        for key, value in wanted.items():
-            self.want(kind, key, value)
+    def joined(self, peer: int, entries: Iterable[Entry]) -> None:
+        """These entries of a peer are wanted from now on; the table has it already."""
+        for kind, key, value in entries:
+            if self.extra[kind].get(key) == value:
+                del self.extra[kind][key]
+            else:
+                self._set(peer, kind)
+            self.failures.pop((kind, key), None)
+            self._sort(kind, key, value)
 
     # --- what is found -------------------------------------------------------------------------------------------
 
-    def find(self, kind: Kind, key: Hashable, value: object) -> None:
+    def find(self, kind: Kind, key: Any, value: Any) -> None:
         """The kernel says it has an entry."""
-        tracker = self.tracker(kind)
-        was = key in tracker.agreed
-        tracker.find(key, value)
-        self._seen(kind, key, was)
+        self._touch(kind, key)
+        wanted = self.wanted.value(kind, key)
+        if value == wanted:
+            self.extra[kind].pop(key, None)
+            for peer in self.wanted.owners(kind, key):
+                self._clear(peer, kind, key)
+            self.failures.pop((kind, key), None)
+        else:
+            self.extra[kind][key] = value
+            self._not_so(kind, key)
+        self._sort(kind, key, wanted)
 
-    def lose(self, kind: Kind, key: Hashable) -> None:
+    def lose(self, kind: Kind, key: Any) -> None:
         """The kernel says an entry is gone."""
-        tracker = self.tracker(kind)
-        was = key in tracker.agreed
-        tracker.lose(key)
-        self._seen(kind, key, was)
+        self._touch(kind, key)
+        self.extra[kind].pop(key, None)
+        self._not_so(kind, key)
+        wanted = self.wanted.value(kind, key)
+        if wanted is None:
+            self.failures.pop((kind, key), None)
+        self._sort(kind, key, wanted)
 
-    def _seen(self, kind: Kind, key: Hashable, was_agreed: bool) -> None:
-        if was_agreed and key not in self.tracker(kind).agreed:
-            self.mended[kind.name.lower()] += 1
-        self._mark(kind, key)
+    def agree(self, kind: Kind, peers: Iterable[int]) -> None:
+        """A dump shows these peers' entries as they should be."""
+        bit, todo, held = 1 << kind, self.todo, self.held
+        for peer in peers:
+            if todo.get(peer, 0) & bit or held.get(peer, 0) & bit:
+                for its_kind, key, _ in self.wanted.entries(peer) if self.failures or self.extra[kind] else ():
+                    if its_kind is kind:
+                        self.failures.pop((kind, key), None)
+                        self.extra[kind].pop(key, None)
+                self._take_bit(peer, bit)
 
-    def merge_dump(self, kind: Kind, found: Mapping[Any, object], again: Callable[[], Iterable[Hashable]]) -> None:
-        """Take a dump over. An absence counts only if a second look (`again`) agrees: a dump of a changing kernel
-        leaves out live entries."""
-        tracker = self.tracker(kind)
-        absent = [key for key in (*tracker.agreed, *tracker.extra) if key not in found]
-        for key, value in found.items():
-            self.find(kind, key, value)
-        if absent:
-            still = set(again())
-            for key in absent:
-                if key not in still:
-                    self.lose(kind, key)
+    def is_found(self, kind: Kind, key: Any) -> bool:
+        """Whether we believe that the kernel has an entry of that key."""
+        if key in self.extra[kind]:
+            return True
+        return any(not self.is_missing(peer, kind) for peer in self.wanted.owners(kind, key))
+
+    def is_missing(self, peer: int, kind: Kind) -> bool:
+        """Whether a peer's entry is not as it should be."""
+        return bool((self.todo.get(peer, 0) | self.held.get(peer, 0)) & 1 << kind)
+
+    def believed(self, kind: Kind) -> Iterator[int]:
+        """The peers whose entry of a kind we believe to be as it should be."""
+        bit, todo, held, bits = 1 << kind, self.todo, self.held, self.wanted.bits
+        if not todo and not held:
+            return (peer for peer in self.wanted.peers() if bits(peer) & bit)
+        return (p for p in self.wanted.peers() if bits(p) & bit and not (todo.get(p, 0) | held.get(p, 0)) & bit)
 
     def device_lost(self, role: int, fdb_too: bool) -> None:
         """A device went down (routes and neighbours went with it, silently) or away (its FDB as well)."""
-        routes = self.routes
-        for key, value in [*routes.agreed.items(), *routes.extra.items()]:
-            if value.role == role:
-                self.lose(Kind.ROUTE, key)
+        routes = self.extra[Kind.ROUTE]
+        for key in [key for key, value in routes.items() if value.role == role]:
+            self.lose(Kind.ROUTE, key)
+        lost = 1 << Kind.ROUTE
         if role == TUNNEL:
-            for kind in (Kind.NEIGHBOUR, *((Kind.FDB,) if fdb_too else ())):
-                for key in list(self.tracker(kind).found()):
-                    self.lose(kind, key)
+            gone = (Kind.NEIGHBOUR, *((Kind.FDB,) if fdb_too else ()))
+            for kind in gone:
+                lost |= 1 << kind
+                for table in (self.extra[kind], self._drops[kind], self._kept[kind]):
+                    table.clear()
+        for peer in self.wanted.peers():
+            bits = self.wanted.bits(peer)
+            through = TUNNEL if bits == ALL else self._role(peer)
+            if through == role:
+                self._lose_bits(peer, bits & lost)
+
+    def _role(self, peer: int) -> int:
+        """The role of the device that a peer's route goes by."""
+        return int(next(value.role for kind, _, value in self.wanted.entries(peer) if kind is Kind.ROUTE))
+
+    def _lose_bits(self, peer: int, bits: int) -> None:
+        there = self.todo.get(peer, 0) | self.held.get(peer, 0)
+        for kind in Kind:
+            if bits & ~there & 1 << kind:
+                self.mended[kind.name.lower()] += 1
+        self.todo[peer] = self.todo.get(peer, 0) | bits
+        if held := self.held.pop(peer, 0):
+            self.todo[peer] |= held
+        self._missing += (bits & ~there).bit_count()
+
+    def _not_so(self, kind: Kind, key: Any) -> None:
+        """The entry of a key is not as some peer wants it. News of a refused one ends its waiting."""
+        new = False
+        for peer in self.wanted.owners(kind, key):
+            new |= self._set(peer, kind)
+        self.mended[kind.name.lower()] += new
+
+    def _set(self, peer: int, kind: Kind) -> bool:
+        """A peer's entry is missing, and to be put at once; whether that is new."""
+        bit = 1 << kind
+        new = not self.is_missing(peer, kind)
+        self._missing += new
+        self.todo[peer] = self.todo.get(peer, 0) | bit
+        if self.held and (held := self.held.get(peer, 0)) & bit:
+            self._keep(self.held, peer, held & ~bit)
+        return new
+
+    def _clear(self, peer: int, kind: Kind, key: Any) -> bool:
+        """A peer's entry is not missing (any more); whether it was."""
+        self._touch(kind, key)
+        return self._take_bit(peer, 1 << kind)
+
+    def _take_bit(self, peer: int, bit: int) -> bool:
+        was = False
+        for table in (self.todo, self.held):
+            if (bits := table.get(peer, 0)) & bit:
+                self._keep(table, peer, bits & ~bit)
+                was = True
+        self._missing -= was
+        return was
+
+    @staticmethod
+    def _keep(table: dict[int, int], peer: int, bits: int) -> None:
+        if bits:
+            table[peer] = bits
+        else:
+            del table[peer]
+
+    def _sort(self, kind: Kind, key: Any, wanted: Any) -> None:
+        """Whether a found entry is to be removed: where another is wanted of that key, putting that replaces it."""
+        self._kept[kind].discard(key)
+        if wanted is None and key in self.extra[kind]:
+            self._drops[kind][key] = None
+        else:
+            self._drops[kind].pop(key, None)
+
+    def _touch(self, kind: Kind, key: Any) -> None:
+        if self.touched is not None:
+            self.touched.add((kind, key))
 
     # --- making them one -------------------------------------------------------------------------------------------
 
     def differing(self) -> int:
         """How many entries are not as they should be."""
-        return sum(tracker.differing() for tracker in self._trackers)
+        return self._missing + sum(map(len, (*self._drops, *self._kept)))
 
     def next_retry(self) -> float | None:
         """When a refused entry is due again."""
@@ -240,117 +301,175 @@ class Reconciler:
         """What stood in the way of refused entries of a kind may be gone: do not wait for their time."""
         for failed_kind, key in list(self.failures):
             if failed_kind is kind:
-                self._mark(kind, key)
+                self._retry(kind, key)
+
+    def _retry(self, kind: Kind, key: Any) -> None:
+        for peer in self.wanted.owners(kind, key):
+            if self.held.get(peer, 0) & 1 << kind:
+                self._set(peer, kind)
+        self._sort(kind, key, self.wanted.value(kind, key))
 
     def apply(self) -> tuple[bool, list[Refused]]:
         """One batch of what differs. Whether more can be done at once, and what was refused."""
         now = self._clock()
         while self._retries and self._retries[0][0] <= now:
-            _, _, kind, key = heapq.heappop(self._retries)
-            if (kind, key) in self.failures:
-                self._mark(kind, key, retry=True)
-        work = self._next_slice()
-        if not work:
-            return False, []
-        first = self._requests.take_seqs(len(work))
-        messages = [self._message(first + place, *item) for place, item in enumerate(work)]
-        refused = self._requests.execute(messages, first)
-        said = []
-        for place, (put, kind, key) in enumerate(work):
-            refusal = refused.get(place)
-            if refusal is None or (not put and refusal.errno in _ABSENT):
-                self._done(put, kind, key)
-            else:
-                said.append(self._failed(put, kind, key, refusal))
-        return True, said
+            _, token, kind, key = heapq.heappop(self._retries)
+            failure = self.failures.get((kind, key))
+            if failure is not None and failure.token == token:
+                self._retry(kind, key)
+        if self.todo and (batch := self._puts()).size:
+            return True, self._send_puts(batch)
+        drops = self._next_drops()
+        return (True, self._send_drops(drops)) if drops else (False, [])
 
-    def _next_slice(self) -> list[tuple[bool, Kind, Hashable]]:
-        """Neighbours and FDB before the routes that need them, the reverse when they go."""
+    # --- putting
+
+    class _Puts(NamedTuple):
+        """A batch: messages (a whole peer's three in one), how many there are, what the n-th is, and the peers' bits."""
+
+        first: int
+        size: int
+        messages: list[bytes]
+        places: list[tuple[int, int, int]]
+        """(place, peer, bits), in order."""
+
+    def _puts(self) -> _Puts:
         tunnel = self.devices.get(TUNNEL)
-        work: list[tuple[bool, Kind, Hashable]] = []
-        if tunnel is not None:
-            for kind in (Kind.NEIGHBOUR, Kind.FDB):
-                work += [(True, kind, key) for key in islice(self._puts[kind], SLICE - len(work))]
-        routes = self.routes
-        for key in self._puts[Kind.ROUTE]:
-            if len(work) >= SLICE:
-                return work
-            device = self.devices.get(routes.missing[key].role)
-            if device is not None and device.up:
-                work.append((True, Kind.ROUTE, key))
-        if work or tunnel is None:
-            return work
+        ready = tunnel is not None and tunnel.up
+        first, count = self._requests.take_seqs(SLICE + MESSAGES), 0
+        messages: list[bytes] = []
+        places: list[tuple[int, int, int]] = []
+        replaces = any(self.extra)
+        for peer, bits in self.todo.items():
+            if count >= SLICE:
+                break
+            if not ready and bits == ROUTE_ALONE and self.wanted.bits(peer) == ALL:
+                continue  # looked at without a thought: all 20,000 may wait for the device
+            if bits == ALL and ready and not replaces:
+                assert tunnel is not None
+                whole = self.wanted.messages(peer, first + count, tunnel.ifindex)
+                if whole is not None:
+                    messages.append(whole)
+                    places.append((count, peer, bits))
+                    count += MESSAGES
+                    continue
+            sent = 0
+            start = count
+            for kind, key, value in self.wanted.entries(peer):
+                if bits & 1 << kind and (message := self._put(first + count, kind, key, value)) is not None:
+                    messages.append(message)
+                    count += 1
+                    sent |= 1 << kind
+            if sent:
+                places.append((start, peer, sent))
+        return self._Puts(first, count, messages, places)
+
+    def _put(self, seq: int, kind: Kind, key: Any, value: Any) -> bytes | None:
+        """The message that puts an entry, None while its device is not ready for it."""
+        if kind is Kind.ROUTE:
+            device = self.devices.get(value.role)
+            if device is None or not device.up:
+                return None
+            return wire.route_add(seq, key, value, device.ifindex, replace=key in self.extra[kind])
+        tunnel = self.devices.get(TUNNEL)
+        if tunnel is None:
+            return None
+        return (wire.neighbour_add if kind is Kind.NEIGHBOUR else wire.fdb_add)(seq, key, value, tunnel.ifindex)
+
+    def _send_puts(self, batch: _Puts) -> list[Refused]:
+        refused = self._requests.execute(batch.messages, batch.first, batch.size)
+        plain = not refused and not self.failures and not any(self.extra) and self.touched is None
+        said: list[Refused] = []
+        sent: Counter[int] = Counter()
+        for place, peer, bits in batch.places:
+            if plain:  # the usual end: nothing was in the way of any entry
+                self._keep(self.todo, peer, self.todo[peer] & ~bits)
+                sent[bits] += 1
+                continue
+            at = place
+            for kind, key, _ in self.wanted.entries(peer):
+                if not bits & 1 << kind:
+                    continue
+                refusal = refused.get(at)
+                at += 1
+                if refusal is None:
+                    self._clear(peer, kind, key)
+                    self.extra[kind].pop(key, None)
+                    self.failures.pop((kind, key), None)
+                    self.writes[_PUT[kind]] += 1
+                else:
+                    self._keep(self.todo, peer, self.todo[peer] & ~(1 << kind))
+                    self.held[peer] = self.held.get(peer, 0) | 1 << kind
+                    said.append(self._failed(True, kind, key, refusal))
+        for bits, count in sent.items():
+            self._missing -= bits.bit_count() * count
+            for kind in Kind:
+                self.writes[_PUT[kind]] += count * (bits >> kind & 1)
+        return said
+
+    # --- removing
+
+    def _next_drops(self) -> list[tuple[Kind, Any]]:
+        """Routes first, then the neighbours and FDB entries they used."""
+        if self.devices.get(TUNNEL) is None:
+            return []
         if self._drops[Kind.ROUTE]:
             # A route of flannel's goes only after ours of the same subnet stands.
-            coming = {key[:2] for key in routes.missing}
-            for key in self._drops[Kind.ROUTE]:
-                if len(work) >= SLICE:
-                    return work
-                if key[:2] not in coming:
-                    work.append((False, Kind.ROUTE, key))
-        if work:
-            return work
-        for kind in (Kind.NEIGHBOUR, Kind.FDB):
-            work += [(False, kind, key) for key in islice(self._drops[kind], SLICE - len(work))]
-        return work
+            found = islice((key for key in self._drops[Kind.ROUTE] if not self._coming(key)), SLICE)
+            if routes := [(Kind.ROUTE, key) for key in found]:
+                return routes
+        kinds = (Kind.NEIGHBOUR, Kind.FDB)
+        return [(kind, key) for kind in kinds for key in islice(self._drops[kind], SLICE // 2)]
 
-    def _message(self, seq: int, put: bool, kind: Kind, key: Any) -> bytes:
-        tracker = self.tracker(kind)
-        value = tracker.missing[key] if put else tracker.extra[key]
+    def _coming(self, key: Any) -> bool:
+        peer = self.wanted.serves(key)
+        return bool(peer) and self.is_missing(peer, Kind.ROUTE)
+
+    def _send_drops(self, drops: list[tuple[Kind, Any]]) -> list[Refused]:
+        first = self._requests.take_seqs(len(drops))
+        messages = [self._drop(first + place, *item) for place, item in enumerate(drops)]
+        refused = self._requests.execute(messages, first, len(messages))
+        said: list[Refused] = []
+        for place, (kind, key) in enumerate(drops):
+            refusal = refused.get(place)
+            if refusal is None or refusal.errno in _ABSENT:
+                self._touch(kind, key)
+                self.extra[kind].pop(key, None)
+                self._sort(kind, key, None)
+                self.failures.pop((kind, key), None)
+                self.writes[f"remove_{kind.name.lower()}"] += 1
+            else:
+                del self._drops[kind][key]
+                self._kept[kind].add(key)
+                said.append(self._failed(False, kind, key, refusal))
+        return said
+
+    def _drop(self, seq: int, kind: Kind, key: Any) -> bytes:
+        value = self.extra[kind][key]
         if kind is Kind.ROUTE:
             # A route elsewhere is deleted by its key alone: 0 matches any device.
             index = self.devices[value.role].ifindex if value.role in self.devices else 0
-            if put:
-                return wire.route_add(seq, key, value, index, replace=key in tracker.extra)
             return wire.route_delete(seq, key, value, index)
-        index = self.devices[TUNNEL].ifindex
-        return _MESSAGES[put, kind](seq, key, value, index)
+        delete = wire.neighbour_delete if kind is Kind.NEIGHBOUR else wire.fdb_delete
+        return delete(seq, key, value, self.devices[TUNNEL].ifindex)
 
-    def _done(self, put: bool, kind: Kind, key: Hashable) -> None:
-        tracker = self.tracker(kind)
-        self.writes[f"{'put' if put else 'remove'}_{kind.name.lower()}"] += 1
-        if put:
-            tracker.find(key, tracker.missing[key])
-        else:
-            tracker.lose(key)
-        self.failures.pop((kind, key), None)
-        self._mark(kind, key)
-
-    def _failed(self, put: bool, kind: Kind, key: Hashable, refusal: Refusal) -> Refused:
+    def _failed(self, put: bool, kind: Kind, key: Any, refusal: Refusal) -> Refused:
         """After any refusal what we believe is in doubt: look again, and retry this key alone, later."""
-        self._puts[kind].pop(key, None)
-        self._drops[kind].pop(key, None)
         now = self._clock()
         failure = self.failures.setdefault((kind, key), Failure(0, refusal, now))
         failure.count += 1
         failure.refusal = refusal
         self.look_again = self.look_again or failure.count == 1 or (put and refusal.errno == errno.EEXIST)
-        self._retry_number += 1
+        self._tokens += 1
+        failure.token = self._tokens
         due = now + retry_delay_s(failure.count, self._rng.uniform(0.8, 1.2))
-        heapq.heappush(self._retries, (due, self._retry_number, kind, key))
+        heapq.heappush(self._retries, (due, self._tokens, kind, key))
         return Refused(kind, key, failure)
 
-    def _mark(self, kind: Kind, key: Hashable, retry: bool = False) -> None:
-        """Put a key into the work that its state asks for. A refused key waits for its time, unless it changed."""
-        tracker = self.tracker(kind)
-        self._puts[kind].pop(key, None)
-        self._drops[kind].pop(key, None)
-        if key in tracker.missing:
-            self._puts[kind][key] = None
-        elif key in tracker.extra:
-            self._drops[kind][key] = None
-        elif not retry:
-            self.failures.pop((kind, key), None)
 
-
+_PUT = ("put_neighbour", "put_fdb", "put_route")
 _ABSENT = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 """What the kernel says when it is asked to delete what is not there."""
-_MESSAGES: dict[tuple[bool, Kind], Callable[..., bytes]] = {
-    (True, Kind.NEIGHBOUR): wire.neighbour_add,
-    (False, Kind.NEIGHBOUR): wire.neighbour_delete,
-    (True, Kind.FDB): wire.fdb_add,
-    (False, Kind.FDB): wire.fdb_delete,
-}
 
 
 def retry_delay_s(failures: int, spread: float) -> float:

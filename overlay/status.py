@@ -6,8 +6,14 @@ The JSON is an interface: names are only added (docs/operations.md has each of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
+
+from lease.model import ip_text, mac_text
+from lease.packed import number, unpack
+from overlay import plan
+from overlay.kernel.entries import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,35 @@ class PeerStatus:
     entries: str
 
 
+class Peers:
+    """All peers as they were, still packed: the owner thread hands them over in a moment, and who asked writes them out."""
+
+    def __init__(self, node: plan.Node | None, packed: tuple[bytes, ...], missing: dict[int, int]) -> None:
+        self._node, self._packed, self._missing = node, packed, missing
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __iter__(self) -> Iterator[PeerStatus]:
+        node = self._node
+        if node is None:
+            return
+        for lease in map(unpack, self._packed):
+            end = lease.v4
+            assert end is not None
+            entries = plan.entries(node, lease)
+            bits = self._missing.get(number(end.subnet), 0)
+            missing = [kind.name.lower() for kind in Kind if bits & 1 << kind]
+            yield PeerStatus(
+                str(end.subnet),
+                ip_text(4, end.public_ip),
+                mac_text(end.mac or 0),
+                lease.node.split("/")[1] if lease.node.count("/") == 2 else "",
+                "vxlan" if entries.fdb is not None else "direct",
+                "ok" if not missing else "missing " + ", ".join(missing),
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """One kernel entry that is not as it should be."""
@@ -72,7 +107,7 @@ class Status:
     network: str
     lease: LeaseStatus | None
     device: DeviceStatus | None
-    peers: tuple[PeerStatus, ...] = ()
+    peers: Peers | tuple[PeerStatus, ...] = ()
     problems: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     differences: tuple[Difference, ...] = ()
@@ -83,4 +118,5 @@ class Status:
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
-        return dataclasses.asdict(self)
+        made = dataclasses.asdict(dataclasses.replace(self, peers=()))
+        return made | {"peers": [dataclasses.asdict(peer) for peer in self.peers]}

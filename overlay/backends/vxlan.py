@@ -75,13 +75,17 @@ def device_mtu(config: VxlanConfig, underlay_mtu: int) -> tuple[int, str]:
     return (config.mtu or underlay_mtu) - OVERHEAD[4], ""
 
 
-def route_key(network: Prefix, subnet: Prefix) -> RouteKey:
-    """The key of a subnet's route.
+def metric(network: Prefix, subnet: Prefix) -> int:
+    """The metric of a subnet's route, one of its own: 1 + the subnet's place in the network.
 
-    Each route has a metric of its own, 1 + the place of its subnet in the network: the kernel looks routes of one
-    metric up in a list, which makes N of them cost N^2 (docs/decisions.md).
+    The kernel looks routes of one metric up in a list, which makes N of them cost N^2 (docs/decisions.md).
     """
-    return RouteKey(subnet.base, subnet.length, 1 + ((subnet.base - network.base) >> (32 - subnet.length)))
+    return 1 + ((subnet.base - network.base) >> (32 - subnet.length))
+
+
+def route_key(network: Prefix, subnet: Prefix) -> RouteKey:
+    """The key of a subnet's route."""
+    return RouteKey(subnet.base, subnet.length, metric(network, subnet))
 
 
 def peer_entries(network: Prefix, peer: Endpoint, direct: bool) -> Entries:

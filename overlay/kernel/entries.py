@@ -6,6 +6,7 @@ on it does not.
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 PROTOCOL = 111
@@ -17,6 +18,14 @@ NUD_INCOMPLETE, NUD_NOARP, NUD_PERMANENT = 0x01, 0x40, 0x80
 
 TUNNEL, UNDERLAY, ELSEWHERE = 0, 1, 2
 """Roles of devices: the vxlan device, the interface that carries it, and any other (an earlier underlay)."""
+
+
+class Kind(IntEnum):
+    """The kinds of entries, in the order in which they are put in place."""
+
+    NEIGHBOUR = 0
+    FDB = 1
+    ROUTE = 2
 
 
 class RouteKey(NamedTuple):

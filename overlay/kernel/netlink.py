@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from overlay.kernel import wire
 from overlay.kernel.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link
+from overlay.kernel.fast import Sifted
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
@@ -26,7 +27,8 @@ NFTA_TABLE = 1
 REQUEST_BUFFER, MONITOR_BUFFER = 8 << 20, 128 << 20
 """Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
 ANSWER_S = 5.0
-_RECV = 1 << 18
+_RECV = 1 << 16
+"""The kernel fills at most 32 KiB at a time (af_netlink.c, netlink_dump)."""
 _NFGENMSG = 4
 
 _T = TypeVar("_T")
@@ -64,33 +66,33 @@ class RequestSocket:
 
     def take_seqs(self, count: int) -> int:
         """The first of `count` sequence numbers for a batch."""
-        if self._seq + count > 0x7FFFFFFF:
+        if self._seq + count > 0x7FFFFFF0:
             self._seq = 0
-        first, self._seq = self._seq + 1, self._seq + count
+        first, self._seq = self._seq + 1, self._seq + count + 1  # one more for the end mark of a batch
         return first
 
-    def execute(self, messages: list[bytes], first: int) -> dict[int, Refusal]:
-        """Send messages numbered from `first`; the refusals by place in the batch.
+    def execute(self, messages: list[bytes], first: int, count: int = 0) -> dict[int, Refusal]:
+        """Send messages numbered from `first`; the refusals by place in the batch. count: how many there are, where some
+        stand together in one bytes object; 0: one in each.
 
-        The kernel takes them in order and answers each one that it refuses; an ACK is asked of the last alone, since
-        20,000 ACKs cost as much as 20,000 messages. Where that answer does not come, what was not refused counts as refused
-        with ETIMEDOUT: it is looked at again.
+        The kernel takes them in order and answers each one that it refuses; an ACK is asked of an empty message behind them
+        alone, since 20,000 ACKs cost as much as 20,000 messages. Where that one does not come, what was not refused counts
+        as refused with ETIMEDOUT: it is looked at again.
         """
         refused: dict[int, Refusal] = {}
-        last = len(messages) - 1
+        count = count or len(messages)
         try:
-            self._socket.send(wire.acknowledged(messages))
+            self._socket.send(b"".join(messages) + wire.end_mark(first + count))
             while True:
                 for message in wire.split(self._socket.recv(_RECV)):
                     place = message.seq - first
-                    if message.kind == wire.NLMSG_ERROR and 0 <= place <= last:
-                        if refusal := _refusal(message):
-                            refused[place] = refusal
-                        if place == last:
-                            return refused
+                    if place == count:
+                        return refused
+                    if message.kind == wire.NLMSG_ERROR and 0 <= place < count and (refusal := _refusal(message)):
+                        refused[place] = refusal
         except OSError as error:
             code = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.EIO
-            return {place: Refusal(code, "the kernel's answer was lost") for place in range(last + 1)} | refused
+            return {place: Refusal(code, "the kernel's answer was lost") for place in range(count)} | refused
 
     def ask(self, request: Callable[[int], bytes]) -> bytes:
         """The one message that answers a request, with its header. Raises KernelError."""
@@ -121,6 +123,34 @@ class RequestSocket:
                 found.append(item)
         return found
 
+    def sifted(self, request: Callable[[int], bytes], sift: Callable[[bytes], Sifted]) -> Iterator[Sifted]:
+        """A dump, buffer by buffer as it comes (some 450 entries), put through a sieve.
+
+        Until it is done no other dump can be made on this socket; after one that was broken off, none. Raises KernelError.
+        """
+        seq = self.take_seqs(1)
+        try:
+            self._socket.send(request(seq))
+            while True:
+                agreed, rest = sift(self._socket.recv(_RECV))
+                others, ended = [], False
+                for view in rest:
+                    message = next(wire.split(view))
+                    if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                        _check_end(message)
+                        ended = True
+                    else:
+                        others.append(view)
+                yield agreed, others
+                if ended:
+                    return
+        except TimeoutError as error:
+            raise KernelError(errno.ETIMEDOUT, "reading from the kernel: no answer") from error
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.EIO, f"reading from the kernel: {error.strerror}") from error
+
     def lookup(self, address: int) -> tuple[int, int, int] | None:
         """Interface, source address and gateway by which the kernel reaches an address; None: no route."""
         seq = self.take_seqs(1)
@@ -141,9 +171,7 @@ class RequestSocket:
                     if message.seq != seq:
                         continue
                     if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
-                        code = -struct.unpack_from("=l", message.body)[0] if len(message.body) >= 4 else 0
-                        if code:
-                            raise KernelError(code, f"reading from the kernel: {os.strerror(code)}")
+                        _check_end(message)
                         return
                     yield message
                     if single:
@@ -340,6 +368,13 @@ class NftMonitor(_Listener):
                 touched.add(text.decode("utf-8", "replace"))
         for table in touched:
             self._post(NftSeen(table))
+
+
+def _check_end(message: wire.Message) -> None:
+    """The end of a dump; an error may stand in it, and unread looks like an empty kernel. Raises KernelError."""
+    code = -struct.unpack_from("=l", message.body)[0] if len(message.body) >= 4 else 0
+    if code:
+        raise KernelError(code, f"reading from the kernel: {os.strerror(code)}")
 
 
 def _refusal(message: wire.Message) -> Refusal | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from overlay.kernel.entries import (
@@ -28,7 +28,7 @@ from overlay.kernel.entries import (
     RouteValue,
 )
 
-NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
 RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
@@ -168,13 +168,9 @@ def parse_lookup(body: memoryview) -> tuple[int, int, int]:
     return _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_PREFSRC)), _address(attrs.get(RTA_GATEWAY))
 
 
-def acknowledged(messages: Sequence[bytes]) -> bytearray:
-    """A batch in one buffer, its last message asking for an ACK."""
-    batch = bytearray().join(messages)
-    at = len(batch) - len(messages[-1]) + 6
-    batch[at] |= NLM_F_ACK if sys.byteorder == "little" else 0
-    batch[at + 1] |= NLM_F_ACK if sys.byteorder == "big" else 0
-    return batch
+def end_mark(seq: int) -> bytes:
+    """A message that does nothing but ask for an ACK (NLMSG_NOOP; net/netlink/af_netlink.c netlink_rcv_skb)."""
+    return _HEADER.pack(_HEADER.size, NLMSG_NOOP, NLM_F_REQUEST | NLM_F_ACK, seq, 0)
 
 
 def _request(kind: int, seq: int, body: bytes) -> bytes:
@@ -191,7 +187,7 @@ class Message(NamedTuple):
     body: memoryview
 
 
-def split(data: bytes) -> Iterator[Message]:
+def split(data: bytes | memoryview) -> Iterator[Message]:
     """The messages in what one recv() gave."""
     view = memoryview(data)
     at = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from lease.codec import BadRecord, decode_lease, encode_value
 from lease.model import Lease, Refused, ip_text
+from lease.packed import Leases
 from lease.store import Changes, Gone, LeaseExpired, Lifetime, RecordChanged, Snapshot, StoreUnavailable, SubnetTaken
 
 
@@ -70,9 +71,15 @@ class FakeStore:
             return Snapshot(
                 self.revision,
                 self.config,
-                {item.key: item for item in found if isinstance(item, Lease)},
+                Leases.of(item for item in found if isinstance(item, Lease)),
                 {item.key: item for item in found if isinstance(item, Refused)},
             )
+
+    def later_than(self, revision: int) -> Leases:
+        with self._lock:
+            self._check()
+            found = [self._decode(key) for key, record in self.records.items() if record[2] > revision]
+            return Leases.of(item for item in found if isinstance(item, Lease))
 
     def watch(self, after: int) -> Iterator[Changes]:
         self._check()

@@ -1,17 +1,20 @@
 """Disputes between records end the same way whatever the order of arrival."""
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.model import Lease
+from lease.packed import Leases, number
 from overlay.peers import PeerTable
-from overlay.plan import refusal
+from overlay.plan import quick, refusal
 from tests.support.make import lease, node
 
 
 def table() -> PeerTable:
     here = node()
-    return PeerTable(lambda record: refusal(here, record))
+    return PeerTable(lambda record: refusal(here, record), quick(here))
 
 
 def accepted(of: PeerTable) -> set[str]:
@@ -111,7 +114,7 @@ def test_any_history_ends_where_the_plain_rule_says(history):
         turned: dict = {}
         if what == "replace":
             model = {record.key: record for record in batch}
-            turned = it.replace(model)
+            turned = it.replace(Leases.of(model.values()))
         for record in batch if what != "replace" else []:
             if what == "put":
                 model[record.key] = record
@@ -126,3 +129,18 @@ def test_any_history_ends_where_the_plain_rule_says(history):
         before = accepted(it)
         assert accepted(it) == greedy(list(model.values()))
         assert it.refused.keys() == model.keys() - accepted(it)
+        assert dict(it.records()) == model
+        assert len(it) == len(model)
+        consistent(it)
+        loaded = table()
+        loaded.load(Leases.of(model.values()))
+        assert (accepted(loaded), loaded.refused.keys()) == (accepted(it), it.refused.keys())
+        consistent(loaded)
+
+
+def consistent(it: PeerTable) -> None:
+    """The ways to a peer agree."""
+    numbers = {number(peer.v4.subnet) for peer in it.accepted()}
+    assert it.packed.keys() == numbers
+    assert {there for mac in it.by_mac for there in it.with_mac(mac)} == numbers
+    assert it.lengths == Counter(there & 255 for there in numbers)

@@ -1,12 +1,15 @@
 """What one record becomes in the kernel, or why it becomes nothing."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lease.config import VxlanConfig
 from lease.model import Lease, ip_number, mac_number, prefix
+from lease.packed import pack
 from overlay.backends.vxlan import DeviceFound, DeviceSpec, device_mtu, live_changes, replace_reason
 from overlay.kernel.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
-from overlay.plan import entries, refusal
+from overlay.plan import entries, quick, refusal
 from tests.support.make import lease, node
 
 
@@ -140,3 +143,25 @@ def test_a_device_is_replaced_only_where_the_kernel_cannot_change_it(change, wor
 def test_everything_else_is_changed_live(change, expected):
     assert replace_reason(SPEC, found(**change)) is None
     assert live_changes(SPEC, found(**change)).keys() == expected
+
+
+@given(
+    st.builds(
+        lease,
+        st.sampled_from(
+            ["10.244.9.0/24", "10.244.1.0/24", "10.244.1.128/25", "10.245.0.0/24", "10.244.0.0/17", "10.244.0.0/18", "10.244.7.0/24",
+             "192.168.1.0/24", "0.0.0.0/1", "10.244.255.0/24"]
+        ),
+        st.sampled_from(
+            ["192.168.1.9", "192.168.1.2", "192.168.1.0", "192.168.1.255", "0.0.0.1", "127.0.0.1", "224.0.0.1", "255.255.255.255",
+             "10.244.9.9", "172.16.0.1", "192.168.1.3"]
+        ),
+        st.sampled_from(["0a:00:00:00:00:09", "0a:00:00:00:00:02", "0a:00:00:00:00:01"]),
+        vni=st.sampled_from([1, 1, 1, 2]),
+    ),
+    st.sampled_from([(), (prefix("10.244.7.0/24"),)]),
+    st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_the_quick_judge_says_what_the_plain_one_says(record, retained, widest):
+    here = node(retained=retained, widest=widest)
+    assert quick(here)(pack(record)) == (refusal(here, record) is None)

@@ -2,6 +2,7 @@
 
 import errno
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -15,12 +16,13 @@ from overlay.kernel.entries import (
     FdbValue,
     FoundFdb,
     FoundNeighbour,
+    Kind,
     NeighbourValue,
     RouteKey,
     RouteValue,
 )
 from overlay.kernel.netlink import Refusal
-from overlay.reconcile import SLICE, Device, Kind, Reconciler, Tracker, retry_delay_s
+from overlay.reconcile import SLICE, Device, Reconciler, retry_delay_s
 
 IFINDEX = 7
 
@@ -39,9 +41,11 @@ class ModelKernel:
         first, self._seq = self._seq + 1, self._seq + count
         return first
 
-    def execute(self, messages: list[bytes], first: int) -> dict[int, Refusal]:
+    def execute(self, messages: list[bytes], first: int, count: int) -> dict[int, Refusal]:
         refused = {}
-        for place, message in enumerate(wire.split(b"".join(messages))):
+        taken = list(wire.split(b"".join(messages)))
+        assert len(taken) == count
+        for place, message in enumerate(taken):
             assert message.seq == first + place
             code = self._do(message)
             if code:
@@ -86,11 +90,80 @@ class Clock:
         return self.now
 
 
+class Wished:
+    """What is wanted, as plainly as can be: entries by peer."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, list] = {}
+
+    def peers(self):
+        return self.of
+
+    def bits(self, peer: int) -> int:
+        return sum(1 << kind for kind, _, _ in self.of[peer])
+
+    def entries(self, peer: int):
+        return self.of[peer]
+
+    def owners(self, kind, key):
+        return tuple(n for n, entries in self.of.items() if any(e[:2] == (kind, key) for e in entries))
+
+    def value(self, kind, key):
+        return next((e[2] for entries in self.of.values() for e in entries if e[:2] == (kind, key)), None)
+
+    def serves(self, key):
+        return next(
+            (n for n, entries in self.of.items() if any(e[0] is Kind.ROUTE and e[1][:2] == key[:2] for e in entries)), 0
+        )
+
+    def messages(self, peer, seq, oif):
+        """As the quick way does, where a peer has all three."""
+        if len(self.of[peer]) != 3:
+            return None
+        neighbour, fdb, route = self.of[peer]
+        return b"".join([
+            wire.neighbour_add(seq, *neighbour[1:], oif), wire.fdb_add(seq + 1, *fdb[1:], oif),
+            wire.route_add(seq + 2, *route[1:], oif, replace=False),
+        ])  # fmt: skip
+
+
+class It(Reconciler):
+    """The reconciler with its table beside it, changed as the datapath does."""
+
+    def __init__(self, kernel: ModelKernel, clock: Clock) -> None:
+        super().__init__(Wished(), kernel, clock, random.Random(3))
+        self.devices[TUNNEL] = Device(IFINDEX, True)
+
+    def join(self, n: int, entries: list) -> None:
+        self.leave(n)
+        self.wanted.of[n] = entries
+        self.joined(n, entries)
+
+    def leave(self, n: int) -> None:
+        if (was := self.wanted.of.pop(n, None)) is not None:
+            self.left(n, was)
+
+    def dump(self, kind: Kind, found: dict, again: dict | None = None) -> None:
+        """A look through the kernel; an absence counts only if the second look agrees."""
+        for key, value in found.items():
+            self.find(kind, key, value)
+        again = found if again is None else again
+        for n in list(self.believed(kind)):
+            for its, key, _ in self.wanted.entries(n):
+                if its is kind and key not in found and key not in again:
+                    self.lose(kind, key)
+        for key in [key for key in self.extra[kind] if key not in found and key not in again]:
+            self.lose(kind, key)
+
+    def found(self, kind: Kind) -> dict:
+        """What it believes that the kernel has."""
+        right = {e[1]: e[2] for n in self.believed(kind) for e in self.wanted.entries(n) if e[0] is kind}
+        return right | self.extra[kind]
+
+
 def world():
     kernel, clock = ModelKernel(), Clock()
-    rec = Reconciler(kernel, clock, random.Random(3))
-    rec.devices[TUNNEL] = Device(IFINDEX, True)
-    return kernel, clock, rec
+    return kernel, clock, It(kernel, clock)
 
 
 def peer(n: int, mac: int | None = None):
@@ -112,63 +185,98 @@ def settle(rec: Reconciler, clock: Clock, rounds: int = 60) -> None:
         clock.now += 40
 
 
+def one(kind: Kind, key: int, value: int):
+    """An entry of the simplest kind."""
+    return (kind, key, NeighbourValue(value))
+
+
 @pytest.mark.parametrize(
-    ("wanted", "found", "missing", "extra"),
+    ("wanted", "found", "differing", "extra"),
     [
-        pytest.param({1: "a"}, {}, {1: "a"}, {}, id="a peer joins"),
-        pytest.param({1: "b"}, {1: "a"}, {1: "b"}, {1: "a"}, id="a peer moves: replaced in place"),
-        pytest.param({}, {1: "a"}, {}, {1: "a"}, id="it left while we were down"),
-        pytest.param({1: "a"}, {1: "a"}, {}, {}, id="in step: no operation"),
+        pytest.param({1: 7}, {}, 1, {}, id="a peer joins"),
+        pytest.param({1: 8}, {1: 7}, 1, {1: 7}, id="a peer moves: replaced in place"),
+        pytest.param({}, {1: 7}, 1, {1: 7}, id="it left while we were down"),
+        pytest.param({1: 7}, {1: 7}, 0, {}, id="in step: no operation"),
     ],
 )
 @pytest.mark.parametrize("order", ["wanted first", "found first"])
-def test_tracker(wanted, found, missing, extra, order):
-    it: Tracker[int, str] = Tracker()
-    steps = [lambda: [it.want(k, v) for k, v in wanted.items()], lambda: [it.find(k, v) for k, v in found.items()]]
+def test_what_differs(wanted, found, differing, extra, order):
+    _, _, rec = world()
+    steps = [
+        lambda: [rec.join(n, [one(Kind.NEIGHBOUR, n, value)]) for n, value in wanted.items()],
+        lambda: [rec.find(Kind.NEIGHBOUR, key, NeighbourValue(value)) for key, value in found.items()],
+    ]
     for step in steps if order == "wanted first" else reversed(steps):
         step()
-    assert (it.missing, it.extra) == (missing, extra)
-    assert (it.wanted(), it.found()) == (wanted, found)
+    assert rec.differing() == differing
+    assert rec.extra[Kind.NEIGHBOUR] == {key: NeighbourValue(value) for key, value in extra.items()}
+    assert rec.found(Kind.NEIGHBOUR) == {key: NeighbourValue(value) for key, value in found.items()}
 
 
 operations = st.lists(
-    st.tuples(st.sampled_from(["want", "unwant", "find", "lose"]), st.integers(0, 3), st.integers(0, 2)), max_size=30
+    st.tuples(st.sampled_from(["join", "leave", "find", "lose", "know nothing"]), st.integers(0, 3), st.integers(0, 2)),
+    max_size=30,
 )
 
 
 @given(operations)
-def test_tracker_against_two_dicts(steps):
-    it: Tracker[int, int] = Tracker()
-    wanted: dict[int, int] = {}
-    found: dict[int, int] = {}
-    for what, key, value in steps:
-        if what == "want":
-            it.want(key, value)
+def test_against_two_dicts(steps):
+    """Whatever happens, it knows what is wanted and what is found, though it stores neither."""
+    _, _, rec = world()
+    wanted: dict[int, NeighbourValue] = {}
+    found: dict[int, NeighbourValue] = {}
+    for what, key, number in steps:
+        value = NeighbourValue(number + 1)
+        if what == "join":
+            rec.join(key, [(Kind.NEIGHBOUR, key, value)])
             wanted[key] = value
-        elif what == "unwant":
-            it.unwant(key)
+        elif what == "leave":
+            rec.leave(key)
             wanted.pop(key, None)
         elif what == "find":
-            it.find(key, value)
+            rec.find(Kind.NEIGHBOUR, key, value)
             found[key] = value
-        else:
-            it.lose(key)
+        elif what == "lose":
+            rec.lose(Kind.NEIGHBOUR, key)
             found.pop(key, None)
-        assert it.wanted() == wanted
-        assert it.found() == found
-        assert it.agreed == {k: v for k, v in wanted.items() if found.get(k) == v}
-        assert it.differing() == sum(wanted.get(k) != found.get(k) for k in wanted.keys() | found.keys())
+        else:
+            rec.know_nothing(rec.wanted)
+            found.clear()
+        assert rec.found(Kind.NEIGHBOUR) == found
+        assert rec.differing() == sum(wanted.get(k) != found.get(k) for k in wanted.keys() | found.keys())
+        for k in range(4):
+            assert rec.is_found(Kind.NEIGHBOUR, k) == (k in found)
+
+
+def test_two_peers_of_one_mac_share_an_fdb_entry():
+    """A node that holds two subnets: the entry stays while one of them does."""
+    kernel, clock, rec = world()
+    mac, dst = 0x0A0000000077, FdbValue(5)
+    for n in (1, 2):
+        entries = [e for e in peer(n, mac) if e[0] is not Kind.FDB] + [(Kind.FDB, mac, dst)]
+        rec.join(n, sorted(entries, key=lambda e: e[0]))
+    settle(rec, clock)
+    assert kernel.tables[Kind.FDB] == {mac: dst}
+    rec.leave(1)
+    settle(rec, clock)
+    assert kernel.tables[Kind.FDB] == {mac: dst}
+    assert len(kernel.tables[Kind.ROUTE]) == 1
+    kernel.tables[Kind.FDB].clear()
+    rec.lose(Kind.FDB, mac)
+    settle(rec, clock)
+    assert kernel.tables[Kind.FDB] == {mac: dst}
+    rec.leave(2)
+    settle(rec, clock)
+    assert kernel.tables == ({}, {}, {})
 
 
 def test_neighbour_and_fdb_stand_before_the_route_and_go_after_it():
     kernel, clock, rec = world()
-    for entry in peer(1):
-        rec.want(*entry)
+    rec.join(1, peer(1))
     settle(rec, clock)
     assert [kind for _, kind, _ in kernel.log] == [Kind.NEIGHBOUR, Kind.FDB, Kind.ROUTE]
     kernel.log.clear()
-    for kind, key, _ in peer(1):
-        rec.unwant(kind, key)
+    rec.leave(1)
     settle(rec, clock)
     assert [kind for _, kind, _ in kernel.log] == [Kind.ROUTE, Kind.NEIGHBOUR, Kind.FDB]
     assert kernel.tables == ({}, {}, {})
@@ -176,9 +284,9 @@ def test_neighbour_and_fdb_stand_before_the_route_and_go_after_it():
 
 def test_in_step_means_no_message():
     kernel, _, rec = world()
-    for kind, key, value in peer(1):
-        rec.want(kind, key, value)
-        rec.find(kind, key, value)
+    rec.join(1, peer(1))
+    for entry in peer(1):
+        rec.find(*entry)
     assert rec.apply() == (False, [])
     assert kernel.log == []
 
@@ -189,7 +297,7 @@ def test_a_route_of_flannels_goes_only_after_ours_stands():
     theirs = ours._replace(metric=0)
     kernel.tables[Kind.ROUTE][theirs] = value._replace(protocol=3)
     rec.find(kind, theirs, value._replace(protocol=3))
-    rec.want(kind, ours, value)
+    rec.join(1, peer(1))
     kernel.refuse[kind, ours] = errno.ENOBUFS
     for _ in range(5):
         while rec.apply()[0]:
@@ -206,8 +314,7 @@ def test_one_bad_peer_does_not_hold_up_the_rest():
     bad = peer(1)[2]
     kernel.refuse[bad[0], bad[1]] = errno.EINVAL
     for n in range(1, 2000):
-        for entry in peer(n):
-            rec.want(*entry)
+        rec.join(n, peer(n))
     while rec.apply()[0]:
         pass
     assert rec.differing() == 1
@@ -223,7 +330,7 @@ def test_a_foreign_route_is_never_replaced_and_comes_back_when_it_goes():
     kernel, clock, rec = world()
     *_, (kind, key, value) = peer(1)
     kernel.foreign.add(key)
-    rec.want(kind, key, value)
+    rec.join(1, peer(1))
     for _ in range(5):
         while rec.apply()[0]:
             pass
@@ -240,45 +347,56 @@ def test_work_per_event_does_not_grow_with_the_peers():
     """One join costs three messages, and one slice looks at no more keys than it sends, with 5,000 peers there."""
     kernel, clock, rec = world()
     for n in range(5000):
-        for kind, key, value in peer(n):
-            rec.find(kind, key, value)
-            rec.want(kind, key, value)
+        rec.wanted.of[n] = peer(n)
+    rec.know_nothing(rec.wanted)
+    for kind in Kind:
+        rec.agree(kind, range(5000))
+    assert rec.differing() == 0
     kernel.log.clear()
-    for entry in peer(6000):
-        rec.want(*entry)
+    asked = Counter()
+    for name in ("entries", "bits"):
+        real = getattr(rec.wanted, name)
+        setattr(rec.wanted, name, lambda peer, name=name, real=real: asked.update([name]) or real(peer))
+    rec.wanted.value = lambda *_: asked.update(["value"])
+    rec.join(6000, peer(6000))
     settle(rec, clock)
     assert len(kernel.log) == 3
+    assert sum(asked.values()) < 20, asked
 
 
 def test_a_slice_is_bounded():
     kernel, _, rec = world()
     for n in range(3000):
-        rec.want(*peer(n)[0])
+        rec.join(n, peer(n)[:1])
     rec.apply()
     assert len(kernel.log) == SLICE
+    kernel, _, rec = world()
+    for n in range(1000):
+        rec.join(n, peer(n))
+    rec.apply()
+    assert SLICE <= len(kernel.log) < SLICE + 3
 
 
 def test_no_route_is_tried_while_the_device_is_down():
     kernel, clock, rec = world()
     rec.devices[TUNNEL] = Device(IFINDEX, False)
-    for entry in peer(1):
-        rec.want(*entry)
+    rec.join(1, peer(1))
     while rec.apply()[0]:
         pass
     assert [kind for _, kind, _ in kernel.log] == [Kind.NEIGHBOUR, Kind.FDB]
     del rec.devices[TUNNEL]
-    rec.want(*peer(2)[0])
+    rec.join(2, peer(2)[:1])
     assert rec.apply() == (False, [])
 
 
 def test_an_absence_in_a_dump_counts_only_if_a_second_look_agrees():
     _, _, rec = world()
     kind, key, value = peer(1)[0]
-    rec.want(kind, key, value)
+    rec.join(1, [(kind, key, value)])
     rec.find(kind, key, value)
-    rec.merge_dump(kind, {}, lambda: [key])
+    rec.dump(kind, {}, {key: value})
     assert rec.differing() == 0
-    rec.merge_dump(kind, {}, list)
+    rec.dump(kind, {})
     assert rec.differing() == 1
     assert rec.mended["neighbour"] == 1
 
@@ -307,18 +425,13 @@ class Interleaved(RuleBasedStateMachine):
     @rule(n=st.integers(0, 5), salt=st.integers(0, 1))
     def join_or_change(self, n: int, salt: int) -> None:
         mac = (0x0A << 40) | (salt << 20) | n
-        if n in self.wanted:
-            for kind, key, _ in peer(n, self.wanted[n]):
-                self.rec.unwant(kind, key)
         self.wanted[n] = mac
-        for entry in peer(n, mac):
-            self.rec.want(*entry)
+        self.rec.join(n, peer(n, mac))
 
     @rule(n=st.integers(0, 5))
     def leave(self, n: int) -> None:
-        if n in self.wanted:
-            for kind, key, _ in peer(n, self.wanted.pop(n)):
-                self.rec.unwant(kind, key)
+        self.wanted.pop(n, None)
+        self.rec.leave(n)
 
     @rule(n=st.integers(0, 7), which=st.sampled_from(list(Kind)), seen=st.booleans())
     def somebody_deletes(self, n: int, which: Kind, seen: bool) -> None:
@@ -365,12 +478,22 @@ class Interleaved(RuleBasedStateMachine):
     @rule()
     def full_check(self) -> None:
         for kind in Kind:
-            self.rec.merge_dump(kind, dict(self.kernel.tables[kind]), lambda kind=kind: list(self.kernel.tables[kind]))
+            self.rec.dump(kind, dict(self.kernel.tables[kind]))
+
+    @rule()
+    def planned_anew(self) -> None:
+        self.rec.know_nothing(self.rec.wanted)
+        self.full_check()
 
     @invariant()
-    def wanted_is_known(self) -> None:
+    def what_differs_is_counted(self) -> None:
+        differing = 0
         for kind, table in zip(Kind, self._entries(), strict=True):
-            assert self.rec.tracker(kind).wanted() == table
+            found = self.rec.found(kind)
+            differing += sum(table.get(key) != found.get(key) for key in table.keys() | found.keys())
+        assert self.rec.differing() == differing
+        assert all(self.rec.todo.values())
+        assert all(self.rec.held.values())
 
     def teardown(self) -> None:
         if not hasattr(self, "kernel"):

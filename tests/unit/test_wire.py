@@ -172,9 +172,6 @@ def test_which_fdb_entries_are_ours(found, ours):
     assert fdb_is_ours(found, 4) == ours
 
 
-def test_only_the_last_of_a_batch_asks_for_an_ack():
-    messages = [wire.neighbour_add(n, BASE + n, NeighbourValue(MAC), 7) for n in range(3)]
-    found = list(wire.split(bytes(wire.acknowledged(messages))))
-    assert [message.flags & 0x4 for message in found] == [0, 0, 0x4]
-    assert [message.flags & ~0x4 for message in found] == [0x1 | 0x400 | 0x100] * 3
-    assert [message.seq for message in found] == [0, 1, 2]
+def test_the_end_of_a_batch_asks_for_an_ack_and_does_nothing():
+    (found,) = wire.split(wire.end_mark(9))
+    assert (found.kind, found.flags, found.seq, len(found.body)) == (1, 0x1 | 0x4, 9, 0)  # NLMSG_NOOP, REQUEST | ACK

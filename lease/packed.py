@@ -1,0 +1,188 @@
+"""Many leases in little memory: each packed into one bytes object, some 100 bytes instead of 700.
+
+A Lease is what all code speaks of; it is made when it is looked at. What is asked of all leases at once (who has this
+address, this MAC) is answered on the packed form. `decode` reads flannel's usual record straight into it; anything else is
+codec.py's, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+import marshal
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from socket import inet_pton
+from typing import Any
+
+from lease.codec import MAX_VALUE, encode_key
+from lease.model import Endpoint, Lease, Prefix
+
+HEAD = struct.Struct(">IBI6siQQqB")
+"""Subnet base, its length, public IP, MAC, VNI (-1: no VTEP), created, modified, handle, form."""
+PLAIN, WHOLE, NO_IPV4 = 0, 1, 2
+"""Forms: flannel's usual record, whose key follows from its subnet, with the node's text behind the head; any other, with
+all fields but the IPv4 endpoint marshalled behind the head; one without an IPv4 endpoint."""
+FORM = HEAD.size - 1
+NUMBER = slice(0, 5)
+PUBLIC_IP = slice(5, 9)
+MAC = slice(9, 15)
+LENGTH = 4
+_LARGEST = (1 << 63) - 1
+_AF_INET = 2
+_NO_REFERENCES = 0
+"""marshal's version in which equal values give equal bytes."""
+
+_KEY = re.compile(rb"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})-(\d{1,2})")
+_VALUE = re.compile(
+    rb'\{"PublicIP":"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})","PublicIPv6":null,"BackendType":"vxlan",'
+    rb'"BackendData":\{"VNI":(\d{1,7}),"VtepMAC":"((?:[0-9a-f]{2}:){5}[0-9a-f]{2})"\}'
+    rb'(?:,"OverlayNode":"([ !#-\[\]-~]{0,128})")?\}'
+)
+
+
+def number(subnet: Prefix) -> int:
+    """A subnet as one number: base and length."""
+    return subnet.base << 8 | subnet.length
+
+
+def subnet_of(packed: bytes) -> Prefix:
+    """The IPv4 subnet of a packed lease that has one."""
+    return Prefix(4, int.from_bytes(packed[:4], "big"), packed[LENGTH])
+
+
+def pack(lease: Lease) -> bytes:
+    """A lease as bytes. Equal leases give equal bytes."""
+    end = lease.v4
+    small = 0 <= lease.created <= _LARGEST and 0 <= lease.modified <= _LARGEST and -_LARGEST <= lease.handle <= _LARGEST
+    if (
+        end is not None
+        and small
+        and lease.v6 is None
+        and end.mac is not None
+        and end.vni is not None
+        and lease.backend == "vxlan"
+        and lease.key == encode_key(end.subnet)
+    ):
+        mac = end.mac.to_bytes(6, "big")
+        head = HEAD.pack(
+            end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni,
+            lease.created, lease.modified, lease.handle, PLAIN,
+        )  # fmt: skip
+        return head + lease.node.encode("utf-8", "surrogatepass")
+    v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
+    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle)
+    if end is None:
+        head = HEAD.pack(0, 255, 0, b"", -1, 0, 0, 0, NO_IPV4)
+    else:
+        mac = (end.mac or 0).to_bytes(6, "big")
+        vni = -1 if end.vni is None else end.vni
+        head = HEAD.pack(end.subnet.base, end.subnet.length, end.public_ip, mac, vni, 0, 0, 0, WHOLE)
+    return head + marshal.dumps(rest, _NO_REFERENCES)
+
+
+def unpack(packed: bytes) -> Lease:
+    """The lease that was packed."""
+    base, length, public_ip, mac, vni, created, modified, handle, form = HEAD.unpack_from(packed)
+    v4 = None
+    if form != NO_IPV4:
+        vtep = (None, None) if vni < 0 else (vni, int.from_bytes(mac, "big"))
+        v4 = Endpoint(Prefix(4, base, length), public_ip, *vtep)
+    if form == PLAIN:
+        assert v4 is not None
+        node = packed[HEAD.size :].decode("utf-8", "surrogatepass")
+        return Lease(encode_key(v4.subnet), "vxlan", v4, None, node, created, modified, handle)
+    key, backend, six, node, created, modified, handle = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
+    v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
+    return Lease(key, backend, v4, v6, node, created, modified, handle)
+
+
+def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -> bytes | None:
+    """A record of etcd, in flannel's usual form, as a packed lease; None for any other form, good or bad.
+
+    Args: as codec.decode_lease, which says the same of it.
+    """
+    where, what = _KEY.fullmatch(key), _VALUE.fullmatch(value)
+    if where is None or what is None or len(value) > MAX_VALUE:
+        return None
+    public_ip, vni, mac, node = what.groups()
+    try:
+        base, address = inet_pton(_AF_INET, where[1].decode()), inet_pton(_AF_INET, public_ip.decode())
+    except OSError:
+        return None
+    length, numbered = int(where[2]), int.from_bytes(base, "big")
+    hardware = bytes.fromhex(mac.decode().replace(":", ""))
+    odd = (
+        not 1 <= length <= 31
+        or numbered & ((1 << (32 - length)) - 1)
+        or len(where[2]) != len(str(length))
+        or hardware[0] & 1
+        or hardware == bytes(6)
+        or int(vni) >> 24
+        or len(vni) != len(str(int(vni)))
+    )
+    if odd:
+        return None
+    head = HEAD.pack(
+        numbered, length, int.from_bytes(address, "big"), hardware, int(vni), created, modified, handle, PLAIN
+    )
+    return head + (node or b"")
+
+
+class Leases(Mapping[str, Lease]):
+    """Leases by key, packed. Not changed once it is told to others."""
+
+    def __init__(self, packed: dict[str, bytes] | None = None) -> None:
+        self.packed: dict[str, bytes] = {} if packed is None else packed
+
+    @classmethod
+    def of(cls, leases: Iterable[Lease]) -> Leases:
+        """Of leases."""
+        return cls({lease.key: pack(lease) for lease in leases})
+
+    def __getitem__(self, key: str) -> Lease:
+        return unpack(self.packed[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.packed
+
+    def having(self, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
+        """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and
+        maybe some others."""
+        address = public_ip.to_bytes(4, "big")
+        hardware = mac.to_bytes(6, "big") if mac is not None else None
+        texts = tuple(text.encode() for text in nodes)
+        for packed in self.packed.values():
+            if packed[PUBLIC_IP] == address or packed[MAC] == hardware or any(text in packed for text in texts):
+                yield unpack(packed)
+
+    def odd(self, length: int) -> Iterator[Lease]:
+        """Those whose subnet has another length, or whose key says more than their subnet."""
+        for packed in self.packed.values():
+            if packed[LENGTH] != length or packed[FORM]:
+                yield unpack(packed)
+
+    def with_mac(self, mac: int) -> Iterator[Lease]:
+        """Those of a MAC, in either family."""
+        hardware = mac.to_bytes(6, "big")
+        for packed in self.packed.values():
+            if packed[MAC] == hardware or packed[FORM]:
+                lease = unpack(packed)
+                if any(end is not None and end.mac == mac for end in (lease.v4, lease.v6)):
+                    yield lease
+
+    def without(self, key: str) -> dict[str, bytes]:
+        """A copy of the packed leases, but one."""
+        packed = dict(self.packed)
+        packed.pop(key, None)
+        return packed
+
+
+def fields(packed: bytes) -> tuple[Any, ...]:
+    """The head, unpacked: see HEAD."""
+    return HEAD.unpack_from(packed)

@@ -1,0 +1,137 @@
+"""Packed leases: what goes in comes out, and the quick reader of etcd's records says what codec.py says, or nothing."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lease.codec import BadRecord, decode_lease, encode_key, encode_value
+from lease.model import Endpoint, Lease, Prefix
+from lease.packed import Leases, decode, number, pack, subnet_of, unpack
+from tests.unit import recordings
+
+MACS = st.integers(1, (1 << 48) - 1).map(lambda mac: mac & ~(1 << 40) or 2)
+TEXTS = st.text(max_size=40)
+
+
+def subnets(family: int, longest: int) -> st.SearchStrategy[Prefix]:
+    width = 32 if family == 4 else 128
+
+    def made(base: int, length: int) -> Prefix:
+        return Prefix(family, base >> (width - length) << (width - length), length)
+
+    return st.builds(made, st.integers(0, (1 << width) - 1), st.integers(1, longest))
+
+
+def endpoints(family: int) -> st.SearchStrategy[Endpoint]:
+    width = 32 if family == 4 else 128
+    vteps = st.one_of(st.just((None, None)), st.tuples(st.integers(0, (1 << 24) - 1), MACS))
+    return st.builds(
+        lambda subnet, ip, vtep: Endpoint(subnet, ip, *vtep),
+        subnets(family, width - 1),
+        st.integers(0, (1 << width) - 1),
+        vteps,
+    )
+
+
+LEASES = st.builds(
+    Lease, TEXTS, TEXTS, st.none() | endpoints(4), st.none() | endpoints(6), TEXTS,
+    st.integers(0, 1 << 200), st.integers(0, 1 << 64), st.integers(-(1 << 63), 1 << 130),
+)  # fmt: skip
+USUAL = st.builds(
+    lambda end, mac, node, created, handle: Lease(
+        encode_key(end.subnet), "vxlan", end._replace(vni=1, mac=mac), None, node, created, created + 5, handle
+    ),
+    endpoints(4), MACS, TEXTS, st.integers(0, 1 << 62), st.integers(-(1 << 62), 1 << 62),
+)  # fmt: skip
+
+
+@given(st.one_of(LEASES, USUAL))
+def test_what_goes_in_comes_out(lease):
+    packed = pack(lease)
+    assert unpack(packed) == lease
+    assert pack(unpack(packed)) == packed, "equal leases give equal bytes"
+    if lease.v4 is not None:
+        assert subnet_of(packed) == lease.v4.subnet
+        assert int.from_bytes(packed[:5], "big") == number(lease.v4.subnet)
+
+
+def agree(key: str, value: bytes) -> bool:
+    """The quick reader against the plain one; whether the quick one took it."""
+    quick = decode(key.encode("utf-8", "surrogateescape"), value, 3, 4, 5)
+    try:
+        plain = decode_lease(key, value, 3, 4, 5)
+    except BadRecord:
+        assert quick is None
+        return False
+    assert quick is None or unpack(quick) == plain
+    return quick is not None
+
+
+@given(USUAL)
+@example(Lease("10.0.0.0-8", "vxlan", Endpoint(Prefix(4, 10 << 24, 8), 0, 0, 2), None, "a/b/c", 0, 0, 0))
+def test_the_quick_reader_takes_what_we_write(lease):
+    node = "".join(letter for letter in lease.node if " " <= letter <= "~" and letter not in '"\\')
+    assert agree(lease.key, encode_value(lease._replace(node=node)))
+
+
+def test_it_takes_what_flannel_writes():
+    taken = [agree(key, value) for key, value in recordings.read("etcd-vxlan.txt").keys.items()]
+    assert taken
+    assert all(taken)
+
+
+GOOD = b'{"PublicIP":"192.168.1.2","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"3e:55:a4:19:3d:d8"}}'
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "10.244.1.0-24", "10.244.1.0-31", "10.244.1.0-1", "128.0.0.0-1", "10.244.1.0-32", "10.244.1.0-0", "10.244.1.1-24",
+        "010.244.1.0-24", "10.244.1.0-024", "10.244.1.0-4", "256.1.1.0-24", "10.244.1-24", "x10.244.1.0-24", "10.244.1.0-24 ",
+        "10.244.1.0-24&fd00::-64", "٣.1.1.0-24", "",
+    ],
+)  # fmt: skip
+def test_keys_of_every_form(key):
+    agree(key, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"192.168.1.2"', '"192.168.1.02"'), ('"192.168.1.2"', '"192.168.1.256"'), ('"192.168.1.2"', "null"), (":1,", ":01,"),
+        (":1,", ":16777215,"), (":1,", ":16777216,"), (":1,", ":-1,"), (":1,", ":0,"), (":1,", ":1.0,"),
+        ("3e:55", "3f:55"), ("3e:55", "3E:55"), ("3e:55:a4:19:3d:d8", "00:00:00:00:00:00"), ("3e:55", "3e-55"),
+        ("vxlan", "host-gw"), (",", ", "), ("null", '"fd00::1"'), ("}}", "},\"OverlayNode\":\"a\\u0041\"}"),
+        ("}}", "},\"OverlayNode\":\"" + "n" * 128 + "\"}"), ("}}", "},\"OverlayNode\":\"" + "n" * 129 + "\"}"),
+        ("}}", "},\"OverlayNode\":\"ü\"}"), ("}}", "},\"OverlayNode\":\"\"}"), ("}}", "}}\n"), ("}}", "},\"BackendType\":\"udp\"}"),
+        ("}}", "},\"PublicIP\":\"1.2.3.4\"}"),
+    ],
+)  # fmt: skip
+def test_values_of_every_form(old, new):
+    assert old in GOOD.decode()
+    agree("10.244.1.0-24", GOOD.decode().replace(old, new).encode())
+
+
+@given(st.binary(max_size=40), st.binary(max_size=200))
+def test_no_bytes_hurt_it(key, value):
+    decode(key, value, 1, 2, 3)
+
+
+def test_what_is_asked_of_all():
+    def made(number_: int, **more: object) -> Lease:
+        subnet = Prefix(4, (10 << 24) + (number_ << 8), 24)
+        return Lease(
+            encode_key(subnet), "vxlan", Endpoint(subnet, number_, 1, number_), None, f"m/n{number_}/l", number_, 0, 0
+        )._replace(**more)
+
+    wide = made(0, key="10.0.0.0-16", v4=Endpoint(Prefix(4, 10 << 24, 16), 900, 1, 900))
+    dual = made(7, key="10.0.7.0-24&fd00::-64", v6=Endpoint(Prefix(6, 0xFD << 120, 64), 5, 1, 77))
+    leases = Leases.of([*(made(number_) for number_ in range(1, 6)), wide, dual])
+    assert {lease.key for lease in leases.odd(24)} == {wide.key, dual.key}
+    assert [lease.key for lease in leases.having(3, 4, ("n5",))] == ["10.0.3.0-24", "10.0.4.0-24", "10.0.5.0-24"]
+    assert [lease.key for lease in leases.with_mac(77)] == [dual.key]
+    assert [lease.key for lease in leases.with_mac(2)] == ["10.0.2.0-24"]
+    assert dict(leases) == {lease.key: lease for lease in leases.values()}
+    assert leases.without(wide.key).keys() == leases.keys() - {wide.key}
