@@ -13,7 +13,7 @@ import time
 
 from bench import rig
 from lease.etcd_client import EtcdClient, EtcdSettings
-from lease.model import prefix
+from lease.model import ip_number, prefix
 from overlay.backends.vxlan import peer_entries
 from overlay.kernel import wire
 from overlay.kernel.device import Links
@@ -58,17 +58,8 @@ def made_device(world: World, node: str) -> int:
     def make() -> int:
         links = Links()
         lower = next(link.ifindex for link in RequestSocket().links() if link.name == "eth0")
-        links.create(
-            "flannel.1",
-            1,
-            8472,
-            topology.node_address(int(node.removeprefix("node"))),
-            lower,
-            1450,
-            "0e:2a:ff:00:00:01",
-            False,
-            False,
-        )
+        local = ip_number(topology.node_address(int(node.removeprefix("node"))), 4)
+        links.create("flannel.1", 1, 8472, local, lower, 1450, 0x0E2AFF000001, False, False)
         there = links.read("flannel.1")
         assert there is not None
         links.set_up(there.ifindex)

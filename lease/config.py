@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
 
@@ -30,8 +29,7 @@ class ConfigError(ValueError):
     """The network config is wrong. The message names field, value and what is allowed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pool:
+class Pool(NamedTuple):
     """The subnets of one family: `length`-bit subnets of `network` from `first` to `last` (bases, inclusive)."""
 
     network: Prefix
@@ -62,8 +60,7 @@ class Pool:
         return f"{self.subnet(0)} .. {ip_text(family, self.last)}/{self.length}"
 
 
-@dataclass(frozen=True, slots=True)
-class VxlanConfig:
+class VxlanConfig(NamedTuple):
     """The Backend object of type vxlan. mtu: the **underlay's** MTU as flannel means it, 0 to follow the underlay."""
 
     vni: int = 1
@@ -75,8 +72,7 @@ class VxlanConfig:
     mac_prefix: str = "0E-2A"
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
+class NetworkConfig(NamedTuple):
     """What every node of the network agrees on."""
 
     v4: Pool | None

@@ -54,13 +54,10 @@ class EtcdStore:
         config: bytes | None = None
         leases: dict[str, bytes] = {}
         refused: dict[str, Refused] = {}
-        start, revision, limit = self._first, 0, PAGE
-        while True:
-            page = self._client.range(start, self._end, limit, revision)
-            if not revision:
-                revision, limit = int(page.header.revision), max(PAGE, -(-int(page.count) // PAGES))
-            rest = self._take_usual(page.kvs, leases)
-            for kv in rest:
+        revision = 0
+        for page in self._client.pages(self._first, self._end, PAGE, PAGES):
+            revision = revision or int(page.header.revision)
+            for kv in self._take_usual(page.kvs, leases):
                 change = self._decode(kv)
                 if isinstance(change, Lease):
                     leases[change.key] = pack(change)
@@ -68,9 +65,7 @@ class EtcdStore:
                     refused[change.key] = change
                 elif isinstance(change, ConfigText):
                     config = change.text
-            if not page.more:
-                return Snapshot(revision, config, Leases(leases), refused)
-            start = page.kvs[-1].key + b"\0"
+        return Snapshot(revision, config, Leases(leases), refused)
 
     def later_than(self, revision: int) -> Leases:
         answer = self._client.range(self._subnets, self._subnets[:-1] + b"0", later_than=revision)

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 _FILES = ("kv", "auth", "rpc")
@@ -37,12 +36,16 @@ def load() -> None:
     spec = importlib.util.find_spec("etcd3")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("the package etcd3 is not installed; run `make setup`")
-    folder = Path(spec.submodule_search_locations[0]) / "etcdrpc"
+    folder = f"{spec.submodule_search_locations[0]}/etcdrpc"
     pool = DescriptorPool()
     modules = {}
     for name in _FILES:
-        path = folder / f"{name}_pb2.py"
-        found = _LITERAL.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+        path = f"{folder}/{name}_pb2.py"
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = _LITERAL.search(file.read())
+        except OSError:
+            found = None
         if found is None:
             raise ImportError(f"{path} carries no serialized descriptor; lease/etcd_protobuf.py knows etcd3 0.12 only")
         descriptor = pool.AddSerializedFile(_bytes(found[1]))

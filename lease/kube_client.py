@@ -11,8 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import urllib3
@@ -32,8 +31,7 @@ _KEEPALIVE = [
 """A black hole is noticed within 11 s (tcp(7)); a frozen server acknowledges still: see NodeStore's probe."""
 
 
-@dataclass(frozen=True, slots=True)
-class KubeSettings:
+class KubeSettings(NamedTuple):
     """Where the API is. Both empty: in a pod, by its service account."""
 
     api_url: str = ""

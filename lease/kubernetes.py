@@ -7,14 +7,12 @@ GET, many at once one list in pages.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lease.annotations import LONGEST, Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
@@ -91,7 +89,8 @@ class NodeStore:
     def config(self) -> bytes | None:
         """The network config as the file says it now, None where there is none."""
         try:
-            return Path(self._config_path).read_bytes()
+            with open(self._config_path, "rb") as file:
+                return file.read()
         except OSError:
             return None
 
@@ -396,7 +395,7 @@ def _bounded(text: str | None) -> str | None:
     """An annotation as it is remembered: a huge one (256 KiB are allowed) by its hash."""
     if text is None or len(text) <= LONGEST:
         return text
-    return f"{len(text)} bytes {hashlib.sha256(text.encode()).hexdigest()}"
+    return f"{len(text)} bytes {hash(text)}"
 
 
 @contextmanager

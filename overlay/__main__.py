@@ -1,5 +1,6 @@
 """The agent as a process: `overlayd`, `python -m overlay`."""
 
+import gc
 import sys
 
 from overlay import defer
@@ -7,6 +8,7 @@ from overlay import defer
 
 def main() -> None:
     """Defer what an agent never uses, then be one."""
+    gc.disable()  # nothing of a start is garbage; main.garbage_as_usual
     defer.install()
     from overlay.main import run
 

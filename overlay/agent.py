@@ -11,8 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 
@@ -35,8 +34,10 @@ from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.reconcile import Device
 from overlay.settings import Settings, SettingsError, read_live
-from overlay.status import LeaseStatus, Status
 from overlay.underlay import UnderlayError
+
+if TYPE_CHECKING:
+    from overlay.status import LeaseStatus, Status  # 8 ms, when somebody asks
 
 log = structlog.get_logger()
 FULL_CHECK_S = 60.0
@@ -76,18 +77,12 @@ class Asked(NamedTuple):
     answer: queue.SimpleQueue[Status]
 
 
-@dataclass(slots=True)
 class Due:
     """Things to look at in this pass. All of them at the start, and at each full check."""
 
-    links: bool = True
-    underlay: bool = True
-    device: bool = True
-    dump: bool = True
-    nat: bool = True
-    forward: bool = True
-    sysctl: bool = True
-    files: bool = True
+    def __init__(self, dump: bool = True) -> None:
+        self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
+        self.dump = dump
 
 
 class Agent:
@@ -96,6 +91,7 @@ class Agent:
     def __init__(
         self,
         settings: Settings,
+        inbox: queue.SimpleQueue[Any],
         place: Callable[[], str],
         store_hosts: Callable[[], dict[str, int | None]],
         identity_of: Callable[[str], Identity],
@@ -116,7 +112,7 @@ class Agent:
         """Set before `run`."""
         self.started: Callable[[], None] = lambda: None
         """Called when we are ready for the first time; set before `run`."""
-        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._inbox = inbox
         self._requests = netlink.RequestSocket()
         self._host = Host(settings, self._requests, store_hosts)
         self.health = Health(clock)
@@ -334,7 +330,7 @@ class Agent:
         if hints.public_ip is not None and hints.public_ip != self._node_public_ip:
             self._node_public_ip = hints.public_ip
             address = hints.public_ip or self._settings.public_ip
-            self._host.settings = replace(self._host.settings, public_ip=address)
+            self._host.settings = self._host.settings._replace(public_ip=address)
             self._host.choose_again = self._due.underlay = True
         if hints != self._hints:
             self._look()
@@ -364,7 +360,7 @@ class Agent:
             self.health.problem("live-settings", f"{event.path}: {error}; what ran until now is kept")
             return
         self.health.solved("live-settings")
-        live = replace(live, public_ip=self._host.settings.public_ip)
+        live = live._replace(public_ip=self._host.settings.public_ip)
         if live != self._host.settings:
             log.info(
                 "live_settings",
@@ -563,8 +559,10 @@ class Agent:
             log.warning("device.gone" if event.gone else "device.down", device=event.link.name, effect="put back")
         self._due.links = True
         if (under := self._host.underlay) is not None and event.link.name == under.name:
-            # down and up again looks unchanged afterwards, but took the direct routes with it
-            self._due.underlay = self._due.dump = True
+            self._due.underlay = True
+            if event.gone or not event.link.up:
+                # down and up again looks unchanged afterwards, but took the direct routes with it
+                self._due.dump = True
         if (device := self._host.device) is not None and event.link.name == device.name:
             self._due.device = True
 
@@ -572,8 +570,10 @@ class Agent:
         self._due.links = True
         device = self._path.rec.devices.get(TUNNEL)
         if device is not None and event.address.oif == device.ifindex:
+            self._due.device = True
             # The last address takes the routes with it, silently: read them again.
-            self._due.device = self._due.dump = True
+            if event.gone:
+                self._due.dump = True
 
     def _on_route(self, event: netlink.RouteSeen) -> None:
         self._path.on_route(event, self._host.links)
@@ -703,6 +703,8 @@ class Agent:
         asked.answer.put(self._status())
 
     def _status(self) -> Status:
+        from overlay.status import Status
+
         config, rec, problems = self._config, self._path.rec, self.health.problems()
         mended = self._counters + self._host.mended + rec.mended
         device = rec.devices.get(TUNNEL)
@@ -729,6 +731,8 @@ class Agent:
         )
 
     def _lease_status(self) -> LeaseStatus | None:
+        from overlay.status import LeaseStatus
+
         if self._held is None:
             return None
         end = self._own()
@@ -766,7 +770,7 @@ _OBSERVE: dict[type, Callable[[Agent, Any], None]] = {
     netlink.AddressSeen: Agent._on_address,
     netlink.RouteSeen: Agent._on_route,
     netlink.NeighbourSeen: lambda agent, event: agent._path.on_neighbour(event),
-    netlink.FdbSeen: lambda agent, event: agent._path.on_fdb(event),
+    netlink.FdbMessages: lambda agent, event: agent._path.on_fdb_messages(event.messages),
     netlink.Overrun: Agent._on_overrun,
     netlink.NftSeen: Agent._on_nft,
     Asked: Agent._on_asked,

@@ -5,11 +5,11 @@ Source: flannel pkg/subnet/subnet.go WriteSubnetFile (content, order, modes), it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
@@ -46,7 +46,7 @@ def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
 def previous_subnet(path: str) -> Prefix | None:
     """The subnet of an old subnet.env; None where there is none, or none that can be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = _text(path)
     except OSError:
         return None
     for line in text.splitlines():
@@ -151,7 +151,7 @@ def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: 
 def listed_subnet(path: str) -> Prefix | None:
     """The IPv4 subnet that an existing network list gives addresses of, None where it names none."""
     try:
-        for plugin in json.loads(Path(path).read_text(encoding="utf-8"))["plugins"]:
+        for plugin in json.loads(_text(path))["plugins"]:
             for group in (plugin.get("ipam") or {}).get("ranges") or []:
                 for each in group:
                     if (found := prefix(each["subnet"])).family == 4:
@@ -164,7 +164,7 @@ def listed_subnet(path: str) -> Prefix | None:
 def names_plugin(path: str, kind: str) -> bool:
     """Whether an existing network list names a plugin of that type."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(_text(path))
         return any(plugin["type"] == kind for plugin in found["plugins"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
@@ -198,6 +198,7 @@ def install_plugins(source: str, target: str) -> dict[str, str]:
     Raises OSError: a plugin is in neither place, or cannot be written.
     """
     import shutil
+    from pathlib import Path
 
     done = {}
     places = [Path(source)] if source else [Path(place) for place in PLUGIN_PLACES]
@@ -222,7 +223,7 @@ def install_plugins(source: str, target: str) -> dict[str, str]:
 def up_to_date(path: str, content: str) -> bool:
     """Whether a file holds exactly that."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace") == content
+        return _text(path) == content
     except OSError:
         return False
 
@@ -230,15 +231,15 @@ def up_to_date(path: str, content: str) -> bool:
 def write_atomically(path: str, content: str) -> None:
     """Put a file in place whole: temporary name beside it, fsync, rename. 0644 whatever the umask, an existing file's
     mode kept, folders 0755: as flannel does. Raises OSError."""
-    target = Path(path)
-    target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    folder, name = os.path.split(path)
+    os.makedirs(folder, mode=0o755, exist_ok=True)
     try:
-        mode = stat.S_IMODE(target.stat().st_mode)
+        mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
         mode = 0o644
     # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    temporary = f"{folder}/.{name}.{os.getpid()}"
+    remove(temporary)
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -246,12 +247,18 @@ def write_atomically(path: str, content: str) -> None:
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
         raise
 
 
 def remove(path: str) -> None:
     """Remove a file; one that is gone is no error. Raises OSError."""
-    Path(path).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read()

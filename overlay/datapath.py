@@ -5,12 +5,11 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 
 from __future__ import annotations
 
-import errno
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -19,27 +18,22 @@ from lease.packed import Leases, number
 from overlay import plan
 from overlay.kernel import netlink, wire
 from overlay.kernel.entries import (
-    RTNH_F_ONLINK,
     TUNNEL,
-    FdbValue,
-    FoundFdb,
-    FoundNeighbour,
     FoundRoute,
     Kind,
     Link,
-    NeighbourValue,
     RouteKey,
-    RouteValue,
     fdb_is_ours,
     neighbour_is_ours,
     route_role,
 )
-from overlay.kernel.fast import Sifted
-from overlay.kernel.netlink import KernelError
+from overlay.look import Look, fdb_value, neighbour_value, route_value
 from overlay.peers import PeerTable, Turned
 from overlay.reconcile import Device, Entry, Reconciler, Refused
-from overlay.status import Difference, Peers
 from overlay.wanted import Wanted, flat
+
+if TYPE_CHECKING:
+    from overlay.status import Difference, Peers
 
 log = structlog.get_logger()
 TOLD_AT = (2, 10, 100, 1000, 10000)
@@ -60,7 +54,7 @@ class Datapath:
         self.in_the_way: dict[RouteKey, str] = {}
         """Routes of others that stand before ours, in words."""
         self.refusals = Refusals()
-        self._look: Iterator[None] | None = None
+        self._look: Generator[None] | None = None
         """A look through the kernel that is under way."""
         self._rising: set[int] = set()
         """Devices that we set up, whose notification of that has not come yet."""
@@ -135,21 +129,36 @@ class Datapath:
         elif event.gone:
             self.rec.lose(Kind.ROUTE, route.key)
         else:
-            self.rec.find(Kind.ROUTE, route.key, _route_value(route, role))
+            self.rec.find(Kind.ROUTE, route.key, route_value(route, role))
 
     def on_neighbour(self, event: netlink.NeighbourSeen) -> None:
         """A neighbour came, changed or went."""
         device, found = self.rec.devices.get(TUNNEL), event.neighbour
         if device is not None and found.oif == device.ifindex:
             there = not event.gone and neighbour_is_ours(found, device.ifindex)
-            self._seen(Kind.NEIGHBOUR, found.address, _neighbour_value(found) if there else None)
+            self._seen(Kind.NEIGHBOUR, found.address, neighbour_value(found) if there else None)
+
+    def on_fdb_messages(self, messages: list[bytes]) -> None:
+        """FDB entries came, changed or went; most are what we did ourselves."""
+        device, wanted = self.rec.devices.get(TUNNEL), self.rec.wanted
+        if device is None or not isinstance(wanted, Wanted):
+            return
+        sieve = wanted.sieve(device.ifindex)
+        for data in messages:
+            if (peer := sieve.fdb_event(data)) and not self.rec.is_missing(peer, Kind.FDB):
+                self.rec.touch_peers(Kind.FDB, (peer,))
+                continue
+            for message in wire.split(data):
+                event = netlink.parse_event(message)
+                if isinstance(event, netlink.FdbSeen):
+                    self.on_fdb(event)
 
     def on_fdb(self, event: netlink.FdbSeen) -> None:
         """An FDB entry came, changed or went."""
         device, entry = self.rec.devices.get(TUNNEL), event.entry
         if device is not None and entry.oif == device.ifindex:
             there = not event.gone and fdb_is_ours(entry, device.ifindex)
-            self._seen(Kind.FDB, entry.mac, _fdb_value(entry) if there else None)
+            self._seen(Kind.FDB, entry.mac, fdb_value(entry) if there else None)
 
     def _seen(self, kind: Kind, key: int, value: object) -> None:
         """An entry of ours as it is now; None: there is none. (Losing what we did not know of would be news to nobody,
@@ -219,104 +228,16 @@ class Datapath:
     def end_look(self) -> None:
         """Break it off."""
         if self._look is not None:
-            self._look.close()  # type: ignore[attr-defined]  # a generator
+            self._look.close()
         self._look = None
-        self.rec.touched = None
 
-    def _looking(self, links: Mapping[int, Link]) -> Iterator[None]:
-        """A dump of a changing kernel leaves out live entries and repeats others: a key that an event or our own write
-        touched since it began keeps what those said, and an absence counts only if a second look agrees."""
-        requests = netlink.RequestSocket()
-        try:
-            foreign: list[FoundRoute] = []
-            for kind in (Kind.ROUTE, Kind.NEIGHBOUR, Kind.FDB):
-                self.rec.touched = set()
-                seen: set[int] = set()
-                others: set[Any] = set()
-                for _ in self._dump(requests, kind, seen, others, foreign):
-                    yield
-                absent = [peer for peer in self.rec.believed(kind) if peer not in seen]
-                left = [key for key in self.rec.extra[kind] if key not in others]
-                if absent or left:
-                    for _ in self._dump(requests, kind, seen, others, []):
-                        yield
-                    self._lose_absent(kind, absent, left, seen, others)
-            before, self.in_the_way = self.in_the_way, {}
-            for route in foreign:
-                self._watch_foreign(route, links, before)
-            self.dumped = True
-        finally:
-            self.rec.touched = None
-            requests.close()
-
-    def _dump(
-        self, requests: netlink.RequestSocket, kind: Kind, seen: set[int], others: set[Any], foreign: list[FoundRoute]
-    ) -> Iterator[None]:
-        """One dump, in slices. seen: the peers whose entry it showed as wanted; others: the keys of all other entries of
-        ours; foreign: routes that are not ours."""
-        index = self.rec.devices[TUNNEL].ifindex
-        wanted = self.rec.wanted
-        assert isinstance(wanted, Wanted)
-        sieve = wanted.sieve(index)
-        sift, request = {
-            Kind.ROUTE: (sieve.routes, wire.route_dump),
-            Kind.NEIGHBOUR: (sieve.neighbours, lambda seq: wire.neighbour_dump(seq, index)),
-            Kind.FDB: (sieve.fdb, lambda seq: wire.fdb_dump(seq, index)),
-        }[kind]
-        for agreed, rest in _of_a_table(requests.sifted(request, sift), kind):
-            seen.update(agreed)
-            self.rec.agree(kind, agreed if not self.rec.touched else self._untouched(kind, agreed))
-            for view in rest:
-                self._take(kind, next(wire.split(view)).body, index, seen, others, foreign)
-            yield
-
-    def _take(
-        self, kind: Kind, body: memoryview, index: int, seen: set[int], others: set[Any], foreign: list[FoundRoute]
-    ) -> None:
-        """An entry that is not simply as it should be."""
-        key: Any
-        value: Any
-        if kind is Kind.ROUTE:
-            route = wire.parse_route(body)
-            role = self._role(route, self._roles()) if route is not None else None
-            if route is None or role is None:
-                if route is not None:
-                    foreign.append(route)
-                return
-            key, value = route.key, _route_value(route, role)
-        else:
-            found = wire.parse_neighbour(body)
-            if isinstance(found, FoundFdb) and kind is Kind.FDB and fdb_is_ours(found, index):
-                key, value = found.mac, _fdb_value(found)
-            elif isinstance(found, FoundNeighbour) and kind is Kind.NEIGHBOUR and neighbour_is_ours(found, index):
-                key, value = found.address, _neighbour_value(found)
-            else:
-                return
-        others.add(key)
-        if value == self.rec.wanted.value(kind, key):
-            seen.update(self.rec.wanted.owners(kind, key))
-        if self.rec.touched is None or (kind, key) not in self.rec.touched:
-            self.rec.find(kind, key, value)
-            assert self.rec.touched is not None
-            self.rec.touched.discard((kind, key))
-
-    def _untouched(self, kind: Kind, peers: list[int]) -> list[int]:
-        touched, entries = self.rec.touched or set(), self.rec.wanted.entries
-        return [
-            peer for peer in peers if not any((its, key) in touched for its, key, _ in entries(peer) if its is kind)
-        ]
-
-    def _lose_absent(self, kind: Kind, absent: list[int], left: list[Any], seen: set[int], others: set[Any]) -> None:
-        touched = self.rec.touched or set()
-        for peer in absent:
-            if peer in seen or peer not in self.table.packed:
-                continue
-            for its, key, _ in self.rec.wanted.entries(peer):
-                if its is kind and key not in others and (kind, key) not in touched and self.rec.is_found(kind, key):
-                    self.rec.lose(kind, key)
-        for key in left:
-            if key not in others and (kind, key) not in touched and key in self.rec.extra[kind]:
-                self.rec.lose(kind, key)
+    def _looking(self, links: Mapping[int, Link]) -> Generator[None]:
+        look = Look(self.rec, self.rec.devices[TUNNEL].ifindex, lambda route: self._role(route, self._roles()))
+        yield from look.run()
+        before, self.in_the_way = self.in_the_way, {}
+        for route in look.foreign:
+            self._watch_foreign(route, links, before)
+        self.dumped = True
 
     def _roles(self) -> dict[int, int]:
         """Roles by interface number."""
@@ -387,6 +308,8 @@ class Datapath:
 
     def peers(self) -> Peers:
         """Each peer and how it stands, to be written out by whoever asked: at 20,000 peers that takes a while."""
+        from overlay.status import Peers
+
         rec = self.rec
         missing = {peer: rec.todo.get(peer, 0) | rec.held.get(peer, 0) for peer in (*rec.todo, *rec.held)}
         return Peers(self.node, tuple(self.table.packed.values()), missing)
@@ -407,6 +330,8 @@ class Datapath:
                     yield self._difference(kind, key, "extra")
 
     def _difference(self, kind: Kind, key: Any, state: str) -> Difference:
+        from overlay.status import Difference
+
         failure = self.rec.failures.get((kind, key))
         refused, tries = (str(failure.refusal), failure.count) if failure else ("", 0)
         return Difference(kind.name.lower(), entry_text(kind, key), state, refused, tries)
@@ -473,24 +398,3 @@ def entry_text(kind: Kind, key: Any) -> str:
     if kind is Kind.ROUTE:
         return f"{Prefix(4, key.base, key.length)} metric {key.metric}"
     return mac_text(key) if kind is Kind.FDB else ip_text(4, key)
-
-
-def _of_a_table(dump: Iterator[Sifted], kind: Kind) -> Iterator[Sifted]:
-    """A namespace that never had a route has no main table yet: that is an empty one."""
-    try:
-        yield from dump
-    except KernelError as error:
-        if kind is not Kind.ROUTE or error.errno != errno.ENOENT:
-            raise
-
-
-def _route_value(route: FoundRoute, role: int) -> RouteValue:
-    return RouteValue(role, route.via, bool(route.flags & RTNH_F_ONLINK), route.protocol, route.odd)
-
-
-def _neighbour_value(found: FoundNeighbour) -> NeighbourValue:
-    return NeighbourValue(found.mac or 0, found.odd)
-
-
-def _fdb_value(entry: FoundFdb) -> FdbValue:
-    return FdbValue(entry.dst or 0, entry.odd)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 LOOK_S = 1.5
@@ -33,6 +32,10 @@ class FileThread(threading.Thread):
         self._files, self._post = files, post
         self._told: dict[str, bytes | None] = {}
 
+    def any(self) -> bool:
+        """Whether there is a file to look at."""
+        return bool(self._files)
+
     def look(self) -> None:
         """Read all of them once."""
         for what, path in self._files.items():
@@ -50,7 +53,7 @@ class FileThread(threading.Thread):
 def read(path: str) -> bytes | None:
     """The content, None where it cannot be read."""
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             return file.read(LONGEST)
     except OSError:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,11 +17,14 @@ from lease.model import Endpoint, Prefix, ip_text
 from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
+from overlay.flags import DEFAULT_SUBNET_FILE
 from overlay.kernel import netlink, nft
 from overlay.kernel.device import Links, read_sysctl
 from overlay.kernel.entries import Address, Link
-from overlay.settings import DEFAULT_SUBNET_FILE, Settings
-from overlay.status import DeviceStatus
+from overlay.settings import Settings
+
+if TYPE_CHECKING:
+    from overlay.status import DeviceStatus
 
 log = structlog.get_logger()
 
@@ -266,6 +269,8 @@ class Host:
 
     def device_status(self, ifindex: int, in_order: bool) -> DeviceStatus | None:
         """For the status."""
+        from overlay.status import DeviceStatus
+
         device, under = self.device, self.underlay
         if device is None or under is None:
             return None
@@ -295,6 +300,7 @@ class Host:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
     except OSError:
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import queue
 import random
 import signal
 import socket
@@ -17,20 +18,19 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
 
 import structlog
 
 from lease.model import ip_number
-from overlay import __version__, forward, masquerade, serve
+from overlay import __version__, serve
 from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
+from overlay.stores import etcd_store, node_store
 
 if TYPE_CHECKING:
-    from lease.keeper import Holder
-    from lease.store import LeaseSource
+    from lease.keeper import Holder, TenureThread
+    from lease.store import Feed, LeaseSource
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
@@ -78,20 +78,32 @@ class _CannotStart(Exception):
 
 
 def _run(settings: Settings) -> int:
-    from lease.keeper import TenureThread
     from lease.store import Feed
-    from overlay.agent import Agent, Died, Stop
-    from overlay.files import FileThread
-    from overlay.kernel.device import sysctls_at
-    from overlay.kernel.netlink import Monitor, NftMonitor
 
     rng = random.Random()  # noqa: S311 (draws a subnet, spreads load)
     side = _on_nodes(settings, rng) if settings.kube else _on_etcd(settings, rng)
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.excepthook = lambda args: inbox.put(_died(args.thread, args.exc_value))
+    # The list is on its way while the other half of the agent is being imported.
+    feed = Feed(side.store, inbox.put)
+    feed.start()
+    return _agent(settings, side, feed, inbox)
+
+
+def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
+    from lease.keeper import TenureThread
+    from overlay.agent import Agent, Stop
+    from overlay.files import FileThread
+    from overlay.forward import SHARED_TABLE
+    from overlay.kernel.device import sysctls_at
+    from overlay.kernel.netlink import Monitor, NftMonitor
+    from overlay.masquerade import TABLE_PREFIX
+
     store = side.store
     sysctls_at(settings.proc_sys_net)
     hosts = StoreHosts(side.hosts)
     try:
-        agent = Agent(settings, lambda: store.place, lambda: hosts.known, identity(settings.node_name))
+        agent = Agent(settings, inbox, lambda: store.place, lambda: hosts.known, identity(settings.node_name))
     except OSError as error:
         raise _CannotStart(
             f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
@@ -102,11 +114,10 @@ def _run(settings: Settings) -> int:
 
     def started() -> None:
         notify("READY=1")
-        side.network_up()
-        claimer.look()
+        side.network_up(claimer)
+        garbage_as_usual()
 
     agent.started = started
-    feed = Feed(store, agent.post)
     files = FileThread(
         {
             what: path
@@ -122,26 +133,34 @@ def _run(settings: Settings) -> int:
     files.look()
     threads: list[threading.Thread] = [
         Monitor(agent.post, agent.port),
-        NftMonitor(masquerade.TABLE_PREFIX, (forward.SHARED_TABLE,), agent.post),
+        NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), agent.post),
         claimer,
-        feed,
-        files,
+        *([files] if files.any() else []),
     ]
-    threading.excepthook = lambda args: agent.post(
-        Died(args.thread.name if args.thread else "?", args.exc_value or RuntimeError("unknown"))
-    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _frame: agent.post(Stop(signal.Signals(got).name)))
     _serve(settings, agent)
     for thread in threads:
         thread.start()
-    gc.freeze()
     try:
         return agent.run()
     finally:
         feed.stop()
         claimer.stop()
         store.close()
+
+
+def _died(thread: threading.Thread | None, error: BaseException | None) -> Any:
+    from overlay.agent import Died
+
+    return Died(thread.name if thread else "?", error or RuntimeError("unknown"))
+
+
+def garbage_as_usual() -> None:
+    """The collector is off while we start (overlay/__main__.py): what stands then stays, and need never be looked at."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 class _StoreSide(NamedTuple):
@@ -152,35 +171,31 @@ class _StoreSide(NamedTuple):
     renew_within_s: float
     hosts: tuple[str, ...]
     """Whose route says which interface carries the tunnel; none: the default route's, as flannel does."""
-    network_up: Callable[[], None]
+    network_up: Callable[[TenureThread], None]
+    """Called when the datapath is in place."""
 
 
 def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
-    from lease.etcd import EtcdStore
-    from lease.etcd_client import EtcdSettingsError
     from lease.tenure import Tenure
-    from overlay.release import etcd_settings
 
-    try:
-        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
-    except EtcdSettingsError as error:
-        raise SettingsError(f"--{error}") from error
+    store = etcd_store(settings)
     log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
     tenure = Tenure(store, prober(), settings.lease_ttl_s, rng)
-    return _StoreSide(store, tenure, settings.renew_within_s, settings.etcd_endpoints, lambda: None)
+    return _StoreSide(store, tenure, settings.renew_within_s, settings.etcd_endpoints, lambda _claimer: None)
 
 
 def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
     from lease.node_tenure import CHECK_S, NodeTenure
-    from overlay.uninstall import node_store
 
-    try:
-        store, names = node_store(settings)
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    store, names = node_store(settings)
     log.info("start", version=__version__, store=store.place, node=settings.node_name, config=settings.net_config_path)
     tenure = NodeTenure(store, names, settings.node_name, settings.tell_condition, rng)
-    return _StoreSide(store, tenure, CHECK_S, (), lambda: setattr(tenure, "network_up", True))
+
+    def network_up(claimer: TenureThread) -> None:
+        tenure.network_up = True  # and our Node is to say so
+        claimer.look()
+
+    return _StoreSide(store, tenure, CHECK_S, (), network_up)
 
 
 def _serve(settings: Settings, agent: Any) -> None:
@@ -265,7 +280,8 @@ def identity(node_name: str) -> Callable[[str], Any]:
     from lease.claim import Identity
 
     try:
-        machine = Path(MACHINE_ID).read_text(encoding="ascii").strip()
+        with open(MACHINE_ID, encoding="ascii") as file:
+            machine = file.read().strip()
     except (OSError, ValueError):
         machine = ""
     usable = len(machine) == 32 and machine != "0" * 32
@@ -323,10 +339,12 @@ class StoreHosts:
     RETRY_S = 2.0
 
     def __init__(self, endpoints: tuple[str, ...]) -> None:
+        from lease.etcd_client import endpoint_parts
+
         self.known: dict[str, int | None] = {}
         names = []
         for endpoint in endpoints:
-            host = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}").hostname or ""
+            host = (endpoint_parts(endpoint) or ("", "", 0))[1]
             try:
                 self.known[host] = ip_number(host, 4)
             except ValueError:

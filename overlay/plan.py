@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lease.config import NetworkConfig, VxlanConfig
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
@@ -15,8 +15,7 @@ _UNUSABLE = tuple(prefix(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0
 """Never an underlay address: this-network, loopback, multicast, reserved and broadcast (RFC 6890)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """What plan needs to know of this node.
 
     own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own IPv4 addresses.
@@ -64,19 +63,19 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
     low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
-    reserved = [(there.base, there.last) for there in _UNUSABLE]
+    reserved = {octet for there in _UNUSABLE for octet in range(there.base >> 24, (there.last >> 24) + 1)}
 
     def passes(packed: bytes) -> bool:
         base, length, public_ip, mac, its_vni, _, _, _, form = HEAD.unpack_from(packed)
         last = base | ((1 << (32 - length)) - 1)
         if form != PLAIN or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
             return False
-        if public_ip in bad or base <= public_ip <= last:
+        if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
             return False
-        for first, end in closed:
+        for first, end in closed:  # noqa: SIM110 (all() of a generator takes three times as long)
             if first <= last and base <= end:
                 return False
-        return all(not first <= public_ip <= end for first, end in reserved)
+        return True
 
     return passes
 

@@ -12,7 +12,6 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -62,14 +61,13 @@ class Requests(Protocol):
     def execute(self, messages: list[bytes], first: int, count: int) -> dict[int, Refusal]: ...
 
 
-@dataclass(slots=True)
 class Failure:
-    """One entry the kernel refuses. token: of its last entry in the queue of retries."""
+    """One entry the kernel refuses: how often, why, since when. token: of its last place in the queue of retries."""
 
-    count: int
-    refusal: Refusal
-    since: float
-    token: int = 0
+    __slots__ = ("count", "refusal", "since", "token")
+
+    def __init__(self, refusal: Refusal, since: float) -> None:
+        self.count, self.refusal, self.since, self.token = 0, refusal, since, 0
 
 
 class Refused(NamedTuple):
@@ -85,6 +83,14 @@ class Device(NamedTuple):
 
     ifindex: int
     up: bool
+
+
+class Touched:
+    """What changed since a dump began: keys of entries, and peers (by kind) whose entries these are."""
+
+    def __init__(self) -> None:
+        self.keys: set[tuple[Kind, Any]] = set()
+        self.peers: set[tuple[Kind, int]] = set()
 
 
 class Reconciler:
@@ -115,8 +121,8 @@ class Reconciler:
         """Entries that somebody else changed or removed, by kind."""
         self.look_again = False
         """The kernel contradicted what we believed: only a dump tells."""
-        self.touched: set[tuple[Kind, Any]] | None = None
-        """While a dump is taken: the keys about which events or our own writes know better."""
+        self.touched: Touched | None = None
+        """While a dump is taken: what events or our own writes know better."""
         self._retries: list[tuple[float, int, Kind, Hashable]] = []
         self._tokens = 0
 
@@ -134,7 +140,8 @@ class Reconciler:
     def left(self, peer: int, entries: Iterable[Entry]) -> None:
         """These entries of a peer are not wanted any more; the table is without it already."""
         for kind, key, value in entries:
-            was_missing = self._clear(peer, kind, key)
+            was_missing = self._take_bit(peer, 1 << kind)
+            self._touch(kind, key, peer)
             wanted = self.wanted.value(kind, key)
             if not was_missing and wanted != value:
                 self.extra[kind][key] = value
@@ -148,19 +155,21 @@ class Reconciler:
                 del self.extra[kind][key]
             else:
                 self._set(peer, kind)
+            self._touch(kind, key, peer)
             self.failures.pop((kind, key), None)
             self._sort(kind, key, value)
 
     # --- what is found -------------------------------------------------------------------------------------------
 
-    def find(self, kind: Kind, key: Any, value: Any) -> None:
-        """The kernel says it has an entry."""
-        self._touch(kind, key)
+    def find(self, kind: Kind, key: Any, value: Any, touch: bool = True) -> None:
+        """The kernel says it has an entry. touch: an event says so, and not a dump."""
+        if touch:
+            self._touch(kind, key)
         wanted = self.wanted.value(kind, key)
         if value == wanted:
             self.extra[kind].pop(key, None)
             for peer in self.wanted.owners(kind, key):
-                self._clear(peer, kind, key)
+                self._take_bit(peer, 1 << kind)
             self.failures.pop((kind, key), None)
         else:
             self.extra[kind][key] = value
@@ -254,12 +263,8 @@ class Reconciler:
             self._keep(self.held, peer, held & ~bit)
         return new
 
-    def _clear(self, peer: int, kind: Kind, key: Any) -> bool:
-        """A peer's entry is not missing (any more); whether it was."""
-        self._touch(kind, key)
-        return self._take_bit(peer, 1 << kind)
-
     def _take_bit(self, peer: int, bit: int) -> bool:
+        """A peer's entry is not missing (any more); whether it was."""
         was = False
         for table in (self.todo, self.held):
             if (bits := table.get(peer, 0)) & bit:
@@ -283,9 +288,16 @@ class Reconciler:
         else:
             self._drops[kind].pop(key, None)
 
-    def _touch(self, kind: Kind, key: Any) -> None:
+    def _touch(self, kind: Kind, key: Any, peer: int = 0) -> None:
+        """An event, or our own write, spoke of an entry. peer: whose it is, where that is known."""
         if self.touched is not None:
-            self.touched.add((kind, key))
+            self.touched.keys.add((kind, key))
+            self.touched.peers.update((kind, owner) for owner in ((peer,) if peer else self.wanted.owners(kind, key)))
+
+    def touch_peers(self, kind: Kind, peers: Iterable[int]) -> None:
+        """Events say that these peers' entries are as we believe them to be."""
+        if self.touched is not None:
+            self.touched.peers.update((kind, peer) for peer in peers)
 
     # --- making them one -------------------------------------------------------------------------------------------
 
@@ -393,7 +405,8 @@ class Reconciler:
                 refusal = refused.get(at)
                 at += 1
                 if refusal is None:
-                    self._clear(peer, kind, key)
+                    self._take_bit(peer, 1 << kind)
+                    self._touch(kind, key, peer)
                     self.extra[kind].pop(key, None)
                     self.failures.pop((kind, key), None)
                     self.writes[_PUT[kind]] += 1
@@ -456,7 +469,7 @@ class Reconciler:
     def _failed(self, put: bool, kind: Kind, key: Any, refusal: Refusal) -> Refused:
         """After any refusal what we believe is in doubt: look again, and retry this key alone, later."""
         now = self._clock()
-        failure = self.failures.setdefault((kind, key), Failure(0, refusal, now))
+        failure = self.failures.setdefault((kind, key), Failure(refusal, now))
         failure.count += 1
         failure.refusal = refusal
         self.look_again = self.look_again or failure.count == 1 or (put and refusal.errno == errno.EEXIST)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lease.etcd import EtcdStore
-from lease.etcd_client import EtcdSettings, EtcdSettingsError
 from lease.model import ip_text, mac_text
 from lease.store import RecordChanged, StoreUnavailable
 from overlay.cni import LEASE_FILE, remove
 from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings
+from overlay.stores import etcd_store
 
 
 class ReleaseError(Exception):
@@ -20,18 +19,6 @@ class ReleaseError(Exception):
 
 class NothingKnown(ReleaseError):
     """No agent of this run directory ever held a lease."""
-
-
-def etcd_settings(settings: Settings) -> EtcdSettings:
-    """The part of the settings that reaches etcd."""
-    return EtcdSettings(
-        settings.etcd_endpoints,
-        settings.etcd_cafile,
-        settings.etcd_certfile,
-        settings.etcd_keyfile,
-        settings.etcd_username,
-        settings.etcd_password,
-    )
 
 
 def release(settings: Settings) -> str:
@@ -62,10 +49,7 @@ def _release(settings: Settings) -> str:
         key, public_ip, vtep_mac = ours["key"], ours["public_ip"], ours["vtep_mac"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NothingKnown(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
-    try:
-        store = EtcdStore(etcd_settings(settings), settings.etcd_prefix)
-    except EtcdSettingsError as error:
-        raise ReleaseError(str(error)) from error
+    store = etcd_store(settings)
     try:
         lease = store.read().leases.get(key)
         if lease is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from pathlib import Path
 from typing import TextIO
 
 
@@ -19,7 +18,7 @@ def hold(run_dir: str) -> TextIO:
         RunDirError: another process has it (its pid is named), or the directory cannot be made.
     """
     try:
-        Path(run_dir).mkdir(mode=0o755, parents=True, exist_ok=True)
+        os.makedirs(run_dir, mode=0o755, exist_ok=True)
         file = open(f"{run_dir}/lock", "a+")  # noqa: SIM115 (its life is the lock's)
     except OSError as error:
         raise RunDirError(f"--run-dir: {error.filename}: {error.strerror}") from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from socketserver import BaseServer, StreamRequestHandler, TCPServer, ThreadingMixIn, UnixStreamServer
 
 import structlog
@@ -90,9 +90,10 @@ def serve_tcp(host: str, port: int, routes: Routes) -> TCPServer:
 
 def serve_unix(path: str, routes: Routes) -> UnixStreamServer:
     """Serve on a Unix socket that root alone may use; one left over by a crash is replaced. Raises OSError."""
-    Path(path).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
     server = _UnixServer(path, _handler(routes))
-    Path(path).chmod(0o600)
+    os.chmod(path, 0o600)
     _start(server, "status")
     return server
 

@@ -6,34 +6,38 @@ have not. Source: flannel main.go (flags), pkg/util/flagutil (environment).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from lease.annotations import DEFAULT_PREFIX, Names
 from lease.model import ip_number
+from overlay.flags import (
+    DEFAULT_CNI_CONF_DIR,
+    DEFAULT_RUN_DIR,
+    DEFAULT_SUBNET_FILE,
+    ENV_PREFIX,
+    FLAGS,
+    LEASE_TTL_S,
+    LIVE,
+    Flag,
+    FlagError,
+    help_text,
+    parse,
+    variable,
+)
 
-ENV_PREFIX = "FLANNELD_"
-DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
-DEFAULT_RUN_DIR = "/run/overlay"
-DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LIVE = ("log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules")
-"""Flags that --live-settings may hold."""
-LEASE_TTL_S = 86_400
-"""flannel's: 24 hours (pkg/subnet/etcd/local_manager.go)."""
 
 
 class SettingsError(ValueError):
     """A flag or variable is wrong: names it, its value and what is allowed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What the operator said. Paths may not exist yet; public_ip: 0 where not given."""
 
     etcd_endpoints: tuple[str, ...] = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
@@ -42,7 +46,7 @@ class Settings:
     etcd_certfile: str = ""
     etcd_cafile: str = ""
     etcd_username: str = ""
-    etcd_password: str = field(default="", repr=False)
+    etcd_password: str = ""
     iface: tuple[str, ...] = ()
     iface_regex: tuple[str, ...] = ()
     iface_can_reach: int = 0
@@ -72,98 +76,14 @@ class Settings:
     log_level: str = "info"
     log_format: str = "auto"
 
+    def __repr__(self) -> str:
+        shown = (f"{name}={value!r}" for name, value in self._asdict().items() if name != "etcd_password")
+        return f"Settings({', '.join(shown)})"
+
     @property
     def renew_within_s(self) -> float:
         """Renew the lease at the latest after so long: its life less flannel's margin."""
         return max(self.lease_ttl_s - self.renew_margin_min * 60, self.lease_ttl_s / 3)
-
-
-class Flag(NamedTuple):
-    """One flag. kind: str, int, bool, list or password; refuse: why a value other than the default is refused."""
-
-    name: str
-    kind: str
-    default: Any
-    text: str
-    refuse: str = ""
-    ours: bool = False
-
-
-FLAGS = (
-    Flag("etcd-endpoints", "str", "http://127.0.0.1:4001,http://127.0.0.1:2379", "etcd servers, comma-separated"),
-    Flag("etcd-prefix", "str", "/coreos.com/network", "where the network's keys stand"),
-    Flag("etcd-keyfile", "str", "", "client key for TLS"),
-    Flag("etcd-certfile", "str", "", "client certificate for TLS"),
-    Flag("etcd-cafile", "str", "", "CA that signed etcd's certificate"),
-    Flag("etcd-username", "str", "", "etcd user"),
-    Flag("etcd-password", "password", "", "its password; better given as FLANNELD_ETCD_PASSWORD"),
-    Flag("iface", "list", (), "underlay interface, by name or address; repeatable, first match wins"),
-    Flag("iface-regex", "list", (), "the same by a regular expression over addresses, then names; after all --iface"),
-    Flag("iface-can-reach", "str", "", "underlay interface and address: those that route to this address"),
-    Flag("public-ip", "str", "", "address that peers send to; one that is not local is advertised only"),
-    Flag("subnet-file", "str", DEFAULT_SUBNET_FILE, "where subnet.env is written"),
-    Flag("subnet-lease-renew-margin", "int", 60, "minutes before its end at which a lease is renewed at the latest"),
-    Flag("ip-masq", "bool", False, "masquerade traffic that leaves the pod network"),
-    Flag("ip-masq-fully-random-disable", "bool", False, "masquerade without fully random ports"),
-    Flag("iptables-forward-rules", "bool", True, "accept forwarded pod traffic"),
-    Flag("iptables-resync", "int", 5, "accepted; our rules are watched, not polled"),
-    Flag("healthz-ip", "str", "0.0.0.0", "address of /healthz and /readyz"),  # noqa: S104
-    Flag("healthz-port", "int", 0, "their port; 0 = off"),
-    Flag("version", "bool", False, "print the version and exit"),
-    Flag("v", "int", 0, "above 0: log level debug"),
-    Flag("public-ipv6", "str", "", "", "there is no IPv6 datapath yet"),
-    Flag("ip-blackhole-route", "bool", False, "", "there are no blackhole routes here"),
-    Flag("kube-subnet-mgr", "bool", False, "take the subnet from this Node's podCIDR, peers from Kubernetes, not etcd"),
-    Flag("kube-api-url", "str", "", "the API server; else --kubeconfig-file, else the pod's service account"),
-    Flag("kubeconfig-file", "str", "", "kubeconfig with API server and credentials"),
-    Flag("kube-annotation-prefix", "str", DEFAULT_PREFIX, "what the Node annotations' names begin with"),
-    Flag("net-config-path", "str", "/etc/kube-flannel/net-conf.json", "the network config, with --kube-subnet-mgr"),
-    Flag("set-node-network-unavailable", "bool", True, "set the Node's NetworkUnavailable to False once it is"),
-    Flag("vmodule", "str", "", "", "use --log-level"),
-    Flag("log_backtrace_at", "str", "", "", "use --log-level"),
-    Flag("run-dir", "str", DEFAULT_RUN_DIR, "all else that the agent writes; one agent each", ours=True),
-    Flag("cni-conf-dir", "str", DEFAULT_CNI_CONF_DIR, "where the CNI network list is written; empty = none", ours=True),
-    Flag("cni-data-dir", "str", "", "dataDir of host-local in that list; empty = the plugin's own", ours=True),
-    Flag(
-        "cni-conf-template",
-        "str",
-        "",
-        "flannel's cni-conf.json, to make that list of; empty = the plain one",
-        ours=True,
-    ),
-    Flag("node-name", "str", "", "this node's name (else $NODE_NAME); with Kubernetes its Node's", ours=True),
-    Flag("live-settings", "str", "", f"JSON file of flags that change while we run: {', '.join(LIVE)}", ours=True),
-    Flag("proc-sys-net", "str", "/proc/sys/net", "where /proc/sys/net is writable, in a container", ours=True),
-    Flag("take-over", "bool", False, "take the record of our public IP over, whoever made it", ours=True),
-    Flag("subnet-lease-ttl", "int", LEASE_TTL_S, "life of an etcd lease, in seconds", ours=True),
-    Flag("log-level", "str", "info", "debug, info, warning or error", ours=True),
-    Flag("log-format", "str", "auto", "console, json, or auto: console on a terminal", ours=True),
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message}; `{self.prog} --help` lists the flags")
-
-
-def parser(prog: str = "overlayd") -> argparse.ArgumentParser:
-    """The flags, as Go's flag package takes them: -x, --x, --x=v, booleans alone or with =."""
-    made = _Parser(
-        prog=prog,
-        allow_abbrev=False,
-        description="VXLAN overlay agent, compatible with flanneld.",
-        epilog=f"Each flag is also read from the environment: {ENV_PREFIX}ETCD_ENDPOINTS for --etcd-endpoints.",
-    )
-    for flag in FLAGS:
-        options: dict[str, Any] = {"dest": flag.name, "default": None, "help": flag.text or f"refused: {flag.refuse}"}
-        if flag.kind == "bool":
-            options |= {"nargs": "?", "const": "true", "metavar": "BOOL"}
-        elif flag.kind == "list":
-            options |= {"action": "append", "metavar": "VALUE"}
-        else:
-            options |= {"metavar": "N" if flag.kind == "int" else "VALUE"}
-        made.add_argument(f"-{flag.name}", f"--{flag.name}", **options)
-    return made
 
 
 def read_settings(
@@ -175,12 +95,18 @@ def read_settings(
         SettingsError: one line naming the flag or variable, its value and what is allowed.
         SystemExit: after --help.
     """
-    given = vars(parser(prog).parse_args(list(arguments)))
+    try:
+        given = parse(arguments)
+    except FlagError as error:
+        raise SettingsError(f"{error}; `{prog} --help` lists the flags") from None
+    if "help" in given:
+        sys.stdout.write(help_text(prog))
+        raise SystemExit(0)
     values: dict[str, Any] = {}
     for flag in FLAGS:
-        text, where = given[flag.name], f"--{flag.name}"
+        text, where = given.get(flag.name), f"--{flag.name}"
         if text is None:
-            where = ENV_PREFIX + flag.name.upper().replace("-", "_")
+            where = variable(flag.name)
             text = environ.get(where) or None
             text = [text] if text is not None and flag.kind == "list" else text
         value = flag.default if text is None else _value(flag, text, where)
@@ -217,8 +143,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         if name == "log-level" and value not in LOG_LEVELS:
             raise SettingsError(f"log-level: {str(value)[:60]!a} must be {', '.join(LOG_LEVELS)}")
         values[name] = value
-    return replace(
-        settings,
+    return settings._replace(
         log_level=values.get("log-level", settings.log_level),
         ip_masq=values.get("ip-masq", settings.ip_masq),
         fully_random=not values.get("ip-masq-fully-random-disable", not settings.fully_random),
@@ -228,7 +153,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """FLANNELD_ names that mean nothing: a typing error, most likely."""
-    known = {ENV_PREFIX + flag.name.upper().replace("-", "_") for flag in FLAGS}
+    known = {variable(flag.name) for flag in FLAGS}
     return sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 from lease.model import Prefix, ip_text, mac_text
 from overlay.backends.vxlan import DeviceFound, DeviceSpec, live_changes, replace_reason
-from overlay.kernel.device import Links, VxlanAttributes, read_sysctl, write_sysctl
+from overlay.kernel.device import Links, read_sysctl, write_sysctl
 from overlay.kernel.entries import Address
+from overlay.kernel.link_wire import VxlanAttributes
 from overlay.kernel.netlink import KernelError
 
 LOOSE = "2"
@@ -44,10 +45,10 @@ def ensure(links: Links, spec: DeviceSpec) -> Ensured:
             spec.name,
             spec.vni,
             spec.port,
-            ip_text(4, spec.local),
+            spec.local,
             spec.lower,
             spec.mtu,
-            mac_text(spec.mac),
+            spec.mac,
             spec.gbp,
             spec.learning,
         )
@@ -58,7 +59,7 @@ def ensure(links: Links, spec: DeviceSpec) -> Ensured:
     changes = live_changes(spec, found(spec.name, attributes))
     index = attributes.ifindex
     if changes.keys() & {"local", "lower", "learning"}:
-        links.change_vxlan(index, spec.vni, ip_text(4, spec.local), spec.lower, spec.learning)
+        links.change_vxlan(index, spec.vni, spec.local, spec.lower, spec.learning)
     if "mtu" in changes:
         links.set_mtu(index, spec.mtu)
     if "mac" in changes:
@@ -99,11 +100,11 @@ def ensure_address(links: Links, index: int, base: int, network: Prefix, there: 
     mine = [address for address in there if address.oif == index]
     did = []
     if not any(address.address == base and address.length == 32 for address in mine):
-        links.add_address(index, ip_text(4, base), 32)
+        links.add_address(index, base, 32)
         did.append(f"added {ip_text(4, base)}/32")
     for address in mine:
         if network.holds(address.address) and (address.address, address.length) != (base, 32):
-            links.remove_address(index, ip_text(4, address.address), address.length)
+            links.remove_address(index, address.address, address.length)
             did.append(f"removed {ip_text(4, address.address)}/{address.length}")
     return did
 

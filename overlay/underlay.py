@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lease.model import Prefix, ip_number, ip_text, mask
 from overlay.kernel.entries import Address, Link
@@ -24,8 +24,7 @@ class UnderlayError(Exception):
     """No interface can be chosen: says what was looked for, what there is, and which flag decides."""
 
 
-@dataclass(frozen=True, slots=True)
-class Underlay:
+class Underlay(NamedTuple):
     """What carries the tunnel. local: the tunnel's source, always an address of the interface. public_ip: what we
     advertise. on_link: the interface's prefixes. arp: whether neighbours there can be asked."""
 

@@ -9,10 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from lease.annotations import Names
 from lease.config import ConfigError, parse_config
-from lease.kube_client import KubeSettings
-from lease.kubernetes import NodeStore
 from lease.node_tenure import NodeTenure
 from lease.store import StoreError
 from overlay import cni, forward, masquerade
@@ -24,6 +21,7 @@ from overlay.kernel.entries import PROTOCOL, UNDERLAY, FoundRoute, RouteValue
 from overlay.rundir import hold
 from overlay.serve import SOCKET_NAME
 from overlay.settings import Settings
+from overlay.stores import node_store
 
 BATCH = 500
 BEGUN = "uninstalling"
@@ -31,13 +29,6 @@ BEGUN = "uninstalling"
 
 class UninstallError(Exception):
     """Something of ours could not be removed; the rest is. One line each."""
-
-
-def node_store(settings: Settings) -> tuple[NodeStore, Names]:
-    """The Kubernetes store of these settings. Raises KubeSettingsError."""
-    names = Names.of(settings.annotation_prefix)
-    where = KubeSettings(settings.kube_api_url, settings.kubeconfig)
-    return NodeStore(where, names, settings.node_name, settings.net_config_path), names
 
 
 def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:

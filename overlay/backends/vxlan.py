@@ -5,7 +5,7 @@ Source: flannel pkg/backend/vxlan (the entries), drivers/net/vxlan/vxlan_core.c 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lease.config import OVERHEAD, VxlanConfig
 from lease.model import Endpoint, Prefix, ip_text, mac_text
@@ -22,8 +22,7 @@ from overlay.kernel.entries import (
 BACKEND = "vxlan"
 
 
-@dataclass(frozen=True, slots=True)
-class Entries:
+class Entries(NamedTuple):
     """The kernel entries of one peer; a peer reached directly has only a route."""
 
     route: tuple[RouteKey, RouteValue]
@@ -31,8 +30,7 @@ class Entries:
     fdb: tuple[int, FdbValue] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
+class DeviceSpec(NamedTuple):
     """What the vxlan device of this node must be. local: underlay address; lower: number of the underlay interface."""
 
     name: str
@@ -46,8 +44,7 @@ class DeviceSpec:
     learning: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFound:
+class DeviceFound(NamedTuple):
     """A device of that name, as it is. spec.vni is -1 where it is no vxlan; checksums: it has udpcsum and no zero
     checksum over IPv6; special: group, external or a port range of its own."""
 

@@ -90,6 +90,10 @@ class Sieve:
         """A buffer of an FDB dump."""
         return _sift(data, _FDB_SEEN_SIZE, self._fdb)
 
+    def fdb_event(self, data: bytes) -> int:
+        """The number of the peer whose FDB entry a notification says to be as it should be, else 0."""
+        return self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
+
     def _route(self, data: bytes, at: int) -> int:
         kind, family, length, form, table, mark, dst, mark2, metric, mark3, via, mark4, oif = _ROUTE_SEEN.unpack_from(
             data, at

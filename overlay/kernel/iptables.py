@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 from overlay.kernel.netlink import KernelError
 
-NAMES = Path("/proc/self/net/ip_tables_names")
+NAMES = "/proc/self/net/ip_tables_names"
 """The tables in use in this network namespace; the file is missing where the kernel has no ip_tables."""
 PROGRAM, WAIT_S = "iptables-legacy", "5"
 
@@ -22,8 +19,9 @@ def forward_chain() -> list[str] | None:
     Raises KernelError, NoProgram.
     """
     try:
-        if "filter" not in NAMES.read_text(encoding="ascii").split():
-            return None
+        with open(NAMES, encoding="ascii") as file:
+            if "filter" not in file.read().split():
+                return None
     except OSError:
         return None
     return _run("-S", "FORWARD").splitlines()
@@ -49,6 +47,8 @@ def _words(rule: str) -> list[str]:
 
 
 def _run(*arguments: str) -> str:
+    import subprocess
+
     command = [PROGRAM, "-w", WAIT_S, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

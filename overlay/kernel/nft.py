@@ -4,10 +4,12 @@ nft binary and its JSON."""
 from __future__ import annotations
 
 import json
-import subprocess
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from overlay.kernel.netlink import KernelError
+
+if TYPE_CHECKING:
+    import subprocess  # when it is needed: peers come first
 
 NFT_S = 8.0
 Objects = list[dict[str, Any]]
@@ -91,6 +93,8 @@ def _listed(kind: str, *what: str) -> Objects:
 
 
 def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    import subprocess
+
     try:
         return subprocess.run(
             ["nft", *arguments], input=text, capture_output=True, text=True, timeout=NFT_S, check=False

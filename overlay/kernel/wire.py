@@ -165,7 +165,7 @@ def route_lookup(seq: int, address: int) -> bytes:
 def parse_lookup(body: memoryview) -> tuple[int, int, int]:
     """The answer to route_lookup: interface, source address, gateway (0: on-link)."""
     attrs = attributes(body, _RTMSG.size)
-    return _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_PREFSRC)), _address(attrs.get(RTA_GATEWAY))
+    return number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_PREFSRC)), _address(attrs.get(RTA_GATEWAY))
 
 
 def end_mark(seq: int) -> bytes:
@@ -199,6 +199,15 @@ def split(data: bytes | memoryview) -> Iterator[Message]:
         at += (length + 3) & ~3
 
 
+def is_fdb(data: bytes) -> bool:
+    """Whether a notification is one of an FDB entry."""
+    return (
+        len(data) > 16
+        and data[16] == AF_BRIDGE
+        and int.from_bytes(data[4:6], sys.byteorder) in (RTM_NEWNEIGH, RTM_DELNEIGH)
+    )
+
+
 def attributes(body: memoryview, offset: int) -> dict[int, memoryview]:
     """The attributes behind a fixed header, by type (without the nested and byte-order bits)."""
     found: dict[int, memoryview] = {}
@@ -212,7 +221,8 @@ def attributes(body: memoryview, offset: int) -> dict[int, memoryview]:
     return found
 
 
-def _number(attr: memoryview | None) -> int:
+def number(attr: memoryview | None) -> int:
+    """An attribute in host byte order, 0 where there is none."""
     return 0 if attr is None else int.from_bytes(attr, sys.byteorder)
 
 
@@ -226,14 +236,14 @@ def parse_route(body: memoryview) -> FoundRoute | None:
     if family != AF_INET:
         return None
     attrs = attributes(body, _RTMSG.size)
-    if (_number(attrs[RTA_TABLE]) if RTA_TABLE in attrs else table) != RT_TABLE_MAIN:
+    if (number(attrs[RTA_TABLE]) if RTA_TABLE in attrs else table) != RT_TABLE_MAIN:
         return None
     odd: list[object] = []
     if scope != RT_SCOPE_UNIVERSE or kind != RTN_UNICAST or tos:
         odd.append(("scope, type, tos", scope, kind, tos))
     odd += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
-    key = RouteKey(_address(attrs.get(RTA_DST)), length, _number(attrs.get(RTA_PRIORITY)))
-    return FoundRoute(key, _number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd))
+    key = RouteKey(_address(attrs.get(RTA_DST)), length, number(attrs.get(RTA_PRIORITY)))
+    return FoundRoute(key, number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd))
 
 
 def parse_neighbour(body: memoryview) -> FoundNeighbour | FoundFdb | None:
@@ -272,13 +282,13 @@ def parse_link(body: memoryview) -> Link:
         index,
         bytes(name).rstrip(b"\0").decode("utf-8", "replace") if name is not None else "",
         bool(flags & IFF_UP),
-        _number(attrs.get(IFLA_MTU)),
+        number(attrs.get(IFLA_MTU)),
         int.from_bytes(mac, "big") if mac is not None and len(mac) == 6 else 0,
         kind,
         not flags & (IFF_NOARP | IFF_LOOPBACK) and mac is not None and len(mac) == 6,
         bool(flags & IFF_LOWER_UP),
         bool(flags & IFF_LOOPBACK),
-        _number(attrs.get(IFLA_MASTER)),
+        number(attrs.get(IFLA_MASTER)),
     )
 
 
@@ -292,7 +302,7 @@ def parse_address(body: memoryview) -> Address | None:
     if local is None:
         return None
     if IFA_FLAGS in attrs:
-        flags = _number(attrs[IFA_FLAGS])
+        flags = number(attrs[IFA_FLAGS])
     return Address(
         index,
         _address(local),

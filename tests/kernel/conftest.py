@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from lease.model import ip_number, mac_number
 from overlay.kernel.device import Links
 from overlay.lab import netns
 from tests.support.world import ready_the_machine
@@ -37,7 +38,7 @@ def space() -> Iterator[str]:
             for link in ("eth0", "p0"):
                 ipr.link("set", index=ipr.link_lookup(ifname=link)[0], state="up")
         links = Links()
-        links.create("flannel.1", 1, 8472, "192.168.1.2", lower, 1450, MAC, False, False)
+        links.create("flannel.1", 1, 8472, ip_number("192.168.1.2", 4), lower, 1450, mac_number(MAC), False, False)
         found = links.read("flannel.1")
         assert found is not None
         links.set_up(found.ifindex)

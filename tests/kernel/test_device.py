@@ -130,8 +130,8 @@ def test_an_mtu_the_underlay_does_not_bear_is_a_kernel_error_with_words(links):
 def test_the_base_address_comes_before_another_goes(links, inside):
     requests = inside(RequestSocket)
     index = links.read("flannel.1").ifindex
-    links.add_address(index, "10.244.9.0", 32)
-    links.add_address(index, "172.30.0.1", 32)
+    links.add_address(index, ip_number("10.244.9.0", 4), 32)
+    links.add_address(index, ip_number("172.30.0.1", 4), 32)
     did = tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), prefix("10.244.0.0/16"), requests.addresses())
     assert did == ["added 10.244.2.0/32", "removed 10.244.9.0/32"]
     there = {a.address for a in requests.addresses() if a.oif == index}

@@ -21,7 +21,8 @@ from pyroute2 import IPRoute
 
 from lease.model import Prefix, ip_number, prefix
 from overlay.cni import CONFLIST
-from overlay.kernel.device import Links, VxlanAttributes
+from overlay.kernel.device import Links
+from overlay.kernel.link_wire import VxlanAttributes
 from overlay.kernel.netlink import RequestSocket
 from overlay.lab import matrix, netns, pods, topology
 from overlay.serve import SOCKET_NAME, ask_unix

@@ -103,7 +103,7 @@ SPEC = DeviceSpec("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False, Fa
 
 
 def found(**change) -> DeviceFound:
-    names = DeviceSpec.__dataclass_fields__
+    names = DeviceSpec._fields
     spec = DeviceSpec(
         **({name: getattr(SPEC, name) for name in names} | {k: v for k, v in change.items() if k in names})
     )
