@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import sys
 from types import ModuleType
 
 _FILES = ("kv", "auth", "rpc")
 """In the order of their imports."""
-_LITERAL = re.compile(r"serialized_pb=_b\('((?:[^'\\]|\\.)*)'\)", re.DOTALL)
+_BEFORE, _BEHIND = "serialized_pb=_b('", "')"
 
 
 def load() -> None:
@@ -43,17 +42,27 @@ def load() -> None:
         path = f"{folder}/{name}_pb2.py"
         try:
             with open(path, encoding="utf-8") as file:
-                found = _LITERAL.search(file.read())
+                literal = _literal(file.read())
         except OSError:
-            found = None
-        if found is None:
+            literal = ""
+        if not literal:
             raise ImportError(f"{path} carries no serialized descriptor; lease/etcd_protobuf.py knows etcd3 0.12 only")
-        descriptor = pool.AddSerializedFile(_bytes(found[1]))
+        descriptor = pool.AddSerializedFile(_bytes(literal))
         module = ModuleType(f"etcd3.etcdrpc.{name}_pb2")
         for message, its_descriptor in descriptor.message_types_by_name.items():
             setattr(module, message, GetMessageClass(its_descriptor))
         modules[module.__name__] = module
     sys.modules.update(modules)
+
+
+def _literal(source: str) -> str:
+    """The content of the string literal that holds the descriptor, "" where there is none. (A regular expression that knows
+    of escapes takes 3 ms for it.)"""
+    _, found, rest = source.partition(_BEFORE)
+    end = rest.find(_BEHIND)
+    while end > 0 and (end - len(rest[:end].rstrip("\\"))) % 2:  # an escaped quote
+        end = rest.find(_BEHIND, end + 1)
+    return rest[: max(0, end)] if found else ""
 
 
 def _bytes(literal: str) -> bytes:

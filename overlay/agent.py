@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import structlog
-
 from lease import config as net_config
 from lease import tenure
 from lease.annotations import Hints
@@ -32,6 +30,7 @@ from overlay.host import Host
 from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
+from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
 from overlay.settings import Settings, SettingsError, read_live
 from overlay.underlay import UnderlayError
@@ -39,7 +38,6 @@ from overlay.underlay import UnderlayError
 if TYPE_CHECKING:
     from overlay.status import LeaseStatus, Status  # 8 ms, when somebody asks
 
-log = structlog.get_logger()
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
 LOOK_SHARE = 2000
@@ -152,7 +150,7 @@ class Agent:
         self._counters: Counter[str] = Counter()
         """Devices that somebody else took down or away."""
         self._overruns = 0
-        self._ever_ready = False
+        self._ever_ready = self._spoke = False
         self._between = False
         """The lease is lost or its Node is gone, and there is no other yet: no CNI list until then."""
 
@@ -188,6 +186,13 @@ class Agent:
                 return stop.code
             more = self._pass()
             self.health.turned()
+            if not self._spoke and self._clock() - self._started > SILENT_S:
+                self._speak()
+
+    def _speak(self) -> None:
+        """Write the log lines that were kept while peers came first."""
+        self._spoke = True
+        log.release()
 
     def _wait_s(self) -> float:
         now = self._clock()
@@ -683,7 +688,10 @@ class Agent:
         """Readiness: every condition that must hold, and for how long it has not."""
         if self._expires_at is not None and self._clock() >= self._expires_at:
             self.health.problem("renewal", "the lease was not renewed in time and may be given away: the store is away")
-        ready = self.health.judge(self._waits_for(), self._path.rec.differing())
+        waiting, differing = self._waits_for(), self._path.rec.differing()
+        if not self._spoke and not waiting and not differing:
+            self._speak()
+        ready = self.health.judge(waiting, differing)
         if ready and not self._ever_ready:
             self._ever_ready = True
             self.started()

@@ -11,8 +11,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.packed import Leases, number
 from overlay import plan
@@ -27,6 +25,7 @@ from overlay.kernel.entries import (
     neighbour_is_ours,
     route_role,
 )
+from overlay.log import log
 from overlay.look import Look, fdb_value, neighbour_value, route_value
 from overlay.peers import PeerTable, Turned
 from overlay.reconcile import Device, Entry, Reconciler, Refused
@@ -35,7 +34,6 @@ from overlay.wanted import Wanted, flat
 if TYPE_CHECKING:
     from overlay.status import Difference, Peers
 
-log = structlog.get_logger()
 TOLD_AT = (2, 10, 100, 1000, 10000)
 """The tries at which a refused entry is logged: not the first, which a stale view may cause and the next dump mends."""
 SHOWN = 100

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-import structlog
+from overlay.log import log
 
-log = structlog.get_logger()
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0

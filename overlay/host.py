@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import structlog
-
 from lease.config import NetworkConfig
 from lease.model import Endpoint, Prefix, ip_text
 from overlay import cni, forward, masquerade, tunnel
@@ -21,12 +19,11 @@ from overlay.flags import DEFAULT_SUBNET_FILE
 from overlay.kernel import netlink, nft
 from overlay.kernel.device import Links, read_sysctl
 from overlay.kernel.entries import Address, Link
+from overlay.log import log
 from overlay.settings import Settings
 
 if TYPE_CHECKING:
     from overlay.status import DeviceStatus
-
-log = structlog.get_logger()
 
 
 class Host:

@@ -20,10 +20,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import structlog
-
 from lease.model import ip_number
 from overlay import __version__, serve
+from overlay.log import log
 from overlay.rundir import RunDirError, hold
 from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
 from overlay.stores import etcd_store, node_store
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-_threshold = LEVELS["info"]
-log = structlog.get_logger()
 
 
 def main() -> None:
@@ -54,23 +50,36 @@ def run(arguments: list[str]) -> int:
     if version_only:
         print(__version__, file=sys.stderr)  # where flanneld prints it
         return EXIT_STOPPED
-    start_logging(settings.log_level, settings.log_format)
+    log.hold(settings.log_level, settings.log_format)
     for name in unknown_variables(os.environ):
         log.warning("environment", variable=name, effect="unknown to us and ignored")
+    try:
+        return _held(settings)
+    finally:
+        log.release()
+
+
+def _held(settings: Settings) -> int:
+    """With the run directory held."""
     try:
         lock = hold(settings.run_dir)
         code = _run(settings)
     except SettingsError as error:
-        print(f"overlayd: {error}", file=sys.stderr)
+        _refuse(error)
         return EXIT_USAGE
     except (_CannotStart, RunDirError) as error:
-        print(f"overlayd: {error}", file=sys.stderr)
+        _refuse(error)
         return EXIT_FAILED
     except Exception as error:  # a bug: say where, leave the datapath, let the supervisor start us again
         log.error("crashed", error=repr(error), where=traceback.format_exc().strip().replace("\n", " | "))
         return EXIT_FAILED
     lock.close()
     return code
+
+
+def _refuse(error: Exception) -> None:
+    log.release()  # what led there stands before it
+    print(f"overlayd: {error}", file=sys.stderr)
 
 
 class _CannotStart(Exception):
@@ -110,7 +119,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         ) from error
 
     agent.claimer = claimer = TenureThread(side.tenure, agent.post, side.renew_within_s)
-    agent.reconnect, agent.config_place, agent.set_log_level = store.reconnect, store.config_place, set_log_level
+    agent.reconnect, agent.config_place, agent.set_log_level = store.reconnect, store.config_place, log.set_level
 
     def started() -> None:
         notify("READY=1")
@@ -223,42 +232,6 @@ def _serve(settings: Settings, agent: Any) -> None:
         except OSError as error:
             where = f"{settings.healthz_ip}:{settings.healthz_port}"
             raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
-
-
-def start_logging(level: str, kind: str) -> None:
-    """structlog to stderr: key=value on a terminal, JSON otherwise."""
-    console = kind == "console" or (kind == "auto" and sys.stderr.isatty())
-    set_log_level(level)
-    structlog.configure(
-        processors=[
-            _quieter,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _in_reading_order,
-            structlog.processors.LogfmtRenderer(bool_as_flag=False) if console else structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(LEVELS["debug"]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
-def set_log_level(level: str) -> None:
-    """Of everything that is logged from now on."""
-    global _threshold  # noqa: PLW0603 (structlog's own level is fixed when a logger is first used)
-    _threshold = LEVELS[level]
-
-
-def _quieter(_logger: object, method: str, event: Any) -> Any:
-    if LEVELS.get(method, LEVELS["error"]) < _threshold:
-        raise structlog.DropEvent
-    return event
-
-
-def _in_reading_order(_logger: object, _method: str, event: Any) -> dict[str, Any]:
-    """When, how bad, what; then the fields."""
-    first = ("timestamp", "level", "event")
-    return {name: event[name] for name in first if name in event} | {k: v for k, v in event.items() if k not in first}
 
 
 def notify(state: str) -> None:

@@ -11,9 +11,8 @@ import threading
 from collections.abc import Callable
 from socketserver import BaseServer, StreamRequestHandler, TCPServer, ThreadingMixIn, UnixStreamServer
 
-import structlog
+from overlay.log import log
 
-log = structlog.get_logger()
 SOCKET_NAME = "overlay.sock"
 LONGEST_LINE, MOST_HEADERS = 8192, 100
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
