@@ -1,0 +1,181 @@
+"""With many peers in place: a restart, a device lost, joins and leaves, bursts, the full check, and what is at rest.
+
+`.venv/bin/python -m bench.warm [--peers 10,200,5000,20000] [--joins 200]`. Each figure stands beside the same thing done by
+the real flanneld on the same peers (--flanneld-up-to), or beside the kernel's own cost of it, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+from bench import rig
+from overlay.serve import SOCKET_NAME, ask_unix
+from tests.support.wait import until
+from tests.support.world import World
+
+FIRST_JOIN = 90_000
+"""Numbers of peers that join and leave; above all that stand."""
+REST_S = 20.0
+
+
+class Standing:
+    """An agent beside `count` peers, all in the kernel."""
+
+    def __init__(self, world: World, kind: str, count: int, folder: str) -> None:
+        self.world, self.kind, self.count = world, kind, count
+        self.node = rig.fresh_node(world)
+        self.watch = rig.RouteWatch(world.namespace(self.node))
+        self.folder = world.folder / folder
+        self.program = rig.Program(world, self.node, kind, self.folder)
+        self.watch.until(came=count, limit_s=240)
+        time.sleep(3.0)
+        self.watch.forget()
+
+    def counters(self) -> dict[str, int]:
+        """Of ours."""
+        import json
+
+        return dict(json.loads(ask_unix(str(self.folder / SOCKET_NAME), "/status")[1])["counters"])
+
+    def ready(self) -> bool:
+        try:
+            return ask_unix(str(self.folder / SOCKET_NAME), "/readyz")[0] == 200
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self.program.kill()
+        self.watch.close()
+
+
+def main() -> None:
+    """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--peers", default="10,200,5000,20000")
+    arguments.add_argument("--joins", type=int, default=200)
+    arguments.add_argument("--flanneld-up-to", type=int, default=20000)
+    arguments.add_argument("--only", default="joins,burst,device,restart,check,rest")
+    given = arguments.parse_args()
+    print(rig.machine())
+    with rig.world() as world:
+        records, there = rig.Records(world), 0
+        for count in sorted(int(text) for text in given.peers.split(",")):
+            records.put(rig.lease(number) for number in range(there, count))
+            there = count
+            kinds = ["ours", *(["flanneld"] if count <= given.flanneld_up_to else [])]
+            for kind in kinds:
+                standing = Standing(world, kind, count, f"{kind}-{count}")
+                try:
+                    measure(standing, records, given.joins, given.only.split(","))
+                finally:
+                    standing.close()
+        records.close()
+
+
+def measure(it: Standing, records: rig.Records, joins: int, only: list[str]) -> None:
+    """All of it for one agent."""
+    ours = it.kind == "ours"
+    steps: dict[str, Callable[[], None]] = {
+        "rest": lambda: rest(it),
+        "joins": lambda: one_by_one(it, records, joins),
+        "burst": lambda: burst(it, records, 5000),
+        **({"device": lambda: device(it), "check": lambda: check(it), "restart": lambda: restart(it)} if ours else {}),
+    }
+    for name, step in steps.items():
+        if name in only:
+            step()
+
+
+def say(it: Standing, what: str, figure: str) -> None:
+    print(f"{it.count:>6} {it.kind:<9} {what:<44} {figure}", flush=True)
+
+
+def one_by_one(it: Standing, records: rig.Records, joins: int) -> None:
+    """Store commit (the moment etcd answers the writer) to the kernel's word that the route came or went."""
+    came, went, before = [], [], rig.cpu_s(it.program.pid)
+    for number in range(FIRST_JOIN, FIRST_JOIN + joins):
+        records.put([rig.lease(number)])
+        committed = time.perf_counter()
+        came.append(it.watch.until(came=1) - committed)
+        time.sleep(0.02)
+    for number in range(FIRST_JOIN, FIRST_JOIN + joins):
+        records.drop([rig.lease(number)])
+        committed = time.perf_counter()
+        went.append(it.watch.until(went=1) - committed)
+        time.sleep(0.02)
+    spent = (rig.cpu_s(it.program.pid) - before) / (2 * joins)
+    for what, times in (("a join, commit to kernel", came), ("a leave, commit to kernel", went)):
+        ordered = sorted(times)
+        median, high = statistics.median(ordered), ordered[int(len(ordered) * 0.99)]
+        say(it, what, f"median {median * 1000:.2f} ms, 99 % {high * 1000:.2f} ms, max {ordered[-1] * 1000:.2f} ms")
+    say(it, "  CPU for each of them", f"{spent * 1e6:.0f} us")
+
+
+def burst(it: Standing, records: rig.Records, count: int) -> None:
+    """Many at once; from the last commit, and from the first."""
+    before = rig.cpu_s(it.program.pid)
+    began = time.perf_counter()
+    records.put(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
+    committed = time.perf_counter()
+    done = it.watch.until(came=count, limit_s=240)
+    spent = rig.cpu_s(it.program.pid) - before
+    say(it, f"{count} joins in a burst", f"{done - began:.2f} s, {done - committed:.2f} s after the last commit, CPU {spent:.2f} s")
+    records.drop(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
+    it.watch.until(went=count, limit_s=240)
+
+
+def device(it: Standing) -> None:
+    """Set down, then deleted: until the last route is back."""
+    for what, command in (("set down", ("ip", "link", "set", "flannel.1", "down")), ("deleted", ("ip", "link", "del", "flannel.1"))):
+        it.watch.forget()
+        began = time.perf_counter()
+        it.world.run(it.node, *command)
+        done = it.watch.until(came=it.count)
+        say(it, f"device {what}: whole again", f"{done - began:.2f} s")
+        time.sleep(2.0)
+
+
+def check(it: Standing) -> None:
+    """A full look through the kernel, made due by an overrun of nothing: SIGUSR1 asks for one."""
+    time.sleep(2.0)
+    before = it.counters()
+    cpu = rig.cpu_s(it.program.pid)
+    os.kill(it.program.pid, 10)
+    time.sleep(3.0)
+    spent = rig.cpu_s(it.program.pid) - cpu
+    after = it.counters()
+    looks = after["looks"] - before["looks"]
+    say(it, "a full check of the kernel", f"CPU {spent / max(1, looks):.3f} s ({looks} made)")
+
+
+def restart(it: Standing) -> None:
+    """Over an unchanged kernel: exec to ready, and what was written."""
+    times, written = [], []
+    for _ in range(3):
+        it.program.end()
+        it.watch.forget()
+        it.program = rig.Program(it.world, it.node, it.kind, it.folder)
+        until("ready", it.ready, 60)
+        while not it.ready():
+            time.sleep(0.005)
+        times.append(time.perf_counter() - it.program.began)
+        written.append(sum(count for name, count in it.counters().items() if name.startswith("writes_")))
+    say(it, "restart over an unchanged kernel, ready", f"{rig.spread(times)} s, {max(written)} writes")
+
+
+def rest(it: Standing) -> None:
+    """Memory, CPU, threads, descriptors, when nothing happens."""
+    before = rig.cpu_s(it.program.pid)
+    time.sleep(REST_S)
+    spent = rig.cpu_s(it.program.pid) - before
+    memory = rig.Memory.of(it.program.pid)
+    threads, files = (len(os.listdir(f"/proc/{it.program.pid}/{what}")) for what in ("task", "fd"))
+    say(it, "at rest", f"RSS {memory.rss:.1f} MiB, anonymous {memory.anon:.1f}, peak {memory.peak:.1f}, CPU {spent / REST_S * 100:.2f} %, {threads} threads, {files} descriptors")
+
+
+if __name__ == "__main__":
+    main()
