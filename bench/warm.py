@@ -123,14 +123,21 @@ def burst(it: Standing, records: rig.Records, count: int) -> None:
     committed = time.perf_counter()
     done = it.watch.until(came=count, limit_s=240)
     spent = rig.cpu_s(it.program.pid) - before
-    say(it, f"{count} joins in a burst", f"{done - began:.2f} s, {done - committed:.2f} s after the last commit, CPU {spent:.2f} s")
+    say(
+        it,
+        f"{count} joins in a burst",
+        f"{done - began:.2f} s, {done - committed:.2f} s after the last commit, CPU {spent:.2f} s",
+    )
     records.drop(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
     it.watch.until(went=count, limit_s=240)
 
 
 def device(it: Standing) -> None:
     """Set down, then deleted: until the last route is back."""
-    for what, command in (("set down", ("ip", "link", "set", "flannel.1", "down")), ("deleted", ("ip", "link", "del", "flannel.1"))):
+    for what, command in (
+        ("set down", ("ip", "link", "set", "flannel.1", "down")),
+        ("deleted", ("ip", "link", "del", "flannel.1")),
+    ):
         it.watch.forget()
         began = time.perf_counter()
         it.world.run(it.node, *command)
@@ -174,7 +181,11 @@ def rest(it: Standing) -> None:
     spent = rig.cpu_s(it.program.pid) - before
     memory = rig.Memory.of(it.program.pid)
     threads, files = (len(os.listdir(f"/proc/{it.program.pid}/{what}")) for what in ("task", "fd"))
-    say(it, "at rest", f"RSS {memory.rss:.1f} MiB, anonymous {memory.anon:.1f}, peak {memory.peak:.1f}, CPU {spent / REST_S * 100:.2f} %, {threads} threads, {files} descriptors")
+    say(
+        it,
+        "at rest",
+        f"RSS {memory.rss:.1f} MiB, anonymous {memory.anon:.1f}, peak {memory.peak:.1f}, CPU {spent / REST_S * 100:.2f} %, {threads} threads, {files} descriptors",
+    )
 
 
 if __name__ == "__main__":

@@ -6,18 +6,20 @@ ignores `limit` and `revision` and cannot authenticate without TLS (docs/depende
 
 from __future__ import annotations
 
-import queue
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease import etcd_protobuf
+from lease.grpc_channel import Call, Channel, Method, RpcError
 from lease.store import LeaseExpired, StoreUnavailable
+
+if TYPE_CHECKING:
+    import ssl
 
 etcd_protobuf.load()
 
-import grpc  # noqa: E402
 from etcd3 import etcdrpc as rpc  # noqa: E402
 
 __all__ = ["EtcdClient", "EtcdSettings", "EtcdSettingsError", "rpc"]
@@ -32,18 +34,8 @@ _ENDPOINT = re.compile(
 )
 _PROGRESS_REQUEST = b"\x1a\x00"
 """WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
 """Not had from this endpoint; CANCELLED: another thread gave the connection up."""
-_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    ("grpc.enable_http_proxy", 0),
-    # A pool of its own for each channel: one given up as frozen must not be found again by its successor.
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class EtcdSettingsError(ValueError):
@@ -65,50 +57,45 @@ class EtcdSettings(NamedTuple):
 
 
 class WatchStream:
-    """One watch. A thread of its own reads it, so that silence can be noticed and ended."""
+    """One watch."""
 
-    def __init__(self, call_watch: Callable[[Iterator[Any]], Any], create: Any, where: str) -> None:
-        self._where = where
-        self.channel: Any = None
-        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._requests.put(create)
-        self._call = call_watch(iter(self._requests.get, None))
-        threading.Thread(target=self._read, name="watch-reader", daemon=True).start()
+    def __init__(self, watch: Method, call: Call, where: str) -> None:
+        self._watch, self._call, self._where = watch, call, where
 
-    def _read(self) -> None:
-        try:
-            for answer in self._call:
-                self._answers.put(answer)
-            self._answers.put(StoreUnavailable(f"{self._where}: the watch was closed by the server"))
-        except grpc.RpcError as error:
-            self._answers.put(StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}"))
-        except Exception as error:  # never a reader that is silently gone
-            self._answers.put(StoreUnavailable(f"{self._where}: the watch ended: {error!r}"))
+    @property
+    def channel(self) -> Channel:
+        """The connection it runs over."""
+        return self._call.channel
 
     def answers(self) -> Iterator[Any]:
         """Every WatchResponse. Raises StoreUnavailable when it ends or falls silent."""
         probed = False
         while True:
             try:
-                answer = self._answers.get(timeout=PROBE_ANSWER_S if probed else PROBE_AFTER_S)
-            except queue.Empty:
+                answer = self._watch.next(self._call, PROBE_ANSWER_S if probed else PROBE_AFTER_S)
+                if answer is None:
+                    raise StoreUnavailable(f"{self._where}: the watch was closed by the server")
+            except RpcError as error:
+                if error.code != "DEADLINE_EXCEEDED":
+                    raise StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}") from error
                 if probed:
-                    raise StoreUnavailable(
-                        f"{self._where}: silent for {PROBE_AFTER_S + PROBE_ANSWER_S:.0f} s"
-                    ) from None
+                    silent = PROBE_AFTER_S + PROBE_ANSWER_S
+                    raise StoreUnavailable(f"{self._where}: silent for {silent:.0f} s") from error
                 probed = True
-                self._requests.put(rpc.WatchRequest.FromString(_PROGRESS_REQUEST))
+                self._probe()
                 continue
             probed = False
-            if isinstance(answer, StoreUnavailable):
-                raise answer
             yield answer
 
+    def _probe(self) -> None:
+        try:
+            self._call.send(_PROGRESS_REQUEST)
+        except RpcError as error:
+            raise StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}") from error
+
     def cancel(self) -> None:
-        """End it and both its threads."""
+        """End it."""
         self._call.cancel()
-        self._requests.put(None)
 
 
 class EtcdClient:
@@ -120,13 +107,14 @@ class EtcdClient:
         if not settings.endpoints:
             raise EtcdSettingsError("etcd-endpoints: empty; give one like http://127.0.0.1:2379")
         self._targets = [_target(endpoint) for endpoint in settings.endpoints]
-        if any(tls for _, tls in self._targets):
-            _credentials(settings)  # refused now rather than at the first call
+        if any(tls for *_, tls in self._targets):
+            _tls(settings)  # refused now rather than at the first call
+        self._dialing = threading.Lock()
+        """Held while a connection is made, so that there is one."""
         self._lock = threading.Lock()
         self._at = 0
-        self._channel: Any = None
+        self._channel: Channel | None = None
         self._token = ""
-        self._watches: set[WatchStream] = set()
         self._closed = False
 
     @property
@@ -153,19 +141,21 @@ class EtcdClient:
         while page.more:
             start = page.kvs[-1].key + b"\0"
             request = rpc.RangeRequest(key=start, range_end=range_end, limit=size, revision=revision)
-            endpoint = self.endpoint
+            endpoint, call = self.endpoint, None
             try:
                 channel, metadata = self._connected()
-                ahead = rpc.KVStub(channel).Range.future(request, timeout=LIST_S, metadata=metadata)
+                method = rpc.KVStub(channel).Range
+                call = method.begin(request, LIST_S, metadata)
                 yield page
-                page = ahead.result()
-            except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                if not isinstance(error, grpc.RpcError) or error.code() in _AWAY:
+                page = method.result(call, LIST_S)
+            except RpcError as error:
+                if error.code in _AWAY:
                     self._next_endpoint(endpoint)
-                said = _said(error) if isinstance(error, grpc.RpcError) else "the list was broken off"
-                raise StoreUnavailable(f"{endpoint}: {said}") from error
-            except ValueError as error:  # another thread gave the connection up meanwhile
-                raise StoreUnavailable(f"{endpoint}: {error}") from error
+                raise StoreUnavailable(f"{endpoint}: {_said(error)}") from error
+            except GeneratorExit:
+                if call is not None:
+                    call.cancel()
+                raise
         yield page
 
     def txn(self, compare: list[Any], success: list[Any], failure: list[Any] | None = None) -> Any:
@@ -191,12 +181,8 @@ class EtcdClient:
 
     def keep_alive(self, lease_id: int) -> int:
         """Renew once; seconds it now has. Raises LeaseExpired (etcd says TTL 0 without an error then)."""
-
-        def once(channel: Any) -> Callable[..., Any]:
-            stream = rpc.LeaseStub(channel).LeaseKeepAlive
-            return lambda request, **options: next(iter(stream(iter([request]), **options)))
-
-        answer = self._call(once, rpc.LeaseKeepAliveRequest(ID=lease_id))
+        request = rpc.LeaseKeepAliveRequest(ID=lease_id)
+        answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseKeepAlive, request)
         if answer.TTL <= 0:
             raise LeaseExpired(f"etcd lease {lease_id:x} is gone")
         return int(answer.TTL)
@@ -208,28 +194,16 @@ class EtcdClient:
         )
         try:
             channel, metadata = self._connected()
-        except grpc.RpcError as error:
-            raise StoreUnavailable(f"{self.endpoint}: signing in: {_said(error)}") from error
-        metadata = [*metadata, ("hasleader", "true")]
-        try:
-            stream = WatchStream(
-                lambda requests: rpc.WatchStub(channel).Watch(requests, metadata=metadata), create, self.endpoint
-            )
-        except ValueError as error:  # another thread gave the connection up meanwhile
-            raise StoreUnavailable(f"{self.endpoint}: {error}") from error
-        stream.channel = channel
-        with self._lock:
-            self._watches.add(stream)
-            closed = self._closed
-        if closed:
-            stream.cancel()
-        return stream
+            watch = rpc.WatchStub(channel).Watch
+            call = watch.begin(create, metadata=[*metadata, ("hasleader", "true")], last=False)
+        except RpcError as error:
+            raise StoreUnavailable(f"{self.endpoint}: {_said(error)}") from error
+        return WatchStream(watch, call, self.endpoint)
 
     def forget(self, stream: WatchStream, failed: bool) -> None:
         """End a watch; when it failed, the next call goes to another endpoint over a new connection."""
         stream.cancel()
         with self._lock:
-            self._watches.discard(stream)
             in_use = self._channel is stream.channel
         if failed and in_use:
             self._next_endpoint()
@@ -242,16 +216,13 @@ class EtcdClient:
         """End everything under way, in whatever thread."""
         with self._lock:
             self._closed = True
-            watches, channel = tuple(self._watches), self._channel
-            self._channel = None
-        for stream in watches:
-            stream.cancel()
+            channel, self._channel = self._channel, None
         if channel is not None:
-            channel.close()
+            channel.give_up("the store was closed")
 
     # --- how a call is made ------------------------------------------------------------------------------------------
 
-    def _call(self, method: Callable[[Any], Callable[..., Any]], request: Any, timeout_s: float = CALL_S) -> Any:
+    def _call(self, method: Callable[[Channel], Method], request: Any, timeout_s: float = CALL_S) -> Any:
         """Make a call, once at each endpoint at most; once more after signing in again.
 
         Raises:
@@ -263,47 +234,42 @@ class EtcdClient:
             endpoint = self.endpoint
             try:
                 channel, metadata = self._connected()
-                return method(channel)(request, timeout=timeout_s, metadata=metadata)
-            except StopIteration:
-                said.append(f"{endpoint}: closed the stream without an answer")
-                self._next_endpoint(endpoint)
-            except grpc.RpcError as error:
+                return method(channel)(request, timeout_s, metadata)
+            except RpcError as error:
                 if _token_is_old(error) and self._token and not signed_in_again:
                     signed_in_again, self._token = True, ""
                     continue
-                if error.code() == grpc.StatusCode.NOT_FOUND and "lease" in (error.details() or ""):
-                    raise LeaseExpired(error.details()) from error
+                if error.code == "NOT_FOUND" and "lease" in error.details:
+                    raise LeaseExpired(error.details) from error
                 said.append(f"{endpoint}: {_said(error)}")
-                if error.code() not in _AWAY:
+                if error.code not in _AWAY:
                     break  # it did answer: another member would say the same
-                self._next_endpoint(endpoint)
-            except ValueError as error:  # a channel closed by another thread
-                said.append(f"{endpoint}: {error}")
                 self._next_endpoint(endpoint)
         raise StoreUnavailable("; ".join(said))
 
-    def _connected(self) -> tuple[Any, list[tuple[str, str]]]:
-        """The channel in use, and the metadata that signs a call."""
-        with self._lock:
-            if self._closed:
+    def _connected(self) -> tuple[Channel, list[tuple[str, str]]]:
+        """The connection in use, and the metadata that signs a call. Raises RpcError."""
+        with self._dialing:
+            with self._lock:
+                channel = self._channel
+                (host, port, tls), closed = self._targets[self._at], self._closed
+            if closed:
                 raise StoreUnavailable("the store was closed")
-            if self._channel is None:
-                target, tls = self._targets[self._at]
-                self._channel = (
-                    grpc.secure_channel(target, self._fresh_credentials(), options=_OPTIONS)
-                    if tls
-                    else grpc.insecure_channel(target, options=_OPTIONS)
-                )
-            channel = self._channel
+            if channel is None or channel.broken:
+                channel = Channel(host, port, self._fresh_tls() if tls else None)
+                with self._lock:
+                    closed, self._channel = self._closed, channel
+                if closed:
+                    channel.give_up("the store was closed")
         if self._settings.username and not self._token:
             request = rpc.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
-            self._token = rpc.AuthStub(channel).Authenticate(request, timeout=CALL_S).token
+            self._token = rpc.AuthStub(channel).Authenticate(request, CALL_S).token
         return channel, [("token", self._token)] if self._token else []
 
-    def _fresh_credentials(self) -> Any:
+    def _fresh_tls(self) -> ssl.SSLContext:
         """Read anew for each connection: certificates are rotated under a running agent."""
         try:
-            return _credentials(self._settings)
+            return _tls(self._settings)
         except EtcdSettingsError as error:
             raise StoreUnavailable(str(error)) from error
 
@@ -322,32 +288,26 @@ class EtcdClient:
                 return
             self._at = following
             channel, self._channel = self._channel, None
-            watches = tuple(self._watches)
-        for stream in watches:  # they ran over that connection: their owner lists and watches again
-            stream.cancel()
-        if channel is not None:
-            channel.close()
+        if channel is not None:  # a watch that ran over it ends too: its owner lists and watches again
+            channel.give_up("given up")
 
 
-def _token_is_old(error: grpc.RpcError) -> bool:
+def _token_is_old(error: RpcError) -> bool:
     """A simple token ends after five minutes, and with each change of the users or roles (etcd server/auth)."""
-    return error.code() == grpc.StatusCode.UNAUTHENTICATED or "auth: revision" in (error.details() or "")
+    return error.code == "UNAUTHENTICATED" or "auth: revision" in error.details
 
 
-def _said(error: grpc.RpcError) -> str:
-    code, details = error.code(), error.details() or ""
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    return f"{details[:200]} ({code.name})" if details else str(code.name)
+def _said(error: RpcError) -> str:
+    return "no answer in time" if error.code == "DEADLINE_EXCEEDED" else str(error)[:240]
 
 
-def _target(endpoint: str) -> tuple[str, bool]:
-    """gRPC's name for an endpoint, and whether it speaks TLS. `host:port` alone means http, as flannel takes it."""
+def _target(endpoint: str) -> tuple[str, int, bool]:
+    """Host, port, and whether it speaks TLS. `host:port` alone means http, as flannel takes it."""
     parts = endpoint_parts(endpoint)
     if parts is None:
         raise EtcdSettingsError(f"etcd-endpoints: {endpoint!r} must be like http://127.0.0.1:2379 or https://host:2379")
     scheme, host, port = parts
-    return f"dns:///{f'[{host}]' if ':' in host else host}:{port}", scheme == "https"
+    return host, port, scheme == "https"
 
 
 def endpoint_parts(endpoint: str) -> tuple[str, str, int] | None:
@@ -360,21 +320,28 @@ def endpoint_parts(endpoint: str) -> tuple[str, str, int] | None:
     return (found["scheme"] or "http").lower(), (found["six"] or found["host"]).lower(), port
 
 
-def _credentials(settings: EtcdSettings) -> Any:
+def _tls(settings: EtcdSettings) -> ssl.SSLContext:
+    """As Go takes the files: any certificate of the CA file is trusted, and its extensions may be those of an old CA."""
+    import ssl  # 15 ms and 2 MiB, which an agent without TLS does not need
+
     if bool(settings.certfile) != bool(settings.keyfile):
         raise EtcdSettingsError("etcd-certfile and etcd-keyfile: give both or neither")
-
-    def read(flag: str, path: str) -> bytes | None:
+    files = {"etcd-cafile": settings.cafile, "etcd-certfile": settings.certfile, "etcd-keyfile": settings.keyfile}
+    for flag, path in files.items():
         try:
-            if not path:
-                return None
-            with open(path, "rb") as file:
-                return file.read()
+            if path:
+                with open(path, "rb"):
+                    pass
         except OSError as error:
             raise EtcdSettingsError(f"{flag}: {path}: {error.strerror}") from error
-
-    return grpc.ssl_channel_credentials(
-        root_certificates=read("etcd-cafile", settings.cafile),
-        private_key=read("etcd-keyfile", settings.keyfile),
-        certificate_chain=read("etcd-certfile", settings.certfile),
-    )
+    try:
+        context = ssl.create_default_context(cafile=settings.cafile or None)
+        if settings.certfile:
+            context.load_cert_chain(settings.certfile, settings.keyfile, password="")
+    except OSError as error:  # ssl.SSLError is one
+        used = ", ".join(f"{flag} {path}" for flag, path in files.items() if path)
+        raise EtcdSettingsError(f"{used}: not usable: {error}") from error
+    context.verify_flags &= ~ssl.VerifyFlags.VERIFY_X509_STRICT
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+    context.set_alpn_protocols(["h2"])
+    return context

@@ -19,7 +19,7 @@ from typing import Any
 
 WHOLE = (
     "asyncio",  # structlog and pyroute2 import it: 8 MiB
-    "grpc.aio",
+    "grpc",  # etcd3's stubs import it: 8 MiB
     "inspect",  # dataclasses
     "structlog.stdlib",
     "structlog.threadlocal",
