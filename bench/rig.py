@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,12 +48,13 @@ class Records:
     BATCH = 120
 
     def __init__(self, world: World) -> None:
-        self._settings = EtcdSettings((world.etcd.endpoint,))
-        # gRPC makes its sockets in the thread that asks: a thread of ours stays in the underlay's namespace
         self.world = world
-        self._relay = Relay(world)
-        self._client = EtcdClient(EtcdSettings((f"http://127.0.0.1:{self._relay.port}",)))
-        self._handles = [self._client.grant(86_400) for _ in range(20)]
+        self._client = EtcdClient(EtcdSettings((world.etcd.endpoint,)))
+
+        def connect() -> list[int]:  # in the thread that asks; the connection stays
+            return [self._client.grant(86_400) for _ in range(20)]
+
+        self._handles = netns.inside(topology.underlay_name(world.lab), connect)
 
     def put(self, leases: Iterable[Lease]) -> int:
         """Write them, 120 in a transaction; the last revision."""
@@ -86,38 +86,6 @@ class Records:
     def close(self) -> None:
         """End the client."""
         self._client.close()
-        self._relay.close()
-
-
-class Relay:
-    """A port of this machine's loopback that leads to the world's etcd (which lives in a namespace)."""
-
-    def __init__(self, world: World) -> None:
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listening.getsockname()[1])
-        self._where, self._to = topology.underlay_name(world.lab), (world.etcd.host, world.etcd.port)
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listening.accept()
-                far = netns.inside(self._where, lambda: socket.create_connection(self._to))
-                for source, target in ((near, far), (far, near)):
-                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    threading.Thread(target=_pump, args=(source, target), daemon=True).start()
-
-    def close(self) -> None:
-        """No new connection."""
-        self._listening.close()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
 
 
 class Memory(NamedTuple):
@@ -186,10 +154,14 @@ class RouteWatch:
         self._socket.close()
 
 
+_DEFER = "from overlay import defer\ndefer.install()\n"
+
+
 class Program:
     """An agent of some kind on a node."""
 
-    def __init__(self, world: World, node: str, kind: str, folder: Path, *flags: str) -> None:
+    def __init__(self, world: World, node: str, kind: str, folder: Path, *flags: str, before: str = "") -> None:
+        """before: Python that ours runs before it starts."""
         self.kind = kind
         command = ["nsenter", f"--net={netns.path(world.namespace(node))}"]
         endpoint = f"--etcd-endpoints={world.etcd.endpoint}"
@@ -199,8 +171,9 @@ class Program:
                 raise SystemExit("no flanneld: bench/flanneld/build makes it")
             command += [str(FLANNELD), endpoint, "-iface=eth0", f"-subnet-file={folder}/subnet.env", *flags]
         else:
+            start = ["-c", f"{_DEFER}{before}\nfrom overlay.main import main\nmain()"] if before else ["-m", "overlay"]
             command += [
-                sys.executable, "-m", "overlay", endpoint, f"--run-dir={folder}", f"--subnet-file={folder}/subnet.env",
+                sys.executable, *start, endpoint, f"--run-dir={folder}", f"--subnet-file={folder}/subnet.env",
                 f"--cni-conf-dir={folder}/cni", "--log-format=json", *flags,
             ]  # fmt: skip
         with (folder / "log").open("ab") as log:

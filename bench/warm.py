@@ -7,6 +7,7 @@ the real flanneld on the same peers (--flanneld-up-to), or beside the kernel's o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -14,12 +15,11 @@ from collections.abc import Callable
 
 from bench import rig
 from overlay.serve import SOCKET_NAME, ask_unix
-from tests.support.wait import until
 from tests.support.world import World
 
 FIRST_JOIN = 90_000
 """Numbers of peers that join and leave; above all that stand."""
-REST_S = 20.0
+REST_S = 60.0
 
 
 class Standing:
@@ -37,8 +37,6 @@ class Standing:
 
     def counters(self) -> dict[str, int]:
         """Of ours."""
-        import json
-
         return dict(json.loads(ask_unix(str(self.folder / SOCKET_NAME), "/status")[1])["counters"])
 
     def ready(self) -> bool:
@@ -46,6 +44,18 @@ class Standing:
             return ask_unix(str(self.folder / SOCKET_NAME), "/readyz")[0] == 200
         except OSError:
             return False
+
+    def restart(self, before: str = "") -> float:
+        """Seconds until it was ready again."""
+        self.program.end()
+        self.watch.forget()
+        self.program = rig.Program(self.world, self.node, self.kind, self.folder, before=before)
+        end = time.perf_counter() + 60
+        while not self.ready():
+            if time.perf_counter() > end:
+                raise SystemExit(f"not ready again: {self.program.log()[-500:]}")
+            time.sleep(0.005)
+        return time.perf_counter() - self.program.began
 
     def close(self) -> None:
         self.program.kill()
@@ -81,9 +91,13 @@ def measure(it: Standing, records: rig.Records, joins: int, only: list[str]) -> 
     ours = it.kind == "ours"
     steps: dict[str, Callable[[], None]] = {
         "rest": lambda: rest(it),
-        "joins": lambda: one_by_one(it, records, joins),
+        "joins": lambda: arrive(it, records, joins),
         "burst": lambda: burst(it, records, 5000),
-        **({"device": lambda: device(it), "check": lambda: check(it), "restart": lambda: restart(it)} if ours else {}),
+        **(
+            {"device": lambda: device(it), "check": lambda: check(it, records), "restart": lambda: restart(it)}
+            if ours
+            else {}
+        ),
     }
     for name, step in steps.items():
         if name in only:
@@ -94,7 +108,7 @@ def say(it: Standing, what: str, figure: str) -> None:
     print(f"{it.count:>6} {it.kind:<9} {what:<44} {figure}", flush=True)
 
 
-def one_by_one(it: Standing, records: rig.Records, joins: int) -> None:
+def arrive(it: Standing, records: rig.Records, joins: int, when: str = "") -> None:
     """Store commit (the moment etcd answers the writer) to the kernel's word that the route came or went."""
     came, went, before = [], [], rig.cpu_s(it.program.pid)
     for number in range(FIRST_JOIN, FIRST_JOIN + joins):
@@ -108,11 +122,12 @@ def one_by_one(it: Standing, records: rig.Records, joins: int) -> None:
         went.append(it.watch.until(went=1) - committed)
         time.sleep(0.02)
     spent = (rig.cpu_s(it.program.pid) - before) / (2 * joins)
-    for what, times in (("a join, commit to kernel", came), ("a leave, commit to kernel", went)):
+    for what, times in ((f"{when}a join, commit to kernel", came), (f"{when}a leave", went)):
         ordered = sorted(times)
         median, high = statistics.median(ordered), ordered[int(len(ordered) * 0.99)]
         say(it, what, f"median {median * 1000:.2f} ms, 99 % {high * 1000:.2f} ms, max {ordered[-1] * 1000:.2f} ms")
-    say(it, "  CPU for each of them", f"{spent * 1e6:.0f} us")
+    if not when:
+        say(it, "  CPU for each of them", f"{spent * 1e6:.0f} us")
 
 
 def burst(it: Standing, records: rig.Records, count: int) -> None:
@@ -146,30 +161,32 @@ def device(it: Standing) -> None:
         time.sleep(2.0)
 
 
-def check(it: Standing) -> None:
-    """A full look through the kernel, made due by an overrun of nothing: SIGUSR1 asks for one."""
-    time.sleep(2.0)
+OFTEN = "import overlay.agent as agent\nagent.FULL_CHECK_S, agent.LOOK_SHARE = 0.2, 1"
+"""Reads the kernel whole all the time, at half of what a core can."""
+
+
+def check(it: Standing, records: rig.Records) -> None:
+    """What it costs to read the kernel whole, and how long an event waits when that never ends."""
+    it.restart(before=OFTEN)
+    time.sleep(5.0)
     before = it.counters()
-    cpu = rig.cpu_s(it.program.pid)
-    os.kill(it.program.pid, 10)
-    time.sleep(3.0)
-    spent = rig.cpu_s(it.program.pid) - cpu
+    arrive(it, records, 100, "while that goes on: ")
     after = it.counters()
-    looks = after["looks"] - before["looks"]
-    say(it, "a full check of the kernel", f"CPU {spent / max(1, looks):.3f} s ({looks} made)")
+    made, spent = (after[name] - before[name] for name in ("full_checks", "full_checks_cpu_ms"))
+    longest = after["full_check_longest_slice_us"] / 1000
+    say(
+        it,
+        "a full check of the kernel",
+        f"CPU {spent / max(1, made):.0f} ms ({made} made), longest slice {longest:.1f} ms",
+    )
+    it.restart()
 
 
 def restart(it: Standing) -> None:
     """Over an unchanged kernel: exec to ready, and what was written."""
     times, written = [], []
     for _ in range(3):
-        it.program.end()
-        it.watch.forget()
-        it.program = rig.Program(it.world, it.node, it.kind, it.folder)
-        until("ready", it.ready, 60)
-        while not it.ready():
-            time.sleep(0.005)
-        times.append(time.perf_counter() - it.program.began)
+        times.append(it.restart())
         written.append(sum(count for name, count in it.counters().items() if name.startswith("writes_")))
     say(it, "restart over an unchanged kernel, ready", f"{rig.spread(times)} s, {max(written)} writes")
 
@@ -181,11 +198,8 @@ def rest(it: Standing) -> None:
     spent = rig.cpu_s(it.program.pid) - before
     memory = rig.Memory.of(it.program.pid)
     threads, files = (len(os.listdir(f"/proc/{it.program.pid}/{what}")) for what in ("task", "fd"))
-    say(
-        it,
-        "at rest",
-        f"RSS {memory.rss:.1f} MiB, anonymous {memory.anon:.1f}, peak {memory.peak:.1f}, CPU {spent / REST_S * 100:.2f} %, {threads} threads, {files} descriptors",
-    )
+    say(it, "at rest: RSS, anonymous, peak", f"{memory.rss:.1f}, {memory.anon:.1f}, {memory.peak:.1f} MiB")
+    say(it, "at rest: CPU, threads, descriptors", f"{spent / REST_S * 100:.3f} %, {threads}, {files}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, forward, plan
 from overlay.datapath import Datapath
 from overlay.files import FileText
+from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
 from overlay.health import Health
 from overlay.host import Host
 from overlay.kernel import netlink
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
-LOOK_SHARE = 2000
-"""The kernel is read whole less often where that costs more: it may take a two-thousandth of the time."""
+LOOK_SHARE = 4000
+"""The kernel is read whole less often where that costs more: it may take a four-thousandth of the time."""
 PEERS_FIRST_S = 5.0
 """So long after the start the steps that can wait, wait for the peers."""
 FILES_CHECK_S = 5.0
@@ -51,8 +52,8 @@ EVENTS_A_TURN = 20_000
 FORWARD_GAP_S = 2.0
 LIST_LOOK_S = 0.2
 """Until the first network list stands: the node is not Ready before."""
-TURN_S = 1.0
-"""The loop turns at least so often; `healthy` means that it does."""
+TURN_S, UNEASY_TURN_S = 5.0, 1.0
+"""The loop turns at least so often, and while something is wrong or kept back; `healthy` means that it does."""
 
 
 class Stop(NamedTuple):
@@ -114,6 +115,7 @@ class Agent:
         self._requests = netlink.RequestSocket()
         self._host = Host(settings, self._requests, store_hosts)
         self.health = Health(clock)
+        self._firewall = Firewall(self.post)
         self._path = Datapath(self._requests, clock, random.Random())  # noqa: S311 (spreads load, guards nothing)
         self._due = Due()
         self._started = clock()
@@ -121,6 +123,8 @@ class Agent:
         self._next_dump = 0.0
         self._look_cost = 0.0
         """CPU seconds of the look under way."""
+        self._looks, self._looks_cost, self._longest_slice = 0, 0.0, 0.0
+        """How many were made, their CPU seconds in all, and those of the longest slice: an event waits for one at most."""
         self._peers_first_until = clock() + PEERS_FIRST_S
         self._next_files = 0.0
         self._retry_at: dict[str, float] = {}
@@ -148,7 +152,7 @@ class Agent:
         self._told_twins: set[str] = set()
         """Records with our public IP that were logged."""
         self._counters: Counter[str] = Counter()
-        """Devices that somebody else took down or away."""
+        """Devices that somebody else took down or away, and nat tables that somebody altered."""
         self._overruns = 0
         self._ever_ready = self._spoke = False
         self._between = False
@@ -196,7 +200,8 @@ class Agent:
 
     def _wait_s(self) -> float:
         now = self._clock()
-        times = [now + TURN_S, self._next_full, self._next_files, *self._retry_at.values()]
+        calm = self._spoke and self.health.readiness()[0]
+        times = [now + (TURN_S if calm else UNEASY_TURN_S), self._next_full, self._next_files, *self._retry_at.values()]
         if (retry := self._path.rec.next_retry()) is not None:
             times.append(retry)
         return max(0.0, min(times) - now)
@@ -248,10 +253,10 @@ class Agent:
                     self._path.rec.look_again, self._due.dump = False, True
             if more and self._clock() < self._peers_first_until:
                 return True
-            self._step("nat", lambda: self._host.ensure_nat(self._config_now(), self._own()))
-            self._step("forward", self._ensure_forward)
+            self._look_at_rules()
             self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
-            self._step("files", self._ensure_files)
+            if self._firewall.looked >= {NAT, FORWARD}:  # no pod before its masquerade
+                self._step("files", self._ensure_files)
         self._tell()
         return more
 
@@ -269,8 +274,12 @@ class Agent:
             self.health.problem("dump", str(error))
             self._retry_at["dump"] = self._clock() + RETRY_S
             return False
-        self._look_cost += time.thread_time() - began
+        spent = time.thread_time() - began
+        self._look_cost += spent
+        self._longest_slice = max(self._longest_slice, spent)
         if not more:
+            self._looks += 1
+            self._looks_cost += self._look_cost
             self.health.solved("dump")
             self._next_dump = self._clock() + max(FULL_CHECK_S, self._look_cost * LOOK_SHARE)
         return more or self._due.dump
@@ -619,8 +628,33 @@ class Agent:
         self._due.sysctl = self._due.files = True
         self.health.tell("mtu", lowered)
 
-    def _ensure_forward(self) -> None:
-        self.health.tell("forward chain", self._host.ensure_forward(self._config_now()))
+    def _look_at_rules(self) -> None:
+        """Have the nat table and other people's forward chains looked at, where that is due and not under way."""
+        what = frozenset(name for name in (NAT, FORWARD) if getattr(self._due, name))
+        if not what or self._firewall.busy:
+            return
+        self._due.nat = self._due.forward = False
+        config, live = self._config_now(), self._host.settings
+        assert config.v4 is not None
+        rules = Rules(
+            config.backend.vni,
+            config.v4.network,
+            self._own().subnet,
+            live.ip_masq,
+            live.fully_random,
+            live.forward_rules,
+        )
+        self._firewall.look(rules, what)
+
+    def _on_looked(self, looked: Looked) -> None:
+        self._firewall.took(looked)
+        self._counters["nat"] += looked.mended
+        for what in looked.what:
+            self.health.tell(what, looked.refused.get(what, ""))
+            if what in looked.refused:
+                self._retry_at[what] = self._clock() + RETRY_S
+        if FORWARD in looked.what and FORWARD not in looked.refused:
+            self.health.tell("forward chain", looked.blocked)
 
     def _ensure_files(self) -> None:
         rec = self._path.rec
@@ -705,7 +739,9 @@ class Agent:
             return "for an underlay"
         if self._held is None:
             return "for a lease"
-        return "" if self._path.dumped else "for the kernel to be read"
+        if not self._path.dumped:
+            return "for the kernel to be read"
+        return "" if self._firewall.looked >= {NAT, FORWARD} else "for the nat and forward rules"
 
     def _on_asked(self, asked: Asked) -> None:
         asked.answer.put(self._status())
@@ -734,7 +770,12 @@ class Agent:
             retained=tuple(str(subnet) for subnet in self._retained),
             counters={f"mended_{kind}": count for kind, count in mended.items()}
             | {f"writes_{kind}": count for kind, count in rec.writes.items()}
-            | {"monitor_overruns": self._overruns},
+            | {
+                "monitor_overruns": self._overruns,
+                "full_checks": self._looks,
+                "full_checks_cpu_ms": round(self._looks_cost * 1000),
+                "full_check_longest_slice_us": round(self._longest_slice * 1e6),
+            },
             uptime_s=round(self._clock() - self._started, 1),
         )
 
@@ -783,4 +824,5 @@ _OBSERVE: dict[type, Callable[[Agent, Any], None]] = {
     netlink.NftSeen: Agent._on_nft,
     Asked: Agent._on_asked,
     FileText: Agent._on_file,
+    Looked: Agent._on_looked,
 }

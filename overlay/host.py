@@ -43,9 +43,7 @@ class Host:
         self.choose_again = False
         """The choice itself changed, not only what there is."""
         self.mended: Counter[str] = Counter()
-        """nat tables and files that somebody else altered or removed."""
-        self._nat: tuple[nft.Objects, nft.Objects] | None = None
-        """What we loaded last, and how nft listed it then."""
+        """Files that somebody else altered or removed."""
         self._written: dict[str, str] = {}
         """Files that hold what we want, as we wrote or found them."""
         self._bridges: set[str] = set()
@@ -124,35 +122,6 @@ class Host:
             return
         if did := tunnel.ensure_sysctls(self.device.name, self.underlay.name, config.backend.direct_routing):
             log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
-
-    def ensure_nat(self, config: NetworkConfig, own: Endpoint) -> None:
-        """The nat and forward table. Raises KernelError."""
-        assert config.v4 is not None
-        settings = self.settings
-        name = masquerade.table_name(config.backend.vni)
-        wanted = masquerade.nat_table(
-            name, config.v4.network, own.subnet, settings.ip_masq, settings.fully_random, settings.forward_rules
-        )
-        found = nft.read_table("ip", name)
-        # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
-        if found == wanted or self._nat == (wanted, found):
-            self._nat = (wanted, found)
-            return
-        if self._nat is not None and self._nat[0] == wanted:
-            self.mended["nat"] += 1
-            log.warning("nat.mended", table=name, effect="put back as it should be")
-        nft.load_table("ip", name, wanted)
-        self._nat = (wanted, nft.read_table("ip", name))
-        log.info("nat", table=name, masquerade=settings.ip_masq, forward=settings.forward_rules)
-
-    def ensure_forward(self, config: NetworkConfig) -> str:
-        """Other people's forward chains let pods' traffic through; what an operator must mend. Raises KernelError."""
-        assert config.v4 is not None
-        network = config.v4.network if self.settings.forward_rules else None
-        did, blocked = forward.ensure(masquerade.table_name(config.backend.vni), network)
-        for what in did:
-            log.info("forward", did=what)
-        return blocked
 
     def bridge_filter(self) -> str:
         """Why a Service may not answer pods of its own node, "" where nothing stands in the way: kube-proxy's rules must see

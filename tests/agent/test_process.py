@@ -35,7 +35,7 @@ overlay.main.main()
 WITH_A_LOOP_THAT_STICKS = """
 import os, time
 import overlay.agent, overlay.health, overlay.main
-overlay.health.STUCK_S = 0.5
+overlay.health.STUCK_S, overlay.agent.TURN_S = 1.0, 0.2
 real = overlay.agent.Agent._pass
 overlay.agent.Agent._pass = lambda self: (time.sleep(30) if os.path.exists(self._settings.run_dir + "/stick") else None, real(self))[1]
 overlay.main.main()
