@@ -129,27 +129,36 @@ class Datapath:
         else:
             self.rec.find(Kind.ROUTE, route.key, route_value(route, role))
 
+    def on_neighbour_messages(self, messages: list[bytes]) -> None:
+        """Neighbours or FDB entries came, changed or went; most say what we did ourselves, or went with their device."""
+        device, wanted, rec = self.rec.devices.get(TUNNEL), self.rec.wanted, self.rec
+        if device is None or not isinstance(wanted, Wanted):
+            return
+        sieve = wanted.sieve(device.ifindex)
+        risen = device.ifindex not in self._rising
+        for data in messages:
+            told = sieve.event(data)
+            if told is None:
+                continue
+            kind, gone, peer = told
+            if gone and kind is Kind.NEIGHBOUR and not risen:
+                continue  # gone when the device went down; what we put on it since comes later
+            if peer and rec.is_missing(peer, kind) == gone and not (gone and rec.extra[kind]):
+                rec.touch_peers(kind, (peer,))
+                continue
+            for message in wire.split(data):
+                event = netlink.parse_event(message)
+                if isinstance(event, netlink.FdbSeen):
+                    self.on_fdb(event)
+                elif isinstance(event, netlink.NeighbourSeen):
+                    self.on_neighbour(event)
+
     def on_neighbour(self, event: netlink.NeighbourSeen) -> None:
         """A neighbour came, changed or went."""
         device, found = self.rec.devices.get(TUNNEL), event.neighbour
         if device is not None and found.oif == device.ifindex:
             there = not event.gone and neighbour_is_ours(found, device.ifindex)
             self._seen(Kind.NEIGHBOUR, found.address, neighbour_value(found) if there else None)
-
-    def on_fdb_messages(self, messages: list[bytes]) -> None:
-        """FDB entries came, changed or went; most are what we did ourselves."""
-        device, wanted = self.rec.devices.get(TUNNEL), self.rec.wanted
-        if device is None or not isinstance(wanted, Wanted):
-            return
-        sieve = wanted.sieve(device.ifindex)
-        for data in messages:
-            if (peer := sieve.fdb_event(data)) and not self.rec.is_missing(peer, Kind.FDB):
-                self.rec.touch_peers(Kind.FDB, (peer,))
-                continue
-            for message in wire.split(data):
-                event = netlink.parse_event(message)
-                if isinstance(event, netlink.FdbSeen):
-                    self.on_fdb(event)
 
     def on_fdb(self, event: netlink.FdbSeen) -> None:
         """An FDB entry came, changed or went."""
@@ -358,8 +367,11 @@ class _NothingWanted:
         del key
         return 0
 
-    def messages(self, peer: int, seq: int, oif: int) -> None:
-        raise LookupError(peer, seq, oif)
+    def alike(self) -> bool:
+        return True
+
+    def messages(self, peer: int, bits: int, seq: int, oif: int) -> None:
+        raise LookupError(peer, bits, seq, oif)
 
 
 NOTHING = _NothingWanted()

@@ -50,7 +50,7 @@ class Look:
                 rec.touched = Touched()
                 self._seen, self._others = set(), set()
                 yield from self._dump(requests, kind)
-                absent = [peer for peer in rec.believed(kind) if peer not in self._seen]
+                absent = rec.unseen(kind, self._seen)
                 left = [key for key in rec.extra[kind] if key not in self._others]
                 if absent or left:
                     foreign = len(self.foreign)
@@ -72,8 +72,8 @@ class Look:
         }[kind]
         for agreed, rest in _of_a_table(requests.sifted(request, sift), kind):
             self._seen.update(agreed)
-            touched = self._rec.touched.peers if self._rec.touched is not None else set()
-            self._rec.agree(kind, [peer for peer in agreed if (kind, peer) not in touched] if touched else agreed)
+            touched = self._rec.touched.peers[kind] if self._rec.touched is not None else set()
+            self._rec.agree(kind, [peer for peer in agreed if peer not in touched] if touched else agreed)
             for view in rest:
                 self._take(kind, next(wire.split(view)).body)
             yield
@@ -88,7 +88,7 @@ class Look:
         self._others.add(key)
         if value == rec.wanted.value(kind, key):
             self._seen.update(rec.wanted.owners(kind, key))
-        if rec.touched is None or (kind, key) not in rec.touched.keys:
+        if rec.touched is None or not rec.touched.knows(kind, key, rec.wanted.owners(kind, key)):
             rec.find(kind, key, value, touch=False)
 
     def _entry(self, kind: Kind, body: memoryview) -> tuple[Any, Any] | None:
@@ -112,10 +112,10 @@ class Look:
     def _lose(self, kind: Kind, absent: list[int], left: list[Any], touched: Touched) -> None:
         """What neither of two dumps showed, and nothing spoke of meanwhile."""
         rec = self._rec
-        still = [peer for peer in absent if peer not in self._seen and (kind, peer) not in touched.peers]
-        there = set(rec.believed(kind)) if still else set()
+        still = [peer for peer in absent if peer not in self._seen and peer not in touched.peers[kind]]
+        there = set(rec.wanted.peers()) if still else set()
         for peer in still:
-            if peer in there:  # it may have left meanwhile
+            if peer in there and not rec.is_missing(peer, kind):  # it may have left meanwhile
                 for its, key, _ in rec.wanted.entries(peer):
                     if its is kind and key not in self._others and (kind, key) not in touched.keys:
                         rec.lose(kind, key)

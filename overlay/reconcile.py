@@ -11,7 +11,7 @@ import errno
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,7 @@ SLICE = 512
 RETRY_FIRST_S, RETRY_LAST_S = 0.1, 30.0
 ROUTE_ALONE = 1 << Kind.ROUTE
 ALL = 1 << Kind.NEIGHBOUR | 1 << Kind.FDB | ROUTE_ALONE
+KINDS = tuple(Kind)
 Entry = tuple[Kind, Any, Any]
 """Kind, key and value."""
 
@@ -50,8 +51,11 @@ class WantedEntries(Protocol):
     def serves(self, key: Any) -> int:
         """The peer of exactly the subnet that a route leads to, 0 where there is none."""
 
-    def messages(self, peer: int, seq: int, oif: int) -> bytes | None:
-        """The three messages of a peer at once, or None."""
+    def alike(self) -> bool:
+        """Whether all peers surely have all three entries, by the tunnel."""
+
+    def messages(self, peer: int, bits: int, seq: int, oif: int) -> bytes | None:
+        """Messages that put a peer's entries of these kinds, numbered `seq` + kind, at once; None: ask `entries`."""
 
 
 class Requests(Protocol):
@@ -90,7 +94,11 @@ class Touched:
 
     def __init__(self) -> None:
         self.keys: set[tuple[Kind, Any]] = set()
-        self.peers: set[tuple[Kind, int]] = set()
+        self.peers: tuple[set[int], ...] = (set(), set(), set())
+
+    def knows(self, kind: Kind, key: Any, owners: tuple[int, ...]) -> bool:
+        """Whether it is of one of these; owners: the peers that want that key."""
+        return (kind, key) in self.keys or any(owner in self.peers[kind] for owner in owners)
 
 
 class Reconciler:
@@ -189,6 +197,8 @@ class Reconciler:
     def agree(self, kind: Kind, peers: Iterable[int]) -> None:
         """A dump shows these peers' entries as they should be."""
         bit, todo, held = 1 << kind, self.todo, self.held
+        if not todo and not held:
+            return
         for peer in peers:
             if todo.get(peer, 0) & bit or held.get(peer, 0) & bit:
                 for its_kind, key, _ in self.wanted.entries(peer) if self.failures or self.extra[kind] else ():
@@ -207,12 +217,14 @@ class Reconciler:
         """Whether a peer's entry is not as it should be."""
         return bool((self.todo.get(peer, 0) | self.held.get(peer, 0)) & 1 << kind)
 
-    def believed(self, kind: Kind) -> Iterator[int]:
-        """The peers whose entry of a kind we believe to be as it should be."""
-        bit, todo, held, bits = 1 << kind, self.todo, self.held, self.wanted.bits
-        if not todo and not held:
-            return (peer for peer in self.wanted.peers() if bits(peer) & bit)
-        return (p for p in self.wanted.peers() if bits(p) & bit and not (todo.get(p, 0) | held.get(p, 0)) & bit)
+    def unseen(self, kind: Kind, seen: set[int]) -> list[int]:
+        """The peers whose entry of a kind we believe to be as it should be, but for these."""
+        bit, bits = 1 << kind, self.wanted.bits
+        return [
+            peer
+            for peer in set(self.wanted.peers()).difference(seen)
+            if bits(peer) & bit and not self.is_missing(peer, kind)
+        ]
 
     def device_lost(self, role: int, fdb_too: bool) -> None:
         """A device went down (routes and neighbours went with it, silently) or away (its FDB as well)."""
@@ -226,6 +238,10 @@ class Reconciler:
                 lost |= 1 << kind
                 for table in (self.extra[kind], self._drops[kind], self._kept[kind]):
                     table.clear()
+        if self.wanted.alike():
+            if role == TUNNEL:
+                self._lose_of_all(lost)
+            return
         for peer in self.wanted.peers():
             bits = self.wanted.bits(peer)
             through = TUNNEL if bits == ALL else self._role(peer)
@@ -236,9 +252,21 @@ class Reconciler:
         """The role of the device that a peer's route goes by."""
         return int(next(value.role for kind, _, value in self.wanted.entries(peer) if kind is Kind.ROUTE))
 
+    def _lose_of_all(self, bits: int) -> None:
+        if self.todo or self.held:
+            todo = self.todo
+            for peer in self.wanted.peers():
+                if todo.get(peer, 0) & bits != bits:
+                    self._lose_bits(peer, bits)
+            return
+        self.todo = dict.fromkeys(self.wanted.peers(), bits)
+        self._missing += len(self.todo) * bits.bit_count()
+        for kind in KINDS:
+            self.mended[kind.name.lower()] += len(self.todo) * (bits >> kind & 1)
+
     def _lose_bits(self, peer: int, bits: int) -> None:
         there = self.todo.get(peer, 0) | self.held.get(peer, 0)
-        for kind in Kind:
+        for kind in KINDS:
             if bits & ~there & 1 << kind:
                 self.mended[kind.name.lower()] += 1
         self.todo[peer] = self.todo.get(peer, 0) | bits
@@ -292,12 +320,12 @@ class Reconciler:
         """An event, or our own write, spoke of an entry. peer: whose it is, where that is known."""
         if self.touched is not None:
             self.touched.keys.add((kind, key))
-            self.touched.peers.update((kind, owner) for owner in ((peer,) if peer else self.wanted.owners(kind, key)))
+            self.touched.peers[kind].update((peer,) if peer else self.wanted.owners(kind, key))
 
     def touch_peers(self, kind: Kind, peers: Iterable[int]) -> None:
         """Events say that these peers' entries are as we believe them to be."""
         if self.touched is not None:
-            self.touched.peers.update((kind, peer) for peer in peers)
+            self.touched.peers[kind].update(peers)
 
     # --- making them one -------------------------------------------------------------------------------------------
 
@@ -329,7 +357,7 @@ class Reconciler:
             failure = self.failures.get((kind, key))
             if failure is not None and failure.token == token:
                 self._retry(kind, key)
-        if self.todo and (batch := self._puts()).size:
+        if self.todo and (batch := self._puts()).peers:
             return True, self._send_puts(batch)
         drops = self._next_drops()
         return (True, self._send_drops(drops)) if drops else (False, [])
@@ -337,44 +365,45 @@ class Reconciler:
     # --- putting
 
     class _Puts(NamedTuple):
-        """A batch: messages (a whole peer's three in one), how many there are, what the n-th is, and the peers' bits."""
+        """A batch: messages (those of a peer in one), and the bits of each peer. Of the n-th peer, they are numbered from
+        `first` + 3n, by kind."""
 
         first: int
-        size: int
         messages: list[bytes]
-        places: list[tuple[int, int, int]]
-        """(place, peer, bits), in order."""
+        peers: list[tuple[int, int]]
 
     def _puts(self) -> _Puts:
         tunnel = self.devices.get(TUNNEL)
         ready = tunnel is not None and tunnel.up
-        first, count = self._requests.take_seqs(SLICE + MESSAGES), 0
+        first = seq = self._requests.take_seqs(SLICE + MESSAGES)
         messages: list[bytes] = []
-        places: list[tuple[int, int, int]] = []
+        peers: list[tuple[int, int]] = []
         replaces = any(self.extra)
         for peer, bits in self.todo.items():
-            if count >= SLICE:
+            if seq - first >= SLICE:
                 break
             if not ready and bits == ROUTE_ALONE and self.wanted.bits(peer) == ALL:
                 continue  # looked at without a thought: all 20,000 may wait for the device
-            if bits == ALL and ready and not replaces:
+            whole, sent = None, bits
+            if ready and not replaces:
                 assert tunnel is not None
-                whole = self.wanted.messages(peer, first + count, tunnel.ifindex)
-                if whole is not None:
-                    messages.append(whole)
-                    places.append((count, peer, bits))
-                    count += MESSAGES
-                    continue
-            sent = 0
-            start = count
-            for kind, key, value in self.wanted.entries(peer):
-                if bits & 1 << kind and (message := self._put(first + count, kind, key, value)) is not None:
-                    messages.append(message)
-                    count += 1
-                    sent |= 1 << kind
+                whole = self.wanted.messages(peer, bits, seq, tunnel.ifindex)
+            if whole is None:
+                whole, sent = self._one_by_one(peer, bits, seq)
             if sent:
-                places.append((start, peer, sent))
-        return self._Puts(first, count, messages, places)
+                messages.append(whole)
+                peers.append((peer, sent))
+                seq += MESSAGES
+        return self._Puts(first, messages, peers)
+
+    def _one_by_one(self, peer: int, bits: int, seq: int) -> tuple[bytes, int]:
+        """The messages of a peer's entries that can be put now, and the bits of these."""
+        messages, sent = b"", 0
+        for kind, key, value in self.wanted.entries(peer):
+            if bits & 1 << kind and (message := self._put(seq + kind, kind, key, value)) is not None:
+                messages += message
+                sent |= 1 << kind
+        return messages, sent
 
     def _put(self, seq: int, kind: Kind, key: Any, value: Any) -> bytes | None:
         """The message that puts an entry, None while its device is not ready for it."""
@@ -389,35 +418,42 @@ class Reconciler:
         return (wire.neighbour_add if kind is Kind.NEIGHBOUR else wire.fdb_add)(seq, key, value, tunnel.ifindex)
 
     def _send_puts(self, batch: _Puts) -> list[Refused]:
-        refused = self._requests.execute(batch.messages, batch.first, batch.size)
-        plain = not refused and not self.failures and not any(self.extra) and self.touched is None
+        refused = self._requests.execute(batch.messages, batch.first, len(batch.peers) * MESSAGES)
+        plain = not refused and not self.failures and not any(self.extra)
         said: list[Refused] = []
         sent: Counter[int] = Counter()
-        for place, peer, bits in batch.places:
+        for place, (peer, bits) in enumerate(batch.peers):
             if plain:  # the usual end: nothing was in the way of any entry
                 self._keep(self.todo, peer, self.todo[peer] & ~bits)
                 sent[bits] += 1
-                continue
-            at = place
-            for kind, key, _ in self.wanted.entries(peer):
-                if not bits & 1 << kind:
-                    continue
-                refusal = refused.get(at)
-                at += 1
-                if refusal is None:
-                    self._take_bit(peer, 1 << kind)
-                    self._touch(kind, key, peer)
-                    self.extra[kind].pop(key, None)
-                    self.failures.pop((kind, key), None)
-                    self.writes[_PUT[kind]] += 1
-                else:
-                    self._keep(self.todo, peer, self.todo[peer] & ~(1 << kind))
-                    self.held[peer] = self.held.get(peer, 0) | 1 << kind
-                    said.append(self._failed(True, kind, key, refusal))
+            else:
+                said += self._answered(peer, bits, place * MESSAGES, refused)
         for bits, count in sent.items():
             self._missing -= bits.bit_count() * count
-            for kind in Kind:
+            for kind in KINDS:
                 self.writes[_PUT[kind]] += count * (bits >> kind & 1)
+        if plain and self.touched is not None:
+            for kind in KINDS:
+                self.touched.peers[kind].update(peer for peer, bits in batch.peers if bits >> kind & 1)
+        return said
+
+    def _answered(self, peer: int, bits: int, place: int, refused: dict[int, Refusal]) -> list[Refused]:
+        """What the kernel said to each of a peer's messages."""
+        said: list[Refused] = []
+        for kind, key, _ in self.wanted.entries(peer):
+            if not bits & 1 << kind:
+                continue
+            refusal = refused.get(place + kind)
+            if refusal is None:
+                self._take_bit(peer, 1 << kind)
+                self._touch(kind, key, peer)
+                self.extra[kind].pop(key, None)
+                self.failures.pop((kind, key), None)
+                self.writes[_PUT[kind]] += 1
+            else:
+                self._keep(self.todo, peer, self.todo[peer] & ~(1 << kind))
+                self.held[peer] = self.held.get(peer, 0) | 1 << kind
+                said.append(self._failed(True, kind, key, refusal))
         return said
 
     # --- removing

@@ -55,13 +55,19 @@ class Wanted:
         peer = key.base << 8 | key.length
         return peer if peer in self.table.packed else 0
 
-    def messages(self, peer: int, seq: int, oif: int) -> bytes | None:
-        """All three messages of a peer at once, numbered from `seq`, where it is reached by tunnel; None where it is not."""
+    def alike(self) -> bool:
+        """Whether all peers surely have all three entries, by the tunnel."""
+        return not self.node.backend.direct_routing
+
+    def messages(self, peer: int, bits: int, seq: int, oif: int) -> bytes | None:
+        """The messages that put a peer's entries of these kinds, numbered `seq` + kind, at once; None where it may be
+        reached without the tunnel."""
         if self.node.backend.direct_routing:
             return None
         packed = self.table.packed[peer]
         metric = vxlan.metric(self.node.network, Prefix(4, peer >> 8, peer & 255))
-        return fast.peer_messages(seq, packed[:4], peer & 255, packed[9:15], packed[5:9], metric, oif)
+        made = fast.peer_messages(seq, packed[:4], peer & 255, packed[9:15], packed[5:9], metric, oif)
+        return made if bits == ALL else fast.some_of(made, bits)
 
     def sieve(self, oif: int) -> fast.Sieve:
         """For the look through a dump; where routes go directly, the plain way sees to all of them."""

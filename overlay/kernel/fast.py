@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Mapping
 
 from overlay.kernel import wire
-from overlay.kernel.entries import NUD_PERMANENT, PROTOCOL, RT_TABLE_MAIN, RTNH_F_ONLINK
+from overlay.kernel.entries import NUD_PERMANENT, PROTOCOL, RT_TABLE_MAIN, RTNH_F_ONLINK, Kind
 
 _PEER = struct.Struct(
     "=LHHLLBBHlHBBHH4sHH6s2xLHHLLBBHlHBBHH6s2xHH4sLHHLLBBBBBBBBLHH4sHHLHHLHH4s"
@@ -21,6 +21,11 @@ _PEER = struct.Struct(
 """A neighbour, an FDB entry and a route by its gateway, one behind the other."""
 MESSAGES = 3
 _NEIGHBOUR_SIZE, _FDB_SIZE, _ROUTE_SIZE = 48, 48, 60
+_PARTS = (
+    slice(0, _NEIGHBOUR_SIZE),
+    slice(_NEIGHBOUR_SIZE, _NEIGHBOUR_SIZE + _FDB_SIZE),
+    slice(_NEIGHBOUR_SIZE + _FDB_SIZE, None),
+)
 _ADD = wire.NLM_F_REQUEST | wire.NLM_F_CREATE
 _REPLACE, _NEW = _ADD | wire.NLM_F_REPLACE, _ADD | wire.NLM_F_EXCL
 
@@ -29,6 +34,7 @@ _SIZE = struct.Struct("=L")
 _ROUTE_SEEN, _ROUTE_SEEN_SIZE = struct.Struct("=4xH10x1s1s10s8s4s4s4sL4s4s4sL"), 68
 _NEIGHBOUR_SEEN, _NEIGHBOUR_SEEN_SIZE = struct.Struct("=4xH10x12s4s4s4s6s"), 76
 _FDB_SEEN, _FDB_SEEN_SIZE = struct.Struct("=4xH10x12s4s6s2x4s4s"), 68
+_EVENT, _EVENT_SIZE = struct.Struct("=4xH10xB3xl4x4s6s"), 38
 _INET = bytes([wire.AF_INET])
 _ROUTE_FORM = struct.pack(
     "=BBBBBBL", 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, RTNH_F_ONLINK
@@ -52,6 +58,11 @@ def peer_messages(seq: int, base: bytes, length: int, mac: bytes, public_ip: byt
         wire.AF_INET, length, 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, RTNH_F_ONLINK,
         8, wire.RTA_DST, base, 8, wire.RTA_OIF, oif, 8, wire.RTA_PRIORITY, metric, 8, wire.RTA_GATEWAY, base,
     )  # fmt: skip
+
+
+def some_of(messages: bytes, bits: int) -> bytes:
+    """Of a peer's three messages those of the kinds whose bits are set."""
+    return b"".join(messages[part] for kind, part in enumerate(_PARTS) if bits >> kind & 1)
 
 
 Sifted = tuple[list[int], list[memoryview]]
@@ -90,9 +101,29 @@ class Sieve:
         """A buffer of an FDB dump."""
         return _sift(data, _FDB_SEEN_SIZE, self._fdb)
 
-    def fdb_event(self, data: bytes) -> int:
-        """The number of the peer whose FDB entry a notification says to be as it should be, else 0."""
-        return self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
+    def event(self, data: bytes) -> tuple[Kind, bool, int] | None:
+        """A notification of a neighbour or FDB entry (one message): its kind, whether the entry is gone, and the number of
+        the peer whose entry is as it should be, or was of that key; 0: ask wire.py. None: of another device."""
+        if len(data) < _EVENT_SIZE:
+            return Kind.NEIGHBOUR, False, 0
+        message, family, oif, mark, key = _EVENT.unpack_from(data)
+        if oif != self._oif:
+            return None
+        kind = Kind.FDB if family == wire.AF_BRIDGE else Kind.NEIGHBOUR
+        if message == wire.RTM_DELNEIGH:
+            if kind is Kind.FDB:
+                number = self._by_mac.get(int.from_bytes(key, "big"), 0) if mark == _MAC_MARK else 0
+                return kind, True, number if isinstance(number, int) else 0
+            return kind, True, self._with_address(key[:4]) if mark == _DST_MARK else 0
+        if kind is Kind.FDB:
+            return kind, False, self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
+        return kind, False, self._neighbour(data, 0) if len(data) == _NEIGHBOUR_SEEN_SIZE else 0
+
+    def _with_address(self, address: bytes) -> int:
+        """The one peer whose subnet has that base, 0 where there is none, or several."""
+        base = int.from_bytes(address, "big") << 8
+        found = [base | length for length in self._lengths if base | length in self._packed]
+        return found[0] if len(found) == 1 else 0
 
     def _route(self, data: bytes, at: int) -> int:
         kind, family, length, form, table, mark, dst, mark2, metric, mark3, via, mark4, oif = _ROUTE_SEEN.unpack_from(

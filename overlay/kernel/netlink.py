@@ -73,8 +73,8 @@ class RequestSocket:
         return first
 
     def execute(self, messages: list[bytes], first: int, count: int = 0) -> dict[int, Refusal]:
-        """Send messages numbered from `first`; the refusals by place in the batch. count: how many there are, where some
-        stand together in one bytes object; 0: one in each.
+        """Send messages numbered from `first`; the refusals by place in the batch. count: how many numbers they have, where
+        some stand together in one bytes object, or numbers are left out; 0: one in each.
 
         The kernel takes them in order and answers each one that it refuses; an ACK is asked of an empty message behind them
         alone, since 20,000 ACKs cost as much as 20,000 messages. Where that one does not come, what was not refused counts
@@ -257,9 +257,9 @@ class FdbSeen(NamedTuple):
     gone: bool
 
 
-class FdbMessages(NamedTuple):
-    """Notifications of FDB entries, not taken apart: of 20,000 peers that we put in place ourselves 20,000 come back (they
-    do not say whose doing they are), and a sieve sees at a glance that they say nothing new."""
+class NeighbourMessages(NamedTuple):
+    """Notifications of neighbours and FDB entries, not taken apart: a device that goes takes 40,000 with it, our own FDB
+    entries come back (they do not say whose doing they are), and a sieve sees at a glance what is no news."""
 
     messages: list[bytes]
 
@@ -274,7 +274,7 @@ class NftSeen(NamedTuple):
     table: str
 
 
-KernelEvent = LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | FdbMessages | FdbSeen | Overrun | NftSeen
+KernelEvent = LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | NeighbourMessages | FdbSeen | Overrun | NftSeen
 
 
 def parse_event(message: wire.Message) -> KernelEvent | None:
@@ -350,20 +350,21 @@ class Monitor(_Listener):
         self._post(Overrun())
 
     def _received(self, data: bytes) -> None:
-        if wire.is_fdb(data):
-            data = self._received_fdb(data)
+        if wire.is_neighbour(data):
+            data = self._received_neighbours(data)
         for message in wire.split(data):
             event = parse_event(message)
             if event is not None:
                 self._post(event)
 
-    def _received_fdb(self, data: bytes) -> bytes:
-        """All notifications of FDB entries that wait, in one event; the first of another kind, if one came behind them."""
+    def _received_neighbours(self, data: bytes) -> bytes:
+        """All notifications of neighbours and FDB entries that wait, in one event; the first of another kind, if one came
+        behind them."""
         messages = [data]
         try:
             while len(messages) < AT_ONCE:
                 data = self._socket.recv(_RECV, socket.MSG_DONTWAIT)
-                if not wire.is_fdb(data):
+                if not wire.is_neighbour(data):
                     break
                 messages.append(data)
             else:
@@ -375,7 +376,7 @@ class Monitor(_Listener):
                 raise
             data = b""
             self._overrun()
-        self._post(FdbMessages(messages))
+        self._post(NeighbourMessages(messages))
         return data
 
 

@@ -199,13 +199,9 @@ def split(data: bytes | memoryview) -> Iterator[Message]:
         at += (length + 3) & ~3
 
 
-def is_fdb(data: bytes) -> bool:
-    """Whether a notification is one of an FDB entry."""
-    return (
-        len(data) > 16
-        and data[16] == AF_BRIDGE
-        and int.from_bytes(data[4:6], sys.byteorder) in (RTM_NEWNEIGH, RTM_DELNEIGH)
-    )
+def is_neighbour(data: bytes) -> bool:
+    """Whether a notification is one of a neighbour or FDB entry."""
+    return len(data) > 16 and int.from_bytes(data[4:6], sys.byteorder) in (RTM_NEWNEIGH, RTM_DELNEIGH)
 
 
 def attributes(body: memoryview, offset: int) -> dict[int, memoryview]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -24,7 +25,15 @@ def path(name: str) -> str:
 
 def create(name: str) -> None:
     """Make a namespace, its loopback up; one that is there is an error. Raises OSError."""
-    _netns.create(name)
+    FOLDER.mkdir(exist_ok=True)
+    # The first of a boot mounts the folder on itself; two at once would hide each other's names. iproute2 takes this
+    # lock for the same reason.
+    folder = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        _netns.create(name)
+    finally:
+        os.close(folder)
     inside(name, _loopback_up)
 
 

@@ -14,11 +14,11 @@ from overlay.kernel import wire
 from overlay.kernel.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.kernel.netlink import (
     AddressSeen,
-    FdbMessages,
     FdbSeen,
     KernelError,
     LinkSeen,
     Monitor,
+    NeighbourMessages,
     NeighbourSeen,
     Overrun,
     RequestSocket,
@@ -195,9 +195,9 @@ def drain(events) -> list:
     return found
 
 
-def fdb_events(told: list) -> list:
+def neighbour_events(told: list) -> list:
     """What notifications that came together say one by one."""
-    groups = [event.messages for event in told if isinstance(event, FdbMessages)]
+    groups = [event.messages for event in told if isinstance(event, NeighbourMessages)]
     return [parse_event(message) for group in groups for data in group for message in wire.split(data)]
 
 
@@ -206,10 +206,10 @@ def test_our_own_routes_and_neighbours_are_not_told_back(requests, heard):
     first = requests.take_seqs(3)
     assert requests.execute(peer(first, index), first) == {}
     told = drain(heard)
-    assert [type(event) for event in told] == [FdbMessages], (
+    assert [type(event) for event in told] == [NeighbourMessages], (
         "FDB events bear no sender; the others are filtered in the kernel"
     )
-    assert [type(event) for event in fdb_events(told)] == [FdbSeen]
+    assert [type(event) for event in neighbour_events(told)] == [FdbSeen]
 
 
 def test_what_others_do_is_told(requests, heard, inside):
@@ -226,7 +226,7 @@ def test_what_others_do_is_told(requests, heard, inside):
 
     inside(others)
     told = drain(heard)
-    told += fdb_events(told)
+    told += neighbour_events(told)
     kinds = [(type(event).__name__, getattr(event, "gone", None)) for event in told]
     for expected in (
         ("RouteSeen", False),

@@ -13,7 +13,7 @@ from lease.model import Endpoint, Lease, Prefix
 from lease.packed import number, pack
 from overlay.backends.vxlan import peer_entries
 from overlay.kernel import fast, wire
-from overlay.kernel.entries import FoundFdb, FoundNeighbour
+from overlay.kernel.entries import FoundFdb, FoundNeighbour, Kind
 
 NETWORK = Prefix(4, 10 << 24, 8)
 OIF = 7
@@ -162,3 +162,46 @@ def test_cut_off_and_absurd_lengths_end_it():
         agreed, rest = it.routes(data)
         assert len(agreed) <= 1
         assert rest == []
+
+
+EVENTS = st.lists(st.tuples(PEERS, st.sampled_from([{}, {}, *ODD]), st.booleans(), st.booleans()), max_size=12)
+
+
+@given(EVENTS)
+def test_notifications_are_told_as_the_plain_way_tells_them(events):
+    """What the sieve says of one is what wire.py and the plan say; where it says 0, wire.py is asked."""
+    known = {}
+    for lease, _, _, is_known in events:
+        taken = any(
+            other.v4.subnet.base == lease.v4.subnet.base or other.v4.mac == lease.v4.mac for other in known.values()
+        )
+        if is_known and not taken:
+            known[number(lease.v4.subnet)] = lease
+    it = sieve(*known.values()) if known else fast.Sieve({}, {}, (), NETWORK.base, OIF)
+    for lease, odd, gone, _ in events:
+        for kind in (Kind.NEIGHBOUR, Kind.FDB):
+            data = dumped(lease, **odd)[{Kind.NEIGHBOUR: 1, Kind.FDB: 2}[kind]]
+            if gone:
+                data = data[:4] + struct.pack("=H", wire.RTM_DELNEIGH) + data[6:]
+            told = it.event(data)
+            found = wire.parse_neighbour(next(wire.split(data)).body)
+            if found.oif != OIF:
+                assert told is None
+                continue
+            assert told[:2] == (kind, gone)
+            if not gone:
+                assert told[2] == right(int(kind) + 1, next(wire.split(data)), known)
+            elif told[2]:
+                entry = peer_entries(NETWORK, known[told[2]].v4, False)
+                assert (found.mac if kind is Kind.FDB else found.address) == entry[2 if kind is Kind.FDB else 1][0]
+            else:
+                owners = [
+                    other
+                    for other in known.values()
+                    if (other.v4.mac == found.mac if kind is Kind.FDB else other.v4.subnet.base == found.address)
+                ]
+                assert not owners
+
+
+def test_a_short_notification_is_left_to_wire():
+    assert sieve(peer(1)).event(b"\0" * 30)[2] == 0
