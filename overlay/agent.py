@@ -251,6 +251,9 @@ class Agent:
                 more |= self._path.apply()
                 if self._path.rec.look_again:
                     self._path.rec.look_again, self._due.dump = False, True
+                if self._path.rec.device_gone:  # told soon; where that got lost:
+                    self._retry_at.setdefault("links", self._clock() + RETRY_S)
+                    self._retry_at.setdefault("device", self._clock() + RETRY_S)
             if more and self._clock() < self._peers_first_until:
                 return True
             self._look_at_rules()

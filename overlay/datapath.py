@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 TOLD_AT = (2, 10, 100, 1000, 10000)
 """The tries at which a refused entry is logged: not the first, which a stale view may cause and the next dump mends."""
+MANY = 64
+"""Notifications at once of neighbours and FDB entries from which on we ask whether their device is there at all."""
 SHOWN = 100
 """How many differing entries a status lists."""
 
@@ -134,6 +136,8 @@ class Datapath:
         device, wanted, rec = self.rec.devices.get(TUNNEL), self.rec.wanted, self.rec
         if device is None or not isinstance(wanted, Wanted):
             return
+        if len(messages) > MANY and not netlink.exists(device.ifindex):
+            return  # they went with their device, whose own notification says all that at once
         sieve = wanted.sieve(device.ifindex)
         risen = device.ifindex not in self._rising
         for data in messages:
@@ -143,9 +147,13 @@ class Datapath:
             kind, gone, peer = told
             if gone and kind is Kind.NEIGHBOUR and not risen:
                 continue  # gone when the device went down; what we put on it since comes later
-            if peer and rec.is_missing(peer, kind) == gone and not (gone and rec.extra[kind]):
-                rec.touch_peers(kind, (peer,))
-                continue
+            if peer and not (gone and rec.extra[kind]):
+                if rec.is_missing(peer, kind) == gone:
+                    rec.touch_peers(kind, (peer,))
+                    continue
+                if gone:
+                    rec.lose_of(peer, kind)
+                    continue
             for message in wire.split(data):
                 event = netlink.parse_event(message)
                 if isinstance(event, netlink.FdbSeen):
@@ -188,6 +196,7 @@ class Datapath:
                 self.rec.device_lost(role, fdb_too=gone)
                 if gone:
                     del self.rec.devices[role]
+                    self.rec.device_gone = False
                 else:
                     self.rec.devices[role] = Device(link.ifindex, False)
                 return role
@@ -204,6 +213,7 @@ class Datapath:
             self.rec.device_lost(TUNNEL, fdb_too=made)
             self._rising.add(ifindex)
         self.rec.devices[TUNNEL] = Device(ifindex, True)
+        self.rec.device_gone = False
         return again
 
     def events_lost(self) -> None:

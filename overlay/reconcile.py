@@ -129,6 +129,9 @@ class Reconciler:
         """Entries that somebody else changed or removed, by kind."""
         self.look_again = False
         """The kernel contradicted what we believed: only a dump tells."""
+        self.device_gone = False
+        """The kernel does not know the tunnel's device: the news of that is on its way to us, or was lost. Until then
+        nothing is sent."""
         self.touched: Touched | None = None
         """While a dump is taken: what events or our own writes know better."""
         self._retries: list[tuple[float, int, Kind, Hashable]] = []
@@ -194,6 +197,12 @@ class Reconciler:
             self.failures.pop((kind, key), None)
         self._sort(kind, key, wanted)
 
+    def lose_of(self, peer: int, kind: Kind) -> None:
+        """The kernel says that a peer's entry is gone which was as it should be, and of whose key nothing else is found."""
+        self.touch_peers(kind, (peer,))
+        if self._set(peer, kind):
+            self.mended[kind.name.lower()] += 1
+
     def agree(self, kind: Kind, peers: Iterable[int]) -> None:
         """A dump shows these peers' entries as they should be."""
         bit, todo, held = 1 << kind, self.todo, self.held
@@ -253,16 +262,19 @@ class Reconciler:
         return int(next(value.role for kind, _, value in self.wanted.entries(peer) if kind is Kind.ROUTE))
 
     def _lose_of_all(self, bits: int) -> None:
-        if self.todo or self.held:
-            todo = self.todo
-            for peer in self.wanted.peers():
-                if todo.get(peer, 0) & bits != bits:
-                    self._lose_bits(peer, bits)
-            return
-        self.todo = dict.fromkeys(self.wanted.peers(), bits)
-        self._missing += len(self.todo) * bits.bit_count()
+        peers, todo, held = self.wanted.peers(), self.todo, self.held
+        missing = Counter(todo.values()) + Counter(held.values())
+        self.todo = dict.fromkeys(peers, bits)
+        if bits != ALL:
+            for table in (todo, held):
+                for peer, others in table.items():
+                    self.todo[peer] |= others
+        self.held = {}
         for kind in KINDS:
-            self.mended[kind.name.lower()] += len(self.todo) * (bits >> kind & 1)
+            if bits >> kind & 1:
+                lost = len(self.todo) - sum(count for there, count in missing.items() if there >> kind & 1)
+                self.mended[kind.name.lower()] += lost
+                self._missing += lost
 
     def _lose_bits(self, peer: int, bits: int) -> None:
         there = self.todo.get(peer, 0) | self.held.get(peer, 0)
@@ -357,6 +369,8 @@ class Reconciler:
             failure = self.failures.get((kind, key))
             if failure is not None and failure.token == token:
                 self._retry(kind, key)
+        if self.device_gone:
+            return False, []
         if self.todo and (batch := self._puts()).peers:
             return True, self._send_puts(batch)
         drops = self._next_drops()
@@ -440,11 +454,17 @@ class Reconciler:
     def _answered(self, peer: int, bits: int, place: int, refused: dict[int, Refusal]) -> list[Refused]:
         """What the kernel said to each of a peer's messages."""
         said: list[Refused] = []
-        for kind, key, _ in self.wanted.entries(peer):
+        for kind, key, value in self.wanted.entries(peer):
             if not bits & 1 << kind:
                 continue
             refusal = refused.get(place + kind)
-            if refusal is None:
+            if (
+                refusal is not None
+                and refusal.errno == errno.ENODEV
+                and (kind is not Kind.ROUTE or value.role == TUNNEL)
+            ):
+                self.device_gone = True
+            elif refusal is None:
                 self._take_bit(peer, 1 << kind)
                 self._touch(kind, key, peer)
                 self.extra[kind].pop(key, None)

@@ -222,6 +222,15 @@ class RequestSocket:
         self._socket.close()
 
 
+def exists(ifindex: int) -> bool:
+    """Whether there is an interface of that number."""
+    try:
+        socket.if_indextoname(ifindex)
+    except OSError:
+        return False
+    return True
+
+
 class LinkSeen(NamedTuple):
     """An interface was made, changed or (gone) deleted."""
 

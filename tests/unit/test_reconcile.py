@@ -34,6 +34,8 @@ class ModelKernel:
         self.tables: tuple[dict, dict, dict] = ({}, {}, {})
         self.foreign: set[RouteKey] = set()
         self.refuse: dict[tuple[Kind, object], int] = {}
+        self.gone = False
+        """Its device."""
         self.log: list[tuple[str, Kind, object]] = []
         self._seq = 0
 
@@ -56,6 +58,8 @@ class ModelKernel:
         add = message.kind in (wire.RTM_NEWROUTE, wire.RTM_NEWNEIGH)
         kind, key, value = parse(message)
         self.log.append(("put" if add else "drop", kind, key))
+        if self.gone:
+            return errno.ENODEV if add else errno.ESRCH
         if (kind, key) in self.refuse:
             return self.refuse[kind, key]
         table = self.tables[kind]
@@ -393,6 +397,47 @@ def test_no_route_is_tried_while_the_device_is_down():
     assert rec.apply() == (False, [])
 
 
+def test_a_device_that_is_gone_and_not_yet_told_of_refuses_nobody():
+    kernel, clock, rec = world()
+    for n in range(1000):
+        rec.join(n, peer(n))
+    kernel.gone = True
+    while rec.apply()[0]:
+        pass
+    assert rec.device_gone
+    assert len(kernel.log) < SLICE + 3, "one slice is sent into the void"
+    assert not rec.failures
+    assert rec.next_retry() is None
+    kernel.gone = rec.device_gone = False
+    rec.device_lost(TUNNEL, fdb_too=True)
+    settle(rec, clock)
+    assert [len(table) for table in kernel.tables] == [1000] * 3
+
+
+def test_a_device_that_falls_loses_of_all_what_it_loses_of_each():
+    """The quick way for all peers at once counts as the way by peer does."""
+    ends = []
+    for alike in (True, False):
+        kernel, clock, rec = world()
+        for n in range(8):
+            rec.join(n, peer(n))
+        if not alike:
+            rec.wanted.alike = lambda: False
+        settle(rec, clock)
+        rec.lose_of(1, Kind.ROUTE)
+        rec.lose_of(2, Kind.FDB)
+        kernel.refuse[Kind.NEIGHBOUR, peer(3)[0][1]] = errno.EPERM
+        rec.lose_of(3, Kind.NEIGHBOUR)
+        rec.apply()
+        rec.lose_of(4, Kind.FDB)
+        rec.device_lost(TUNNEL, fdb_too=False)
+        rec.lose_of(5, Kind.FDB)
+        rec.device_lost(TUNNEL, fdb_too=True)
+        ends.append((rec.todo, rec.held, rec.mended, rec.differing()))
+    assert ends[0] == ends[1]
+    assert ends[0][3] == 24
+
+
 def test_an_absence_in_a_dump_counts_only_if_a_second_look_agrees():
     _, _, rec = world()
     kind, key, value = peer(1)[0]
@@ -441,7 +486,10 @@ class Interleaved(RuleBasedStateMachine):
     def somebody_deletes(self, n: int, which: Kind, seen: bool) -> None:
         for kind, key, _ in peer(n):
             if kind is which and self.kernel.tables[kind].pop(key, None) is not None and seen:
-                self.rec.lose(kind, key)
+                if n in self.wanted and self.wanted[n] == peer(n)[1][1] and not self.rec.extra[kind]:
+                    self.rec.lose_of(n, kind)
+                else:
+                    self.rec.lose(kind, key)
 
     @rule(n=st.integers(0, 7), which=st.sampled_from(list(Kind)), seen=st.booleans())
     def somebody_adds_or_alters(self, n: int, which: Kind, seen: bool) -> None:
@@ -474,6 +522,19 @@ class Interleaved(RuleBasedStateMachine):
             self.kernel.tables[Kind.FDB].clear()
         self.rec.device_lost(TUNNEL, fdb_too=gone)
 
+    @rule()
+    def device_goes_and_nobody_has_told_yet(self) -> None:
+        for table in self.kernel.tables:
+            table.clear()
+        self.kernel.gone = True
+        self.rec.apply()
+
+    @rule()
+    def it_is_told(self) -> None:
+        if self.kernel.gone:
+            self.rec.device_lost(TUNNEL, fdb_too=True)
+            self.kernel.gone = self.rec.device_gone = False
+
     @rule(seconds=st.floats(0, 60))
     def time_passes(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -503,6 +564,7 @@ class Interleaved(RuleBasedStateMachine):
         if not hasattr(self, "kernel"):
             return
         self.kernel.refuse.clear()
+        self.it_is_told()
         self.full_check()
         settle(self.rec, self.clock)
         assert self.kernel.tables == self._entries()
