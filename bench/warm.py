@@ -110,6 +110,10 @@ def say(it: Standing, what: str, figure: str) -> None:
 
 def arrive(it: Standing, records: rig.Records, joins: int, when: str = "") -> None:
     """Store commit (the moment etcd answers the writer) to the kernel's word that the route came or went."""
+    records.put([rig.lease(FIRST_JOIN - 1)])  # the first event of a run finds this program's own ways cold
+    it.watch.until(came=1)
+    records.drop([rig.lease(FIRST_JOIN - 1)])
+    it.watch.until(went=1)
     came, went, before = [], [], rig.cpu_s(it.program.pid)
     for number in range(FIRST_JOIN, FIRST_JOIN + joins):
         records.put([rig.lease(number)])

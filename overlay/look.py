@@ -28,6 +28,9 @@ from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.reconcile import Reconciler, Touched
 from overlay.wanted import Wanted
 
+AT_ONCE, LOST_AT_ONCE = 2000, 200
+"""Peers gone through in one slice, where nothing is amiss and where something is."""
+
 
 class Look:
     """One look. Between its slices the loop does whatever has come."""
@@ -50,13 +53,15 @@ class Look:
                 rec.touched = Touched()
                 self._seen, self._others = set(), set()
                 yield from self._dump(requests, kind)
-                absent = rec.unseen(kind, self._seen)
-                left = [key for key in rec.extra[kind] if key not in self._others]
+                absent = yield from self._unseen(kind)
+                left = [
+                    key for key in rec.extra[kind] if key not in self._others and (kind, key) not in rec.touched.keys
+                ]
                 if absent or left:
                     foreign = len(self.foreign)
                     yield from self._dump(requests, kind)
                     del self.foreign[foreign:]
-                    self._lose(kind, absent, left, rec.touched)
+                    yield from self._lose(kind, absent, left, rec.touched)
         finally:
             rec.touched = None
             requests.close()
@@ -77,6 +82,21 @@ class Look:
             for view in rest:
                 self._take(kind, next(wire.split(view)).body)
             yield
+
+    def _unseen(self, kind: Kind) -> Generator[None, None, list[int]]:
+        """The peers whose entry of a kind we believe to be as it should be, though the dump did not show it, and nothing
+        spoke of it meanwhile."""
+        assert self._rec.touched is not None
+        known = self._rec.touched.peers[kind]
+        if self._seen.issuperset(self._rec.wanted.peers()):
+            return []
+        absent: list[int] = []
+        peers = list(self._rec.wanted.peers())
+        for first in range(0, len(peers), AT_ONCE):
+            some = [peer for peer in peers[first : first + AT_ONCE] if peer not in self._seen and peer not in known]
+            absent += self._rec.believed(kind, some)
+            yield
+        return absent
 
     def _take(self, kind: Kind, body: memoryview) -> None:
         """An entry that is not simply as it should be."""
@@ -109,13 +129,16 @@ class Look:
             return found.address, neighbour_value(found)
         return None
 
-    def _lose(self, kind: Kind, absent: list[int], left: list[Any], touched: Touched) -> None:
+    def _lose(self, kind: Kind, absent: list[int], left: list[Any], touched: Touched) -> Iterator[None]:
         """What neither of two dumps showed, and nothing spoke of meanwhile."""
         rec = self._rec
-        still = [peer for peer in absent if peer not in self._seen and peer not in touched.peers[kind]]
-        there = set(rec.wanted.peers()) if still else set()
-        for peer in still:
-            if peer in there and not rec.is_missing(peer, kind):  # it may have left meanwhile
+        peers = rec.wanted.peers()
+        for count, peer in enumerate(absent):
+            if count % LOST_AT_ONCE == LOST_AT_ONCE - 1:
+                yield
+            if peer in self._seen or peer in touched.peers[kind]:
+                continue
+            if peer in peers and not rec.is_missing(peer, kind):  # it may have left meanwhile
                 for its, key, _ in rec.wanted.entries(peer):
                     if its is kind and key not in self._others and (kind, key) not in touched.keys:
                         rec.lose(kind, key)

@@ -86,9 +86,14 @@ class _CannotStart(Exception):
     """One line for the operator."""
 
 
+SWITCH_S = 0.001
+"""A thread that has an event waits so long at most for one that computes (of CPython's 5 ms some three add up)."""
+
+
 def _run(settings: Settings) -> int:
     from lease.store import Feed
 
+    sys.setswitchinterval(SWITCH_S)
     rng = random.Random()  # noqa: S311 (draws a subnet, spreads load)
     side = _on_nodes(settings, rng) if settings.kube else _on_etcd(settings, rng)
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()

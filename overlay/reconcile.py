@@ -11,7 +11,7 @@ import errno
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -33,7 +33,7 @@ Entry = tuple[Kind, Any, Any]
 class WantedEntries(Protocol):
     """What shall be in the kernel (wanted.Wanted). A peer is a number."""
 
-    def peers(self) -> Iterable[int]:
+    def peers(self) -> Collection[int]:
         """All peers."""
 
     def bits(self, peer: int) -> int:
@@ -226,13 +226,11 @@ class Reconciler:
         """Whether a peer's entry is not as it should be."""
         return bool((self.todo.get(peer, 0) | self.held.get(peer, 0)) & 1 << kind)
 
-    def unseen(self, kind: Kind, seen: set[int]) -> list[int]:
-        """The peers whose entry of a kind we believe to be as it should be, but for these."""
-        bit, bits = 1 << kind, self.wanted.bits
+    def believed(self, kind: Kind, peers: Iterable[int]) -> list[int]:
+        """Of these peers (some may have left) those whose entry of a kind we believe to be as it should be."""
+        bit, there = 1 << kind, self.wanted.peers()
         return [
-            peer
-            for peer in set(self.wanted.peers()).difference(seen)
-            if bits(peer) & bit and not self.is_missing(peer, kind)
+            peer for peer in peers if peer in there and self.wanted.bits(peer) & bit and not self.is_missing(peer, kind)
         ]
 
     def device_lost(self, role: int, fdb_too: bool) -> None:

@@ -6,7 +6,7 @@ A peer is named by the number of its subnet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lease.model import Prefix
@@ -24,7 +24,7 @@ class Wanted:
     def __init__(self, node: plan.Node, table: PeerTable) -> None:
         self.node, self.table = node, table
 
-    def peers(self) -> Iterable[int]:
+    def peers(self) -> Collection[int]:
         """All peers."""
         return self.table.packed
 

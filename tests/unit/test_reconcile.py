@@ -156,7 +156,7 @@ class It(Reconciler):
         for key, value in found.items():
             self.find(kind, key, value)
         again = found if again is None else again
-        for n in self.unseen(kind, set()):
+        for n in self.believed(kind, self.wanted.of):
             for its, key, _ in self.wanted.entries(n):
                 if its is kind and key not in found and key not in again:
                     self.lose(kind, key)
@@ -165,7 +165,9 @@ class It(Reconciler):
 
     def found(self, kind: Kind) -> dict:
         """What it believes that the kernel has."""
-        right = {e[1]: e[2] for n in self.unseen(kind, set()) for e in self.wanted.entries(n) if e[0] is kind}
+        right = {
+            e[1]: e[2] for n in self.believed(kind, self.wanted.of) for e in self.wanted.entries(n) if e[0] is kind
+        }
         return right | self.extra[kind]
 
 
