@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
 from typing import NamedTuple
 
 from lease.codec import BadRecord, vxlan_data
@@ -70,13 +69,9 @@ class Hints(NamedTuple):
     faults: tuple[str, ...] = ()
 
 
-def seniority(created: str, uid: str) -> int:
-    """A number by which the older Node comes first: creationTimestamp (RFC 3339), then the uid."""
-    try:
-        seconds = int(datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp())
-    except ValueError:
-        seconds = 1 << 40  # no time at all: younger than any
-    return max(0, seconds) << 128 | uid_number(uid)
+def seniority(created: int, uid: str) -> int:
+    """A number by which the older Node comes first: creationTimestamp in seconds, then the uid."""
+    return max(0, created) << 128 | uid_number(uid)
 
 
 def uid_number(uid: str) -> int:

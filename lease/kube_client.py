@@ -16,9 +16,12 @@ from urllib.parse import urlencode
 
 import urllib3
 
+from lease.node_forms import MALFORMED, PROTOBUF, Answer
 from lease.store import StoreUnavailable
 
 TIMEOUT_S = 10.0
+LARGEST_EVENT = 1 << 24
+"""Bytes; etcd stores no object above 1.5 MiB unless told so."""
 SERVICE_HOST = "KUBERNETES_SERVICE_HOST"
 _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
@@ -52,25 +55,25 @@ class ApiError(StoreUnavailable):
 
 
 class Stream:
-    """The lines of a watch, in lumps as they arrive."""
+    """The events of a watch, as they arrive."""
 
     def __init__(self, response: urllib3.BaseHTTPResponse) -> None:
-        self._response = response
+        self._response, self.protobuf = response, _is_protobuf(response)
 
-    def lumps(self) -> Iterator[list[bytes]]:
-        """Whole lines. Ends when the server ends; raises StoreUnavailable when the connection breaks."""
-        rest = b""
+    def events(self) -> Iterator[list[Answer]]:
+        """Whole ones. Ends when the server ends; raises StoreUnavailable when the connection breaks."""
+        rest, cut = b"", _frames if self.protobuf else _lines
         try:
             for chunk in self._response.stream(1 << 16, decode_content=True):
-                *lines, rest = (rest + chunk).split(b"\n")
-                if lines:
-                    yield lines
+                bodies, rest = cut(rest + chunk)
+                if bodies:
+                    yield [Answer(body, self.protobuf) for body in bodies]
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
             # ValueError, AttributeError: what http.client says when its socket is shut down under it
             raise StoreUnavailable(f"the watch broke: {_words(error)}") from error
 
     def end(self) -> None:
-        """Wake the reader: its `lumps` ends or raises."""
+        """Wake the reader: its `events` ends or raises."""
         try:
             self._response.shutdown()
         except (OSError, ValueError, AttributeError, RuntimeError):
@@ -79,6 +82,31 @@ class Stream:
     def close(self) -> None:
         """Give the connection back; called by the reader alone."""
         self._response.close()
+
+
+def _lines(data: bytes) -> tuple[list[bytes], bytes]:
+    """JSON's events end with a newline."""
+    *lines, rest = data.split(b"\n")
+    return lines, rest
+
+
+def _frames(data: bytes) -> tuple[list[bytes], bytes]:
+    """Protobuf's stand behind their length in four bytes (apimachinery pkg/util/framer)."""
+    bodies: list[bytes] = []
+    at = 0
+    while len(data) >= at + 4:
+        size = int.from_bytes(data[at : at + 4], "big")
+        if size > LARGEST_EVENT:
+            raise ValueError(f"an event of {size} bytes")
+        if len(data) < at + 4 + size:
+            break
+        bodies.append(data[at + 4 : at + 4 + size])
+        at += 4 + size
+    return bodies, data[at:]
+
+
+def _is_protobuf(response: urllib3.BaseHTTPResponse) -> bool:
+    return response.headers.get("content-type", "").startswith(PROTOBUF)
 
 
 class KubeClient:
@@ -102,15 +130,14 @@ class KubeClient:
             return str(self._api.configuration.host)
         return self._settings.api_url or self._settings.kubeconfig or f"https://{os.environ.get(SERVICE_HOST)}"
 
-    def get(
-        self,
-        path: str,
-        query: Mapping[str, str | int],
-        accept: str = "application/json",
-        timeout_s: float = TIMEOUT_S,
-    ) -> Any:
+    def get(self, path: str) -> Any:
         """A JSON answer. Raises ApiError, StoreUnavailable."""
-        return self._json(self._request("GET", path, query, {"Accept": accept}, None, timeout_s, preload=True))
+        return self._json(self._request("GET", path, {}, {"Accept": "application/json"}, None, TIMEOUT_S, preload=True))
+
+    def ask(self, path: str, query: Mapping[str, str | int], accept: str, timeout_s: float = TIMEOUT_S) -> Answer:
+        """An answer in one of the forms accepted. Raises ApiError, StoreUnavailable."""
+        response = self._request("GET", path, query, {"Accept": accept}, None, timeout_s, preload=True)
+        return Answer(response.data, _is_protobuf(response))
 
     def patch(self, path: str, body: object) -> Any:
         """A strategic merge patch. Raises ApiError, StoreUnavailable."""
@@ -146,8 +173,9 @@ class KubeClient:
         url = f"{api.configuration.host.rstrip('/')}{path}{'?' if query else ''}{urlencode(query)}"
         try:
             sent = {"User-Agent": "overlayd", **headers}
-            api.update_params_for_auth(sent, [], ["BearerToken"], path, method, body)
-            response: urllib3.BaseHTTPResponse = api.rest_client.pool_manager.request(
+            for setting in api.configuration.auth_settings().values():  # reads the token file again, each minute
+                sent[setting["key"]] = setting["value"]
+            response: urllib3.BaseHTTPResponse = api.pool_manager.request(
                 method, url, headers=sent, body=body, preload_content=preload, retries=False, redirect=False,
                 timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
@@ -178,15 +206,21 @@ class KubeClient:
             return self._api
 
     def _connect(self) -> Any:
-        from kubernetes import client, config
+        from kubernetes.client.configuration import Configuration
+        from kubernetes.client.rest import RESTClientObject
 
-        loader: Any = config  # untyped
-        settings, made = self._settings, client.Configuration()
+        settings, made = self._settings, Configuration()
         try:
             if settings.kubeconfig:
-                loader.load_kube_config(settings.kubeconfig, client_configuration=made, persist_config=False)
+                from kubernetes.config import kube_config as loader
+
+                load: Any = loader.load_kube_config  # untyped
+                load(settings.kubeconfig, client_configuration=made, persist_config=False)
             elif not settings.api_url:
-                loader.load_incluster_config(made)
+                from kubernetes.config import incluster_config
+
+                load = incluster_config.load_incluster_config
+                load(made)
         except Exception as error:  # ConfigException, FileNotFoundError, YAML's: whatever stands in that file
             where = f"--kubeconfig-file: {settings.kubeconfig}" if settings.kubeconfig else "service account"
             raise StoreUnavailable(f"{where}: {_words(error)}") from error
@@ -194,11 +228,11 @@ class KubeClient:
             made.host = settings.api_url
         made.socket_options = _KEEPALIVE
         made.retries = None
-        return client.ApiClient(made)
+        return RESTClientObject(made)
 
     def _drop(self) -> None:
         if self._api is not None:
-            self._api.rest_client.pool_manager.clear()
+            self._api.pool_manager.clear()
         self._api = None
 
 
@@ -212,12 +246,10 @@ def _words(error: BaseException) -> str:
 def _refusal(response: urllib3.BaseHTTPResponse, preload: bool) -> tuple[str, str]:
     """A Status's message, and what it says was not found: `nodes/node1`."""
     try:
-        said = json.loads(response.data if preload else response.read(4096))
-        message, details = said.get("message", ""), said.get("details") or {}
-        missing = said.get("kind") == "Status" and said.get("reason") == "NotFound"
-        about = f"{details.get('kind')}/{details.get('name')}" if missing else ""
-    except (ValueError, AttributeError, OSError, RecursionError, urllib3.exceptions.HTTPError):
+        data = response.data if preload else response.read(4096)
+        message, about = Answer(data, _is_protobuf(response)).refusal()
+    except (*MALFORMED, OSError, urllib3.exceptions.HTTPError):
         message = about = ""
     finally:
         response.release_conn()
-    return " ".join(str(message).split())[:300] or response.reason or "", about
+    return " ".join(message.split())[:300] or response.reason or "", about

@@ -7,7 +7,6 @@ GET, many at once one list in pages.
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
@@ -15,26 +14,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from lease.annotations import LONGEST, Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
+from lease.annotations import Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
 from lease.codec import BadRecord
 from lease.kube_client import ApiError, KubeClient, KubeSettings, Stream
-from lease.model import Lease, Prefix, Refused
-from lease.packed import Leases
+from lease.model import Prefix, Refused
+from lease.node_forms import MALFORMED, METADATA, METADATA_LIST, WHOLE, Answer, NodeSeen, Page, node_of_json
+from lease.packed import Leases, pack, unpack
 from lease.store import Change, Changes, Gone, RecordChanged, Snapshot, StoreUnavailable
 
 NODES = "/api/v1/nodes"
-ONE = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
-MANY = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 FULL_PAGE, METADATA_PAGE = 50, 100
-"""Small, since a page is parsed whole: 500 of metadata cost 10 MiB that are never given back, and are no faster."""
+"""Small: what a page takes is never given back, and larger ones are no faster."""
 SINGLY = 16
 """So many unknown uids at once are asked for one by one; more by one list."""
 SILENT_S, PROBE_S = 8.0, 5.0
 """A watch silent for so long is doubted: is the server there at all? Together below 15 s."""
 NO_BOOKMARK_S = 100.0
 """Bookmarks come every minute; without them (a restored etcd) the list is read again."""
-LUMP, PAUSE_S = 8, 0.1
-"""Under many events they are read in lumps: a wake for each would cost more than the events."""
+MANY_PER_S, PAUSE_S, WAITED_S = 50, 0.1, 0.0005
+"""When so many events come, they are read in lumps: a wake for each would cost more than the events."""
 UNAVAILABLE = "NetworkUnavailable"
 
 
@@ -55,13 +53,13 @@ class NodeView(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """What is kept of a Node. said: its annotations of interest; change: what it is to peers."""
+    """What is kept of a Node, some 500 bytes. said: a hash of its annotations of interest; subnets: see `_subnets`; change:
+    what it is to peers, a lease packed."""
 
-    uid: str
-    subnets: dict[int, Prefix]
-    fault: str
-    said: tuple[str | None, ...]
-    change: Lease | Refused | None
+    uid: bytes
+    said: int
+    subnets: bytes
+    change: bytes | Refused | None
 
 
 class NodeStore:
@@ -102,31 +100,28 @@ class NodeStore:
 
     def _read(self) -> Snapshot:
         nodes: dict[str, _Node] = {}
-        unknown: dict[str, dict[str, Any]] = {}
+        unknown: dict[str, NodeSeen] = {}
         first = not self._nodes
         version = "0"
         for page in self._pages(full=first):
-            version = page["metadata"]["resourceVersion"]
-            for item in page["items"]:
-                meta = item["metadata"]
-                name, known = meta["name"], self._nodes.get(meta["name"])
+            version = page.version
+            for seen in page.nodes:
+                known = self._nodes.get(seen.name)
                 if first:
-                    nodes[name] = self._keep(meta, *_subnets(item.get("spec") or {}))
-                elif known is not None and known.uid == meta["uid"] and known.subnets:
-                    nodes[name] = known if known.said == self._said(meta) else self._keep(meta, known.subnets)
-                elif self._asks(meta):
-                    unknown[name] = _reduced(meta, self._interesting)
+                    nodes[seen.name] = self._keep(seen, *_subnets(seen.pod_cidrs))
+                elif known is not None and known.uid == _uid(seen) and known.subnets:
+                    nodes[seen.name] = known if known.said == self._said(seen) else self._keep(seen, known.subnets)
+                elif self._asks(seen):
+                    unknown[seen.name] = seen
                 else:
-                    nodes[name] = self._keep(meta, {})
+                    nodes[seen.name] = self._keep(seen, b"")
         nodes.update(self._resolve(unknown))
         self._nodes, self._version = nodes, version
-        self._hints = self._own_hints()
-        found = [node.change for node in nodes.values()]
         return Snapshot(
             _number(version),
             self.config(),
-            Leases.of(item for item in found if isinstance(item, Lease)),
-            {item.key: item for item in found if isinstance(item, Refused)},
+            Leases({name: node.change for name, node in nodes.items() if isinstance(node.change, bytes)}),
+            {name: node.change for name, node in nodes.items() if isinstance(node.change, Refused)},
             self._hints,
         )
 
@@ -139,17 +134,17 @@ class NodeStore:
                 "resourceVersion": self._version,
                 "timeoutSeconds": random.randint(300, 600),  # noqa: S311 (spreads load, guards nothing)
             }
-            stream = self._client.watch(NODES, query, ONE)
+            stream = self._client.watch(NODES, query, METADATA)
             self._stream, opened = stream, time.monotonic()
-            doubts = _Doubts(stream, self._probe)
+            doubts, pace = _Doubts(stream, self._probe), _Pace()
             doubts.start()
             try:
-                for lines in stream.lumps():
+                for events in stream.events():
                     doubts.heard()
-                    if changes := self._take(lines):
+                    pace.came(len(events))
+                    if changes := self._take(events):
                         yield Changes(_number(self._version), tuple(changes))
-                    if len(lines) >= LUMP:
-                        time.sleep(PAUSE_S)
+                    pace.rest()
             except StoreUnavailable as error:
                 raise StoreUnavailable(f"{self._client.place}: {doubts.why or error}") from error
             finally:
@@ -170,141 +165,122 @@ class NodeStore:
         if self._stream is not None:
             self._stream.end()
 
-    def _take(self, lines: list[bytes]) -> list[Change]:
-        """What a lump of events changes; later events of a node win over earlier ones."""
+    def _take(self, events: list[Answer]) -> list[Change]:
+        """What some events change; later events of a node win over earlier ones."""
         changes: dict[str, Change] = {}
-        unknown: dict[str, dict[str, Any]] = {}
-        for line in lines:
+        unknown: dict[str, NodeSeen] = {}
+        hints_before = self._hints
+        for answer in events:
             try:
-                event = json.loads(line)
-                kind, item = event["type"], event["object"]
-                if kind == "ERROR":
-                    raise StoreUnavailable(f"{item.get('code')} {item.get('message')}; the list is read again")
-                meta = item["metadata"]
-                version = meta["resourceVersion"]
-                if kind != "BOOKMARK":
-                    self._observe(kind, meta, changes, unknown)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                event = answer.event(self._interesting)
+                if event.node is None:
+                    raise StoreUnavailable(f"{event.error}; the list is read again")
+                if event.kind != "BOOKMARK":
+                    self._observe(event.kind, event.node, changes, unknown)
+            except MALFORMED as error:
                 raise StoreUnavailable(f"an event that is none ({error!r}); the list is read again") from error
-            self._version = version
+            self._version = event.node.version
         with _answers_of(self._client.place):
             for name, node in self._resolve(unknown).items():
                 self._put(name, node, changes)
-        own = self._own_hints()
         told: list[Change] = list(changes.values())
-        if own != self._hints or self._own in unknown:
-            self._hints = own
-            told.append(own)
+        if self._hints != hints_before or self._own in unknown:
+            told.append(self._hints)
         return told
 
-    def _observe(
-        self, kind: str, meta: dict[str, Any], changes: dict[str, Change], unknown: dict[str, dict[str, Any]]
-    ) -> None:
-        name, known = meta["name"], self._nodes.get(meta["name"])
+    def _observe(self, kind: str, seen: NodeSeen, changes: dict[str, Change], unknown: dict[str, NodeSeen]) -> None:
+        name, known = seen.name, self._nodes.get(seen.name)
         if kind == "DELETED":
-            if known is None or known.uid == meta["uid"]:
+            if known is None or known.uid == _uid(seen):
                 unknown.pop(name, None)
                 self._nodes.pop(name, None)
                 changes[name] = Gone(name)
-        elif known is not None and known.uid == meta["uid"] and known.subnets:
-            if known.said != self._said(meta):
-                self._put(name, self._keep(meta, known.subnets), changes)
-        elif self._asks(meta):
-            unknown[name] = _reduced(meta, self._interesting)
+        elif known is not None and known.uid == _uid(seen) and known.subnets:
+            if known.said != self._said(seen):
+                self._put(name, self._keep(seen, known.subnets), changes)
+        elif self._asks(seen):
+            unknown[name] = seen
         else:
             unknown.pop(name, None)
-            self._put(name, self._keep(meta, {}), changes)
+            self._put(name, self._keep(seen, b""), changes)
 
-    def _asks(self, meta: Mapping[str, Any]) -> bool:
+    def _asks(self, seen: NodeSeen) -> bool:
         """Whether a Node's podCIDR is worth a request: one that nobody manages (yet, or ever) is no peer, and where the
         cluster gives no podCIDRs each heartbeat of each Node would cost each agent one."""
-        managed = (meta.get("annotations") or {}).get(self._names.managed) == "true"
-        return managed or meta["name"] == self._own
+        return seen.annotations.get(self._names.managed) == "true" or seen.name == self._own
 
     def _put(self, name: str, node: _Node, changes: dict[str, Change]) -> None:
         was = self._nodes.get(name)
         self._nodes[name] = node
         if node.change is not None:
-            changes[name] = node.change
+            changes[name] = unpack(node.change) if isinstance(node.change, bytes) else node.change
         elif was is not None and was.change is not None:
             changes[name] = Gone(name)
 
-    def _resolve(self, unknown: Mapping[str, dict[str, Any]]) -> dict[str, _Node]:
+    def _resolve(self, unknown: Mapping[str, NodeSeen]) -> dict[str, _Node]:
         """The podCIDRs of Nodes whose uid is new to us. One that was made again meanwhile is left out: its own event
         is on its way."""
         found: dict[str, _Node] = {}
         if len(unknown) > SINGLY:
             for page in self._pages(full=True):
-                for item in page["items"]:
-                    meta = item["metadata"]
-                    if meta["name"] in unknown and unknown[meta["name"]]["uid"] == meta["uid"]:
-                        found[meta["name"]] = self._keep(unknown[meta["name"]], *_subnets(item.get("spec") or {}))
+                for whole in page.nodes:
+                    seen = unknown.get(whole.name)
+                    if seen is not None and seen.uid == whole.uid:
+                        found[whole.name] = self._keep(seen, *_subnets(whole.pod_cidrs))
             return found
-        for name, meta in unknown.items():
+        for name, seen in unknown.items():
             try:
-                item = self._client.get(f"{NODES}/{name}", {})
+                whole = self._client.ask(f"{NODES}/{name}", {}, WHOLE).node(self._interesting)
             except ApiError as error:
                 if error.about == f"nodes/{name}":
                     continue
                 raise
-            if item["metadata"]["uid"] == meta["uid"]:
-                found[name] = self._keep(meta, *_subnets(item.get("spec") or {}))
+            if whole.uid == seen.uid:
+                found[name] = self._keep(whole, *_subnets(whole.pod_cidrs))
         return found
 
-    def _pages(self, full: bool) -> Iterator[Any]:
+    def _pages(self, full: bool) -> Iterator[Page]:
         """A list, page by page. Without a resourceVersion: with it, `limit` would be ignored."""
         query: dict[str, str | int] = {"limit": FULL_PAGE if full else METADATA_PAGE}
         while True:
-            page = self._client.get(NODES, query, "application/json" if full else MANY)
-            try:
-                page["metadata"]["resourceVersion"], page["items"]
-            except (KeyError, TypeError) as error:
-                raise StoreUnavailable(f"{self._client.place}: a list that is none: {error!r}") from error
+            with _answers_of(self._client.place):
+                page = self._client.ask(NODES, query, WHOLE if full else METADATA_LIST).page(self._interesting)
             yield page
-            token = page["metadata"].get("continue")
-            if not token:
+            if not page.token:
                 return
-            query["continue"] = token
+            query["continue"] = page.token
 
-    def _keep(self, meta: Mapping[str, Any], subnets: dict[int, Prefix], fault: str = "") -> _Node:
-        name, uid = meta["name"], meta["uid"]
-        notes = meta.get("annotations") or {}
-        created, number = seniority(meta.get("creationTimestamp") or "", uid), uid_number(uid)
-        change: Lease | Refused | None
+    def _keep(self, seen: NodeSeen, subnets: bytes, fault: str = "") -> _Node:
+        made: bytes | Refused | None = None
+        created, number = seniority(seen.created, seen.uid), uid_number(seen.uid)
         try:
-            change = decode_node(name, notes, subnets, self._names, created, number)
-            if change is not None and fault:
-                change = Refused(name, fault, 0)
+            lease = decode_node(seen.name, seen.annotations, _prefixes(subnets), self._names, created, number)
+            if lease is not None:
+                made = Refused(seen.name, fault, 0) if fault else pack(lease)
         except BadRecord as error:
-            change = Refused(name, fault or str(error), 0)
-        return _Node(uid, subnets, fault, self._said(meta), change)
+            made = Refused(seen.name, fault or str(error), 0)
+        if seen.name == self._own:
+            self._hints = hints(seen.annotations, self._names)
+        return _Node(_uid(seen), self._said(seen), subnets, made)
 
-    def _said(self, meta: Mapping[str, Any]) -> tuple[str | None, ...]:
-        notes = meta.get("annotations") or {}
-        return tuple(_bounded(notes.get(name)) for name in self._interesting)
-
-    def _own_hints(self) -> Hints:
-        node = self._nodes.get(self._own)
-        if node is None:
-            return self._hints
-        said = {name: text for name, text in zip(self._interesting, node.said, strict=True) if text is not None}
-        return hints(said, self._names)
+    def _said(self, seen: NodeSeen) -> int:
+        """Python's hash of texts, which is keyed: nobody can make two that are alike."""
+        return hash(tuple(seen.annotations.get(name) for name in self._interesting))
 
     def _probe(self) -> None:
         """Does the server answer? What it answers does not matter. Raises StoreUnavailable."""
         try:
-            self._client.get(f"{NODES}/{self._own}", {"resourceVersion": "0"}, ONE, timeout_s=PROBE_S)
+            self._client.ask(f"{NODES}/{self._own}", {"resourceVersion": "0"}, METADATA, timeout_s=PROBE_S)
         except ApiError:
             return
 
     # --- our own Node --------------------------------------------------------------------------------------------------
 
-    def known(self) -> dict[str, Lease]:
+    def known(self) -> Leases:
         """The other nodes' leases as last seen."""
-        there = dict(self._nodes)
-        return {
-            name: node.change for name, node in there.items() if isinstance(node.change, Lease) and name != self._own
-        }
+        there = dict(self._nodes)  # the feed may change the other
+        there.pop(self._own, None)
+        return Leases({name: node.change for name, node in there.items() if isinstance(node.change, bytes)})
 
     def own(self) -> NodeView:
         """Our own Node, read now. Raises NodeGone, StoreUnavailable."""
@@ -313,7 +289,7 @@ class NodeStore:
 
     def _view(self) -> NodeView:
         try:
-            item = self._client.get(f"{NODES}/{self._own}", {})
+            item = self._client.get(f"{NODES}/{self._own}")
         except ApiError as error:
             if error.about == f"nodes/{self._own}":
                 raise NodeGone(f"there is no Node {self._own}") from error
@@ -321,11 +297,12 @@ class NodeStore:
         meta = item["metadata"]
         conditions = (item.get("status") or {}).get("conditions") or []
         found: dict[str, str] = next((c for c in conditions if c.get("type") == UNAVAILABLE), {})
-        subnets, fault = _subnets(item.get("spec") or {})
+        seen = node_of_json(item, ())
+        subnets, fault = _subnets(seen.pod_cidrs)
         return NodeView(
-            meta["uid"],
-            seniority(meta.get("creationTimestamp") or "", meta["uid"]),
-            subnets,
+            seen.uid,
+            seniority(seen.created, seen.uid),
+            _prefixes(subnets),
             fault,
             meta.get("annotations") or {},
             found.get("status") or "",
@@ -382,20 +359,50 @@ class _Doubts(threading.Thread):
                 return
 
 
-def _subnets(spec: Mapping[str, Any]) -> tuple[dict[int, Prefix], str]:
-    """podCIDRs by family, and why they cannot be read ("" when they can)."""
-    texts = spec.get("podCIDRs") or ([spec["podCIDR"]] if spec.get("podCIDR") else [])
+class _Pace:
+    """Rests when many events come, so that those of a tenth of a second are read with one wake."""
+
+    def __init__(self) -> None:
+        self._since = self._asked = time.monotonic()
+        self._count, self._many, self._waited = 0, False, False
+
+    def came(self, events: int) -> None:
+        """So many were read."""
+        now = time.monotonic()
+        self._waited = now - self._asked > WAITED_S
+        self._count += events
+        if now - self._since >= 0.5:
+            self._many = self._count > MANY_PER_S * (now - self._since)
+            self._since, self._count = now, 0
+
+    def rest(self) -> None:
+        """They were dealt with. While others wait already there is no rest."""
+        if self._many and self._waited:
+            time.sleep(PAUSE_S)
+        self._asked = time.monotonic()
+
+
+def _subnets(pod_cidrs: Any) -> tuple[bytes, str]:
+    """podCIDRs by family: of each the family, the length and the base, in 18 bytes; and why they cannot be read ("" when
+    they can)."""
     try:
-        return node_subnets(texts), ""
+        found = node_subnets(pod_cidrs)
     except BadRecord as error:
-        return {}, str(error)
+        return b"", str(error)
+    return b"".join(bytes(there[::2]) + there.base.to_bytes(16, "big") for there in found.values()), ""
 
 
-def _bounded(text: str | None) -> str | None:
-    """An annotation as it is remembered: a huge one (256 KiB are allowed) by its hash."""
-    if text is None or len(text) <= LONGEST:
-        return text
-    return f"{len(text)} bytes {hash(text)}"
+def _prefixes(subnets: bytes) -> dict[int, Prefix]:
+    """The podCIDRs that `_subnets` packed."""
+    return {
+        subnets[at]: Prefix(subnets[at], int.from_bytes(subnets[at + 2 : at + 18], "big"), subnets[at + 1])
+        for at in range(0, len(subnets), 18)
+    }
+
+
+def _uid(seen: NodeSeen) -> bytes:
+    """A uid in the bytes it is compared by."""
+    return seen.uid.encode("utf-8", "surrogatepass")
 
 
 @contextmanager
@@ -403,18 +410,8 @@ def _answers_of(place: str) -> Iterator[None]:
     """An answer that has not the form it must have (a proxy's, a broken server's) is no answer."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except MALFORMED as error:
         raise StoreUnavailable(f"{place}: an answer that is none of this API's: {error!r}") from error
-
-
-def _reduced(meta: Mapping[str, Any], interesting: tuple[str, ...]) -> dict[str, Any]:
-    notes = meta.get("annotations") or {}
-    return {
-        "name": meta["name"],
-        "uid": meta["uid"],
-        "creationTimestamp": meta.get("creationTimestamp"),
-        "annotations": {name: notes[name] for name in interesting if name in notes},
-    }
 
 
 def _number(version: str) -> int:

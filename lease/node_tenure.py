@@ -17,6 +17,7 @@ from lease.codec import BadRecord, vxlan_data
 from lease.kube_client import ApiError
 from lease.kubernetes import UNAVAILABLE, NodeGone, NodeView
 from lease.model import Endpoint, Lease, Prefix, ip_number
+from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.tenure import Denied, Held, Lost, Renewed, TenureEvent
 
@@ -33,7 +34,7 @@ REASON, MESSAGE = "FlannelIsUp", "Flannel is running on this node"
 class OwnNode(Protocol):
     """What a NodeTenure needs of the store."""
 
-    def known(self) -> dict[str, Lease]:
+    def known(self) -> Leases:
         """The other nodes' leases as last seen."""
 
     def own(self) -> NodeView:
@@ -156,10 +157,8 @@ class NodeTenure:
         return None
 
     def _older_overlap(self, subnet: Prefix, created: int) -> str | None:
-        for name, other in self._store.known().items():
-            if other.created < created and other.v4 is not None and other.v4.subnet.overlaps(subnet):
-                return name
-        return None
+        older = (other for other in self._store.known().overlapping(subnet) if other.created < created)
+        return next((other.key for other in older), None)
 
     def _deny(self, why: str, homeless: bool = False) -> list[TenureEvent]:
         self._denied = why
@@ -184,18 +183,19 @@ class NodeTenure:
 
     def _mac(self, claim: Claim, view: NodeView) -> int:
         """The MAC we hold, the device's, else our annotation's, else a new one; never one that an older Node has."""
-        used = {
-            end.mac
-            for other in self._store.known().values()
-            if other.created < view.created
-            for end in (other.v4, other.v6)
-            if end is not None and end.mac is not None
-        }
+        known = self._store.known()
+
+        def free(mac: int) -> bool:
+            return all(other.created >= view.created for other in known.with_mac(mac))
+
         held = self.held.v4.mac if self.held is not None and self.held.v4 is not None else self._last_mac
         for mac in (held, claim.device_mac, self._published(view)):
-            if mac is not None and mac not in used:
+            if mac is not None and free(mac):
                 return mac
-        return choose_mac(used, self._rng)
+        while True:
+            drawn = choose_mac((), self._rng)
+            if free(drawn):
+                return drawn
 
     def _published(self, view: NodeView) -> int | None:
         try:

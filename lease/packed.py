@@ -155,6 +155,12 @@ class Leases(Mapping[str, Lease]):
             found += [p for p in self.packed.values() if text in p]
         return map(unpack, dict.fromkeys(found))
 
+    def overlapping(self, subnet: Prefix) -> Iterator[Lease]:
+        """Those whose IPv4 subnet shares an address with this one."""
+        for packed in self.packed.values():
+            if packed[FORM] != NO_IPV4 and subnet_of(packed).overlaps(subnet):
+                yield unpack(packed)
+
     def odd(self, length: int) -> Iterator[Lease]:
         """Those whose subnet has another length, or whose key says more than their subnet."""
         for packed in self.packed.values():

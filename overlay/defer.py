@@ -31,11 +31,19 @@ BY_SUBMODULES = (
     "etcd3",  # etcd3.etcdrpc
     "pyroute2",  # pyroute2.netlink.rtnl
     "kubernetes",  # kubernetes.client, kubernetes.config
-    "kubernetes.client",  # configuration, api_client, rest: not its 700 models
+    "kubernetes.client",  # configuration, rest: not its 700 models, nor pydantic (with them 20 MiB)
     "kubernetes.client.models",
+    "kubernetes.config",  # incluster_config: not what kubeconfig files need (6 MiB), unless there is one
+    "kubernetes.utils",  # what its client.rest uses
+    "urllib3.http2",  # its probe: not importlib.metadata (2 MiB)
 )
 """Packages of which only submodules are used: a submodule is imported without the package, which runs when anything else
 is asked for."""
+HOMES = {
+    ("kubernetes.client", "Configuration"): "kubernetes.client.configuration",
+    ("kubernetes.client", "ApiClient"): "kubernetes.client.api_client",
+}
+"""What kubernetes.config takes from a deferred package, and where that has it from."""
 WITHOUT = ("rich", "better_exceptions")
 """What structlog takes when it finds it, to print tracebacks; the agent prints none. (It costs 4 MiB and 60 ms.)"""
 
@@ -51,6 +59,8 @@ class _Deferred(ModuleType):
         # One lock for all, since a module that runs may ask for another: two locks could be taken in either order.
         with _lock:
             own = self.__dict__
+            if (home := HOMES.get((self.__name__, name))) is not None:
+                return getattr(importlib.import_module(home), name)
             if own["_overlay_by_submodules"] and (found := _submodule(self.__name__, name)) is not None:
                 return found
             if type(self) is _Deferred and not own["_overlay_runs"]:

@@ -7,11 +7,11 @@ import random
 import subprocess
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 
 import pytest
 
+from lease import kubernetes
 from lease.annotations import Hints, Names
 from lease.kube_client import KubeClient, KubeSettings, KubeSettingsError
 from lease.kubernetes import SINGLY, NodeStore
@@ -190,7 +190,7 @@ def test_a_pod_cidr_that_comes_late(clean, stores):
 
 def test_many_unknown_nodes_cost_one_list_and_one_costs_one_get(clean, stores, monkeypatch):
     asked: list[str] = []
-    real = KubeClient.get
+    real = KubeClient.ask
 
     def counted(self, path, query, *args, **more):
         asked.append(path)
@@ -199,7 +199,7 @@ def test_many_unknown_nodes_cost_one_list_and_one_costs_one_get(clean, stores, m
     store = stores(clean)
     store.read()
     watching = store.watch(0)
-    monkeypatch.setattr(KubeClient, "get", counted)
+    monkeypatch.setattr(KubeClient, "ask", counted)
     peer(clean, 1)
     assert next(watching).changes[0].key == "n1"
     assert asked == ["/api/v1/nodes/n1"]
@@ -222,7 +222,7 @@ def test_many_unknown_nodes_cost_one_list_and_one_costs_one_get(clean, stores, m
 def test_heartbeats_of_nodes_that_nobody_manages_cost_no_request(clean, stores, monkeypatch):
     """They have no podCIDR: a cluster that gives none, virtual nodes."""
     asked: list[str] = []
-    real = KubeClient.get
+    real = KubeClient.ask
 
     def counted(self, path, query, *args, **more):
         asked.append(path)
@@ -230,7 +230,7 @@ def test_heartbeats_of_nodes_that_nobody_manages_cost_no_request(clean, stores, 
 
     told = stores.feed(stores(clean))
     until("listed", lambda: told.lists)
-    monkeypatch.setattr(KubeClient, "get", counted)
+    monkeypatch.setattr(KubeClient, "ask", counted)
     for number in range(30):
         clean.node(f"bare{number}")
     for number in range(60):
@@ -297,7 +297,7 @@ def test_the_manifests_role_gives_this_and_no_more(clean, method, path, allowed)
     clean.node("me", "10.244.2.0/24")
     client = KubeClient(KubeSettings(kubeconfig=clean.kubeconfig()))
     try:
-        call = (lambda: client.get(path, {})) if method == "get" else (lambda: client.patch(path, {"metadata": {}}))
+        call = (lambda: client.get(path)) if method == "get" else (lambda: client.patch(path, {"metadata": {}}))
         if allowed:
             call()
         else:
@@ -327,7 +327,7 @@ def test_a_missing_or_broken_kubeconfig_is_waited_for(tmp_path):
             path.write_text(content)
         client = KubeClient(KubeSettings(kubeconfig=str(path)))
         with pytest.raises(StoreUnavailable, match="--kubeconfig-file"):
-            client.get("/version", {})
+            client.get("/version")
         client.close()
 
 
@@ -400,13 +400,20 @@ def test_compacted_history_means_list_again(kube, stores):
     assert len(store.read().leases) == 4
 
 
-def test_uids_and_names_of_every_form():
-    from lease.annotations import seniority
-
-    assert seniority("2026-01-01T00:00:00Z", "x") < seniority("2026-01-01T00:00:01Z", "a")
-    first, second = sorted(str(uuid.uuid4()) for _ in range(2))
-    assert seniority("2026-01-01T00:00:00Z", first) < seniority("2026-01-01T00:00:00Z", second)
-    assert seniority("2030-01-01T00:00:00Z", "x") < seniority("", "x") == seniority("rubbish", "x")
+def test_the_server_says_the_same_in_both_forms(clean, stores, monkeypatch):
+    for number in range(1, 60):  # more than a page
+        peer(clean, number)
+    clean.node("odd", pod_cidrs=("10.244.77.9/24", "fd00:77::/64"))
+    found = [stores(clean).read()]
+    for name in ("WHOLE", "METADATA", "METADATA_LIST"):
+        monkeypatch.setattr(kubernetes, name, getattr(kubernetes, name).split(",")[1])
+    store = stores(clean)
+    found.append(store.read())
+    assert len(found[0].leases) == 59
+    assert found[0][1:] == found[1][1:]
+    watching = store.watch(0)
+    peer(clean, 1, "n60")
+    assert next(watching).changes[0].key == "n60", "an old server's JSON does as well"
 
 
 def test_gone_is_told_once(clean, stores):

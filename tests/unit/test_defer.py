@@ -52,8 +52,8 @@ print("ok")
 """
 
 
-def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+def run(program: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -76,6 +76,46 @@ def test_an_agent_on_etcd_runs_none_of_them():
         "ssl",
         "overlay.status",
     } & set(found["modules"])
+
+
+ON_NODES = """
+import json, sys
+from overlay import defer
+defer.install()
+import overlay.main, overlay.agent, overlay.files, lease.keeper, lease.store, lease.node_tenure, lease.kubernetes
+from lease.kube_client import KubeClient, KubeSettings
+KubeClient(KubeSettings(api_url="https://127.0.0.1:1"))._connected()
+import kubernetes.config.incluster_config
+print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
+"""
+HOME = """
+import importlib, sys
+from overlay import defer
+if sys.argv[1:]:
+    defer.install()
+for (package, name), home in defer.HOMES.items():
+    assert getattr(importlib.import_module(package), name) is getattr(importlib.import_module(home), name), name
+print("ok")
+"""
+
+
+def test_an_agent_on_nodes_runs_none_of_them():
+    found = json.loads(run(ON_NODES))
+    assert set(found["ran"]) <= {"inspect"}  # typing_extensions asks for it
+    unused = {
+        "pydantic",
+        "requests",
+        "yaml",
+        "dateutil",
+        "kubernetes.client.api_client",
+        "kubernetes.config.kube_config",
+    }
+    assert not (unused | {"importlib.metadata", "asyncio.events", "grpc", "etcd3", "h2"}) & set(found["modules"])
+
+
+@pytest.mark.parametrize("deferred", [[], ["deferred"]])
+def test_what_is_taken_from_its_home_is_what_the_package_has(deferred):
+    assert run(HOME, *deferred) == "ok\n"
 
 
 def test_two_threads_may_ask_first_at_once():

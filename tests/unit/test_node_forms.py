@@ -1,0 +1,131 @@
+"""JSON and protobuf of an API server (1.34.4) say the same; whatever is neither is refused, and nothing hangs."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lease.kube_client import _frames
+from lease.node_forms import MALFORMED, NO_TIME, Answer, Event, NodeSeen
+from tests.unit.recordings import FOLDER
+
+SAID = {name: b64decode(text) for name, text in json.loads((FOLDER / "nodes.json").read_text()).items()}
+NOTES = tuple(f"flannel.alpha.coreos.com/{name}" for name in ("backend-data", "public-ip", "kube-subnet-manager"))
+ERROR = (
+    b"\n\x05ERROR\x12\xad\x01\n\xaa\x01k8s\x00\n\x0c\n\x02v1\x12\x06Status\x12\x91\x01\n\x06\n\x00\x12\x00\x1a\x00\x12\x07Failure"
+    b"\x1ala watch stream was requested by the client but the required storage feature RequestWatchProgress is disabled"
+    b'"\rInternalError0\xf4\x03\x1a\x00"\x00'
+)
+
+
+def both(name: str) -> tuple[Answer, Answer]:
+    return Answer(SAID[f"{name} json"], False), Answer(SAID[f"{name} protobuf"], True)
+
+
+def test_a_node():
+    plain, quick = (answer.node(NOTES) for answer in both("node"))
+    assert quick == plain
+    assert plain.name == "node1"
+    assert len(plain.uid) == 36
+    assert plain.pod_cidrs == ["10.255.255.0/24"]
+    assert set(plain.annotations) == set(NOTES)
+    assert 1_700_000_000 < plain.created < 2_000_000_000
+
+
+def test_a_list_of_metadata():
+    plain, quick = (answer.page(NOTES) for answer in both("metadata list"))
+    # the token holds nothing of the form it was asked in, and the list was read twice at one version
+    assert quick == plain
+    assert len(plain.nodes) == 2
+    assert plain.token
+    assert all(node.annotations and node.pod_cidrs == [] for node in plain.nodes)
+
+
+def test_events():
+    plain = [Answer(line, False).event(NOTES) for line in SAID["watch json"].splitlines()]
+    frames, rest = _frames(SAID["watch protobuf"])
+    assert rest == b""
+    assert [Answer(frame, True).event(NOTES) for frame in frames] == plain
+    assert [event.kind for event in plain][:2] == ["ADDED", "MODIFIED"]
+
+
+def test_frames_that_are_cut_anywhere_come_whole():
+    data = SAID["watch protobuf"]
+    for cut in range(len(data)):
+        first, rest = _frames(data[:cut])
+        second, rest = _frames(rest + data[cut:])
+        assert [*first, *second] == _frames(data)[0]
+        assert rest == b""
+    with pytest.raises(ValueError, match="an event of 2155905152 bytes"):
+        _frames(b"\x80\x80\x80\x80")
+
+
+def test_refusals():
+    plain, quick = (answer.refusal() for answer in both("not found"))
+    assert plain == quick == ('nodes "nope" not found', "nodes/nope")
+
+
+def test_an_error_in_a_watch():
+    found = Answer(ERROR, True).event(NOTES)
+    assert found.kind == "ERROR"
+    assert found.node is None
+    assert found.error.startswith("500 a watch stream was requested")
+    text = b'{"type":"ERROR","object":{"kind":"Status","code":410,"message":"too old"}}'
+    assert Answer(text, False).event(NOTES) == Event("ERROR", None, "410 too old")
+
+
+def test_a_bookmark_has_no_name():
+    text = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"7","creationTimestamp":null}}}'
+    plain = Answer(text, False).event(NOTES)
+    meta = b"\x32\x017"
+    inner = b"k8s\0\x12" + bytes([len(meta) + 2]) + b"\x0a" + bytes([len(meta)]) + meta
+    raw = b"\x0a" + bytes([len(inner)]) + inner
+    quick = Answer(b"\x0a\x08BOOKMARK\x12" + bytes([len(raw)]) + raw, True).event(NOTES)
+    assert quick.node is not None
+    assert plain.node is not None
+    assert quick.node.version == plain.node.version == "7"
+    assert quick.node.created == plain.node.created == NO_TIME
+
+
+@pytest.mark.parametrize("name", ["node", "metadata list", "not found"])
+@given(data=st.data())
+def test_what_is_damaged_is_refused_or_read_and_never_hangs(name, data):
+    body = bytearray(SAID[f"{name} protobuf"])
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(body[: data.draw(st.integers(0, len(body)))])
+    for read in (Answer(cut, True).node, Answer(cut, True).page, Answer(cut, True).event):
+        try:
+            found = read(NOTES)
+        except MALFORMED:
+            continue
+        assert isinstance(found, tuple)
+
+
+@given(st.binary(max_size=200))
+def test_rubbish_is_refused(data):
+    for form in (True, False):
+        for read in (Answer(data, form).node, Answer(data, form).page, Answer(data, form).event):
+            try:
+                found = read(NOTES)
+            except MALFORMED:
+                continue
+            assert isinstance(found, tuple)
+
+
+def test_a_number_that_never_ends_is_refused():
+    with pytest.raises(ValueError, match="without end"):
+        Answer(b"k8s\0\x08" + b"\xff" * 200, True).node(NOTES)
+
+
+def test_a_node_with_the_old_field_alone():
+    assert Answer(
+        json.dumps(
+            {"metadata": {"name": "n", "uid": "u", "resourceVersion": "1"}, "spec": {"podCIDR": "10.1.0.0/24"}}
+        ).encode(),
+        False,
+    ).node(()) == NodeSeen("n", "u", "1", NO_TIME, {}, ["10.1.0.0/24"])
