@@ -53,11 +53,12 @@ class NodeView(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """What is kept of a Node, some 500 bytes. said: a hash of its annotations of interest; subnets: see `_subnets`; change:
-    what it is to peers, a lease packed."""
+    """What is kept of a Node, some 500 bytes. said: a hash of its annotations of interest, raw: of all, as NodeSeen has it;
+    subnets: see `_subnets`; change: what it is to peers, a lease packed."""
 
     uid: bytes
     said: int
+    raw: int
     subnets: bytes
     change: bytes | Refused | None
 
@@ -110,7 +111,8 @@ class NodeStore:
                 if first:
                     nodes[seen.name] = self._keep(seen, *_subnets(seen.pod_cidrs))
                 elif known is not None and known.uid == _uid(seen) and known.subnets:
-                    nodes[seen.name] = known if known.said == self._said(seen) else self._keep(seen, known.subnets)
+                    same = known.said == self._said(seen)
+                    nodes[seen.name] = known._replace(raw=seen.raw) if same else self._keep(seen, known.subnets)
                 elif self._asks(seen):
                     unknown[seen.name] = seen
                 else:
@@ -171,6 +173,8 @@ class NodeStore:
         unknown: dict[str, NodeSeen] = {}
         hints_before = self._hints
         for answer in events:
+            if self._is_no_news(answer):
+                continue
             try:
                 event = answer.event(self._interesting)
                 if event.node is None:
@@ -188,6 +192,17 @@ class NodeStore:
             told.append(self._hints)
         return told
 
+    def _is_no_news(self, answer: Answer) -> bool:
+        """Whether an event says of a Node what we know: nearly all are heartbeats of kubelets."""
+        seen = answer.glance()
+        if seen is None:
+            return False
+        known = self._nodes.get(seen.name)
+        if known is None or known.raw != seen.raw or not known.subnets or known.uid != seen.uid.encode():
+            return False
+        self._version = seen.version
+        return True
+
     def _observe(self, kind: str, seen: NodeSeen, changes: dict[str, Change], unknown: dict[str, NodeSeen]) -> None:
         name, known = seen.name, self._nodes.get(seen.name)
         if kind == "DELETED":
@@ -198,6 +213,8 @@ class NodeStore:
         elif known is not None and known.uid == _uid(seen) and known.subnets:
             if known.said != self._said(seen):
                 self._put(name, self._keep(seen, known.subnets), changes)
+            elif known.raw != seen.raw:
+                self._nodes[name] = known._replace(raw=seen.raw)
         elif self._asks(seen):
             unknown[name] = seen
         else:
@@ -261,7 +278,7 @@ class NodeStore:
             made = Refused(seen.name, fault or str(error), 0)
         if seen.name == self._own:
             self._hints = hints(seen.annotations, self._names)
-        return _Node(_uid(seen), self._said(seen), subnets, made)
+        return _Node(_uid(seen), self._said(seen), seen.raw, subnets, made)
 
     def _said(self, seen: NodeSeen) -> int:
         """Python's hash of texts, which is keyed: nobody can make two that are alike."""

@@ -12,6 +12,7 @@ Source: protobuf's encoding guide (varint tags; length-delimited fields); k8s.io
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -36,7 +37,8 @@ MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 class NodeSeen(NamedTuple):
     """A Node as far as it concerns us. version: its resourceVersion; created: seconds since the epoch; annotations: those
-    that were asked for; pod_cidrs: as they stand there, in whatever form (empty where only metadata was asked for)."""
+    that were asked for; pod_cidrs: as they stand there, in whatever form (empty where only metadata was asked for); raw: a
+    hash of all annotations as they were written, to compare with a Glance's; 0 in JSON."""
 
     name: str
     uid: str
@@ -44,6 +46,16 @@ class NodeSeen(NamedTuple):
     created: int
     annotations: dict[str, Any]
     pod_cidrs: Any
+    raw: int = 0
+
+
+class Glance(NamedTuple):
+    """What tells of most events that they are no news: nobody changed an annotation of that Node. Fields as NodeSeen's."""
+
+    name: str
+    uid: str
+    version: str
+    raw: int
 
 
 class Page(NamedTuple):
@@ -75,6 +87,10 @@ class Answer(NamedTuple):
     def event(self, interesting: Collection[str]) -> Event:
         """As one event of a watch. Raises as `page`."""
         return _event(self.data, interesting) if self.protobuf else _event_of_json(self.data, interesting)
+
+    def glance(self) -> Glance | None:
+        """The same of an event that is laid out as usual, at a fifth of the cost; None: ask `event`."""
+        return _glance(self.data) if self.protobuf else None
 
     def node(self, interesting: Collection[str]) -> NodeSeen:
         """As a Node. Raises as `page`."""
@@ -229,10 +245,12 @@ def _node(data: bytes, at: int, end: int, interesting: Collection[str]) -> NodeS
     created = NO_TIME
     notes: dict[str, str] = {}
     cidrs: list[str] = []
+    notes_from = notes_to = 0
     for part, first, last in _fields(data, at, end):
         if part == 1:
             for number, start, to in _fields(data, first, last):
                 if number == 12:
+                    notes_from, notes_to = notes_from or start, to
                     key, value = _pair(data, start, to)
                     if key in interesting:
                         notes[key] = value.decode()
@@ -253,7 +271,41 @@ def _node(data: bytes, at: int, end: int, interesting: Collection[str]) -> NodeS
             break  # status, the largest part, is behind it
     if not version:
         raise ValueError("an object without a resourceVersion")
-    return NodeSeen(name, uid, version, created, notes, cidrs or ([only] if only else []))
+    raw = hash(data[notes_from:notes_to])
+    return NodeSeen(name, uid, version, created, notes, cidrs or ([only] if only else []), raw)
+
+
+_LABEL, _NOTE = 11 << 3 | 2, 12 << 3 | 2
+_USUAL = re.compile(
+    rb"\n\x08MODIFIED\x12.{1,3}\n.{1,3}k8s\0\n'\n\x0emeta\.k8s\.io/v1\x12\x15PartialObjectMetadata\x12.{1,3}\n.{1,3}"
+    rb'\n(.)([a-z0-9.-]+)\x12\0\x1a\0"\0\*\$([0-9a-f-]{36})2(.)([0-9]+)8\0B\x08\x08.{5}\x10\0',
+    re.DOTALL,
+)
+"""An event up to the labels: the lengths of name and resourceVersion, and what is told of them."""
+
+
+def _glance(data: bytes) -> Glance | None:
+    usual = _USUAL.match(data)
+    if usual is None:
+        return None
+    name_size, name, uid, version_size, version = usual.groups()
+    if name_size[0] != len(name) or version_size[0] != len(version):
+        return None
+    at, end, first, last = usual.end(), len(data) - 3, 0, 0
+    while at < end:
+        tag, size = data[at], data[at + 1]
+        if tag not in (_LABEL, _NOTE):
+            break
+        at += 2
+        if size > 127:
+            size += (data[at] << 7) - 128
+            at += 1
+            if size > 16383:
+                return None
+        if tag == _NOTE:
+            first, last = first or at, at + size
+        at += size
+    return Glance(name.decode(), uid.decode(), version.decode(), hash(data[first:last]))
 
 
 def _pair(data: bytes, at: int, end: int) -> tuple[str, bytes]:

@@ -19,15 +19,18 @@ from lease.model import Endpoint, Lease, Prefix
 
 HEAD = struct.Struct(">IBI6siQQqB")
 """Subnet base, its length, public IP, MAC, VNI (-1: no VTEP), created, modified, handle, form."""
-PLAIN, WHOLE, NO_IPV4 = 0, 1, 2
-"""Forms: flannel's usual record, whose key follows from its subnet, with the node's text behind the head; any other, with
-all fields but the IPv4 endpoint marshalled behind the head; one without an IPv4 endpoint."""
+PLAIN, NODE, WHOLE, NO_IPV4 = 0, 1, 2, 3
+"""Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
+IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
+the head; one without an IPv4 endpoint."""
 FORM = HEAD.size - 1
 NUMBER = slice(0, 5)
 PUBLIC_IP = slice(5, 9)
 MAC = slice(9, 15)
 LENGTH = 4
 _LARGEST = (1 << 63) - 1
+_UID, _LATEST = (1 << 128) - 1, (1 << 128 + 63) - 1
+"""Of a Node's lease: annotations.seniority."""
 _AF_INET = 2
 _NO_REFERENCES = 0
 """marshal's version in which equal values give equal bytes."""
@@ -73,6 +76,22 @@ def pack(lease: Lease) -> bytes:
             lease.created, lease.modified, lease.handle, PLAIN,
         )  # fmt: skip
         return head + lease.node.encode("utf-8", "surrogatepass")
+    if (
+        end is not None
+        and lease.v6 is None
+        and end.mac is not None
+        and end.vni is not None
+        and lease.backend == "vxlan"
+        and lease.key == lease.node
+        and lease.modified == 0
+        and 0 <= lease.created <= _LATEST
+        and lease.handle == lease.created & _UID
+    ):
+        mac = end.mac.to_bytes(6, "big")
+        head = HEAD.pack(
+            end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni, lease.created >> 128, 0, 0, NODE
+        )
+        return head + lease.handle.to_bytes(16, "big") + lease.node.encode("utf-8", "surrogatepass")
     v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
     rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle)
     if end is None:
@@ -95,6 +114,10 @@ def unpack(packed: bytes) -> Lease:
         assert v4 is not None
         node = packed[HEAD.size :].decode("utf-8", "surrogatepass")
         return Lease(encode_key(v4.subnet), "vxlan", v4, None, node, created, modified, handle)
+    if form == NODE:
+        uid = int.from_bytes(packed[HEAD.size : HEAD.size + 16], "big")
+        name = packed[HEAD.size + 16 :].decode("utf-8", "surrogatepass")
+        return Lease(name, "vxlan", v4, None, name, created << 128 | uid, 0, uid)
     key, backend, six, node, created, modified, handle = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
     v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
     return Lease(key, backend, v4, v6, node, created, modified, handle)
@@ -171,7 +194,7 @@ class Leases(Mapping[str, Lease]):
         """Those of a MAC, in either family."""
         hardware = mac.to_bytes(6, "big")
         for packed in self.packed.values():
-            if packed[MAC] == hardware or packed[FORM]:
+            if packed[MAC] == hardware or packed[FORM] >= WHOLE:
                 lease = unpack(packed)
                 if any(end is not None and end.mac == mac for end in (lease.v4, lease.v6)):
                     yield lease

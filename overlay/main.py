@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lease.endpoint import endpoint_parts
 from lease.model import ip_number
 from overlay import __version__, serve
 from overlay.log import log
@@ -317,8 +318,6 @@ class StoreHosts:
     RETRY_S = 2.0
 
     def __init__(self, endpoints: tuple[str, ...]) -> None:
-        from lease.etcd_client import endpoint_parts
-
         self.known: dict[str, int | None] = {}
         names = []
         for endpoint in endpoints:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lease.codec import BadRecord, decode_key, encode_key
 from lease.model import WIDTH, Lease, Prefix, mac_text, mask
-from lease.packed import FORM, LENGTH, MAC, PLAIN, Leases, number, pack, unpack
+from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, Leases, number, pack, unpack
 from lease.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -119,11 +119,13 @@ class PeerTable:
             if key == without:
                 continue
             there, mac = int.from_bytes(packed[:5], "big"), int.from_bytes(packed[MAC], "big")
-            quick = packed[FORM] == PLAIN and (not self.lengths or packed[LENGTH] in self.lengths)
+            quick = packed[FORM] <= NODE and (not self.lengths or packed[LENGTH] in self.lengths)
             if quick and there not in self.packed and mac not in self.by_mac and self._quick(packed):
                 self.packed[there] = packed
                 self.by_mac[mac] = there
                 self.lengths[packed[LENGTH]] += 1
+                if packed[FORM] != PLAIN:
+                    self._numbers[key] = there
             else:
                 disputed[key] = unpack(packed)
         self._change(disputed)

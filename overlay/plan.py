@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from lease.config import NetworkConfig, VxlanConfig
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
-from lease.packed import HEAD, PLAIN
+from lease.packed import HEAD, NODE
 from overlay.backends import vxlan
 from overlay.kernel.entries import RouteKey
 
@@ -56,7 +56,7 @@ def refusal(node: Node, lease: Lease) -> str | None:
 
 
 def quick(node: Node) -> Callable[[bytes], bool]:
-    """Whether a packed record of flannel's usual form surely passes `refusal`; one that does not is asked there."""
+    """Whether a packed record of a usual form surely passes `refusal`; one that does not is asked there."""
     assert node.own.v4 is not None
     own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
     closed = [(there.base, there.last) for there in (*node.on_link, own.subnet, *node.retained)]
@@ -68,7 +68,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     def passes(packed: bytes) -> bool:
         base, length, public_ip, mac, its_vni, _, _, _, form = HEAD.unpack_from(packed)
         last = base | ((1 << (32 - length)) - 1)
-        if form != PLAIN or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
+        if form > NODE or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
             return False

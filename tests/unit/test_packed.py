@@ -45,9 +45,15 @@ USUAL = st.builds(
     ),
     endpoints(4), MACS, TEXTS, st.integers(0, 1 << 62), st.integers(-(1 << 62), 1 << 62),
 )  # fmt: skip
+NODES = st.builds(
+    lambda end, mac, name, seconds, uid: Lease(
+        name, "vxlan", end._replace(vni=1, mac=mac), None, name, seconds << 128 | uid, 0, uid
+    ),
+    endpoints(4), MACS, TEXTS, st.integers(0, 1 << 64), st.integers(0, (1 << 128) - 1),
+)  # fmt: skip
 
 
-@given(st.one_of(LEASES, USUAL))
+@given(st.one_of(LEASES, USUAL, NODES))
 def test_what_goes_in_comes_out(lease):
     packed = pack(lease)
     assert unpack(packed) == lease
