@@ -1,40 +1,43 @@
-"""What many Nodes cost an agent: `.venv/bin/python -m bench.nodes [N]` (5000).
+"""What many Nodes cost an agent: `.venv/bin/python -m bench.nodes [--nodes 5000] [--kinds ours,flanneld]`.
 
-N Nodes of 12 to 13 kB on a real API server, one agent beside them: exec to ready, memory, CPU per foreign status
-update, a Node's creation to its route; then the same agent beside N leases in etcd, the difference against the limit.
+N Nodes of 12 to 13 kB on a real API server. Of ours and of the real flanneld, one after the other beside the same Nodes:
+exec to the last peer in the kernel, memory, CPU per foreign status update (alone, and when many come), a Node's creation to
+its route. Beside the updates stands the floor: a watch of the same metadata, received and thrown away. Then ours beside N
+leases in etcd: what Kubernetes costs more.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import http.client
 import itertools
 import json
-import os
 import ssl
 import statistics
-import sys
 import tempfile
+import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from bench import rig
 from lease.codec import encode_key, encode_value
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
 from overlay.lab import netns, topology
-from tests.support.wait import until
-from tests.support.world import ROOT, Agent, KubeWorld, World
+from tests.support.world import ROOT, KubeWorld, World
 
 LIMIT_MIB = 20.0
-NETWORK, OWN_SUBNET = "10.0.0.0/8", "10.255.255.0/24"
-SETTLE_S, BEATS, BEATS_PER_S, JOINS, HANDS = 20.0, 500, 20, 20, 8
+NETWORK = "10.0.0.0/8"
+SETTLE_S, JOINS, HANDS = 20.0, 40, 8
+BEATS, BEATS_PER_S, MANY_BEATS, MANY_PER_S = 500, 20, 2000, 200
 PATCH = "application/strategic-merge-patch+json"
 ALL = "application/json"
 METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
@@ -42,36 +45,27 @@ Request = tuple[str, str, Any]
 """Method, path, body."""
 
 
-class Memory(NamedTuple):
-    """MiB, as /proc/PID/status has them."""
-
-    rss: float
-    anon: float
-    peak: float
-
-    @classmethod
-    def of(cls, pid: int) -> Memory:
-        """Of a process now."""
-        lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return cls(*(int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
-
-    def __str__(self) -> str:
-        return f"RSS {self.rss:6.1f}  anonymous {self.anon:6.1f}  peak {self.peak:6.1f} MiB"
-
-
-def main(count: int) -> None:
+def main() -> None:
     """Measure and print."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--nodes", type=int, default=5000)
+    arguments.add_argument("--kinds", default="ours,flanneld")
+    given = arguments.parse_args()
+    print(rig.machine())
+    rig.compile_sources()
     folder = Path(tempfile.mkdtemp(prefix="overlay-bench-"))
-    on_nodes = kubernetes(KubeWorld(folder / "kube"), count)
-    on_etcd = etcd(World(folder / "etcd"), count)
+    on_nodes = kubernetes(KubeWorld(folder / "kube"), given.nodes, given.kinds.split(","))
+    on_etcd = etcd(World(folder / "etcd"), given.nodes)
     folder.rmdir()
-    for what, more in (("idle RSS", on_nodes.rss - on_etcd.rss), ("peak RSS", on_nodes.peak - on_etcd.peak)):
-        verdict = "ok" if more <= LIMIT_MIB else "ABOVE"
-        say(f"Kubernetes - etcd, {what}", f"{more:+.1f} MiB; limit {LIMIT_MIB:.0f}: {verdict}")
+    if on_nodes is not None:
+        for what, more in (("idle RSS", on_nodes.rss - on_etcd.rss), ("peak RSS", on_nodes.peak - on_etcd.peak)):
+            verdict = "ok" if more <= LIMIT_MIB else "ABOVE"
+            say("ours", f"Kubernetes - etcd, {what}", f"{more:+.1f} MiB; limit {LIMIT_MIB:.0f}: {verdict}")
 
 
-def kubernetes(world: KubeWorld, count: int) -> Memory:
-    """All figures on Nodes; memory when idle."""
+def kubernetes(world: KubeWorld, count: int, kinds: list[str]) -> rig.Memory | None:
+    """All figures on Nodes; memory of ours when idle."""
+    found = None
     try:
         world.config(Network=NETWORK)
         context = ssl.create_default_context(cafile=str(world.kube.folder / "tls.crt"))
@@ -85,28 +79,74 @@ def kubernetes(world: KubeWorld, count: int) -> Memory:
         hands.all(beat(number) for number in range(count))  # a Node's second manager of fields
         took = time.perf_counter() - began
         sizes = [len(hands.one("GET", f"/api/v1/nodes/{name(count // 2)}", None, kind)) for kind in (ALL, METADATA)]
-        say("Nodes", f"{count} of {sizes[0]} bytes, {sizes[1]} of them metadata (made in {took:.0f} s)")
-
-        world.node(1, OWN_SUBNET)
-        agent, memory = launch(world, count, "Kubernetes")
-        pid = agent.process.pid
-        for what, per_s in ((f"{BEATS} at {BEATS_PER_S}/s", BEATS_PER_S), (f"burst of {BEATS}", 0)):
-            before, began = cpu_s(pid), time.perf_counter()
-            hands.all(paced((beat(number % count) for number in range(BEATS)), per_s))
-            took = time.perf_counter() - began
-            time.sleep(2.0)
-            spent = cpu_s(pid) - before
-            say("foreign status updates", f"{what} in {took:.1f} s: {spent / BEATS * 1000:.2f} ms of CPU each")
-        say("  then", str(Memory.of(pid)))
-        times = joins(world, hands, range(count, count + JOINS))
-        say("creation to route", f"{JOINS} joins: median {statistics.median(times):.1f}, max {max(times):.1f} ms")
-        say("  then", str(Memory.of(pid)))
-        return memory
+        say("", "Nodes", f"{count} of {sizes[0]} bytes, {sizes[1]} of them metadata (made in {took:.0f} s)")
+        for place, kind in enumerate(kinds, start=1):
+            node = world.node(place, f"10.255.{place}.0/24")
+            joining = range(count + JOINS * (place - 1), count + JOINS * place)
+            others = count + JOINS * (place - 1) + place - 1
+            with launched(world, node, kind, others) as (program, memory):
+                found = memory if kind == "ours" else found
+                times = joins(world, hands, node, joining)
+                say(
+                    kind,
+                    "creation to route",
+                    f"median {statistics.median(times):.1f}, max {max(times):.1f} ms ({JOINS})",
+                )
+                updates(kind, program.pid, hands, hand if place == 1 else None, count)
+                say(kind, "  then", str(rig.Memory.of(program.pid)))
+        return found
     finally:
         world.close()
 
 
-def etcd(world: World, count: int) -> Memory:
+def updates(
+    kind: str, pid: int, hands: Hands, receiver: Callable[[], http.client.HTTPConnection] | None, count: int
+) -> None:
+    """CPU for each status update of a foreign Node; with a receiver also the floor of it."""
+    floor = Floor(hands, receiver) if receiver is not None else None
+    for number, per_s in ((BEATS, BEATS_PER_S), (MANY_BEATS, MANY_PER_S)):
+        before, below, began = rig.cpu_s(pid), floor.cpu_s if floor else 0.0, time.perf_counter()
+        hands.all(paced((beat(n % count) for n in range(number)), per_s))
+        took = time.perf_counter() - began
+        time.sleep(2.0)
+        spent = rig.cpu_s(pid) - before
+        bare = f"; bare receipt {(floor.cpu_s - below) / number * 1e6:.0f} us" if floor else ""
+        what = f"{number} at {per_s}/s in {took:.1f} s"
+        say(kind, "foreign status updates", f"{what}: {spent / number * 1e6:.0f} us of CPU each{bare}")
+    if floor is not None:
+        floor.close()
+
+
+class Floor:
+    """A watch of the metadata of all Nodes, received and thrown away, as cheaply as this language can."""
+
+    def __init__(self, hands: Hands, connect: Callable[[], http.client.HTTPConnection]) -> None:
+        version = json.loads(hands.one("GET", "/api/v1/nodes?limit=1", None))["metadata"]["resourceVersion"]
+        self.cpu_s = 0.0
+        self._connection = hands.inside(connect)
+        self._connection.request(
+            "GET", f"/api/v1/nodes?watch=true&resourceVersion={version}", headers=hands.headers | {"Accept": METADATA}
+        )
+        self._socket = self._connection.sock
+        self._connection.getresponse()
+        self._ending = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._socket.settimeout(1.0)
+        while not self._ending:
+            with contextlib.suppress(TimeoutError):
+                self._socket.recv(1 << 16)
+            self.cpu_s = time.thread_time()
+
+    def close(self) -> None:
+        self._ending = True
+        self._thread.join()
+        self._connection.close()
+
+
+def etcd(world: World, count: int) -> rig.Memory:
     """Memory when idle beside so many leases."""
     try:
         world.config(Network=NETWORK)
@@ -121,44 +161,39 @@ def etcd(world: World, count: int) -> Memory:
                 yield "POST", "/v3/kv/put", {"key": key, "value": value, "lease": str(handle)}
 
         hands.all(records())
-        world.node(1)
-        return launch(world, count, "etcd")[1]
+        node = world.node(1)
+        with launched(world, node, "ours", count, "etcd") as (_, memory):
+            return memory
     finally:
         world.close()
 
 
-def launch(world: World, count: int, what: str) -> tuple[Agent, Memory]:
+@contextlib.contextmanager
+def launched(
+    world: World, node: str, kind: str, count: int, where: str = "Kubernetes"
+) -> Iterator[tuple[rig.Program, rig.Memory]]:
     """An agent, when its peers are in the kernel and it has settled."""
-    began = time.perf_counter()
-    agent = world.agent("node1", "--node-name=node1")
-    while not answers(agent):
-        if agent.process.poll() is not None or time.perf_counter() - began > 120:
-            raise SystemExit(f"does not become ready: {agent.log()[-2000:]}")
-        time.sleep(0.02)
-    took, there = time.perf_counter() - began, world.peers("node1")
-    until("every peer is in the kernel", lambda: world.peers("node1") == count, 60)
-    whole = time.perf_counter() - began
-    time.sleep(SETTLE_S / 2)
-    spent = cpu_s(agent.process.pid)
-    time.sleep(SETTLE_S / 2)
-    idle, memory = cpu_s(agent.process.pid) - spent, Memory.of(agent.process.pid)
-    later = "" if there == count else f" with {there} peers, all after {whole:.2f} s"
-    idling = f"idle {idle / (SETTLE_S / 2) * 1000:.1f} ms a second"
-    say(f"{what}: exec to ready", f"{took:.2f} s{later}; CPU until settled {spent:.2f} s, {idling}")
-    say(f"{what}: after {SETTLE_S:.0f} s", str(memory))
-    return agent, memory
+    watch = rig.RouteWatch(world.namespace(node))
+    program = rig.Program(world, node, kind, world.folder / f"bench-{kind}")
+    try:
+        whole = watch.until(came=count, limit_s=120) - program.began
+        until_then = rig.cpu_s(program.pid)
+        time.sleep(SETTLE_S / 2)
+        spent = rig.cpu_s(program.pid)
+        time.sleep(SETTLE_S / 2)
+        idle, memory = rig.cpu_s(program.pid) - spent, rig.Memory.of(program.pid)
+        idling = f"idle {idle / (SETTLE_S / 2) * 1000:.1f} ms a second"
+        say(kind, f"{where}: exec to the last peer", f"{whole:.2f} s, CPU {until_then:.2f} s; later {idling}")
+        say(kind, f"{where}: after {SETTLE_S:.0f} s", str(memory))
+        yield program, memory
+    finally:
+        watch.close()
+        program.kill()
 
 
-def answers(agent: Agent) -> bool:
-    """Ready; its socket may not be there yet."""
-    with contextlib.suppress(OSError):
-        return agent.ready()
-    return False
-
-
-def joins(world: World, hands: Hands, numbers: range) -> list[float]:
+def joins(world: World, hands: Hands, node: str, numbers: range) -> list[float]:
     """Milliseconds from the POST of a Node until the kernel routes to it by our device."""
-    index = world.index("node1")
+    index = world.index(node)
 
     def act(ipr: IPRoute) -> list[float]:
         times = []
@@ -174,7 +209,7 @@ def joins(world: World, hands: Hands, numbers: range) -> list[float]:
             time.sleep(0.3)
         return times
 
-    return world.ipr("node1", act)
+    return world.ipr(node, act)
 
 
 def routed_by(ipr: IPRoute, address: str) -> int:
@@ -183,12 +218,6 @@ def routed_by(ipr: IPRoute, address: str) -> int:
         return int(next(iter(ipr.route("get", dst=address))).get_attr("RTA_OIF"))
     except NetlinkError:
         return 0
-
-
-def cpu_s(pid: int) -> float:
-    """utime + stime."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def paced(requests: Iterable[Request], per_s: int) -> Iterable[Request]:
@@ -204,21 +233,26 @@ class Hands:
     """Kept connections from the underlay to a server."""
 
     def __init__(self, world: World, make: Callable[[], http.client.HTTPConnection], headers: dict[str, str]) -> None:
+        self._where = topology.underlay_name(world.lab)
+        self._connections = [self.inside(make) for _ in range(HANDS)]
+        self.headers = headers
+
+    def inside(self, make: Callable[[], http.client.HTTPConnection]) -> http.client.HTTPConnection:
+        """A connection made in the underlay."""
+
         def connected() -> http.client.HTTPConnection:
             connection = make()
             connection.connect()
             return connection
 
-        where = topology.underlay_name(world.lab)
-        self._connections = [netns.inside(where, connected) for _ in range(HANDS)]
-        self._headers = headers
+        return netns.inside(self._where, connected)
 
     def one(self, method: str, path: str, content: Any, accept: str = ALL, hand: int = 0) -> bytes:
         """What the server answers. Raises SystemExit when it refuses."""
         connection = self._connections[hand]
         kind = PATCH if method == "PATCH" else ALL
         data = None if content is None else json.dumps(content).encode()
-        connection.request(method, path, data, self._headers | {"Content-Type": kind, "Accept": accept})
+        connection.request(method, path, data, self.headers | {"Content-Type": kind, "Accept": accept})
         answer = connection.getresponse()
         found = answer.read()
         if answer.status >= 300:
@@ -329,8 +363,9 @@ def image(place: int) -> dict[str, Any]:
     return {"names": [f"{where}@sha256:{digest}", f"{where}:v1.{place}.0"], "sizeBytes": 50_000_000 + place}
 
 
-def say(what: str, figure: str) -> None:
-    print(f"{what:32} {figure}", flush=True)
+def say(kind: str, what: str, figure: str) -> None:
+    print(f"{kind:<9} {what:<34} {figure}", flush=True)
 
 
-main(int(sys.argv[1]) if len(sys.argv) > 1 else 5000)
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ from lease.etcd_client import EtcdClient, EtcdSettings, rpc
 from lease.model import Endpoint, Lease, Prefix, ip_text
 from overlay.kernel import wire
 from overlay.lab import netns, topology
-from tests.support.world import ROOT, World
+from tests.support.world import ROOT, KubeWorld, World
 
 FLANNELD = Path(os.environ.get("FLANNELD", Path(__file__).parents[1] / ".venv/flanneld"))
 NETWORK = "10.0.0.0/8"
@@ -101,6 +101,9 @@ class Memory(NamedTuple):
         lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return cls(*(int(lines[name].split()[0]) / 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
 
+    def __str__(self) -> str:
+        return f"RSS {self.rss:.1f}, anonymous {self.anon:.1f}, peak {self.peak:.1f} MiB"
+
 
 def cpu_s(pid: int) -> float:
     """utime + stime, with those of children that ended."""
@@ -157,6 +160,10 @@ class RouteWatch:
 _DEFER = "from overlay import defer\ndefer.install()\n"
 
 
+FLANNELS = ("--etcd-endpoints", "--kube-subnet-mgr", "--kubeconfig-file", "--net-config-path")
+"""The flags of a world that flanneld has, too."""
+
+
 class Program:
     """An agent of some kind on a node."""
 
@@ -164,21 +171,25 @@ class Program:
         """before: Python that ours runs before it starts."""
         self.kind = kind
         command = ["nsenter", f"--net={netns.path(world.namespace(node))}"]
-        endpoint = f"--etcd-endpoints={world.etcd.endpoint}"
+        if isinstance(world, KubeWorld):
+            where, environment = world.store_flags(node), {**os.environ, "NODE_NAME": node}
+        else:
+            where, environment = [f"--etcd-endpoints={world.etcd.endpoint}"], dict(os.environ)
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "flanneld":
             if not FLANNELD.exists():
                 raise SystemExit("no flanneld: bench/flanneld/build makes it")
-            command += [str(FLANNELD), endpoint, "-iface=eth0", f"-subnet-file={folder}/subnet.env", *flags]
+            its = [flag for flag in where if flag.startswith(FLANNELS)]
+            command += [str(FLANNELD), *its, "-iface=eth0", f"-subnet-file={folder}/subnet.env", *flags]
         else:
             start = ["-c", f"{_DEFER}{before}\nfrom overlay.main import main\nmain()"] if before else ["-m", "overlay"]
             command += [
-                sys.executable, *start, endpoint, f"--run-dir={folder}", f"--subnet-file={folder}/subnet.env",
+                sys.executable, *start, *where, f"--run-dir={folder}", f"--subnet-file={folder}/subnet.env",
                 f"--cni-conf-dir={folder}/cni", "--log-format=json", *flags,
             ]  # fmt: skip
         with (folder / "log").open("ab") as log:
             self.began = time.perf_counter()
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.pid = self.process.pid
         self.folder = folder
 
@@ -199,11 +210,16 @@ class Program:
 _made: dict[str, int] = {}
 
 
+def compile_sources() -> None:
+    """As setup does: without it each start compiles them."""
+    for package in ("lease", "overlay"):
+        compileall.compile_dir(Path(__file__).parents[1] / package, quiet=1)
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """An underlay, an etcd and the network config in it; all gone afterwards."""
-    for package in ("lease", "overlay"):
-        compileall.compile_dir(Path(__file__).parents[1] / package, quiet=1)
+    compile_sources()
     made = World(Path(tempfile.mkdtemp(prefix="overlay-bench-")) / "world")
     try:
         made.config(**CONFIG)
