@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import rig
+from overlay.cni import CONFLIST
 from overlay.lab import netns, topology
 from tests.support.wait import until
 from tests.support.world import World
@@ -152,8 +153,9 @@ class Scene:
         return Way(name, one.namespace, two.namespace, two.address)
 
 
-def by_hand(scene: Scene) -> None:
-    """The same device and entries by `ip` and `bridge`, after the agents and all they made are gone."""
+def by_hand(scene: Scene, *options: str) -> None:
+    """The same device and entries by `ip` and `bridge`, after the agents and their devices are gone. options: of the device,
+    where they differ from ip's defaults."""
     world = scene.world
     found = {}
     for agent in scene.agents:
@@ -165,7 +167,7 @@ def by_hand(scene: Scene) -> None:
     for number, agent in enumerate(scene.agents, start=1):
         base = found[agent.node][0].split("/")[0]
         world.run(agent.node, "ip", "link", "add", "flannel.1", "type", "vxlan", "id", "1", "dev", "eth0", "local",
-                  found[agent.node][1], "dstport", "8472", "nolearning")  # fmt: skip
+                  found[agent.node][1], "dstport", "8472", "nolearning", *options)  # fmt: skip
         world.run(
             agent.node, "ip", "link", "set", "flannel.1", "address", f"02:00:00:00:00:0{number}", "mtu", "1450", "up"
         )
@@ -177,6 +179,24 @@ def by_hand(scene: Scene) -> None:
         world.run(agent.node, "ip", "neigh", "add", base, "lladdr", mac, "dev", "flannel.1", "nud", "permanent")
         world.run(agent.node, "bridge", "fdb", "add", mac, "dev", "flannel.1", "dst", public_ip)
         world.run(agent.node, "ip", "route", "add", subnet, "via", base, "dev", "flannel.1", "onlink")
+
+
+def jumbo(world: World) -> Scene:
+    """A scene whose underlay takes frames of 9,000 bytes."""
+    scene = Scene(world)
+    ports = [f"v{number}" for number, _ in enumerate(scene.agents, start=1)]
+    for port in ports:
+        world.run("underlay", "ip", "link", "set", port, "mtu", "9000")
+    for agent in scene.agents:
+        world.run(agent.node, "ip", "link", "set", "eth0", "mtu", "9000")
+    for agent in scene.agents:
+        until(
+            "the tunnel follows",
+            lambda agent=agent: "mtu 8950" in world.run(agent.node, "ip", "link", "show", "flannel.1"),
+        )
+        until("and the network list", lambda agent=agent: "8950" in (agent.run_dir / "cni" / CONFLIST).read_text(), 15)
+    scene.pods = [world.pod(agent, f"big-{agent.node}") for agent in scene.agents]
+    return scene
 
 
 def rps(scene: Scene, mask: str) -> None:
@@ -215,12 +235,14 @@ def main() -> None:
 def paths(seconds: float, rounds: int) -> None:
     """The four ways, in turn."""
     header = ("way", "Gbit/s", "CPU s a Gbit", "request and answer, us", "of underlay")
-    with rig.world() as first, rig.world() as second, rig.world() as third:
-        tunnel, direct, hand = Scene(first), Scene(second, DirectRouting=True), Scene(third)
+    with rig.world() as first, rig.world() as second, rig.world() as third, rig.world() as fourth, rig.world() as fifth:
+        tunnel, direct, hand, without = Scene(first), Scene(second, DirectRouting=True), Scene(third), Scene(fourth)
         by_hand(hand)
+        by_hand(without, "noudpcsum")
         one, two = (first.namespace(agent.node) for agent in tunnel.agents)
         underlay = Way("underlay, node to node", one, two, topology.node_address(2))
-        ways = [underlay, tunnel.path("overlay"), direct.path("DirectRouting"), hand.path("vxlan made by hand")]
+        ways = [underlay, tunnel.path("overlay"), direct.path("DirectRouting"), hand.path("vxlan made by hand"),
+                without.path("vxlan made by hand, noudpcsum"), jumbo(fifth).path("overlay, underlay MTU 9000")]  # fmt: skip
         for _ in range(rounds):
             for way in ways:
                 way.measure(seconds)

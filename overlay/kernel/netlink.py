@@ -381,10 +381,9 @@ class Monitor(_Listener):
         except BlockingIOError:
             data = b""
         except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise
             data = b""
-            self._overrun()
+            if error.errno == errno.ENOBUFS:
+                self._overrun()  # of any other the next receipt says the same
         self._post(NeighbourMessages(messages))
         return data
 
