@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop cluster cluster-test bundle clean
+.PHONY: setup lab lab-down lint test lock image interop bench cluster cluster-test bundle clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,13 @@ interop: setup ## the real flanneld beside ours and swapped under live traffic (
 	bench/flanneld/build
 	.ci/kubernetes/build kube-apiserver
 	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop -n 2
+
+bench: setup ## every figure of docs/performance.md, beside the real flanneld (builds it: Go, some minutes; then an hour)
+	command -v iperf3 >/dev/null && command -v ethtool >/dev/null || apt-get install -y iperf3 ethtool
+	bench/flanneld/build
+	.ci/kubernetes/build kube-apiserver
+	for it in cold warm nodes storm datapath watchers repair; do echo "== bench.$$it"; $(PY) -m bench.$$it || exit 1; done
+	$(PY) -m bench.cold --peers 100000 --rounds 1 --kinds ours,floor
 
 lock: setup ## take newer versions of what pyproject.toml asks for
 	$(PY) -m pip install --quiet uv

@@ -125,11 +125,13 @@ class RouteWatch:
 
         self._socket = netns.inside(namespace, listen)
         self.came = self.went = 0
-        self.last = 0.0
+        self.first = self.last = 0.0
+        """perf_counter() at the first and the last that were counted."""
 
     def until(self, came: int = 0, went: int = 0, limit_s: float = 120.0) -> float:
         """perf_counter() at the last of so many; they are counted since the last call. Raises SystemExit."""
         end = time.perf_counter() + limit_s
+        self.first = 0.0
         recv, lengths = self._socket.recv, (LENGTH, 24)
         while self.came < came or self.went < went:
             try:
@@ -143,6 +145,7 @@ class RouteWatch:
                 self.came += kind == wire.RTM_NEWROUTE
                 self.went += kind == wire.RTM_DELROUTE
                 self.last = time.perf_counter()
+                self.first = self.first or self.last
         self.came = self.went = 0
         return self.last
 

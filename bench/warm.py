@@ -68,7 +68,7 @@ def main() -> None:
     arguments.add_argument("--peers", default="10,200,5000,20000")
     arguments.add_argument("--joins", type=int, default=200)
     arguments.add_argument("--flanneld-up-to", type=int, default=20000)
-    arguments.add_argument("--only", default="joins,burst,device,restart,check,rest")
+    arguments.add_argument("--only", default="joins,burst,growth,device,restart,check,rest")
     given = arguments.parse_args()
     print(rig.machine())
     with rig.world() as world:
@@ -91,6 +91,7 @@ def measure(it: Standing, records: rig.Records, joins: int, only: list[str]) -> 
     ours = it.kind == "ours"
     steps: dict[str, Callable[[], None]] = {
         "rest": lambda: rest(it),
+        "growth": lambda: growth(it, records),
         "joins": lambda: arrive(it, records, joins),
         "burst": lambda: burst(it, records, 5000),
         **(
@@ -149,6 +150,47 @@ def burst(it: Standing, records: rig.Records, count: int) -> None:
     )
     records.drop(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
     it.watch.until(went=count, limit_s=240)
+
+
+CHANGES = 10_000
+
+
+def growth(it: Standing, records: rig.Records) -> None:
+    """Ten thousand changes, in bursts of 500 joins and 500 leaves: what is there more of afterwards."""
+
+    def counted() -> tuple[float, float, int, int, int]:
+        time.sleep(2.0)
+        memory = rig.Memory.of(it.program.pid)
+        threads, files = (len(os.listdir(f"/proc/{it.program.pid}/{what}")) for what in ("task", "fd"))
+        entries = sum(
+            it.world.run(it.node, *command).count("\n")
+            for command in (
+                ("ip", "route", "show", "table", "all"),
+                ("ip", "neigh", "show", "nud", "all"),
+                ("bridge", "fdb", "show", "dev", "flannel.1"),
+            )
+        )
+        return memory.rss, memory.anon, threads, files, entries
+
+    def change(count: int) -> None:
+        for start in range(0, count // 2, 500):
+            some = range(FIRST_JOIN + start, FIRST_JOIN + start + 500)
+            it.watch.forget()
+            records.put(rig.lease(number) for number in some)
+            it.watch.until(came=500)
+            records.drop(rig.lease(number) for number in some)
+            it.watch.until(went=500)
+
+    change(1000)  # what a first change takes once
+    before = counted()
+    change(CHANGES)
+    after = counted()
+    rss, anon, threads, files, entries = (f"{b - a:+.1f}" for a, b in zip(before, after, strict=True))
+    say(
+        it,
+        f"{CHANGES} changes: growth",
+        f"RSS {rss} MiB, anonymous {anon} MiB, threads {threads}, descriptors {files}, kernel entries {entries}",
+    )
 
 
 def device(it: Standing) -> None:
