@@ -30,8 +30,8 @@ PROBE_AFTER_S, PROBE_ANSWER_S = 6.0, 5.0
 """A watch silent for the first is probed, and given up when that is not answered within the second: 11 s in all."""
 _PROGRESS_REQUEST = b"\x1a\x00"
 """WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
-_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
-"""Not had from this endpoint; CANCELLED: another thread gave the connection up."""
+_AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL", "UNKNOWN", "UNIMPLEMENTED")
+"""Not had from this endpoint, or it is no etcd; CANCELLED: another thread gave the connection up."""
 
 
 class EtcdSettingsError(ValueError):
@@ -110,6 +110,7 @@ class EtcdClient:
         self._lock = threading.Lock()
         self._at = 0
         self._channel: Channel | None = None
+        self._times_given_up = 0
         self._token = ""
         self._closed = False
 
@@ -134,7 +135,7 @@ class EtcdClient:
         its way while one is looked at. Raises StoreUnavailable."""
         page = self.range(key, range_end, size)
         revision, size = int(page.header.revision), max(size, -(-int(page.count) // most))
-        while page.more:
+        while page.more and page.kvs:
             start = page.kvs[-1].key + b"\0"
             request = rpc.RangeRequest(key=start, range_end=range_end, limit=size, revision=revision)
             endpoint, call = self.endpoint, None
@@ -247,16 +248,17 @@ class EtcdClient:
         """The connection in use, and the metadata that signs a call. Raises RpcError."""
         with self._dialing:
             with self._lock:
-                channel = self._channel
+                channel, times_given_up = self._channel, self._times_given_up
                 (host, port, tls), closed = self._targets[self._at], self._closed
             if closed:
                 raise StoreUnavailable("the store was closed")
             if channel is None or channel.broken:
                 channel = Channel(host, port, self._fresh_tls() if tls else None)
                 with self._lock:
-                    closed, self._channel = self._closed, channel
-                if closed:
-                    channel.give_up("the store was closed")
+                    stale = self._closed or times_given_up != self._times_given_up
+                    self._channel = None if stale else channel
+                if stale:  # given up while it was made: from our old address, maybe, or to an endpoint that was left
+                    channel.give_up("given up")
         if self._settings.username and not self._token:
             request = rpc.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
             self._token = rpc.AuthStub(channel).Authenticate(request, CALL_S).token
@@ -283,6 +285,7 @@ class EtcdClient:
             if self._closed:
                 return
             self._at = following
+            self._times_given_up += 1
             channel, self._channel = self._channel, None
         if channel is not None:  # a watch that ran over it ends too: its owner lists and watches again
             channel.give_up("given up")

@@ -41,8 +41,8 @@ _WINDOW = (1 << 31) - 1
 _CHUNK = 1 << 18
 _RESETS = {0x7: "UNAVAILABLE", 0x8: "CANCELLED", 0xB: "RESOURCE_EXHAUSTED", 0xC: "PERMISSION_DENIED"}
 """HTTP/2's error codes (RFC 9113, 7) as gRPC maps them; any other is INTERNAL."""
-_HTTP = {b"401": "UNAUTHENTICATED", b"403": "PERMISSION_DENIED", b"404": "UNIMPLEMENTED"}
-"""HTTP's as gRPC maps them (http-grpc-status-mapping.md); any other is UNAVAILABLE or UNKNOWN."""
+LARGEST = 1 << 28
+"""Bytes of an answer; a page of 1,000 records has 0.3 MB, and etcd's own limit of a request is 1.5 MB."""
 
 Metadata = Iterable[tuple[str, str]]
 
@@ -91,8 +91,9 @@ class Call:
         half += data
         while len(half) >= 5:
             end = 5 + int.from_bytes(half[1:5], "big")
-            if half[0]:
-                self._end("INTERNAL", "a compressed message, which nobody asked for")
+            if half[0] or end > LARGEST:
+                why = "a compressed message, which nobody asked for" if half[0] else f"a message of {end} bytes"
+                self._end("UNAVAILABLE", f"{why}: no gRPC of etcd's")
                 return
             if len(half) < end:
                 return
@@ -102,9 +103,10 @@ class Call:
     def _take_headers(self, headers: Iterable[tuple[bytes, bytes]], first: bool) -> None:
         found = dict(headers)
         if first and (status := found.get(b":status", b"")) != b"200":
-            self._end(_HTTP.get(status, "UNAVAILABLE"), f"HTTP status {status.decode('ascii', 'replace')}, not gRPC")
+            # a proxy's, or another server's: nothing that etcd said of our call
+            self._end("UNAVAILABLE", f"HTTP status {status.decode('ascii', 'replace')}, not gRPC")
         elif (code := found.get(b"grpc-status")) is not None:
-            number = int(code) if code.isdigit() else 2
+            number = int(code) if code.isdigit() and len(code) < 4 else 2
             self._end(CODES[number if number < len(CODES) else 2], _unquote(found.get(b"grpc-message", b"")))
 
     def _end(self, code: str, details: str) -> None:
@@ -146,7 +148,12 @@ class Method:
     def next(self, call: Call, timeout: float) -> Any:
         """One answer of several; None when there are no more. Raises RpcError."""
         message = call.receive(timeout)
-        return None if message is None else self._decode(message)
+        if message is None:
+            return None
+        try:
+            return self._decode(message)
+        except Exception as error:  # protobuf's own, whose module only etcd3's messages import
+            raise RpcError("INTERNAL", f"an answer that cannot be decoded: {error}") from error
 
 
 class Channel:

@@ -66,6 +66,8 @@ class Stream:
         try:
             for chunk in self._response.stream(1 << 16, decode_content=True):
                 bodies, rest = cut(rest + chunk)
+                if len(rest) > LARGEST_EVENT:
+                    raise ValueError(f"an event of more than {LARGEST_EVENT} bytes")
                 if bodies:
                     yield [Answer(body, self.protobuf) for body in bodies]
         except (urllib3.exceptions.HTTPError, OSError, ValueError, AttributeError) as error:
@@ -119,7 +121,8 @@ class KubeClient:
                 f"--kube-subnet-mgr: not in a pod ({SERVICE_HOST} is not set); say --kubeconfig-file or --kube-api-url"
             )
         self._settings = settings
-        self._lock = threading.Lock()
+        self._lock, self._connecting = threading.Lock(), threading.Lock()
+        """The second is held while credentials are read, which a kubeconfig's plugin may do for as long as it likes."""
         self._api: Any = None
         self._ending = False
 
@@ -200,10 +203,13 @@ class KubeClient:
             raise StoreUnavailable(f"{self.place}: answered with no JSON: {error}") from error
 
     def _connected(self) -> Any:
-        with self._lock:
-            if self._api is None:
-                self._api = self._connect()
-            return self._api
+        with self._connecting:
+            api = self._api
+            if api is None:
+                api = self._connect()
+                with self._lock:
+                    self._api = api
+            return api
 
     def _connect(self) -> Any:
         from kubernetes.client.configuration import Configuration

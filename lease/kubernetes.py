@@ -25,6 +25,8 @@ from lease.store import Change, Changes, Gone, RecordChanged, Snapshot, StoreUna
 NODES = "/api/v1/nodes"
 FULL_PAGE, METADATA_PAGE = 50, 100
 """Small: what a page takes is never given back, and larger ones are no faster."""
+TOO_EARLY = 504
+"""What a server says whose memory is behind a resourceVersion."""
 SINGLY = 16
 """So many unknown uids at once are asked for one by one; more by one list."""
 SILENT_S, PROBE_S = 8.0, 5.0
@@ -73,6 +75,8 @@ class NodeStore:
         self._config_path = config_path
         self._nodes: dict[str, _Node] = {}
         self._version = ""
+        self._doubtful = False
+        """Whether the next list must be a whole one, podCIDRs and all."""
         self._hints = Hints()
         self._stream: Stream | None = None
 
@@ -102,7 +106,7 @@ class NodeStore:
     def _read(self) -> Snapshot:
         nodes: dict[str, _Node] = {}
         unknown: dict[str, NodeSeen] = {}
-        first = not self._nodes
+        first = not self._nodes or self._doubtful
         version = "0"
         for page in self._pages(full=first):
             version = page.version
@@ -111,14 +115,17 @@ class NodeStore:
                 if first:
                     nodes[seen.name] = self._keep(seen, *_subnets(seen.pod_cidrs))
                 elif known is not None and known.uid == _uid(seen) and known.subnets:
-                    same = known.said == self._said(seen)
+                    same = known.said == self._said(seen) and seen.name != self._own
                     nodes[seen.name] = known._replace(raw=seen.raw) if same else self._keep(seen, known.subnets)
                 elif self._asks(seen):
                     unknown[seen.name] = seen
                 else:
                     nodes[seen.name] = self._keep(seen, b"")
+        if not first and _number(version) < _number(self._version):
+            self._doubtful = True  # etcd was restored from a backup: even what cannot change may have
+            return self._read()
         nodes.update(self._resolve(unknown))
-        self._nodes, self._version = nodes, version
+        self._nodes, self._version, self._doubtful = nodes, version, False
         return Snapshot(
             _number(version),
             self.config(),
@@ -150,6 +157,7 @@ class NodeStore:
             except StoreUnavailable as error:
                 raise StoreUnavailable(f"{self._client.place}: {doubts.why or error}") from error
             finally:
+                self._doubtful = self._doubtful or doubts.restored
                 doubts.stop()
                 stream.close()
             if doubts.why:
@@ -247,9 +255,7 @@ class NodeStore:
             return found
         for name, seen in unknown.items():
             try:
-                # as it was then or later: from the server's memory, not etcd's (which takes twice the time)
-                query = {"resourceVersion": seen.version}
-                whole = self._client.ask(f"{NODES}/{name}", query, WHOLE).node(self._interesting)
+                whole = self._whole(name, seen.version).node(self._interesting)
             except ApiError as error:
                 if error.about == f"nodes/{name}":
                     continue
@@ -257,6 +263,16 @@ class NodeStore:
             if whole.uid == seen.uid:
                 found[name] = self._keep(whole, *_subnets(whole.pod_cidrs))
         return found
+
+    def _whole(self, name: str, version: str) -> Answer:
+        """A Node as it was at a version or later: from the server's memory, in half the time that etcd takes. Another server
+        than the one that told us may lag behind."""
+        try:
+            return self._client.ask(f"{NODES}/{name}", {"resourceVersion": version}, WHOLE)
+        except ApiError as error:
+            if error.code != TOO_EARLY:
+                raise
+            return self._client.ask(f"{NODES}/{name}", {}, WHOLE)
 
     def _pages(self, full: bool) -> Iterator[Page]:
         """A list, page by page. Without a resourceVersion: with it, `limit` would be ignored."""
@@ -353,6 +369,8 @@ class _Doubts(threading.Thread):
         self._heard = self._answered = time.monotonic()
         self._ending = threading.Event()
         self.why = ""
+        self.restored = False
+        """Whether etcd may have been restored from a backup under the watch."""
 
     def heard(self) -> None:
         """Something came."""
@@ -366,6 +384,7 @@ class _Doubts(threading.Thread):
         while not self._ending.wait(1.0):
             now = time.monotonic()
             if now - self._heard > NO_BOOKMARK_S:
+                self.restored = True
                 self.why = f"no event and no bookmark for {NO_BOOKMARK_S:.0f} s; the list is read again"
             elif now - max(self._heard, self._answered) > SILENT_S:
                 try:
@@ -435,4 +454,4 @@ def _answers_of(place: str) -> Iterator[None]:
 
 def _number(version: str) -> int:
     """A resourceVersion for messages and order; it is opaque, though every server writes a number."""
-    return int(version) if version.isdecimal() else 0
+    return int(version) if version.isdecimal() and len(version) < 20 else 0

@@ -110,7 +110,7 @@ class Answer(NamedTuple):
 def _page_of_json(data: bytes, interesting: Collection[str]) -> Page:
     page = json.loads(data)
     meta = page["metadata"]
-    token = meta.get("continue") or ""
+    token = _text(meta.get("continue") or "")
     return Page(_text(meta["resourceVersion"]), token, [node_of_json(item, interesting) for item in page["items"]])
 
 
@@ -142,6 +142,7 @@ def node_of_json(item: Any, interesting: Collection[str]) -> NodeSeen:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.60} is no text")
+    value.encode()  # half a surrogate pair cannot be asked for again
     return value
 
 
@@ -253,7 +254,7 @@ def _node(data: bytes, at: int, end: int, interesting: Collection[str]) -> NodeS
                     notes_from, notes_to = notes_from or start, to
                     key, value = _pair(data, start, to)
                     if key in interesting:
-                        notes[key] = value.decode()
+                        notes[key] = value.decode("utf-8", "replace")  # as Go writes them in JSON
                 elif number == 1:
                     name = data[start:to].decode()
                 elif number == 5:
@@ -305,6 +306,8 @@ def _glance(data: bytes) -> Glance | None:
         if tag == _NOTE:
             first, last = first or at, at + size
         at += size
+    if not first:  # no annotation, or something else before them
+        return None
     return Glance(name.decode(), uid.decode(), version.decode(), hash(data[first:last]))
 
 
@@ -316,7 +319,7 @@ def _pair(data: bytes, at: int, end: int) -> tuple[str, bytes]:
             key = data[start:to]
         else:
             value = data[start:to]
-    return key.decode(), value
+    return key.decode("utf-8", "replace"), value
 
 
 def _status(data: bytes) -> tuple[str, str]:

@@ -17,6 +17,12 @@ from lease.kube_client import KubeSettings
 from lease.kubernetes import NodeGone, NodeStore
 from lease.store import StoreUnavailable
 
+PEER = {
+    "kube-subnet-manager": "true",
+    "backend-type": "vxlan",
+    "backend-data": '{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}',
+    "public-ip": "192.168.1.1",
+}
 GOOD_META = {"name": "n", "uid": "u", "resourceVersion": "5", "creationTimestamp": "2026-01-01T00:00:00Z"}
 
 
@@ -32,6 +38,8 @@ class Odd:
         self.code = 200
         self.stream: bytes | None = b""
         self.asked = 0
+        self.behind = False
+        """504 to whoever names a resourceVersion, but for watches."""
         self.ending = threading.Event()
         odd = self
 
@@ -48,7 +56,8 @@ class Odd:
                     body = odd.stream
                 else:
                     body = odd.answer if isinstance(odd.answer, bytes) else json.dumps(odd.answer).encode()
-                self.send_response(200 if "watch=true" in self.path else odd.code)
+                late = odd.behind and "resourceVersion" in self.path
+                self.send_response(200 if "watch=true" in self.path else 504 if late else odd.code)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -156,3 +165,39 @@ def test_huge_annotations_are_not_kept(odd, store):
     assert found.leases == {}
     assert len(str(store._nodes["n"])) < 600
     assert len(str(found.refused)) < 400
+
+
+def test_after_a_restore_the_list_is_read_whole(odd, store):
+    """A resourceVersion that went backwards: even the podCIDR of a uid may be another."""
+    notes = {f"{DEFAULT_PREFIX}/{name}": text for name, text in PEER.items()}
+    odd.answer = listed([{"metadata": {**GOOD_META, "annotations": notes}, "spec": {"podCIDR": "10.1.1.0/24"}}], "9")
+    assert str(store.read().leases["n"].v4.subnet) == "10.1.1.0/24"
+    odd.answer = listed([{"metadata": {**GOOD_META, "annotations": notes}, "spec": {"podCIDR": "10.1.2.0/24"}}], "12")
+    assert str(store.read().leases["n"].v4.subnet) == "10.1.1.0/24", "fixed for a uid"
+    odd.answer = listed([{"metadata": {**GOOD_META, "annotations": notes}, "spec": {"podCIDR": "10.1.2.0/24"}}], "5")
+    assert str(store.read().leases["n"].v4.subnet) == "10.1.2.0/24"
+
+
+def test_hints_of_a_list_that_failed_are_not_kept(odd, store):
+    mine = {**GOOD_META, "name": "me"}
+    odd.answer = listed([{"metadata": mine, "spec": {"podCIDR": "10.1.1.0/24"}}])
+    assert store.read().hints.overwrite == 0
+    overwritten = {**mine, "annotations": {f"{DEFAULT_PREFIX}/public-ip-overwrite": "9.9.9.9"}}
+    odd.answer = listed([{"metadata": overwritten, "spec": {"podCIDR": "10.1.1.0/24"}}, None])
+    with pytest.raises(StoreUnavailable):
+        store.read()
+    odd.answer = listed([{"metadata": mine, "spec": {"podCIDR": "10.1.1.0/24"}}])
+    assert store.read().hints.overwrite == 0
+
+
+def test_a_server_that_lags_behind_is_asked_without_a_version(odd, store):
+    notes = {f"{DEFAULT_PREFIX}/{name}": text for name, text in PEER.items()}
+    odd.answer = listed([])
+    store.read()
+    meta = {**GOOD_META, "annotations": notes}
+    odd.stream = json.dumps({"type": "ADDED", "object": {"metadata": meta}}).encode() + b"\n"
+    odd.answer = {"metadata": meta, "spec": {"podCIDR": "10.1.1.0/24"}}
+    odd.behind = True
+    watching = store.watch(0)
+    assert str(next(watching).changes[0].v4.subnet) == "10.1.1.0/24"
+    watching.close()

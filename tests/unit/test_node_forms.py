@@ -163,3 +163,34 @@ def test_a_glance_at_what_is_damaged_says_what_the_whole_says_or_nothing(data):
         return  # told by whoever reads it whole, unless it is as it was before: what follows is of no interest then
     if found is not None and event.kind == "MODIFIED":
         assert found[:3] == (event.node.name, event.node.uid, event.node.version)
+
+
+def field(number: int, value: bytes) -> bytes:
+    assert len(value) < 128
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def test_an_annotation_that_is_no_text_costs_nobody_else():
+    """Kubernetes does not check the values of annotations: one Node must not end the list of all agents."""
+    note = field(12, field(1, NOTES[1].encode()) + field(2, b"\xff\xfe"))
+    meta = field(1, b"n") + field(5, b"u") + field(6, b"7") + note
+    page = Answer(b"k8s\0" + field(2, field(1, field(2, b"9")) + field(2, field(1, meta))), True).page(NOTES)
+    assert page.nodes[0].annotations == {NOTES[1]: "\ufffd\ufffd"}
+
+
+def test_a_glance_says_nothing_of_a_node_without_annotations():
+    """Else the event that takes the last one away would be no news where the list was read in JSON."""
+    meta = b"".join((
+        field(1, b"n"), b"\x12\0\x1a\0\"\0", field(5, b"0" * 36), field(6, b"7"), b"8\0B\x08\x08\x81\x80\x80\x80\x06\x10\0",
+    ))  # fmt: skip
+    kind = field(1, b"meta.k8s.io/v1") + field(2, b"PartialObjectMetadata")
+    inner = b"k8s\0" + field(1, kind) + field(2, field(1, meta))
+    bare = field(1, b"MODIFIED") + field(2, field(1, inner))
+    assert Answer(bare, True).event(NOTES).node.name == "n"
+    assert glance(bare) is None
+
+
+def test_a_version_that_cannot_be_asked_for_again_is_refused():
+    text = b'{"type":"BOOKMARK","object":{"metadata":{"resourceVersion":"\\ud800"}}}'
+    with pytest.raises(ValueError, match="surrogates"):
+        Answer(text, False).event(NOTES)

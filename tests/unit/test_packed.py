@@ -141,3 +141,11 @@ def test_what_is_asked_of_all():
     assert [lease.key for lease in leases.with_mac(2)] == ["10.0.2.0-24"]
     assert dict(leases) == {lease.key: lease for lease in leases.values()}
     assert leases.without(wide.key).keys() == leases.keys() - {wide.key}
+
+
+def test_a_key_with_a_blank_in_it_is_left_to_the_plain_reader():
+    """Key and value are matched as one text, and a node's name may hold a blank."""
+    value = encode_value(Lease("", "vxlan", Endpoint(Prefix(4, 10 << 24, 24), 1, 1, 2), None, "a b", 0, 0, 0))
+    assert decode(b"10.0.0.0-24", value, 1, 1, 0) is not None
+    first, _, second = value.partition(b" b")
+    assert decode(b"10.0.0.0-24 " + first, b"b" + second, 1, 1, 0) is None
