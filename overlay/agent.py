@@ -43,6 +43,8 @@ FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
 LOOK_SHARE = 4000
 """The kernel is read whole less often where that costs more: it may take a four-thousandth of the time."""
+DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
+"""After a refusal that contradicts what we believe it is read again: so long after the last time, or 20 times its cost."""
 PEERS_FIRST_S = 5.0
 """So long after the start the steps that can wait, wait for the peers."""
 FILES_CHECK_S = 5.0
@@ -121,6 +123,7 @@ class Agent:
         self._started = clock()
         self._next_full = clock() + FULL_CHECK_S
         self._next_dump = 0.0
+        self._no_doubt_before = 0.0
         self._look_cost = 0.0
         """CPU seconds of the look under way."""
         self._looks, self._looks_cost, self._longest_slice = 0, 0.0, 0.0
@@ -212,19 +215,21 @@ class Agent:
             event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
         except queue.Empty:
             return None
-        for left in range(EVENTS_A_TURN, 0, -1):
+        left = EVENTS_A_TURN
+        while True:
             if isinstance(event, Stop):
                 return event
             if isinstance(event, Died):
                 log.error("thread.died", thread=event.thread, error=repr(event.error))
                 return Stop(f"thread {event.thread} died", 1)
             _OBSERVE[type(event)](self, event)
-            if left > 1:
-                try:
-                    event = self._inbox.get_nowait()
-                except queue.Empty:
-                    break
-        return None
+            left -= len(event.messages) if isinstance(event, netlink.NeighbourMessages) else 1
+            if left <= 0:
+                return None
+            try:
+                event = self._inbox.get_nowait()
+            except queue.Empty:
+                return None
 
     def _pass(self) -> bool:
         """Make everything as it should be, in the order of dependence. Whether there is more to do at once."""
@@ -250,7 +255,8 @@ class Agent:
             if self._path.dumped:
                 more |= self._path.apply()
                 if self._path.rec.look_again:
-                    self._path.rec.look_again, self._due.dump = False, True
+                    self._path.rec.look_again = False
+                    self._retry_at.setdefault("dump", max(self._clock(), self._no_doubt_before))
                 if self._path.rec.device_gone:  # told soon; where that got lost:
                     self._retry_at.setdefault("links", self._clock() + RETRY_S)
                     self._retry_at.setdefault("device", self._clock() + RETRY_S)
@@ -273,7 +279,7 @@ class Agent:
         began = time.thread_time()
         try:
             more = self._path.look(self._host.links)
-        except KernelError as error:
+        except OSError as error:  # the kernel's word, or no descriptor for a socket
             self.health.problem("dump", str(error))
             self._retry_at["dump"] = self._clock() + RETRY_S
             return False
@@ -285,6 +291,7 @@ class Agent:
             self._looks_cost += self._look_cost
             self.health.solved("dump")
             self._next_dump = self._clock() + max(FULL_CHECK_S, self._look_cost * LOOK_SHARE)
+            self._no_doubt_before = self._clock() + max(DOUBT_GAP_S, self._look_cost * DOUBT_SHARE)
         return more or self._due.dump
 
     def _step(self, name: str, act: Callable[[], None]) -> None:
@@ -588,9 +595,9 @@ class Agent:
         device = self._path.rec.devices.get(TUNNEL)
         if device is not None and event.address.oif == device.ifindex:
             self._due.device = True
-            # The last address takes the routes with it, silently: read them again.
-            if event.gone:
-                self._due.dump = True
+        # The last address takes the routes with it, silently: read them again.
+        if event.gone and any(there.ifindex == event.address.oif for there in self._path.rec.devices.values()):
+            self._due.dump = True
 
     def _on_route(self, event: netlink.RouteSeen) -> None:
         self._path.on_route(event, self._host.links)
@@ -662,7 +669,7 @@ class Agent:
     def _ensure_files(self) -> None:
         rec = self._path.rec
         # an entry that the kernel refuses (and is told and tried again) does not keep the whole node from its pods
-        in_sync = not self._between and self._path.dumped and rec.differing() <= len(rec.failures)
+        in_sync = not self._between and self._path.dumped and rec.settled()
         try:
             self._host.ensure_files(self._config_now(), self._key(), self._own(), in_sync)
         except ValueError as error:

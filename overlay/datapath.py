@@ -53,6 +53,8 @@ class Datapath:
         self.dumped = False
         self.in_the_way: dict[RouteKey, str] = {}
         """Routes of others that stand before ours, in words."""
+        self._foreign_since: set[RouteKey] = set()
+        """Keys of foreign routes that events spoke of since the look under way began."""
         self.refusals = Refusals()
         self._look: Generator[None] | None = None
         """A look through the kernel that is under way."""
@@ -102,16 +104,20 @@ class Datapath:
 
     def _turn(self, turned: Turned) -> None:
         assert self.node is not None
-        for was, _ in turned.values():
-            if was is not None and was.v4 is not None:
-                self.rec.left(number(was.v4.subnet), self._entries(was))
-        for _, now in turned.values():
-            if now is not None and now.v4 is not None:
-                self.rec.joined(number(now.v4.subnet), self._entries(now))
+        before = {entry for was, _ in turned.values() for entry in self._entries(was)}
+        after = {entry for _, now in turned.values() for entry in self._entries(now)}
+        for peer, entry in sorted(before - after, key=_by_kind):
+            self.rec.left(peer, (entry,))
+        for peer, entry in sorted(after - before, key=_by_kind):
+            self.rec.joined(peer, (entry,))
 
-    def _entries(self, lease: Lease) -> list[Entry]:
+    def _entries(self, lease: Lease | None) -> list[tuple[int, Entry]]:
+        """A peer's entries, each with its number."""
         assert self.node is not None
-        return flat(plan.entries(self.node, lease))
+        if lease is None or lease.v4 is None:
+            return []
+        peer = number(lease.v4.subnet)
+        return [(peer, entry) for entry in flat(plan.entries(self.node, lease))]
 
     # --- found: events ---------------------------------------------------------------------------------------------------
 
@@ -122,6 +128,9 @@ class Datapath:
         if role is None:
             if not event.gone and self.rec.is_found(Kind.ROUTE, route.key):
                 self.rec.lose(Kind.ROUTE, route.key)  # replaced under our feet by a foreign one
+            elif not event.gone:
+                self.rec.touch(Kind.ROUTE, route.key)
+            self._foreign_since.add(route.key)
             if event.gone and self.in_the_way.pop(route.key, None) is not None:
                 self.rec.retry_now(Kind.ROUTE)
             elif not event.gone:
@@ -182,6 +191,8 @@ class Datapath:
             self.rec.find(kind, key, value)
         elif self.rec.is_found(kind, key):
             self.rec.lose(kind, key)
+        else:
+            self.rec.touch(kind, key)
 
     def on_link(self, link: Link, gone: bool) -> int | None:
         """A link changed; the role of the device that was lost by it, if one was. Never coalesced: a device that was
@@ -206,11 +217,13 @@ class Datapath:
         """The tunnel device stands and is up. lost: we had to set it up; made: we had to make it. Whether a look through the
         kernel, which was at another device, has to begin again."""
         before = self.rec.devices.get(TUNNEL)
-        again = self.looking() and (before is None or before.ifindex != ifindex)
-        if again:
+        other = before is None or before.ifindex != ifindex
+        again = other and (self.looking() or not made)  # somebody else made it, and may have put entries on it
+        if other:
             self.end_look()
+        if made or lost or (other and before is not None):
+            self.rec.device_lost(TUNNEL, fdb_too=made or other)
         if made or lost:
-            self.rec.device_lost(TUNNEL, fdb_too=made)
             self._rising.add(ifindex)
         self.rec.devices[TUNNEL] = Device(ifindex, True)
         self.rec.device_gone = False
@@ -250,10 +263,13 @@ class Datapath:
 
     def _looking(self, links: Mapping[int, Link]) -> Generator[None]:
         look = Look(self.rec, self.rec.devices[TUNNEL].ifindex, lambda route: self._role(route, self._roles()))
+        self._foreign_since.clear()
         yield from look.run()
-        before, self.in_the_way = self.in_the_way, {}
+        since = self._foreign_since  # of these the events know better
+        before, self.in_the_way = self.in_the_way, {k: v for k, v in self.in_the_way.items() if k in since}
         for route in look.foreign:
-            self._watch_foreign(route, links, before)
+            if route.key not in since:
+                self._watch_foreign(route, links, before)
         self.dumped = True
 
     def _roles(self) -> dict[int, int]:
@@ -385,6 +401,10 @@ class _NothingWanted:
 
 
 NOTHING = _NothingWanted()
+
+
+def _by_kind(item: tuple[int, Entry]) -> tuple[int, int]:
+    return item[0], item[1][0]
 
 
 class Refusals:

@@ -61,7 +61,10 @@ class Firewall:
         """Begin one; a Looked is posted when it ends, and `took` is to be called with that."""
         assert not self.busy
         self._under_way = what
-        threading.Thread(target=self._run, args=(rules, what), name="firewall", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(rules, what), name="firewall", daemon=True).start()
+        except RuntimeError as error:  # at the limit of what the container may have
+            self._post(Looked(what, dict.fromkeys(what, _words(error)), "", 0))
 
     def took(self, looked: Looked) -> None:
         """It ended."""

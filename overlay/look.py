@@ -106,9 +106,16 @@ class Look:
         key, value = found
         rec = self._rec
         self._others.add(key)
-        if value == rec.wanted.value(kind, key):
-            self._seen.update(rec.wanted.owners(kind, key))
-        if rec.touched is None or not rec.touched.knows(kind, key, rec.wanted.owners(kind, key)):
+        owners = rec.wanted.owners(kind, key)
+        right = value == rec.wanted.value(kind, key)
+        second = kind is Kind.ROUTE and not right and not self._seen.isdisjoint(owners)
+        if right:
+            self._seen.update(owners)
+        if rec.touched is not None and rec.touched.knows(kind, key, owners):
+            return
+        if second:
+            rec.find_second(key, value)
+        else:
             rec.find(kind, key, value, touch=False)
 
     def _entry(self, kind: Kind, body: memoryview) -> tuple[Any, Any] | None:

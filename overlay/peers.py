@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lease.codec import BadRecord, decode_key, encode_key
 from lease.model import WIDTH, Lease, Prefix, mac_text, mask
-from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, Leases, number, pack, unpack
+from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, PUBLIC_IP, Leases, number, pack, unpack
 from lease.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -179,10 +179,9 @@ class PeerTable:
         """The peers in dispute with a record."""
         assert lease.v4 is not None
         found = {there: self.peer(there) for there in self._overlapping(lease.v4.subnet)}
-        for there in self.with_mac(lease.v4.mac or 0):
-            other = self.peer(there)
-            if other.v4 is not None and other.v4.public_ip != lease.v4.public_ip:
-                found[there] = other
+        of_its_mac = self.with_mac(lease.v4.mac or 0)  # peers: these are of one public IP, however many
+        if of_its_mac and int.from_bytes(self.packed[of_its_mac[0]][PUBLIC_IP], "big") != lease.v4.public_ip:
+            found |= {there: self.peer(there) for there in of_its_mac}
         return [other for other in found.values() if other.key != lease.key]
 
     def _losers_after(self, lease: Lease) -> set[tuple[int, str]]:

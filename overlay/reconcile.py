@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from overlay.kernel import wire
-from overlay.kernel.entries import TUNNEL, Kind
+from overlay.kernel.entries import TUNNEL, Kind, RouteKey, RouteValue
 from overlay.kernel.fast import MESSAGES
 from overlay.kernel.netlink import Refusal
 
@@ -152,12 +152,13 @@ class Reconciler:
         """These entries of a peer are not wanted any more; the table is without it already."""
         for kind, key, value in entries:
             was_missing = self._take_bit(peer, 1 << kind)
-            self._touch(kind, key, peer)
             wanted = self.wanted.value(kind, key)
-            if not was_missing and wanted != value:
-                self.extra[kind][key] = value
+            if not was_missing:  # else a look may tell us that it is there
+                self._touch(kind, key, peer)
+                if wanted != value:
+                    self.extra[kind][key] = value
             self.failures.pop((kind, key), None)
-            self._sort(kind, key, wanted)
+            self._retry(kind, key)
 
     def joined(self, peer: int, entries: Iterable[Entry]) -> None:
         """These entries of a peer are wanted from now on; the table has it already."""
@@ -168,7 +169,7 @@ class Reconciler:
                 self._set(peer, kind)
             self._touch(kind, key, peer)
             self.failures.pop((kind, key), None)
-            self._sort(kind, key, value)
+            self._retry(kind, key)
 
     # --- what is found -------------------------------------------------------------------------------------------
 
@@ -186,6 +187,12 @@ class Reconciler:
             self.extra[kind][key] = value
             self._not_so(kind, key)
         self._sort(kind, key, wanted)
+
+    def find_second(self, key: RouteKey, value: RouteValue) -> None:
+        """A dump shows a route behind, or before, another of its key that is as it should be: it is to go."""
+        self.extra[Kind.ROUTE][key] = value
+        self._kept[Kind.ROUTE].discard(key)
+        self._drops[Kind.ROUTE][key] = None
 
     def lose(self, kind: Kind, key: Any) -> None:
         """The kernel says an entry is gone."""
@@ -237,14 +244,20 @@ class Reconciler:
         """A device went down (routes and neighbours went with it, silently) or away (its FDB as well)."""
         routes = self.extra[Kind.ROUTE]
         for key in [key for key, value in routes.items() if value.role == role]:
+            self.failures.pop((Kind.ROUTE, key), None)
             self.lose(Kind.ROUTE, key)
         lost = 1 << Kind.ROUTE
         if role == TUNNEL:
             gone = (Kind.NEIGHBOUR, *((Kind.FDB,) if fdb_too else ()))
             for kind in gone:
                 lost |= 1 << kind
+                for key in self.extra[kind]:
+                    self.failures.pop((kind, key), None)
                 for table in (self.extra[kind], self._drops[kind], self._kept[kind]):
                     table.clear()
+        for kind in KINDS:
+            if lost >> kind & 1:  # what a dump under way has read of them is from before
+                self.touch_peers(kind, self.wanted.peers())
         if self.wanted.alike():
             if role == TUNNEL:
                 self._lose_of_all(lost)
@@ -332,6 +345,10 @@ class Reconciler:
             self.touched.keys.add((kind, key))
             self.touched.peers[kind].update((peer,) if peer else self.wanted.owners(kind, key))
 
+    def touch(self, kind: Kind, key: Any) -> None:
+        """An event spoke of an entry, and said no more than we believe."""
+        self._touch(kind, key)
+
     def touch_peers(self, kind: Kind, peers: Iterable[int]) -> None:
         """Events say that these peers' entries are as we believe them to be."""
         if self.touched is not None:
@@ -342,6 +359,10 @@ class Reconciler:
     def differing(self) -> int:
         """How many entries are not as they should be."""
         return self._missing + sum(map(len, (*self._drops, *self._kept)))
+
+    def settled(self) -> bool:
+        """Whether nothing is to be done but what the kernel refuses, and is tried again."""
+        return not self.todo and not any(self._drops)
 
     def next_retry(self) -> float | None:
         """When a refused entry is due again."""
@@ -354,7 +375,7 @@ class Reconciler:
                 self._retry(kind, key)
 
     def _retry(self, kind: Kind, key: Any) -> None:
-        for peer in self.wanted.owners(kind, key):
+        for peer in self.wanted.owners(kind, key) if self.held else ():
             if self.held.get(peer, 0) & 1 << kind:
                 self._set(peer, kind)
         self._sort(kind, key, self.wanted.value(kind, key))
@@ -387,6 +408,8 @@ class Reconciler:
     def _puts(self) -> _Puts:
         tunnel = self.devices.get(TUNNEL)
         ready = tunnel is not None and tunnel.up
+        if tunnel is None and self.wanted.alike():
+            return self._Puts(0, [], [])
         first = seq = self._requests.take_seqs(SLICE + MESSAGES)
         messages: list[bytes] = []
         peers: list[tuple[int, int]] = []
@@ -489,6 +512,9 @@ class Reconciler:
         return [(kind, key) for kind in kinds for key in islice(self._drops[kind], SLICE // 2)]
 
     def _coming(self, key: Any) -> bool:
+        """Whether ours of the same subnet, by another key, does not stand yet."""
+        if self.wanted.value(Kind.ROUTE, key) is not None:
+            return False
         peer = self.wanted.serves(key)
         return bool(peer) and self.is_missing(peer, Kind.ROUTE)
 
@@ -505,6 +531,8 @@ class Reconciler:
                 self._sort(kind, key, None)
                 self.failures.pop((kind, key), None)
                 self.writes[f"remove_{kind.name.lower()}"] += 1
+            elif refusal.errno == errno.ENODEV:
+                self.device_gone = True
             else:
                 del self._drops[kind][key]
                 self._kept[kind].add(key)

@@ -117,8 +117,9 @@ def fdb_add(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
 
 
 def fdb_delete(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
-    """RTM_DELNEIGH of family AF_BRIDGE. With a wrong destination the kernel says 0 and deletes nothing."""
-    return _fdb(RTM_DELNEIGH, NLM_F_REQUEST, seq, mac, value, oif)
+    """RTM_DELNEIGH of family AF_BRIDGE. With a wrong destination (port, VNI, interface) the kernel says 0 and deletes
+    nothing; one that is odd goes with all destinations of its MAC."""
+    return _fdb(RTM_DELNEIGH, NLM_F_REQUEST, seq, mac, FdbValue(0) if value.odd else value, oif)
 
 
 def _fdb(kind: int, flags: int, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:

@@ -34,8 +34,8 @@ class ModelKernel:
         self.tables: tuple[dict, dict, dict] = ({}, {}, {})
         self.foreign: set[RouteKey] = set()
         self.refuse: dict[tuple[Kind, object], int] = {}
-        self.gone = False
-        """Its device."""
+        self.gone, self.refuse_drops = False, errno.ESRCH
+        """Its device, and what is said to removals then."""
         self.log: list[tuple[str, Kind, object]] = []
         self._seq = 0
 
@@ -59,7 +59,7 @@ class ModelKernel:
         kind, key, value = parse(message)
         self.log.append(("put" if add else "drop", kind, key))
         if self.gone:
-            return errno.ENODEV if add else errno.ESRCH
+            return errno.ENODEV if add else self.refuse_drops
         if (kind, key) in self.refuse:
             return self.refuse[kind, key]
         table = self.tables[kind]
@@ -575,3 +575,50 @@ class Interleaved(RuleBasedStateMachine):
 
 TestInterleaved = Interleaved.TestCase
 TestInterleaved.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+def test_a_refused_entry_of_two_peers_is_tried_again_when_one_leaves():
+    """Two subnets of one node: one FDB entry."""
+    kernel, clock, rec = world()
+    one, two = peer(1, mac=7), [(peer(2)[0][0], peer(2)[0][1], NeighbourValue(7)), peer(1, mac=7)[1], peer(2)[2]]
+    kernel.refuse[Kind.FDB, 7] = errno.ENOSPC
+    rec.join(1, one)
+    rec.join(2, two)
+    while rec.apply()[0]:
+        pass
+    assert rec.settled(), "what differs is refused"
+    kernel.refuse.clear()
+    rec.leave(2)
+    settle(rec, clock)
+    assert 7 in kernel.tables[Kind.FDB]
+    assert rec.next_retry() is None or not rec.failures
+
+
+def test_a_removal_that_finds_no_device_leaves_no_failure_behind():
+    kernel, clock, rec = world()
+    rec.join(1, peer(1))
+    settle(rec, clock)
+    rec.find(Kind.FDB, 99, FdbValue(5))
+    rec.find(Kind.NEIGHBOUR, 98, NeighbourValue(5))
+    kernel.gone, kernel.refuse_drops = True, errno.ENODEV
+    while rec.apply()[0]:
+        pass
+    assert rec.device_gone
+    for table in kernel.tables:
+        table.clear()
+    kernel.gone = rec.device_gone = False
+    rec.device_lost(TUNNEL, fdb_too=True)
+    settle(rec, clock)
+    assert not rec.failures
+    assert rec.differing() == 0
+
+
+def test_a_refused_removal_is_forgotten_with_its_device():
+    kernel, clock, rec = world()
+    rec.find(Kind.FDB, 99, FdbValue(5))
+    kernel.refuse[Kind.FDB, 99] = errno.EPERM
+    rec.apply()
+    assert rec.failures
+    rec.device_lost(TUNNEL, fdb_too=True)
+    assert not rec.failures
+    assert rec.differing() == 0
