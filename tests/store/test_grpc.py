@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class Odd:
     def _serve(self, connection: socket.socket) -> None:
         http = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
         http.initiate_connection()
-        with connection:
+        with connection, contextlib.suppress(OSError):  # the client may hang up at any time
             connection.sendall(http.data_to_send())
             while data := connection.recv(1 << 16):
                 for event in http.receive_data(data):
