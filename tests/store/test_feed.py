@@ -1,16 +1,18 @@
 """Whatever happens to etcd, the Feed ends up with what etcd says: no event lost, no busy loop."""
 
 import shutil
+import signal
 import subprocess
 import threading
 import time
 
 import pytest
 
+from lease import etcd_client
 from lease.codec import encode_value
 from lease.model import Endpoint, Lease, prefix
 from lease.store import Changes, ConfigText, Feed, Gone, Snapshot, StoreDown, StoreUnavailable, backoff_s
-from tests.support.etcd import Etcd, free_port
+from tests.support.etcd import Etcd, etcd_binary, free_port
 from tests.support.wait import until
 
 ROOT = "/coreos.com/network"
@@ -424,6 +426,35 @@ def test_reconnecting_ends_a_watch_and_the_next_call_works(etcd, open_store):
     with pytest.raises(StoreUnavailable):
         next(watching)
     assert store.read().leases == {}
+
+
+def test_a_proxy_that_answers_no_probe_is_asked_otherwise(etcd, follow, tmp_path, monkeypatch):
+    """etcd's grpc-proxy: its watches are good ones, though a progress request is never answered."""
+    monkeypatch.setattr(etcd_client, "PROBE_AFTER_S", 0.4)
+    monkeypatch.setattr(etcd_client, "PROBE_ANSWER_S", 0.4)
+    port = free_port()
+    proxy = subprocess.Popen(
+        [etcd_binary(), "grpc-proxy", "start", f"--endpoints={etcd.endpoint}", f"--listen-addr=127.0.0.1:{port}",
+         "--data-dir", str(tmp_path / "proxy")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        follower = follow(f"http://127.0.0.1:{port}")
+        until("listed by the proxy", lambda: follower.count(Snapshot))
+        downs = follower.count(StoreDown)
+        time.sleep(4.0)
+        assert follower.count(StoreDown) == downs, "silence is no fault"
+        put(etcd, 5)
+        until("told", lambda: "10.244.5.0-24" in follower.view)
+        lists = follower.count(Snapshot)
+        proxy.send_signal(signal.SIGSTOP)
+        until("a frozen one is noticed", lambda: follower.count(StoreDown) > downs, 15)
+        proxy.send_signal(signal.SIGCONT)
+        until("and found again", lambda: follower.count(Snapshot) > lists, 30)
+    finally:
+        proxy.kill()
+        proxy.wait()
 
 
 def test_backoff_grows_and_spreads():
