@@ -204,7 +204,9 @@ def rps(scene: Scene, mask: str) -> None:
     for agent in scene.agents:
         for device in ("eth0", "flannel.1"):
             path = f"/sys/class/net/{device}/queues/rx-0/rps_cpus"
-            scene.world.run(agent.node, "sh", "-c", f"mount -t sysfs s /sys 2>/dev/null; echo {mask} > {path}")
+            # its own /sys, in a mount namespace that ends with the command
+            steer = f"mount -t sysfs s /sys && echo {mask} > {path}"
+            scene.world.run(agent.node, "unshare", "--mount", "sh", "-c", steer)
 
 
 def each(scene: Scene, *command: str) -> Callable[[], None]:

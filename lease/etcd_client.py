@@ -204,6 +204,7 @@ class EtcdClient:
             call = watch.begin(create, metadata=[*metadata, ("hasleader", "true")], last=False)
         except RpcError as error:
             raise StoreUnavailable(f"{self.endpoint}: {_said(error)}") from error
+
         def ask() -> None:
             request = rpc.RangeRequest(key=key, limit=1, keys_only=True)
             try:
