@@ -188,7 +188,7 @@ class EtcdClient:
     def keep_alive(self, lease_id: int) -> int:
         """Renew once; seconds it now has. Raises LeaseExpired (etcd says TTL 0 without an error then)."""
         request = rpc.LeaseKeepAliveRequest(ID=lease_id)
-        answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseKeepAlive, request)
+        answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseKeepAlive.first, request)
         if answer.TTL <= 0:
             raise LeaseExpired(f"etcd lease {lease_id:x} is gone")
         return int(answer.TTL)
@@ -236,7 +236,7 @@ class EtcdClient:
 
     # --- how a call is made ------------------------------------------------------------------------------------------
 
-    def _call(self, method: Callable[[Channel], Method], request: Any, timeout_s: float = CALL_S) -> Any:
+    def _call(self, method: Callable[[Channel], Callable[..., Any]], request: Any, timeout_s: float = CALL_S) -> Any:
         """Make a call, once at each endpoint at most; once more after signing in again.
 
         Raises:

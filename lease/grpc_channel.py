@@ -126,6 +126,18 @@ class Method:
         """One request, one answer. Raises RpcError."""
         return self.result(self.begin(request, timeout, metadata), timeout)
 
+    def first(self, request: Any, timeout: float, metadata: Metadata = ()) -> Any:
+        """One request on a stream that stays open, and its first answer; the stream is ended then. (etcd's grpc-proxy gives
+        a keep-alive up whose sender has nothing more to say.) Raises RpcError."""
+        call = self.begin(request, timeout, metadata, last=False)
+        try:
+            answer = self.next(call, timeout)
+        finally:
+            call.cancel()
+        if answer is None:
+            raise RpcError("UNKNOWN", "the server ended the call without an answer")
+        return answer
+
     def begin(self, request: Any, timeout: float | None = None, metadata: Metadata = (), last: bool = True) -> Call:
         """Send a request, not waiting for an answer. last: the only one of this call. Raises RpcError."""
         call = self._channel._open(self._path, timeout, metadata)

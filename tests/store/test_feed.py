@@ -447,6 +447,9 @@ def test_a_proxy_that_answers_no_probe_is_asked_otherwise(etcd, follow, tmp_path
         assert follower.count(StoreDown) == downs, "silence is no fault"
         put(etcd, 5)
         until("told", lambda: "10.244.5.0-24" in follower.view)
+        end = Endpoint(prefix("10.244.6.0/24"), 0xC0A80106, 1, 0x0A0000000006)
+        held = follower.store.create(Lease("10.244.6.0-24", "vxlan", end, None, "me", 0, 0, 0), 60)
+        assert 50 < follower.store.keep_alive(held).left_s <= 60
         lists = follower.count(Snapshot)
         proxy.send_signal(signal.SIGSTOP)
         until("a frozen one is noticed", lambda: follower.count(StoreDown) > downs, 15)
