@@ -148,10 +148,8 @@ def main() -> None:
     given = arguments.parse_args()
     print(rig.machine())
     with rig.world() as world:
-        records, there = rig.Records(world), 0
-        for count in sorted(int(text) for text in given.peers.split(",")):
-            records.put(rig.lease(number) for number in range(there, count))
-            there = count
+        records = rig.Records(world)
+        for count in records.growing(given.peers):
             measure(world, count, given.rounds, given.kinds.split(","), given.slow_up_to)
         records.close()
 

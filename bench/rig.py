@@ -71,6 +71,14 @@ class Records:
             revision = int(self._client.txn([], batch).header.revision)
         return revision
 
+    def growing(self, counts: str) -> Iterator[int]:
+        """Each of these numbers of peers (`10,200`), the smallest first, when so many are there."""
+        there = 0
+        for count in sorted(int(text) for text in counts.split(",")):
+            self.put(lease(number) for number in range(there, count))
+            there = count
+            yield count
+
     def drop(self, leases: Iterable[Lease]) -> None:
         """Delete them, 120 in a transaction."""
         batch: list[object] = []

@@ -131,12 +131,9 @@ class Method:
         a keep-alive up whose sender has nothing more to say.) Raises RpcError."""
         call = self.begin(request, timeout, metadata, last=False)
         try:
-            answer = self.next(call, timeout)
+            return self._one(call, timeout)
         finally:
             call.cancel()
-        if answer is None:
-            raise RpcError("UNKNOWN", "the server ended the call without an answer")
-        return answer
 
     def begin(self, request: Any, timeout: float | None = None, metadata: Metadata = (), last: bool = True) -> Call:
         """Send a request, not waiting for an answer. last: the only one of this call. Raises RpcError."""
@@ -147,14 +144,18 @@ class Method:
     def result(self, call: Call, timeout: float) -> Any:
         """The one answer. Raises RpcError, and the call is over then."""
         try:
-            answer = self.next(call, timeout)
-            if answer is None:
-                raise RpcError("UNKNOWN", "the server ended the call without an answer")
+            answer = self._one(call, timeout)
             if call.receive(timeout) is not None:
                 raise RpcError("UNKNOWN", "the server gave a second answer")
         except BaseException:
             call.cancel()
             raise
+        return answer
+
+    def _one(self, call: Call, timeout: float) -> Any:
+        answer = self.next(call, timeout)
+        if answer is None:
+            raise RpcError("UNKNOWN", "the server ended the call without an answer")
         return answer
 
     def next(self, call: Call, timeout: float) -> Any:

@@ -58,7 +58,7 @@ class _Node(NamedTuple):
     """What is kept of a Node, some 500 bytes. said: a hash of its annotations of interest, raw: of all, as NodeSeen has it;
     subnets: see `_subnets`; change: what it is to peers, a lease packed."""
 
-    uid: bytes
+    uid: str
     said: int
     raw: int
     subnets: bytes
@@ -114,7 +114,7 @@ class NodeStore:
                 known = self._nodes.get(seen.name)
                 if first:
                     nodes[seen.name] = self._keep(seen, *_subnets(seen.pod_cidrs))
-                elif known is not None and known.uid == _uid(seen) and known.subnets:
+                elif known is not None and known.uid == seen.uid and known.subnets:
                     same = known.said == self._said(seen) and seen.name != self._own
                     nodes[seen.name] = known._replace(raw=seen.raw) if same else self._keep(seen, known.subnets)
                 elif self._asks(seen):
@@ -206,7 +206,7 @@ class NodeStore:
         if seen is None:
             return False
         known = self._nodes.get(seen.name)
-        if known is None or known.raw != seen.raw or not known.subnets or known.uid != seen.uid.encode():
+        if known is None or known.raw != seen.raw or not known.subnets or known.uid != seen.uid:
             return False
         self._version = seen.version
         return True
@@ -214,11 +214,11 @@ class NodeStore:
     def _observe(self, kind: str, seen: NodeSeen, changes: dict[str, Change], unknown: dict[str, NodeSeen]) -> None:
         name, known = seen.name, self._nodes.get(seen.name)
         if kind == "DELETED":
-            if known is None or known.uid == _uid(seen):
+            if known is None or known.uid == seen.uid:
                 unknown.pop(name, None)
                 self._nodes.pop(name, None)
                 changes[name] = Gone(name)
-        elif known is not None and known.uid == _uid(seen) and known.subnets:
+        elif known is not None and known.uid == seen.uid and known.subnets:
             if known.said != self._said(seen):
                 self._put(name, self._keep(seen, known.subnets), changes)
             elif known.raw != seen.raw:
@@ -296,7 +296,7 @@ class NodeStore:
             made = Refused(seen.name, fault or str(error), 0)
         if seen.name == self._own:
             self._hints = hints(seen.annotations, self._names)
-        return _Node(_uid(seen), self._said(seen), seen.raw, subnets, made)
+        return _Node(seen.uid, self._said(seen), seen.raw, subnets, made)
 
     def _said(self, seen: NodeSeen) -> int:
         """Python's hash of texts, which is keyed: nobody can make two that are alike."""
@@ -436,11 +436,6 @@ def _prefixes(subnets: bytes) -> dict[int, Prefix]:
         subnets[at]: Prefix(subnets[at], int.from_bytes(subnets[at + 2 : at + 18], "big"), subnets[at + 1])
         for at in range(0, len(subnets), 18)
     }
-
-
-def _uid(seen: NodeSeen) -> bytes:
-    """A uid in the bytes it is compared by."""
-    return seen.uid.encode("utf-8", "surrogatepass")
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class Reconciler:
             was_missing = self._take_bit(peer, 1 << kind)
             wanted = self.wanted.value(kind, key)
             if not was_missing:  # else a look may tell us that it is there
-                self._touch(kind, key, peer)
+                self.touch(kind, key, peer)
                 if wanted != value:
                     self.extra[kind][key] = value
             self.failures.pop((kind, key), None)
@@ -167,7 +167,7 @@ class Reconciler:
                 del self.extra[kind][key]
             else:
                 self._set(peer, kind)
-            self._touch(kind, key, peer)
+            self.touch(kind, key, peer)
             self.failures.pop((kind, key), None)
             self._retry(kind, key)
 
@@ -176,7 +176,7 @@ class Reconciler:
     def find(self, kind: Kind, key: Any, value: Any, touch: bool = True) -> None:
         """The kernel says it has an entry. touch: an event says so, and not a dump."""
         if touch:
-            self._touch(kind, key)
+            self.touch(kind, key)
         wanted = self.wanted.value(kind, key)
         if value == wanted:
             self.extra[kind].pop(key, None)
@@ -196,7 +196,7 @@ class Reconciler:
 
     def lose(self, kind: Kind, key: Any) -> None:
         """The kernel says an entry is gone."""
-        self._touch(kind, key)
+        self.touch(kind, key)
         self.extra[kind].pop(key, None)
         self._not_so(kind, key)
         wanted = self.wanted.value(kind, key)
@@ -339,15 +339,11 @@ class Reconciler:
         else:
             self._drops[kind].pop(key, None)
 
-    def _touch(self, kind: Kind, key: Any, peer: int = 0) -> None:
+    def touch(self, kind: Kind, key: Any, peer: int = 0) -> None:
         """An event, or our own write, spoke of an entry. peer: whose it is, where that is known."""
         if self.touched is not None:
             self.touched.keys.add((kind, key))
             self.touched.peers[kind].update((peer,) if peer else self.wanted.owners(kind, key))
-
-    def touch(self, kind: Kind, key: Any) -> None:
-        """An event spoke of an entry, and said no more than we believe."""
-        self._touch(kind, key)
 
     def touch_peers(self, kind: Kind, peers: Iterable[int]) -> None:
         """Events say that these peers' entries are as we believe them to be."""
@@ -487,7 +483,7 @@ class Reconciler:
                 self.device_gone = True
             elif refusal is None:
                 self._take_bit(peer, 1 << kind)
-                self._touch(kind, key, peer)
+                self.touch(kind, key, peer)
                 self.extra[kind].pop(key, None)
                 self.failures.pop((kind, key), None)
                 self.writes[_PUT[kind]] += 1
@@ -526,7 +522,7 @@ class Reconciler:
         for place, (kind, key) in enumerate(drops):
             refusal = refused.get(place)
             if refusal is None or refusal.errno in _ABSENT:
-                self._touch(kind, key)
+                self.touch(kind, key)
                 self.extra[kind].pop(key, None)
                 self._sort(kind, key, None)
                 self.failures.pop((kind, key), None)
