@@ -15,7 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, AnyStr, NamedTuple
 
 PROTOBUF = "application/vnd.kubernetes.protobuf"
 _METADATA, _METADATA_LIST = (
@@ -226,7 +226,7 @@ def _event(data: bytes, interesting: Collection[str]) -> Event:
         elif number == 2:
             for field, at, to in _fields(data, start, end):
                 if field == 1:
-                    inner = _unwrapped(data[at:to])
+                    inner = _once(inner) or _unwrapped(data[at:to])
     if kind == "ERROR":
         code = next((value for number, value, end in _fields(inner, 0, len(inner)) if number == 6 and end < 0), 0)
         return Event(kind, None, f"{code} {_status(inner)[0]}")
@@ -256,11 +256,11 @@ def _node(data: bytes, at: int, end: int, interesting: Collection[str]) -> NodeS
                     if key in interesting:
                         notes[key] = value.decode("utf-8", "replace")  # as Go writes them in JSON
                 elif number == 1:
-                    name = data[start:to].decode()
+                    name = _once(name) or data[start:to].decode()
                 elif number == 5:
-                    uid = data[start:to].decode()
+                    uid = _once(uid) or data[start:to].decode()
                 elif number == 6:
-                    version = data[start:to].decode()
+                    version = _once(version) or data[start:to].decode()
                 elif number == 8:
                     created = next((value for field, value, kind in _fields(data, start, to) if field == 1), NO_TIME)
         elif part == 2:
@@ -274,6 +274,13 @@ def _node(data: bytes, at: int, end: int, interesting: Collection[str]) -> NodeS
         raise ValueError("an object without a resourceVersion")
     raw = hash(data[notes_from:notes_to])
     return NodeSeen(name, uid, version, created, notes, cidrs or ([only] if only else []), raw)
+
+
+def _once(before: AnyStr) -> AnyStr:
+    """Refuses what is said twice: nobody writes so, and of damaged bytes a Glance would have read the first, we the last."""
+    if before:
+        raise ValueError(f"{before[:60]!r} is followed by another")
+    return before
 
 
 _LABEL, _NOTE = 11 << 3 | 2, 12 << 3 | 2

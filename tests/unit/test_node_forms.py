@@ -165,6 +165,17 @@ def test_a_glance_at_what_is_damaged_says_what_the_whole_says_or_nothing(data):
         assert found[:3] == (event.node.name, event.node.uid, event.node.version)
 
 
+def test_a_name_that_damage_makes_be_said_twice_is_refused():
+    """managedFields, cut short, reads on as metadata: a glance would have said the first name, the whole the last."""
+    frame = bytearray(max(_frames(SAID["watch protobuf"])[0], key=len))
+    at = frame.index(b"\x8a\x01", frame.index(b"flannel.alpha.coreos.com/public-ip"))  # field 17
+    assert Answer(bytes(frame), True).event(NOTES).node.name == "node1"
+    frame[at + 2 : at + 4] = b"\x80\x00"
+    assert glance(bytes(frame)).name == "node1"
+    with pytest.raises(ValueError, match="b?'node1' is followed by another"):
+        Answer(bytes(frame), True).event(NOTES)
+
+
 def field(number: int, value: bytes) -> bytes:
     assert len(value) < 128
     return bytes([number << 3 | 2, len(value)]) + value
