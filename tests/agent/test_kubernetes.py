@@ -125,6 +125,7 @@ def test_a_node_made_again_with_another_pod_cidr_moves(kube_world):
 def test_overlapping_pod_cidrs_the_older_node_wins(kube_world):
     world = kube_world
     world.nodes(2)
+    time.sleep(1.1)  # a creationTimestamp has whole seconds
     world.node(3, "10.244.2.0/24")
     late = world.agent("node3")
     until("the younger says why", lambda: "overlaps that of Node node2, which is older" in problems(late))
