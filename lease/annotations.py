@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from lease.codec import BadRecord, vxlan_data
+from lease.codec import BadRecord, outer_source, vxlan_data
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, prefix
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
@@ -30,6 +30,8 @@ class Names(NamedTuple):
     public_ip: tuple[str, str]
     overwrite: tuple[str, str]
     node_public_ip: tuple[str, str]
+    source: str
+    """Ours: the outer source of a node's frames, where it is not public-ip."""
 
     @classmethod
     def of(cls, text: str) -> Names:
@@ -50,12 +52,13 @@ class Names(NamedTuple):
             (f"{lead}public-ip", f"{lead}public-ipv6"),
             (f"{lead}public-ip-overwrite", f"{lead}public-ipv6-overwrite"),
             (f"{lead}node-public-ip", f"{lead}node-public-ipv6"),
+            f"{lead}overlay-source",
         )
 
     def read(self) -> tuple[str, ...]:
         """All names that say something to us."""
         return (
-            self.managed, self.backend_type, *self.data, *self.public_ip, *self.overwrite, *self.node_public_ip,
+            self.managed, self.backend_type, *self.data, *self.public_ip, *self.overwrite, *self.node_public_ip, self.source,
         )  # fmt: skip
 
 
@@ -125,7 +128,8 @@ def decode_node(
             except ValueError:
                 raise BadRecord(f"{names.public_ip[place]}: {public_ip!a:.80} must be an IPv{family} address") from None
             vni, mac = _data(names.data[place], data) if backend == "vxlan" else (None, None)
-            ends.append(Endpoint(subnet, address, vni, mac))
+            source = outer_source(annotations.get(names.source), names.source, address) if family == 4 else 0
+            ends.append(Endpoint(subnet, address, vni, mac, source))
         except BadRecord:
             if ends == [None] or family == 4:
                 raise
@@ -156,6 +160,8 @@ def encode(lease: Lease, names: Names) -> dict[str, str | None]:
         if end is not None and end.mac is not None:
             data = json.dumps({"VNI": end.vni, "VtepMAC": mac_text(end.mac)}, separators=(",", ":"))
         wanted[names.data[place]] = data
+        if place == 0:
+            wanted[names.source] = ip_text(4, end.source) if end is not None and end.source else None
         wanted[names.public_ip[place]] = None if end is None else ip_text(4 if place == 0 else 6, end.public_ip)
     return wanted
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lease.codec import encode_key
 from lease.config import NetworkConfig, Pool
-from lease.model import Lease, Prefix, ip_number, mask
+from lease.model import Endpoint, Lease, Prefix, ip_number, mask
 from lease.packed import Leases
 from lease.store import Snapshot
 from lease.subnets import SubnetIndex
@@ -77,6 +77,7 @@ class Claim(NamedTuple):
 
     previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
     take_over: the operator said that the record of our address is ours; it counts for the first lease only.
+    local: the address that our frames leave by, 0 where it is the public IP.
     """
 
     config: NetworkConfig
@@ -86,6 +87,12 @@ class Claim(NamedTuple):
     previous: Prefix | None
     take_over: bool = False
     avoid: tuple[Prefix, ...] = ()
+    local: int = 0
+
+    def endpoint(self, subnet: Prefix, public_ip: int, mac: int) -> Endpoint:
+        """What peers are told of a subnet of ours."""
+        source = 0 if self.local == public_ip else self.local
+        return Endpoint(subnet, public_ip, self.config.backend.vni, mac, source)
 
     @property
     def pool(self) -> Pool:

@@ -11,8 +11,9 @@ from typing import Any
 
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
 
-NODE_FIELD = "OverlayNode"
-"""The one JSON field of ours: the identity of the node. flannel ignores unknown fields."""
+NODE_FIELD, SOURCE_FIELD = "OverlayNode", "OverlaySource"
+"""The JSON fields of ours: the identity of the node, and the outer source of its frames where that is not PublicIP. flannel
+ignores unknown fields."""
 MAX_VALUE = 16_384
 """Bytes of a value we read; a real one has some 200. What is longer is refused unread."""
 
@@ -56,7 +57,7 @@ def _key_prefix(key: str, base: str, length: str, family: int) -> Prefix:
 
 
 def encode_value(lease: Lease) -> bytes:
-    """A record's value, byte for byte as flannel writes it, with the node's identity behind it where there is one."""
+    """A record's value, byte for byte as flannel writes it, with our own fields behind it where they say anything."""
     assert lease.v4 is not None, "an etcd record always has an IPv4 part (flannel's key needs one)"
     value: dict[str, Any] = {
         "PublicIP": ip_text(4, lease.v4.public_ip),
@@ -68,6 +69,8 @@ def encode_value(lease: Lease) -> bytes:
             value[name] = {"VNI": end.vni, "VtepMAC": mac_text(end.mac)}
     if lease.node:
         value[NODE_FIELD] = lease.node
+    if lease.v4.source:
+        value[SOURCE_FIELD] = ip_text(4, lease.v4.source)
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -112,7 +115,21 @@ def _endpoint(subnet: Prefix, fields: dict[str, Any], ip_name: str, data_name: s
         raise BadRecord(f"{ip_name}: {text[:60]!a} must be an IPv{subnet.family} address") from None
     if backend != "vxlan":
         return Endpoint(subnet, public_ip, None, None)
-    return Endpoint(subnet, public_ip, *vxlan_data(fields.get(data_name), data_name))
+    source = outer_source(fields.get(SOURCE_FIELD), SOURCE_FIELD, public_ip) if subnet.family == 4 else 0
+    return Endpoint(subnet, public_ip, *vxlan_data(fields.get(data_name), data_name), source)
+
+
+def outer_source(text: object, name: str, public_ip: int) -> int:
+    """The outer source that a record names beside its public IP, 0 where none. Raises BadRecord."""
+    if text is None or text == "":
+        return 0
+    try:
+        address = ip_number(text, 4) if isinstance(text, str) else -1
+    except ValueError:
+        address = -1
+    if address < 0:
+        raise BadRecord(f"{name}: {str(text)[:60]!a} must be an IPv4 address")
+    return 0 if address == public_ip else address
 
 
 def vxlan_data(data: object, name: str) -> tuple[int, int]:

@@ -50,12 +50,19 @@ class Endpoint(NamedTuple):
     """What a node publishes for one family: its subnet, and the VTEP behind which that subnet lives.
 
     public_ip: underlay address as a number. vni, mac: from BackendData; None where the backend has none.
+    source: the address its frames come from, where that is not its public IP (a node behind NAT, or with several addresses);
+    else 0.
     """
 
     subnet: Prefix
     public_ip: int
     vni: int | None
     mac: int | None
+    source: int = 0
+
+    def outer_sources(self) -> tuple[int, ...]:
+        """The addresses its frames may come from: its own, or what a NAT makes of that."""
+        return (self.public_ip, self.source) if self.source else (self.public_ip,)
 
 
 class Lease(NamedTuple):

@@ -16,7 +16,7 @@ from lease.claim import Claim
 from lease.codec import BadRecord, vxlan_data
 from lease.kube_client import ApiError
 from lease.kubernetes import UNAVAILABLE, NodeGone, NodeView
-from lease.model import Endpoint, Lease, Prefix, ip_number
+from lease.model import Lease, Prefix, ip_number
 from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.tenure import Denied, Held, Lost, Renewed, TenureEvent
@@ -112,7 +112,7 @@ class NodeTenure:
                 homeless=True,
             )
         subnet = view.subnets[4]
-        end = Endpoint(subnet, self._public_ip(claim, view), claim.config.backend.vni, self._mac(claim, view))
+        end = claim.endpoint(subnet, self._public_ip(claim, view), self._mac(claim, view))
         lease = Lease(self._name, "vxlan", end, None, self._name, view.created, 0, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:

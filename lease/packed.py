@@ -60,6 +60,8 @@ def subnet_of(packed: bytes) -> Prefix:
 def pack(lease: Lease) -> bytes:
     """A lease as bytes. Equal leases give equal bytes."""
     end = lease.v4
+    if end is not None and end.source:
+        return _whole(lease, end)
     small = 0 <= lease.created <= _LARGEST and 0 <= lease.modified <= _LARGEST and -_LARGEST <= lease.handle <= _LARGEST
     if (
         end is not None
@@ -92,8 +94,13 @@ def pack(lease: Lease) -> bytes:
             end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni, lease.created >> 128, 0, 0, NODE
         )
         return head + lease.handle.to_bytes(16, "big") + lease.node.encode("utf-8", "surrogatepass")
+    return _whole(lease, end)
+
+
+def _whole(lease: Lease, end: Endpoint | None) -> bytes:
     v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
-    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle)
+    source = end.source if end is not None else 0
+    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle, source)
     if end is None:
         head = HEAD.pack(0, 255, 0, b"", -1, 0, 0, 0, NO_IPV4)
     else:
@@ -118,8 +125,10 @@ def unpack(packed: bytes) -> Lease:
         uid = int.from_bytes(packed[HEAD.size : HEAD.size + 16], "big")
         name = packed[HEAD.size + 16 :].decode("utf-8", "surrogatepass")
         return Lease(name, "vxlan", v4, None, name, created << 128 | uid, 0, uid)
-    key, backend, six, node, created, modified, handle = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
+    key, backend, six, node, created, modified, handle, source = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
     v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
+    if v4 is not None and source:
+        v4 = v4._replace(source=source)
     return Lease(key, backend, v4, v6, node, created, modified, handle)
 
 

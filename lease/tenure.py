@@ -8,7 +8,7 @@ from typing import NamedTuple
 from lease.allocate import RangeFull, choose_mac, choose_subnet
 from lease.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.codec import encode_key
-from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 
@@ -256,7 +256,7 @@ class Tenure:
         return choose_mac(used, self._rng)
 
     def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
-        end = Endpoint(subnet, claim.public_ip, claim.config.backend.vni, mac)
+        end = claim.endpoint(subnet, claim.public_ip, mac)
         return Lease(key, "vxlan", end, None, str(claim.identity), 0, 0, 0)
 
 

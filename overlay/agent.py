@@ -22,7 +22,7 @@ from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from overlay import __version__, cni, forward, plan
+from overlay import __version__, cni, forward, guard, plan
 from overlay.datapath import Datapath
 from overlay.files import FileText
 from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
@@ -83,7 +83,8 @@ class Due:
 
     def __init__(self, dump: bool = True) -> None:
         self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
-        self.dump = dump
+        self.strangers = True
+        self.dump = self.guard = dump
 
 
 class Agent:
@@ -118,7 +119,9 @@ class Agent:
         self._host = Host(settings, self._requests, store_hosts)
         self.health = Health(clock)
         self._firewall = Firewall(self.post)
-        self._path = Datapath(self._requests, clock, random.Random())  # noqa: S311 (spreads load, guards nothing)
+        self._guard = guard.Guard(clock)
+        rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
+        self._path = Datapath(self._requests, clock, rng, self._guard)
         self._due = Due()
         self._started = clock()
         self._next_full = clock() + FULL_CHECK_S
@@ -177,9 +180,9 @@ class Agent:
             return None
 
     @property
-    def port(self) -> int:
-        """The netlink port of our own requests, whose echoes the monitor need not tell."""
-        return self._requests.port
+    def ports(self) -> tuple[int, int]:
+        """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not tell."""
+        return self._requests.port, self._guard.port
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -205,8 +208,7 @@ class Agent:
         now = self._clock()
         calm = self._spoke and self.health.readiness()[0]
         times = [now + (TURN_S if calm else UNEASY_TURN_S), self._next_full, self._next_files, *self._retry_at.values()]
-        if (retry := self._path.rec.next_retry()) is not None:
-            times.append(retry)
+        times += [at for at in (self._path.rec.next_retry(), self._guard.next_change()) if at is not None]
         return max(0.0, min(times) - now)
 
     def _take_in(self, wait_s: float) -> Stop | None:
@@ -250,6 +252,8 @@ class Agent:
         if self._held is not None and self._config is not None and self._host.underlay is not None:
             self._step("device", self._ensure_device)
             self._plan()
+            if self._path.node is not None:
+                self._look_at_guard()
             if self._path.node is not None and TUNNEL in self._path.rec.devices:
                 more = self._look_at_kernel()
             if self._path.dumped:
@@ -268,6 +272,35 @@ class Agent:
                 self._step("files", self._ensure_files)
         self._tell()
         return more
+
+    def _look_at_guard(self) -> None:
+        """Who may send VXLAN to us: before the first route of a peer, since its answer may be quick."""
+        self._step("guard", self._ensure_guard)
+        try:
+            self._guard.apply()
+        except OSError as error:  # somebody was faster, or took the table away: read it again
+            self.health.problem("guard", str(error))
+            self._retry_at["guard"] = self._clock() + RETRY_S
+        self._step("strangers", self._name_strangers)
+
+    def _ensure_guard(self) -> None:
+        config = self._config_now()
+        assert config.v4 is not None
+        table = guard.table(config.backend.vni, config.backend.port, config.v4.network)
+        if self._settings.vxlan_guard:
+            self._guard.ensure(table)
+        else:
+            self._guard.remove(table)
+
+    def _name_strangers(self) -> None:
+        there = ", ".join(self._guard.strangers())
+        self.health.tell(
+            "strange frames",
+            there
+            and f"VXLAN of our VNI comes from {there}, an address that no peer's record has: it is dropped. If those are"
+            " nodes of this network whose frames leave by another address than their PublicIP: --public-ip there, or"
+            " --vxlan-guard=false here",
+        )
 
     def _look_at_kernel(self) -> bool:
         """A slice of a look through the kernel, where one is due or under way; whether there is more of it. What is due
@@ -515,6 +548,7 @@ class Agent:
             self._previous,
             self._settings.take_over,
             (*under.on_link, Prefix(4, under.public_ip, 32)),
+            under.local,
         )
         self.claimer.claim(claim, self._listed if self._held is None else None)
 
@@ -575,6 +609,9 @@ class Agent:
     def _read_links(self) -> None:
         if self._host.read_links():
             self._due.underlay = self._due.device = self._due.files = True
+        held = self._held
+        subnets = [*self._retained, *([held.v4.subnet] if held is not None and held.v4 is not None else [])]
+        self._guard.pods_behind(self._host.interfaces_in(subnets))
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up
@@ -613,7 +650,9 @@ class Agent:
             # kube-proxy writes there, too: looked at a moment later, and once for all its changes of that time
             self._retry_at.setdefault("forward", self._clock() + FORWARD_GAP_S)
         else:
-            self._due.nat = True
+            guards = event.table.endswith(guard.SUFFIX)
+            self._due.guard = self._due.guard or guards or not event.table
+            self._due.nat = self._due.nat or not guards
             self._due.forward = self._due.forward or not event.table
 
     # --- making it so ------------------------------------------------------------------------------------------------
@@ -648,6 +687,7 @@ class Agent:
         assert config.v4 is not None
         rules = Rules(
             config.backend.vni,
+            config.backend.port,
             config.v4.network,
             self._own().subnet,
             live.ip_masq,
@@ -691,12 +731,13 @@ class Agent:
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         addresses = self._host.underlay_addresses()
         widest = 1 if self._settings.kube else 2
-        node = plan.node_of(self._config_now(), lease, under.on_link, addresses, tuple(self._retained), widest)
+        retained, allowed = tuple(self._retained), self._settings.underlay_cidrs
+        node = plan.node_of(self._config_now(), lease, under.on_link, addresses, retained, allowed, widest)
         if node == self._path.node and self._unplanned is None:
             return
         records = self._unplanned if self._unplanned is not None else self._path.table.records()
         self._path.plan(node, records, held.key)
-        self._unplanned, self._due.dump = None, True
+        self._unplanned, self._due.dump, self._due.guard = None, True, True
         self._look_for_rivals()
 
     def _let_go(self) -> None:
@@ -760,7 +801,7 @@ class Agent:
         from overlay.status import Status
 
         config, rec, problems = self._config, self._path.rec, self.health.problems()
-        mended = self._counters + self._host.mended + rec.mended
+        mended = self._counters + self._host.mended + rec.mended + Counter(guard=self._guard.mended)
         device = rec.devices.get(TUNNEL)
         in_order = device is not None and "device" not in problems
         return Status(
@@ -782,12 +823,19 @@ class Agent:
             | {f"writes_{kind}": count for kind, count in rec.writes.items()}
             | {
                 "monitor_overruns": self._overruns,
+                **{f"dropped_{who}": count for who, count in self._dropped().items()},
                 "full_checks": self._looks,
                 "full_checks_cpu_ms": round(self._looks_cost * 1000),
                 "full_check_longest_slice_us": round(self._longest_slice * 1e6),
             },
             uptime_s=round(self._clock() - self._started, 1),
         )
+
+    def _dropped(self) -> dict[str, int]:
+        try:
+            return dict(self._guard.dropped())
+        except OSError:  # told by the step that keeps it
+            return {}
 
     def _lease_status(self) -> LeaseStatus | None:
         from overlay.status import LeaseStatus

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.packed import Leases, number
 from overlay import plan
+from overlay.guard import Guard
 from overlay.kernel import netlink, wire
 from overlay.kernel.entries import (
     TUNNEL,
@@ -45,8 +46,14 @@ SHOWN = 100
 class Datapath:
     """Routes, neighbours and FDB entries of all peers."""
 
-    def __init__(self, requests: netlink.RequestSocket, clock: Callable[[], float], rng: random.Random) -> None:
-        self._requests = requests
+    def __init__(
+        self,
+        requests: netlink.RequestSocket,
+        clock: Callable[[], float],
+        rng: random.Random,
+        guard: Guard | None = None,
+    ) -> None:
+        self._requests, self._guard = requests, guard
         self.node: plan.Node | None = None
         self.table = PeerTable(lambda _lease: "no lease of our own yet")
         self.rec = Reconciler(NOTHING, requests, clock, rng)
@@ -71,6 +78,8 @@ class Datapath:
         self.node = node
         self.table = PeerTable(lambda lease: plan.refusal(node, lease), plan.quick(node))
         self.table.load(leases, own)
+        if self._guard is not None:
+            self._guard.load(self.table.packed.values())
         self._know_nothing()
         for key, reason in self.table.refused.items():
             self.refusals.tell(key, reason)
@@ -104,6 +113,9 @@ class Datapath:
 
     def _turn(self, turned: Turned) -> None:
         assert self.node is not None
+        if self._guard is not None:
+            for was, now in turned.values():
+                self._guard.turn(was, now)
         before = {entry for was, _ in turned.values() for entry in self._entries(was)}
         after = {entry for _, now in turned.values() for entry in self._entries(now)}
         for peer, entry in sorted(before - after, key=_by_kind):

@@ -22,6 +22,7 @@ class Rules(NamedTuple):
     """What the rules are made of."""
 
     vni: int
+    port: int
     network: Prefix
     subnet: Prefix
     ip_masq: bool
@@ -91,8 +92,8 @@ class Firewall:
 
     def _ensure_table(self, name: str, rules: Rules) -> int:
         """The table as it should be; 1 when somebody else had altered it. Raises KernelError."""
-        _, network, subnet, ip_masq, fully_random, forward_rules = rules
-        wanted = masquerade.nat_table(name, network, subnet, ip_masq, fully_random, forward_rules)
+        _, port, network, subnet, ip_masq, fully_random, forward_rules = rules
+        wanted = masquerade.nat_table(name, network, subnet, ip_masq, fully_random, forward_rules, port)
         found = nft.read_table("ip", name)
         # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
         if found == wanted or self._loaded == (wanted, found):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lease.config import NetworkConfig
 from lease.model import Endpoint, Prefix, ip_text
-from overlay import cni, forward, masquerade, tunnel
+from overlay import cni, forward, guard, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
 from overlay.flags import DEFAULT_SUBNET_FILE
@@ -83,6 +83,10 @@ class Host:
         """All IPv4 addresses of the underlay's interface."""
         index = self.underlay.ifindex if self.underlay is not None else -1
         return frozenset(a.address for a in self.addresses.values() if a.oif == index)
+
+    def interfaces_in(self, subnets: list[Prefix]) -> frozenset[int]:
+        """The interfaces with an address of one of these subnets: the tunnel, and bridges or veths of pods."""
+        return frozenset(a.oif for a in self.addresses.values() if any(subnet.holds(a.address) for subnet in subnets))
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
         """The MAC of the device that an earlier run or flannel left. Raises KernelError."""
@@ -260,7 +264,8 @@ class Host:
             self._links_io.delete(there.ifindex)
         vni = name.rpartition(".")[2]
         if vni.isdigit():
-            nft.load_table("ip", masquerade.table_name(int(vni)), [])
+            for table in (masquerade.table_name(int(vni)), guard.table_name(int(vni))):
+                nft.load_table("ip", table, [])
             forward.remove(masquerade.table_name(int(vni)))
 
 

@@ -147,8 +147,8 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     )
     files.look()
     threads: list[threading.Thread] = [
-        Monitor(agent.post, agent.port),
-        NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), agent.post),
+        Monitor(agent.post, agent.ports[0]),
+        NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), agent.post, agent.ports[1]),
         claimer,
         *([files] if files.any() else []),
     ]

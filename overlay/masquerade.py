@@ -13,6 +13,8 @@ from lease.model import Prefix
 MARK = 0x4000
 """kube-proxy's masquerade mark; kube-proxy itself masquerades such packets."""
 MULTICAST = Prefix(4, 0xE0000000, 4)
+MIDDLE = 32768
+"""Of the ports above and below VXLAN's the larger part is used."""
 TABLE_PREFIX = "overlay-"
 Rule = dict[str, Any]
 
@@ -22,12 +24,21 @@ def table_name(vni: int) -> str:
     return f"{TABLE_PREFIX}{vni}"
 
 
-def nat_table(name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool) -> list[Rule]:
-    """The table as `nft -j` lists it (without handles): chains and rules in order. [] when nothing is wanted."""
+def nat_table(
+    name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool, port: int
+) -> list[Rule]:
+    """The table as `nft -j` lists it (without handles): chains and rules in order. [] when nothing is wanted.
+
+    port: VXLAN's. No masqueraded packet leaves from it: conntrack would take a peer's frames for the answers, and hand them
+    to a pod.
+    """
     chains: list[Rule] = []
     if masq:
         mark = _match({"&": [{"meta": {"key": "mark"}}, MARK]}, "==", MARK)
         go: Rule = {"masquerade": {"flags": "fully-random"}} if fully_random else {"masquerade": None}
+        ports = {"port": {"range": [1024, port - 1] if port > MIDDLE else [port + 1, 65535]}}
+        go_udp: Rule = {"masquerade": {**ports, "flags": "fully-random"} if fully_random else ports}
+        udp = _match({"meta": {"key": "l4proto"}}, "==", "udp")
         leave: Rule = {"return": None}
         chains += _chain(
             name,
@@ -38,7 +49,9 @@ def nat_table(name: str, network: Prefix, subnet: Prefix, masq: bool, fully_rand
                 ("pod to pod: never", [_from(subnet), _to(network), leave]),
                 ("pod to pod: never", [_from(network), _to(subnet), leave]),
                 ("to local pods: keep the client's address", [_from(network, "!="), _to(subnet), leave]),
+                ("pods to the world, never from VXLAN's port", [_from(network), _to(MULTICAST, "!="), udp, go_udp]),
                 ("pods to the world, multicast never", [_from(network), _to(MULTICAST, "!="), go]),
+                ("the world to remote pods, the same", [_from(network, "!="), _to(network), udp, go_udp]),
                 ("the world to remote pods", [_from(network, "!="), _to(network), go]),
             ],
         )

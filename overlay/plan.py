@@ -28,6 +28,8 @@ class Node(NamedTuple):
     on_link: tuple[Prefix, ...]
     addresses: frozenset[int]
     retained: tuple[Prefix, ...] = ()
+    allowed: tuple[Prefix, ...] = ()
+    """Where a peer's public IP must lie (--underlay-cidr); empty: anywhere."""
     widest: int = 2
     """A subnet is longer than Network by so many bits at least: a record cannot take half the cluster's traffic. On
     Kubernetes the cluster gave the subnets, and only all of Network is too much."""
@@ -39,11 +41,12 @@ def node_of(
     on_link: tuple[Prefix, ...],
     addresses: frozenset[int],
     retained: tuple[Prefix, ...] = (),
+    allowed: tuple[Prefix, ...] = (),
     widest: int = 2,
 ) -> Node:
     """The Node of a config that has IPv4."""
     assert config.v4 is not None
-    return Node(config.v4.network, config.backend, own, on_link, addresses, retained, widest)
+    return Node(config.v4.network, config.backend, own, on_link, addresses, retained, allowed, widest)
 
 
 def refusal(node: Node, lease: Lease) -> str | None:
@@ -63,6 +66,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
     low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
+    allowed = [(there.base, there.last) for there in node.allowed]
     reserved = {octet for there in _UNUSABLE for octet in range(there.base >> 24, (there.last >> 24) + 1)}
 
     def passes(packed: bytes) -> bool:
@@ -71,6 +75,8 @@ def quick(node: Node) -> Callable[[bytes], bool]:
         if form > NODE or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
+            return False
+        if allowed and not any(first <= public_ip <= end for first, end in allowed):
             return False
         for first, end in closed:  # noqa: SIM110 (all() of a generator takes three times as long)
             if first <= last and base <= end:
@@ -102,8 +108,11 @@ def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
 
 def _vtep_fault(node: Node, end: Endpoint) -> str | None:
     address = ip_text(4, end.public_ip)
-    if any(bad.holds(end.public_ip) for bad in _UNUSABLE):
-        return f"PublicIP {address} cannot be a node's address"
+    for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
+        if any(bad.holds(outer) for bad in _UNUSABLE):
+            return f"{name} {ip_text(4, outer)} cannot be a node's address"
+        if node.allowed and not any(there.holds(outer) for there in node.allowed):
+            return f"{name} {ip_text(4, outer)} is outside --underlay-cidr {', '.join(map(str, node.allowed))}"
     for there in node.on_link:
         if there.length < 31 and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
             return f"PublicIP {address} is the network or broadcast address of {there}"

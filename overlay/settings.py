@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lease.annotations import DEFAULT_PREFIX, Names
-from lease.model import ip_number
+from lease.model import Prefix, ip_number, prefix
 from overlay.flags import (
     DEFAULT_CNI_CONF_DIR,
     DEFAULT_RUN_DIR,
@@ -72,6 +72,8 @@ class Settings(NamedTuple):
     tell_condition: bool = True
     live_settings: str = ""
     proc_sys_net: str = "/proc/sys/net"
+    underlay_cidrs: tuple[Prefix, ...] = ()
+    vxlan_guard: bool = True
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -248,10 +250,27 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         tell_condition=values["set-node-network-unavailable"],
         live_settings=values["live-settings"],
         proc_sys_net=values["proc-sys-net"].rstrip("/"),
+        underlay_cidrs=_prefixes(values, "underlay-cidr"),
+        vxlan_guard=values["vxlan-guard"],
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],
     )
+
+
+def _prefixes(values: Mapping[str, Any], name: str) -> tuple[Prefix, ...]:
+    found = []
+    for text in ",".join(values[name]).split(","):
+        if not text.strip():
+            continue
+        try:
+            there = prefix(text.strip())
+        except ValueError:
+            there = None
+        if there is None or there.family != 4:
+            raise SettingsError(f"--{name}: {text[:60]!r} must be an IPv4 prefix like 192.168.0.0/16")
+        found.append(there)
+    return tuple(found)
 
 
 def _address(values: Mapping[str, Any], name: str) -> int:

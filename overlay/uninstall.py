@@ -12,7 +12,7 @@ from typing import TextIO
 from lease.config import ConfigError, parse_config
 from lease.node_tenure import NodeTenure
 from lease.store import StoreError
-from overlay import cni, forward, masquerade
+from overlay import cni, forward, guard, masquerade
 from overlay.backends.vxlan import device_name
 from overlay.files import read
 from overlay.kernel import netlink, nft, wire
@@ -135,9 +135,10 @@ def _kernel(settings: Settings) -> Iterator[str]:
                 links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
             vni = name.rpartition(".")[2]
-            if vni.isdigit() and nft.read_table("ip", masquerade.table_name(int(vni))):
-                nft.load_table("ip", masquerade.table_name(int(vni)), [])
-                yield f"nft table ip {masquerade.table_name(int(vni))}"
+            for table in (masquerade.table_name(int(vni)), guard.table_name(int(vni))) if vni.isdigit() else ():
+                if nft.read_table("ip", table):
+                    nft.load_table("ip", table, [])
+                    yield f"nft table ip {table}"
             if vni.isdigit():
                 yield from forward.remove(masquerade.table_name(int(vni)))
         found = requests.links()

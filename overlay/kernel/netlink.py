@@ -53,8 +53,8 @@ class Refusal(NamedTuple):
 class RequestSocket:
     """Requests and their answers. One thread only."""
 
-    def __init__(self) -> None:
-        self._socket = _netlink(NETLINK_ROUTE, REQUEST_BUFFER)
+    def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
+        self._socket = _netlink(protocol, REQUEST_BUFFER)
         self._socket.settimeout(ANSWER_S)
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             self._socket.setsockopt(SOL_NETLINK, option, 1)
@@ -89,7 +89,7 @@ class RequestSocket:
                     place = message.seq - first
                     if place == count:
                         return refused
-                    if message.kind == wire.NLMSG_ERROR and 0 <= place < count and (refusal := _refusal(message)):
+                    if message.kind == wire.NLMSG_ERROR and 0 <= place < count and (refusal := refusal_of(message)):
                         refused[place] = refusal
         except OSError as error:
             code = errno.ETIMEDOUT if isinstance(error, TimeoutError) else error.errno or errno.EIO
@@ -105,7 +105,7 @@ class RequestSocket:
                 for message in wire.split(data):
                     if message.seq == seq:
                         if message.kind == wire.NLMSG_ERROR:
-                            refusal = _refusal(message)
+                            refusal = refusal_of(message)
                             assert refusal is not None, "no ACK was asked for"
                             raise KernelError(refusal.errno, str(refusal))
                         return message.body
@@ -392,8 +392,12 @@ class NftMonitor(_Listener):
     """Says when an nftables table of ours (by the start of its name), or one that we have rules in, was touched, by
     whomever."""
 
-    def __init__(self, prefix: str, others: tuple[str, ...], post: Callable[[KernelEvent], None]) -> None:
+    def __init__(
+        self, prefix: str, others: tuple[str, ...], post: Callable[[KernelEvent], None], own_port: int = 0
+    ) -> None:
         super().__init__("nft-monitor", NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), post)
+        if own_port:
+            _drop_echoes(self._socket, own_port)
         self._prefix, self._others = prefix.encode(), {other.encode() for other in others}
 
     def _overrun(self) -> None:
@@ -412,13 +416,13 @@ class NftMonitor(_Listener):
 
 def _check_end(message: wire.Message) -> None:
     """The end of a dump; an error may stand in it, and unread looks like an empty kernel. Raises KernelError."""
+    if (refusal := refusal_of(message)) is not None:
+        raise KernelError(refusal.errno, f"reading from the kernel: {os.strerror(refusal.errno)}")
+
+
+def refusal_of(message: wire.Message) -> Refusal | None:
+    """What an NLMSG_ERROR, or the end of a dump, says was refused; None where all was well."""
     code = -struct.unpack_from("=l", message.body)[0] if len(message.body) >= 4 else 0
-    if code:
-        raise KernelError(code, f"reading from the kernel: {os.strerror(code)}")
-
-
-def _refusal(message: wire.Message) -> Refusal | None:
-    code = -struct.unpack_from("=l", message.body)[0]
     if code == 0:
         return None
     text = ""
@@ -441,7 +445,8 @@ def _netlink(protocol: int, buffer: int) -> socket.socket:
 def _drop_echoes(listening: socket.socket, own_port: int) -> None:
     """Let the kernel leave out the events that we cause: their nlmsg_pid (offset 12) is our port id.
 
-    Each event is one message in one buffer, so looking at its first header is enough. (FDB events say 0: they come.)
+    Each event is one message in one buffer, or (nftables) one transaction in some, so looking at the first header is enough.
+    (FDB events say 0: they come.)
     """
     ld_word, jump_equal, ret = 0x20, 0x15, 0x06
     program = b"".join(

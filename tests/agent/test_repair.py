@@ -221,7 +221,7 @@ def test_the_nat_table_comes_back(world, command):
         return [item["rule"]["expr"] for item in nat(world, "node1") if "rule" in item]
 
     before = until("it stands", rules)
-    assert len(before) == 8
+    assert len(before) == 10
     world.run("node1", *command.split())
     until("it is back", lambda: rules() == before and agent.status()["counters"].get("mended_nat"), SOON)
 

@@ -193,7 +193,9 @@ def test_arp_probes(space, inside):
 def test_the_nat_table_is_listed_as_it_was_loaded(inside):
     """So that a restart over an unchanged kernel writes nothing."""
     for masq, random_ports, forward in ((True, True, True), (True, False, False), (False, True, True)):
-        table = nat_table("overlay-1", prefix("10.244.0.0/16"), prefix("10.244.5.0/24"), masq, random_ports, forward)
+        table = nat_table(
+            "overlay-1", prefix("10.244.0.0/16"), prefix("10.244.5.0/24"), masq, random_ports, forward, 8472
+        )
         inside(lambda table=table: nft.load_table("ip", "overlay-1", table))
         assert inside(lambda: nft.read_table("ip", "overlay-1")) == table
     inside(lambda: nft.load_table("ip", "overlay-1", []))

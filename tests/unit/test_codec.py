@@ -133,8 +133,11 @@ v6_prefixes = st.builds(
     st.integers(1, 127),
 )
 macs = st.integers(1, (1 << 48) - 1).filter(lambda mac: mac_fault(mac) is None)
-v4_ends = st.builds(Endpoint, v4_prefixes, st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 24) - 1), macs)
-v6_ends = st.builds(Endpoint, v6_prefixes, st.integers(0, (1 << 128) - 1), st.integers(0, (1 << 24) - 1), macs)
+addresses, vnis = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 24) - 1)
+v4_ends = st.builds(Endpoint, v4_prefixes, addresses, vnis, macs, st.just(0) | addresses).filter(
+    lambda end: end.source != end.public_ip or not end.source
+)
+v6_ends = st.builds(Endpoint, v6_prefixes, st.integers(0, (1 << 128) - 1), vnis, macs, st.just(0))
 
 
 @given(v4_ends, st.none() | v6_ends, st.text(max_size=60))

@@ -118,7 +118,7 @@ def rules(table, chain):
 
 def test_the_nat_rules_are_those_that_flannel_left():
     """Rule by rule, with the text of the recorded iptables chain beside it."""
-    table = nat_table("overlay-1", NETWORK, SUBNET, True, True, True)
+    table = nat_table("overlay-1", NETWORK, SUBNET, True, True, True, 8472)
     recorded = [
         line.split("--comment", 1)[0].removeprefix("-A FLANNEL-POSTRTG ").removesuffix(" -m comment ")
         + " "
@@ -134,7 +134,13 @@ def test_the_nat_rules_are_those_that_flannel_left():
         "-s 10.244.0.0/16 ! -d 224.0.0.0/4 MASQUERADE --random-fully",
         "! -s 10.244.0.0/16 -d 10.244.0.0/16 MASQUERADE --random-fully",
     ]
-    ours = rules(table, "postrouting")
+    every = rules(table, "postrouting")
+    ours = [rule for rule in every if '"l4proto"' not in rule]
+    for udp in (rule for rule in every if '"l4proto"' in rule):  # ours alone: off VXLAN's port; else as the next
+        plain = json.loads(every[every.index(udp) + 1])
+        assert json.loads(udp)[: len(plain) - 1] == plain[:-1]
+        assert json.loads(udp)[-1]["masquerade"].pop("port") == {"range": [8473, 65535]}
+    assert len(every) == len(ours) + 2
     assert len(ours) == len(recorded)
     for mine, theirs in zip(ours, recorded, strict=True):
         assert ("masquerade" in mine) == ("MASQUERADE" in theirs)
@@ -145,10 +151,16 @@ def test_the_nat_rules_are_those_that_flannel_left():
     assert '"&"' in ours[0], "kube-proxy's mark is a mask, not a value"
 
 
+@pytest.mark.parametrize(("port", "kept"), [(4789, [4790, 65535]), (51820, [1024, 51819]), (65535, [1024, 65534])])
+def test_masquerade_keeps_off_the_port_of_vxlan(port, kept):
+    table = nat_table("overlay-1", NETWORK, SUBNET, True, True, True, port)
+    assert all(json.dumps(kept) in rule for rule in rules(table, "postrouting") if '"l4proto"' in rule)
+
+
 def test_what_is_not_wanted_is_not_there():
-    assert nat_table("overlay-1", NETWORK, SUBNET, False, True, False) == []
-    assert rules(nat_table("overlay-1", NETWORK, SUBNET, False, True, True), "postrouting") == []
+    assert nat_table("overlay-1", NETWORK, SUBNET, False, True, False, 8472) == []
+    assert rules(nat_table("overlay-1", NETWORK, SUBNET, False, True, True, 8472), "postrouting") == []
     assert not any(
         "fully-random" in rule
-        for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True), "postrouting")
+        for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True, 8472), "postrouting")
     )

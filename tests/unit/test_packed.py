@@ -28,10 +28,11 @@ def endpoints(family: int) -> st.SearchStrategy[Endpoint]:
     width = 32 if family == 4 else 128
     vteps = st.one_of(st.just((None, None)), st.tuples(st.integers(0, (1 << 24) - 1), MACS))
     return st.builds(
-        lambda subnet, ip, vtep: Endpoint(subnet, ip, *vtep),
+        lambda subnet, ip, vtep, source: Endpoint(subnet, ip, *vtep, source),
         subnets(family, width - 1),
         st.integers(0, (1 << width) - 1),
         vteps,
+        st.just(0) | st.integers(0, (1 << 32) - 1) if family == 4 else st.just(0),
     )
 
 
@@ -41,7 +42,7 @@ LEASES = st.builds(
 )  # fmt: skip
 USUAL = st.builds(
     lambda end, mac, node, created, handle: Lease(
-        encode_key(end.subnet), "vxlan", end._replace(vni=1, mac=mac), None, node, created, created + 5, handle
+        encode_key(end.subnet), "vxlan", end._replace(vni=1, mac=mac, source=0), None, node, created, created + 5, handle
     ),
     endpoints(4), MACS, TEXTS, st.integers(0, 1 << 62), st.integers(-(1 << 62), 1 << 62),
 )  # fmt: skip

@@ -1,0 +1,122 @@
+"""A socket to nftables in the kernel: transactions, and what is there. For our tables that change often (nf_wire.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterable, Mapping
+
+from overlay.kernel import nf_wire, wire
+from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
+
+TRIES = 5
+"""Others may change nftables while we read; then it is read again."""
+LARGEST = 32 << 20
+"""Bytes of one transaction; an element takes 16 to 20."""
+SO_SNDBUFFORCE = 32
+_RECV = 1 << 16
+
+
+class NetfilterSocket(RequestSocket):
+    """Requests and their answers. One thread only."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_NETFILTER)
+        with contextlib.suppress(PermissionError):
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, LARGEST)
+
+    def replace(self, table: nf_wire.Table, elements: Mapping[str, Iterable[bytes]]) -> None:
+        """Make a table anew, at once. Raises KernelError."""
+        self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
+
+    def remove(self, table: nf_wire.Table) -> None:
+        """Take a table away, if it is there. Raises KernelError."""
+        self._commit(nf_wire.remove(table), f"removing nft table {table.family} {table.name}")
+
+    def change(self, table: nf_wire.Table, name: str, add: Iterable[bytes], take: Iterable[bytes]) -> None:
+        """Put keys into a set of a table and take others out, at once. Raises KernelError, with ENOENT where the table or a
+        key to be taken out is not there (nothing is done then)."""
+        messages = nf_wire.add_elements(table, name, add) + nf_wire.remove_elements(table, name, take)
+        if messages:
+            self._commit(messages, f"set {name} of nft table {table.family} {table.name}")
+
+    def is_formed(self, table: nf_wire.Table) -> bool:
+        """Whether a table stands as it should, whatever is in its sets. Raises KernelError."""
+        found = nf_wire.Found(
+            *(
+                self._read(kind, table.family, table.name)
+                for kind in (nf_wire.GETCHAIN, nf_wire.GETRULE, nf_wire.GETSET)
+            )
+        )
+        return nf_wire.is_formed(table, found)
+
+    def elements(self, table: nf_wire.Table, one: nf_wire.Set) -> list[bytes]:
+        """The keys in a set; none where there is no such table. Raises KernelError."""
+        bodies = self._read(nf_wire.GETSETELEM, table.family, table.name, one.name)
+        return [key for body in bodies for key in nf_wire.elements(body, one.key_size)]
+
+    def counted(self, table: nf_wire.Table, counter: str) -> int:
+        """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
+        try:
+            body = self.ask(lambda seq: nf_wire.counter_request(table.family, seq, table.name, counter))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return 0
+            raise
+        return nf_wire.counted(body)
+
+    def _commit(self, messages: list[nf_wire.Message], what: str) -> None:
+        first = self.take_seqs(len(messages) + 2)
+        last = first + len(messages)
+        try:
+            self._socket.send(nf_wire.batch(messages, first))
+            refused: KernelError | None = None
+            while True:
+                for message in wire.split(self._socket.recv(_RECV)):
+                    if message.kind != wire.NLMSG_ERROR or not first <= message.seq <= last:
+                        continue
+                    refusal = refusal_of(message)
+                    if refusal is not None and refused is None:
+                        refused = KernelError(refusal.errno, f"{what}: {refusal}")
+                    if message.seq == last or (refused and message.seq == first):  # the whole was refused at its start
+                        if refused is not None:
+                            raise refused
+                        return
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error
+
+    def _read(self, kind: int, family: str, table: str, name: str = "") -> list[memoryview]:
+        for _ in range(TRIES):
+            try:
+                seq = self.take_seqs(1)
+                self._socket.send(nf_wire.dump(kind, family, seq, table, name))
+                bodies, changed = self._dumped(seq)
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    return []
+                raise KernelError(error.errno or errno.EIO, f"reading nft table {family} {table}: {error}") from error
+            except OSError as error:
+                words = f"reading nft table {family} {table}: no answer: {error}"
+                raise KernelError(error.errno or errno.ETIMEDOUT, words) from error
+            if not changed:
+                return bodies
+        raise KernelError(errno.EINTR, f"reading nft table {family} {table}: others change nftables all the time")
+
+    def _dumped(self, seq: int) -> tuple[list[memoryview], bool]:
+        """The bodies of a dump, and whether somebody changed nftables meanwhile."""
+        bodies: list[memoryview] = []
+        changed = False
+        while True:
+            for message in wire.split(self._socket.recv(_RECV)):
+                if message.seq != seq:
+                    continue
+                changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
+                if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                    if (refusal := refusal_of(message)) is not None:
+                        raise KernelError(refusal.errno, refusal.text or os.strerror(refusal.errno))
+                    return bodies, changed
+                bodies.append(message.body)
