@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 
 from lease.model import Lease, Prefix, ip_text, mask
 from lease.packed import FORM, NODE, PUBLIC_IP, unpack
@@ -101,7 +102,7 @@ class Guard:
         self._inside_there: frozenset[int] = frozenset()
         self._new: set[int] = set()
         self._leaving: dict[int, float] = {}
-        """Addresses that no peer has any more, and until when they are let in."""
+        """Addresses that no peer has any more, and until when they are let in; the first goes first."""
         self.mended = 0
         """How often somebody else had altered the table."""
 
@@ -109,6 +110,10 @@ class Guard:
     def port(self) -> int:
         """The netlink port of our own changes, whose echoes a monitor need not tell."""
         return self._socket.port
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
 
     # --- what is wanted
 
@@ -123,8 +128,8 @@ class Guard:
             else:
                 self._use(unpack(each))
         self._new |= uses.keys() - self._there
-        until = self._clock() + GRACE_S
-        self._leaving |= dict.fromkeys(before.keys() - uses.keys(), until)
+        for address in before.keys() - uses.keys():
+            self._leaves(address)
 
     def turn(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
@@ -137,7 +142,11 @@ class Guard:
             if left > 0:
                 self._uses[address] = left
             elif self._uses.pop(address, None) is not None:
-                self._leaving[address] = self._clock() + GRACE_S
+                self._leaves(address)
+
+    def _leaves(self, address: int) -> None:
+        self._leaving.pop(address, None)
+        self._leaving[address] = self._clock() + GRACE_S
 
     def _use(self, lease: Lease) -> None:
         assert lease.v4 is not None
@@ -183,23 +192,25 @@ class Guard:
             int.from_bytes(key, sys.byteorder) for key in self._socket.elements(wanted, wanted.sets[1])
         )
         self._new = self._uses.keys() - there
-        until = self._clock() + GRACE_S
-        for address in there - self._uses.keys():
-            self._leaving.setdefault(address, until)
+        for address in there - self._uses.keys() - self._leaving.keys():
+            self._leaves(address)
         self.apply()
 
     def apply(self) -> None:
         """Bring the set to what it should be, by what changed. Raises KernelError."""
         table = self._table
         if table is None:
+            self._new.clear()
+            self._leaving.clear()
             return
         now = self._clock()
-        gone = [address for address, until in self._leaving.items() if until <= now]
-        take = {address for address in gone if address not in self._uses} & self._there
-        add = (self._new & self._uses.keys()) - self._there
-        if add or take:
+        gone = [address for address, _ in takewhile(lambda item: item[1] <= now, self._leaving.items())]
+        take = [address for address in gone if address in self._there and address not in self._uses]
+        add = [address for address in self._new if address in self._uses and address not in self._there]
+        if add or take:  # with work in proportion to these alone
             self._socket.change(table, VTEPS, _keys(add), _keys(take))
-            self._there = (self._there | add) - take
+            self._there.update(add)
+            self._there.difference_update(take)
         self._new.clear()
         for address in gone:
             del self._leaving[address]
@@ -210,7 +221,7 @@ class Guard:
 
     def next_change(self) -> float | None:
         """When an address leaves, None: none does."""
-        return min(self._leaving.values(), default=None)
+        return next(iter(self._leaving.values()), None)
 
     def _let_in(self) -> set[int]:
         now = self._clock()

@@ -1,0 +1,204 @@
+"""The guard's table in a real kernel: as nft lists it, changed by what changes, an address that leaves given its time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from lease.model import Endpoint, Lease, ip_number, prefix
+from lease.packed import pack
+from overlay import guard
+from overlay.guard import GRACE_S, Guard
+from overlay.kernel import nf_wire
+from overlay.kernel.netfilter import NetfilterSocket
+from overlay.kernel.netlink import KernelError
+
+NETWORK = prefix("10.244.0.0/14")
+TABLE = guard.table(7, 8472, NETWORK)
+
+
+def nft(*words: str) -> str:
+    done = subprocess.run(["nft", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def vteps() -> list[str]:
+    listed = json.loads(nft("-j", "list", "set", "ip", TABLE.name, "vteps"))["nftables"]
+    return sorted(listed[1]["set"].get("elem", []))
+
+
+def peer(number: int, public_ip: str, source: int = 0) -> Lease:
+    subnet = prefix(f"10.244.{number}.0/24")
+    end = Endpoint(subnet, ip_number(public_ip, 4), 7, number + 1, source)
+    return Lease(f"10.244.{number}.0-24", "vxlan", end, None, "", number, number, 0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def made(inside, clock) -> Iterator[Guard]:
+    guard = inside(lambda: Guard(clock))
+    yield guard
+    guard.close()
+
+
+@pytest.fixture
+def requests(inside) -> Iterator[NetfilterSocket]:
+    made = inside(NetfilterSocket)
+    yield made
+    made.close()
+
+
+def test_nft_lists_what_is_meant(inside, requests):
+    inside(lambda: requests.replace(TABLE, {"vteps": [b"\xc0\xa8\x01\x02"]}))
+    text = " ".join(inside(lambda: nft("-s", "list", "table", "ip", TABLE.name)).split())
+    for words in (
+        "set vteps { type ipv4_addr elements = { 192.168.1.2 } }",
+        "set inside { type iface_index }",
+        "set strangers { type ipv4_addr size 64 flags dynamic,timeout timeout 10m }",
+        "type filter hook input priority raw; policy accept; udp dport 8472 iif @inside",
+        'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps counter name "from_strangers" drop comment "VXLAN from no peer"',
+        'udp dport 8472 ip saddr 10.244.0.0/14 ip daddr != 10.244.0.0/14 counter name "from_pods" drop',
+    ):
+        assert words in text
+
+
+def test_every_alteration_of_the_form_is_seen(inside, requests):
+    requests.replace(TABLE, {})
+    assert requests.is_formed(TABLE)
+    name = TABLE.name
+    for change in (
+        f"add rule ip {name} input accept", f"insert rule ip {name} forward counter", f"flush chain ip {name} forward",
+        f"add chain ip {name} more", f"delete table ip {name}", f"add set ip {name} more {{ type ipv4_addr; }}",
+        f"chain ip {name} input {{ policy drop; }}",
+        f"replace rule ip {name} input handle HANDLE udp dport 8472 drop",
+        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif @inside counter name \"from_pods\" accept",
+        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif != @inside counter name \"from_pods\" drop",
+        f"replace rule ip {name} input handle HANDLE udp dport 8473 iif @inside counter name \"from_pods\" drop",
+        f"delete rule ip {name} input handle HANDLE",
+    ):  # fmt: skip
+        listed = inside(lambda: json.loads(nft("-j", "list", "table", "ip", name)))["nftables"]
+        handle = next(item["rule"]["handle"] for item in listed if item.get("rule", {}).get("chain") == "input")
+        inside(lambda change=change, handle=handle: nft(change.replace("HANDLE", str(handle))))
+        assert not requests.is_formed(TABLE), change
+        requests.replace(TABLE, {})
+        assert requests.is_formed(TABLE), change
+    requests.remove(TABLE)
+    requests.remove(TABLE)
+    assert not requests.is_formed(TABLE)
+    assert requests.elements(TABLE, TABLE.sets[0]) == []
+
+
+def test_a_refused_transaction_changes_nothing_and_says_why(requests):
+    with pytest.raises(KernelError, match="set vteps of nft table ip overlay-7-guard: ENOENT"):
+        requests.change(TABLE, "vteps", [b"\1\2\3\4"], [])
+    requests.replace(TABLE, {"vteps": [b"\1\2\3\4"]})
+    with pytest.raises(KernelError, match="ENOENT"):
+        requests.change(TABLE, "vteps", [b"\1\2\3\5"], [b"\1\2\3\6"])
+    assert requests.elements(TABLE, TABLE.sets[0]) == [b"\1\2\3\4"]
+
+
+def test_more_elements_than_one_message_holds(requests):
+    keys = {number.to_bytes(4, "big") for number in range(1, 9_001)}
+    requests.replace(TABLE, {"vteps": keys})
+    assert set(requests.elements(TABLE, TABLE.sets[0])) == keys
+
+
+def test_a_message_that_holds_other_things_than_keys_is_read():
+    """As a set whose elements have a timeout or a comment."""
+    element = nf_wire._nest(1, nf_wire._nest(1, nf_wire._attr(1, b"\1\2\3\4")) + nf_wire._word(5, 9))
+    body = b"\2\0\0\0" + nf_wire._nest(3, element + nf_wire._nest(1, b""))
+    assert nf_wire.elements(memoryview(body), 4) == [b"\1\2\3\4"]
+    assert nf_wire.elements(memoryview(b"\2\0\0\0"), 4) == []
+
+
+def test_an_address_that_leaves_is_given_its_time(inside, made, clock):
+    one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
+    made.load([pack(one), pack(two)])
+    made.ensure(TABLE)
+    assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
+    made.turn(one, None)
+    made.apply()
+    assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
+    assert made.next_change() == clock.now + GRACE_S
+    clock.now += GRACE_S
+    made.apply()
+    assert inside(vteps) == ["192.168.1.3"]
+    made.turn(None, one)
+    made.turn(two, None)
+    clock.now += GRACE_S - 1
+    made.turn(None, two)  # back in time
+    clock.now += 2
+    made.apply()
+    assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
+    assert made.next_change() is None
+
+
+def test_an_address_of_two_peers_stays_for_the_other(inside, made, clock):
+    one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.2", ip_number("192.168.9.9", 4))
+    made.load([pack(one), pack(two)])
+    made.ensure(TABLE)
+    assert inside(vteps) == ["192.168.1.2", "192.168.9.9"]
+    made.turn(one, None)
+    clock.now += GRACE_S
+    made.apply()
+    assert inside(vteps) == ["192.168.1.2", "192.168.9.9"]
+    made.turn(two, peer(2, "192.168.1.2"))
+    clock.now += GRACE_S
+    made.apply()
+    assert inside(vteps) == ["192.168.1.2"]
+
+
+def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made, clock):
+    one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
+    made.load([pack(one), pack(two)])
+    made.ensure(TABLE)
+    again = inside(lambda: Guard(clock))
+    again.load([pack(one)])
+    before = inside(lambda: nft("-a", "list", "table", "ip", TABLE.name))
+    again.ensure(TABLE)
+    assert inside(lambda: nft("-a", "list", "table", "ip", TABLE.name)) == before
+    clock.now += GRACE_S
+    again.apply()
+    assert inside(vteps) == ["192.168.1.2"]
+    again.close()
+
+
+def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
+    one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
+    made.load([pack(one), pack(two)])
+    made.ensure(TABLE)
+    inside(lambda: nft(f"delete element ip {TABLE.name} vteps {{ 192.168.1.2 }}"))
+    made.turn(one, None)
+    made.turn(None, peer(3, "192.168.1.4"))
+    clock.now += GRACE_S
+    with pytest.raises(KernelError, match="ENOENT"):
+        made.apply()
+    made.ensure(TABLE)
+    assert inside(vteps) == ["192.168.1.3", "192.168.1.4"]
+    assert made.mended == 1
+
+
+def test_another_vni_takes_the_table_of_the_first_away(inside, made):
+    made.load([pack(peer(1, "192.168.1.2"))])
+    made.ensure(TABLE)
+    made.ensure(guard.table(8, 8472, NETWORK))
+    assert "overlay-8-guard" in inside(lambda: nft("list", "tables"))
+    assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
+    made.remove(guard.table(8, 8472, NETWORK))
+    assert inside(lambda: nft("list", "tables")) == ""
