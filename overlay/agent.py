@@ -22,7 +22,7 @@ from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from overlay import __version__, cni, forward, guard, plan
+from overlay import __version__, antispoof, cni, forward, guard, plan
 from overlay.datapath import Datapath
 from overlay.files import FileText
 from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
@@ -30,6 +30,7 @@ from overlay.health import Health
 from overlay.host import Host
 from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
+from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
@@ -84,7 +85,7 @@ class Due:
     def __init__(self, dump: bool = True) -> None:
         self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
         self.strangers = True
-        self.dump = self.guard = dump
+        self.dump = self.guard = self.pods = dump
 
 
 class Agent:
@@ -119,7 +120,9 @@ class Agent:
         self._host = Host(settings, self._requests, store_hosts)
         self.health = Health(clock)
         self._firewall = Firewall(self.post)
-        self._guard = guard.Guard(clock)
+        self._sets = NetfilterSocket()
+        self._guard = guard.Guard(self._sets, clock)
+        self._antispoof = antispoof.AntiSpoof(self._sets, self._requests, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
         self._path = Datapath(self._requests, clock, rng, self._guard)
         self._due = Due()
@@ -182,7 +185,7 @@ class Agent:
     @property
     def ports(self) -> tuple[int, int]:
         """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not tell."""
-        return self._requests.port, self._guard.port
+        return self._requests.port, self._sets.port
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +211,8 @@ class Agent:
         now = self._clock()
         calm = self._spoke and self.health.readiness()[0]
         times = [now + (TURN_S if calm else UNEASY_TURN_S), self._next_full, self._next_files, *self._retry_at.values()]
-        times += [at for at in (self._path.rec.next_retry(), self._guard.next_change()) if at is not None]
+        asked = self._path.rec.next_retry(), self._guard.next_change(), self._antispoof.next_look()
+        times += [at for at in asked if at is not None]
         return max(0.0, min(times) - now)
 
     def _take_in(self, wait_s: float) -> Stop | None:
@@ -270,6 +274,7 @@ class Agent:
             self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
             if self._firewall.looked >= {NAT, FORWARD}:  # no pod before its masquerade
                 self._step("files", self._ensure_files)
+            self._look_at_pods()
         self._tell()
         return more
 
@@ -291,6 +296,26 @@ class Agent:
             self._guard.ensure(table)
         else:
             self._guard.remove(table)
+
+    def _look_at_pods(self) -> None:
+        """That each pod sends from its own addresses."""
+        if not self._due.pods and (at := self._antispoof.next_look()) is not None and at <= self._clock():
+            try:
+                self._antispoof.look()
+            except OSError as error:  # somebody was faster, or took the table away: read it again
+                self.health.problem("pods", str(error))
+                self._retry_at["pods"] = self._clock() + RETRY_S
+        self._step("pods", self._ensure_pods)
+
+    def _ensure_pods(self) -> None:
+        config = self._config_now()
+        assert config.v4 is not None
+        table = antispoof.table(config.backend.vni)
+        if self._settings.pod_antispoof:
+            self._antispoof.ports(self._host.links.values(), self._host.bridges)
+            self._antispoof.ensure(table, config.v4.network)
+        else:
+            self._antispoof.remove(table)
 
     def _name_strangers(self) -> None:
         there = ", ".join(self._guard.strangers())
@@ -612,6 +637,7 @@ class Agent:
         held = self._held
         subnets = [*self._retained, *([held.v4.subnet] if held is not None and held.v4 is not None else [])]
         self._guard.pods_behind(self._host.interfaces_in(subnets))
+        self._antispoof.ports(self._host.links.values(), self._host.bridges)
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up
@@ -650,9 +676,10 @@ class Agent:
             # kube-proxy writes there, too: looked at a moment later, and once for all its changes of that time
             self._retry_at.setdefault("forward", self._clock() + FORWARD_GAP_S)
         else:
-            guards = event.table.endswith(guard.SUFFIX)
+            guards, pods = event.table.endswith(guard.SUFFIX), event.table.endswith(antispoof.SUFFIX)
             self._due.guard = self._due.guard or guards or not event.table
-            self._due.nat = self._due.nat or not guards
+            self._due.pods = self._due.pods or pods or not event.table
+            self._due.nat = self._due.nat or not (guards or pods)
             self._due.forward = self._due.forward or not event.table
 
     # --- making it so ------------------------------------------------------------------------------------------------
@@ -716,6 +743,7 @@ class Agent:
             self.health.problem("cni", f"{self._settings.cni_conf_template}: {error}")
         else:
             self.health.solved("cni")
+            self._antispoof.ports(self._host.links.values(), self._host.bridges)  # known since
             self.health.tell("bridge filter", self._host.bridge_filter())
             if not self._host.listed:
                 self._retry_at["files"] = self._clock() + LIST_LOOK_S
@@ -737,7 +765,7 @@ class Agent:
             return
         records = self._unplanned if self._unplanned is not None else self._path.table.records()
         self._path.plan(node, records, held.key)
-        self._unplanned, self._due.dump, self._due.guard = None, True, True
+        self._unplanned, self._due.dump, self._due.guard, self._due.pods = None, True, True, True
         self._look_for_rivals()
 
     def _let_go(self) -> None:
@@ -801,7 +829,12 @@ class Agent:
         from overlay.status import Status
 
         config, rec, problems = self._config, self._path.rec, self.health.problems()
-        mended = self._counters + self._host.mended + rec.mended + Counter(guard=self._guard.mended)
+        mended = (
+            self._counters
+            + self._host.mended
+            + rec.mended
+            + Counter(guard=self._guard.mended, pods=self._antispoof.mended)
+        )
         device = rec.devices.get(TUNNEL)
         in_order = device is not None and "device" not in problems
         return Status(
@@ -833,7 +866,7 @@ class Agent:
 
     def _dropped(self) -> dict[str, int]:
         try:
-            return dict(self._guard.dropped())
+            return {**self._guard.dropped(), "spoofed": self._antispoof.dropped()}
         except OSError:  # told by the step that keeps it
             return {}
 

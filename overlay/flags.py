@@ -97,6 +97,7 @@ FLAGS = (
         "drop VXLAN of our VNI from addresses of no peer, and what pods send to its port on any node",
         ours=True,
     ),
+    Flag("pod-antispoof", "bool", True, "let each pod of our bridge send from its own addresses alone", ours=True),
     Flag("take-over", "bool", False, "take the record of our public IP over, whoever made it", ours=True),
     Flag("subnet-lease-ttl", "int", LEASE_TTL_S, "life of an etcd lease, in seconds", ours=True),
     Flag("log-level", "str", "info", "debug, info, warning or error", ours=True),

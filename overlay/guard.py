@@ -89,9 +89,8 @@ def _within(base: str, offset: int, network: Prefix) -> tuple[bytes, bytes]:
 class Guard:
     """The table of this node's network."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._socket = NetfilterSocket()
+    def __init__(self, sets: NetfilterSocket, clock: Callable[[], float]) -> None:
+        self._socket, self._clock = sets, clock
         self._table: nf_wire.Table | None = None
         """What stands, or should stand; None until the network is known."""
         self._uses: dict[int, int] = {}
@@ -105,15 +104,6 @@ class Guard:
         """Addresses that no peer has any more, and until when they are let in; the first goes first."""
         self.mended = 0
         """How often somebody else had altered the table."""
-
-    @property
-    def port(self) -> int:
-        """The netlink port of our own changes, whose echoes a monitor need not tell."""
-        return self._socket.port
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
 
     # --- what is wanted
 

@@ -12,7 +12,7 @@ UNREADY_AFTER_S = 10.0
 STUCK_S = 20.0
 HARMLESS = frozenset(
     {"mtu", "config", "store", "annotations", "live-settings", "file net-conf", "file cni-conf", "file live"}
-    | {"forward", "forward chain", "bridge filter", "bridge", "guard", "strangers", "strange frames"}
+    | {"forward", "forward chain", "bridge filter", "bridge", "guard", "strangers", "strange frames", "pods"}
 )
 """Problems an operator should see, with which pods' traffic is as it should be."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lease.config import NetworkConfig
 from lease.model import Endpoint, Prefix, ip_text
-from overlay import cni, forward, guard, masquerade, tunnel
+from overlay import antispoof, cni, forward, guard, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
 from overlay.flags import DEFAULT_SUBNET_FILE
@@ -46,7 +46,7 @@ class Host:
         """Files that somebody else altered or removed."""
         self._written: dict[str, str] = {}
         """Files that hold what we want, as we wrote or found them."""
-        self._bridges: set[str] = set()
+        self.bridges: set[str] = set()
         """Those that our network lists named."""
         self.listed = False
         """The node was in sync once: its network list may stand."""
@@ -130,7 +130,7 @@ class Host:
     def bridge_filter(self) -> str:
         """Why a Service may not answer pods of its own node, "" where nothing stands in the way: kube-proxy's rules must see
         packets between ports of one bridge (flannel does not start without that)."""
-        if not self.settings.kube or not self._bridges:
+        if not self.settings.kube or not self.bridges:
             return ""
         name = "net/bridge/bridge-nf-call-iptables"
         value = read_sysctl(name)
@@ -177,7 +177,7 @@ class Host:
                     if stale:
                         self._remove_list(path, old, own)
                     raise
-            self._bridges |= cni.bridges_in(content)
+            self.bridges |= cni.bridges_in(content)
             self._write({path: content})
             self._clear_unfinished()
 
@@ -219,7 +219,7 @@ class Host:
         used = False
         for index in {a.oif for a in self.addresses.values() if subnet.holds(a.address) and a.oif != tunnel}:
             link = self.links.get(index)
-            if link is None or link.kind != "bridge" or link.name not in self._bridges or self._ports(index):
+            if link is None or link.kind != "bridge" or link.name not in self.bridges or self._ports(index):
                 used = True
                 continue
             self._links_io.delete(index)
@@ -230,7 +230,7 @@ class Host:
         """A pod whose making failed at its address (subnet.env was not there) leaves the bridge without port and MAC, and
         the bridge plugin then fails for ever: "could not set bridge's mac: invalid argument" (1.1.1). Raises KernelError."""
         for link in list(self.links.values()):
-            if link.kind == "bridge" and link.name in self._bridges and not link.mac and not self._ports(link.ifindex):
+            if link.kind == "bridge" and link.name in self.bridges and not link.mac and not self._ports(link.ifindex):
                 self._links_io.delete(link.ifindex)
                 log.info("bridge.removed", bridge=link.name, because="a pod that could not be made left it unfinished")
 
@@ -266,6 +266,7 @@ class Host:
         if vni.isdigit():
             for table in (masquerade.table_name(int(vni)), guard.table_name(int(vni))):
                 nft.load_table("ip", table, [])
+            nft.load_table("bridge", antispoof.table_name(int(vni)), [])
             forward.remove(masquerade.table_name(int(vni)))
 
 

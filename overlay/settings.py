@@ -74,6 +74,7 @@ class Settings(NamedTuple):
     proc_sys_net: str = "/proc/sys/net"
     underlay_cidrs: tuple[Prefix, ...] = ()
     vxlan_guard: bool = True
+    pod_antispoof: bool = True
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -252,6 +253,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         proc_sys_net=values["proc-sys-net"].rstrip("/"),
         underlay_cidrs=_prefixes(values, "underlay-cidr"),
         vxlan_guard=values["vxlan-guard"],
+        pod_antispoof=values["pod-antispoof"],
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],

@@ -93,7 +93,8 @@ class FoundFdb(NamedTuple):
 
 class Link(NamedTuple):
     """A network interface. kind: `vxlan`, `veth`, ... or "" for hardware. arp: whether it resolves by ARP. master: the
-    number of the bridge it is a port of, 0 where of none."""
+    number of the bridge it is a port of, 0 where of none. peer, netnsid: of a veth whose other end is in another network
+    namespace the number of that end there, and our number of that namespace; else 0 and -1."""
 
     ifindex: int
     name: str
@@ -105,6 +106,16 @@ class Link(NamedTuple):
     carrier: bool
     loopback: bool = False
     master: int = 0
+    peer: int = 0
+    netnsid: int = -1
+
+
+class PodEnd(NamedTuple):
+    """The other end of a veth: its MAC, and its addresses of both families, without host bits' lengths."""
+
+    mac: int
+    v4: frozenset[int]
+    v6: frozenset[int]
 
 
 class Address(NamedTuple):

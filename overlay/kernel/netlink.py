@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from overlay.kernel import wire
-from overlay.kernel.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link
+from overlay.kernel.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
 from overlay.kernel.fast import Sifted
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
@@ -191,6 +191,20 @@ class RequestSocket:
     def addresses(self) -> list[Address]:
         """All IPv4 addresses."""
         return self.dump(wire.address_dump, wire.parse_address)
+
+    def pod_end(self, link: Link) -> PodEnd | None:
+        """The other end of a veth, in its own namespace; None when it is gone. Raises KernelError."""
+        try:
+            body = self.ask(lambda seq: wire.link_elsewhere(seq, link.netnsid, link.peer))
+            found = self.dump(
+                lambda seq: wire.addresses_elsewhere(seq, link.netnsid, link.peer), wire.parse_address_elsewhere
+            )
+        except KernelError as error:
+            if error.errno in (errno.ENODEV, errno.EINVAL):  # the interface, the namespace
+                return None
+            raise
+        v4 = frozenset(address for family, address in found if family == 4)
+        return PodEnd(wire.parse_link(body).mac, v4, frozenset(address for family, address in found if family == 6))
 
     def routes(self) -> list[FoundRoute]:
         """All IPv4 unicast routes of the main table."""

@@ -27,9 +27,12 @@ _LIST_ELEM = 1
 _COUNTER_OBJECT = 1
 _BASES = {"ether": 0, "network": 1, "transport": 2}
 META_L4PROTO, META_IIF, META_PROTOCOL = 16, 4, 1
-IPV4_ADDR, IFACE_INDEX = 7, 20
+IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_INDEX = 7, 8, 9, 20
 """nft's own numbers of key types (include/datatype.h); a concatenation has them shifted by six bits each."""
-IFACE_AND_IPV4 = IFACE_INDEX << 6 | IPV4_ADDR
+IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER = (
+    IFACE_INDEX << 6 | kind for kind in (IPV4_ADDR, IPV6_ADDR, ETHER_ADDR)
+)
+"""Keys of 8, 20 and 12 bytes: each part is filled up to a multiple of four."""
 _HOST_ORDER = struct.pack("=BBL", 0, 4, 1)
 """NFTNL_UDATA_SET_KEYBYTEORDER: BYTEORDER_HOST_ENDIAN."""
 _SECOND = 9

@@ -37,7 +37,7 @@ NLM_F_REQUEST, NLM_F_ACK = 0x1, 0x4
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE = 0x100, 0x200, 0x400
 NLM_F_DUMP = 0x300
 NLM_F_DUMP_INTR = 0x10
-AF_UNSPEC, AF_INET, AF_BRIDGE = 0, 2, 7
+AF_UNSPEC, AF_INET, AF_BRIDGE, AF_INET6 = 0, 2, 7, 10
 NTF_SELF, NTF_ROUTER, NTF_EXT_LEARNED = 0x02, 0x80, 0x10
 RTN_UNICAST = 1
 RT_SCOPE_UNIVERSE = 0
@@ -46,7 +46,8 @@ IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_TABLE = 1, 4, 5, 6, 7, 15
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
+IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 
@@ -155,6 +156,27 @@ def link_dump(seq: int) -> bytes:
 def address_dump(seq: int) -> bytes:
     """All IPv4 addresses."""
     return _request(RTM_GETADDR, seq, _IFADDR.pack(AF_INET, 0, 0, 0, 0))
+
+
+def link_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
+    """An interface of another namespace."""
+    where = struct.pack("=HHl", 8, IFLA_TARGET_NETNSID, netnsid)
+    body = _IFINFO.pack(AF_UNSPEC, 0, 0, ifindex, 0, 0) + where
+    return _HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST, seq, 0) + body
+
+
+def addresses_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
+    """The addresses, of both families, of an interface of another namespace."""
+    where = struct.pack("=HHl", 8, IFA_TARGET_NETNSID, netnsid)
+    return _request(RTM_GETADDR, seq, _IFADDR.pack(AF_UNSPEC, 0, 0, 0, ifindex) + where)
+
+
+def parse_address_elsewhere(body: memoryview) -> tuple[int, int] | None:
+    """Family (4 or 6) and address; None for others."""
+    family = {AF_INET: 4, AF_INET6: 6}.get(body[0])
+    attrs = attributes(body, _IFADDR.size)
+    address = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS))
+    return None if family is None or address is None else (family, int.from_bytes(address, "big"))
 
 
 def route_lookup(seq: int, address: int) -> bytes:
@@ -274,7 +296,7 @@ def parse_link(body: memoryview) -> Link:
     if (info := attrs.get(IFLA_LINKINFO)) is not None and (name := attributes(info, 0).get(IFLA_INFO_KIND)) is not None:
         kind = bytes(name).rstrip(b"\0").decode("ascii", "replace")
     name = attrs.get(IFLA_IFNAME)
-    mac = attrs.get(IFLA_ADDRESS)
+    mac, netnsid = attrs.get(IFLA_ADDRESS), attrs.get(IFLA_LINK_NETNSID)
     return Link(
         index,
         bytes(name).rstrip(b"\0").decode("utf-8", "replace") if name is not None else "",
@@ -286,6 +308,8 @@ def parse_link(body: memoryview) -> Link:
         bool(flags & IFF_LOWER_UP),
         bool(flags & IFF_LOOPBACK),
         number(attrs.get(IFLA_MASTER)),
+        number(attrs.get(IFLA_LINK)) if netnsid is not None else 0,
+        int.from_bytes(netnsid, sys.byteorder, signed=True) if netnsid is not None else -1,
     )
 
 

@@ -51,10 +51,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def made(inside, clock) -> Iterator[Guard]:
-    guard = inside(lambda: Guard(clock))
-    yield guard
-    guard.close()
+def made(requests, clock) -> Guard:
+    return Guard(requests, clock)
 
 
 @pytest.fixture
@@ -164,11 +162,11 @@ def test_an_address_of_two_peers_stays_for_the_other(inside, made, clock):
     assert inside(vteps) == ["192.168.1.2"]
 
 
-def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made, clock):
+def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made, requests, clock):
     one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
-    again = inside(lambda: Guard(clock))
+    again = Guard(requests, clock)
     again.load([pack(one)])
     before = inside(lambda: nft("-a", "list", "table", "ip", TABLE.name))
     again.ensure(TABLE)
@@ -176,7 +174,6 @@ def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made
     clock.now += GRACE_S
     again.apply()
     assert inside(vteps) == ["192.168.1.2"]
-    again.close()
 
 
 def test_what_somebody_took_away_first_is_read_again(inside, made, clock):

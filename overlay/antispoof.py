@@ -1,0 +1,254 @@
+"""Pods send from their own addresses alone: each port of a pod's bridge is bound to what its pod had when it was first seen.
+
+IPv4, ARP, IPv6, neighbour discovery and the MAC, in an nftables table of the bridge family. A pod's addresses are asked of
+the kernel, at the other end of its veth, before its containers start; what it gives itself later is not its own. A port is
+bound by the number of its interface, which no other gets, and the table remembers: a new agent keeps what it finds there.
+
+A port that is not (yet) bound is let through: pods made while no agent runs must have their network.
+
+Belongs to the agent's owner thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from lease.model import Prefix, ip_text
+from overlay.kernel import nf_wire
+from overlay.kernel.entries import Link, PodEnd
+from overlay.kernel.netfilter import NetfilterSocket
+from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.nf_wire import equal, load, meta
+from overlay.log import log
+from overlay.masquerade import TABLE_PREFIX
+
+SUFFIX = "-pods"
+PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6 = "ports", "ports6", "macs", "addresses", "addresses6"
+SPOOFED = "spoofed"
+SETTLED_S = 5.0
+"""After so long an interface has made its link-local IPv6 address, too (RFC 4862, 5.4: a second or two)."""
+FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
+"""A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
+HURRIED_S = 30.0
+_NF_BR_PRE_ROUTING, _EARLY = 0, -300
+_IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
+_ICMPV6 = b"\x3a"
+_SOLICIT, _ADVERT, _ROUTER_ADVERT, _REDIRECT = (bytes([value]) for value in (135, 136, 134, 137))
+_NOWHERE = bytes(16)
+
+
+def table_name(vni: int) -> str:
+    """The table of a network."""
+    return f"{TABLE_PREFIX}{vni}{SUFFIX}"
+
+
+def table(vni: int) -> nf_wire.Table:
+    """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
+    bound = (meta(nf_wire.META_IIF), nf_wire.found_in(PORTS))
+    bound6 = (meta(nf_wire.META_IIF), nf_wire.found_in(PORTS6))
+    icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
+    drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
+
+    def kind(ethertype: bytes) -> tuple[bytes, ...]:
+        return meta(nf_wire.META_PROTOCOL), equal(ethertype)
+
+    def not_its_own(field: bytes, name: str) -> tuple[bytes, ...]:
+        return meta(nf_wire.META_IIF), field, nf_wire.absent_from(name)
+
+    rules: list[tuple[str, tuple[bytes, ...]]] = [
+        ("a MAC of another", (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
+        ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(load("network", 12, 4, True), ADDRESSES))),
+        (
+            "ARP for another's address",  # a probe has none (RFC 5227)
+            (*bound, *kind(_ARP), load("network", 14, 4), nf_wire.differ(bytes(4)),
+             *not_its_own(load("network", 14, 4, True), ADDRESSES)),
+        ),
+        (
+            "an IPv6 source of another",  # one that looks whether an address is free has none yet
+            (*bound6, *kind(_IPV6), load("network", 8, 16), nf_wire.differ(_NOWHERE),
+             *not_its_own(load("network", 8, 16, True), ADDRESSES6)),
+        ),
+        (
+            "a neighbour advertisement for another's address",
+            (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT), *not_its_own(load("transport", 8, 16, True), ADDRESSES6)),
+        ),
+        ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
+        ("a redirect", (*bound, *kind(_IPV6), *icmpv6, equal(_REDIRECT))),
+        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_VLAN))),
+        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_QINQ))),
+    ]  # fmt: skip
+    return nf_wire.Table(
+        "bridge",
+        table_name(vni),
+        (
+            nf_wire.Set(PORTS, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(PORTS6, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
+            nf_wire.Set(ADDRESSES, nf_wire.IFACE_AND_IPV4, 8),
+            nf_wire.Set(ADDRESSES6, nf_wire.IFACE_AND_IPV6, 20),
+        ),
+        (SPOOFED,),
+        (nf_wire.Chain("prerouting", _NF_BR_PRE_ROUTING, _EARLY),),
+        tuple(nf_wire.Rule("prerouting", comment, (*expressions, *drop)) for comment, expressions in rules),
+    )
+
+
+class Bound(NamedTuple):
+    """What a port is bound to. v6: None while its IPv6 addresses are not settled."""
+
+    macs: frozenset[int]
+    v4: frozenset[int]
+    v6: frozenset[int] | None
+
+    def keys(self, port: int) -> dict[str, list[bytes]]:
+        """Its elements, by set."""
+        at = port.to_bytes(4, sys.byteorder)
+        return {
+            PORTS: [at],
+            PORTS6: [] if self.v6 is None else [at],
+            MACS: [at + mac.to_bytes(6, "big") + bytes(2) for mac in self.macs],
+            ADDRESSES: [at + address.to_bytes(4, "big") for address in self.v4],
+            ADDRESSES6: [at + address.to_bytes(16, "big") for address in self.v6 or ()],
+        }
+
+
+class AntiSpoof:
+    """The table of this node's pods."""
+
+    def __init__(self, sets: NetfilterSocket, requests: RequestSocket, clock: Callable[[], float]) -> None:
+        self._sets, self._requests, self._clock = sets, requests, clock
+        self._table: nf_wire.Table | None = None
+        self._ports: dict[int, Link] = {}
+        """Ends of veths on our bridges, by number."""
+        self._seen: dict[int, float] = {}
+        """When each was first seen."""
+        self._bound: dict[int, Bound] = {}
+        self._there: dict[str, set[bytes]] = {}
+        """What the kernel's sets have."""
+        self._network: Prefix | None = None
+        self._known = False
+        """Whether the bridges are."""
+        self._next: float | None = None
+        self.mended = 0
+
+    def ports(self, links: Iterable[Link], bridges: Iterable[str]) -> None:
+        """The links of this node, and the names of the bridges that pods are attached to; while nobody knows those, all stays
+        as it was found."""
+        every, names = list(links), set(bridges)
+        if not names:
+            return
+        self._known = True
+        numbers = {link.ifindex for link in every if link.kind == "bridge" and link.name in names}
+        self._ports = {link.ifindex: link for link in every if link.master in numbers and link.netnsid >= 0}
+        now = self._clock()
+        self._seen = {index: self._seen.get(index, now) for index in self._ports}
+        if self._seen.keys() - self._bound.keys() or self._bound.keys() - self._seen.keys():
+            self._next = now
+
+    def next_look(self) -> float | None:
+        """When `look` has something to do, None: it has not."""
+        return self._next if self._table is not None else None
+
+    def dropped(self) -> int:
+        """Frames that were refused, since the table was made. Raises KernelError."""
+        return 0 if self._table is None else self._sets.counted(self._table, SPOOFED)
+
+    def remove(self, table: nf_wire.Table) -> None:
+        """No table of that name. Raises KernelError."""
+        self._table, self._next = None, None
+        self._sets.remove(table)
+
+    def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
+        """The table as it should be, read whole and compared. Raises KernelError."""
+        before, self._network = self._table, network
+        if before is not None and before.name != wanted.name:
+            self.remove(before)
+        if self._sets.is_formed(wanted):
+            there = {one.name: set(self._sets.elements(wanted, one)) for one in wanted.sets}
+            if before is None:
+                self._believe(there)
+            elif before == wanted and there != self._there:
+                self.mended += 1
+                log.warning("pods.mended", table=wanted.name, effect="somebody altered what pods' ports are bound to")
+            self._there = there
+        else:
+            elements = self._elements()
+            self._sets.replace(wanted, elements)
+            self._there = elements
+            if before == wanted:
+                self.mended += 1
+            tell = log.warning if before == wanted else log.info
+            tell("pods.mended" if before == wanted else "pods", table=wanted.name, ports=len(self._bound))
+        self._table = wanted
+        self.look()
+
+    def _believe(self, there: dict[str, set[bytes]]) -> None:
+        """What an agent before us bound."""
+
+        def of(name: str, port: bytes, size: int) -> frozenset[int]:
+            return frozenset(int.from_bytes(key[4 : 4 + size], "big") for key in there[name] if key[:4] == port)
+
+        for port in there[PORTS]:
+            v6 = of(ADDRESSES6, port, 16) if port in there[PORTS6] else None
+            self._bound[int.from_bytes(port, sys.byteorder)] = Bound(of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+
+    def look(self) -> None:
+        """Bind what is new, let go of what is gone. Raises KernelError."""
+        if self._table is None or self._network is None or not self._known:
+            return
+        now, waiting = self._clock(), []
+        for index in self._bound.keys() - self._ports.keys():
+            del self._bound[index]
+        taken = {address: index for index, bound in self._bound.items() for address in bound.v4}
+        for index, link in sorted(self._ports.items()):
+            bound, age = self._bound.get(index), now - self._seen[index]
+            if bound is not None and bound.v6 is not None:
+                continue
+            if bound is not None and age < SETTLED_S:
+                waiting.append(self._seen[index] + SETTLED_S)
+                continue
+            end = self._requests.pod_end(link)
+            if end is None:
+                continue
+            if bound is None:
+                bound = self._first(link, end, taken)
+                if bound is None:
+                    waiting.append(now + (FIRST_LOOKS_S if age < HURRIED_S else LATER_LOOKS_S))
+                    continue
+                waiting.append(self._seen[index] + SETTLED_S)
+            if age >= SETTLED_S:  # a plugin may have given it another MAC since, too
+                others = {mac for port, other in self._bound.items() if port != index for mac in other.macs}
+                bound = bound._replace(v6=end.v6, macs=bound.macs | {end.mac} - others)
+            self._bound[index] = bound
+            taken |= dict.fromkeys(bound.v4, index)
+        self._next = min(waiting, default=None)
+        self._apply(self._table)
+
+    def _first(self, link: Link, end: PodEnd, taken: dict[int, int]) -> Bound | None:
+        """What a port is bound to when its pod is seen first; None while it has no address of the network."""
+        assert self._network is not None
+        v4 = frozenset(address for address in end.v4 if self._network.holds(address))
+        for address in v4 & taken.keys():
+            log.warning(
+                "pods.address_taken", interface=link.name, address=ip_text(4, address),
+                effect="it is another pod's; this one may not send from it",
+            )  # fmt: skip
+        return Bound(frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
+
+    def _elements(self) -> dict[str, set[bytes]]:
+        found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6)}
+        for index, bound in self._bound.items():
+            for name, keys in bound.keys(index).items():
+                found[name].update(keys)
+        return found
+
+    def _apply(self, table: nf_wire.Table) -> None:
+        wanted = self._elements()
+        # addresses before the ports that are bound to them, ports away first
+        for name in (MACS, ADDRESSES, ADDRESSES6, PORTS, PORTS6):
+            self._sets.change(table, name, wanted[name] - self._there[name], ())
+        for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6):
+            self._sets.change(table, name, (), self._there[name] - wanted[name])
+        self._there = wanted

@@ -1,0 +1,220 @@
+"""A pod sends from its own addresses alone: frames of every kind that claim others', with the check off as the control."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from ipaddress import IPv6Address
+
+import pytest
+
+from lease.model import ip_number, mac_number
+from overlay.lab import netns
+from overlay.lab.matrix import End
+from tests.support.wait import until
+
+TABLE = "overlay-1-pods"
+ROUTER = "fe80::1"
+
+
+class Port:
+    """A pod's eth0 as raw frames."""
+
+    def __init__(self, world, pod: End) -> None:
+        self.node = f"{pod.node}-{pod.name.rpartition('-')[2]}"
+        self.pod, self.ip = pod, ip_number(pod.address, 4).to_bytes(4, "big")
+        link = json.loads(world.run(self.node, "ip", "-j", "addr", "show", "eth0"))[0]
+        self.mac = mac_number(link["address"]).to_bytes(6, "big")
+        self.v6 = until("it has a link-local address", lambda: self._link_local(world))
+        self._socket = netns.inside(
+            pod.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        )
+        self._socket.bind(("eth0", 3))
+        self._socket.settimeout(0.4)
+
+    def _link_local(self, world) -> bytes:
+        found = json.loads(world.run(self.node, "ip", "-j", "-6", "addr", "show", "eth0", "-tentative"))
+        texts = [a["local"] for link in found for a in link.get("addr_info", []) if a.get("scope") == "link"]
+        return IPv6Address(texts[0]).packed if texts else b""
+
+    def send(self, frame: bytes) -> None:
+        self._socket.send(frame)
+
+    def hears(self, payload: bytes) -> bool:
+        try:
+            while payload not in self._socket.recv(2000):
+                pass
+        except TimeoutError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def checksum(data: bytes) -> bytes:
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return (~total & 0xFFFF).to_bytes(2, "big")
+
+
+def ipv4(source: bytes, target: bytes, payload: bytes) -> bytes:
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 28 + len(payload), 1, 0, 64, 17, 0) + source + target
+    head = head[:10] + checksum(head) + head[12:]
+    return head + struct.pack(">HHHH", 1000, 7007, 8 + len(payload), 0) + payload
+
+
+def ipv6(source: bytes, target: bytes, kind: int, body: bytes) -> bytes:
+    """ICMPv6: type and body, the checksum over both and the pseudo header (RFC 4443, 2.3)."""
+    message = struct.pack(">BBH", kind, 0, 0) + body + bytes(len(body) % 2)
+    pseudo = source + target + struct.pack(">IxxxB", len(message), 58)
+    message = message[:2] + checksum(pseudo + message) + message[4:]
+    return struct.pack(">IHBB", 6 << 28, len(message), 58, 255) + source + target + message
+
+
+def arp(sender_mac: bytes, sender: bytes, target: bytes) -> bytes:
+    return struct.pack(">HHBBH", 1, 0x0800, 6, 4, 2) + sender_mac + sender + bytes(6) + target
+
+
+def frames(evil: Port, other: Port, near: Port) -> dict[str, bytes]:
+    """What a pod may not send, all of it to `near`; each with its name in it, to be known by."""
+    to = near.mac + evil.mac
+    router = IPv6Address(ROUTER).packed
+    return {
+        "ipv4": to + b"\x08\x00" + ipv4(other.ip, near.ip, b"ipv4-spoofed"),
+        "beyond": to + b"\x08\x00" + ipv4(b"\x08\x08\x08\x08", near.ip, b"beyond-spoofed"),
+        "mac": near.mac + other.mac + b"\x08\x00" + ipv4(evil.ip, near.ip, b"mac-spoofed!"),
+        "arp": to + b"\x08\x06" + arp(evil.mac, other.ip, near.ip) + b"arp-spoofed",
+        "ipv6": to + b"\x86\xdd" + ipv6(other.v6, near.v6, 128, b"\0\0\0\0ipv6-spoofed"),
+        "advertisement": to
+        + b"\x86\xdd"
+        + ipv6(evil.v6, near.v6, 136, b"\x20\0\0\0" + other.v6 + b"advertisement-spoofed"),
+        "router": to + b"\x86\xdd" + ipv6(evil.v6, near.v6, 134, b"\x40\0\x07\x08" + bytes(8) + b"router-spoofed"),
+        "redirect": to + b"\x86\xdd" + ipv6(evil.v6, near.v6, 137, bytes(4) + router + other.v6 + b"redirect-spoofed"),
+        "tagged": to + b"\x81\x00\x00\x05\x08\x00" + ipv4(other.ip, near.ip, b"tagged-spoofed"),
+        "tagged twice": to
+        + b"\x81\x00\x00\x05\x81\x00\x00\x06\x08\x00"
+        + ipv4(other.ip, near.ip, b"tagged twice-spoofed"),
+    }
+
+
+def honest(evil: Port, near: Port) -> dict[str, bytes]:
+    to = near.mac + evil.mac
+    solicit = b"\0\0\0\0" + evil.v6
+    return {
+        "ipv4": to + b"\x08\x00" + ipv4(evil.ip, near.ip, b"ipv4-honest"),
+        "arp": to + b"\x08\x06" + arp(evil.mac, evil.ip, near.ip) + b"arp-honest",
+        "probe": to + b"\x08\x06" + arp(evil.mac, bytes(4), near.ip) + b"probe-honest",
+        "ipv6": to + b"\x86\xdd" + ipv6(evil.v6, near.v6, 128, b"\0\0\0\0ipv6-honest"),
+        "advertisement": to
+        + b"\x86\xdd"
+        + ipv6(evil.v6, near.v6, 136, b"\x20\0\0\0" + evil.v6 + b"advertisement-honest"),
+        "is it free": to + b"\x86\xdd" + ipv6(bytes(16), near.v6, 135, solicit + b"is it free-honest"),
+    }
+
+
+def bound(world, node: str, name: str = "ports6") -> list:
+    listed = json.loads(world.run(node, "nft", "-j", "list", "set", "bridge", TABLE, name))["nftables"]
+    return listed[1]["set"].get("elem", [])
+
+
+@pytest.fixture
+def ports(world):
+    made: list[Port] = []
+
+    def make(pod: End) -> Port:
+        made.append(Port(world, pod))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["control", "checked"])
+def test_what_claims_to_be_another_does_not_arrive(world, ports, checked):
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1", f"--pod-antispoof={str(checked).lower()}").wait_ready()
+    evil, other, near = (ports(world.pod(agent, name)) for name in ("evil", "other", "near"))
+    if checked:
+        until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    for name, frame in honest(evil, near).items():
+        evil.send(frame)
+        assert near.hears(f"{name}-honest".encode()), name
+    arrived = {}
+    for name, frame in frames(evil, other, near).items():
+        evil.send(frame)
+        arrived[name] = near.hears(f"{name}-spoofed".encode())
+    assert arrived == dict.fromkeys(arrived, not checked)
+    if checked:
+        assert agent.status()["counters"]["dropped_spoofed"] == len(arrived)
+        assert agent.status()["problems"] == {}
+
+
+def test_what_a_pod_gives_itself_later_is_not_its_own(world, ports):
+    """Nor after the agent was started again, nor when somebody altered the table."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1").wait_ready()
+    evil, other, near = (ports(world.pod(agent, name)) for name in ("evil", "other", "near"))
+    until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    world.run(evil.node, "ip", "addr", "add", "10.244.99.99/32", "dev", "eth0")
+    world.run(evil.node, "ip", "addr", "add", f"{other.pod.address}/32", "dev", "eth0")
+    spoofed = frames(evil, other, near)
+    agent = world.restart(agent).wait_ready()
+    for command in (
+        "",
+        f"delete table bridge {TABLE}",
+        f"flush set bridge {TABLE} addresses",
+        f"flush set bridge {TABLE} ports",
+    ):
+        if command:
+            world.run("node1", "nft", command)
+            until(
+                "it is mended",
+                lambda: len(bound(world, "node1", "addresses")) == len(bound(world, "node1", "ports")) == 3,
+            )
+        evil.send(honest(evil, near)["ipv4"])
+        assert near.hears(b"ipv4-honest")
+        evil.send(spoofed["ipv4"])
+        assert not near.hears(b"ipv4-spoofed"), command
+    assert agent.status()["counters"]["mended_pods"] == 3
+
+
+def test_pods_that_come_and_go_also_while_no_agent_runs(world, ports):
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1").wait_ready()
+    near = ports(world.pod(agent, "near"))
+    until("it is bound", lambda: len(bound(world, "node1")) == 1)
+    agent.stop()
+    late = ports(world.pod(agent, "late"))
+    late.send(honest(late, near)["ipv4"])
+    assert near.hears(b"ipv4-honest"), "it has its network without an agent"
+    assert len(bound(world, "node1")) == 1
+    agent = world.restart(agent).wait_ready()
+    until("now it is bound, too", lambda: len(bound(world, "node1")) == 2)
+    late.close()  # it would keep the namespace
+    netns.delete(late.pod.namespace)
+    until("its port is forgotten", lambda: len(bound(world, "node1", "addresses")) == 1)
+    world.pod(agent, "next")
+    until("and the next is bound", lambda: len(bound(world, "node1")) == 2)
+    time.sleep(1)
+    assert agent.status()["problems"] == {}
+    assert not agent.events("pods.mended")
+
+
+def test_two_pods_of_one_address_the_first_has_it(world, ports):
+    """What was there before the first agent came is believed, but for one address twice."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1", "--pod-antispoof=false").wait_ready()
+    first, second, near = (ports(world.pod(agent, name)) for name in ("first", "second", "near"))
+    world.run(second.node, "ip", "addr", "add", f"{first.pod.address}/32", "dev", "eth0")
+    agent = world.restart(agent).wait_ready()
+    until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    second.send(frames(second, first, near)["ipv4"])
+    assert not near.hears(b"ipv4-spoofed")
+    second.send(honest(second, near)["ipv4"])
+    assert near.hears(b"ipv4-honest")
+    assert agent.events("pods.address_taken")
