@@ -134,8 +134,8 @@ class AntiSpoof:
         self.mended = 0
 
     def ports(self, links: Iterable[Link], bridges: Iterable[str]) -> None:
-        """The links of this node, and the names of the bridges that pods are attached to; while nobody knows those, all stays
-        as it was found."""
+        """The links of this node, and the names of the bridges that pods are attached to; while nobody knows those, all
+        stays as it was found."""
         every, names = list(links), set(bridges)
         if not names:
             return
