@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench cluster cluster-test bundle clean
+.PHONY: setup lab lab-down lint test lock image interop bench faults cluster cluster-test bundle clean
 
 setup: $(STAMP)
 
@@ -23,7 +23,7 @@ lint: setup
 
 test: setup
 	.ci/kubernetes/build kube-apiserver
-	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster
+	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults
 
 cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
 	.ci/cluster-setup
@@ -42,6 +42,10 @@ interop: setup ## the real flanneld beside ours and swapped under live traffic (
 	bench/flanneld/build
 	.ci/kubernetes/build kube-apiserver
 	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop -n 2
+
+faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (10 minutes)
+	.ci/kubernetes/build kube-apiserver
+	OVERLAY_FAULT_TABLE=1 $(PY) -m pytest tests/faults -n 2
 
 bench: setup ## every figure of docs/performance.md, beside the real flanneld (builds it: Go, some minutes; then an hour)
 	command -v iperf3 >/dev/null && command -v ethtool >/dev/null || apt-get install -y iperf3 ethtool

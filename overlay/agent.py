@@ -23,6 +23,7 @@ from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, antispoof, cni, forward, guard, plan
+from overlay.backends.vxlan import device_name
 from overlay.datapath import Datapath
 from overlay.files import FileText
 from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
@@ -34,6 +35,7 @@ from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
+from overlay.rundir import DeviceLock
 from overlay.settings import Settings, SettingsError, read_live
 from overlay.underlay import UnderlayError
 
@@ -120,6 +122,7 @@ class Agent:
         self._host = Host(settings, self._requests, store_hosts)
         self.health = Health(clock)
         self._firewall = Firewall(self.post)
+        self._lock = DeviceLock()
         self._sets = NetfilterSocket()
         self._guard = guard.Guard(self._sets, clock)
         self._antispoof = antispoof.AntiSpoof(self._sets, self._requests, clock)
@@ -253,7 +256,7 @@ class Agent:
         self._step("underlay", self._choose_underlay)
         self._claim()
         more = False
-        if self._held is not None and self._config is not None and self._host.underlay is not None:
+        if self._held is not None and self._config is not None and self._host.underlay is not None and self._alone():
             self._step("device", self._ensure_device)
             self._plan()
             if self._path.node is not None:
@@ -277,6 +280,19 @@ class Agent:
             self._look_at_pods()
         self._tell()
         return more
+
+    def _alone(self) -> bool:
+        """Whether the device is ours to keep: two agents with run directories of their own would undo each other's work."""
+        device = device_name(self._config_now().backend)
+        try:
+            pid = self._lock.take(device)
+        except OSError as error:
+            self.health.problem("another agent", f"nobody can tell whether one keeps {device}: {error.strerror}")
+            return False
+        who = f"another overlayd (pid {pid or '?'}) keeps {device} on this node"
+        words = f"{who}: this one waits until it ends; it should not have been started"
+        self.health.tell("another agent", "" if pid is None else words)
+        return pid is None
 
     def _look_at_guard(self) -> None:
         """Who may send VXLAN to us: before the first route of a peer, since its answer may be quick."""
@@ -589,6 +605,7 @@ class Agent:
         if lease.v4.subnet in self._retained:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
+        self._pods_are_behind()
         self.health.solved("lease")
 
     def _elsewhere(self, lease: Lease) -> None:
@@ -634,10 +651,13 @@ class Agent:
     def _read_links(self) -> None:
         if self._host.read_links():
             self._due.underlay = self._due.device = self._due.files = True
-        held = self._held
-        subnets = [*self._retained, *([held.v4.subnet] if held is not None and held.v4 is not None else [])]
-        self._guard.pods_behind(self._host.interfaces_in(subnets))
+        self._pods_are_behind()
         self._antispoof.ports(self._host.links.values(), self._host.bridges)
+
+    def _pods_are_behind(self) -> None:
+        """Tell the guard the interfaces of our pods: those with an address of our subnet."""
+        if self._held is not None:
+            self._guard.pods_behind(self._host.interfaces_in([*self._retained, self._own().subnet]))
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up
@@ -799,6 +819,7 @@ class Agent:
 
     def _tell(self) -> None:
         """Readiness: every condition that must hold, and for how long it has not."""
+        log.sum_up()
         if self._expires_at is not None and self._clock() >= self._expires_at:
             self.health.problem("renewal", "the lease was not renewed in time and may be given away: the store is away")
         waiting, differing = self._waits_for(), self._path.rec.differing()

@@ -237,10 +237,11 @@ def write_atomically(path: str, content: str) -> None:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
         mode = 0o644
-    # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself.
-    temporary = f"{folder}/.{name}.{os.getpid()}"
-    remove(temporary)
+    # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself. One
+    # name for all: what a crash left is gone with the next write.
+    temporary = f"{folder}/.{name}.new"
     try:
+        remove(temporary)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(content)
@@ -248,6 +249,11 @@ def write_atomically(path: str, content: str) -> None:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        error.filename = path  # not the temporary name; and writing says none at all
+        raise
     except BaseException:
         remove(temporary)
         raise

@@ -95,7 +95,8 @@ class Guard:
         """What stands, or should stand; None until the network is known."""
         self._uses: dict[int, int] = {}
         """Addresses of peers; by how many of them each is used."""
-        self._inside: frozenset[int] = frozenset()
+        self._inside: frozenset[int] | None = None
+        """Interfaces of pods, None while nobody knows them: what was found stays."""
         self._there: set[int] = set()
         """What the set of the kernel has."""
         self._inside_there: frozenset[int] = frozenset()
@@ -162,7 +163,7 @@ class Guard:
         if before is not None and before.name != wanted.name:
             self.remove(before)
         if not self._socket.is_formed(wanted):
-            let_in, inside = self._let_in(), self._inside
+            let_in, inside = self._let_in(), self._inside or frozenset()
             self._socket.replace(wanted, {VTEPS: _keys(let_in), INSIDE: _numbers(inside)})
             self._table, self._there, self._inside_there = wanted, let_in, inside
             self._new.clear()
@@ -204,7 +205,7 @@ class Guard:
         self._new.clear()
         for address in gone:
             del self._leaving[address]
-        if self._inside != self._inside_there:
+        if self._inside is not None and self._inside != self._inside_there:
             more, fewer = self._inside - self._inside_there, self._inside_there - self._inside
             self._socket.change(table, INSIDE, _numbers(more), _numbers(fewer))
             self._inside_there = self._inside

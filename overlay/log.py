@@ -13,12 +13,33 @@ from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 SILENT_S = 1.0
+BURST, EVERY_S = 20, 2.0
+"""So many lines of one event at once, then one in so long; the rest is counted. (Not debug's: somebody reads those.)"""
+
+
+class _Allowance:
+    """The lines of one event that may still be written, and how many were not."""
+
+    def __init__(self, now: float) -> None:
+        self.left, self.since, self.unsaid = float(BURST), now, 0
+
+    def take(self, now: float) -> bool:
+        """Whether one more may be written."""
+        self.left = min(float(BURST), self.left + (now - self.since) / EVERY_S)
+        self.since = now
+        if self.left < 1:
+            self.unsaid += 1
+            return False
+        self.left -= 1
+        return True
 
 
 class Log:
-    """A logger as structlog's, for constant events with fields."""
+    """A logger as structlog's, for constant events with fields. A storm of one event is summed up."""
 
     def __init__(self) -> None:
+        self._allowances: dict[str, _Allowance] = {}
+        self._any_unsaid = False
         self._lock = threading.RLock()
         self._threshold = LEVELS["info"]
         self._kept: list[tuple[str, str, dict[str, Any]]] | None = None
@@ -64,12 +85,37 @@ class Log:
             return
         fields.setdefault("timestamp", time.time())
         with self._lock:
+            if level != "debug" and not self._allowed(event, fields):
+                return
             if self._kept is None:
                 self._write(level, event, fields)
                 return
             self._kept.append((level, event, fields))
         if LEVELS[level] > LEVELS["info"]:
             self.release()
+
+    def _allowed(self, event: str, fields: dict[str, Any]) -> bool:
+        now = time.monotonic()
+        allowance = self._allowances.setdefault(event, _Allowance(now))
+        if not allowance.take(now):
+            self._any_unsaid = True
+            return False
+        if allowance.unsaid:
+            fields["unsaid_before"], allowance.unsaid = allowance.unsaid, 0
+        return True
+
+    def sum_up(self) -> None:
+        """Say how many lines were not written, once those that are like them have ended."""
+        if not self._any_unsaid:
+            return
+        now = time.monotonic()
+        with self._lock:
+            waiting = {event: one for event, one in self._allowances.items() if one.unsaid}
+            for event, one in waiting.items():
+                if now - one.since > EVERY_S * 2:
+                    count, one.unsaid = one.unsaid, 0
+                    self._say("warning", "log.unsaid", {"of": event, "lines": count})
+            self._any_unsaid = any(one.unsaid for one in self._allowances.values())
 
     def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         if self._structlog is None:

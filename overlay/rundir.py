@@ -1,9 +1,12 @@
-"""The run directory: one agent each, held by a lock that ends with its process."""
+"""One agent for each run directory, and one for each device of a node: both held by locks that end with their process."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
+import struct
 from typing import TextIO
 
 
@@ -34,3 +37,39 @@ def hold(run_dir: str) -> TextIO:
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
+
+
+class DeviceLock:
+    """Who keeps a device of this network namespace: an abstract Unix socket of its name (unix(7)), which the kernel keeps
+    for each network namespace, as it does the device."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, socket.socket] = {}
+
+    def take(self, device: str) -> int | None:
+        """Take it for good: None; or the pid of who has it (0: it cannot be told). Raises OSError."""
+        if device in self._held:
+            return None
+        name = f"\0overlayd/{device}"
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.bind(name)
+            made.listen(1)
+        except OSError as error:
+            made.close()
+            if error.errno == errno.EADDRINUSE:
+                return _pid_behind(name)
+            raise
+        self._held[device] = made
+        return None
+
+
+def _pid_behind(name: str) -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(0.2)
+        try:
+            asking.connect(name)
+            data = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
+        except OSError:
+            return 0
+        return int(struct.unpack("=iII", data)[0])

@@ -38,6 +38,9 @@ _T = TypeVar("_T")
 class KernelError(OSError):
     """The kernel refused an operation, or did not answer. str() has the operation and the kernel's own words."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)
+
 
 class Refusal(NamedTuple):
     """Why one message of a batch was refused. text: the kernel's extended answer, "" where it gave none."""

@@ -40,7 +40,8 @@ NLM_F_DUMP_INTR = 0x10
 AF_UNSPEC, AF_INET, AF_BRIDGE, AF_INET6 = 0, 2, 7, 10
 NTF_SELF, NTF_ROUTER, NTF_EXT_LEARNED = 0x02, 0x80, 0x10
 RTN_UNICAST = 1
-RT_SCOPE_UNIVERSE = 0
+RTN_UNSPEC = 0
+RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
 IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000
 IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
@@ -64,6 +65,7 @@ _NDMSG = struct.Struct("=BBHlHBB")
 _IFINFO = struct.Struct("=BBHlLL")
 _IFADDR = struct.Struct("=BBBBL")
 
+_FORM = "scope, type, tos"
 _KNOWN_ROUTE = {RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, 12}  # 12: RTA_CACHEINFO, statistics
 
 
@@ -78,15 +80,20 @@ def route_add(seq: int, key: RouteKey, value: RouteValue, oif: int, replace: boo
 
 
 def route_delete(seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
-    """RTM_DELROUTE. The protocol in it makes the kernel match only a route of that protocol."""
-    return _route(RTM_DELROUTE, NLM_F_REQUEST, seq, key, value, oif)
+    """RTM_DELROUTE. The protocol in it makes the kernel match only a route of that protocol; its scope and type may be any
+    (with those of our own form, one that somebody made in another stays, and the kernel says that there is none)."""
+    tos = next((int(str(odd[3])) for odd in value.odd if isinstance(odd, tuple) and odd[0] == _FORM), 0)
+    return _route(RTM_DELROUTE, NLM_F_REQUEST, seq, key, value, oif, RT_SCOPE_NOWHERE, RTN_UNSPEC, tos)
 
 
-def _route(kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
+def _route(
+    kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oif: int,
+    scope: int = RT_SCOPE_UNIVERSE, form: int = RTN_UNICAST, tos: int = 0,
+) -> bytes:  # fmt: skip
     length = _ROUTE.size + (_GATEWAY.size if value.via else 0)
     head = _ROUTE.pack(
         length, kind, flags, seq, 0,
-        AF_INET, key.length, 0, 0, RT_TABLE_MAIN, value.protocol, RT_SCOPE_UNIVERSE, RTN_UNICAST,
+        AF_INET, key.length, 0, tos, RT_TABLE_MAIN, value.protocol, scope, form,
         RTNH_F_ONLINK if value.onlink else 0,
         8, RTA_DST, _ip(key.base), 8, RTA_OIF, oif, 8, RTA_PRIORITY, key.metric,
     )  # fmt: skip
@@ -259,7 +266,7 @@ def parse_route(body: memoryview) -> FoundRoute | None:
         return None
     odd: list[object] = []
     if scope != RT_SCOPE_UNIVERSE or kind != RTN_UNICAST or tos:
-        odd.append(("scope, type, tos", scope, kind, tos))
+        odd.append((_FORM, scope, kind, tos))
     odd += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
     key = RouteKey(_address(attrs.get(RTA_DST)), length, number(attrs.get(RTA_PRIORITY)))
     return FoundRoute(key, number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd))

@@ -3,6 +3,7 @@
 import errno
 import queue
 import struct
+import subprocess
 import threading
 import time
 
@@ -26,6 +27,7 @@ from overlay.kernel.netlink import (
     parse_event,
 )
 from overlay.lab import netns
+from overlay.look import route_value
 from tests.support.wait import until
 
 BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009
@@ -263,3 +265,16 @@ def test_lost_events_are_told(requests, inside):
     until("an overrun is told", lambda: any(isinstance(event, Overrun) for event in drain(events)))
     monitor.stop()
     monitor.join(5)
+
+
+@pytest.mark.parametrize("form", ["scope link", "tos 0x10 scope link", "scope host", "mtu 900 scope link"])
+def test_a_route_of_ours_that_somebody_made_in_another_form_goes(inside, requests, form):
+    """With our own scope the kernel would say that there is none, and the route would stay for ever."""
+    index = index_of(requests)
+    command = ["ip", "route", "add", "10.244.9.0/24", "dev", "flannel.1", "metric", "10", "proto", str(PROTOCOL)]
+    inside(lambda: subprocess.run([*command, *form.split()], check=True))
+    [found] = [route for route in requests.routes() if route.protocol == PROTOCOL]
+    first = requests.take_seqs(1)
+    message = wire.route_delete(first, found.key, route_value(found, TUNNEL), index)
+    assert requests.execute([message], first) == {}
+    assert [route for route in requests.routes() if route.protocol == PROTOCOL] == []

@@ -164,3 +164,28 @@ def test_what_is_not_wanted_is_not_there():
         "fully-random" in rule
         for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True, 8472), "postrouting")
     )
+
+
+def test_a_storm_of_one_line_is_summed_up(monkeypatch):
+    from overlay import log as module
+
+    said: list[tuple[str, dict]] = []
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.Log, "_write", lambda _self, _level, event, fields: said.append((event, fields)))
+    log = module.Log()
+    for number in range(1000):
+        log.warning("storm", number=number)
+        log.warning("other") if number == 500 else None
+    assert len(said) == module.BURST + 1
+    now[0] += module.EVERY_S
+    log.info("storm", number=1000)
+    assert said[-1][1] == {"number": 1000, "unsaid_before": 980, "timestamp": said[-1][1]["timestamp"]}
+    log.info("storm", number=1001)
+    log.sum_up()
+    assert said[-1][1]["number"] == 1000, "it may go on"
+    now[0] += module.EVERY_S * 3
+    log.sum_up()
+    assert (said[-1][0], said[-1][1]["of"], said[-1][1]["lines"]) == ("log.unsaid", "storm", 1)
+    log.sum_up()
+    assert len(said) == module.BURST + 3

@@ -1,0 +1,234 @@
+"""The kernel refuses, the node is at its limits, the clock jumps."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import subprocess
+import time
+
+import pytest
+
+from lease.model import ip_text
+from tests.support.faults import picture
+
+REFUSING = """
+import errno, os, overlay.kernel.netlink as netlink, overlay.kernel.netfilter as netfilter
+from overlay.kernel.netlink import KernelError, Refusal
+SWITCH, CODE = {switch!r}, {code}
+
+def refusing():
+    return os.path.exists(SWITCH)
+
+real = netlink.RequestSocket.execute
+
+def execute(self, messages, first, count=0):
+    if not refusing():
+        return real(self, messages, first, count)
+    return {{place: Refusal(CODE, "made by the test") for place in range(count or len(messages))}}
+
+def commit(self, messages, what):
+    if refusing():
+        raise KernelError(CODE, what + ": " + str(Refusal(CODE, "made by the test")))
+    return real_commit(self, messages, what)
+
+netlink.RequestSocket.execute = execute
+real_commit, netfilter.NetfilterSocket._commit = netfilter.NetfilterSocket._commit, commit
+from overlay.main import main
+main()
+"""
+
+
+def _route_gone(scene) -> list[str]:
+    (base, length), route = next(iter(scene.world.kernel("node1")["routes"].items()))
+    return ["ip", "route", "del", f"{ip_text(4, base)}/{length}", "metric", str(route.key.metric)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOBUFS, errno.EBUSY, errno.ENOSPC, errno.EPERM, errno.ENOMEM])
+@pytest.mark.parametrize("long", [False, True], ids=["once", "long"])
+def test_the_kernel_refuses(scene, code, long):
+    """For a moment, or for ten seconds, while a route is gone, a peer joins and the guard's table is flushed."""
+    world, switch = scene.world, scene.world.folder / "refuse"
+    scene.begin()
+    scene.agents[0].stop()
+    scene.agents[0] = world.agent(
+        "node1", "--node-name=node1", run_dir="node1", program=REFUSING.format(switch=str(switch), code=code)
+    ).wait_ready()
+    name = errno.errorcode[code]
+    value = {
+        "PublicIP": "192.168.1.99",
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:01:63"},
+    }
+
+    def inject() -> None:
+        switch.touch()
+        world.run("node1", *_route_gone(scene))
+        world.run("node1", "nft", "flush set ip overlay-1-guard vteps")
+        world.put_record("10.244.99.0-24", value)
+
+    def bites() -> bool:
+        return world.peers("node1") == 0 and scene.agents[0].status()["counters"].get("writes_route", 0) >= 0
+
+    def recover() -> bool:
+        if long:
+            cpu, lines = scene.idle_cost(10)
+            told = scene.agents[0].status()
+            assert any(name in difference["refused"] for difference in told["differences"]), told["differences"]
+            assert name in told["problems"]["guard"]
+            assert cpu < 0.05
+            assert lines < 15
+        switch.unlink()
+        return True
+
+    def whole() -> bool:
+        return world.peers("node1") == 2 and "guard" not in scene.agents[0].status()["problems"]
+
+    scene.suffer(
+        f"the kernel says {name} {'for 10 s' if long else 'for a moment'}",
+        "every answer of netlink replaced in the process, while a route and the guard's addresses are gone and a peer joins",
+        inject, bites, 60, recover, whole,
+    )  # fmt: skip
+
+
+def test_no_descriptor_left(scene):
+    """RLIMIT_NOFILE lowered to what is open: no look, no nft, no new connection."""
+    scene.begin("--ip-masq")
+    pid = scene.agents[0].process.pid
+
+    def limit(soft: int) -> None:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    before, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+
+    def inject() -> None:
+        limit(3)
+        scene.world.run("node1", "nft", "delete table ip overlay-1")
+        scene.world.run("node1", *_route_gone(scene))
+
+    def recover() -> bool:
+        time.sleep(5)
+        limit(before)
+        return True
+
+    scene.suffer(
+        "no file descriptor for 5 s", "`prlimit --nofile=3`; the nat table and a route deleted", inject,
+        lambda: "nat" in scene.agents[0].log() and "Too many open files" in scene.agents[0].log(), 30, recover,
+    )  # fmt: skip
+    assert scene.agents[0].process.poll() is None
+
+
+def test_no_memory_left(scene):
+    """RLIMIT_AS a little above what it has: it may end, with a word; the pods never notice, and the next one is whole."""
+    scene.begin()
+    agent = scene.agents[0]
+    pid = agent.process.pid
+    with open(f"/proc/{pid}/statm", encoding="ascii") as file:
+        pages = int(file.read().split()[0])
+    ended: list[bool] = []
+    own = {str(one.subnet()).split(".")[2] for one in scene.agents}
+    numbers = [number for number in range(60, 200) if str(number) not in own]
+
+    def inject() -> None:
+        resource.prlimit(pid, resource.RLIMIT_AS, ((pages + 300) * 4096, resource.RLIM_INFINITY))
+        for number in numbers:
+            value = {"PublicIP": f"192.168.1.{number}", "BackendType": "vxlan", "OverlayNode": "x" * 4000,
+                     "BackendData": {"VNI": 1, "VtepMAC": f"0a:00:00:00:01:{number:02x}"}}  # fmt: skip
+            scene.world.put_record(f"10.244.{number}.0-24", value)
+
+    def recover() -> bool:
+        time.sleep(5)
+        ended.append(agent.process.poll() is not None)
+        if ended[0]:
+            scene.agents[0] = scene.world.restart(agent).wait_ready()
+        else:
+            resource.prlimit(pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return True
+
+    lost = scene.suffer(
+        "no memory left", "`prlimit --as` 1.2 MB above what it has, 140 records of 4 kB", inject, lambda: True, 40, recover,
+        lambda: scene.world.peers("node1") == 1 + len(numbers),
+    )  # fmt: skip
+    assert lost == 0
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_the_disk(scene, how):
+    """Where the CNI list stands."""
+    folder = scene.world.folder / "node1/cni"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "overlay-test", folder], check=True)
+    try:
+        scene.begin()
+        conflist, junk = folder / "10-flannel.conflist", folder / "junk"
+
+        def inject() -> None:
+            conflist.unlink()
+            if how == "full":
+                subprocess.run(["sh", "-c", f"cat /dev/zero > {junk}"], check=False, stderr=subprocess.DEVNULL)
+            else:
+                subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+            scene.world.run("node1", *_route_gone(scene))
+
+        def bites() -> bool:
+            words = "No space left on device" if how == "full" else "Read-only file system"
+            return f"{conflist}: {words}" in scene.agents[0].status()["problems"].get("files", "")
+
+        def recover() -> bool:
+            assert scene.world.peers("node1") == 1, "all else goes on"
+            cpu, lines = scene.idle_cost(8)
+            assert cpu < 0.03
+            assert lines < 8
+            if how == "full":
+                junk.unlink()
+            else:
+                subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+            return True
+
+        scene.suffer(
+            f"the disk {how}", "a tmpfs that is filled, or mounted read-only; the CNI list and a route deleted", inject, bites,
+            30, recover,
+        )  # fmt: skip
+        assert not list(folder.glob(".*"))
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+JUMPING = """
+import os, time
+plain, switch = time.time, {switch!r}
+time.time = lambda: plain() + (9 * 86400 if os.path.exists(switch) else 0)
+from overlay.main import main
+main()
+"""
+
+
+def test_the_clock_jumps(scene):
+    """Nine days ahead, then back: nothing here goes by the clock on the wall."""
+    world, switch = scene.world, scene.world.folder / "jump"
+    scene.begin()
+    scene.agents[0].stop()
+    scene.agents[0] = world.agent(
+        "node1",
+        "--node-name=node1",
+        "--subnet-lease-ttl=15",
+        run_dir="node1",
+        program=JUMPING.format(switch=str(switch)),
+    ).wait_ready()
+    records = world.records().keys()
+
+    def recover() -> bool:
+        cpu, lines = scene.idle_cost(12)
+        assert cpu < 0.03
+        assert lines < 5
+        switch.unlink()
+        time.sleep(12)
+        return True
+
+    lost = scene.suffer(
+        "the clock jumps nine days ahead and back", "time.time() in the process; leases of 15 s", switch.touch, lambda: True,
+        30, recover, lambda: scene.agents[0].ready() and world.records().keys() == records,
+    )  # fmt: skip
+    assert lost == 0
+    assert picture(world, scene.agents[0])

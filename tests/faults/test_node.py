@@ -1,0 +1,195 @@
+"""What somebody does to the node."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from lease.model import ip_text, mac_text
+from tests.support.faults import picture
+
+DEVICE = "flannel.1"
+
+
+def _route(scene) -> str:
+    (base, length), route = next(iter(scene.world.kernel("node1")["routes"].items()))
+    return f"{ip_text(4, base)}/{length} metric {route.key.metric}"
+
+
+def _peer(scene) -> tuple[str, str]:
+    base, mac = next(iter(scene.world.kernel("node1")["neighbours"].items()))
+    return ip_text(4, base), mac_text(mac)
+
+
+FAULTS = {
+    "a route deleted": "ip route del {route}",
+    "all routes of the device flushed": "ip route flush dev flannel.1 proto 111",
+    "a route led elsewhere": "ip route replace {route} dev flannel.1",
+    "a neighbour deleted": "ip neigh del {base} dev flannel.1",
+    "a neighbour with another MAC": "ip neigh replace {base} lladdr 0a:00:00:00:00:77 dev flannel.1 nud permanent",
+    "an FDB entry deleted": "bridge fdb del {mac} dev flannel.1 self dst 192.168.1.3",
+    "an FDB entry led elsewhere": "bridge fdb replace {mac} dev flannel.1 self dst 192.168.1.77",
+    "the FDB flushed": "bridge fdb del {mac} dev flannel.1 self",
+    "the device set down": "ip link set flannel.1 down",
+    "the device deleted": "ip link del flannel.1",
+    "the device with another MAC": "ip link set flannel.1 address 0a:00:00:00:00:78",
+    "the device with another MTU": "ip link set flannel.1 mtu 1300",
+    "the device's address deleted": "ip addr flush dev flannel.1",
+    "another address on the device": "ip addr add 10.244.99.99/16 dev flannel.1",
+    "the whole nft ruleset flushed": "nft flush ruleset",
+    "the nat table deleted": "nft delete table ip overlay-1",
+    "the guard's table deleted": "nft delete table ip overlay-1-guard",
+    "the guard's addresses flushed": "nft flush set ip overlay-1-guard vteps",
+    "the pods' table deleted": "nft delete table bridge overlay-1-pods",
+    "ip_forward switched off": "sysctl -qw net.ipv4.ip_forward=0",
+    "subnet.env deleted": "rm {run_dir}/subnet.env",
+    "subnet.env altered": "sh -c 'echo FLANNEL_SUBNET=10.9.9.1/24 > {run_dir}/subnet.env'",
+    "the CNI list deleted": "rm {run_dir}/cni/10-flannel.conflist",
+    "the CNI list cut short": "truncate -s 20 {run_dir}/cni/10-flannel.conflist",
+}  # fmt: skip
+COSTS_PACKETS = (
+    "route", "neighbour", "FDB", "device", "ip_forward", "addresses flushed", "address on the device"
+)  # fmt: skip
+"""Words of faults that stop traffic until they are mended."""
+
+
+def _command(scene, text: str) -> list[str]:
+    base, mac = _peer(scene)
+    filled = text.format(route=_route(scene), base=base, mac=mac, run_dir=scene.agents[0].run_dir)
+    return ["sh", "-c", filled]
+
+
+def test_one_thing_at_a_time(scene):
+    """Each is seen as it is done, and undone; what stops traffic costs little of it, all else none."""
+    scene.begin("--ip-masq")
+    for fault, text in FAULTS.items():
+        before = picture(scene.world, scene.agents[0])
+        command, changed = _command(scene, text), []
+
+        def inject(command=command, before=before, changed=changed) -> None:
+            scene.agents[0].process.send_signal(19)  # so that the control sees it before it is undone
+            try:
+                scene.world.run("node1", *command)
+                changed.append(_differs(scene, before))
+            finally:
+                scene.agents[0].process.send_signal(18)
+
+        lost = scene.suffer(fault, f"`{text}`", inject, lambda changed=changed: changed and changed[0])
+        if not any(words in fault for words in COSTS_PACKETS):
+            assert lost == 0, fault
+
+
+def _differs(scene, before) -> bool:
+    try:
+        return picture(scene.world, scene.agents[0]) != before
+    except (OSError, AssertionError):  # a file or the device is not there
+        return True
+
+
+def test_all_at_once(scene):
+    """One after the other, without a pause, from a shell."""
+    scene.begin("--ip-masq")
+    script = "\n".join(f"{_command(scene, text)[2]} || true" for text in FAULTS.values() if "truncate" not in text)
+    scene.suffer(
+        "all of it at once", "one shell script of all the lines above",
+        lambda: scene.world.run("node1", "sh", "-c", script),
+        lambda: scene.agents[0].status()["counters"]["mended_device"] >= 1,
+    )  # fmt: skip
+
+
+def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
+    """A hundred changes of records a second beside it."""
+    scene.begin("--ip-masq")
+    ending = threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not ending.is_set():
+            number = (number + 1) % 40
+            key = f"10.244.{200 + number}.0-24"
+            value = f'{{"PublicIP":"192.168.1.{100 + number}","BackendType":"vxlan","BackendData":{{"VNI":1,"VtepMAC":"0a:00:00:00:01:{number:02x}"}}}}'
+            scene.world.put_record(key, value)
+            time.sleep(0.01)
+            if number % 2:
+                scene.world.etcd.delete(f"/coreos.com/network/subnets/{key}")
+            time.sleep(0.005)
+        for number in range(41):
+            scene.world.etcd.delete(f"/coreos.com/network/subnets/10.244.{200 + number}.0-24")
+
+    thread = threading.Thread(target=churn)
+    script = "\n".join(
+        f"{_command(scene, text)[2]} 2>/dev/null || true" for text in FAULTS.values() if "truncate" not in text
+    )
+
+    def inject() -> None:
+        thread.start()
+        for _ in range(20):
+            scene.world.run("node1", "sh", "-c", script)
+            time.sleep(0.3)
+
+    def recover() -> bool:
+        ending.set()
+        thread.join()
+        return True
+
+    # an address that left is let in for a minute more: of the guard only the peer counts here
+    before = picture(scene.world, scene.agents[0])
+
+    def whole() -> bool:
+        now = picture(scene.world, scene.agents[0])
+        return all(now[name] == before[name] for name in before if name != "rules")
+
+    scene.suffer(
+        "all of it, 20 times, while peers come and go", "the script, beside some 60 writes a second to etcd",
+        inject, lambda: scene.agents[0].status()["counters"]["mended_device"] >= 10, 40, recover, whole,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fault", "command", "undo"),
+    [
+        ("the underlay set down, a second later up", "ip link set eth0 down", "ip link set eth0 up && ip route replace default via 192.168.1.1"),
+        ("the underlay's address gone for a second", "ip addr del 192.168.1.2/24 dev eth0", "ip addr add 192.168.1.2/24 dev eth0 && ip route replace default via 192.168.1.1"),
+    ],
+)  # fmt: skip
+def test_the_underlay_for_a_while(scene, fault, command, undo):
+    scene.begin()
+    scene.suffer(
+        fault, f"`{command}`", lambda: scene.world.run("node1", "sh", "-c", command),
+        lambda: time.sleep(1) or True, 30, lambda: scene.world.run("node1", "sh", "-c", undo) is not None,
+    )  # fmt: skip
+
+
+def test_the_underlay_gets_another_mtu(scene):
+    scene.begin()
+    lost = scene.suffer(
+        "the underlay's MTU lowered", "`ip link set eth0 mtu 1400`",
+        lambda: scene.world.run("node1", "ip", "link", "set", "eth0", "mtu", "1400"), lambda: True,
+        whole=lambda: scene.world.device("node1").mtu == 1350,
+    )  # fmt: skip
+    assert lost == 0
+
+
+def test_the_underlay_is_renamed(scene):
+    """An interface that is up can be renamed since Linux 6.0."""
+    scene.begin()
+    lost = scene.suffer(
+        "the underlay's interface renamed", "`ip link set eth0 name wan0`",
+        lambda: scene.world.run("node1", "ip", "link", "set", "eth0", "name", "wan0"), lambda: True,
+        whole=lambda: "wan0" in scene.agents[0].status()["underlay"] and scene.agents[0].ready(),
+    )  # fmt: skip
+    assert lost == 0
+
+
+def test_the_underlay_is_readdressed(scene):
+    """Peers learn the new address from the record; what is under way until then is lost."""
+    scene.begin()
+    command = "ip addr del 192.168.1.2/24 dev eth0; ip addr add 192.168.1.102/24 dev eth0; ip route replace default via 192.168.1.1"
+    scene.suffer(
+        "the underlay gets another address", f"`{command}`",
+        lambda: scene.world.run("node1", "sh", "-c", command), lambda: True,
+        whole=lambda: scene.world.device("node1").local & 255 == 102
+        and ip_text(4, next(iter(scene.world.kernel("node2")["fdb"].values()))) == "192.168.1.102",
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Storms, and a long time."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from pathlib import Path
+
+from lease.model import ip_number, mac_text
+from tests.support.faults import _cpu_s
+from tests.support.wait import until
+
+STORM_S = 60.0
+NAMES = 120
+CHANGES = 10_000
+
+
+def _value(number: int, mac: int) -> str:
+    return (
+        f'{{"PublicIP":"192.168.1.{100 + number % 150}","PublicIPv6":null,"BackendType":"vxlan",'
+        f'"BackendData":{{"VNI":1,"VtepMAC":"{mac_text(mac)}"}}}}'
+    )
+
+
+def _free(scene) -> list[int]:
+    own = {str(agent.subnet()).split(".")[2] for agent in scene.agents}
+    return [number for number in range(1, 255) if str(number) not in own][:NAMES]
+
+
+def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
+    """The model is a dict of what was put last; in the end the kernel holds exactly that."""
+    scene.begin()
+    world, rng = scene.world, random.Random(11)
+    numbers, model = _free(scene), {}
+    fixed = world.kernel("node1")
+    meddled: list[str] = []
+    ending = threading.Event()
+
+    def meddle() -> None:
+        choice = random.Random(7)
+        while not ending.is_set():
+            number = choice.choice(numbers)
+            what = choice.choice((
+                f"ip route flush root 10.244.{number}.0/24 proto 111",
+                f"ip neigh del 10.244.{number}.0 dev flannel.1",
+                f"bridge fdb del 0a:00:00:00:{number:02x}:01 dev flannel.1 self",
+                f"ip route replace 10.244.{number}.0/24 dev flannel.1 metric {choice.randrange(1, 999)} proto 111",
+                f"ip neigh replace 10.244.{number}.0 lladdr 0a:00:00:00:99:99 dev flannel.1 nud permanent",
+                *(["ip link set flannel.1 down", "ip link set flannel.1 up", "nft flush ruleset"] if choice.random() < 0.01 else []),
+            ))  # fmt: skip
+            world.run("node1", "sh", "-c", f"{what} 2>/dev/null || true")
+            meddled.append(what)
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    cpu, began, writes = _cpu_s(scene.agents[0].process.pid), time.monotonic(), 0
+    lines = len(scene.agents[0].log().splitlines())
+    try:
+        while time.monotonic() - began < STORM_S:
+            number = rng.choice(numbers)
+            if number in model and rng.random() < 0.5:
+                world.etcd.delete(f"/coreos.com/network/subnets/10.244.{number}.0-24")
+                del model[number]
+            else:
+                mac = 0x0A0000000000 | number << 8 | rng.choice((1, 2))
+                world.put_record(f"10.244.{number}.0-24", _value(number, mac))
+                model[number] = mac
+            writes += 1
+            time.sleep(max(0.0, began + writes / 100 - time.monotonic()))
+    finally:
+        ending.set()
+        thread.join()
+    spent = _cpu_s(scene.agents[0].process.pid) - cpu
+    ended = time.monotonic()
+
+    def exact() -> bool:
+        there = world.kernel("node1")
+        wanted = {ip_number(f"10.244.{number}.0", 4): mac for number, mac in model.items()} | fixed["neighbours"]
+        assert there["neighbours"] == wanted
+        assert {base for base, _ in there["routes"]} == wanted.keys(), [
+            (route, scene.agents[0].status()["differences"][:3])
+            for (base, _), route in there["routes"].items()
+            if base not in wanted
+        ][:3]
+        assert len(there["routes"]) == len(wanted)
+        assert there["fdb"].keys() == set(wanted.values())
+        return not scene.agents[0].status()["differences"]
+
+    until("exactly what was put last", exact, 40)
+    took = time.monotonic() - ended
+    told = len(scene.agents[0].log().splitlines()) - lines
+    assert scene.agents[0].process.poll() is None
+    assert told < 400, "the log is bounded"
+    scene.row(
+        f"{writes} joins, changes and leaves in {STORM_S:.0f} s, {len(meddled)} deletions and alterations at random beside them",
+        f"etcd, ip, bridge, nft; {spent / STORM_S:.0%} of a core and {told} log lines of ours", "nothing", took,
+    )  # fmt: skip
+
+
+class Sizes:
+    """What must not grow."""
+
+    def __init__(self, pid: int) -> None:
+        status = Path(f"/proc/{pid}/status").read_text()
+        self.anonymous = int(status.split("RssAnon:")[1].split()[0]) / 1024
+        self.descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+        self.threads = len(os.listdir(f"/proc/{pid}/task"))
+
+
+def test_ten_thousand_changes_leave_nothing_behind(scene):
+    """Joins, changed MACs and leaves, in two halves: the second leaves all as the first did."""
+    scene.begin()
+    world, pid, numbers = scene.world, scene.agents[0].process.pid, _free(scene)
+    lease = "/coreos.com/network/subnets/10.244."
+
+    def half(seed: int) -> None:
+        rng = random.Random(seed)
+        for place in range(CHANGES // 2):
+            number = numbers[place % len(numbers)]
+            if place // len(numbers) % 3 == 2:
+                world.etcd.delete(f"{lease}{number}.0-24")
+            else:
+                world.etcd.put(
+                    f"{lease}{number}.0-24", _value(number, 0x0A0000000000 | number << 8 | rng.randrange(200))
+                )
+        for number in numbers:
+            world.etcd.delete(f"{lease}{number}.0-24")
+        until("all are gone", lambda: world.peers("node1") == 1, 60)
+
+    half(1)
+    time.sleep(2)
+    before, kernel = Sizes(pid), {name: len(there) for name, there in world.kernel("node1").items()}
+    began = time.monotonic()
+    half(2)
+    took = time.monotonic() - began
+    time.sleep(2)
+    after = Sizes(pid)
+    assert {name: len(there) for name, there in world.kernel("node1").items()} == kernel
+    assert after.anonymous - before.anonymous < 1.0, "MiB"
+    assert (after.descriptors, after.threads) == (before.descriptors, before.threads)
+    scene.row(
+        f"{CHANGES} changes", f"as fast as etcd takes them ({CHANGES / 2 / took:.0f} a second)",
+        f"nothing; memory {after.anonymous - before.anonymous:+.1f} MiB, descriptors, threads and kernel entries as before",
+        None,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Faults and their figures: a node's state as one picture, what a fault cost and how long it lasted, as a row of a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from overlay.lab.matrix import End
+from tests.support.wait import until
+from tests.support.world import Agent, World
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/reliability.md"
+BEGIN, END = "<!-- made by `make faults`: begin -->", "<!-- end -->"
+GAP_S = 0.01
+"""Between two datagrams of the stream that counts what is lost."""
+_ELEMENTS = re.compile(r"elements = \{\s*(.*?)\s*\}")
+
+
+class Row(NamedTuple):
+    """A fault: what, how it is injected, what was lost, seconds until all was as it should be again."""
+
+    area: str
+    fault: str
+    how: str
+    lost: str
+    whole_s: float | None
+
+    def line(self) -> str:
+        """As a row of a Markdown table."""
+        took = "" if self.whole_s is None else f"{self.whole_s:.2f} s" if self.whole_s < 10 else f"{self.whole_s:.0f} s"
+        return f"| {self.fault} | {self.how} | {self.lost} | {took} |"
+
+
+def picture(world: World, agent: Agent) -> dict[str, Any]:
+    """All that the agent keeps on its node: kernel, rules, files."""
+    node = agent.node
+    kernel = world.kernel(node)
+    device = world.device(node)
+    index = world.index(node)
+    index_free = {
+        key: route._replace(oif=0 if route.oif == index else route.oif) for key, route in kernel["routes"].items()
+    }
+    address = json.loads(world.run(node, "ip", "-j", "-4", "addr", "show", "dev", "flannel.1"))
+    rules = world.run(node, "nft", "-s", "list", "ruleset")
+    return {
+        "routes": index_free,
+        "neighbours": kernel["neighbours"],
+        "fdb": kernel["fdb"],
+        "device": device._replace(ifindex=0) if device is not None else None,
+        "addresses": sorted(a["local"] for link in address for a in link.get("addr_info", [])),
+        "rules": sorted(_ELEMENTS.sub(lambda found: str(sorted(found[1].split(", "))), rules).split("\n")),
+        "files": {
+            path.name: path.read_text()
+            for path in (agent.run_dir / "subnet.env", agent.run_dir / "cni/10-flannel.conflist")
+        },
+        "forward": world.run(node, "cat", "/proc/sys/net/ipv4/ip_forward"),
+    }
+
+
+def alike(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two pictures are one. Raises AssertionError with what differs."""
+    differing = {name: (before[name], now[name]) for name in before if before[name] != now[name]}
+    if "rules" in differing:
+        was, are = before["rules"], now["rules"]
+        differing["rules"] = [line for line in was if line not in are], [line for line in are if line not in was]
+    assert not differing, differing
+    return True
+
+
+class Scene:
+    """Two nodes with pods that talk all the time, and a table to write into."""
+
+    def __init__(self, world: World, area: str, table: list[Row]) -> None:
+        self.world, self.area, self.table = world, area, table
+        self.agents: list[Agent] = []
+        self.pods: list[End] = []
+
+    def begin(self, *flags: str, count: int = 2) -> Scene:
+        """Agents on nodes, a pod on each of the first two, which have talked."""
+        self.agents = self.world.nodes(count, *flags)
+        self.pods = [self.world.pod(agent, "pod") for agent in self.agents[:2]]
+        words = "nft", "list", "set", "bridge", "overlay-1-pods", "ports6"
+        for agent in self.agents[:2]:
+            until("its pod is bound", lambda a=agent: "elements" in self.world.run(a.node, *words))
+        return self
+
+    def row(self, fault: str, how: str, lost: str, whole_s: float | None) -> None:
+        """Into the table."""
+        self.table.append(Row(self.area, fault, how, lost, whole_s))
+
+    def idle_cost(self, seconds: float) -> tuple[float, int]:
+        """CPU of the first agent, in shares of one core, and lines it logs, in so many seconds."""
+        pid, lines = self.agents[0].process.pid, len(self.agents[0].log().splitlines())
+        before = _cpu_s(pid)
+        time.sleep(seconds)
+        return (_cpu_s(pid) - before) / seconds, len(self.agents[0].log().splitlines()) - lines
+
+    def suffer(
+        self,
+        fault: str,
+        how: str,
+        inject: Callable[[], object],
+        bites: Callable[[], object],
+        within_s: float = 30.0,
+        recover: Callable[[], object] = lambda: None,
+        whole: Callable[[], object] | None = None,
+    ) -> int:
+        """Inject a fault under traffic, see that it bites, end its cause, wait until all is as before; how many packets were
+        lost, of two streams that cross. Time counts from the end of its cause where it has one, else from the injection."""
+        before = picture(self.world, self.agents[0])
+        same = whole or (lambda: alike(before, picture(self.world, self.agents[0])))
+        one, two = self.pods[:2]
+        with self.world.stream(one, two, GAP_S) as there, self.world.stream(two, one, GAP_S) as back:
+            until("they talk", lambda: there.came and back.came)
+            began = time.monotonic()
+            inject()
+            until(f"{fault}: it bites", bites, 60, 0.002)
+            if recover():
+                began = time.monotonic()
+            until(f"{fault}: all is as before", same, within_s)
+            took = time.monotonic() - began
+            seen = len(there.came), len(back.came)
+            until("they talk again", lambda: len(there.came) > seen[0] + 20 and len(back.came) > seen[1] + 20)
+        lost = there.lost() + back.lost()
+        self.row(fault, how, "nothing" if not lost else f"{lost} packets of 200 a second", took)
+        return lost
+
+
+def _cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def write(table: list[Row]) -> None:
+    """The table into docs/reliability.md, an area at a time, in the order in which they came."""
+    text = PAGE.read_text()
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    lines = []
+    for area in dict.fromkeys(row.area for row in table):
+        lines += [f"### {area}", "", "| fault | how | lost | whole again after |", "|---|---|---|---|"]
+        lines += [row.line() for row in table if row.area == area] + [""]
+    PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{tail}")
+
+
+def asked_for() -> bool:
+    """Whether the page is to be written (`make faults`)."""
+    return bool(os.environ.get("OVERLAY_FAULT_TABLE"))
