@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench faults cluster cluster-test bundle clean
+.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,13 @@ interop: setup ## the real flanneld beside ours and swapped under live traffic (
 	.ci/kubernetes/build kube-apiserver
 	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop -n 2
 
+audit: setup ## known faults of the pinned packages, asked of PyPI; says so where it cannot be asked
+	.ci/audit
+
+sbom: setup ## all that is in the image, as CycloneDX
+	.ci/cluster-setup
+	.ci/sbom
+
 faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (10 minutes)
 	.ci/kubernetes/build kube-apiserver
 	OVERLAY_FAULT_TABLE=1 $(PY) -m pytest tests/faults -n 2
@@ -56,6 +63,8 @@ bench: setup ## every figure of docs/performance.md, beside the real flanneld (b
 
 lock: setup ## take newer versions of what pyproject.toml asks for
 	$(PY) -m pip install --quiet uv
+	printf 'pip-audit\ncyclonedx-bom\n' | .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
+		--upgrade --no-annotate --custom-compile-command "make lock" -o .ci/audit.txt -
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--extra cli --extra lab --extra dev --custom-compile-command "make lock" -o .ci/requirements.txt pyproject.toml
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade --no-annotate \

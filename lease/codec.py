@@ -89,7 +89,7 @@ def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, ha
     if len(value) > MAX_VALUE:
         raise BadRecord(f"value has {len(value)} bytes; a record has at most {MAX_VALUE}")
     try:
-        fields = json.loads(value)
+        fields = json.loads(value.decode())  # of bytes it would take UTF-16, which nobody else here reads
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"value is not JSON: {str(error)[:100]!a}") from None
     if not isinstance(fields, dict):

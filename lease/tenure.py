@@ -109,7 +109,12 @@ class Tenure:
         theirs = Identity.read(there.node)
         foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
         if there.v4.public_ip not in (held.v4.public_ip, claim.public_ip) and (there.v4.mac != held.v4.mac or foreign):
-            raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
+            if there.created != held.created:
+                raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
+            # Nobody gives a subnet away in place: it would have been deleted, and created by a transaction.
+            wanted = self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key)
+            self.held = self._store.change(there, wanted)
+            return [Held(self.held, f"written again: {_owner(there)} had written over it in place", loud=True)]
         if there.v4.mac != held.v4.mac and there.node != held.node:
             raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:

@@ -883,6 +883,7 @@ class Agent:
                 "full_check_longest_slice_us": round(self._longest_slice * 1e6),
             },
             uptime_s=round(self._clock() - self._started, 1),
+            differing=rec.differing(),
         )
 
     def _dropped(self) -> dict[str, int]:

@@ -226,11 +226,12 @@ class Guard:
         return {} if table is None else {name: self._socket.counted(table, name) for name in table.counters}
 
     def strangers(self) -> list[str]:
-        """Who sent frames of our VNI in the last minutes, though no peer has that address. Raises KernelError."""
+        """Who sent frames of our VNI in the last minutes, and is no peer now either. Raises KernelError."""
         if self._table is None:
             return []
         keys = self._socket.elements(self._table, self._table.sets[2])
-        return [ip_text(4, int.from_bytes(key, "big")) for key in sorted(keys)]
+        senders = [int.from_bytes(key, "big") for key in sorted(keys)]
+        return [ip_text(4, address) for address in senders if address not in self._uses]
 
 
 def _keys(addresses: Iterable[int]) -> list[bytes]:

@@ -227,7 +227,13 @@ def _serve(settings: Settings, agent: Any) -> None:
         found = agent.ask_status()
         return serve.text(503, "the loop is stuck") if found is None else serve.as_json(200, found.json())
 
-    routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz}
+    def metrics() -> serve.Answer:
+        from overlay.metrics import CONTENT_TYPE, exposition
+
+        found = agent.ask_status()
+        return serve.text(503, "the loop is stuck") if found is None else (200, CONTENT_TYPE, exposition(found))
+
+    routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
     try:
         serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
     except OSError as error:

@@ -10,11 +10,14 @@ import sys
 import threading
 from collections.abc import Callable
 from socketserver import BaseServer, StreamRequestHandler, TCPServer, ThreadingMixIn, UnixStreamServer
+from typing import Any
 
 from overlay.log import log
 
 SOCKET_NAME = "overlay.sock"
 LONGEST_LINE, MOST_HEADERS = 8192, 100
+MOST_THREADS = 40
+"""Of the whole process, when one more connection is to be served: it has some seven without any."""
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 Answer = tuple[int, str, str]
 """HTTP status, content type, body."""
@@ -59,9 +62,16 @@ class _Handler(StreamRequestHandler):
         self.wfile.write(f"{head}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
 
 
-class _Server(ThreadingMixIn):
+class _Server(ThreadingMixIn, BaseServer):
     daemon_threads = allow_reuse_address = True
-    request_queue_size = 16
+    request_queue_size = 64
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own; beyond so many, which none of ours ever needs, the connection is closed at once."""
+        if threading.active_count() > MOST_THREADS:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
 
     def handle_error(self, *_: object) -> None:
         """A bug in an answer: say so, and serve on."""

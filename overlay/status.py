@@ -115,6 +115,7 @@ class Status:
     retained: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
     uptime_s: float = 0.0
+    differing: int = 0
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""

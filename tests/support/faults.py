@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by `make faults`: begin -->", "<!-- end -->"
 GAP_S = 0.01
 """Between two datagrams of the stream that counts what is lost."""
+_STRANGERS = re.compile(r"\tset strangers \{.*?\n\t\}", re.DOTALL)
+"""Written by the rules themselves."""
 _ELEMENTS = re.compile(r"elements = \{\s*(.*?)\s*\}")
 
 
@@ -47,7 +50,7 @@ def picture(world: World, agent: Agent) -> dict[str, Any]:
         key: route._replace(oif=0 if route.oif == index else route.oif) for key, route in kernel["routes"].items()
     }
     address = json.loads(world.run(node, "ip", "-j", "-4", "addr", "show", "dev", "flannel.1"))
-    rules = world.run(node, "nft", "-s", "list", "ruleset")
+    rules = _STRANGERS.sub("", world.run(node, "nft", "-s", "list", "ruleset"))
     return {
         "routes": index_free,
         "neighbours": kernel["neighbours"],
@@ -67,8 +70,8 @@ def alike(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether two pictures are one. Raises AssertionError with what differs."""
     differing = {name: (before[name], now[name]) for name in before if before[name] != now[name]}
     if "rules" in differing:
-        was, are = before["rules"], now["rules"]
-        differing["rules"] = [line for line in was if line not in are], [line for line in are if line not in was]
+        was, are = Counter(before["rules"]), Counter(now["rules"])
+        differing["rules"] = list((was - are).elements()), list((are - was).elements())
     assert not differing, differing
     return True
 

@@ -1,0 +1,140 @@
+"""The whole corpus of hostile records in one store at once, and rubbish at every door of a running agent."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from overlay.lab import netns
+from overlay.serve import MOST_THREADS, SOCKET_NAME, ask_unix
+from tests.support.wait import until
+from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE
+
+CONFIG = {"SubnetMin": "10.244.1.0", "SubnetMax": "10.244.2.0"}
+SUBNETS = "/coreos.com/network/subnets/"
+
+
+def test_the_corpus_costs_nobody_anything(world):
+    """Under traffic: each is refused with its reason in status, log and metric; what is good beside it is a peer."""
+    world.config(**CONFIG)
+    flag = "--underlay-cidr=192.168.0.0/16"
+    one, two = world.nodes(2, flag)
+    world.put_record(GOOD_KEY, GOOD_VALUE)
+    until("a good peer", lambda: world.peers("node1") == 2)
+    before = world.kernel("node1")
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    keys = {}
+    for name, key, value, words in HOSTILE:
+        if key == "10.244.9.0-24" or "our own" in name or len(value) > 1_000_000:
+            continue  # one key holds one record; etcd takes no more
+        keys[key] = (name, words, value)
+    with world.stream(source, target) as stream:
+        for key, (_, _, value) in keys.items():
+            world.etcd.put(f"{SUBNETS}{key}", value)
+        asked = until("all are refused", lambda: _refused(one, len(keys)))
+        assert world.kernel("node1") == before
+        for name, key, value, words in HOSTILE:
+            if key != "10.244.9.0-24" or name == "our own MAC" or len(value) > 1_000_000:
+                continue
+            world.etcd.put(f"{SUBNETS}{key}", value)
+            until(
+                f"{name}: refused",
+                lambda key=key, words=words: words.split(" 10.244")[0] in one.status()["refused"].get(key, ""),
+            )
+        assert world.kernel("node1") == before
+        world.put_record("10.244.7.0-24", GOOD_VALUE.replace(b".1.5", b".1.7").replace(b":05", b":07"))
+        until("a good one comes through all that", lambda: world.peers("node1") == 3)
+    assert stream.lost() == 0
+    assert one.ready()
+    assert one.events("record.refused")
+    code, text = ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")
+    assert code == 200
+    assert f"overlay_refused_records {len(keys) + 1}\n" in text
+    assert asked
+    again = world.restart(one, flag).wait_ready()
+    until("a start among them all", lambda: len(again.status()["peers"]) == 3)
+
+
+def _refused(agent, count: int) -> bool:
+    found = agent.status()["refused"]
+    assert len(found) == count, (len(found), count)
+    return True
+
+
+def test_a_subnet_moves_only_by_the_stores_transaction(world):
+    """Whoever writes a younger record over a part of a live lease, or around it, gets none of its traffic."""
+    world.config(**CONFIG)
+    one, two = world.nodes(2)
+    before = world.kernel("node1")
+    base = str(two.subnet()).removesuffix(".0/24")
+    thief = {
+        "PublicIP": "192.168.1.66",
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:66"},
+    }
+    keys = [f"{base}.{part}-{length}" for part, length in ((0, 25), (128, 25), (64, 28), (10, 31))] + ["10.244.0.0-18"]
+    for key in keys:
+        world.put_record(key, thief)
+    until("all are refused", lambda: _refused(one, len(keys)))
+    assert world.kernel("node1") == before
+    world.put_record(f"{base}.0-24", thief)
+    until("its owner has it back", lambda: world.records()[f"{base}.0-24"]["PublicIP"] == "192.168.1.3")
+    until("and the traffic", lambda: world.kernel("node1") == before)
+
+
+@pytest.mark.parametrize("door", ["unix", "tcp"])
+def test_rubbish_on_the_status_socket(world, door):
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1", "--healthz-port=10299").wait_ready()
+
+    def connect() -> socket.socket:
+        if door == "tcp":
+            return netns.inside(world.namespace("node1"), lambda: socket.create_connection(("127.0.0.1", 10299), 5))
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(str(agent.run_dir / SOCKET_NAME))
+        return made
+
+    rubbish = [
+        b"", b"\n", b"\0" * 70_000, b"GET", b"GET /healthz", b"GET " + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + b"a: b\r\n" * 5000 + b"\r\n", b"POST /status HTTP/1.1\r\nContent-Length: 9\r\n\r\nabc",
+        b"\xff\xfe\xfd\r\n\r\n", b"GET /../../etc/passwd HTTP/1.0\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ]  # fmt: skip
+    open_ones = []
+    for data in rubbish * 3:
+        one = connect()
+        try:
+            one.sendall(data)
+            one.shutdown(socket.SHUT_WR)
+            one.settimeout(5)
+            assert b"root:" not in one.recv(10_000)
+        except (BrokenPipeError, ConnectionResetError, OSError):
+            pass
+        open_ones.append(one)
+    silent = [until("a connection", connect) for _ in range(100)]
+    threads = Path(f"/proc/{agent.process.pid}/task")
+    until("no more than so many threads", lambda: len(list(threads.iterdir())) <= MOST_THREADS + 2)
+    for one in (*open_ones, *silent):
+        one.close()
+    until("no thread is left behind", lambda: len(list(threads.iterdir())) < 14)
+    assert until("it answers", agent.status)["problems"] == {}
+
+
+def test_no_secret_in_log_or_status(world):
+    """A password by flag, by variable, and in the answer to a wrong flag beside it."""
+    world.config()
+    secret = "hunter2-is-not-a-password"
+    agent = world.agent(
+        world.node(1), "--node-name=node1", "--etcd-username=root", "--log-level=debug",
+        environ={"FLANNELD_ETCD_PASSWORD": secret},
+    )  # fmt: skip
+    until("it says what is wrong", lambda: "authentication is not enabled" in agent.log() or agent.ready())
+    wrong = world.agent(world.node(2), f"--etcd-password={secret}", "--healthz-port=99999999")
+    wrong.process.wait(10)
+    assert wrong.process.returncode == 2
+    for one in (agent, wrong):
+        assert secret not in one.log()
+    if agent.process.poll() is None:
+        _, body = ask_unix(str(agent.run_dir / SOCKET_NAME), "/status")
+        assert secret not in body

@@ -1,0 +1,138 @@
+"""Input of others, fuzzed: whatever it is, it is used, or refused in one line; nothing else is ever raised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lease.codec import BadRecord, decode_lease
+from lease.model import ip_number, prefix
+from lease.packed import decode, unpack
+from overlay import cni, plan
+from overlay.metrics import exposition
+from overlay.peers import PeerTable
+from overlay.settings import FLAGS, SettingsError, read_live, read_settings
+from overlay.status import Status
+from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE, NODE
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def read(key: str, value: bytes):
+    """As the feed does: quickly where it can, else plainly."""
+    quick = decode(key.encode("utf-8", "surrogateescape"), value, 9, 9, 9)
+    return unpack(quick) if quick is not None else decode_lease(key, value, 9, 9, 9)
+
+
+def judge(key: str, value: bytes, table: PeerTable) -> str:
+    """Why a record is no peer, "" where it is one."""
+    try:
+        lease = read(key, value)
+    except BadRecord as error:
+        return str(error)
+    table.put(lease)
+    return table.refused.get(lease.key, "")
+
+
+@pytest.mark.parametrize(("name", "key", "value", "words"), HOSTILE, ids=[name for name, *_ in HOSTILE])
+def test_each_of_the_corpus_is_refused_with_its_reason_and_costs_nobody_else(name, key, value, words):
+    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
+    reason = judge(key, value, table)
+    assert words in reason, name
+    assert "\n" not in reason
+    assert len(reason) < 400
+    assert [lease.key for lease in table.accepted()] == [GOOD_KEY]
+
+
+@given(st.text(max_size=60) | st.sampled_from([key for _, key, _, _ in HOSTILE]), st.binary(max_size=300) | JSON)
+def test_any_record_is_a_peer_or_refused(key, value):
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
+    assert "\n" not in judge(key, data, table)
+    assert GOOD_KEY in [lease.key for lease in table.accepted()]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data", "OverlayNode", "OverlaySource"]
+        ),
+        JSON | st.sampled_from(["192.168.1.9", "vxlan", "fe80::1", {"VNI": 1, "VtepMAC": "0a:00:00:00:00:09"}]),
+    )
+)
+def test_any_fields_of_a_record(fields):
+    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    judge("10.244.9.0-24", json.dumps(fields).encode(), table)
+    for lease in table.accepted():
+        assert lease.v4.public_ip not in NODE.addresses
+        assert plan.entries(NODE, lease)
+
+
+@given(st.lists(st.text(max_size=30) | st.sampled_from([f"--{flag.name}" for flag in FLAGS]).flatmap(
+    lambda name: st.text(max_size=20).map(lambda text: f"{name}={text}")
+), max_size=5))  # fmt: skip
+def test_any_command_line_is_settings_or_one_line(arguments):
+    try:
+        read_settings(arguments, {})
+    except SettingsError as error:
+        assert "\n" not in str(error)
+    except SystemExit as stopped:
+        assert stopped.code == 0, "--help"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([f"FLANNELD_{flag.name.upper().replace('-', '_')}" for flag in FLAGS]), st.text(max_size=30)
+    )
+)
+def test_any_environment_is_settings_or_one_line(environ):
+    try:
+        read_settings([], environ)
+    except SettingsError as error:
+        assert "\n" not in str(error)
+        assert (
+            environ.get("FLANNELD_ETCD_PASSWORD", "never said") not in str(error)
+            or len(environ["FLANNELD_ETCD_PASSWORD"]) < 8
+        )
+
+
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_live_settings(data):
+    settings, _ = read_settings([], {})
+    try:
+        read_live(data, settings)
+    except SettingsError as error:
+        assert "\n" not in str(error)
+
+
+@given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps({"plugins": value, "name": value}).encode()))
+def test_any_file_of_others(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "file"
+    path.write_bytes(data)
+    assert cni.previous_subnet(str(path)) is None or cni.previous_subnet(str(path)).family == 4
+    cni.listed_subnet(str(path))
+    cni.names_plugin(str(path), "flannel")
+    cni.bridges_in(data.decode(errors="replace"))
+    try:
+        cni.render_list(data, cni.network_list(prefix("10.244.0.0/16"), prefix("10.244.1.0/24"), 1450, "cni0", "", ""),
+                        prefix("10.244.0.0/16"), 1450, True)  # fmt: skip
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def test_metrics_count_what_is_refused():
+    status = Status("1", True, "etcd", "", "eth0", "10.244.0.0/16", None, None, refused={"a": "bad", "b": "bad"},
+                    counters={"dropped_from_strangers": 3})  # fmt: skip
+    text = exposition(status)
+    assert "overlay_refused_records 2\n" in text
+    assert "overlay_dropped_from_strangers_total 3\n" in text
+    assert ip_number("0.0.0.0", 4) == 0
