@@ -33,6 +33,7 @@ from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
 from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
+from overlay.kernel.nf_wire import Table
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
 from overlay.rundir import DeviceLock
@@ -87,7 +88,8 @@ class Due:
     def __init__(self, dump: bool = True) -> None:
         self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
         self.strangers = True
-        self.dump = self.guard = self.pods = dump
+        self.dump = self.guard_check = self.pods = dump
+        self.guard = True
 
 
 class Agent:
@@ -245,7 +247,9 @@ class Agent:
         now = self._clock()
         if now >= self._next_full:
             self._next_full = now + FULL_CHECK_S
+            guarding = self._due.guard  # in one go after an event alone
             self._due = Due(dump=self._due.dump or now >= self._next_dump)
+            self._due.guard = guarding
         if now >= self._next_files:
             self._next_files = now + FILES_CHECK_S
             self._due.files = self._due.sysctl = True
@@ -260,9 +264,9 @@ class Agent:
             self._step("device", self._ensure_device)
             self._plan()
             if self._path.node is not None:
-                self._look_at_guard()
+                more = self._look_at_guard()
             if self._path.node is not None and TUNNEL in self._path.rec.devices:
-                more = self._look_at_kernel()
+                more |= self._look_at_kernel()
             if self._path.dumped:
                 more |= self._path.apply()
                 if self._path.rec.look_again:
@@ -294,20 +298,32 @@ class Agent:
         self.health.tell("another agent", "" if pid is None else words)
         return pid is None
 
-    def _look_at_guard(self) -> None:
-        """Who may send VXLAN to us: before the first route of a peer, since its answer may be quick."""
+    def _look_at_guard(self) -> bool:
+        """Who may send VXLAN to us: before the first route of a peer, since its answer may be quick. Whether a check of it
+        goes on."""
+        if self._due.guard:
+            self._due.guard_check = False
         self._step("guard", self._ensure_guard)
+        more = False
         try:
+            if self._due.guard_check and self._settings.vxlan_guard:
+                self._due.guard_check = False
+                self._guard.begin_check(self._guard_table())
+            more = self._guard.check_slice()
             self._guard.apply()
         except OSError as error:  # somebody was faster, or took the table away: read it again
             self.health.problem("guard", str(error))
             self._retry_at["guard"] = self._clock() + RETRY_S
         self._step("strangers", self._name_strangers)
+        return more
 
-    def _ensure_guard(self) -> None:
+    def _guard_table(self) -> Table:
         config = self._config_now()
         assert config.v4 is not None
-        table = guard.table(config.backend.vni, config.backend.port, config.v4.network)
+        return guard.table(config.backend.vni, config.backend.port, config.v4.network)
+
+    def _ensure_guard(self) -> None:
+        table = self._guard_table()
         if self._settings.vxlan_guard:
             self._guard.ensure(table)
         else:

@@ -10,7 +10,7 @@ Belongs to the agent's owner thread.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 
 from lease.model import Lease, Prefix, ip_text, mask
@@ -22,6 +22,8 @@ from overlay.masquerade import TABLE_PREFIX
 
 GRACE_S = 60.0
 """An address that no peer has any more is still let in for so long: what is under way, a node that comes back."""
+MOST_INTERRUPTED = 5
+"""So many checks in a row may be spoilt by others' changes of nftables (and our own) before one is made in one go."""
 STRANGERS_S, MOST_STRANGERS = 600, 64
 """Of senders that are refused so many are remembered, for so long, to be named to the operator."""
 SUFFIX = "-guard"
@@ -103,6 +105,11 @@ class Guard:
         self._new: set[int] = set()
         self._leaving: dict[int, float] = {}
         """Addresses that no peer has any more, and until when they are let in; the first goes first."""
+        self._check: Iterator[None] | None = None
+        self._touched: set[int] = set()
+        """Addresses that changed since the check under way began."""
+        self._interrupted = 0
+        """How many checks in a row saw nftables change."""
         self.mended = 0
         """How often somebody else had altered the table."""
 
@@ -187,6 +194,50 @@ class Guard:
             self._leaves(address)
         self.apply()
 
+    def begin_check(self, wanted: nf_wire.Table) -> None:
+        """Begin to look whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
+        if self._table != wanted or not self._socket.is_formed(wanted):
+            self.ensure(wanted)
+        elif self._check is None:
+            self._touched.clear()
+            self._check = self._checking(wanted)
+
+    def check_slice(self) -> bool:
+        """Some 2,000 addresses of a check that is under way; whether there is more of it. Raises KernelError."""
+        if self._check is None:
+            return False
+        try:
+            next(self._check)
+        except StopIteration:
+            self._check = None
+        except BaseException:
+            self._check = None
+            raise
+        return self._check is not None
+
+    def _checking(self, table: nf_wire.Table) -> Iterator[None]:
+        found: set[int] = set()
+        interrupted = False
+        asking = NetfilterSocket()  # its own, since peers change the set meanwhile
+        try:
+            for keys, changed in asking.element_slices(table, table.sets[0]):
+                found.update([int.from_bytes(key, "big") for key in keys])
+                interrupted |= changed
+                yield
+        finally:
+            asking.close()
+        if self._table != table:
+            return
+        self._interrupted = self._interrupted + 1 if interrupted else 0
+        if self._interrupted > MOST_INTERRUPTED:  # then at once, for which an event waits
+            self._interrupted = 0
+            self.ensure(table)
+        elif not interrupted:
+            yield
+            missing, more = self._there - found - self._touched, found - self._there - self._touched
+            if missing or more:
+                self.ensure(table)
+
     def apply(self) -> None:
         """Bring the set to what it should be, by what changed. Raises KernelError."""
         table = self._table
@@ -202,6 +253,8 @@ class Guard:
             self._socket.change(table, VTEPS, _keys(add), _keys(take))
             self._there.update(add)
             self._there.difference_update(take)
+            if self._check is not None:
+                self._touched.update(add, take)
         self._new.clear()
         for address in gone:
             del self._leaving[address]

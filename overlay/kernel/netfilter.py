@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from overlay.kernel import nf_wire, wire
 from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
@@ -56,6 +56,34 @@ class NetfilterSocket(RequestSocket):
         """The keys in a set; none where there is no such table. Raises KernelError."""
         bodies = self._read(nf_wire.GETSETELEM, table.family, table.name, one.name)
         return [key for body in bodies for key in nf_wire.elements(body, one.key_size)]
+
+    def element_slices(self, table: nf_wire.Table, one: nf_wire.Set) -> Iterator[tuple[list[bytes], bool]]:
+        """The same as they come, some 2,000 at a time, each time with whether nftables changed meanwhile (then some may be
+        missing). Until it is done nothing else can be asked on this socket. Raises KernelError."""
+        try:
+            seq = self.take_seqs(1)
+            self._socket.send(nf_wire.dump(nf_wire.GETSETELEM, table.family, seq, table.name, one.name))
+            while True:
+                keys: list[bytes] = []
+                changed = ended = False
+                for message in wire.split(self._socket.recv(_RECV)):
+                    changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
+                    if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                        if (refusal := refusal_of(message)) is not None:
+                            raise KernelError(
+                                refusal.errno, f"reading nft table {table.family} {table.name}: {refusal}"
+                            )
+                        ended = True
+                    else:
+                        keys += nf_wire.elements(message.body, one.key_size)
+                yield keys, changed
+                if ended:
+                    return
+        except KernelError:
+            raise
+        except OSError as error:
+            words = f"reading nft table {table.family} {table.name}: no answer: {error}"
+            raise KernelError(error.errno or errno.ETIMEDOUT, words) from error
 
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""

@@ -199,3 +199,35 @@ def test_another_vni_takes_the_table_of_the_first_away(inside, made):
     assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
     made.remove(guard.table(8, 8472, NETWORK))
     assert inside(lambda: nft("list", "tables")) == ""
+
+
+def test_a_check_in_slices_finds_what_no_event_told(inside, made, clock):
+    """Its own changes in the middle of it are no drift; what somebody did is mended."""
+    peers = [peer(1 + n % 250, f"10.{n >> 8}.{n & 255}.9") for n in range(5000)]
+    made.load([pack(one) for one in peers])
+    made.ensure(TABLE)
+    made.begin_check(TABLE)
+    slices = 0
+    while inside(made.check_slice):
+        slices += 1
+    assert slices >= 2
+    assert made.mended == 0
+    inside(lambda: nft(f"delete element ip {TABLE.name} vteps {{ 10.3.7.9, 10.4.4.9 }}"))
+    inside(lambda: nft(f"add element ip {TABLE.name} vteps {{ 172.16.0.1 }}"))
+    made.begin_check(TABLE)
+    while inside(made.check_slice):
+        pass
+    assert made.mended == 1
+    assert {"10.3.7.9", "10.4.4.9", "172.16.0.1"} <= set(inside(vteps))
+    clock.now += GRACE_S
+    made.apply()
+    assert "172.16.0.1" not in inside(vteps)
+    made.begin_check(TABLE)
+    assert inside(made.check_slice)
+    made.turn(peers[0], peer(1, "10.99.99.99"))
+    clock.now += GRACE_S
+    made.apply()
+    while inside(made.check_slice):
+        made.apply()
+    assert made.mended == 1
+    assert "10.99.99.99" in inside(vteps)
