@@ -216,7 +216,11 @@ class Agent:
         now = self._clock()
         calm = self._spoke and self.health.readiness()[0]
         times = [now + (TURN_S if calm else UNEASY_TURN_S), self._next_full, self._next_files, *self._retry_at.values()]
-        asked = self._path.rec.next_retry(), self._guard.next_change(), self._antispoof.next_look()
+        # what was refused waits for its retry; whoever waits for another agent has nothing to do at a time
+        asked = [self._path.rec.next_retry()]
+        if "another agent" not in self.health.problems():
+            asked += [self._guard.next_change()] if "guard" not in self._retry_at else []
+            asked += [self._antispoof.next_look()] if "pods" not in self._retry_at else []
         times += [at for at in asked if at is not None]
         return max(0.0, min(times) - now)
 
@@ -305,6 +309,8 @@ class Agent:
             self._due.guard_check = False
         self._step("guard", self._ensure_guard)
         more = False
+        if "guard" in self._retry_at:
+            return False
         try:
             if self._due.guard_check and self._settings.vxlan_guard:
                 self._due.guard_check = False
@@ -331,7 +337,8 @@ class Agent:
 
     def _look_at_pods(self) -> None:
         """That each pod sends from its own addresses."""
-        if not self._due.pods and (at := self._antispoof.next_look()) is not None and at <= self._clock():
+        at = self._antispoof.next_look() if "pods" not in self._retry_at else None
+        if not self._due.pods and at is not None and at <= self._clock():
             try:
                 self._antispoof.look()
             except OSError as error:  # somebody was faster, or took the table away: read it again

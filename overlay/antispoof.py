@@ -204,6 +204,12 @@ class AntiSpoof:
         taken = {address: index for index, bound in self._bound.items() for address in bound.v4}
         for index, link in sorted(self._ports.items()):
             bound, age = self._bound.get(index), now - self._seen[index]
+            if bound is not None and not bound.v4:  # all it has was another port's: is it still?
+                waiting.append(now + LATER_LOOKS_S)
+                end = self._requests.pod_end(link)
+                if end is not None and (free := self._own(end) - taken.keys()):
+                    bound = self._bound[index] = bound._replace(v4=free)
+                    taken |= dict.fromkeys(free, index)
             if bound is not None and bound.v6 is not None:
                 continue
             if bound is not None and age < SETTLED_S:
@@ -228,14 +234,18 @@ class AntiSpoof:
 
     def _first(self, link: Link, end: PodEnd, taken: dict[int, int]) -> Bound | None:
         """What a port is bound to when its pod is seen first; None while it has no address of the network."""
-        assert self._network is not None
-        v4 = frozenset(address for address in end.v4 if self._network.holds(address))
+        v4 = self._own(end)
         for address in v4 & taken.keys():
             log.warning(
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
                 effect="it is another pod's; this one may not send from it",
             )  # fmt: skip
         return Bound(frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
+
+    def _own(self, end: PodEnd) -> frozenset[int]:
+        """The addresses of a pod that are of the network."""
+        assert self._network is not None
+        return frozenset(address for address in end.v4 if self._network.holds(address))
 
     def _elements(self) -> dict[str, set[bytes]]:
         found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6)}

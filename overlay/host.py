@@ -19,6 +19,7 @@ from overlay.flags import DEFAULT_SUBNET_FILE
 from overlay.kernel import netlink, nft
 from overlay.kernel.device import Links, read_sysctl
 from overlay.kernel.entries import Address, Link
+from overlay.kernel.netfilter import NetfilterSocket
 from overlay.log import log
 from overlay.settings import Settings
 
@@ -266,7 +267,11 @@ class Host:
         if vni.isdigit():
             for table in (masquerade.table_name(int(vni)), guard.table_name(int(vni))):
                 nft.load_table("ip", table, [])
-            nft.load_table("bridge", antispoof.table_name(int(vni)), [])
+            sets = NetfilterSocket()
+            try:
+                sets.remove(antispoof.table(int(vni)))
+            finally:
+                sets.close()
             forward.remove(masquerade.table_name(int(vni)))
 
 

@@ -32,8 +32,12 @@ class NetfilterSocket(RequestSocket):
         self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
 
     def remove(self, table: nf_wire.Table) -> None:
-        """Take a table away, if it is there. Raises KernelError."""
-        self._commit(nf_wire.remove(table), f"removing nft table {table.family} {table.name}")
+        """Take a table away, if it is there; of a family that this kernel lacks there is none. Raises KernelError."""
+        try:
+            self._commit(nf_wire.remove(table), f"removing nft table {table.family} {table.name}")
+        except KernelError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+                raise
 
     def change(self, table: nf_wire.Table, name: str, add: Iterable[bytes], take: Iterable[bytes]) -> None:
         """Put keys into a set of a table and take others out, at once. Raises KernelError, with ENOENT where the table or a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import struct
@@ -218,3 +219,23 @@ def test_two_pods_of_one_address_the_first_has_it(world, ports):
     second.send(honest(second, near)["ipv4"])
     assert near.hears(b"ipv4-honest")
     assert agent.events("pods.address_taken")
+
+
+def test_an_address_that_was_anothers_is_the_pods_once_the_other_is_gone(world, ports):
+    """A sandbox that is left over has the address of the pod that took its place."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1", "--pod-antispoof=false").wait_ready()
+    left, pod, near = (world.pod(agent, name) for name in ("left", "pod", "near"))
+    node = f"{pod.node}-{pod.name.rpartition('-')[2]}"
+    world.run(node, "ip", "addr", "flush", "dev", "eth0", "scope", "global")
+    world.run(node, "ip", "addr", "add", f"{left.address}/24", "dev", "eth0")
+    agent = world.restart(agent).wait_ready()
+    until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    assert len(bound(world, "node1", "addresses")) == 2
+    netns.delete(left.namespace)
+    until("the other is gone", lambda: len(bound(world, "node1", "macs")) == 2)
+    time.sleep(1)  # its elements go one set after the other
+    until("it has its address", lambda: len(bound(world, "node1", "addresses")) == len(bound(world, "node1")) == 2)
+    here, there = ports(dataclasses.replace(pod, address=left.address)), ports(near)
+    here.send(honest(here, there)["ipv4"])
+    assert there.hears(b"ipv4-honest")

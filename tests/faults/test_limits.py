@@ -11,6 +11,7 @@ import pytest
 
 from lease.model import ip_text
 from tests.support.faults import picture
+from tests.support.wait import until
 
 REFUSING = """
 import errno, os, overlay.kernel.netlink as netlink, overlay.kernel.netfilter as netfilter
@@ -232,3 +233,30 @@ def test_the_clock_jumps(scene):
     )  # fmt: skip
     assert lost == 0
     assert picture(world, scene.agents[0])
+
+
+def test_a_refused_change_of_the_guard_does_not_spin(scene):
+    """An address whose time is over cannot be taken out: it is tried again every two seconds, not in every turn."""
+    world, switch = scene.world, scene.world.folder / "refuse"
+    scene.begin()
+    scene.agents[0].stop()
+    program = "import overlay.guard\noverlay.guard.GRACE_S = 1.0\n" + REFUSING.format(
+        switch=str(switch), code=errno.EPERM
+    )
+    scene.agents[0] = world.agent("node1", "--node-name=node1", run_dir="node1", program=program).wait_ready()
+    value = {
+        "PublicIP": "192.168.1.99",
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:01:63"},
+    }
+    world.put_record("10.244.99.0-24", value)
+    until("a peer", lambda: world.peers("node1") == 2)
+    switch.touch()
+    world.etcd.delete("/coreos.com/network/subnets/10.244.99.0-24")
+    until("it is told", lambda: "EPERM" in scene.agents[0].status()["problems"].get("guard", ""))
+    cpu, lines = scene.idle_cost(8)
+    assert cpu < 0.05
+    assert lines < 15
+    switch.unlink()
+    until("it is solved", lambda: "guard" not in scene.agents[0].status()["problems"])
+    until("and the address is gone", lambda: "192.168.1.99" not in world.run("node1", "nft", "list", "ruleset"))
