@@ -308,20 +308,18 @@ class Agent:
         if self._due.guard:
             self._due.guard_check = False
         self._step("guard", self._ensure_guard)
-        more = False
         if "guard" in self._retry_at:
             return False
-        try:
-            if self._due.guard_check and self._settings.vxlan_guard:
-                self._due.guard_check = False
-                self._guard.begin_check(self._guard_table())
-            more = self._guard.check_slice()
-            self._guard.apply()
-        except OSError as error:  # somebody was faster, or took the table away: read it again
-            self.health.problem("guard", str(error))
-            self._retry_at["guard"] = self._clock() + RETRY_S
+        self._tried("guard", self._go_on_with_guard)
         self._step("strangers", self._name_strangers)
-        return more
+        return self._guard.checking()
+
+    def _go_on_with_guard(self) -> None:
+        if self._due.guard_check and self._settings.vxlan_guard:
+            self._due.guard_check = False
+            self._guard.begin_check(self._guard_table())
+        self._guard.check_slice()
+        self._guard.apply()
 
     def _guard_table(self) -> Table:
         config = self._config_now()
@@ -339,11 +337,7 @@ class Agent:
         """That each pod sends from its own addresses."""
         at = self._antispoof.next_look() if "pods" not in self._retry_at else None
         if not self._due.pods and at is not None and at <= self._clock():
-            try:
-                self._antispoof.look()
-            except OSError as error:  # somebody was faster, or took the table away: read it again
-                self.health.problem("pods", str(error))
-                self._retry_at["pods"] = self._clock() + RETRY_S
+            self._tried("pods", self._antispoof.look)
         self._step("pods", self._ensure_pods)
 
     def _ensure_pods(self) -> None:
@@ -396,16 +390,21 @@ class Agent:
         if not getattr(self._due, name):
             return
         setattr(self._due, name, False)
+        if self._tried(name, act):
+            self.health.solved(name)
+
+    def _tried(self, name: str, act: Callable[[], None]) -> bool:
+        """Whether it was not refused; a refusal is a problem of that name, and its step is due again a moment later."""
         try:
             act()
         except (OSError, UnderlayError) as error:
             words = str(error)
-            if isinstance(error, OSError) and not isinstance(error, KernelError):
+            if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
                 words = f"{error.filename}: {error.strerror}"
             self.health.problem(name, words)
             self._retry_at[name] = self._clock() + RETRY_S
-        else:
-            self.health.solved(name)
+            return False
+        return True
 
     # --- what the store says -----------------------------------------------------------------------------------------
 

@@ -158,7 +158,7 @@ class AntiSpoof:
     def remove(self, table: nf_wire.Table) -> None:
         """No table of that name. Raises KernelError."""
         self._table, self._next = None, None
-        self._sets.remove(table)
+        self._sets.remove(table.family, table.name)
 
     def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""

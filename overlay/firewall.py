@@ -10,12 +10,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lease.model import Prefix
-from overlay import forward, masquerade
+from overlay import antispoof, forward, guard, masquerade
 from overlay.kernel import nft
 from overlay.kernel.netlink import KernelError
 from overlay.log import log
 
 NAT, FORWARD = "nat", "forward"
+
+
+def tables(vni: int) -> tuple[tuple[str, str], ...]:
+    """Our tables of a network: family and name."""
+    return ("ip", masquerade.table_name(vni)), ("ip", guard.table_name(vni)), ("bridge", antispoof.table_name(vni))
 
 
 class Rules(NamedTuple):

@@ -162,7 +162,7 @@ class Guard:
     def remove(self, table: nf_wire.Table) -> None:
         """No table of that name. Raises KernelError."""
         self._table = None
-        self._socket.remove(table)
+        self._socket.remove(table.family, table.name)
 
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
@@ -202,6 +202,10 @@ class Guard:
             self._touched.clear()
             self._check = self._checking(wanted)
 
+    def checking(self) -> bool:
+        """Whether a check is under way."""
+        return self._check is not None
+
     def check_slice(self) -> bool:
         """Some 2,000 addresses of a check that is under way; whether there is more of it. Raises KernelError."""
         if self._check is None:
@@ -213,7 +217,7 @@ class Guard:
         except BaseException:
             self._check = None
             raise
-        return self._check is not None
+        return self.checking()
 
     def _checking(self, table: nf_wire.Table) -> Iterator[None]:
         found: set[int] = set()

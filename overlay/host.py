@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 from lease.config import NetworkConfig
 from lease.model import Endpoint, Prefix, ip_text
-from overlay import antispoof, cni, forward, guard, masquerade, tunnel
+from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
+from overlay.firewall import tables
 from overlay.flags import DEFAULT_SUBNET_FILE
-from overlay.kernel import netlink, nft
+from overlay.kernel import netlink
 from overlay.kernel.device import Links, read_sysctl
 from overlay.kernel.entries import Address, Link
 from overlay.kernel.netfilter import NetfilterSocket
@@ -265,11 +266,10 @@ class Host:
             self._links_io.delete(there.ifindex)
         vni = name.rpartition(".")[2]
         if vni.isdigit():
-            for table in (masquerade.table_name(int(vni)), guard.table_name(int(vni))):
-                nft.load_table("ip", table, [])
             sets = NetfilterSocket()
             try:
-                sets.remove(antispoof.table(int(vni)))
+                for family, table in tables(int(vni)):
+                    sets.remove(family, table)
             finally:
                 sets.close()
             forward.remove(masquerade.table_name(int(vni)))

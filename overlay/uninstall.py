@@ -12,9 +12,10 @@ from typing import TextIO
 from lease.config import ConfigError, parse_config
 from lease.node_tenure import NodeTenure
 from lease.store import StoreError
-from overlay import antispoof, cni, forward, guard, masquerade
+from overlay import cni, forward, masquerade
 from overlay.backends.vxlan import device_name
 from overlay.files import read
+from overlay.firewall import tables
 from overlay.kernel import netlink, nft, wire
 from overlay.kernel.device import Links
 from overlay.kernel.entries import PROTOCOL, UNDERLAY, FoundRoute, RouteValue
@@ -135,7 +136,7 @@ def _kernel(settings: Settings) -> Iterator[str]:
                 links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
             vni = name.rpartition(".")[2]
-            for family, table in _tables(int(vni)) if vni.isdigit() else ():
+            for family, table in tables(int(vni)) if vni.isdigit() else ():
                 if nft.read_table(family, table):
                     nft.load_table(family, table, [])
                     yield f"nft table {family} {table}"
@@ -153,12 +154,6 @@ def _kernel(settings: Settings) -> Iterator[str]:
     finally:
         links.close()
         requests.close()
-
-
-def _tables(vni: int) -> list[tuple[str, str]]:
-    """Our tables of a network: family and name."""
-    names = ("ip", masquerade.table_name(vni)), ("ip", guard.table_name(vni)), ("bridge", antispoof.table_name(vni))
-    return list(names)
 
 
 def _remove_routes(requests: netlink.RequestSocket, routes: list[FoundRoute]) -> None:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from overlay.kernel import wire
 
-_NESTED = 0x8000
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 (
     VXLAN_ID, VXLAN_GROUP, VXLAN_LINK, VXLAN_LOCAL, VXLAN_LEARNING, VXLAN_L2MISS, VXLAN_PORT, VXLAN_GROUP6, VXLAN_UDP_CSUM,
@@ -47,7 +46,8 @@ class VxlanAttributes(NamedTuple):
 
 def link_by_name(seq: int, name: str) -> bytes:
     """RTM_GETLINK of one link."""
-    return _message(wire.RTM_GETLINK, 0, seq, _IFINFO.pack(0, 0, 0, 0, 0, 0) + _attr(wire.IFLA_IFNAME, _text(name)))
+    body = _IFINFO.pack(0, 0, 0, 0, 0, 0) + wire.attr(wire.IFLA_IFNAME, wire.text(name))
+    return wire.message(wire.RTM_GETLINK, 0, seq, body)
 
 
 def vxlan_create(
@@ -55,35 +55,35 @@ def vxlan_create(
 ) -> bytes:
     """RTM_NEWLINK of a vxlan device, down; one of that name must not be there."""
     data = [
-        _attr(VXLAN_ID, struct.pack("=L", vni)),
-        _attr(VXLAN_PORT, struct.pack(">H", port)),
-        _attr(VXLAN_LOCAL, local.to_bytes(4, "big")),
-        _attr(VXLAN_LINK, struct.pack("=L", lower)),
-        _attr(VXLAN_LEARNING, bytes([learning])),
-        *([_attr(VXLAN_GBP, b"")] if gbp else []),
+        wire.attr(VXLAN_ID, struct.pack("=L", vni)),
+        wire.attr(VXLAN_PORT, struct.pack(">H", port)),
+        wire.attr(VXLAN_LOCAL, local.to_bytes(4, "big")),
+        wire.attr(VXLAN_LINK, struct.pack("=L", lower)),
+        wire.attr(VXLAN_LEARNING, bytes([learning])),
+        *([wire.attr(VXLAN_GBP, b"")] if gbp else []),
     ]
-    info = _attr(IFLA_INFO_KIND, _text("vxlan")) + _attr(IFLA_INFO_DATA | _NESTED, b"".join(data))
+    info = wire.attr(IFLA_INFO_KIND, wire.text("vxlan")) + wire.attr(IFLA_INFO_DATA | wire.NESTED, b"".join(data))
     body = (
         _IFINFO.pack(0, 0, 0, 0, 0, 0)
-        + _attr(wire.IFLA_IFNAME, _text(name))
-        + _attr(wire.IFLA_ADDRESS, mac.to_bytes(6, "big"))
-        + _attr(wire.IFLA_MTU, struct.pack("=L", mtu))
-        + _attr(wire.IFLA_LINKINFO | _NESTED, info)
+        + wire.attr(wire.IFLA_IFNAME, wire.text(name))
+        + wire.attr(wire.IFLA_ADDRESS, mac.to_bytes(6, "big"))
+        + wire.attr(wire.IFLA_MTU, struct.pack("=L", mtu))
+        + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, info)
     )
-    return _message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
+    return wire.message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
 
 
 def link_up(seq: int, index: int) -> bytes:
     """RTM_NEWLINK that sets a link up."""
-    return _message(wire.RTM_NEWLINK, 0, seq, _IFINFO.pack(0, 0, 0, index, wire.IFF_UP, wire.IFF_UP))
+    return wire.message(wire.RTM_NEWLINK, 0, seq, _IFINFO.pack(0, 0, 0, index, wire.IFF_UP, wire.IFF_UP))
 
 
 def address_add(seq: int, index: int, address: int, length: int) -> bytes:
     """RTM_NEWADDR of an IPv4 address that is not there yet."""
     where = address.to_bytes(4, "big")
     body = _IFADDR.pack(wire.AF_INET, length, 0, 0, index)
-    body += _attr(wire.IFA_LOCAL, where) + _attr(wire.IFA_ADDRESS, where)
-    return _message(wire.RTM_NEWADDR, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
+    body += wire.attr(wire.IFA_LOCAL, where) + wire.attr(wire.IFA_ADDRESS, where)
+    return wire.message(wire.RTM_NEWADDR, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
 
 
 def parse_vxlan(body: memoryview) -> VxlanAttributes:
@@ -123,15 +123,3 @@ def parse_vxlan(body: memoryview) -> VxlanAttributes:
         checksums=flag(VXLAN_UDP_CSUM) and not flag(VXLAN_UDP_ZERO_CSUM6_TX) and not flag(VXLAN_UDP_ZERO_CSUM6_RX),
         special=" and ".join(special),
     )
-
-
-def _message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
-    return struct.pack("=LHHLL", 16 + len(body), kind, wire.NLM_F_REQUEST | flags, seq, 0) + body
-
-
-def _attr(kind: int, data: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
-
-
-def _text(text: str) -> bytes:
-    return text.encode() + b"\0"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -31,10 +30,10 @@ class NetfilterSocket(RequestSocket):
         """Make a table anew, at once. Raises KernelError."""
         self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
 
-    def remove(self, table: nf_wire.Table) -> None:
+    def remove(self, family: str, name: str) -> None:
         """Take a table away, if it is there; of a family that this kernel lacks there is none. Raises KernelError."""
         try:
-            self._commit(nf_wire.remove(table), f"removing nft table {table.family} {table.name}")
+            self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
         except KernelError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
                 raise
@@ -48,46 +47,19 @@ class NetfilterSocket(RequestSocket):
 
     def is_formed(self, table: nf_wire.Table) -> bool:
         """Whether a table stands as it should, whatever is in its sets. Raises KernelError."""
-        found = nf_wire.Found(
-            *(
-                self._read(kind, table.family, table.name)
-                for kind in (nf_wire.GETCHAIN, nf_wire.GETRULE, nf_wire.GETSET)
-            )
-        )
-        return nf_wire.is_formed(table, found)
+        kinds = nf_wire.GETCHAIN, nf_wire.GETRULE, nf_wire.GETSET
+        return nf_wire.is_formed(table, nf_wire.Found(*(self._read(kind, table) for kind in kinds)))
 
     def elements(self, table: nf_wire.Table, one: nf_wire.Set) -> list[bytes]:
         """The keys in a set; none where there is no such table. Raises KernelError."""
-        bodies = self._read(nf_wire.GETSETELEM, table.family, table.name, one.name)
+        bodies = self._read(nf_wire.GETSETELEM, table, one.name)
         return [key for body in bodies for key in nf_wire.elements(body, one.key_size)]
 
     def element_slices(self, table: nf_wire.Table, one: nf_wire.Set) -> Iterator[tuple[list[bytes], bool]]:
         """The same as they come, some 2,000 at a time, each time with whether nftables changed meanwhile (then some may be
         missing). Until it is done nothing else can be asked on this socket. Raises KernelError."""
-        try:
-            seq = self.take_seqs(1)
-            self._socket.send(nf_wire.dump(nf_wire.GETSETELEM, table.family, seq, table.name, one.name))
-            while True:
-                keys: list[bytes] = []
-                changed = ended = False
-                for message in wire.split(self._socket.recv(_RECV)):
-                    changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
-                    if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
-                        if (refusal := refusal_of(message)) is not None:
-                            raise KernelError(
-                                refusal.errno, f"reading nft table {table.family} {table.name}: {refusal}"
-                            )
-                        ended = True
-                    else:
-                        keys += nf_wire.elements(message.body, one.key_size)
-                yield keys, changed
-                if ended:
-                    return
-        except KernelError:
-            raise
-        except OSError as error:
-            words = f"reading nft table {table.family} {table.name}: no answer: {error}"
-            raise KernelError(error.errno or errno.ETIMEDOUT, words) from error
+        for bodies, changed in self._receipts(nf_wire.GETSETELEM, table, one.name):
+            yield [key for body in bodies for key in nf_wire.elements(body, one.key_size)], changed
 
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
@@ -121,34 +93,46 @@ class NetfilterSocket(RequestSocket):
         except OSError as error:
             raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error
 
-    def _read(self, kind: int, family: str, table: str, name: str = "") -> list[memoryview]:
+    def _read(self, kind: int, table: nf_wire.Table, name: str = "") -> list[memoryview]:
+        """The bodies of a dump that nobody's change has spoilt."""
         for _ in range(TRIES):
+            bodies: list[memoryview] = []
+            spoilt = False
             try:
-                seq = self.take_seqs(1)
-                self._socket.send(nf_wire.dump(kind, family, seq, table, name))
-                bodies, changed = self._dumped(seq)
+                for part, changed in self._receipts(kind, table, name):
+                    bodies += part
+                    spoilt |= changed
             except KernelError as error:
                 if error.errno == errno.ENOENT:
                     return []
-                raise KernelError(error.errno or errno.EIO, f"reading nft table {family} {table}: {error}") from error
-            except OSError as error:
-                words = f"reading nft table {family} {table}: no answer: {error}"
-                raise KernelError(error.errno or errno.ETIMEDOUT, words) from error
-            if not changed:
+                raise
+            if not spoilt:
                 return bodies
-        raise KernelError(errno.EINTR, f"reading nft table {family} {table}: others change nftables all the time")
+        where = f"{table.family} {table.name}"
+        raise KernelError(errno.EINTR, f"reading nft table {where}: others change nftables all the time")
 
-    def _dumped(self, seq: int) -> tuple[list[memoryview], bool]:
-        """The bodies of a dump, and whether somebody changed nftables meanwhile."""
-        bodies: list[memoryview] = []
-        changed = False
-        while True:
-            for message in wire.split(self._socket.recv(_RECV)):
-                if message.seq != seq:
-                    continue
-                changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
-                if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
-                    if (refusal := refusal_of(message)) is not None:
-                        raise KernelError(refusal.errno, refusal.text or os.strerror(refusal.errno))
-                    return bodies, changed
-                bodies.append(message.body)
+    def _receipts(self, kind: int, table: nf_wire.Table, name: str) -> Iterator[tuple[list[memoryview], bool]]:
+        """A dump as it comes: bodies, and whether somebody changed nftables meanwhile. Raises KernelError."""
+        what = f"reading nft table {table.family} {table.name}"
+        seq = self.take_seqs(1)
+        try:
+            self._socket.send(nf_wire.dump(kind, table.family, seq, table.name, name))
+            ended = False
+            while not ended:
+                bodies: list[memoryview] = []
+                changed = False
+                for message in wire.split(self._socket.recv(_RECV)):
+                    if message.seq != seq:
+                        continue
+                    changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
+                    if message.kind not in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                        bodies.append(message.body)
+                    elif (refusal := refusal_of(message)) is not None:
+                        raise KernelError(refusal.errno, f"{what}: {refusal}")
+                    else:
+                        ended = True
+                yield bodies, changed
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error

@@ -21,7 +21,6 @@ _SUBSYSTEM, _BATCH_BEGIN, _BATCH_END = 10, 0x10, 0x11
     NEWTABLE, GETTABLE, DELTABLE, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE, NEWSET, GETSET, DELSET,
     NEWSETELEM, GETSETELEM, DELSETELEM, NEWGEN, GETGEN, TRACE, NEWOBJ, GETOBJ,
 ) = range(20)  # fmt: skip
-_NESTED, _KIND = 0x8000, 0x3FFF
 _WITH_TIMEOUT, _FROM_RULES = 0x10, 0x20
 _LIST_ELEM = 1
 _COUNTER_OBJECT = 1
@@ -106,35 +105,34 @@ def differ(data: bytes) -> bytes:
 
 def masked(mask: bytes) -> bytes:
     """The register and a mask."""
-    size = len(mask)
-    return _expression(
-        "bitwise", _word(1, 1), _word(2, 1), _word(3, size), _nest(4, _attr(1, mask)), _nest(5, _attr(1, bytes(size)))
-    )
+    size, nothing = len(mask), wire.attr(1, bytes(len(mask)))
+    parts = _word(1, 1), _word(2, 1), _word(3, size), _nest(4, wire.attr(1, mask)), _nest(5, nothing)
+    return _expression("bitwise", *parts)
 
 
 def found_in(name: str) -> bytes:
     """Go on only if what the registers hold is in a set."""
-    return _expression("lookup", _attr(1, _text(name)), _word(2, 1), _word(5, 0))
+    return _expression("lookup", wire.attr(1, wire.text(name)), _word(2, 1), _word(5, 0))
 
 
 def absent_from(name: str) -> bytes:
     """Go on only if what the registers hold is not in a set."""
-    return _expression("lookup", _attr(1, _text(name)), _word(2, 1), _word(5, 1))
+    return _expression("lookup", wire.attr(1, wire.text(name)), _word(2, 1), _word(5, 1))
 
 
 def count(counter: str) -> bytes:
     """Count the packet."""
-    return _expression("objref", _word(1, _COUNTER_OBJECT), _attr(2, _text(counter)))
+    return _expression("objref", _word(1, _COUNTER_OBJECT), wire.attr(2, wire.text(counter)))
 
 
 def remember(name: str, timeout_s: int) -> bytes:
     """Put what the register holds into a set, for so long. Where that is full the rule ends."""
-    timeout = _attr(6, (timeout_s * 1000).to_bytes(8, "big"))
-    return _expression("dynset", _attr(1, _text(name)), _word(3, 1), _word(4, 1), timeout)
+    timeout = wire.attr(6, (timeout_s * 1000).to_bytes(8, "big"))
+    return _expression("dynset", wire.attr(1, wire.text(name)), _word(3, 1), _word(4, 1), timeout)
 
 
 def _compare(operator: int, data: bytes) -> bytes:
-    return _expression("cmp", _word(1, 1), _word(2, operator), _nest(3, _attr(1, data)))
+    return _expression("cmp", _word(1, 1), _word(2, operator), _nest(3, wire.attr(1, data)))
 
 
 def _register(second: bool) -> int:
@@ -146,23 +144,15 @@ def _verdict(code: int) -> bytes:
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:
-    return _nest(_LIST_ELEM, _attr(1, _text(name)) + _nest(2, b"".join(attributes)))
+    return _nest(_LIST_ELEM, wire.attr(1, wire.text(name)) + _nest(2, b"".join(attributes)))
 
 
 def _word(kind: int, value: int) -> bytes:
-    return _attr(kind, value.to_bytes(4, "big"))
-
-
-def _text(text: str) -> bytes:
-    return text.encode() + b"\0"
-
-
-def _attr(kind: int, data: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+    return wire.attr(kind, value.to_bytes(4, "big"))
 
 
 def _nest(kind: int, data: bytes) -> bytes:
-    return _attr(kind | _NESTED, data)
+    return wire.attr(kind | wire.NESTED, data)
 
 
 DROP = _verdict(0)
@@ -173,7 +163,7 @@ DROP = _verdict(0)
 
 def replace(table: Table, elements: Mapping[str, Iterable[bytes]]) -> list[Message]:
     """Make a table anew with these elements, whatever stood under its name."""
-    name, made = _attr(1, _text(table.name)), wire.NLM_F_CREATE
+    name, made = wire.attr(1, wire.text(table.name)), wire.NLM_F_CREATE
     messages = [
         (NEWTABLE, made, _body(table.family, name)),
         (DELTABLE, 0, _body(table.family, name)),
@@ -181,25 +171,25 @@ def replace(table: Table, elements: Mapping[str, Iterable[bytes]]) -> list[Messa
     ]
     for place, one in enumerate(table.sets, start=1):
         # nft shows an interface by its number in the byte order that stands in the user data
-        more = _attr(13, _HOST_ORDER) if one.key_type == IFACE_INDEX else b""
+        more = wire.attr(13, _HOST_ORDER) if one.key_type == IFACE_INDEX else b""
         flags = b"" if one.timeout_s else _word(3, 0)
         messages.append((NEWSET, made, _body(table.family, name + _set(one) + flags + _word(10, place) + more)))
         messages += add_elements(table, one.name, elements.get(one.name, ()))
     for counter in table.counters:
-        what = _attr(2, _text(counter)) + _word(3, _COUNTER_OBJECT)
+        what = wire.attr(2, wire.text(counter)) + _word(3, _COUNTER_OBJECT)
         messages.append((NEWOBJ, made, _body(table.family, name + what + _nest(4, b""))))
     messages += [(NEWCHAIN, made, _body(table.family, name + _chain(chain))) for chain in table.chains]
     appended = made | 0x800  # NLM_F_APPEND
     for rule in table.rules:
-        comment = _text(rule.comment)
-        words = _attr(7, bytes((0, len(comment))) + comment)
+        comment = wire.text(rule.comment)
+        words = wire.attr(7, bytes((0, len(comment))) + comment)
         messages.append((NEWRULE, appended, _body(table.family, name + _rule(rule) + words)))
     return messages
 
 
-def remove(table: Table) -> list[Message]:
+def remove(family: str, table: str) -> list[Message]:
     """Take a table away, if it is there."""
-    name = _body(table.family, _attr(1, _text(table.name)))
+    name = _body(family, wire.attr(1, wire.text(table)))
     return [(NEWTABLE, wire.NLM_F_CREATE, name), (DELTABLE, 0, name)]
 
 
@@ -214,7 +204,7 @@ def remove_elements(table: Table, name: str, keys: Iterable[bytes]) -> list[Mess
 
 
 def _elements(kind: int, flags: int, table: Table, name: str, keys: Iterable[bytes]) -> list[Message]:
-    head = _attr(1, _text(table.name)) + _attr(2, _text(name))
+    head = wire.attr(1, wire.text(table.name)) + wire.attr(2, wire.text(name))
     every = list(keys)
     messages = []
     for start in range(0, len(every), _ELEMENTS_A_MESSAGE):
@@ -227,52 +217,48 @@ def _elements(kind: int, flags: int, table: Table, name: str, keys: Iterable[byt
 
 def _element_head(size: int) -> bytes:
     """What stands before the key of an element; a key is a multiple of four bytes long."""
-    return struct.pack("=HHHHHH", 12 + size, _LIST_ELEM | _NESTED, 8 + size, 1 | _NESTED, 4 + size, 1)
+    return struct.pack("=HHHHHH", 12 + size, _LIST_ELEM | wire.NESTED, 8 + size, 1 | wire.NESTED, 4 + size, 1)
 
 
 def _set(one: Set) -> bytes:
-    form = _attr(2, _text(one.name)) + _word(4, one.key_type) + _word(5, one.key_size)
+    form = wire.attr(2, wire.text(one.name)) + _word(4, one.key_type) + _word(5, one.key_size)
     if not one.timeout_s:
         return form
-    timeout = _attr(11, (one.timeout_s * 1000).to_bytes(8, "big"))
+    timeout = wire.attr(11, (one.timeout_s * 1000).to_bytes(8, "big"))
     return form + _word(3, _WITH_TIMEOUT | _FROM_RULES) + timeout + _nest(9, _word(1, one.most))
 
 
 def _chain(chain: Chain) -> bytes:
     hook = _word(1, chain.hook) + _word(2, chain.priority & 0xFFFFFFFF)
-    return _attr(3, _text(chain.name)) + _nest(4, hook) + _word(5, 1) + _attr(7, _text("filter"))
+    return wire.attr(3, wire.text(chain.name)) + _nest(4, hook) + _word(5, 1) + wire.attr(7, wire.text("filter"))
 
 
 def _rule(rule: Rule) -> bytes:
-    return _attr(2, _text(rule.chain)) + _nest(4, b"".join(rule.expressions))
+    return wire.attr(2, wire.text(rule.chain)) + _nest(4, b"".join(rule.expressions))
 
 
 def batch(messages: list[Message], first: int) -> bytes:
     """Messages as one transaction, numbered from `first`; the end of it has the last number. Only the last message is
     acknowledged, others if they are refused."""
-    whole = [_message(_BATCH_BEGIN, 0, first, _batch_body())]
+    whole = [wire.message(_BATCH_BEGIN, 0, first, _batch_body())]
     last = len(messages)
     for place, (kind, flags, body) in enumerate(messages, start=1):
         ack = wire.NLM_F_ACK if place == last else 0
-        whole.append(_message(_SUBSYSTEM << 8 | kind, flags | ack, first + place, body))
-    whole.append(_message(_BATCH_END, 0, first + last + 1, _batch_body()))
+        whole.append(wire.message(_SUBSYSTEM << 8 | kind, flags | ack, first + place, body))
+    whole.append(wire.message(_BATCH_END, 0, first + last + 1, _batch_body()))
     return b"".join(whole)
 
 
 def dump(kind: int, family: str, seq: int, table: str, name: str = "") -> bytes:
     """A request for all of a kind; of a set's elements the set is named as well."""
-    what = _attr(1, _text(table)) + (_attr(2, _text(name)) if name else b"")
-    return _message(_SUBSYSTEM << 8 | kind, wire.NLM_F_DUMP, seq, _body(family, what))
+    what = wire.attr(1, wire.text(table)) + (wire.attr(2, wire.text(name)) if name else b"")
+    return wire.message(_SUBSYSTEM << 8 | kind, wire.NLM_F_DUMP, seq, _body(family, what))
 
 
 def counter_request(family: str, seq: int, table: str, counter: str) -> bytes:
     """A request for one counter."""
-    what = _attr(1, _text(table)) + _attr(2, _text(counter)) + _word(3, _COUNTER_OBJECT)
-    return _message(_SUBSYSTEM << 8 | GETOBJ, 0, seq, _body(family, what))
-
-
-def _message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
-    return struct.pack("=LHHLL", 16 + len(body), kind, wire.NLM_F_REQUEST | flags, seq, 0) + body
+    what = wire.attr(1, wire.text(table)) + wire.attr(2, wire.text(counter)) + _word(3, _COUNTER_OBJECT)
+    return wire.message(_SUBSYSTEM << 8 | GETOBJ, 0, seq, _body(family, what))
 
 
 def _body(family: str, attributes: bytes) -> bytes:
@@ -308,12 +294,12 @@ def is_formed(table: Table, found: Found) -> bool:
 
 
 def _of_table(table: Table, bodies: list[memoryview]) -> list[memoryview]:
-    name = memoryview(_attr(1, _text(table.name)))
+    name = memoryview(wire.attr(1, wire.text(table.name)))
     return [body[4:] for body in bodies if _holds(name, body[4:])]
 
 
 def _of_chain(table: Table, chain: Chain, found: Found) -> list[memoryview]:
-    name = memoryview(_attr(2, _text(chain.name)))
+    name = memoryview(wire.attr(2, wire.text(chain.name)))
     return [body for body in _of_table(table, found.rules) if _holds(name, body)]
 
 
@@ -327,14 +313,14 @@ def _all_held(wanted: list[bytes], there: list[memoryview]) -> bool:
 def _holds(wanted: memoryview, there: memoryview) -> bool:
     """Whether attributes are all there with these values, and lists as long as they should be; the kernel tells more of its
     own."""
-    asked, told = list(_walk(wanted)), [(kind & _KIND, data) for kind, data in _walk(there)]
-    if any(kind == _LIST_ELEM | _NESTED for kind, _ in asked):
+    asked, told = list(_walk(wanted)), [(kind & wire.KIND, data) for kind, data in _walk(there)]
+    if any(kind == _LIST_ELEM | wire.NESTED for kind, _ in asked):
         same = len(asked) == len(told)
         return same and all(_holds(one[1], other[1]) for one, other in zip(asked, told, strict=True))
     values = dict(told)
     for kind, data in asked:
-        value = values.get(kind & _KIND)
-        if value is None or not (_holds(data, value) if kind & _NESTED else value == data):
+        value = values.get(kind & wire.KIND)
+        if value is None or not (_holds(data, value) if kind & wire.NESTED else value == data):
             return False
     return True
 

@@ -52,6 +52,8 @@ IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
 IFLA_INFO_KIND = 1
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 
+NESTED, KIND = 0x8000, 0x3FFF
+"""Of an attribute's type: the bit of one that holds others; the type without that and the byte order's."""
 _HEADER = struct.Struct("=LHHLL")
 _ATTR = struct.Struct("=HH")
 # nlmsghdr, rtmsg (family, dst_len, src_len, tos, table, protocol, scope, type, flags), RTA_DST, RTA_OIF, RTA_PRIORITY
@@ -234,6 +236,21 @@ def is_neighbour(data: bytes) -> bool:
     return len(data) > 16 and int.from_bytes(data[4:6], sys.byteorder) in (RTM_NEWNEIGH, RTM_DELNEIGH)
 
 
+def message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
+    """A request with a body of any kind."""
+    return _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags, seq, 0) + body
+
+
+def attr(kind: int, data: bytes) -> bytes:
+    """An attribute, filled up to a multiple of four bytes."""
+    return _ATTR.pack(_ATTR.size + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def text(value: str) -> bytes:
+    """A text as attributes hold it."""
+    return value.encode() + b"\0"
+
+
 def attributes(body: memoryview, offset: int) -> dict[int, memoryview]:
     """The attributes behind a fixed header, by type (without the nested and byte-order bits)."""
     found: dict[int, memoryview] = {}
@@ -242,7 +259,7 @@ def attributes(body: memoryview, offset: int) -> dict[int, memoryview]:
         length, kind = _ATTR.unpack_from(body, offset)
         if length < 4 or offset + length > end:
             break
-        found[kind & 0x3FFF] = body[offset + 4 : offset + length]
+        found[kind & KIND] = body[offset + 4 : offset + length]
         offset += (length + 3) & ~3
     return found
 

@@ -12,7 +12,7 @@ from lease.model import Endpoint, Lease, ip_number, prefix
 from lease.packed import pack
 from overlay import guard
 from overlay.guard import GRACE_S, Guard
-from overlay.kernel import nf_wire
+from overlay.kernel import nf_wire, wire
 from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
 
@@ -96,8 +96,8 @@ def test_every_alteration_of_the_form_is_seen(inside, requests):
         assert not requests.is_formed(TABLE), change
         requests.replace(TABLE, {})
         assert requests.is_formed(TABLE), change
-    requests.remove(TABLE)
-    requests.remove(TABLE)
+    requests.remove(TABLE.family, TABLE.name)
+    requests.remove(TABLE.family, TABLE.name)
     assert not requests.is_formed(TABLE)
     assert requests.elements(TABLE, TABLE.sets[0]) == []
 
@@ -119,7 +119,7 @@ def test_more_elements_than_one_message_holds(requests):
 
 def test_a_message_that_holds_other_things_than_keys_is_read():
     """As a set whose elements have a timeout or a comment."""
-    element = nf_wire._nest(1, nf_wire._nest(1, nf_wire._attr(1, b"\1\2\3\4")) + nf_wire._word(5, 9))
+    element = nf_wire._nest(1, nf_wire._nest(1, wire.attr(1, b"\1\2\3\4")) + nf_wire._word(5, 9))
     body = b"\2\0\0\0" + nf_wire._nest(3, element + nf_wire._nest(1, b""))
     assert nf_wire.elements(memoryview(body), 4) == [b"\1\2\3\4"]
     assert nf_wire.elements(memoryview(b"\2\0\0\0"), 4) == []
