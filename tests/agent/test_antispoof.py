@@ -123,16 +123,8 @@ def bound(world, node: str, name: str = "ports6") -> list:
 
 
 @pytest.fixture
-def ports(world):
-    made: list[Port] = []
-
-    def make(pod: End) -> Port:
-        made.append(Port(world, pod))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def ports(world, closing):
+    return lambda pod: closing(Port(world, pod))
 
 
 @pytest.mark.parametrize("checked", [False, True], ids=["control", "checked"])

@@ -60,16 +60,8 @@ def send(namespace: str, source: str, target: str, data: bytes) -> None:
 
 
 @pytest.fixture
-def listener():
-    opened: list[Listener] = []
-
-    def make(pod: End) -> Listener:
-        opened.append(Listener(pod))
-        return opened[-1]
-
-    yield make
-    for one in opened:
-        one.close()
+def listener(closing):
+    return lambda pod: closing(Listener(pod))
 
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["control", "guarded"])
@@ -168,7 +160,7 @@ def test_peers_come_and_go(world):
         "both addresses of the record",
         lambda: "192.168.1.40, 192.168.1.41" in " ".join(addresses(world, "node1").split()),
     )
-    world.etcd.delete(f"/coreos.com/network/subnets/{key}")
+    world.drop_record(key)
     until("the peer is gone", lambda: world.peers("node1") == 1)
     assert "192.168.1.3" in addresses(world, "node1"), "for a minute"
     first.kill()

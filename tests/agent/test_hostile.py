@@ -10,10 +10,10 @@ import pytest
 from overlay.lab import netns
 from overlay.serve import MOST_THREADS, SOCKET_NAME, ask_unix
 from tests.support.wait import until
+from tests.support.world import vxlan_record
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE
 
 CONFIG = {"SubnetMin": "10.244.1.0", "SubnetMax": "10.244.2.0"}
-SUBNETS = "/coreos.com/network/subnets/"
 
 
 def test_the_corpus_costs_nobody_anything(world):
@@ -32,13 +32,13 @@ def test_the_corpus_costs_nobody_anything(world):
         keys[key] = (name, words, value)
     with world.stream(source, target) as stream:
         for key, (_, _, value) in keys.items():
-            world.etcd.put(f"{SUBNETS}{key}", value)
-        asked = until("all are refused", lambda: _refused(one, len(keys)))
+            world.put_record(key, value)
+        until("all are refused", lambda: _refused(one, len(keys)))
         assert world.kernel("node1") == before
         for name, key, value, words in HOSTILE:
             if key != "10.244.9.0-24" or name == "our own MAC" or len(value) > 1_000_000:
                 continue
-            world.etcd.put(f"{SUBNETS}{key}", value)
+            world.put_record(key, value)
             until(
                 f"{name}: refused",
                 lambda key=key, words=words: words.split(" 10.244")[0] in one.status()["refused"].get(key, ""),
@@ -52,7 +52,6 @@ def test_the_corpus_costs_nobody_anything(world):
     code, text = ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")
     assert code == 200
     assert f"overlay_refused_records {len(keys) + 1}\n" in text
-    assert asked
     again = world.restart(one, flag).wait_ready()
     until("a start among them all", lambda: len(again.status()["peers"]) == 3)
 
@@ -69,11 +68,7 @@ def test_a_subnet_moves_only_by_the_stores_transaction(world):
     one, two = world.nodes(2)
     before = world.kernel("node1")
     base = str(two.subnet()).removesuffix(".0/24")
-    thief = {
-        "PublicIP": "192.168.1.66",
-        "BackendType": "vxlan",
-        "BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:66"},
-    }
+    thief = vxlan_record("192.168.1.66", "0a:00:00:00:00:66")
     keys = [f"{base}.{part}-{length}" for part, length in ((0, 25), (128, 25), (64, 28), (10, 31))] + ["10.244.0.0-18"]
     for key in keys:
         world.put_record(key, thief)

@@ -14,18 +14,13 @@ import pytest
 from lease.model import mac_number
 from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
-from tests.support.world import ROOT, number
+from tests.support.world import ROOT, number, vxlan_record
 
 FRESH_S = 86_000
 
 
 def other(ip: str = "192.168.1.50", mac: str = "0a:00:00:00:00:50", **more) -> dict:
-    return {
-        "PublicIP": ip,
-        "PublicIPv6": None,
-        "BackendType": "vxlan",
-        "BackendData": {"VNI": 1, "VtepMAC": mac},
-    } | more
+    return vxlan_record(ip, mac, **more)
 
 
 def test_a_missing_config_is_waited_for_with_one_line(bare_world):

@@ -10,15 +10,25 @@ import pytest
 
 from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.faults import Row, Scene, asked_for, write
-from tests.support.world import World
+from tests.support.world import KubeWorld, World
 
 _ROWS: list[Row] = []
 
 
+def _scene(request: pytest.FixtureRequest, where: World) -> Scene:
+    """Its area is the first line of the test's module."""
+    return Scene(where, (request.module.__doc__ or "").split("\n")[0].rstrip("."), _ROWS)
+
+
 @pytest.fixture
 def scene(request: pytest.FixtureRequest, world: World) -> Scene:  # noqa: F811
-    """Its area is the first line of the test's module."""
-    return Scene(world, (request.module.__doc__ or "").split("\n")[0].rstrip("."), _ROWS)
+    return _scene(request, world)
+
+
+@pytest.fixture
+def kube_scene(request: pytest.FixtureRequest, kube_world: KubeWorld) -> Scene:  # noqa: F811
+    """The same on Kubernetes."""
+    return _scene(request, kube_world)
 
 
 def _parts(config: pytest.Config) -> Path:

@@ -12,6 +12,7 @@ from lease.model import mac_text
 from tests.support.crash import killed_at
 from tests.support.faults import alike, picture
 from tests.support.wait import until
+from tests.support.world import ROOT, made_up_peer
 
 SHARDS = 4
 """The sweep of a start is cut in so many tests, for so many workers."""
@@ -36,7 +37,7 @@ def _wipe(scene) -> None:
     scene.world.run("node1", "sh", "-c", f"rm -rf {scene.world.folder}/node1 && mkdir {scene.world.folder}/node1")
     for key, record in scene.world.records().items():
         if record["PublicIP"] == "192.168.1.2":
-            scene.world.etcd.delete(f"/coreos.com/network/subnets/{key}")
+            scene.world.drop_record(key)
 
 
 def _left_over(scene) -> list[str]:
@@ -132,9 +133,7 @@ def _peers(scene, numbers: range) -> None:
 
     puts = []
     for number in numbers:
-        mac = f"0a:00:00:00:01:{number:02x}"
-        value = {"PublicIP": f"192.168.1.{number}", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": mac}}
-        key = f"/coreos.com/network/subnets/10.244.{number}.0-24"
+        key, value = f"{ROOT}/subnets/10.244.{number}.0-24", made_up_peer(number)
         puts.append({"requestPut": {"key": coded(key), "value": coded(json.dumps(value))}})
     scene.world.etcd.ask("/v3/kv/txn", {"success": puts})
 
@@ -156,7 +155,7 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
             armed.touch()
             _peers(scene, names)
             for number in names:
-                world.etcd.delete(f"/coreos.com/network/subnets/10.244.{number}.0-24")
+                world.drop_record(f"10.244.{number}.0-24")
             _peers(scene, range(first, first + 15))
             until(
                 "it dies, or is through",
@@ -171,7 +170,7 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
             again = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1").wait_ready()
             until("sixteen peers, no more", lambda: world.peers("node1") == 16 == len(world.kernel("node1")["fdb"]))
             for number in names:
-                world.etcd.delete(f"/coreos.com/network/subnets/10.244.{number}.0-24")
+                world.drop_record(f"10.244.{number}.0-24")
             until("one peer, no more", lambda: world.peers("node1") == 1 == len(world.kernel("node1")["neighbours"]))
             again.stop()
             if alive or step > 60:

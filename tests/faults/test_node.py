@@ -113,10 +113,10 @@ def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
             scene.world.put_record(key, value)
             time.sleep(0.01)
             if number % 2:
-                scene.world.etcd.delete(f"/coreos.com/network/subnets/{key}")
+                scene.world.drop_record(key)
             time.sleep(0.005)
         for number in range(41):
-            scene.world.etcd.delete(f"/coreos.com/network/subnets/10.244.{200 + number}.0-24")
+            scene.world.drop_record(f"10.244.{200 + number}.0-24")
 
     thread = threading.Thread(target=churn)
     script = "\n".join(

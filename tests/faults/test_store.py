@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import threading
 import time
 
@@ -15,17 +14,14 @@ import pytest
 
 from overlay.lab import netns, topology
 from tests.support.etcd import Etcd
-from tests.support.faults import Row, Scene
+from tests.support.pki import authority, openssl, request
 from tests.support.wait import until
 
-LEASES = "/coreos.com/network/subnets/"
 AWAY_S = 15.0
-
-
-def _record(scene, number: int) -> None:
-    mac = f"0a:00:00:00:01:{number:02x}"
-    value = {"PublicIP": f"192.168.1.{number}", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": mac}}
-    scene.world.put_record(f"10.244.{number}.0-24", value)
+HOLE = (
+    "add table ip hole; add chain ip hole o { type filter hook output priority 0; };"
+    " add rule ip hole o tcp dport 2379 drop"
+)
 
 
 def _caught_up(scene, number: int) -> bool:
@@ -42,7 +38,7 @@ def _away(scene, fault, how, stop, start, seen=None):
     def recover() -> bool:
         cost.append(scene.idle_cost(AWAY_S))
         start()
-        _record(scene, 99)
+        scene.world.put_peer(99)
         return True
 
     lost = scene.suffer(
@@ -78,28 +74,26 @@ def test_etcd_frozen(scene):
 
 def test_a_black_hole(scene):
     scene.begin()
-    rules = "add table ip hole; add chain ip hole o { type filter hook output priority 0; }; add rule ip hole o tcp dport 2379 drop"
     _away(
         scene, "a black hole on the way to etcd", "nft drops what goes to it",
-        lambda: scene.world.run("node1", "nft", rules),
+        lambda: scene.world.run("node1", "nft", HOLE),
         lambda: scene.world.run("node1", "nft", "delete table ip hole"),
     )  # fmt: skip
 
 
 def test_compacted_while_cut_off(scene):
     scene.begin()
-    rules = "add table ip hole; add chain ip hole o { type filter hook output priority 0; }; add rule ip hole o tcp dport 2379 drop"
 
     def meanwhile() -> None:
-        _record(scene, 98)
+        scene.world.put_peer(98)
         revision = [scene.world.etcd.put("/elsewhere", str(n)) for n in range(50)][-1]
-        scene.world.etcd.delete(f"{LEASES}10.244.98.0-24")
+        scene.world.drop_record("10.244.98.0-24")
         scene.world.etcd.compact(revision + 1)
         scene.world.run("node1", "nft", "delete table ip hole")
 
     _away(
         scene, "history compacted while the node was cut off", "nft drop; records put and deleted; compaction",
-        lambda: scene.world.run("node1", "nft", rules), meanwhile,
+        lambda: scene.world.run("node1", "nft", HOLE), meanwhile,
     )  # fmt: skip
     assert all(peer["public_ip"] != "192.168.1.98" for peer in scene.agents[0].status()["peers"])
 
@@ -111,7 +105,7 @@ def test_restored_from_an_older_backup(scene):
     scene.world.etcd.kill()
     shutil.copytree(data, backup)
     scene.world.etcd.start()
-    _record(scene, 97)
+    scene.world.put_peer(97)
     until("a later peer", lambda: scene.world.peers("node1") == 2)
 
     def restore() -> None:
@@ -150,7 +144,7 @@ def test_nospace(scene):
     def recover() -> bool:
         time.sleep(40)  # longer than the lease
         alarm("DEACTIVATE")
-        _record(scene, 99)
+        scene.world.put_peer(99)
         return True
 
     lost = scene.suffer(
@@ -208,7 +202,7 @@ def test_slow_answers(scene):
     try:
         scene.begin(f"--etcd-endpoints=http://{topology.GATEWAY}:2399")
         proxy.delay_s = 2.0
-        _record(scene, 99)
+        scene.world.put_peer(99)
         lost = scene.suffer(
             "etcd answers after 4 s", "a proxy that holds each packet for 2 s each way", lambda: None, lambda: True, 60,
             whole=lambda: _caught_up(scene, 99),
@@ -223,47 +217,18 @@ def test_slow_answers(scene):
 def _certificates(folder) -> None:
     """A CA; a server's certificate for two days, and one that ended yesterday."""
 
-    def run(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
     folder.mkdir()
-    run(
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        "ca.key",
-        "-out",
-        "ca.crt",
-        "-subj",
-        "/CN=ca",
-        "-days",
-        "9",
-    )
-    run("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=server")
+    authority(folder)
+    request(folder, "server")
     (folder / "ca.conf").write_text(
         "[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n"
         f"x509_extensions=e\nunique_subject=no\n[p]\ncommonName=supplied\n[e]\nsubjectAltName=IP:{topology.GATEWAY}\n"
     )
     (folder / "index").touch()
     (folder / "serial").write_text("01\n")
-    common = (
-        "ca",
-        "-batch",
-        "-config",
-        "ca.conf",
-        "-cert",
-        "ca.crt",
-        "-keyfile",
-        "ca.key",
-        "-in",
-        "server.csr",
-        "-notext",
-    )
-    run(*common, "-out", "good.crt", "-days", "2")
-    run(*common, "-out", "expired.crt", "-startdate", "20250101000000Z", "-enddate", "20250102000000Z")
+    signing = "ca -batch -config ca.conf -cert ca.crt -keyfile ca.key -in server.csr -notext"
+    openssl(folder, f"{signing} -out good.crt -days 2")
+    openssl(folder, f"{signing} -out expired.crt -startdate 20250101000000Z -enddate 20250102000000Z")
 
 
 def test_expired_certificates(scene):
@@ -291,12 +256,9 @@ def test_expired_certificates(scene):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_the_api_server(kube_world, request, how):
-    from tests.faults.conftest import _ROWS
-
-    table: list[Row] = _ROWS
-    scene = Scene(kube_world, (request.module.__doc__ or "").rstrip("."), table).begin()
-    kube = kube_world.kube
+def test_the_api_server(kube_scene, how):
+    scene = kube_scene.begin()
+    kube = scene.world.kube
 
     def recover() -> bool:
         cpu, lines = scene.idle_cost(AWAY_S)

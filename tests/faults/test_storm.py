@@ -7,21 +7,20 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from lease.model import ip_number, mac_text
-from tests.support.faults import _cpu_s
+from tests.support.faults import cpu_s
 from tests.support.wait import until
+from tests.support.world import vxlan_record
 
 STORM_S = 60.0
 NAMES = 120
 CHANGES = 10_000
 
 
-def _value(number: int, mac: int) -> str:
-    return (
-        f'{{"PublicIP":"192.168.1.{100 + number % 150}","PublicIPv6":null,"BackendType":"vxlan",'
-        f'"BackendData":{{"VNI":1,"VtepMAC":"{mac_text(mac)}"}}}}'
-    )
+def _value(number: int, mac: int) -> dict[str, Any]:
+    return vxlan_record(f"192.168.1.{100 + number % 150}", mac_text(mac))
 
 
 def _free(scene) -> list[int]:
@@ -56,13 +55,13 @@ def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
 
     thread = threading.Thread(target=meddle)
     thread.start()
-    cpu, began, writes = _cpu_s(scene.agents[0].process.pid), time.monotonic(), 0
+    cpu, began, writes = cpu_s(scene.agents[0].process.pid), time.monotonic(), 0
     lines = len(scene.agents[0].log().splitlines())
     try:
         while time.monotonic() - began < STORM_S:
             number = rng.choice(numbers)
             if number in model and rng.random() < 0.5:
-                world.etcd.delete(f"/coreos.com/network/subnets/10.244.{number}.0-24")
+                world.drop_record(f"10.244.{number}.0-24")
                 del model[number]
             else:
                 mac = 0x0A0000000000 | number << 8 | rng.choice((1, 2))
@@ -73,7 +72,7 @@ def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
     finally:
         ending.set()
         thread.join()
-    spent = _cpu_s(scene.agents[0].process.pid) - cpu
+    spent = cpu_s(scene.agents[0].process.pid) - cpu
     ended = time.monotonic()
 
     def exact() -> bool:
@@ -114,20 +113,19 @@ def test_ten_thousand_changes_leave_nothing_behind(scene):
     """Joins, changed MACs and leaves, in two halves: the second leaves all as the first did."""
     scene.begin()
     world, pid, numbers = scene.world, scene.agents[0].process.pid, _free(scene)
-    lease = "/coreos.com/network/subnets/10.244."
 
     def half(seed: int) -> None:
         rng = random.Random(seed)
         for place in range(CHANGES // 2):
             number = numbers[place % len(numbers)]
             if place // len(numbers) % 3 == 2:
-                world.etcd.delete(f"{lease}{number}.0-24")
+                world.drop_record(f"10.244.{number}.0-24")
             else:
-                world.etcd.put(
-                    f"{lease}{number}.0-24", _value(number, 0x0A0000000000 | number << 8 | rng.randrange(200))
+                world.put_record(
+                    f"10.244.{number}.0-24", _value(number, 0x0A0000000000 | number << 8 | rng.randrange(200))
                 )
         for number in numbers:
-            world.etcd.delete(f"{lease}{number}.0-24")
+            world.drop_record(f"10.244.{number}.0-24")
         until("all are gone", lambda: world.peers("node1") == 1, 60)
 
     half(1)

@@ -13,6 +13,7 @@ from lease.codec import encode_value
 from lease.model import Endpoint, Lease, prefix
 from lease.store import Changes, ConfigText, Feed, Gone, Snapshot, StoreDown, StoreUnavailable, backoff_s
 from tests.support.etcd import Etcd, etcd_binary, free_port
+from tests.support.pki import authority, openssl, request
 from tests.support.wait import until
 
 ROOT = "/coreos.com/network"
@@ -315,60 +316,15 @@ def test_tls_with_and_without_a_client_certificate(tmp_path, open_store):
 
 
 def pki(folder) -> None:
-    """A CA, a server and a client certificate, by openssl."""
-
-    def run(*words: str) -> None:
-        try:
-            subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-        except FileNotFoundError:
-            pytest.fail("openssl is missing: apt-get install openssl")
-
-    run(
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        "ca.key",
-        "-out",
-        "ca.crt",
-        "-subj",
-        "/CN=overlay-test",
-        "-days",
-        "2",
-    )
+    """A CA, a server and a client certificate."""
+    authority(folder)
     (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
     for name in ("server", "client"):
-        run(
-            "req",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.csr",
-            "-subj",
-            f"/CN={name}",
+        request(folder, name)
+        signing = (
+            f"x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {name}.crt -days 2 -extfile ext"
         )
-        run(
-            "x509",
-            "-req",
-            "-in",
-            f"{name}.csr",
-            "-CA",
-            "ca.crt",
-            "-CAkey",
-            "ca.key",
-            "-CAcreateserial",
-            "-out",
-            f"{name}.crt",
-            "-days",
-            "2",
-            "-extfile",
-            "ext",
-        )
+        openssl(folder, signing)
 
 
 def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):

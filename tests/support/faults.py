@@ -100,9 +100,9 @@ class Scene:
     def idle_cost(self, seconds: float) -> tuple[float, int]:
         """CPU of the first agent, in shares of one core, and lines it logs, in so many seconds."""
         pid, lines = self.agents[0].process.pid, len(self.agents[0].log().splitlines())
-        before = _cpu_s(pid)
+        before = cpu_s(pid)
         time.sleep(seconds)
-        return (_cpu_s(pid) - before) / seconds, len(self.agents[0].log().splitlines()) - lines
+        return (cpu_s(pid) - before) / seconds, len(self.agents[0].log().splitlines()) - lines
 
     def suffer(
         self,
@@ -135,7 +135,8 @@ class Scene:
         return lost
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
+    """utime + stime, without children: nft's own are not the agent's loop."""
     with open(f"/proc/{pid}/stat", encoding="ascii") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -50,6 +50,20 @@ def ready_the_machine() -> None:
             netns.delete(name)
 
 
+def vxlan_record(public_ip: str, mac: str, **more: Any) -> dict[str, Any]:
+    """A record's value as flannel writes it, with one thing or another beside it or in its place."""
+    return {
+        "PublicIP": public_ip,
+        "PublicIPv6": None,
+        "BackendType": "vxlan",
+        "BackendData": {"VNI": 1, "VtepMAC": mac},
+    } | more
+
+
+def made_up_peer(number: int, **more: Any) -> dict[str, Any]:
+    return vxlan_record(f"192.168.1.{number}", f"0a:00:00:00:01:{number:02x}", **more)
+
+
 class Agent:
     """One overlayd."""
 
@@ -240,6 +254,13 @@ class World:
             json.dumps(value, separators=(",", ":")) if isinstance(value, dict) else value,
             lease,
         )
+
+    def put_peer(self, number: int, **more: Any) -> None:
+        """The record of a peer that is none: 10.244.N.0/24 behind 192.168.1.N."""
+        self.put_record(f"10.244.{number}.0-24", made_up_peer(number, **more))
+
+    def drop_record(self, key: str) -> None:
+        self.etcd.delete(f"{ROOT}/subnets/{key}")
 
     # --- pods
     def pod(self, agent: Agent, name: str) -> matrix.End:
