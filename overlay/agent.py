@@ -677,9 +677,9 @@ class Agent:
         self._antispoof.ports(self._host.links.values(), self._host.bridges)
 
     def _pods_are_behind(self) -> None:
-        """Tell the guard the interfaces of our pods: those with an address of our subnet."""
-        if self._held is not None:
-            self._guard.pods_behind(self._host.interfaces_in([*self._retained, self._own().subnet]))
+        """Tell the guard by which interfaces packets of pods come."""
+        if self._held is not None and (config := self._config_now()).v4 is not None:
+            self._guard.pods_behind(self._host.interfaces_in(config.v4.network))
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up

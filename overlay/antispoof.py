@@ -2,7 +2,9 @@
 
 IPv4, ARP, IPv6, neighbour discovery and the MAC, in an nftables table of the bridge family. A pod's addresses are asked of
 the kernel, at the other end of its veth, before its containers start; what it gives itself later is not its own. A port is
-bound by the number of its interface, which no other gets, and the table remembers: a new agent keeps what it finds there.
+known by the number of its interface and the MAC of the end that the node has, which no pod can change: a veth that comes by
+the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The table remembers: a
+new agent keeps what it finds there.
 
 A port that is not (yet) bound is let through: pods made while no agent runs must have their network.
 
@@ -19,13 +21,15 @@ from lease.model import Prefix, ip_text
 from overlay.kernel import nf_wire
 from overlay.kernel.entries import Link, PodEnd
 from overlay.kernel.netfilter import NetfilterSocket
-from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nf_wire import equal, load, meta
 from overlay.log import log
 from overlay.masquerade import TABLE_PREFIX
 
 SUFFIX = "-pods"
 PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6 = "ports", "ports6", "macs", "addresses", "addresses6"
+ENDS = "ends"
+"""No rule asks it: the MACs of the node's ends, to tell whose bindings those are."""
 SPOOFED = "spoofed"
 SETTLED_S = 5.0
 """After so long an interface has made its link-local IPv6 address, too (RFC 4862, 5.4: a second or two)."""
@@ -88,6 +92,7 @@ def table(vni: int) -> nf_wire.Table:
             nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
             nf_wire.Set(ADDRESSES, nf_wire.IFACE_AND_IPV4, 8),
             nf_wire.Set(ADDRESSES6, nf_wire.IFACE_AND_IPV6, 20),
+            nf_wire.Set(ENDS, nf_wire.IFACE_AND_ETHER, 12),
         ),
         (SPOOFED,),
         (nf_wire.Chain("prerouting", _NF_BR_PRE_ROUTING, _EARLY),),
@@ -96,11 +101,17 @@ def table(vni: int) -> nf_wire.Table:
 
 
 class Bound(NamedTuple):
-    """What a port is bound to. v6: None while its IPv6 addresses are not settled."""
+    """What a port is bound to. end: the MAC of the node's end; None where an agent before us did not say. v6: None while its
+    IPv6 addresses are not settled."""
 
+    end: int | None
     macs: frozenset[int]
     v4: frozenset[int]
     v6: frozenset[int] | None
+
+    def is_of(self, link: Link) -> bool:
+        """Whether that is the port, and not another of the same number."""
+        return self.end is None or self.end == link.mac
 
     def keys(self, port: int) -> dict[str, list[bytes]]:
         """Its elements, by set."""
@@ -111,6 +122,7 @@ class Bound(NamedTuple):
             MACS: [at + mac.to_bytes(6, "big") + bytes(2) for mac in self.macs],
             ADDRESSES: [at + address.to_bytes(4, "big") for address in self.v4],
             ADDRESSES6: [at + address.to_bytes(16, "big") for address in self.v6 or ()],
+            ENDS: [] if self.end is None else [at + self.end.to_bytes(6, "big") + bytes(2)],
         }
 
 
@@ -120,10 +132,13 @@ class AntiSpoof:
     def __init__(self, sets: NetfilterSocket, requests: RequestSocket, clock: Callable[[], float]) -> None:
         self._sets, self._requests, self._clock = sets, requests, clock
         self._table: nf_wire.Table | None = None
+        self._bridges: set[int] = set()
+        self._veths: list[Link] = []
+        """The node's ends of all that are on a bridge."""
         self._ports: dict[int, Link] = {}
-        """Ends of veths on our bridges, by number."""
-        self._seen: dict[int, float] = {}
-        """When each was first seen."""
+        """The node's ends of veths on our bridges, by number."""
+        self._seen: dict[tuple[int, int], float] = {}
+        """When each was first seen, by number and MAC."""
         self._bound: dict[int, Bound] = {}
         self._there: dict[str, set[bytes]] = {}
         """What the kernel's sets have."""
@@ -135,17 +150,30 @@ class AntiSpoof:
 
     def ports(self, links: Iterable[Link], bridges: Iterable[str]) -> None:
         """The links of this node, and the names of the bridges that pods are attached to; while nobody knows those, all
-        stays as it was found."""
+        stays as it was found. What is bound stays so on another bridge, too: that of a subnet which this node lost."""
         every, names = list(links), set(bridges)
         if not names:
             return
         self._known = True
-        numbers = {link.ifindex for link in every if link.kind == "bridge" and link.name in names}
-        self._ports = {link.ifindex: link for link in every if link.master in numbers and link.netnsid >= 0}
+        self._bridges = {link.ifindex for link in every if link.kind == "bridge" and link.name in names}
+        self._veths = [link for link in every if link.master and link.netnsid >= 0]
+        self._choose()
+        if self._seen.keys() ^ {(index, bound.end) for index, bound in self._bound.items()}:
+            self._next = self._clock()
+
+    def _choose(self) -> None:
+        """The ports that are ours to bind, of the links that there are."""
+        self._ports = {
+            link.ifindex: link
+            for link in self._veths
+            if link.master in self._bridges or self._binding(link) is not None
+        }
         now = self._clock()
-        self._seen = {index: self._seen.get(index, now) for index in self._ports}
-        if self._seen.keys() - self._bound.keys() or self._bound.keys() - self._seen.keys():
-            self._next = now
+        self._seen = {key: self._seen.get(key, now) for key in map(_key, self._ports.values())}
+
+    def _binding(self, link: Link) -> Bound | None:
+        bound = self._bound.get(link.ifindex)
+        return bound if bound is not None and bound.is_of(link) else None
 
     def next_look(self) -> float | None:
         """When `look` has something to do, None: it has not."""
@@ -165,24 +193,30 @@ class AntiSpoof:
         before, self._network = self._table, network
         if before is not None and before.name != wanted.name:
             self.remove(before)
-        if self._sets.is_formed(wanted):
-            there = {one.name: set(self._sets.elements(wanted, one)) for one in wanted.sets}
+        formed = self._sets.is_formed(wanted)
+        if formed or before is None:
+            # in a table of another form, which an agent of another version made, keys may be, too
+            every = {one: self._sets.elements(wanted, one) for one in wanted.sets}
+            there = {one.name: {key for key in keys if len(key) == one.key_size} for one, keys in every.items()}
             if before is None:
                 self._believe(there)
             elif before == wanted and there != self._there:
-                self.mended += 1
-                log.warning("pods.mended", table=wanted.name, effect="somebody altered what pods' ports are bound to")
+                self._somebody_altered(wanted)
             self._there = there
-        else:
+        if not formed:
             elements = self._elements()
             self._sets.replace(wanted, elements)
             self._there = elements
             if before == wanted:
-                self.mended += 1
-            tell = log.warning if before == wanted else log.info
-            tell("pods.mended" if before == wanted else "pods", table=wanted.name, ports=len(self._bound))
+                self._somebody_altered(wanted)
+            else:
+                log.info("pods", table=wanted.name, ports=len(self._bound))
         self._table = wanted
         self.look()
+
+    def _somebody_altered(self, table: nf_wire.Table) -> None:
+        self.mended += 1
+        log.warning("pods.mended", table=table.name, effect="somebody altered what pods' ports are bound to")
 
     def _believe(self, there: dict[str, set[bytes]]) -> None:
         """What an agent before us bound."""
@@ -192,45 +226,65 @@ class AntiSpoof:
 
         for port in there[PORTS]:
             v6 = of(ADDRESSES6, port, 16) if port in there[PORTS6] else None
-            self._bound[int.from_bytes(port, sys.byteorder)] = Bound(of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+            end = next(iter(of(ENDS, port, 6)), None)
+            self._bound[int.from_bytes(port, sys.byteorder)] = Bound(end, of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+        self._choose()
 
     def look(self) -> None:
-        """Bind what is new, let go of what is gone. Raises KernelError."""
+        """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
         if self._table is None or self._network is None or not self._known:
             return
-        now, waiting = self._clock(), []
-        for index in self._bound.keys() - self._ports.keys():
-            del self._bound[index]
+        for index, bound in list(self._bound.items()):
+            link = self._ports.get(index)
+            if link is None or not bound.is_of(link):
+                del self._bound[index]
+            elif bound.end is None:
+                self._bound[index] = bound._replace(end=link.mac)
         taken = {address: index for index, bound in self._bound.items() for address in bound.v4}
-        for index, link in sorted(self._ports.items()):
-            bound, age = self._bound.get(index), now - self._seen[index]
-            if bound is not None and not bound.v4:  # all it has was another port's: is it still?
-                waiting.append(now + LATER_LOOKS_S)
-                end = self._requests.pod_end(link)
-                if end is not None and (free := self._own(end) - taken.keys()):
-                    bound = self._bound[index] = bound._replace(v4=free)
-                    taken |= dict.fromkeys(free, index)
-            if bound is not None and bound.v6 is not None:
-                continue
-            if bound is not None and age < SETTLED_S:
-                waiting.append(self._seen[index] + SETTLED_S)
-                continue
-            end = self._requests.pod_end(link)
-            if end is None:
-                continue
-            if bound is None:
-                bound = self._first(link, end, taken)
-                if bound is None:
-                    waiting.append(now + (FIRST_LOOKS_S if age < HURRIED_S else LATER_LOOKS_S))
-                    continue
-                waiting.append(self._seen[index] + SETTLED_S)
-            if age >= SETTLED_S:  # a plugin may have given it another MAC since, too
-                others = {mac for port, other in self._bound.items() if port != index for mac in other.macs}
-                bound = bound._replace(v6=end.v6, macs=bound.macs | {end.mac} - others)
-            self._bound[index] = bound
-            taken |= dict.fromkeys(bound.v4, index)
+        waiting, refused = [], None
+        for _, link in sorted(self._ports.items()):
+            try:
+                again = self._look_at(link, taken)
+            except KernelError as error:
+                refused = error
+                again = self._clock() + LATER_LOOKS_S
+            if again is not None:
+                waiting.append(again)
         self._next = min(waiting, default=None)
         self._apply(self._table)
+        if refused is not None:
+            raise refused
+
+    def _look_at(self, link: Link, taken: dict[int, int]) -> float | None:
+        """Bind one port, as far as its pod is known. taken: the addresses of all, which is kept. When it is to be looked at
+        again, None: it is bound for good. Raises KernelError."""
+        index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
+        settled, again = seen + SETTLED_S, None
+        bound = self._bound.get(index)
+        if bound is not None and bound.v4:
+            if bound.v6 is not None:
+                return None
+            if now < settled:
+                return settled
+        end = self._requests.pod_end(link)
+        if end is None:
+            return None
+        if bound is None:
+            bound = self._first(link, end, taken)
+            if bound is None:
+                return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
+        elif not bound.v4:  # all it has was another port's: is it still?
+            bound = bound._replace(v4=self._own(end) - taken.keys())
+        if now >= settled and bound.v6 is None:  # a plugin may have given it another MAC since, too
+            others = {mac for port, other in self._bound.items() if port != index for mac in other.macs}
+            bound = bound._replace(v6=end.v6, macs=bound.macs | {end.mac} - others)
+        if bound.v6 is None:
+            again = settled
+        elif not bound.v4:
+            again = now + LATER_LOOKS_S
+        self._bound[index] = bound
+        taken |= dict.fromkeys(bound.v4, index)
+        return again
 
     def _first(self, link: Link, end: PodEnd, taken: dict[int, int]) -> Bound | None:
         """What a port is bound to when its pod is seen first; None while it has no address of the network."""
@@ -240,7 +294,7 @@ class AntiSpoof:
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
                 effect="it is another pod's; this one may not send from it",
             )  # fmt: skip
-        return Bound(frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
+        return Bound(link.mac, frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
 
     def _own(self, end: PodEnd) -> frozenset[int]:
         """The addresses of a pod that are of the network."""
@@ -248,17 +302,18 @@ class AntiSpoof:
         return frozenset(address for address in end.v4 if self._network.holds(address))
 
     def _elements(self) -> dict[str, set[bytes]]:
-        found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6)}
+        found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6, ENDS)}
         for index, bound in self._bound.items():
             for name, keys in bound.keys(index).items():
                 found[name].update(keys)
         return found
 
     def _apply(self, table: nf_wire.Table) -> None:
-        wanted = self._elements()
-        # addresses before the ports that are bound to them, ports away first
-        for name in (MACS, ADDRESSES, ADDRESSES6, PORTS, PORTS6):
-            self._sets.change(table, name, wanted[name] - self._there[name], ())
-        for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6):
-            self._sets.change(table, name, (), self._there[name] - wanted[name])
+        wanted, there = self._elements(), self._there
+        more = {name: keys - there.get(name, set()) for name, keys in wanted.items()}
+        self._sets.change(table, more, {name: keys - wanted[name] for name, keys in there.items()})
         self._there = wanted
+
+
+def _key(link: Link) -> tuple[int, int]:
+    return link.ifindex, link.mac

@@ -180,23 +180,29 @@ class Guard:
             tell("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(let_in))
             return
         there = {int.from_bytes(key, "big") for key in self._socket.elements(wanted, wanted.sets[0])}
-        if before == wanted and there != self._there:
+        inside = self._read_inside(wanted)
+        if before == wanted and (there, inside) != (self._there, self._inside_there):
             self.mended += 1
-            log.warning(
-                "guard.mended", table=wanted.name, missing=len(self._there - there), more=len(there - self._there)
-            )
-        self._table, self._there = wanted, there
-        self._inside_there = frozenset(
-            int.from_bytes(key, sys.byteorder) for key in self._socket.elements(wanted, wanted.sets[1])
-        )
+            missing = len(self._there - there) + len(self._inside_there - inside)
+            more = len(there - self._there) + len(inside - self._inside_there)
+            log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
+        self._table, self._there, self._inside_there = wanted, there, inside
         self._new = self._uses.keys() - there
         for address in there - self._uses.keys() - self._leaving.keys():
             self._leaves(address)
         self.apply()
 
+    def _read_inside(self, table: nf_wire.Table) -> frozenset[int]:
+        keys = self._socket.elements(table, table.sets[1])
+        return frozenset(int.from_bytes(key, sys.byteorder) for key in keys)
+
     def begin_check(self, wanted: nf_wire.Table) -> None:
         """Begin to look whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
-        if self._table != wanted or not self._socket.is_formed(wanted):
+        if (
+            self._table != wanted
+            or not self._socket.is_formed(wanted)
+            or self._read_inside(wanted) != self._inside_there  # told of others' changes anyway: rare
+        ):
             self.ensure(wanted)
         elif self._check is None:
             self._touched.clear()
@@ -254,7 +260,7 @@ class Guard:
         take = [address for address in gone if address in self._there and address not in self._uses]
         add = [address for address in self._new if address in self._uses and address not in self._there]
         if add or take:  # with work in proportion to these alone
-            self._socket.change(table, VTEPS, _keys(add), _keys(take))
+            self._socket.change(table, {VTEPS: _keys(add)}, {VTEPS: _keys(take)})
             self._there.update(add)
             self._there.difference_update(take)
             if self._check is not None:
@@ -264,7 +270,7 @@ class Guard:
             del self._leaving[address]
         if self._inside is not None and self._inside != self._inside_there:
             more, fewer = self._inside - self._inside_there, self._inside_there - self._inside
-            self._socket.change(table, INSIDE, _numbers(more), _numbers(fewer))
+            self._socket.change(table, {INSIDE: _numbers(more)}, {INSIDE: _numbers(fewer)})
             self._inside_there = self._inside
 
     def next_change(self) -> float | None:

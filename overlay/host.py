@@ -86,9 +86,15 @@ class Host:
         index = self.underlay.ifindex if self.underlay is not None else -1
         return frozenset(a.address for a in self.addresses.values() if a.oif == index)
 
-    def interfaces_in(self, subnets: list[Prefix]) -> frozenset[int]:
-        """The interfaces with an address of one of these subnets: the tunnel, and bridges or veths of pods."""
-        return frozenset(a.oif for a in self.addresses.values() if any(subnet.holds(a.address) for subnet in subnets))
+    def interfaces_in(self, network: Prefix) -> frozenset[int]:
+        """The interfaces of the pod network: the tunnel, and bridges or veths of pods, also those of a subnet that this
+        node lost. Where the underlay is inside the network its interfaces are none."""
+        outside = self.underlay.on_link if self.underlay is not None else ()
+        return frozenset(
+            a.oif
+            for a in self.addresses.values()
+            if network.holds(a.address) and not any(prefix.holds(a.address) for prefix in outside)
+        )
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
         """The MAC of the device that an earlier run or flannel left. Raises KernelError."""

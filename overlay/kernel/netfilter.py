@@ -16,6 +16,8 @@ LARGEST = 32 << 20
 """Bytes of one transaction; an element takes 16 to 20."""
 SO_SNDBUFFORCE = 32
 _RECV = 1 << 16
+Elements = Mapping[str, Iterable[bytes]]
+"""Keys, by the name of their set."""
 
 
 class NetfilterSocket(RequestSocket):
@@ -26,7 +28,7 @@ class NetfilterSocket(RequestSocket):
         with contextlib.suppress(PermissionError):
             self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, LARGEST)
 
-    def replace(self, table: nf_wire.Table, elements: Mapping[str, Iterable[bytes]]) -> None:
+    def replace(self, table: nf_wire.Table, elements: Elements) -> None:
         """Make a table anew, at once. Raises KernelError."""
         self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
 
@@ -38,17 +40,29 @@ class NetfilterSocket(RequestSocket):
             if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
                 raise
 
-    def change(self, table: nf_wire.Table, name: str, add: Iterable[bytes], take: Iterable[bytes]) -> None:
-        """Put keys into a set of a table and take others out, at once. Raises KernelError, with ENOENT where the table or a
-        key to be taken out is not there (nothing is done then)."""
-        messages = nf_wire.add_elements(table, name, add) + nf_wire.remove_elements(table, name, take)
+    def change(self, table: nf_wire.Table, add: Elements, take: Elements) -> None:
+        """Put keys into sets of a table and take others out, all at once. add, take: keys by the name of the set. Raises
+        KernelError, with ENOENT where the table or a key to be taken out is not there (nothing is done then)."""
+        messages = [one for name, keys in take.items() for one in nf_wire.remove_elements(table, name, keys)]
+        messages += [one for name, keys in add.items() for one in nf_wire.add_elements(table, name, keys)]
         if messages:
-            self._commit(messages, f"set {name} of nft table {table.family} {table.name}")
+            self._commit(messages, f"sets of nft table {table.family} {table.name}")
 
     def is_formed(self, table: nf_wire.Table) -> bool:
-        """Whether a table stands as it should, whatever is in its sets. Raises KernelError."""
-        kinds = nf_wire.GETCHAIN, nf_wire.GETRULE, nf_wire.GETSET
-        return nf_wire.is_formed(table, nf_wire.Found(*(self._read(kind, table) for kind in kinds)))
+        """Whether a table stands as it should, whatever is in its sets. Raises KernelError.
+
+        Chains are asked by name, since the kernel dumps those of all tables, of which kube-proxy has thousands; that there
+        are none beside them is told by the number of things in the table.
+        """
+        try:
+            size = self._get(nf_wire.GETTABLE, table, "")
+            chains = [self._get(nf_wire.GETCHAIN, table, chain.name) for chain in table.chains]
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        rules, sets = (self._read(kind, table) for kind in (nf_wire.GETRULE, nf_wire.GETSET))
+        return nf_wire.is_formed(table, nf_wire.Found(size, chains, rules, sets))
 
     def elements(self, table: nf_wire.Table, one: nf_wire.Set) -> list[bytes]:
         """The keys in a set; none where there is no such table. Raises KernelError."""
@@ -64,12 +78,18 @@ class NetfilterSocket(RequestSocket):
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
         try:
-            body = self.ask(lambda seq: nf_wire.counter_request(table.family, seq, table.name, counter))
+            return nf_wire.counted(self._get(nf_wire.GETOBJ, table, counter))
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return 0
             raise
-        return nf_wire.counted(body)
+
+    def _get(self, kind: int, table: nf_wire.Table, name: str) -> memoryview:
+        """The body of one thing. Raises KernelError, with ENOENT where it is not there."""
+        try:
+            return self.ask(lambda seq: nf_wire.get(kind, table.family, seq, table.name, name))
+        except KernelError as error:
+            raise KernelError(error.errno, f"reading nft table {table.family} {table.name}: {error}") from error
 
     def _commit(self, messages: list[nf_wire.Message], what: str) -> None:
         first = self.take_seqs(len(messages) + 2)

@@ -255,10 +255,14 @@ def dump(kind: int, family: str, seq: int, table: str, name: str = "") -> bytes:
     return wire.message(_SUBSYSTEM << 8 | kind, wire.NLM_F_DUMP, seq, _body(family, what))
 
 
-def counter_request(family: str, seq: int, table: str, counter: str) -> bytes:
-    """A request for one counter."""
-    what = wire.attr(1, wire.text(table)) + wire.attr(2, wire.text(counter)) + _word(3, _COUNTER_OBJECT)
-    return wire.message(_SUBSYSTEM << 8 | GETOBJ, 0, seq, _body(family, what))
+def get(kind: int, family: str, seq: int, table: str, name: str) -> bytes:
+    """A request for one chain (GETCHAIN), one counter (GETOBJ), or the table itself (GETTABLE, without a name)."""
+    what = wire.attr(1, wire.text(table))
+    if name:
+        what += wire.attr(3 if kind == GETCHAIN else 2, wire.text(name))
+    if kind == GETOBJ:
+        what += _word(3, _COUNTER_OBJECT)
+    return wire.message(_SUBSYSTEM << 8 | kind, 0, seq, _body(family, what))
 
 
 def _body(family: str, attributes: bytes) -> bytes:
@@ -274,8 +278,9 @@ def _batch_body() -> bytes:
 
 
 class Found(NamedTuple):
-    """The bodies of the dumped chains, rules and sets of a family."""
+    """The bodies of what was read: the table itself, each of its chains that was asked for, its rules and its sets."""
 
+    table: memoryview
     chains: list[memoryview]
     rules: list[memoryview]
     sets: list[memoryview]
@@ -283,14 +288,21 @@ class Found(NamedTuple):
 
 def is_formed(table: Table, found: Found) -> bool:
     """Whether a table has the form it should have, neither less nor more. The order of its rules counts."""
+    things = len(table.chains) + len(table.sets) + len(table.counters)
     return (
-        _all_held([_chain(chain) for chain in table.chains], _of_table(table, found.chains))
+        _uses(found.table) == things
+        and _all_held([_chain(chain) for chain in table.chains], _of_table(table, found.chains))
         and _all_held([_set(one) for one in table.sets], _of_table(table, found.sets))
         and all(
             _all_held([_rule(rule) for rule in table.rules if rule.chain == chain.name], _of_chain(table, chain, found))
             for chain in table.chains
         )
     )
+
+
+def _uses(body: memoryview) -> int:
+    """NFTA_TABLE_USE: how many chains, sets, objects and flow tables a table has."""
+    return int.from_bytes(wire.attributes(body, 4).get(3, b""), "big")
 
 
 def _of_table(table: Table, bodies: list[memoryview]) -> list[memoryview]:

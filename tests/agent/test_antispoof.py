@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import socket
 import struct
 import time
@@ -15,6 +16,7 @@ from lease.model import ip_number, mac_number
 from overlay.lab import netns
 from overlay.lab.matrix import End
 from tests.support.wait import until
+from tests.support.world import made_up_peer
 
 TABLE = "overlay-1-pods"
 ROUTER = "fe80::1"
@@ -231,3 +233,76 @@ def test_an_address_that_was_anothers_is_the_pods_once_the_other_is_gone(world, 
     here, there = ports(dataclasses.replace(pod, address=left.address)), ports(near)
     here.send(honest(here, there)["ipv4"])
     assert there.hears(b"ipv4-honest")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["while it runs", "over a restart"])
+def test_a_veth_that_takes_the_number_of_another_is_not_bound_to_what_that_had(world, ports, running):
+    """Plugins that make the veth in the pod's namespace move its other end out with a number of that namespace, which is
+    soon used again."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1").wait_ready()
+    gone, near = world.pod(agent, "gone"), ports(world.pod(agent, "near"))
+    until("both are bound", lambda: len(bound(world, "node1")) == 2)
+    names = {link["ifindex"]: link["ifname"] for link in json.loads(world.run("node1", "ip", "-j", "link"))}
+    first = min(index for index, name in names.items() if name.startswith("veth"))
+    address = str(agent.subnet()).replace("0/24", "200")
+    if running:
+        agent.process.send_signal(signal.SIGSTOP)
+    else:
+        agent.stop()
+    netns.delete(gone.namespace)
+    until("its port is gone", lambda: not world.index("node1", names[first]))
+    namespace = world.namespace("node1-next")
+    netns.create(namespace)
+    world.run(
+        "node1-next", "ip", "link", "add", "vethnext", "index", str(first), "type", "veth", "peer", "name", "eth0"
+    )
+    world.run("node1-next", "ip", "link", "set", "vethnext", "netns", world.namespace("node1"))
+    world.run("node1", "ip", "link", "set", "vethnext", "master", "cni0", "up")
+    assert world.index("node1", "vethnext") == first
+    world.run("node1-next", "ip", "addr", "add", f"{address}/24", "dev", "eth0")
+    world.run("node1-next", "ip", "link", "set", "eth0", "up")
+    if running:
+        agent.process.send_signal(signal.SIGCONT)
+    else:
+        agent = world.restart(agent).wait_ready()
+    here = ports(End("node1-next", "pod", namespace, address, "node1"))
+    until("it is bound", lambda: address in [each["concat"][1] for each in bound(world, "node1", "addresses")])
+    here.send(honest(here, near)["ipv4"])
+    assert near.hears(b"ipv4-honest")
+    here.send(
+        near.mac
+        + here.mac
+        + b"\x08\x00"
+        + ipv4(ip_number(gone.address, 4).to_bytes(4, "big"), near.ip, b"as the other")
+    )
+    assert not near.hears(b"as the other")
+
+
+@pytest.mark.parametrize("change", ["another form", "a lost subnet"])
+def test_bindings_outlive_a_restart_that_changes_much(world, ports, change):
+    """The table is made anew with an upgrade; the bridge of a lost subnet is in no list any more. Without the bindings the
+    pod had what it gave itself meanwhile."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1").wait_ready()
+    evil, other, near = (ports(world.pod(agent, name)) for name in ("evil", "other", "near"))
+    until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    before = agent.subnet()
+    agent.stop()
+    world.run(evil.node, "ip", "addr", "add", "10.244.99.99/32", "dev", "eth0")
+    if change == "another form":
+        world.run("node1", "nft", f"delete set bridge {TABLE} ends; add chain bridge {TABLE} more")
+    else:
+        key = str(before).replace("/", "-")
+        world.drop_record(key)
+        world.put_record(key, made_up_peer(77))
+    agent = world.restart(agent).wait_ready()
+    assert (agent.subnet() == before) == (change == "another form")
+    time.sleep(1)
+    evil.send(honest(evil, near)["ipv4"])
+    assert near.hears(b"ipv4-honest")
+    evil.send(near.mac + evil.mac + b"\x08\x00" + ipv4(bytes((10, 244, 99, 99)), near.ip, b"given itself"))
+    assert not near.hears(b"given itself")
+    if change == "a lost subnet":
+        world.pod(agent, "late")
+        until("pods of the new bridge are bound, too", lambda: len(bound(world, "node1")) == 4)

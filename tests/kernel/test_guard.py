@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -88,7 +89,7 @@ def test_every_alteration_of_the_form_is_seen(inside, requests):
         f"replace rule ip {name} input handle HANDLE udp dport 8472 iif @inside counter name \"from_pods\" accept",
         f"replace rule ip {name} input handle HANDLE udp dport 8472 iif != @inside counter name \"from_pods\" drop",
         f"replace rule ip {name} input handle HANDLE udp dport 8473 iif @inside counter name \"from_pods\" drop",
-        f"delete rule ip {name} input handle HANDLE",
+        f"delete rule ip {name} input handle HANDLE", f"add counter ip {name} more", f"delete chain ip {name} input",
     ):  # fmt: skip
         listed = inside(lambda: json.loads(nft("-j", "list", "table", "ip", name)))["nftables"]
         handle = next(item["rule"]["handle"] for item in listed if item.get("rule", {}).get("chain") == "input")
@@ -103,11 +104,12 @@ def test_every_alteration_of_the_form_is_seen(inside, requests):
 
 
 def test_a_refused_transaction_changes_nothing_and_says_why(requests):
-    with pytest.raises(KernelError, match="set vteps of nft table ip overlay-7-guard: ENOENT"):
-        requests.change(TABLE, "vteps", [b"\1\2\3\4"], [])
+    with pytest.raises(KernelError, match="sets of nft table ip overlay-7-guard: ENOENT"):
+        requests.change(TABLE, {"vteps": [b"\1\2\3\4"]}, {})
     requests.replace(TABLE, {"vteps": [b"\1\2\3\4"]})
     with pytest.raises(KernelError, match="ENOENT"):
-        requests.change(TABLE, "vteps", [b"\1\2\3\5"], [b"\1\2\3\6"])
+        requests.change(TABLE, {"vteps": [b"\1\2\3\5"], "inside": [b"\1\0\0\0"]}, {"vteps": [b"\1\2\3\6"]})
+    assert requests.elements(TABLE, TABLE.sets[1]) == []
     assert requests.elements(TABLE, TABLE.sets[0]) == [b"\1\2\3\4"]
 
 
@@ -189,6 +191,25 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
     made.ensure(TABLE)
     assert inside(vteps) == ["192.168.1.3", "192.168.1.4"]
     assert made.mended == 1
+
+
+@pytest.mark.parametrize("command", ["flush set ip TABLE inside", "add element ip TABLE inside { 1 }"])
+def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, requests, command):
+    made.load([])
+    made.pods_behind(frozenset({2, 3}))
+    made.ensure(TABLE)
+    made.begin_check(TABLE)
+
+    def rest() -> None:  # it has a socket of its own
+        while made.check_slice():
+            pass
+
+    inside(rest)
+    assert made.mended == 0
+    inside(lambda: nft(command.replace("TABLE", TABLE.name)))
+    made.begin_check(TABLE)
+    there = {int.from_bytes(key, sys.byteorder) for key in requests.elements(TABLE, TABLE.sets[1])}
+    assert (there, made.mended) == ({2, 3}, 1)
 
 
 def test_another_vni_takes_the_table_of_the_first_away(inside, made):

@@ -1,0 +1,132 @@
+"""The pods' table in a real kernel, with pods that answer as they are told."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+import pytest
+
+from lease.model import ip_number, prefix
+from overlay import antispoof
+from overlay.antispoof import AntiSpoof
+from overlay.kernel.entries import Link, PodEnd
+from overlay.kernel.netfilter import NetfilterSocket
+from overlay.kernel.netlink import KernelError
+
+TABLE, NETWORK = antispoof.table(7), prefix("10.244.0.0/16")
+BRIDGE = Link(2, "cni0", True, 1450, 1, "bridge", True, True)
+
+
+def port(index: int, mac: int) -> Link:
+    return Link(index, f"veth{index}", True, 1450, mac, "veth", True, True, False, BRIDGE.ifindex, 2, index)
+
+
+def end(address: str) -> PodEnd:
+    return PodEnd(0x0A0000000000 + ip_number(address, 4), frozenset((ip_number(address, 4),)), frozenset())
+
+
+class Pods:
+    """What is asked of the kernel; by the number of the port."""
+
+    def __init__(self) -> None:
+        self.ends: dict[int, PodEnd | KernelError | None] = {}
+
+    def pod_end(self, link: Link) -> PodEnd | None:
+        said = self.ends[link.ifindex]
+        if isinstance(said, KernelError):
+            raise said
+        return said
+
+
+@pytest.fixture
+def sets(inside) -> Iterator[NetfilterSocket]:
+    made = inside(NetfilterSocket)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pods() -> Pods:
+    return Pods()
+
+
+@pytest.fixture
+def made(sets, pods) -> AntiSpoof:
+    return AntiSpoof(sets, pods, lambda: 100.0)
+
+
+def addresses(sets: NetfilterSocket) -> set[tuple[int, int]]:
+    keys = sets.elements(TABLE, TABLE.sets[3])
+    return {(key[0], int.from_bytes(key[4:], "big") & 0xFF) for key in keys}
+
+
+def test_one_pod_that_cannot_be_asked_keeps_no_other_from_being_bound(made, sets, pods):
+    pods.ends = {5: end("10.244.1.5"), 6: KernelError(errno.EPERM, "no"), 7: end("10.244.1.7")}
+    made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"])
+    with pytest.raises(KernelError, match="no"):
+        made.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 5), (7, 7)}
+    pods.ends[6] = end("10.244.1.6")
+    made.look()
+    assert addresses(sets) == {(5, 5), (6, 6), (7, 7)}
+
+
+def test_another_port_of_the_same_number_inherits_nothing(made, sets, pods):
+    pods.ends = {5: end("10.244.1.5"), 6: end("10.244.1.6")}
+    made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    pods.ends[5] = None  # not ready yet
+    made.ports([BRIDGE, port(5, 9), port(6, 2)], ["cni0"])
+    made.look()
+    assert addresses(sets) == {(6, 6)}
+    assert [key[0] for key in sets.elements(TABLE, TABLE.sets[0])] == [6], "it is let through until it is known"
+    pods.ends[5] = end("10.244.1.99")
+    made.look()
+    assert addresses(sets) == {(5, 99), (6, 6)}
+
+
+def test_a_port_is_told_from_another_by_the_next_agent_too(made, sets, pods):
+    pods.ends = {5: end("10.244.1.5"), 6: end("10.244.1.6")}
+    made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    pods.ends = {5: end("10.244.1.99"), 6: end("10.244.1.98")}
+    again = AntiSpoof(sets, pods, lambda: 200.0)
+    again.ports([BRIDGE, port(5, 9), port(6, 2)], ["cni0"])
+    again.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 99), (6, 6)}
+    assert again.mended == 0
+
+
+def test_a_table_that_knows_no_ends_yet_is_believed(made, sets, pods):
+    """As of a version before; and all of it is of this one's form afterwards."""
+    pods.ends = {5: end("10.244.1.5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    sets.replace(
+        TABLE._replace(sets=TABLE.sets[:-1]),
+        {one.name: sets.elements(TABLE, one) for one in TABLE.sets if one.name != antispoof.ENDS},
+    )
+    assert not sets.is_formed(TABLE)
+    pods.ends = {5: end("10.244.1.99")}
+    again = AntiSpoof(sets, pods, lambda: 200.0)
+    again.ports([BRIDGE, port(5, 1)], ["cni0"])
+    again.ensure(TABLE, NETWORK)
+    assert sets.is_formed(TABLE)
+    assert addresses(sets) == {(5, 5)}
+    assert len(sets.elements(TABLE, TABLE.sets[5])) == 1
+
+
+def test_what_is_bound_stays_so_on_another_bridge(made, sets, pods):
+    """That of a subnet which the node lost: its pods stay, and no list names it any more."""
+    pods.ends = {5: end("10.244.1.5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    again = AntiSpoof(sets, pods, lambda: 200.0)
+    other = BRIDGE._replace(ifindex=3, name="cni1")
+    again.ports([BRIDGE, other, port(5, 1)], ["cni1"])
+    again.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 5)}
+    again.ports([BRIDGE, other], ["cni1"])
+    again.look()
+    assert addresses(sets) == set()
