@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lease.allocate import RangeFull, choose_mac, choose_subnet
@@ -14,6 +17,8 @@ from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnava
 
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
+MOST_REWRITES, REWRITES_S = 10, 60.0
+"""So often within so long we write over a twin of ours that writes over us; then one of the two must go, and it is us."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
 
@@ -54,8 +59,15 @@ TenureEvent = Held | Lost | Denied | Renewed
 class Tenure:
     """The decisions and store calls that make a Claim a lease. No thread; `TenureThread` turns it."""
 
-    def __init__(self, store: Store, probe: Probe, ttl_s: int, rng: random.Random) -> None:
-        self._store, self._probe, self._ttl_s, self._rng = store, probe, ttl_s, rng
+    def __init__(
+        self,
+        store: Store,
+        probe: Probe,
+        ttl_s: int,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._probe, self._ttl_s, self._rng, self._clock = store, probe, ttl_s, rng, clock
         self.held: Lease | None = None
         self.owed: list[TenureEvent] = []
         """What happened in a settling that the store then broke off: to be told all the same."""
@@ -63,6 +75,10 @@ class Tenure:
         """Of a lease we held: the device keeps it when the subnet is lost."""
         self._to_remove: Lease | None = None
         """Our old record, which the new one replaced."""
+        self._rewrites: deque[float] = deque(maxlen=MOST_REWRITES)
+        """When we last wrote over what another had written over ours in place."""
+        self._given_up: set[str] = set()
+        """Keys that a twin of ours writes over and over."""
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened, [] when nothing had to be done.
@@ -108,25 +124,47 @@ class Tenure:
         assert there.v4 is not None
         theirs = Identity.read(there.node)
         foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
-        if there.v4.public_ip not in (held.v4.public_ip, claim.public_ip) and (there.v4.mac != held.v4.mac or foreign):
+        elsewhere = there.v4.public_ip not in (held.v4.public_ip, claim.public_ip)
+        if elsewhere and (there.v4.mac != held.v4.mac or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
-            # Nobody gives a subnet away in place: it would have been deleted, and created by a transaction.
-            wanted = self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key)
-            self.held = self._store.change(there, wanted)
-            return [Held(self.held, f"written again: {_owner(there)} had written over it in place", loud=True)]
+            return [self._write_over(claim, held, there)]
+        if elsewhere and self._fought():
+            self._given_up.add(there.key)
+            raise _SubnetLost(
+                f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
+                " copy of the other's machine. Give it a machine-id and MACs of its own"
+            )
         if there.v4.mac != held.v4.mac and there.node != held.node:
-            raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
+            answer = self._probe(claim.public_ip)
+            if there.created != held.created or answer.by is not None or not answer.can_tell:
+                raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
+            return [self._write_over(claim, held, there)]  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
         self._remove_old(snapshot)
         mac = self._mac(claim._replace(device_mac=held.v4.mac), snapshot, there)
         wanted = self._lease(claim, there.v4.subnet, mac, there.key)
+        if elsewhere:
+            self._rewrites.append(self._clock())
         if there.same_claim(wanted):
             self.held = there
             return [] if there.same_claim(held) else [Held(there, "as it stood")]
         self.held = self._store.change(there, wanted)
         return [Held(self.held, "changed with this node" if there.same_claim(held) else "written again as it was")]
+
+    def _write_over(self, claim: Claim, held: Lease, there: Lease) -> Held:
+        """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
+        assert held.v4 is not None
+        self.held = self._store.change(there, self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key))
+        self._rewrites.append(self._clock())
+        again = ", as often lately: see who may write there" if self._fought() else ""
+        return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", loud=True)
+
+    def _fought(self) -> bool:
+        """Whether somebody writes over our record all the time."""
+        times = self._rewrites
+        return len(times) == MOST_REWRITES and self._clock() - times[0] < REWRITES_S
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
@@ -212,6 +250,8 @@ class Tenure:
         for kind, lease in find_own(snapshot.leases, claim):
             assert lease.v4 is not None
             theirs = Identity.read(lease.node)
+            if lease.key in self._given_up and lease.v4.public_ip != claim.public_ip:
+                continue
             if kind is Kind.SURE:
                 return lease, "kept: our public IP and our device's MAC", False
             if claim.take_over and kind is Kind.ADDRESS:

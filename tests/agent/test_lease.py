@@ -313,6 +313,8 @@ def test_somebodys_change_of_our_record_is_put_right(world):
     for broken in (
         record | {"BackendType": "host-gw"},
         record | {"BackendData": {"VNI": 9, "VtepMAC": one.mac()}},
+        # our own address, which no other machine answers for
+        record | {"BackendData": {"VNI": 1, "VtepMAC": "0a:00:00:00:00:77"}, "OverlayNode": "f/x/02:00:00:00:00:77"},
         "garbage",
     ):
         world.put_record(key, broken, world.records()[key]["lease"])

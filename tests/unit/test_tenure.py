@@ -377,6 +377,52 @@ def test_a_record_overwritten_in_place_by_another_node_is_written_again():
     assert world.settle() == []
 
 
+@pytest.mark.parametrize("answer", [NOBODY, SOMEBODY, UNKNOWN], ids=["nobody", "another machine", "cannot be asked"])
+def test_a_record_with_our_own_address_and_another_mac_counts_where_another_machine_may_have_it(answer):
+    world, held = running()
+    world.answer = answer
+    world.put(lease(ip=IP2, mac=MAC_B, node=OTHER))
+    first = world.settle()[0]
+    assert isinstance(first, Held if answer is NOBODY else Lost), first
+    assert world.stored().same_claim(held) == (answer is NOBODY)
+
+
+def test_of_two_copies_of_one_machine_that_write_over_each_other_one_gives_up():
+    """Both started from one snapshot of a running node: device, machine-id and interface are the same."""
+    world, held = running()
+    now = [0.0]
+    copy = Tenure(world.store, lambda _address: UNKNOWN, 86_400, random.Random(2), lambda: now[0])
+    world.tenure._clock = lambda: now[0]
+    theirs = Claim(world.config, IP9, held.v4.mac, ME, None)
+    lost: list[Lost] = []
+    for _ in range(30):
+        now[0] += 1
+        lost += [event for event in copy.settle(theirs) if isinstance(event, Lost)]
+        lost += [event for event in world.settle(device_mac=held.v4.mac) if isinstance(event, Lost)]
+        if lost:
+            break
+    assert len(lost) == 1
+    assert "copy of the other's machine" in lost[0].reason
+    mine, other = world.tenure.held, copy.held
+    assert mine.v4.subnet != other.v4.subnet
+    assert mine.v4.mac != other.v4.mac
+    for _ in range(5):
+        now[0] += 1
+        assert copy.settle(theirs) == []
+        assert world.settle(device_mac=held.v4.mac) == []
+    assert held.key in (mine.key, other.key)
+
+
+def test_a_subnet_is_not_given_up_to_one_who_writes_over_it_without_end():
+    world, held = running()
+    for _ in range(30):
+        world.put(lease(ip=IP9, mac=MAC_B, node=OTHER))
+        [again] = world.settle()
+        assert isinstance(again, Held)
+        assert world.stored().same_claim(held)
+    assert "see who may write there" in again.how
+
+
 def test_a_node_that_took_our_address_over_is_not_fought():
     world, held = running()
     world.put(lease(ip=IP2, mac=MAC_B, node=OTHER))
