@@ -45,6 +45,8 @@ class DeviceLock:
 
     def __init__(self) -> None:
         self._held: dict[str, socket.socket] = {}
+        self._others: dict[str, socket.socket] = {}
+        """To those who have what we want, kept: nobody takes connections up, so that there can be but a few."""
 
     def take(self, device: str) -> int | None:
         """Take it for good: None; or the pid of who has it (0: it cannot be told). Raises OSError."""
@@ -54,22 +56,47 @@ class DeviceLock:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             made.bind(name)
-            made.listen(1)
+            made.listen(8)
         except OSError as error:
             made.close()
             if error.errno == errno.EADDRINUSE:
-                return _pid_behind(name)
+                return self._pid_behind(name)
             raise
+        if (asked := self._others.pop(name, None)) is not None:
+            asked.close()
         self._held[device] = made
         return None
 
+    def close(self) -> None:
+        """Give all back."""
+        for one in (*self._held.values(), *self._others.values()):
+            one.close()
+        self._held, self._others = {}, {}
 
-def _pid_behind(name: str) -> int:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.settimeout(0.2)
+    def _pid_behind(self, name: str) -> int:
+        asking = self._others.get(name)
+        if asking is not None and _is_open(asking):
+            return _pid(asking)
+        if asking is not None:  # that one ended, and another has it
+            asking.close()
+        asking = self._others[name] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        asking.setblocking(False)
         try:
             asking.connect(name)
-            data = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("=iII"))
         except OSError:
             return 0
-        return int(struct.unpack("=iII", data)[0])
+        return _pid(asking)
+
+
+def _pid(connection: socket.socket) -> int:
+    size = struct.calcsize("=iII")
+    return int(struct.unpack("=iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
+
+
+def _is_open(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

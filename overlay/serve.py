@@ -8,16 +8,19 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
-from socketserver import BaseServer, StreamRequestHandler, TCPServer, ThreadingMixIn, UnixStreamServer
+from socketserver import BaseRequestHandler, BaseServer, TCPServer, ThreadingMixIn, UnixStreamServer
 from typing import Any
 
 from overlay.log import log
 
 SOCKET_NAME = "overlay.sock"
-LONGEST_LINE, MOST_HEADERS = 8192, 100
-MOST_THREADS = 40
-"""Of the whole process, when one more connection is to be served: it has some seven without any."""
+LONGEST_REQUEST = 1 << 16
+ASKED_WITHIN_S, ANSWERED_WITHIN_S = 5.0, 10.0
+"""For a whole request, however it trickles in, and to take the whole answer."""
+MOST_AT_ONCE = 16
+"""Connections of one server. Where one more comes, the oldest that has not asked yet goes: who asks at once is served."""
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 Answer = tuple[int, str, str]
 """HTTP status, content type, body."""
@@ -34,20 +37,32 @@ def as_json(status: int, value: object) -> Answer:
     return status, "application/json", json.dumps(value) + "\n"
 
 
-class _Handler(StreamRequestHandler):
+class _Handler(BaseRequestHandler):
     """One request, one answer. http.server would do the same with 6 MiB more (email, mimetypes, ssl...)."""
 
-    timeout = 10
     routes: Routes
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):  # nobody waits for the answer any more, or said nothing in time
-            method, _, rest = self.rfile.readline(LONGEST_LINE).decode("latin-1").partition(" ")
-            path = rest.split(" ")[0].split("?")[0].strip()
-            for _ in range(MOST_HEADERS):
-                if self.rfile.readline(LONGEST_LINE) in (b"\r\n", b"\n", b""):
-                    break
-            self._answer(method, path)
+        with contextlib.suppress(OSError):  # nobody waits for the answer any more, or did not say in time what it wants
+            first = self._request().partition(b"\n")[0].decode("latin-1")
+            method, _, rest = first.partition(" ")
+            self.server.asked(self.request)  # type: ignore[attr-defined]
+            self._answer(method, rest.split(" ")[0].split("?")[0].strip())
+
+    def _request(self) -> bytes:
+        """What was sent until an empty line, the end, or more than anybody needs. Raises TimeoutError."""
+        end = time.monotonic() + ASKED_WITHIN_S
+        data = b""
+        while len(data) < LONGEST_REQUEST and b"\r\n\r\n" not in data and b"\n\n" not in data:
+            if (left := end - time.monotonic()) <= 0:
+                raise TimeoutError
+            self.request.settimeout(left)
+            chunk = self.request.recv(LONGEST_REQUEST)
+            if not chunk:
+                break
+            data += chunk
+        self.request.settimeout(ANSWERED_WITHIN_S)
+        return data
 
     def _answer(self, method: str, path: str) -> None:
         route = self.routes.get(path)
@@ -59,19 +74,44 @@ class _Handler(StreamRequestHandler):
             status, kind, body = route()
         data = body.encode()
         head = f"HTTP/1.0 {status} {REASONS.get(status, '')}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
-        self.wfile.write(f"{head}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
+        self.request.sendall(f"{head}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
 
 
 class _Server(ThreadingMixIn, BaseServer):
     daemon_threads = allow_reuse_address = True
     request_queue_size = 64
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, bool] = {}
+        """Connections that are served, the oldest first, and whether each has asked."""
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread of its own; beyond so many, which none of ours ever needs, the connection is closed at once."""
-        if threading.active_count() > MOST_THREADS:
-            self.shutdown_request(request)
-        else:
-            super().process_request(request, client_address)
+        """In a thread of its own."""
+        with self._lock:
+            if len(self._open) >= MOST_AT_ONCE:
+                silent = next((one for one, asked in self._open.items() if not asked), request)
+                with contextlib.suppress(OSError):
+                    silent.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it
+                self._open.pop(silent, None)
+                if silent is request:
+                    request.close()
+                    return
+            self._open[request] = False
+        super().process_request(request, client_address)
+
+    def asked(self, request: socket.socket) -> None:
+        """It waits for its answer from now on."""
+        with self._lock:
+            if request in self._open:
+                self._open[request] = True
+
+    def shutdown_request(self, request: Any) -> None:
+        """It was answered, or gave up."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, *_: object) -> None:
         """A bug in an answer: say so, and serve on."""

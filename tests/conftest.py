@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+Closes = TypeVar("Closes", bound=Any)
 
 settings.register_profile(
     "ci",
@@ -33,3 +38,15 @@ def pytest_runtest_makereport(item):
 @pytest.fixture
 def rng() -> random.Random:
     return random.Random(7)
+
+
+@pytest.fixture
+def closing() -> Iterator[Callable[[Closes], Closes]]:
+    """Keeps what a test opens, and closes it at the end."""
+    with ExitStack() as opened:
+
+        def keep(one: Closes) -> Closes:
+            opened.callback(one.close)
+            return one
+
+        yield keep

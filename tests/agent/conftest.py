@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any, TypeVar
+from collections.abc import Iterator
 
 import pytest
 
 from tests.support.world import KubeWorld, World, ready_the_machine
 
-Closes = TypeVar("Closes", bound=Any)
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _swept() -> None:
     ready_the_machine()
-
-
-@pytest.fixture
-def closing() -> Iterator[Callable[[Closes], Closes]]:
-    """Keeps what a test opens, and closes it at the end."""
-    with ExitStack() as opened:
-
-        def keep(one: Closes) -> Closes:
-            opened.callback(one.close)
-            return one
-
-        yield keep
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from overlay.lab import netns
-from overlay.serve import MOST_THREADS, SOCKET_NAME, ask_unix
+from overlay.serve import ASKED_WITHIN_S, MOST_AT_ONCE, SOCKET_NAME, ask_unix
 from tests.support.wait import until
 from tests.support.world import vxlan_record
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE
@@ -79,17 +80,24 @@ def test_a_subnet_moves_only_by_the_stores_transaction(world):
     until("and the traffic", lambda: world.kernel("node1") == before)
 
 
-@pytest.mark.parametrize("door", ["unix", "tcp"])
-def test_rubbish_on_the_status_socket(world, door):
-    world.config()
+def with_door(world, kind):
+    """An agent, and how to connect to it."""
     agent = world.agent(world.node(1), "--node-name=node1", "--healthz-port=10299").wait_ready()
 
     def connect() -> socket.socket:
-        if door == "tcp":
+        if kind == "tcp":
             return netns.inside(world.namespace("node1"), lambda: socket.create_connection(("127.0.0.1", 10299), 5))
         made = socket.socket(socket.AF_UNIX)
         made.connect(str(agent.run_dir / SOCKET_NAME))
         return made
+
+    return agent, connect
+
+
+@pytest.mark.parametrize("door", ["unix", "tcp"])
+def test_rubbish_on_the_status_socket(world, door):
+    world.config()
+    agent, connect = with_door(world, door)
 
     rubbish = [
         b"", b"\n", b"\0" * 70_000, b"GET", b"GET /healthz", b"GET " + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
@@ -107,13 +115,43 @@ def test_rubbish_on_the_status_socket(world, door):
         except (BrokenPipeError, ConnectionResetError, OSError):
             pass
         open_ones.append(one)
-    silent = [until("a connection", connect) for _ in range(100)]
     threads = Path(f"/proc/{agent.process.pid}/task")
-    until("no more than so many threads", lambda: len(list(threads.iterdir())) <= MOST_THREADS + 2)
+    before = len(list(threads.iterdir()))
+    silent = [until("a connection", connect) for _ in range(100)]
+    until("no more than so many threads", lambda: len(list(threads.iterdir())) <= before + MOST_AT_ONCE)
     for one in (*open_ones, *silent):
         one.close()
     until("no thread is left behind", lambda: len(list(threads.iterdir())) < 14)
     assert until("it answers", agent.status)["problems"] == {}
+
+
+@pytest.mark.parametrize("door", ["unix", "tcp"])
+def test_who_trickles_is_in_nobodys_way(world, door):
+    """More of them than are served at once, each a byte now and then; and in the end each is let go."""
+    world.config()
+    _, connect = with_door(world, door)
+    tricklers = [connect() for _ in range(MOST_AT_ONCE)]
+    ended: set[int] = set()
+    asked = 0
+    for turn in range(40 * int(ASKED_WITHIN_S)):
+        for number, one in enumerate(tricklers):
+            try:
+                one.send(b"G")
+            except OSError:
+                ended.add(number)
+        if turn % 20 == 0:
+            with connect() as honest:
+                honest.settimeout(2)
+                honest.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                assert honest.recv(1000).startswith(b"HTTP/1.0 200"), turn
+                asked += 1
+        if len(ended) == len(tricklers):
+            break
+        time.sleep(0.05)
+    assert len(ended) == len(tricklers), "each has its time, and no more"
+    assert asked
+    for one in tricklers:
+        one.close()
 
 
 def test_no_secret_in_log_or_status(world):
