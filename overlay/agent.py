@@ -315,7 +315,7 @@ class Agent:
         return self._guard.checking()
 
     def _go_on_with_guard(self) -> None:
-        if self._due.guard_check and self._settings.vxlan_guard:
+        if self._due.guard_check and self._host.settings.vxlan_guard:
             self._due.guard_check = False
             self._guard.begin_check(self._guard_table())
         self._guard.check_slice()
@@ -328,7 +328,7 @@ class Agent:
 
     def _ensure_guard(self) -> None:
         table = self._guard_table()
-        if self._settings.vxlan_guard:
+        if self._host.settings.vxlan_guard:
             self._guard.ensure(table)
         else:
             self._guard.remove(table)
@@ -344,7 +344,7 @@ class Agent:
         config = self._config_now()
         assert config.v4 is not None
         table = antispoof.table(config.backend.vni)
-        if self._settings.pod_antispoof:
+        if self._host.settings.pod_antispoof:
             self._antispoof.ports(self._host.links.values(), self._host.bridges)
             self._antispoof.ensure(table, config.v4.network)
         else:
@@ -488,10 +488,13 @@ class Agent:
                 ip_masq=live.ip_masq,
                 fully_random=live.fully_random,
                 forward_rules=live.forward_rules,
+                underlay_cidr=", ".join(map(str, live.underlay_cidrs)) or "anywhere",
+                vxlan_guard=live.vxlan_guard,
+                pod_antispoof=live.pod_antispoof,
             )
             self._host.settings = live
             self.set_log_level(live.log_level)
-            self._due.nat = self._due.forward = self._due.files = True
+            self._due.nat = self._due.forward = self._due.files = self._due.guard = self._due.pods = True
 
     def _on_change(self, change: Lease | Refused | Gone) -> None:
         self._unreadable.pop(change.key, None)
@@ -801,7 +804,7 @@ class Agent:
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         addresses = self._host.underlay_addresses()
         widest = 1 if self._settings.kube else 2
-        retained, allowed = tuple(self._retained), self._settings.underlay_cidrs
+        retained, allowed = tuple(self._retained), self._host.settings.underlay_cidrs
         node = plan.node_of(self._config_now(), lease, under.on_link, addresses, retained, allowed, widest)
         if node == self._path.node and self._unplanned is None:
             return

@@ -184,15 +184,16 @@ class AntiSpoof:
         return 0 if self._table is None else self._sets.counted(self._table, SPOOFED)
 
     def remove(self, table: nf_wire.Table) -> None:
-        """No table of that name. Raises KernelError."""
+        """No table of that name, and nothing is bound: switched on again, it begins anew. Raises KernelError."""
         self._table, self._next = None, None
+        self._bound.clear()
         self._sets.remove(table.family, table.name)
 
     def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
         before, self._network = self._table, network
         if before is not None and before.name != wanted.name:
-            self.remove(before)
+            self._sets.remove(before.family, before.name)
         formed = self._sets.is_formed(wanted)
         if formed or before is None:
             # in a table of another form, which an agent of another version made, keys may be, too

@@ -16,7 +16,10 @@ ENV_PREFIX = "FLANNELD_"
 DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
 DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
-LIVE = ("log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules")
+LIVE = (
+    "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
+    "pod-antispoof",
+)  # fmt: skip
 """Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
 """flannel's: 24 hours (pkg/subnet/etcd/local_manager.go)."""
@@ -87,7 +90,8 @@ FLAGS = (
         "underlay-cidr",
         "list",
         (),
-        "where peers' public IPs must lie, comma-separated or repeated; others are refused; none = anywhere",
+        "where the addresses of peers must lie (PublicIP, and OverlaySource where a record has one), comma-separated or"
+        " repeated; others are refused; none = anywhere",
         ours=True,
     ),
     Flag(

@@ -121,6 +121,13 @@ def read_settings(
     return _settings(values), values["version"]
 
 
+_LIVE_KINDS: dict[str, tuple[type, str]] = {
+    "bool": (bool, "true or false"),
+    "str": (str, "a string"),
+    "list": (list, 'a list like ["192.168.0.0/16"]'),
+}
+
+
 def read_live(text: bytes, settings: Settings) -> Settings:
     """Settings with what --live-settings says now; what it does not name is as at the start.
 
@@ -139,14 +146,17 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         if flag is None or name not in LIVE:
             why = "there is no such flag" if flag is None else "it needs a restart: set it in the agent's arguments"
             raise SettingsError(f"{str(name)[:60]!a}: {why}; allowed here: {', '.join(LIVE)}")
-        if type(value) is not (bool if flag.kind == "bool" else str):
-            raise SettingsError(
-                f"{name}: {str(value)[:60]!a} must be {'true or false' if flag.kind == 'bool' else 'a string'}"
-            )
+        kind, words = _LIVE_KINDS[flag.kind]
+        if type(value) is not kind or (isinstance(value, list) and not all(type(one) is str for one in value)):
+            raise SettingsError(f"{name}: {str(value)[:60]!a} must be {words}")
         if name == "log-level" and value not in LOG_LEVELS:
             raise SettingsError(f"log-level: {str(value)[:60]!a} must be {', '.join(LOG_LEVELS)}")
         values[name] = value
+    cidrs = _prefixes(values, "underlay-cidr") if "underlay-cidr" in values else settings.underlay_cidrs
     return settings._replace(
+        underlay_cidrs=cidrs,
+        vxlan_guard=values.get("vxlan-guard", settings.vxlan_guard),
+        pod_antispoof=values.get("pod-antispoof", settings.pod_antispoof),
         log_level=values.get("log-level", settings.log_level),
         ip_masq=values.get("ip-masq", settings.ip_masq),
         fully_random=not values.get("ip-masq-fully-random-disable", not settings.fully_random),

@@ -243,8 +243,17 @@ def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
         until("on both", lambda: all(not r.flags & 4 for r in world.kernel("node2")["routes"].values()))
         world.config(Backend={"Type": "vxlan", "MTU": 1400})
         until("the MTU follows", lambda: world.device("node1").mtu == 1350)
+        tables = lambda: world.run("node1", "nft", "list", "tables")  # noqa: E731
+        world.config_file("overlayd.json", {"vxlan-guard": False, "pod-antispoof": False})
+        until("nothing is guarded", lambda: "guard" not in tables() and "pods" not in tables())
+        world.config_file("overlayd.json", {"vxlan-guard": True})
+        until("all is as the flags say", lambda: "guard" in tables() and "pods" in tables())
         until("for new pods too", lambda: '"mtu": 1350' in (agents[0].run_dir / "cni/10-flannel.conflist").read_text())
     assert stream.lost() == 0
+    world.config_file("overlayd.json", {"underlay-cidr": ["10.0.0.0/8"]})
+    until("no peer lies there", lambda: "outside --underlay-cidr 10.0.0.0/8" in str(agents[0].status()["refused"]))
+    world.config_file("overlayd.json", {})
+    until("it is a peer again", lambda: world.peers("node1") == 1)
     world.config_file("overlayd.json", {"iface": "eth1"})
     until("what needs a restart is named", lambda: "needs a restart" in problems(agents[0]))
     world.config_file("overlayd.json", "{")

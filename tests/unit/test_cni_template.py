@@ -121,6 +121,12 @@ def test_live_settings_are_laid_over_the_flags():
     found = read_live(b'{"log-level":"debug","ip-masq-fully-random-disable":true}', settings())
     assert (found.log_level, found.ip_masq, found.fully_random, found.forward_rules) == ("debug", True, False, True)
     assert read_live(b"{}", settings()) == settings()
+    found = read_live(
+        b'{"underlay-cidr":["192.168.0.0/16","10.0.0.0/8"],"vxlan-guard":false,"pod-antispoof":false}', settings()
+    )
+    assert list(map(str, found.underlay_cidrs)) == ["192.168.0.0/16", "10.0.0.0/8"]
+    assert not found.vxlan_guard
+    assert not found.pod_antispoof
 
 
 @pytest.mark.parametrize(
@@ -133,6 +139,9 @@ def test_live_settings_are_laid_over_the_flags():
         (b'{"ip-masq":"yes"}', "true or false"),
         (b'{"log-level":"loud"}', "debug, info, warning, error"),
         (b'{"log-level":3}', "a string"),
+        (b'{"underlay-cidr":"10.0.0.0/8"}', "a list like"),
+        (b'{"underlay-cidr":[7]}', "a list like"),
+        (b'{"underlay-cidr":["10.0.0.0/40"]}', "underlay-cidr: '10.0.0.0/40' must be an IPv4 prefix"),
     ],
 )
 def test_live_settings_that_cannot_be_are_named(text, words):

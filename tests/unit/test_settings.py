@@ -1,5 +1,7 @@
 """flanneld's flags and environment, with flanneld's meaning or a clear refusal."""
 
+from pathlib import Path
+
 import pytest
 
 from lease.model import ip_number
@@ -143,3 +145,13 @@ def test_a_password_is_never_shown():
 
 def test_typing_errors_in_the_environment_are_found():
     assert unknown_variables({"FLANNELD_IFCE": "x", "FLANNELD_IFACE": "y", "PATH": ""}) == ["FLANNELD_IFCE"]
+
+
+def test_the_readme_tells_every_flag():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    missing = [
+        flag.name
+        for flag in FLAGS
+        if not flag.refuse and f"`--{flag.name}" not in readme and f"`-{flag.name}" not in readme
+    ]
+    assert missing == []
