@@ -51,7 +51,8 @@ DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
 """After a refusal that contradicts what we believe it is read again: so long after the last time, or 20 times its cost."""
 PEERS_FIRST_S = 5.0
 """So long after the start the steps that can wait, wait for the peers."""
-FILES_CHECK_S = 5.0
+FILES_CHECK_S = 1.0
+"""Nobody tells of a file; of most sysctls the kernel does."""
 RETRY_S = 2.0
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
@@ -256,7 +257,8 @@ class Agent:
             self._due.guard = guarding
         if now >= self._next_files:
             self._next_files = now + FILES_CHECK_S
-            self._due.files = self._due.sysctl = True
+            self._due.sysctl = True
+            self._due.files = self._due.files or self._host.files_touched()
         for name in [name for name, at in self._retry_at.items() if at <= now]:
             del self._retry_at[name]
             setattr(self._due, name, True)
@@ -727,6 +729,9 @@ class Agent:
             self._due.nat = self._due.nat or not (guards or pods)
             self._due.forward = self._due.forward or not event.table
 
+    def _on_sysctl(self, _event: netlink.SysctlSeen) -> None:
+        self._due.sysctl = True
+
     # --- making it so ------------------------------------------------------------------------------------------------
 
     def _choose_underlay(self) -> None:
@@ -959,6 +964,7 @@ _OBSERVE: dict[type, Callable[[Agent, Any], None]] = {
     netlink.NeighbourMessages: lambda agent, event: agent._path.on_neighbour_messages(event.messages),
     netlink.Overrun: Agent._on_overrun,
     netlink.NftSeen: Agent._on_nft,
+    netlink.SysctlSeen: Agent._on_sysctl,
     Asked: Agent._on_asked,
     FileText: Agent._on_file,
     Looked: Agent._on_looked,

@@ -6,6 +6,7 @@ Belongs to the agent's owner thread.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ from overlay.settings import Settings
 if TYPE_CHECKING:
     from overlay.status import DeviceStatus
 
+Stamp = tuple[int, int, int]
+"""Inode, time of the last write (ns) and size."""
+
 
 class Host:
     """What of this node's kernel is not peers."""
@@ -46,8 +50,8 @@ class Host:
         """The choice itself changed, not only what there is."""
         self.mended: Counter[str] = Counter()
         """Files that somebody else altered or removed."""
-        self._written: dict[str, str] = {}
-        """Files that hold what we want, as we wrote or found them."""
+        self._written: dict[str, tuple[str, Stamp | None]] = {}
+        """Files that hold what we want, as we wrote or found them, and what tells that they were touched since."""
         self.bridges: set[str] = set()
         """Those that our network lists named."""
         self.listed = False
@@ -206,12 +210,12 @@ class Host:
     def _write(self, files: dict[str, str]) -> None:
         """Put files in place where they differ. Raises OSError."""
         for path, content in files.items():
-            altered = self._written.get(path) == content
+            altered, stamp = self._written.get(path, ("", None))[0] == content, _stamp(path)
             if cni.up_to_date(path, content):
-                self._written[path] = content
+                self._written[path] = content, stamp
                 continue
             cni.write_atomically(path, content)
-            self._written[path] = content
+            self._written[path] = content, _stamp(path)
             if altered:
                 self.mended["file"] += 1
                 log.warning(
@@ -219,6 +223,10 @@ class Host:
                 )
             else:
                 log.info("file.written", path=path)
+
+    def files_touched(self) -> bool:
+        """Whether a file that we keep is not the one that we saw last: a look at each that costs next to nothing."""
+        return any(_stamp(path) != stamp for path, (_, stamp) in self._written.items())
 
     def still_used(self, subnet: Prefix, tunnel: int) -> bool:
         """Whether pods of this node use a subnet that it lost: while an interface other than the tunnel has an address of
@@ -279,6 +287,15 @@ class Host:
             finally:
                 sets.close()
             forward.remove(masquerade.table_name(int(vni)))
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What differs when a file was written or replaced; None where there is none."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return None
+    return there.st_ino, there.st_mtime_ns, there.st_size
 
 
 def _read_text(path: str) -> str:

@@ -20,7 +20,7 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
 SO_RCVBUFFORCE, SO_ATTACH_FILTER = 33, 26
-RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE = 1, 3, 5, 7
+RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_NETCONF = 1, 3, 5, 7, 24
 NFNLGRP_NFTABLES = 7
 NFTA_TABLE = 1
 """The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
@@ -300,7 +300,13 @@ class NftSeen(NamedTuple):
     table: str
 
 
-KernelEvent = LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | NeighbourMessages | FdbSeen | Overrun | NftSeen
+class SysctlSeen(NamedTuple):
+    """Somebody wrote a sysctl of IPv4 that the kernel tells of: forwarding, rp_filter."""
+
+
+KernelEvent = (
+    LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | NeighbourMessages | FdbSeen | Overrun | NftSeen | SysctlSeen
+)
 
 
 def parse_event(message: wire.Message) -> KernelEvent | None:
@@ -321,7 +327,7 @@ def parse_event(message: wire.Message) -> KernelEvent | None:
     if kind in (wire.RTM_NEWADDR, wire.RTM_DELADDR):
         address = wire.parse_address(body)
         return None if address is None else AddressSeen(address, kind == wire.RTM_DELADDR)
-    return None
+    return SysctlSeen() if kind == wire.RTM_NEWNETCONF else None
 
 
 class _Listener(threading.Thread):
@@ -368,7 +374,7 @@ class Monitor(_Listener):
     """Turns rtnetlink's notifications into events."""
 
     def __init__(self, post: Callable[[KernelEvent], None], own_port: int) -> None:
-        groups = (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE)
+        groups = (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_NETCONF)
         super().__init__("monitor", NETLINK_ROUTE, groups, post)
         _drop_echoes(self._socket, own_port)
 
