@@ -22,23 +22,22 @@ from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from overlay import __version__, antispoof, cni, forward, guard, plan
+from overlay import __version__, cni, forward, plan
 from overlay.backends.vxlan import device_name
 from overlay.datapath import Datapath
+from overlay.defences import Defences
 from overlay.files import FileText
 from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
 from overlay.health import Health
 from overlay.host import Host
 from overlay.kernel import netlink
 from overlay.kernel.entries import TUNNEL, UNDERLAY
-from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
-from overlay.kernel.nf_wire import Table
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
 from overlay.rundir import DeviceLock
 from overlay.settings import Settings, SettingsError, read_live
-from overlay.underlay import UnderlayError
+from overlay.steps import Steps
 
 if TYPE_CHECKING:
     from overlay.status import LeaseStatus, Status  # 8 ms, when somebody asks
@@ -51,16 +50,13 @@ DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
 """After a refusal that contradicts what we believe it is read again: so long after the last time, or 20 times its cost."""
 PEERS_FIRST_S = 5.0
 """So long after the start the steps that can wait, wait for the peers."""
-FILES_CHECK_S = 1.0
-"""Nobody tells of a file; of most sysctls the kernel does."""
-RETRY_S = 2.0
+TURN_S = 1.0
+"""The loop turns at least so often: nobody tells of a file, nor of some sysctls; `healthy` means that it does."""
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
 FORWARD_GAP_S = 2.0
 LIST_LOOK_S = 0.2
 """Until the first network list stands: the node is not Ready before."""
-TURN_S, UNEASY_TURN_S = 5.0, 1.0
-"""The loop turns at least so often, and while something is wrong or kept back; `healthy` means that it does."""
 
 
 class Stop(NamedTuple):
@@ -81,16 +77,6 @@ class Asked(NamedTuple):
     """Somebody wants the status."""
 
     answer: queue.SimpleQueue[Status]
-
-
-class Due:
-    """Things to look at in this pass. All of them at the start, and at each full check."""
-
-    def __init__(self, dump: bool = True) -> None:
-        self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
-        self.strangers = True
-        self.dump = self.guard_check = self.pods = dump
-        self.guard = True
 
 
 class Agent:
@@ -126,12 +112,11 @@ class Agent:
         self.health = Health(clock)
         self._firewall = Firewall(self.post)
         self._lock = DeviceLock()
-        self._sets = NetfilterSocket()
-        self._guard = guard.Guard(self._sets, clock)
-        self._antispoof = antispoof.AntiSpoof(self._sets, self._requests, clock)
+        self._steps = Steps(self.health, clock)
+        self._due = self._steps.due
+        self._defences = Defences(self._requests, self._host, self._steps, self.health, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
-        self._path = Datapath(self._requests, clock, rng, self._guard)
-        self._due = Due()
+        self._path = Datapath(self._requests, clock, rng, self._defences.guard)
         self._started = clock()
         self._next_full = clock() + FULL_CHECK_S
         self._next_dump = 0.0
@@ -141,8 +126,7 @@ class Agent:
         self._looks, self._looks_cost, self._longest_slice = 0, 0.0, 0.0
         """How many were made, their CPU seconds in all, and those of the longest slice: an event waits for one at most."""
         self._peers_first_until = clock() + PEERS_FIRST_S
-        self._next_files = 0.0
-        self._retry_at: dict[str, float] = {}
+        self._next_turn = 0.0
         # the store's side
         self._unplanned: Leases | None = None
         """The records, until there is a plan for them; then the datapath's table has all but the one at our own key."""
@@ -191,7 +175,7 @@ class Agent:
     @property
     def ports(self) -> tuple[int, int]:
         """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not tell."""
-        return self._requests.port, self._sets.port
+        return self._requests.port, self._defences.port
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -215,13 +199,11 @@ class Agent:
 
     def _wait_s(self) -> float:
         now = self._clock()
-        calm = self._spoke and self.health.readiness()[0]
-        times = [now + (TURN_S if calm else UNEASY_TURN_S), self._next_full, self._next_files, *self._retry_at.values()]
+        times = [self._next_full, self._next_turn, *self._steps.times()]
         # what was refused waits for its retry; whoever waits for another agent has nothing to do at a time
         asked = [self._path.rec.next_retry()]
         if "another agent" not in self.health.problems():
-            asked += [self._guard.next_change()] if "guard" not in self._retry_at else []
-            asked += [self._antispoof.next_look()] if "pods" not in self._retry_at else []
+            asked += self._defences.next_looks()
         times += [at for at in asked if at is not None]
         return max(0.0, min(times) - now)
 
@@ -252,42 +234,40 @@ class Agent:
         now = self._clock()
         if now >= self._next_full:
             self._next_full = now + FULL_CHECK_S
-            guarding = self._due.guard  # in one go after an event alone
-            self._due = Due(dump=self._due.dump or now >= self._next_dump)
-            self._due.guard = guarding
-        if now >= self._next_files:
-            self._next_files = now + FILES_CHECK_S
+            # the guard in one go after an event alone
+            self._due.everything(dump=self._due.dump or now >= self._next_dump, guard=self._due.guard)
+        if now >= self._next_turn:
+            self._next_turn = now + TURN_S
             self._due.sysctl = True
             self._due.files = self._due.files or self._host.files_touched()
-        for name in [name for name, at in self._retry_at.items() if at <= now]:
-            del self._retry_at[name]
-            setattr(self._due, name, True)
-        self._step("links", self._read_links)
-        self._step("underlay", self._choose_underlay)
+        self._steps.begin()
+        step = self._steps.step
+        step("links", self._read_links)
+        step("underlay", self._choose_underlay)
         self._claim()
         more = False
         if self._held is not None and self._config is not None and self._host.underlay is not None and self._alone():
-            self._step("device", self._ensure_device)
+            step("device", self._ensure_device)
             self._plan()
             if self._path.node is not None:
-                more = self._look_at_guard()
+                more = self._defences.look_at_guard(self._config)
             if self._path.node is not None and TUNNEL in self._path.rec.devices:
                 more |= self._look_at_kernel()
             if self._path.dumped:
                 more |= self._path.apply()
                 if self._path.rec.look_again:
                     self._path.rec.look_again = False
-                    self._retry_at.setdefault("dump", max(self._clock(), self._no_doubt_before))
+                    self._steps.again("dump", max(self._clock(), self._no_doubt_before))
                 if self._path.rec.device_gone:  # told soon; where that got lost:
-                    self._retry_at.setdefault("links", self._clock() + RETRY_S)
-                    self._retry_at.setdefault("device", self._clock() + RETRY_S)
+                    self._steps.again("links")
+                    self._steps.again("device")
             if more and self._clock() < self._peers_first_until:
                 return True
             self._look_at_rules()
-            self._step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
+            step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
             if self._firewall.looked >= {NAT, FORWARD}:  # no pod before its masquerade
-                self._step("files", self._ensure_files)
-            self._look_at_pods()
+                step("files", self._ensure_files)
+            self._defences.look_at_pods(self._config)
         self._tell()
         return more
 
@@ -304,64 +284,6 @@ class Agent:
         self.health.tell("another agent", "" if pid is None else words)
         return pid is None
 
-    def _look_at_guard(self) -> bool:
-        """Who may send VXLAN to us: before the first route of a peer, since its answer may be quick. Whether a check of it
-        goes on."""
-        if self._due.guard:
-            self._due.guard_check = False
-        self._step("guard", self._ensure_guard)
-        if "guard" in self._retry_at:
-            return False
-        self._tried("guard", self._go_on_with_guard)
-        self._step("strangers", self._name_strangers)
-        return self._guard.checking()
-
-    def _go_on_with_guard(self) -> None:
-        if self._due.guard_check and self._host.settings.vxlan_guard:
-            self._due.guard_check = False
-            self._guard.begin_check(self._guard_table())
-        self._guard.check_slice()
-        self._guard.apply()
-
-    def _guard_table(self) -> Table:
-        config = self._config_now()
-        assert config.v4 is not None
-        return guard.table(config.backend.vni, config.backend.port, config.v4.network)
-
-    def _ensure_guard(self) -> None:
-        table = self._guard_table()
-        if self._host.settings.vxlan_guard:
-            self._guard.ensure(table)
-        else:
-            self._guard.remove(table)
-
-    def _look_at_pods(self) -> None:
-        """That each pod sends from its own addresses."""
-        at = self._antispoof.next_look() if "pods" not in self._retry_at else None
-        if not self._due.pods and at is not None and at <= self._clock():
-            self._tried("pods", self._antispoof.look)
-        self._step("pods", self._ensure_pods)
-
-    def _ensure_pods(self) -> None:
-        config = self._config_now()
-        assert config.v4 is not None
-        table = antispoof.table(config.backend.vni)
-        if self._host.settings.pod_antispoof:
-            self._antispoof.ports(self._host.links.values(), self._host.bridges)
-            self._antispoof.ensure(table, config.v4.network)
-        else:
-            self._antispoof.remove(table)
-
-    def _name_strangers(self) -> None:
-        there = ", ".join(self._guard.strangers())
-        self.health.tell(
-            "strange frames",
-            there
-            and f"VXLAN of our VNI comes from {there}, an address that no peer's record has: it is dropped. If those are"
-            " nodes of this network whose frames leave by another address than their PublicIP: --public-ip there, or"
-            " --vxlan-guard=false here",
-        )
-
     def _look_at_kernel(self) -> bool:
         """A slice of a look through the kernel, where one is due or under way; whether there is more of it. What is due
         while one is under way is looked at by the next."""
@@ -373,8 +295,7 @@ class Agent:
         try:
             more = self._path.look(self._host.links)
         except OSError as error:  # the kernel's word, or no descriptor for a socket
-            self.health.problem("dump", str(error))
-            self._retry_at["dump"] = self._clock() + RETRY_S
+            self._steps.refused("dump", str(error))
             return False
         spent = time.thread_time() - began
         self._look_cost += spent
@@ -386,27 +307,6 @@ class Agent:
             self._next_dump = self._clock() + max(FULL_CHECK_S, self._look_cost * LOOK_SHARE)
             self._no_doubt_before = self._clock() + max(DOUBT_GAP_S, self._look_cost * DOUBT_SHARE)
         return more or self._due.dump
-
-    def _step(self, name: str, act: Callable[[], None]) -> None:
-        """Do a step that is due; a refusal is a problem of that name, and retried."""
-        if not getattr(self._due, name):
-            return
-        setattr(self._due, name, False)
-        if self._tried(name, act):
-            self.health.solved(name)
-
-    def _tried(self, name: str, act: Callable[[], None]) -> bool:
-        """Whether it was not refused; a refusal is a problem of that name, and its step is due again a moment later."""
-        try:
-            act()
-        except (OSError, UnderlayError) as error:
-            words = str(error)
-            if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
-                words = f"{error.filename}: {error.strerror}"
-            self.health.problem(name, words)
-            self._retry_at[name] = self._clock() + RETRY_S
-            return False
-        return True
 
     # --- what the store says -----------------------------------------------------------------------------------------
 
@@ -555,7 +455,7 @@ class Agent:
         if config != self._config:
             log.info("config", network=str(config.v4.network), subnets=str(config.v4), **_backend_fields(config))
             self._config = config
-            self._due = Due()
+            self._due.everything()
         self.health.solved("config")
 
     def _fits(self, config: NetworkConfig, subnet: Prefix) -> bool:
@@ -632,7 +532,7 @@ class Agent:
         if lease.v4.subnet in self._retained:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
-        self._pods_are_behind()
+        self._links_changed()
         self.health.solved("lease")
 
     def _elsewhere(self, lease: Lease) -> None:
@@ -678,13 +578,10 @@ class Agent:
     def _read_links(self) -> None:
         if self._host.read_links():
             self._due.underlay = self._due.device = self._due.files = True
-        self._pods_are_behind()
-        self._antispoof.ports(self._host.links.values(), self._host.bridges)
+        self._links_changed()
 
-    def _pods_are_behind(self) -> None:
-        """Tell the guard by which interfaces packets of pods come."""
-        if self._held is not None and (config := self._config_now()).v4 is not None:
-            self._guard.pods_behind(self._host.interfaces_in(config.v4.network))
+    def _links_changed(self) -> None:
+        self._defences.links_changed(self._config if self._held is not None else None)
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
         was_up = (tunnel := self._path.rec.devices.get(TUNNEL)) is not None and tunnel.up
@@ -716,17 +613,15 @@ class Agent:
         self._overruns += 1
         log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
         self._path.events_lost()
-        self._due = Due()
+        self._due.everything()
 
     def _on_nft(self, event: netlink.NftSeen) -> None:
         if event.table == forward.SHARED_TABLE:
             # kube-proxy writes there, too: looked at a moment later, and once for all its changes of that time
-            self._retry_at.setdefault("forward", self._clock() + FORWARD_GAP_S)
+            self._steps.again("forward", self._clock() + FORWARD_GAP_S)
         else:
-            guards, pods = event.table.endswith(guard.SUFFIX), event.table.endswith(antispoof.SUFFIX)
-            self._due.guard = self._due.guard or guards or not event.table
-            self._due.pods = self._due.pods or pods or not event.table
-            self._due.nat = self._due.nat or not (guards or pods)
+            ours = self._defences.touched(event.table)
+            self._due.nat = self._due.nat or not ours
             self._due.forward = self._due.forward or not event.table
 
     def _on_sysctl(self, _event: netlink.SysctlSeen) -> None:
@@ -777,9 +672,10 @@ class Agent:
         self._firewall.took(looked)
         self._counters["nat"] += looked.mended
         for what in looked.what:
-            self.health.tell(what, looked.refused.get(what, ""))
             if what in looked.refused:
-                self._retry_at[what] = self._clock() + RETRY_S
+                self._steps.refused(what, looked.refused[what])
+            else:
+                self.health.solved(what)
         if FORWARD in looked.what and FORWARD not in looked.refused:
             self.health.tell("forward chain", looked.blocked)
 
@@ -793,10 +689,10 @@ class Agent:
             self.health.problem("cni", f"{self._settings.cni_conf_template}: {error}")
         else:
             self.health.solved("cni")
-            self._antispoof.ports(self._host.links.values(), self._host.bridges)  # known since
+            self._links_changed()  # bridges are known since
             self.health.tell("bridge filter", self._host.bridge_filter())
             if not self._host.listed:
-                self._retry_at["files"] = self._clock() + LIST_LOOK_S
+                self._steps.again("files", self._clock() + LIST_LOOK_S)
 
     def _plan(self) -> None:
         """Wanted entries anew when anything but single records changed."""
@@ -880,12 +776,7 @@ class Agent:
         from overlay.status import Status
 
         config, rec, problems = self._config, self._path.rec, self.health.problems()
-        mended = (
-            self._counters
-            + self._host.mended
-            + rec.mended
-            + Counter(guard=self._guard.mended, pods=self._antispoof.mended)
-        )
+        mended = self._counters + self._host.mended + rec.mended + self._defences.mended()
         device = rec.devices.get(TUNNEL)
         in_order = device is not None and "device" not in problems
         return Status(
@@ -907,7 +798,7 @@ class Agent:
             | {f"writes_{kind}": count for kind, count in rec.writes.items()}
             | {
                 "monitor_overruns": self._overruns,
-                **{f"dropped_{who}": count for who, count in self._dropped().items()},
+                **{f"dropped_{who}": count for who, count in self._defences.dropped().items()},
                 "full_checks": self._looks,
                 "full_checks_cpu_ms": round(self._looks_cost * 1000),
                 "full_check_longest_slice_us": round(self._longest_slice * 1e6),
@@ -915,12 +806,6 @@ class Agent:
             uptime_s=round(self._clock() - self._started, 1),
             differing=rec.differing(),
         )
-
-    def _dropped(self) -> dict[str, int]:
-        try:
-            return {**self._guard.dropped(), "spoofed": self._antispoof.dropped()}
-        except OSError:  # told by the step that keeps it
-            return {}
 
     def _lease_status(self) -> LeaseStatus | None:
         from overlay.status import LeaseStatus

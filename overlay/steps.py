@@ -1,0 +1,98 @@
+"""What is due to be looked at, and the steps that do it: one that is refused is a problem of its name until it is solved,
+and due again a moment later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from overlay.health import Health
+from overlay.kernel.netlink import KernelError
+from overlay.underlay import UnderlayError
+
+RETRY_S = 2.0
+
+
+class Due:
+    """Things to look at in this pass."""
+
+    links: bool
+    underlay: bool
+    device: bool
+    nat: bool
+    forward: bool
+    sysctl: bool
+    files: bool
+    strangers: bool
+    dump: bool
+    """The kernel is to be read whole: peers' entries, the addresses that are let in, pods' ports."""
+    guard: bool
+    """The guard's table is to be read whole, in one go; `guard_check`: in slices."""
+    guard_check: bool
+    pods: bool
+
+    def __init__(self) -> None:
+        self.everything()
+
+    def everything(self, dump: bool = True, guard: bool = True) -> None:
+        """As at the start. dump, guard: whether those that cost more with more peers are among it."""
+        self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
+        self.strangers = True
+        self.dump = self.guard_check = self.pods = dump
+        self.guard = guard
+
+
+class Steps:
+    """What is due, now or later."""
+
+    def __init__(self, health: Health, clock: Callable[[], float]) -> None:
+        self._health, self._clock = health, clock
+        self.due = Due()
+        self._retry_at: dict[str, float] = {}
+
+    def step(self, name: str, act: Callable[[], None]) -> None:
+        """Do a step if it is due."""
+        if not getattr(self.due, name):
+            return
+        setattr(self.due, name, False)
+        if self.tried(name, act):
+            self._health.solved(name)
+
+    def tried(self, name: str, act: Callable[[], None]) -> bool:
+        """Whether it was not refused."""
+        try:
+            act()
+        except (OSError, UnderlayError) as error:
+            self.refused(name, words_of(error))
+            return False
+        return True
+
+    def refused(self, name: str, words: str) -> None:
+        """A step cannot be done: a problem, and due again."""
+        self._health.problem(name, words)
+        self._retry_at[name] = self._clock() + RETRY_S
+
+    def again(self, name: str, at: float | None = None) -> None:
+        """A step is due again then (None: after the usual time), or earlier where it is already."""
+        self._retry_at.setdefault(name, self._clock() + RETRY_S if at is None else at)
+
+    def waits(self, name: str) -> bool:
+        """Whether a step was refused, and is not due again yet."""
+        return name in self._retry_at
+
+    def times(self) -> Iterable[float]:
+        """When something is due again."""
+        return self._retry_at.values()
+
+    def begin(self) -> None:
+        """A pass begins: what waited long enough is due."""
+        now = self._clock()
+        for name in [name for name, at in self._retry_at.items() if at <= now]:
+            del self._retry_at[name]
+            setattr(self.due, name, True)
+
+
+def words_of(error: Exception) -> str:
+    """What was refused, and where: of a file its name stands first."""
+    if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
