@@ -264,7 +264,7 @@ class Agent:
             if more and self._clock() < self._peers_first_until:
                 return True
             self._look_at_rules()
-            step("sysctl", lambda: self._host.ensure_sysctls(self._config_now()))
+            step("sysctl", self._ensure_sysctls)
             if self._firewall.looked >= {NAT, FORWARD}:  # no pod before its masquerade
                 step("files", self._ensure_files)
             self._defences.look_at_pods(self._config)
@@ -679,6 +679,10 @@ class Agent:
         if FORWARD in looked.what and FORWARD not in looked.refused:
             self.health.tell("forward chain", looked.blocked)
 
+    def _ensure_sysctls(self) -> None:
+        self._host.ensure_sysctls(self._config_now())
+        self.health.tell("bridge filter", self._host.bridge_filter())
+
     def _ensure_files(self) -> None:
         rec = self._path.rec
         # an entry that the kernel refuses (and is told and tried again) does not keep the whole node from its pods
@@ -690,7 +694,6 @@ class Agent:
         else:
             self.health.solved("cni")
             self._links_changed()  # bridges are known since
-            self.health.tell("bridge filter", self._host.bridge_filter())
             if not self._host.listed:
                 self._steps.again("files", self._clock() + LIST_LOOK_S)
 

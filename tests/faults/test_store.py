@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from overlay.lab import netns, topology
 from tests.support.etcd import Etcd
-from tests.support.pki import authority, openssl, request
+from tests.support.pki import EXPIRED, authority, request, signed
 from tests.support.wait import until
 
 AWAY_S = 15.0
+SLOW_S, PROXY_PORT = 2.0, 2399
 HOLE = (
     "add table ip hole; add chain ip hole o { type filter hook output priority 0; };"
-    " add rule ip hole o tcp dport 2379 drop"
+    " add rule ip hole o tcp dport { 2379, 6443 } drop"
 )
 
 
@@ -131,10 +133,6 @@ def test_nospace(scene):
     """Reads go on, writes are refused (the control): what needs none works, and the lease outlives it."""
     scene.begin("--subnet-lease-ttl=30")
     etcd = scene.world.etcd
-    member = etcd.ask("/v3/maintenance/status", {})["header"]["member_id"]
-
-    def alarm(action: str) -> None:
-        etcd.ask("/v3/maintenance/alarm", {"action": action, "memberID": member, "alarm": "NOSPACE"})
 
     def refused() -> bool:
         with pytest.raises(AssertionError, match="database space exceeded"):
@@ -143,12 +141,12 @@ def test_nospace(scene):
 
     def recover() -> bool:
         time.sleep(40)  # longer than the lease
-        alarm("DEACTIVATE")
+        etcd.no_space("DEACTIVATE")
         scene.world.put_peer(99)
         return True
 
     lost = scene.suffer(
-        "etcd out of space for 40 s, leases of 30 s", "NOSPACE alarm", lambda: alarm("ACTIVATE"), refused, 60, recover,
+        "etcd out of space for 40 s, leases of 30 s", "NOSPACE alarm", lambda: etcd.no_space("ACTIVATE"), refused, 60, recover,
         lambda: _caught_up(scene, 99) and scene.agents[0].ready(),
     )  # fmt: skip
     assert lost == 0
@@ -157,8 +155,8 @@ def test_nospace(scene):
 class SlowProxy:
     """Passes bytes on after a delay, in the underlay's namespace."""
 
-    def __init__(self, world, port: int, delay_s: float) -> None:
-        self.delay_s, self._target, self._ending = delay_s, (topology.GATEWAY, 2379), threading.Event()
+    def __init__(self, world, port: int, target: int) -> None:
+        self.delay_s, self._target, self._ending = 0.0, (topology.GATEWAY, target), threading.Event()
         self._where = topology.underlay_name(world.lab)
         self._listening = netns.inside(self._where, lambda: socket.create_server((topology.GATEWAY, port)))
         self._listening.settimeout(0.2)
@@ -196,44 +194,52 @@ class SlowProxy:
             one.close()
 
 
-def test_slow_answers(scene):
-    """Two seconds each way: it is slow, and works."""
-    proxy = SlowProxy(scene.world, 2399, 0.0)
+@contextlib.contextmanager
+def _proxied(scene, target: int) -> Iterator[SlowProxy]:
+    proxy = SlowProxy(scene.world, PROXY_PORT, target)
     try:
-        scene.begin(f"--etcd-endpoints=http://{topology.GATEWAY}:2399")
-        proxy.delay_s = 2.0
-        scene.world.put_peer(99)
-        lost = scene.suffer(
-            "etcd answers after 4 s", "a proxy that holds each packet for 2 s each way", lambda: None, lambda: True, 60,
-            whole=lambda: _caught_up(scene, 99),
-        )  # fmt: skip
-        assert lost == 0
-        again = scene.world.restart(scene.agents[0], f"--etcd-endpoints=http://{topology.GATEWAY}:2399").wait_ready(60)
-        assert again.ready()
+        yield proxy
     finally:
         proxy.close()
 
 
-def _certificates(folder) -> None:
-    """A CA; a server's certificate for two days, and one that ended yesterday."""
+def _slow(scene, store: str, proxy: SlowProxy, flags: str) -> None:
+    """Two seconds each way: it is slow, and works; a start does, too."""
+    scene.begin(flags)
+    proxy.delay_s = SLOW_S
 
-    folder.mkdir()
-    authority(folder)
-    request(folder, "server")
-    (folder / "ca.conf").write_text(
-        "[ca]\ndefault_ca=c\n[c]\ndatabase=index\nserial=serial\nnew_certs_dir=.\ndefault_md=sha256\npolicy=p\n"
-        f"x509_extensions=e\nunique_subject=no\n[p]\ncommonName=supplied\n[e]\nsubjectAltName=IP:{topology.GATEWAY}\n"
-    )
-    (folder / "index").touch()
-    (folder / "serial").write_text("01\n")
-    signing = "ca -batch -config ca.conf -cert ca.crt -keyfile ca.key -in server.csr -notext"
-    openssl(folder, f"{signing} -out good.crt -days 2")
-    openssl(folder, f"{signing} -out expired.crt -startdate 20250101000000Z -enddate 20250102000000Z")
+    def bites() -> bool:
+        time.sleep(SLOW_S)
+        return not _caught_up(scene, 99)
+
+    lost = scene.suffer(
+        f"{store} answers after {2 * SLOW_S:.0f} s, to a record that is put then",
+        f"a proxy that holds each packet for {SLOW_S:.0f} s each way",
+        lambda: scene.world.put_peer(99), bites, 60, whole=lambda: _caught_up(scene, 99),
+    )  # fmt: skip
+    assert lost == 0
+    again = scene.world.restart(scene.agents[0], flags).wait_ready(60)
+    assert again.ready()
+
+
+def test_slow_answers(scene):
+    with _proxied(scene, 2379) as proxy:
+        _slow(scene, "etcd", proxy, f"--etcd-endpoints=http://{topology.GATEWAY}:{PROXY_PORT}")
+
+
+def test_slow_answers_of_the_api_server(kube_scene):
+    kube = kube_scene.world.kube
+    with _proxied(kube_scene, kube.port) as proxy:
+        _slow(kube_scene, "API server", proxy, f"--kubeconfig-file={kube.kubeconfig(name='slow', port=PROXY_PORT)}")
 
 
 def test_expired_certificates(scene):
     world, folder = scene.world, scene.world.folder / "pki"
-    _certificates(folder)
+    folder.mkdir()
+    authority(folder)
+    request(folder, "server")
+    signed(folder, "server", "good.crt", topology.GATEWAY, "-days 2")
+    signed(folder, "server", "expired.crt", topology.GATEWAY, EXPIRED)
     shutil.copy(folder / "good.crt", folder / "server.crt")
     world.etcd.close()
     urls = f"https://{topology.GATEWAY}:2379,http://{topology.GATEWAY}:2388"
@@ -257,28 +263,87 @@ def test_expired_certificates(scene):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_the_api_server(kube_scene, how):
-    scene = kube_scene.begin()
-    kube = scene.world.kube
+    kube = kube_scene.begin().world.kube
+    killed = how == signal.SIGKILL
+    _away(
+        kube_scene, f"API server {'killed' if killed else 'frozen'}", f"{how.name}, back 15 s after it is noticed",
+        kube.stop if killed else kube.freeze, kube.start if killed else kube.thaw,
+    )  # fmt: skip
+    assert kube_scene.agents[0].status()["problems"] == {}
 
-    def recover() -> bool:
-        cpu, lines = scene.idle_cost(AWAY_S)
-        assert cpu < 0.03
-        assert lines < 12
-        if how == signal.SIGKILL:
-            kube.start()
-        else:
-            kube.process.send_signal(signal.SIGCONT)
-        kube.peer("late", "10.244.99.0/24", "192.168.1.99", "0a:00:00:00:01:63")
+
+def test_a_black_hole_before_the_api_server(kube_scene):
+    world = kube_scene.begin().world
+    _away(
+        kube_scene, "a black hole on the way to the API server", "nft drops what goes to it",
+        lambda: world.run("node1", "nft", HOLE), lambda: world.run("node1", "nft", "delete table ip hole"),
+    )  # fmt: skip
+
+
+def test_an_api_server_with_an_expired_certificate(kube_scene):
+    """Of the same authority as the good one."""
+    kube = kube_scene.begin().world.kube
+    request(kube.folder, "late")
+    signed(kube.folder, "late", "late.crt", topology.GATEWAY, EXPIRED, ca="tls")
+
+    def worse() -> None:
+        kube.stop()
+        kube.launch("late")
+
+    def better() -> None:
+        kube.stop()
+        kube.start()
+
+    _away(
+        kube_scene, "API server with an expired certificate", "started again with one that ended long ago", worse, better,
+        lambda: "expired" in kube_scene.agents[0].status()["store_down"],
+    )  # fmt: skip
+
+
+def test_an_api_server_that_only_reads(kube_scene):
+    """Its etcd is out of space. All goes on, and an agent that starts meanwhile finds its Node as it should be."""
+    world = kube_scene.begin().world
+    kube = world.kube
+
+    def refused() -> bool:
+        with pytest.raises(AssertionError, match="database space exceeded"):
+            kube.annotate("node2", anything="x")
         return True
 
-    def stop() -> None:
-        kube.process.send_signal(how)
-        if how == signal.SIGKILL:
-            kube.process.wait()
+    def better() -> None:
+        kube_scene.agents[0] = world.restart(kube_scene.agents[0]).wait_ready()
+        kube.etcd.no_space("DEACTIVATE")
 
-    lost = scene.suffer(
-        f"API server {'killed' if how == signal.SIGKILL else 'frozen'}, 15 s after it is noticed back", how.name, stop,
-        lambda: scene.agents[0].status()["store_down"], 60, recover, lambda: _caught_up(scene, 99),
+    _away(
+        kube_scene, "API server read-only for 15 s, then the agent is started again", "NOSPACE alarm of its etcd",
+        lambda: kube.etcd.no_space("ACTIVATE"), better, refused,
+    )  # fmt: skip
+    assert kube_scene.agents[0].status()["problems"] == {}
+
+
+def test_an_api_server_whose_etcd_is_restored_from_an_older_backup(kube_scene):
+    """Revisions go backwards, and a Node that came later is gone."""
+    world = kube_scene.begin().world
+    kube = world.kube
+    data, backup = kube.etcd.folder / "data", world.folder / "backup"
+
+    def exchange(first: Path, second: Path, wipe: bool) -> None:
+        kube.stop()
+        kube.etcd.kill()
+        if wipe:
+            shutil.rmtree(second)
+        shutil.copytree(first, second)
+        kube.etcd.start()
+        kube.start()
+
+    exchange(data, backup, False)
+    until("they are back", lambda: not any(agent.status()["store_down"] for agent in kube_scene.agents), 60)
+    world.put_peer(97)
+    until("a later peer", lambda: world.peers("node1") == 2)
+    lost = kube_scene.suffer(
+        "API server's etcd restored from an older backup", "both killed, its data replaced by a copy of before, started",
+        lambda: exchange(backup, data, True), lambda: world.peers("node1") == 1,
+        whole=lambda: world.peers("node1") == 1 and kube_scene.agents[0].ready()
+        and not kube_scene.agents[0].status()["store_down"],
     )  # fmt: skip
     assert lost == 0
-    assert json.dumps(scene.agents[0].status()["problems"]) == "{}"

@@ -121,6 +121,11 @@ class Etcd:
     def revision(self) -> int:
         return int(self.ask("/v3/kv/range", {"key": _b64("x")})["header"]["revision"])
 
+    def no_space(self, action: str) -> None:
+        """The alarm that makes it read-only. action: ACTIVATE or DEACTIVATE."""
+        member = self.ask("/v3/maintenance/status", {})["header"]["member_id"]
+        self.ask("/v3/maintenance/alarm", {"action": action, "memberID": member, "alarm": "NOSPACE"})
+
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
 

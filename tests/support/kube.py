@@ -52,7 +52,8 @@ class Kube:
     def url(self) -> str:
         return f"https://{self.host}:{self.port}"
 
-    def kubeconfig(self, user: str = "agent", name: str = "", token: str = "") -> str:
+    def kubeconfig(self, user: str = "agent", name: str = "", token: str = "", port: int = 0) -> str:
+        """port: of a proxy beside it."""
         path = self.folder / (name or f"{user}.kubeconfig")
         path.write_text(
             json.dumps(
@@ -63,7 +64,10 @@ class Kube:
                     "clusters": [
                         {
                             "name": "k",
-                            "cluster": {"server": self.url, "certificate-authority": str(self.folder / "tls.crt")},
+                            "cluster": {
+                                "server": f"https://{self.host}:{port or self.port}",
+                                "certificate-authority": str(self.folder / "tls.crt"),
+                            },
                         }
                     ],
                     "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}],
@@ -74,10 +78,24 @@ class Kube:
         return str(path)
 
     def start(self) -> None:
+        """Raises AssertionError when it does not come up."""
+        self.launch()
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.folder / "apiserver.log").read_text()[-2000:]
+            with contextlib.suppress(OSError, AssertionError):
+                if self.ask("GET", "/readyz", raw=True) == "ok":
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"the API server does not come up: {(self.folder / 'apiserver.log').read_text()[-2000:]}")
+
+    def launch(self, certificate: str = "tls") -> None:
+        """Without waiting. certificate: its files, less .crt and .key."""
         command = [
             program("kube-apiserver"), f"--etcd-servers={self.etcd.endpoint}", f"--secure-port={self.port}",
             f"--bind-address={self.host}", f"--advertise-address={self.host if self.namespace else '192.0.2.1'}",
-            f"--tls-cert-file={self.folder}/tls.crt", f"--tls-private-key-file={self.folder}/tls.key",
+            f"--tls-cert-file={self.folder}/{certificate}.crt", f"--tls-private-key-file={self.folder}/{certificate}.key",
             f"--token-auth-file={self.tokens}", "--authorization-mode=Node,RBAC",
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={self.folder}/sa.key", f"--service-account-signing-key-file={self.folder}/sa.key",
@@ -88,14 +106,6 @@ class Kube:
             command = ["nsenter", f"--net={netns.path(self.namespace)}", *command]
         with (self.folder / "apiserver.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            assert self.process.poll() is None, (self.folder / "apiserver.log").read_text()[-2000:]
-            with contextlib.suppress(OSError, AssertionError):
-                if self.ask("GET", "/readyz", raw=True) == "ok":
-                    return
-            time.sleep(0.1)
-        raise AssertionError(f"the API server does not come up: {(self.folder / 'apiserver.log').read_text()[-2000:]}")
 
     def authorize(self) -> None:
         """The ClusterRole of our manifest, for the agent."""

@@ -324,6 +324,11 @@ class KubeWorld(World):
             f"--live-settings={where}/overlayd.json",
         ]  # fmt: skip
 
+    def put_peer(self, number: int, **more: Any) -> None:
+        """The Node of a peer that is none."""
+        mac = made_up_peer(number)["BackendData"]["VtepMAC"]
+        self.kube.peer(f"peer{number}", f"10.244.{number}.0/24", f"192.168.1.{number}", mac, **more)
+
     def close_store(self) -> None:
         self.kube.close()
 

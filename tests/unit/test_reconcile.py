@@ -3,6 +3,7 @@
 import errno
 import random
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +28,10 @@ from overlay.reconcile import SLICE, Device, Reconciler, retry_delay_s
 IFINDEX = 7
 
 
+class Killed(Exception):
+    """In the middle of what it did."""
+
+
 class ModelKernel:
     """Takes our real messages apart and keeps what a kernel would keep, with the refusals a kernel has."""
 
@@ -37,6 +42,8 @@ class ModelKernel:
         self.gone, self.refuse_drops = False, errno.ESRCH
         """Its device, and what is said to removals then."""
         self.log: list[tuple[str, Kind, object]] = []
+        self.left: int | None = None
+        """So many messages more until whoever sends them is killed."""
         self._seq = 0
 
     def take_seqs(self, count: int) -> int:
@@ -49,6 +56,10 @@ class ModelKernel:
         for message in wire.split(b"".join(messages)):
             assert before < message.seq < first + count, "numbered in order, from `first`"
             before = message.seq
+            if self.left is not None:
+                if self.left == 0:
+                    raise Killed
+                self.left -= 1
             code = self._do(message)
             if code:
                 refused[message.seq - first] = Refusal(code, "")
@@ -459,7 +470,8 @@ def test_backoff_grows_to_half_a_minute():
 
 
 class Interleaved(RuleBasedStateMachine):
-    """Wanted changes, others meddle (seen or unseen), the kernel refuses, devices fall: the end is always wanted."""
+    """Wanted changes, others meddle (seen or unseen), the kernel refuses, devices fall, the agent is killed within it all and
+    started again: the end is always wanted."""
 
     @initialize()
     def start(self) -> None:
@@ -551,6 +563,17 @@ class Interleaved(RuleBasedStateMachine):
     def planned_anew(self) -> None:
         self.rec.know_nothing(self.rec.wanted)
         self.full_check()
+
+    @rule(after=st.integers(0, 6))
+    def killed_and_started_again(self, after: int) -> None:
+        """Within a batch, or between two: nothing is left of what it believed; the kernel is as it left it."""
+        self.kernel.left = after
+        with suppress(Killed):
+            self.rec.apply()
+        self.kernel.left, self.kernel.gone = None, False  # the new one makes a device that is not there
+        self.rec = It(self.kernel, self.clock)
+        self.rec.wanted.of.update({n: peer(n, mac) for n, mac in self.wanted.items()})
+        self.planned_anew()
 
     @invariant()
     def what_differs_is_counted(self) -> None:
