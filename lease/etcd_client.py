@@ -26,9 +26,10 @@ __all__ = ["EtcdClient", "EtcdSettings", "EtcdSettingsError", "rpc"]
 
 CALL_S, LIST_S = 5.0, 12.0
 """Deadlines: of one call, and of a list (100,000 records take some 2 s)."""
-PROBE_AFTER_S, PROBE_ANSWER_S = 6.0, 4.0
-"""A watch silent for the first is probed, and given up when that is not answered within the second: 10 s in all; 14 where
-another question has to be asked."""
+PROBE_AFTER_S, PROBE_ANSWER_S = 5.0, 9.0
+"""A watch silent for the first is probed, and given up when that is not answered within the second: 14 s in all."""
+FIRST_ANSWER_S, ASKED_S = 4.0, 5.0
+"""Instead of the second, where nobody knows yet whether probes are answered at all: then another question is asked."""
 _PROGRESS_REQUEST = b"\x1a\x00"
 """WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL", "UNKNOWN", "UNIMPLEMENTED")
@@ -72,7 +73,8 @@ class WatchStream:
         """None: not known yet. etcd's grpc-proxy answers none, and serves watches well: there another question must do."""
         while True:
             try:
-                answer = self._watch.next(self._call, PROBE_ANSWER_S if probed else PROBE_AFTER_S)
+                patience = PROBE_ANSWER_S if answers_probes else FIRST_ANSWER_S
+                answer = self._watch.next(self._call, patience if probed else PROBE_AFTER_S)
                 if answer is None:
                     raise StoreUnavailable(f"{self._where}: the watch was closed by the server")
             except RpcError as error:
@@ -208,7 +210,7 @@ class EtcdClient:
         def ask() -> None:
             request = rpc.RangeRequest(key=key, limit=1, keys_only=True)
             try:
-                rpc.KVStub(channel).Range(request, PROBE_ANSWER_S, metadata)
+                rpc.KVStub(channel).Range(request, ASKED_S, metadata)
             except RpcError as error:
                 raise StoreUnavailable(f"{self.endpoint}: silent, also when asked: {_said(error)}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import shutil
 import signal
 import socket
@@ -177,16 +178,25 @@ class SlowProxy:
                 threading.Thread(target=self._pump, args=(one, other), daemon=True).start()
 
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                time.sleep(self.delay_s)
+        held: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._pass_on, args=(held, target), daemon=True).start()
+        data = b"x"
+        while data:
+            try:
+                data = source.recv(1 << 16)
+            except OSError:
+                data = b""
+            held.put((time.monotonic() + self.delay_s, data))
+
+    def _pass_on(self, held: queue.SimpleQueue[tuple[float, bytes]], target: socket.socket) -> None:
+        """Each a while after it came, but not one after the other."""
+        data = b"x"
+        with contextlib.suppress(OSError):
+            while data:
+                at, data = held.get()
+                time.sleep(max(0.0, at - time.monotonic()))
                 target.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for one in (source, target):
-                with contextlib.suppress(OSError):
-                    one.shutdown(socket.SHUT_RDWR)
+            target.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._ending.set()
@@ -207,9 +217,11 @@ def _slow(scene, store: str, proxy: SlowProxy, flags: str) -> None:
     """Two seconds each way: it is slow, and works; a start does, too."""
     scene.begin(flags)
     proxy.delay_s = SLOW_S
+    time.sleep(25)  # it is silent for longer than a watch may be
+    assert not scene.agents[0].status()["store_down"], "slow is not away"
 
     def bites() -> bool:
-        time.sleep(SLOW_S)
+        time.sleep(SLOW_S / 2)
         return not _caught_up(scene, 99)
 
     lost = scene.suffer(
