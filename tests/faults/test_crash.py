@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_a_first_start_killed_at_every_step(scene, shard):
     until("whole", lambda: world.peers("node1") == 1)
     reference = _without_mac(picture(world, agent))
     agent.stop()
-    step, points = 1 + shard, 0
+    step, points, longest = 1 + shard, 0, 0.0
     steps: list[str] = []
     while True:
         assert step < LONGEST_SWEEP
@@ -68,10 +69,12 @@ def test_a_first_start_killed_at_every_step(scene, shard):
                 break
             steps.append(_killed(dying))
             points += 1
+            began = time.monotonic()
             again = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1").wait_ready()
             mine = [key for key, record in world.records().items() if record["PublicIP"] == "192.168.1.2"]
             assert len(mine) == 1, (steps[-1], mine)
             until("whole", lambda again=again: alike(reference, _without_mac(picture(world, again))))
+            longest = max(longest, time.monotonic() - began)
             until(
                 "node2 sends to it",
                 lambda again=again: mac_text(world.kernel("node2")["neighbours"][again.subnet().base]) == again.mac(),
@@ -86,7 +89,8 @@ def test_a_first_start_killed_at_every_step(scene, shard):
     assert other.ready()
     scene.row(
         f"a first start killed, part {shard + 1} of {SHARDS}: {points} points",
-        "SIGKILL before and after each message to kernel and store, file, program", "nothing", None,
+        "SIGKILL before and after each message to kernel and store, file, program; time from the next start", "nothing",
+        longest,
     )  # fmt: skip
 
 
@@ -119,8 +123,8 @@ def test_a_restart_killed_at_every_step_under_traffic(scene):
     lost = there.lost() + back.lost()
     assert lost == 0
     scene.row(
-        f"a restart killed at every step, {points} one after the other", "SIGKILL before each message, file, program",
-        "nothing", None,
+        f"a restart killed at every step, {points} one after the other", "SIGKILL before each message, file, program; it is whole all the time",
+        "nothing", 0.0,
     )  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
     first = next(n for n in (100, 140, 180) if not any(n <= int(o) < n + 30 for o in own))
     names = range(first, first + 30)
     scene.agents[0].stop()
-    points, step = 0, 0
+    points, step, longest = 0, 0, 0.0
     with world.stream(*scene.pods) as there, world.stream(*reversed(scene.pods)) as back:
         while True:
             step += 1
@@ -167,8 +171,10 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
             else:
                 points += 1
             armed.unlink(missing_ok=True)
+            began = time.monotonic()
             again = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1").wait_ready()
             until("sixteen peers, no more", lambda: world.peers("node1") == 16 == len(world.kernel("node1")["fdb"]))
+            longest = max(longest, time.monotonic() - began)
             for number in names:
                 world.drop_record(f"10.244.{number}.0-24")
             until("one peer, no more", lambda: world.peers("node1") == 1 == len(world.kernel("node1")["neighbours"]))
@@ -179,7 +185,10 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
     lost = there.lost() + back.lost()
     assert lost == 0
     scene.row(
-        f"a change of 30 peers killed at {points} of its steps", "SIGKILL before or after each message", "nothing", None
+        f"a change of 30 peers killed at {points} of its steps",
+        "SIGKILL before or after each message; time from the next start",
+        "nothing",
+        longest,
     )
 
 
@@ -195,11 +204,16 @@ def test_two_agents_on_one_node_by_mistake(scene):
         alike(before, picture(world, scene.agents[0]))
         assert not (second.run_dir / "subnet.env").exists()
         scene.agents[0].stop()
+        began = time.monotonic()
         second.wait_ready()
+        took = time.monotonic() - began
         assert second.status()["lease"]["subnet"] in (second.run_dir / "subnet.env").read_text().replace(
             ".1/24", ".0/24"
         )
     assert there.lost() == 0
     scene.row(
-        "two agents on one node", "a second overlayd with a run directory of its own", "nothing; the second waits", None
+        "two agents on one node",
+        "a second overlayd with a run directory of its own",
+        "nothing; the second waits; time from the end of the first",
+        took,
     )

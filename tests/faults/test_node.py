@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -44,6 +46,8 @@ FAULTS = {
     "the guard's addresses flushed": "nft flush set ip overlay-1-guard vteps",
     "the pods' table deleted": "nft delete table bridge overlay-1-pods",
     "ip_forward switched off": "sysctl -qw net.ipv4.ip_forward=0",
+    "forwarding of the device switched off": "sysctl -qw net.ipv4.conf.flannel/1.forwarding=0",
+    "router advertisements taken by the device": "sysctl -qw net.ipv6.conf.flannel/1.accept_ra=1",
     "subnet.env deleted": "rm {run_dir}/subnet.env",
     "subnet.env altered": "sh -c 'echo FLANNEL_SUBNET=10.9.9.1/24 > {run_dir}/subnet.env'",
     "the CNI list deleted": "rm {run_dir}/cni/10-flannel.conflist",
@@ -61,22 +65,34 @@ def _command(scene, text: str) -> list[str]:
     return ["sh", "-c", filled]
 
 
+class Unhelped:
+    """A command on node1 while its agent is stopped, so that the control sees what it does before it is undone."""
+
+    def __init__(self, scene, command: list[str], broken: Callable[[], bool]) -> None:
+        self._scene, self._command, self._broken, self._was_broken = scene, command, broken, False
+
+    def inject(self) -> None:
+        """The agent goes on afterwards."""
+        process = self._scene.agents[0].process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            self._scene.world.run("node1", *self._command)
+            self._was_broken = self._broken()
+        finally:
+            process.send_signal(signal.SIGCONT)
+
+    def bites(self) -> bool:
+        """Whether it was."""
+        return self._was_broken
+
+
 def test_one_thing_at_a_time(scene):
     """Each is seen as it is done, and undone; what stops traffic costs little of it, all else none."""
     scene.begin("--ip-masq")
     for fault, text in FAULTS.items():
         before = picture(scene.world, scene.agents[0])
-        command, changed = _command(scene, text), []
-
-        def inject(command=command, before=before, changed=changed) -> None:
-            scene.agents[0].process.send_signal(19)  # so that the control sees it before it is undone
-            try:
-                scene.world.run("node1", *command)
-                changed.append(_differs(scene, before))
-            finally:
-                scene.agents[0].process.send_signal(18)
-
-        lost = scene.suffer(fault, f"`{text}`", inject, lambda changed=changed: changed and changed[0])
+        seen = Unhelped(scene, _command(scene, text), lambda before=before: _differs(scene, before))
+        lost = scene.suffer(fault, f"`{text}`", seen.inject, seen.bites)
         if not any(words in fault for words in COSTS_PACKETS):
             assert lost == 0, fault
 
@@ -156,18 +172,20 @@ def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
 )  # fmt: skip
 def test_the_underlay_for_a_while(scene, fault, command, undo):
     scene.begin()
-    scene.suffer(
+    lost = scene.suffer(
         fault, f"`{command}`", lambda: scene.world.run("node1", "sh", "-c", command),
         lambda: time.sleep(1) or True, 30, lambda: scene.world.run("node1", "sh", "-c", undo) is not None,
     )  # fmt: skip
+    assert lost > 50, "it was away"
 
 
 def test_the_underlay_gets_another_mtu(scene):
     scene.begin()
+    world = scene.world
+    seen = Unhelped(scene, ["ip", "link", "set", "eth0", "mtu", "1400"], lambda: world.device("node1").mtu == 1450)
     lost = scene.suffer(
-        "the underlay's MTU lowered", "`ip link set eth0 mtu 1400`",
-        lambda: scene.world.run("node1", "ip", "link", "set", "eth0", "mtu", "1400"), lambda: True,
-        whole=lambda: scene.world.device("node1").mtu == 1350,
+        "the underlay's MTU lowered", "`ip link set eth0 mtu 1400`", seen.inject, seen.bites,
+        whole=lambda: world.device("node1").mtu == 1350,
     )  # fmt: skip
     assert lost == 0
 
@@ -175,9 +193,12 @@ def test_the_underlay_gets_another_mtu(scene):
 def test_the_underlay_is_renamed(scene):
     """An interface that is up can be renamed since Linux 6.0."""
     scene.begin()
+    world = scene.world
+    seen = Unhelped(
+        scene, ["ip", "link", "set", "eth0", "name", "wan0"], lambda: not world.index("node1", "eth0") and world.index("node1", "wan0")
+    )  # fmt: skip
     lost = scene.suffer(
-        "the underlay's interface renamed", "`ip link set eth0 name wan0`",
-        lambda: scene.world.run("node1", "ip", "link", "set", "eth0", "name", "wan0"), lambda: True,
+        "the underlay's interface renamed", "`ip link set eth0 name wan0`", seen.inject, seen.bites,
         whole=lambda: "wan0" in scene.agents[0].status()["underlay"] and scene.agents[0].ready(),
     )  # fmt: skip
     assert lost == 0
@@ -186,10 +207,11 @@ def test_the_underlay_is_renamed(scene):
 def test_the_underlay_is_readdressed(scene):
     """Peers learn the new address from the record; what is under way until then is lost."""
     scene.begin()
+    world = scene.world
     command = "ip addr del 192.168.1.2/24 dev eth0; ip addr add 192.168.1.102/24 dev eth0; ip route replace default via 192.168.1.1"
+    seen = Unhelped(scene, ["sh", "-c", command], lambda: world.device("node1").local & 255 == 2)
     scene.suffer(
-        "the underlay gets another address", f"`{command}`",
-        lambda: scene.world.run("node1", "sh", "-c", command), lambda: True,
-        whole=lambda: scene.world.device("node1").local & 255 == 102
-        and ip_text(4, next(iter(scene.world.kernel("node2")["fdb"].values()))) == "192.168.1.102",
+        "the underlay gets another address", f"`{command}`", seen.inject, seen.bites,
+        whole=lambda: world.device("node1").local & 255 == 102
+        and ip_text(4, next(iter(world.kernel("node2")["fdb"].values()))) == "192.168.1.102",
     )  # fmt: skip

@@ -14,7 +14,7 @@ from tests.support.faults import cpu_s
 from tests.support.wait import until
 from tests.support.world import vxlan_record
 
-STORM_S = 60.0
+STORM_S = 180.0
 NAMES = 120
 CHANGES = 10_000
 
@@ -114,7 +114,7 @@ def test_ten_thousand_changes_leave_nothing_behind(scene):
     scene.begin()
     world, pid, numbers = scene.world, scene.agents[0].process.pid, _free(scene)
 
-    def half(seed: int) -> None:
+    def half(seed: int) -> float:
         rng = random.Random(seed)
         for place in range(CHANGES // 2):
             number = numbers[place % len(numbers)]
@@ -126,13 +126,15 @@ def test_ten_thousand_changes_leave_nothing_behind(scene):
                 )
         for number in numbers:
             world.drop_record(f"10.244.{number}.0-24")
+        last = time.monotonic()
         until("all are gone", lambda: world.peers("node1") == 1, 60)
+        return time.monotonic() - last
 
     half(1)
     time.sleep(2)
     before, kernel = Sizes(pid), {name: len(there) for name, there in world.kernel("node1").items()}
     began = time.monotonic()
-    half(2)
+    ended = half(2)
     took = time.monotonic() - began
     time.sleep(2)
     after = Sizes(pid)
@@ -142,5 +144,5 @@ def test_ten_thousand_changes_leave_nothing_behind(scene):
     scene.row(
         f"{CHANGES} changes", f"as fast as etcd takes them ({CHANGES / 2 / took:.0f} a second)",
         f"nothing; memory {after.anonymous - before.anonymous:+.1f} MiB, descriptors, threads and kernel entries as before",
-        None,
+        ended,
     )  # fmt: skip

@@ -20,6 +20,10 @@ PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by `make faults`: begin -->", "<!-- end -->"
 GAP_S = 0.01
 """Between two datagrams of the stream that counts what is lost."""
+SYSCTLS = [
+    f"/proc/sys/net/{name}"
+    for name in ("ipv4/ip_forward", "ipv4/conf/flannel.1/forwarding", "ipv6/conf/flannel.1/accept_ra")
+]
 _STRANGERS = re.compile(r"\tset strangers \{.*?\n\t\}", re.DOTALL)
 """Written by the rules themselves."""
 _ELEMENTS = re.compile(r"elements = \{\s*(.*?)\s*\}")
@@ -62,7 +66,7 @@ def picture(world: World, agent: Agent) -> dict[str, Any]:
             path.name: path.read_text()
             for path in (agent.run_dir / "subnet.env", agent.run_dir / "cni/10-flannel.conflist")
         },
-        "forward": world.run(node, "cat", "/proc/sys/net/ipv4/ip_forward"),
+        "sysctls": world.run(node, "sh", "-c", f"cat {' '.join(SYSCTLS)} 2>&1"),
     }
 
 
