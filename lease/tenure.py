@@ -18,7 +18,7 @@ from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnava
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
 MOST_REWRITES, REWRITES_S = 10, 60.0
-"""So often within so long we write over a twin of ours that writes over us; then one of the two must go, and it is us."""
+"""So often within so long we write over what a twin of ours wrote over ours; then one of the two must go."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
 
@@ -75,8 +75,9 @@ class Tenure:
         """Of a lease we held: the device keeps it when the subnet is lost."""
         self._to_remove: Lease | None = None
         """Our old record, which the new one replaced."""
-        self._rewrites: deque[float] = deque(maxlen=MOST_REWRITES)
-        """When we last wrote over what another had written over ours in place."""
+        self._against_others = _Often()
+        self._against_twins = _Often()
+        """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
         self._given_up: set[str] = set()
         """Keys that a twin of ours writes over and over."""
 
@@ -129,15 +130,14 @@ class Tenure:
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
             return [self._write_over(claim, held, there)]
-        if elsewhere and self._fought():
+        if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.v4.public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
                 f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
                 " copy of the other's machine. Give it a machine-id and MACs of its own"
             )
         if there.v4.mac != held.v4.mac and there.node != held.node:
-            answer = self._probe(claim.public_ip)
-            if there.created != held.created or answer.by is not None or not answer.can_tell:
+            if there.created != held.created or self._may_live(there.v4.public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
             return [self._write_over(claim, held, there)]  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
@@ -145,26 +145,26 @@ class Tenure:
         self._remove_old(snapshot)
         mac = self._mac(claim._replace(device_mac=held.v4.mac), snapshot, there)
         wanted = self._lease(claim, there.v4.subnet, mac, there.key)
-        if elsewhere:
-            self._rewrites.append(self._clock())
         if there.same_claim(wanted):
             self.held = there
             return [] if there.same_claim(held) else [Held(there, "as it stood")]
         self.held = self._store.change(there, wanted)
+        if elsewhere:
+            self._against_twins.add(self._clock())
         return [Held(self.held, "changed with this node" if there.same_claim(held) else "written again as it was")]
 
     def _write_over(self, claim: Claim, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
         assert held.v4 is not None
         self.held = self._store.change(there, self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key))
-        self._rewrites.append(self._clock())
-        again = ", as often lately: see who may write there" if self._fought() else ""
+        self._against_others.add(self._clock())
+        again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
         return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", loud=True)
 
-    def _fought(self) -> bool:
-        """Whether somebody writes over our record all the time."""
-        times = self._rewrites
-        return len(times) == MOST_REWRITES and self._clock() - times[0] < REWRITES_S
+    def _may_live(self, public_ip: int) -> bool:
+        """Whether another machine may have an address."""
+        answer = self._probe(public_ip)
+        return answer.by is not None or not answer.can_tell
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
@@ -317,6 +317,21 @@ class _MacsBefore:
             own is None or (lease.key != own.key and lease.created < own.created)
             for lease in self._leases.with_mac(mac)
         )
+
+
+class _Often:
+    """The last times of something."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=MOST_REWRITES)
+
+    def add(self, now: float) -> None:
+        """Once more."""
+        self._times.append(now)
+
+    def often(self, now: float) -> bool:
+        """Whether it was too often lately."""
+        return len(self._times) == MOST_REWRITES and now - self._times[0] < REWRITES_S
 
 
 class _SubnetLost(Exception):

@@ -235,15 +235,18 @@ class Agent:
         if now >= self._next_full:
             self._next_full = now + FULL_CHECK_S
             # the guard in one go after an event alone
-            self._due.everything(dump=self._due.dump or now >= self._next_dump, guard=self._due.guard)
+            self._due.everything(dump=now >= self._next_dump, guard=False)
         if now >= self._next_turn:
             self._next_turn = now + TURN_S
             self._due.sysctl = True
             self._due.files = self._due.files or self._host.files_touched()
         self._steps.begin()
         step = self._steps.step
+        links = self._due.links
         step("links", self._read_links)
         step("underlay", self._choose_underlay)
+        if links:  # with the underlay of today
+            self._links_changed()
         self._claim()
         more = False
         if self._held is not None and self._config is not None and self._host.underlay is not None and self._alone():
@@ -578,7 +581,6 @@ class Agent:
     def _read_links(self) -> None:
         if self._host.read_links():
             self._due.underlay = self._due.device = self._due.files = True
-        self._links_changed()
 
     def _links_changed(self) -> None:
         self._defences.links_changed(self._config if self._held is not None else None)

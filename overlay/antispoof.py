@@ -2,9 +2,9 @@
 
 IPv4, ARP, IPv6, neighbour discovery and the MAC, in an nftables table of the bridge family. A pod's addresses are asked of
 the kernel, at the other end of its veth, before its containers start; what it gives itself later is not its own. A port is
-known by the number of its interface and the MAC of the end that the node has, which no pod can change: a veth that comes by
-the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The table remembers: a
-new agent keeps what it finds there.
+known by the number and the name of its interface and the MAC of the end that the node has, which no pod can change: a veth
+that comes by the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The
+table remembers: a new agent keeps what it finds there.
 
 A port that is not (yet) bound is let through: pods made while no agent runs must have their network.
 
@@ -41,6 +41,8 @@ _IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x080
 _ICMPV6 = b"\x3a"
 _SOLICIT, _ADVERT, _ROUTER_ADVERT, _REDIRECT = (bytes([value]) for value in (135, 136, 134, 137))
 _NOWHERE = bytes(16)
+_NAME = 16
+"""IFNAMSIZ."""
 
 
 def table_name(vni: int) -> str:
@@ -50,8 +52,8 @@ def table_name(vni: int) -> str:
 
 def table(vni: int) -> nf_wire.Table:
     """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
-    bound = (meta(nf_wire.META_IIF), nf_wire.found_in(PORTS))
-    bound6 = (meta(nf_wire.META_IIF), nf_wire.found_in(PORTS6))
+    port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
+    bound, bound6 = (*port, nf_wire.found_in(PORTS)), (*port, nf_wire.found_in(PORTS6))
     icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
     drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
 
@@ -87,8 +89,8 @@ def table(vni: int) -> nf_wire.Table:
         "bridge",
         table_name(vni),
         (
-            nf_wire.Set(PORTS, nf_wire.IFACE_INDEX, 4),
-            nf_wire.Set(PORTS6, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(PORTS, nf_wire.IFACE_AND_NAME, 20),
+            nf_wire.Set(PORTS6, nf_wire.IFACE_AND_NAME, 20),
             nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
             nf_wire.Set(ADDRESSES, nf_wire.IFACE_AND_IPV4, 8),
             nf_wire.Set(ADDRESSES6, nf_wire.IFACE_AND_IPV6, 20),
@@ -101,9 +103,10 @@ def table(vni: int) -> nf_wire.Table:
 
 
 class Bound(NamedTuple):
-    """What a port is bound to. end: the MAC of the node's end; None where an agent before us did not say. v6: None while its
-    IPv6 addresses are not settled."""
+    """What a port is bound to. name: of its interface. end: the MAC of the node's end; None where an agent before us did not
+    say. v6: None while its IPv6 addresses are not settled."""
 
+    name: str
     end: int | None
     macs: frozenset[int]
     v4: frozenset[int]
@@ -116,9 +119,10 @@ class Bound(NamedTuple):
     def keys(self, port: int) -> dict[str, list[bytes]]:
         """Its elements, by set."""
         at = port.to_bytes(4, sys.byteorder)
+        named = at + self.name.encode().ljust(_NAME, b"\0")
         return {
-            PORTS: [at],
-            PORTS6: [] if self.v6 is None else [at],
+            PORTS: [named],
+            PORTS6: [] if self.v6 is None else [named],
             MACS: [at + mac.to_bytes(6, "big") + bytes(2) for mac in self.macs],
             ADDRESSES: [at + address.to_bytes(4, "big") for address in self.v4],
             ADDRESSES6: [at + address.to_bytes(16, "big") for address in self.v6 or ()],
@@ -158,7 +162,8 @@ class AntiSpoof:
         self._bridges = {link.ifindex for link in every if link.kind == "bridge" and link.name in names}
         self._veths = [link for link in every if link.master and link.netnsid >= 0]
         self._choose()
-        if self._seen.keys() ^ {(index, bound.end) for index, bound in self._bound.items()}:
+        there = {(index, link.name, link.mac) for index, link in self._ports.items()}
+        if there != {(index, bound.name, bound.end) for index, bound in self._bound.items()}:
             self._next = self._clock()
 
     def _choose(self) -> None:
@@ -225,10 +230,12 @@ class AntiSpoof:
         def of(name: str, port: bytes, size: int) -> frozenset[int]:
             return frozenset(int.from_bytes(key[4 : 4 + size], "big") for key in there[name] if key[:4] == port)
 
-        for port in there[PORTS]:
-            v6 = of(ADDRESSES6, port, 16) if port in there[PORTS6] else None
+        for key in there[PORTS]:
+            port, name = key[:4], key[4:].rstrip(b"\0").decode("utf-8", "replace")
+            v6 = of(ADDRESSES6, port, 16) if key in there[PORTS6] else None
             end = next(iter(of(ENDS, port, 6)), None)
-            self._bound[int.from_bytes(port, sys.byteorder)] = Bound(end, of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+            bound = Bound(name, end, of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+            self._bound[int.from_bytes(port, sys.byteorder)] = bound
         self._choose()
 
     def look(self) -> None:
@@ -239,8 +246,8 @@ class AntiSpoof:
             link = self._ports.get(index)
             if link is None or not bound.is_of(link):
                 del self._bound[index]
-            elif bound.end is None:
-                self._bound[index] = bound._replace(end=link.mac)
+            elif (bound.name, bound.end) != (link.name, link.mac):  # renamed, or not said
+                self._bound[index] = bound._replace(name=link.name, end=link.mac)
         taken = {address: index for index, bound in self._bound.items() for address in bound.v4}
         waiting, refused = [], None
         for _, link in sorted(self._ports.items()):
@@ -295,7 +302,7 @@ class AntiSpoof:
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
                 effect="it is another pod's; this one may not send from it",
             )  # fmt: skip
-        return Bound(link.mac, frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
+        return Bound(link.name, link.mac, frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
 
     def _own(self, end: PodEnd) -> frozenset[int]:
         """The addresses of a pod that are of the network."""

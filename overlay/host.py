@@ -93,11 +93,14 @@ class Host:
     def interfaces_in(self, network: Prefix) -> frozenset[int]:
         """The interfaces of the pod network: the tunnel, and bridges or veths of pods, also those of a subnet that this
         node lost. Where the underlay is inside the network its interfaces are none."""
-        outside = self.underlay.on_link if self.underlay is not None else ()
+        under = self.underlay
+        outside = under.on_link if under is not None else ()
         return frozenset(
             a.oif
             for a in self.addresses.values()
-            if network.holds(a.address) and not any(prefix.holds(a.address) for prefix in outside)
+            if network.holds(a.address)
+            and (under is None or a.oif != under.ifindex)
+            and not any(prefix.holds(a.address) for prefix in outside)
         )
 
     def existing_mac(self, config: NetworkConfig) -> int | None:

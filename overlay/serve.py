@@ -46,8 +46,8 @@ class _Handler(BaseRequestHandler):
         with contextlib.suppress(OSError):  # nobody waits for the answer any more, or did not say in time what it wants
             first = self._request().partition(b"\n")[0].decode("latin-1")
             method, _, rest = first.partition(" ")
-            self.server.asked(self.request)  # type: ignore[attr-defined]
-            self._answer(method, rest.split(" ")[0].split("?")[0].strip())
+            if self.server.asked(self.request):  # type: ignore[attr-defined]
+                self._answer(method, rest.split(" ")[0].split("?")[0].strip())
 
     def _request(self) -> bytes:
         """What was sent until an empty line, the end, or more than anybody needs. Raises TimeoutError."""
@@ -101,11 +101,13 @@ class _Server(ThreadingMixIn, BaseServer):
             self._open[request] = False
         super().process_request(request, client_address)
 
-    def asked(self, request: socket.socket) -> None:
-        """It waits for its answer from now on."""
+    def asked(self, request: socket.socket) -> bool:
+        """It waits for its answer from now on; False: it had to go, and gets none."""
         with self._lock:
-            if request in self._open:
-                self._open[request] = True
+            if request not in self._open:
+                return False
+            self._open[request] = True
+            return True
 
     def shutdown_request(self, request: Any) -> None:
         """It was answered, or gave up."""

@@ -23,22 +23,23 @@ class Due:
     sysctl: bool
     files: bool
     strangers: bool
-    dump: bool
+    dump = False
     """The kernel is to be read whole: peers' entries, the addresses that are let in, pods' ports."""
-    guard: bool
+    guard = False
     """The guard's table is to be read whole, in one go; `guard_check`: in slices."""
-    guard_check: bool
-    pods: bool
+    guard_check = False
+    pods = False
 
     def __init__(self) -> None:
         self.everything()
 
     def everything(self, dump: bool = True, guard: bool = True) -> None:
-        """As at the start. dump, guard: whether those that cost more with more peers are among it."""
+        """As at the start. dump, guard: whether those that cost more with more peers are among it; those that are due stay
+        so."""
         self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
         self.strangers = True
-        self.dump = self.guard_check = self.pods = dump
-        self.guard = guard
+        self.dump, self.guard = self.dump or dump, self.guard or guard
+        self.guard_check, self.pods = self.guard_check or dump, self.pods or dump
 
 
 class Steps:
@@ -73,7 +74,8 @@ class Steps:
 
     def again(self, name: str, at: float | None = None) -> None:
         """A step is due again then (None: after the usual time), or earlier where it is already."""
-        self._retry_at.setdefault(name, self._clock() + RETRY_S if at is None else at)
+        then = self._clock() + RETRY_S if at is None else at
+        self._retry_at[name] = min(then, self._retry_at.get(name, then))
 
     def waits(self, name: str) -> bool:
         """Whether a step was refused, and is not due again yet."""

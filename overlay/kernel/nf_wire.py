@@ -23,15 +23,17 @@ _SUBSYSTEM, _BATCH_BEGIN, _BATCH_END = 10, 0x10, 0x11
 ) = range(20)  # fmt: skip
 _WITH_TIMEOUT, _FROM_RULES = 0x10, 0x20
 _LIST_ELEM = 1
+_TABLE_FLAGS, _TABLE_USE = 2, 3
+"""NFTA_TABLE_USE: how many chains, sets, objects and flow tables a table has."""
 _COUNTER_OBJECT = 1
 _BASES = {"ether": 0, "network": 1, "transport": 2}
-META_L4PROTO, META_IIF, META_PROTOCOL = 16, 4, 1
-IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_INDEX = 7, 8, 9, 20
+META_L4PROTO, META_IIF, META_IIFNAME, META_PROTOCOL = 16, 4, 6, 1
+IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_INDEX, IFACE_NAME = 7, 8, 9, 20, 41
 """nft's own numbers of key types (include/datatype.h); a concatenation has them shifted by six bits each."""
-IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER = (
-    IFACE_INDEX << 6 | kind for kind in (IPV4_ADDR, IPV6_ADDR, ETHER_ADDR)
+IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER, IFACE_AND_NAME = (
+    IFACE_INDEX << 6 | kind for kind in (IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_NAME)
 )
-"""Keys of 8, 20 and 12 bytes: each part is filled up to a multiple of four."""
+"""Keys of 8, 20, 12 and 20 bytes: each part is filled up to a multiple of four."""
 _HOST_ORDER = struct.pack("=BBL", 0, 4, 1)
 """NFTNL_UDATA_SET_KEYBYTEORDER: BYTEORDER_HOST_ENDIAN."""
 _SECOND = 9
@@ -290,7 +292,8 @@ def is_formed(table: Table, found: Found) -> bool:
     """Whether a table has the form it should have, neither less nor more. The order of its rules counts."""
     things = len(table.chains) + len(table.sets) + len(table.counters)
     return (
-        _uses(found.table) == things
+        _word_of(found.table, _TABLE_FLAGS) == 0  # a dormant one does nothing
+        and _word_of(found.table, _TABLE_USE) == things
         and _all_held([_chain(chain) for chain in table.chains], _of_table(table, found.chains))
         and _all_held([_set(one) for one in table.sets], _of_table(table, found.sets))
         and all(
@@ -300,9 +303,8 @@ def is_formed(table: Table, found: Found) -> bool:
     )
 
 
-def _uses(body: memoryview) -> int:
-    """NFTA_TABLE_USE: how many chains, sets, objects and flow tables a table has."""
-    return int.from_bytes(wire.attributes(body, 4).get(3, b""), "big")
+def _word_of(body: memoryview, kind: int) -> int:
+    return int.from_bytes(wire.attributes(body, 4).get(kind, b""), "big")
 
 
 def _of_table(table: Table, bodies: list[memoryview]) -> list[memoryview]:

@@ -333,6 +333,28 @@ def test_an_api_server_that_only_reads(kube_scene):
     assert kube_scene.agents[0].status()["problems"] == {}
 
 
+def test_an_api_server_whose_history_is_compacted(kube_scene):
+    """The node is cut off meanwhile; and the server starts again, so that its cache does not remember either."""
+    world = kube_scene.begin().world
+    kube = world.kube
+
+    def meanwhile() -> None:
+        world.put_peer(98)
+        for _ in range(20):
+            kube.heartbeat("node2")
+        kube.delete("peer98")
+        kube.etcd.compact(kube.etcd.revision())
+        kube.stop()
+        kube.start()
+        world.run("node1", "nft", "delete table ip hole")
+
+    _away(
+        kube_scene, "API server's history compacted while the node was cut off", "nft drop; a Node made and deleted; compaction",
+        lambda: world.run("node1", "nft", HOLE), meanwhile,
+    )  # fmt: skip
+    assert all(peer["public_ip"] != "192.168.1.98" for peer in kube_scene.agents[0].status()["peers"])
+
+
 def test_an_api_server_whose_etcd_is_restored_from_an_older_backup(kube_scene):
     """Revisions go backwards, and a Node that came later is gone."""
     world = kube_scene.begin().world

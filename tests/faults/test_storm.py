@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lease.model import ip_number, mac_text
 from tests.support.faults import cpu_s
 from tests.support.wait import until
@@ -28,6 +30,7 @@ def _free(scene) -> list[int]:
     return [number for number in range(1, 255) if str(number) not in own][:NAMES]
 
 
+@pytest.mark.timeout(600)
 def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
     """The model is a dict of what was put last; in the end the kernel holds exactly that."""
     scene.begin()

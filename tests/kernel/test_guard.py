@@ -89,7 +89,8 @@ def test_every_alteration_of_the_form_is_seen(inside, requests):
         f"replace rule ip {name} input handle HANDLE udp dport 8472 iif @inside counter name \"from_pods\" accept",
         f"replace rule ip {name} input handle HANDLE udp dport 8472 iif != @inside counter name \"from_pods\" drop",
         f"replace rule ip {name} input handle HANDLE udp dport 8473 iif @inside counter name \"from_pods\" drop",
-        f"delete rule ip {name} input handle HANDLE", f"add counter ip {name} more", f"delete chain ip {name} input",
+        f"delete rule ip {name} input handle HANDLE", f"add counter ip {name} more",
+        f"add table ip {name} {{ flags dormant; }}", f"delete chain ip {name} input",
     ):  # fmt: skip
         listed = inside(lambda: json.loads(nft("-j", "list", "table", "ip", name)))["nftables"]
         handle = next(item["rule"]["handle"] for item in listed if item.get("rule", {}).get("chain") == "input")

@@ -51,9 +51,21 @@ def pods() -> Pods:
     return Pods()
 
 
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def made(sets, pods) -> AntiSpoof:
-    return AntiSpoof(sets, pods, lambda: 100.0)
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def made(sets, pods, clock) -> AntiSpoof:
+    return AntiSpoof(sets, pods, clock)
 
 
 def addresses(sets: NetfilterSocket) -> set[tuple[int, int]]:
@@ -81,6 +93,7 @@ def test_another_port_of_the_same_number_inherits_nothing(made, sets, pods):
     made.look()
     assert addresses(sets) == {(6, 6)}
     assert [key[0] for key in sets.elements(TABLE, TABLE.sets[0])] == [6], "it is let through until it is known"
+    assert [key[4:9] for key in sets.elements(TABLE, TABLE.sets[0])] == [b"veth6"]
     pods.ends[5] = end("10.244.1.99")
     made.look()
     assert addresses(sets) == {(5, 99), (6, 6)}
@@ -130,3 +143,56 @@ def test_what_is_bound_stays_so_on_another_bridge(made, sets, pods):
     again.ports([BRIDGE, other], ["cni1"])
     again.look()
     assert addresses(sets) == set()
+
+
+def test_a_renamed_port_stays_bound_under_its_new_name(made, sets, pods):
+    pods.ends = {5: end("10.244.1.5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    pods.ends = {5: end("10.244.1.99")}
+    made.ports([BRIDGE, port(5, 1)._replace(name="other")], ["cni0"])
+    assert made.next_look() == 100.0
+    made.look()
+    assert [key[4:].rstrip(b"\0") for key in sets.elements(TABLE, TABLE.sets[0])] == [b"other"]
+    assert addresses(sets) == {(5, 5)}
+
+
+def test_ipv6_is_bound_when_it_has_settled_and_no_sooner(made, sets, pods, clock):
+    pods.ends = {5: end("10.244.1.5")._replace(v6=frozenset((1,)))}
+    made.ensure(TABLE, NETWORK)  # nobody knows the bridges yet
+    assert sets.elements(TABLE, TABLE.sets[0]) == []
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.look()
+    assert len(sets.elements(TABLE, TABLE.sets[0])) == 1
+    assert sets.elements(TABLE, TABLE.sets[1]) == []
+    assert made.next_look() == clock.now + antispoof.SETTLED_S
+    clock.now += antispoof.SETTLED_S
+    made.look()
+    assert len(sets.elements(TABLE, TABLE.sets[1])) == 1
+    assert [int.from_bytes(key[4:], "big") for key in sets.elements(TABLE, TABLE.sets[4])] == [1]
+    assert made.next_look() is None
+
+
+def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
+    pods.ends = {5: end("192.168.7.7")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    assert made.next_look() == clock.now + antispoof.FIRST_LOOKS_S
+    clock.now += antispoof.HURRIED_S
+    made.look()
+    assert made.next_look() == clock.now + antispoof.LATER_LOOKS_S
+    pods.ends = {5: end("10.244.1.5")}
+    made.look()
+    assert addresses(sets) == {(5, 5)}
+
+
+def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, clock):
+    pods.ends = {5: end("10.244.1.5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    pods.ends = {5: end("10.244.1.99")}
+    again = AntiSpoof(sets, pods, clock)
+    again.ensure(TABLE, NETWORK)
+    again.ports([BRIDGE, port(5, 1)], ["cni0"])
+    again.look()
+    assert addresses(sets) == {(5, 5)}

@@ -387,12 +387,35 @@ def test_a_record_with_our_own_address_and_another_mac_counts_where_another_mach
     assert world.stored().same_claim(held) == (answer is NOBODY)
 
 
+def test_a_node_whose_old_address_another_machine_has_now_does_not_fight_it():
+    """It slept; meanwhile its address was given to a new machine, which took the record over; it wakes with another."""
+    world, held = running()
+    world.put(lease(ip=IP2, mac=MAC_B, node=OTHER))
+    world.answers[IP2] = SOMEBODY
+    lost, new = world.settle(ip=IP9)
+    assert isinstance(lost, Lost)
+    assert isinstance(new, Held)
+    assert new.lease.key != held.key
+    assert world.stored().node == str(OTHER)
+
+
+def test_a_copy_that_no_machine_answers_for_is_written_over_however_often():
+    """Somebody who may write, and writes our MAC and identity."""
+    world, held = running()
+    for _ in range(30):
+        world.put(held._replace(v4=held.v4._replace(public_ip=IP9)))
+        [again] = world.settle(device_mac=held.v4.mac)
+        assert isinstance(again, Held)
+        assert world.stored().same_claim(held)
+
+
 def test_of_two_copies_of_one_machine_that_write_over_each_other_one_gives_up():
     """Both started from one snapshot of a running node: device, machine-id and interface are the same."""
     world, held = running()
     now = [0.0]
     copy = Tenure(world.store, lambda _address: UNKNOWN, 86_400, random.Random(2), lambda: now[0])
     world.tenure._clock = lambda: now[0]
+    world.answer = SOMEBODY
     theirs = Claim(world.config, IP9, held.v4.mac, ME, None)
     lost: list[Lost] = []
     for _ in range(30):
