@@ -50,7 +50,7 @@ sbom: setup ## all that is in the image, as CycloneDX
 	.ci/cluster-setup
 	.ci/sbom
 
-faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (10 minutes)
+faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (13 minutes)
 	.ci/kubernetes/build kube-apiserver
 	OVERLAY_FAULT_TABLE=1 $(PY) -m pytest tests/faults -n 2
 

@@ -318,7 +318,7 @@ class AntiSpoof:
 
     def _apply(self, table: nf_wire.Table) -> None:
         wanted, there = self._elements(), self._there
-        more = {name: keys - there.get(name, set()) for name, keys in wanted.items()}
+        more = {name: keys - there[name] for name, keys in wanted.items()}
         self._sets.change(table, more, {name: keys - wanted[name] for name, keys in there.items()})
         self._there = wanted
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lease.model import Prefix
 from overlay import antispoof, forward, guard, masquerade
 from overlay.kernel import nft
-from overlay.kernel.netlink import KernelError
+from overlay.kernel.netlink import words_of
 from overlay.log import log
 
 NAT, FORWARD = "nat", "forward"
@@ -70,7 +70,7 @@ class Firewall:
         try:
             threading.Thread(target=self._run, args=(rules, what), name="firewall", daemon=True).start()
         except RuntimeError as error:  # at the limit of what the container may have
-            self._post(Looked(what, dict.fromkeys(what, _words(error)), "", 0))
+            self._post(Looked(what, dict.fromkeys(what, words_of(error)), "", 0))
 
     def took(self, looked: Looked) -> None:
         """It ended."""
@@ -85,14 +85,14 @@ class Firewall:
             try:
                 mended = self._ensure_table(name, rules)
             except Exception as error:  # a thread that ends without a word would never be asked again
-                refused[NAT] = _words(error)
+                refused[NAT] = words_of(error)
         if FORWARD in what:
             try:
                 did, blocked = forward.ensure(name, rules.network if rules.forward_rules else None)
                 for done in did:
                     log.info("forward", did=done)
             except Exception as error:  # a thread that ends without a word would never be asked again
-                refused[FORWARD] = _words(error)
+                refused[FORWARD] = words_of(error)
         self._post(Looked(what, refused, blocked, mended))
 
     def _ensure_table(self, name: str, rules: Rules) -> int:
@@ -111,9 +111,3 @@ class Firewall:
         self._loaded = (wanted, nft.read_table("ip", name))
         log.info("nat", table=name, masquerade=ip_masq, forward=forward_rules)
         return int(altered)
-
-
-def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, KernelError):
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or repr(error)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from overlay.health import Health
-from overlay.kernel.netlink import KernelError
+from overlay.kernel.netlink import words_of
 from overlay.underlay import UnderlayError
 
 RETRY_S = 2.0
@@ -91,10 +91,3 @@ class Steps:
         for name in [name for name, at in self._retry_at.items() if at <= now]:
             del self._retry_at[name]
             setattr(self.due, name, True)
-
-
-def words_of(error: Exception) -> str:
-    """What was refused, and where: of a file its name stands first."""
-    if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)

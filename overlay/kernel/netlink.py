@@ -42,6 +42,13 @@ class KernelError(OSError):
         return str(self.strerror)
 
 
+def words_of(error: Exception) -> str:
+    """What was refused, and where: of a file its name stands first."""
+    if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or repr(error)
+
+
 class Refusal(NamedTuple):
     """Why one message of a batch was refused. text: the kernel's extended answer, "" where it gave none."""
 

@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 
 from lease.model import ip_number, mac_number
 from overlay.kernel.device import Links
+from overlay.kernel.netfilter import NetfilterSocket
 from overlay.lab import netns
 from tests.support.world import ready_the_machine
 
@@ -55,6 +56,28 @@ def space() -> Iterator[str]:
 def inside(space) -> Callable[[Callable[[], Any]], Any]:
     """Run something in that namespace."""
     return lambda act: netns.inside(space, act)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sets(inside) -> Iterator[NetfilterSocket]:
+    """A socket to nftables of that namespace."""
+    made = inside(NetfilterSocket)
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,7 +13,6 @@ from lease.packed import pack
 from overlay import guard
 from overlay.guard import GRACE_S, Guard
 from overlay.kernel import nf_wire, wire
-from overlay.kernel.netfilter import NetfilterSocket
 from overlay.kernel.netlink import KernelError
 
 NETWORK = prefix("10.244.0.0/14")
@@ -38,33 +36,13 @@ def peer(number: int, public_ip: str, source: int = 0) -> Lease:
     return Lease(f"10.244.{number}.0-24", "vxlan", end, None, "", number, number, 0)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def made(sets, clock) -> Guard:
+    return Guard(sets, clock)
 
 
-@pytest.fixture
-def made(requests, clock) -> Guard:
-    return Guard(requests, clock)
-
-
-@pytest.fixture
-def requests(inside) -> Iterator[NetfilterSocket]:
-    made = inside(NetfilterSocket)
-    yield made
-    made.close()
-
-
-def test_nft_lists_what_is_meant(inside, requests):
-    inside(lambda: requests.replace(TABLE, {"vteps": [b"\xc0\xa8\x01\x02"]}))
+def test_nft_lists_what_is_meant(inside, sets):
+    inside(lambda: sets.replace(TABLE, {"vteps": [b"\xc0\xa8\x01\x02"]}))
     text = " ".join(inside(lambda: nft("-s", "list", "table", "ip", TABLE.name)).split())
     for words in (
         "set vteps { type ipv4_addr elements = { 192.168.1.2 } }",
@@ -77,9 +55,9 @@ def test_nft_lists_what_is_meant(inside, requests):
         assert words in text
 
 
-def test_every_alteration_of_the_form_is_seen(inside, requests):
-    requests.replace(TABLE, {})
-    assert requests.is_formed(TABLE)
+def test_every_alteration_of_the_form_is_seen(inside, sets):
+    sets.replace(TABLE, {})
+    assert sets.is_formed(TABLE)
     name = TABLE.name
     for change in (
         f"add rule ip {name} input accept", f"insert rule ip {name} forward counter", f"flush chain ip {name} forward",
@@ -95,29 +73,29 @@ def test_every_alteration_of_the_form_is_seen(inside, requests):
         listed = inside(lambda: json.loads(nft("-j", "list", "table", "ip", name)))["nftables"]
         handle = next(item["rule"]["handle"] for item in listed if item.get("rule", {}).get("chain") == "input")
         inside(lambda change=change, handle=handle: nft(change.replace("HANDLE", str(handle))))
-        assert not requests.is_formed(TABLE), change
-        requests.replace(TABLE, {})
-        assert requests.is_formed(TABLE), change
-    requests.remove(TABLE.family, TABLE.name)
-    requests.remove(TABLE.family, TABLE.name)
-    assert not requests.is_formed(TABLE)
-    assert requests.elements(TABLE, TABLE.sets[0]) == []
+        assert not sets.is_formed(TABLE), change
+        sets.replace(TABLE, {})
+        assert sets.is_formed(TABLE), change
+    sets.remove(TABLE.family, TABLE.name)
+    sets.remove(TABLE.family, TABLE.name)
+    assert not sets.is_formed(TABLE)
+    assert sets.elements(TABLE, TABLE.sets[0]) == []
 
 
-def test_a_refused_transaction_changes_nothing_and_says_why(requests):
+def test_a_refused_transaction_changes_nothing_and_says_why(sets):
     with pytest.raises(KernelError, match="sets of nft table ip overlay-7-guard: ENOENT"):
-        requests.change(TABLE, {"vteps": [b"\1\2\3\4"]}, {})
-    requests.replace(TABLE, {"vteps": [b"\1\2\3\4"]})
+        sets.change(TABLE, {"vteps": [b"\1\2\3\4"]}, {})
+    sets.replace(TABLE, {"vteps": [b"\1\2\3\4"]})
     with pytest.raises(KernelError, match="ENOENT"):
-        requests.change(TABLE, {"vteps": [b"\1\2\3\5"], "inside": [b"\1\0\0\0"]}, {"vteps": [b"\1\2\3\6"]})
-    assert requests.elements(TABLE, TABLE.sets[1]) == []
-    assert requests.elements(TABLE, TABLE.sets[0]) == [b"\1\2\3\4"]
+        sets.change(TABLE, {"vteps": [b"\1\2\3\5"], "inside": [b"\1\0\0\0"]}, {"vteps": [b"\1\2\3\6"]})
+    assert sets.elements(TABLE, TABLE.sets[1]) == []
+    assert sets.elements(TABLE, TABLE.sets[0]) == [b"\1\2\3\4"]
 
 
-def test_more_elements_than_one_message_holds(requests):
+def test_more_elements_than_one_message_holds(sets):
     keys = {number.to_bytes(4, "big") for number in range(1, 9_001)}
-    requests.replace(TABLE, {"vteps": keys})
-    assert set(requests.elements(TABLE, TABLE.sets[0])) == keys
+    sets.replace(TABLE, {"vteps": keys})
+    assert set(sets.elements(TABLE, TABLE.sets[0])) == keys
 
 
 def test_a_message_that_holds_other_things_than_keys_is_read():
@@ -165,11 +143,11 @@ def test_an_address_of_two_peers_stays_for_the_other(inside, made, clock):
     assert inside(vteps) == ["192.168.1.2"]
 
 
-def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made, requests, clock):
+def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made, sets, clock):
     one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
-    again = Guard(requests, clock)
+    again = Guard(sets, clock)
     again.load([pack(one)])
     before = inside(lambda: nft("-a", "list", "table", "ip", TABLE.name))
     again.ensure(TABLE)
@@ -195,7 +173,7 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
 
 
 @pytest.mark.parametrize("command", ["flush set ip TABLE inside", "add element ip TABLE inside { 1 }"])
-def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, requests, command):
+def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, sets, command):
     made.load([])
     made.pods_behind(frozenset({2, 3}))
     made.ensure(TABLE)
@@ -209,7 +187,7 @@ def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made,
     assert made.mended == 0
     inside(lambda: nft(command.replace("TABLE", TABLE.name)))
     made.begin_check(TABLE)
-    there = {int.from_bytes(key, sys.byteorder) for key in requests.elements(TABLE, TABLE.sets[1])}
+    there = {int.from_bytes(key, sys.byteorder) for key in sets.elements(TABLE, TABLE.sets[1])}
     assert (there, made.mended) == ({2, 3}, 1)
 
 

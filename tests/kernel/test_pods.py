@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
@@ -40,27 +39,8 @@ class Pods:
 
 
 @pytest.fixture
-def sets(inside) -> Iterator[NetfilterSocket]:
-    made = inside(NetfilterSocket)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def pods() -> Pods:
     return Pods()
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
