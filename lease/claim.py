@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from lease.codec import encode_key
 from lease.config import NetworkConfig, Pool
-from lease.model import Endpoint, Lease, Prefix, ip_number, mask
+from lease.model import Endpoint, Lease, Prefix, around, ip_number
 from lease.packed import Leases
 from lease.store import Snapshot
 from lease.subnets import SubnetIndex
@@ -167,7 +167,7 @@ class Occupied:
                     continue
 
     def _block(self, base: int, key: str) -> None:
-        self._others.add(Prefix(4, base & mask(4, self._length), self._length), key)
+        self._others.add(around(base, self._length), key)
 
     def add(self, subnet: Prefix, why: str) -> None:
         """One more that cannot be had."""

@@ -146,6 +146,11 @@ def mask(family: int, length: int) -> int:
     return ((1 << length) - 1) << (width - length)
 
 
+def around(address: int, length: int) -> Prefix:
+    """The IPv4 prefix of that length that holds an address."""
+    return Prefix(4, address & mask(4, length), length)
+
+
 def mac_text(mac: int) -> str:
     """A MAC in lower-case colon form, as flannel writes it."""
     return mac.to_bytes(6, "big").hex(":")

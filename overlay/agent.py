@@ -583,6 +583,8 @@ class Agent:
             self._due.underlay = self._due.device = self._due.files = True
 
     def _links_changed(self) -> None:
+        if self._held is not None:
+            self._find_lost_subnets()
         self._defences.links_changed(self._config if self._held is not None else None)
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
@@ -718,6 +720,17 @@ class Agent:
         self._path.plan(node, records, held.key)
         self._unplanned, self._due.dump, self._due.guard, self._due.pods = None, True, True, True
         self._look_for_rivals()
+
+    def _find_lost_subnets(self) -> None:
+        """A subnet that an earlier run lost is on its bridge yet."""
+        config, own = self._config_now(), self._own().subnet
+        assert config.v4 is not None
+        for subnet in self._host.lost_subnets(config.v4.network, own):
+            if subnet not in self._retained:
+                self._retained.append(subnet)
+                log.warning(
+                    "subnet.retained", subnet=str(subnet), because="a bridge of pods on this node has its gateway"
+                )
 
     def _let_go(self) -> None:
         """A subnet we lost is kept from its new owner while pods of this node use it."""

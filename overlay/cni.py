@@ -179,6 +179,11 @@ def bridges_in(content: str) -> set[str]:
         return set()
 
 
+def is_bridge_name(name: str) -> bool:
+    """Whether an interface is named as `bridge_name` and flannel's network list name a bridge for pods."""
+    return name.startswith("cni") and name[3:].isdecimal()
+
+
 def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:
     """The bridge for pods of a subnet: cni0, unless that one serves another subnet (its pods keep it).
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lease.config import NetworkConfig
-from lease.model import Endpoint, Prefix, ip_text
+from lease.model import Endpoint, Prefix, around, ip_text
 from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
@@ -244,6 +244,20 @@ class Host:
             self._links_io.delete(index)
             log.info("bridge.removed", bridge=link.name, because=f"no pod uses it, and {subnet} is another node's now")
         return used
+
+    def lost_subnets(self, network: Prefix, own: Prefix) -> list[Prefix]:
+        """Other subnets of the pod network whose gateway is a bridge for pods: this node held them before, and pods may
+        run there yet. Those bridges count as ours from here on."""
+        found = []
+        inside = self.interfaces_in(network)
+        for a in self.addresses.values():
+            link, subnet = self.links.get(a.oif), around(a.address, a.length)
+            if link is None or a.oif not in inside or link.kind != "bridge" or not cni.is_bridge_name(link.name):
+                continue
+            if network.covers(subnet) and not subnet.overlaps(own):
+                self.bridges.add(link.name)
+                found.append(subnet)
+        return found
 
     def _clear_unfinished(self) -> None:
         """A pod whose making failed at its address (subnet.env was not there) leaves the bridge without port and MAC, and

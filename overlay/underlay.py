@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from lease.model import Prefix, ip_number, ip_text, mask
+from lease.model import Prefix, around, ip_number, ip_text
 from overlay.kernel.entries import Address, Link
 from overlay.settings import Settings
 
@@ -105,7 +105,7 @@ def refresh(settings: Settings, current: Underlay, there: Interfaces) -> Underla
 
 
 def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, reason: str) -> Underlay:
-    on_link = {Prefix(4, item.address & mask(4, item.length), item.length) for item in there.of(link.ifindex)}
+    on_link = {around(item.address, item.length) for item in there.of(link.ifindex)}
     return Underlay(
         link.name,
         link.ifindex,
@@ -193,7 +193,7 @@ def on_link_interface(address: int, links: Iterable[Link], addresses: Iterable[A
         link = there.links.get(item.oif)
         if link is None or not link.arp or not link.up or not link.carrier or item.length > 30:
             continue
-        if Prefix(4, item.address & mask(4, item.length), item.length).holds(address):
+        if around(item.address, item.length).holds(address):
             candidate = (item.address == address, item.length, link.name)
             best = max(best, candidate) if best is not None else candidate
     return best[2] if best is not None else None

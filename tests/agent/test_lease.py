@@ -12,6 +12,7 @@ import time
 import pytest
 
 from lease.model import mac_number
+from overlay import antispoof
 from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
 from tests.support.world import ROOT, number, vxlan_record
@@ -267,17 +268,24 @@ def test_an_expired_lease_is_taken_again(world):
     assert one.ready()
 
 
+def given_away(world, agent) -> str:
+    """Another node gets the agent's subnet while it cannot say a word; the key."""
+    subnet = agent.subnet()
+    key = str(subnet).replace("/", "-")
+    agent.process.send_signal(signal.SIGSTOP)
+    world.etcd.delete(f"{ROOT}/subnets/{key}")
+    world.put_record(key, other())
+    agent.process.send_signal(signal.SIGCONT)
+    until("another subnet", lambda: agent.subnet() != subnet)
+    agent.wait_ready()
+    return key
+
+
 def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_one(world):
     one, two = world.nodes(2)
     old_pod, local = world.pod(one, "a"), world.pod(one, "b")
     subnet = one.subnet()
-    key = str(subnet).replace("/", "-")
-    one.process.send_signal(signal.SIGSTOP)
-    world.etcd.delete(f"{ROOT}/subnets/{key}")
-    world.put_record(key, other())
-    one.process.send_signal(signal.SIGCONT)
-    until("another subnet", lambda: one.subnet() != subnet)
-    one.wait_ready()
+    key = given_away(world, one)
     assert str(subnet) in one.status()["retained"]
     lost = [e for e in one.events("problem") if e["subject"] == "lease"]
     assert str(subnet) in lost[0]["what"]
@@ -304,6 +312,47 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
     links = world.run("node1", "ip", "-o", "link")
     assert "cni0" not in links, "its connected route would keep the new owner's pods from us"
     assert "cni1" in links
+
+
+def test_a_subnet_that_was_lost_before_a_restart_is_known_by_its_bridge(world):
+    one, two = world.nodes(2)
+    old_pod = world.pod(one, "a")
+    subnet = one.subnet()
+    listing = ("nft", "list", "table", "bridge", antispoof.table_name(1))
+    until("it is bound", lambda: old_pod.address in world.run("node1", *listing))
+    key = given_away(world, one)
+    one.stop()
+    world.run("node1", "nft", "delete", "table", *listing[3:])  # as if bound by nobody yet
+    again = world.restart(one).wait_ready()
+    assert again.status()["retained"] == [str(subnet)]
+    assert again.events("subnet.retained")
+    assert again.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
+    until("its pods are bound again", lambda: old_pod.address in world.run("node1", *listing))
+    new_pod, far = world.pod(again, "c"), world.pod(two, "a")
+    with matrix.Wires([old_pod, new_pod, far]) as wires:
+        assert wires.measure(old_pod, new_pod).ok
+        assert wires.measure(new_pod, far).ok
+    pods.detach(world.namespace("node1"), again.run_dir / "cni" / "10-flannel.conflist", old_pod.namespace)
+    until("the new owner is a peer", lambda: world.peers("node1") == 2)
+    assert again.status()["retained"] == []
+    assert "cni0" not in world.run("node1", "ip", "-o", "link")
+
+
+def test_an_empty_bridge_of_an_earlier_cluster_keeps_no_peer_away(world):
+    node = world.node(1)
+    for name, address in (("cni0", "10.244.77.1/24"), ("lab0", "10.244.78.1/24"), ("cni7", "172.30.0.1/24")):
+        world.run(node, "ip", "link", "add", name, "type", "bridge")
+        world.run(node, "ip", "addr", "add", address, "dev", name)
+        world.run(node, "ip", "link", "set", name, "up")
+    world.put_record("10.244.77.0-24", other())
+    one = world.agent(node).wait_ready()
+    until("it is a peer", lambda: world.peers(node) == 1)
+    assert "via 10.244.77.0 dev flannel.1" in world.run(node, "ip", "route", "get", "10.244.77.9")
+    links = world.run(node, "ip", "-o", "link")
+    assert "cni0" not in links
+    assert "lab0" in links, "by its name it is not for pods"
+    assert "cni7" in links, "nor this by its address"
+    assert "cni0" in json.dumps(one.events("bridge.removed"))
 
 
 def test_somebodys_change_of_our_record_is_put_right(world):
