@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lease.allocate import RangeFull, choose_mac, choose_subnet
 from lease.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.codec import encode_key
-from lease.model import Lease, Prefix, ip_text, mac_text
+from lease.model import Lease, Prefix, ip_text, mac_age, mac_text
 from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 
@@ -306,7 +306,7 @@ class Tenure:
 
 
 class _MacsBefore:
-    """The MACs that records had before ours. Asked for the one or two that are tried, not gathered."""
+    """The MACs that records had before ours had its own. Asked for the one or two that are tried, not gathered."""
 
     def __init__(self, leases: Leases, own: Lease | None) -> None:
         self._leases, self._own = leases, own
@@ -314,7 +314,7 @@ class _MacsBefore:
     def __contains__(self, mac: int) -> bool:
         own = self._own
         return any(
-            own is None or (lease.key != own.key and lease.created < own.created)
+            own is None or (lease.key != own.key and mac_age(lease) < mac_age(own))
             for lease in self._leases.with_mac(mac)
         )
 

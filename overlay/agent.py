@@ -19,7 +19,7 @@ from lease.annotations import Hints
 from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
-from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
+from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_age, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, forward, plan
@@ -481,8 +481,12 @@ class Agent:
         held = self._held
         if held is None or held.v4 is None or lease.v4 is None:
             return
-        if lease.created < held.created and (
-            lease.v4.subnet.overlaps(held.v4.subnet) or (lease.v4.mac is not None and lease.v4.mac == held.v4.mac)
+        older = lease.created < held.created
+        had_it_first = mac_age(lease) < mac_age(held) or (
+            older and not held.modified
+        )  # Nodes: by their age, after a start
+        if (older and lease.v4.subnet.overlaps(held.v4.subnet)) or (
+            had_it_first and lease.v4.mac is not None and lease.v4.mac == held.v4.mac
         ):
             self._look()
         twin = lease.v4.public_ip == held.v4.public_ip and lease.v4.mac != held.v4.mac
@@ -536,6 +540,7 @@ class Agent:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
         self._links_changed()
+        self._look_for_rivals()  # what was written again is younger than before
         self.health.solved("lease")
 
     def _elsewhere(self, lease: Lease) -> None:

@@ -1,8 +1,13 @@
 """Which records are peers: each record's own faults, and the disputes between records, settled for any order. Pure.
 
-A dispute is about a subnet (overlapping ones) or about a MAC (one MAC behind two addresses: the FDB keeps one). The
-record created earlier wins; the loser waits as refused and moves up when the winner goes. A record that itself lost
-takes nobody's place. Work per change depends on the records in dispute with it, not on how many there are.
+A dispute is about a MAC (one MAC behind two addresses: the FDB keeps one), and then about a subnet (overlapping ones). A
+MAC is the address's that had it first, as lease/model.py's `mac_age` says; a subnet is the record's that was created
+earlier. The loser waits as refused and moves up when the winner goes. A record that itself lost takes nobody's subnet. Work
+per change depends on the records in dispute with it, not on how many there are.
+
+A record's `modified` is kept here as the revision since which it has its MAC: writing it again does not make it younger, and
+taking another's MAC in place does not make it older than that one. Where the store does not say (Nodes), a change that we
+saw counts.
 
 Peers are kept packed (lease/packed.py), by the number of their subnet: no two have one. Refused records are few, and kept
 as they are.
@@ -10,13 +15,14 @@ as they are.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from lease.codec import BadRecord, decode_key, encode_key
-from lease.model import WIDTH, Lease, Prefix, mac_text, mask
-from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, PUBLIC_IP, Leases, number, pack, unpack
+from lease.model import WIDTH, Lease, Prefix, mac_age, mac_text, mask
+from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, Leases, number, pack, unpack
 from lease.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -26,6 +32,32 @@ Turned = dict[str, tuple[Lease | None, Lease | None]]
 """What a change did to the peers, by key: the peer before and the peer now; None: not a peer."""
 
 
+class _Claimants:
+    """Those without fault that have one MAC, while one of them waits; who of them has it."""
+
+    __slots__ = ("ages", "owner", "waiting")
+
+    def __init__(self, peers: Iterable[Lease]) -> None:
+        self.ages = sorted((*mac_age(lease), _public_ip(lease)) for lease in peers)
+        self.waiting: set[str] = set()
+        self.owner = self.ages[0][-1] if self.ages else None
+        """The public IP by which it was settled last."""
+
+    def enter(self, lease: Lease) -> None:
+        """One more; once, however often."""
+        age = (*mac_age(lease), _public_ip(lease))
+        place = bisect.bisect_left(self.ages, age)
+        if self.ages[place : place + 1] != [age]:
+            self.ages.insert(place, age)
+
+    def leave(self, lease: Lease) -> None:
+        """One less."""
+        age = (*mac_age(lease), _public_ip(lease))
+        place = bisect.bisect_left(self.ages, age)
+        if self.ages[place : place + 1] == [age]:
+            del self.ages[place]
+
+
 class PeerTable:
     """Records by key; those accepted, and the reason of each of the others."""
 
@@ -33,7 +65,7 @@ class PeerTable:
         self._judge, self._quick = judge, quick
         self.packed: dict[int, bytes] = {}
         """The peers, by subnet number."""
-        self.by_mac: dict[int, int | tuple[int, ...]] = {}
+        self.by_mac: dict[int, int | set[int]] = {}
         """Subnet numbers of peers, by MAC: several where a node holds two subnets."""
         self.lengths: Counter[int] = Counter()
         """Lengths of the peers' subnets."""
@@ -42,10 +74,14 @@ class PeerTable:
         """The refused records."""
         self._faulty: set[str] = set()
         """Refused for what they are, whatever the others say; these take no part in disputes."""
+        self._outdone: set[str] = set()
+        """Refused since another address had their MAC first; these take no part in disputes about subnets."""
         self._numbers: dict[str, int] = {}
         """Of peers whose key does not say it (Nodes, dual-stack records)."""
         self._losers = SubnetIndex(4)
-        self._losers_by_mac: dict[int, tuple[str, ...]] = {}
+        self._claimants: dict[int, _Claimants] = {}
+        self._latest = 0
+        """The latest revision that a record had."""
 
     def __len__(self) -> int:
         return len(self.packed) + len(self._waiting)
@@ -72,7 +108,7 @@ class PeerTable:
     def with_mac(self, mac: int) -> tuple[int, ...]:
         """The subnet numbers of the peers of a MAC."""
         found = self.by_mac.get(mac, ())
-        return (found,) if isinstance(found, int) else found
+        return (found,) if isinstance(found, int) else tuple(found)
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
@@ -84,7 +120,7 @@ class PeerTable:
             if (
                 was.same_claim(lease) and was.created == lease.created
             ):  # written again as it was: a renewal of flannel's
-                self.packed[there] = pack(lease)
+                self.packed[there] = pack(lease._replace(modified=was.modified))
                 return {}
         return self._change({lease.key: lease})
 
@@ -97,8 +133,8 @@ class PeerTable:
         change: dict[str, Lease | None] = {}
         for key, packed in leases.packed.items():
             if key != without and self.packed.get(int.from_bytes(packed[:5], "big")) != packed:
-                lease = unpack(packed)
-                if self._waiting.get(key) != lease:
+                lease, was = unpack(packed), self._waiting.get(key) or self._peer(key)
+                if was is None or was.created != lease.created or not was.same_claim(lease):
                     change[key] = lease
         for lease in self.accepted():
             if lease.key not in leases or lease.key == without:
@@ -133,21 +169,70 @@ class PeerTable:
     def _change(self, change: Mapping[str, Lease | None]) -> Turned:
         before: dict[str, Lease | None] = {}
         pending: set[tuple[int, str]] = set()
+        entered: dict[int, list[str]] = {}
         for key, lease in change.items():
             before[key] = old = self._peer(key)
+            was = old or self._waiting.get(key)
+            if was is not None:
+                entered.setdefault(_mac(was), [])
             if old is not None:
                 self._remove(old)
+                self._leave(old)
                 pending |= self._losers_after(old)
-            else:
+            elif was is not None:
                 self._no_more_waiting(key)
+                self._leave(was)
             if lease is None:
                 continue
+            lease = self._dated(lease, was)  # noqa: PLW2901
             reason = self._judge(lease)
             self._wait(lease, reason or "not judged yet", reason is not None)
             if reason is None:
-                pending.add((lease.created, key))
+                entered.setdefault(_mac(lease), []).append(key)
+        for mac, keys in entered.items():
+            pending |= self._settle_mac(mac, keys, before)
         self._settle(pending, before)
         return {key: (was, now) for key, was in before.items() if (now := self._peer(key)) != was}
+
+    def _dated(self, lease: Lease, was: Lease | None) -> Lease:
+        """A record with the revision since which it has its MAC."""
+        since = lease.modified
+        if was is not None and was.created == lease.created:
+            if was.v4 is not None and lease.v4 is not None and was.v4.mac == lease.v4.mac:
+                since = was.modified
+            elif not since:
+                since = self._latest + 1
+        self._latest = max(self._latest, since)
+        return lease if since == lease.modified else lease._replace(modified=since)
+
+    def _settle_mac(self, mac: int, entered: list[str], before: dict[str, Lease | None]) -> set[tuple[int, str]]:
+        """Who has a MAC, after these entered and others left. Those of other addresses are out; the ages of those that may
+        have a subnet now."""
+        found = self._claimants.get(mac)
+        if found is None:
+            return set()
+        _, _, oldest, owner = found.ages[0]
+        keys = entered if owner == found.owner else [key for _, _, key, _ in found.ages]
+        found.owner = owner
+        pending: set[tuple[int, str]] = set()
+        for key in keys:
+            peer = self._peer(key)
+            lease = peer or self._waiting[key]
+            if _public_ip(lease) == owner:
+                if peer is None:
+                    self._outdone.discard(key)
+                    self._losers.add(_subnet(lease), key)
+                    pending.add(_age(lease))
+                continue
+            if peer is not None:
+                before.setdefault(key, peer)
+                self._remove(peer)
+                self._wait(peer, "", faulty=False)
+                pending |= self._losers_after(peer)
+            self._outdone.add(key)
+            self._losers.remove(_subnet(lease), key)
+            self.refused[key] = f"VtepMAC {mac_text(mac)} is already used by {oldest}, which had it first"
+        return pending
 
     def _settle(self, pending: set[tuple[int, str]], before: dict[str, Lease | None]) -> None:
         """Decide about those that wait, in the order of age. No two peers are ever in dispute."""
@@ -157,18 +242,18 @@ class PeerTable:
             item = heapq.heappop(heap)
             queued.discard(item)
             lease = self._waiting.get(item[1])
-            if lease is None or lease.key in self._faulty:
+            if lease is None or lease.key in self._faulty or lease.key in self._outdone:
                 continue
             rivals = self._rivals(lease)
             older = min((rival for rival in rivals if _age(rival) < _age(lease)), key=_age, default=None)
             if older is not None:
-                self.refused[lease.key] = _reason(lease, older)
+                self.refused[lease.key] = _overlap(lease, older)
                 continue
             before.setdefault(lease.key, None)
             for rival in rivals:  # younger: they lose their places, and those who lost to them may get one
                 before.setdefault(rival.key, rival)
                 self._remove(rival)
-                self._wait(rival, _reason(rival, lease), faulty=False)
+                self._wait(rival, _overlap(rival, lease), faulty=False)
                 for next_one in self._losers_after(rival) - queued:
                     heapq.heappush(heap, next_one)
                     queued.add(next_one)
@@ -176,18 +261,12 @@ class PeerTable:
             self._insert(lease)
 
     def _rivals(self, lease: Lease) -> list[Lease]:
-        """The peers in dispute with a record."""
-        assert lease.v4 is not None
-        found = {there: self.peer(there) for there in self._overlapping(lease.v4.subnet)}
-        of_its_mac = self.with_mac(lease.v4.mac or 0)  # peers: these are of one public IP, however many
-        if of_its_mac and int.from_bytes(self.packed[of_its_mac[0]][PUBLIC_IP], "big") != lease.v4.public_ip:
-            found |= {there: self.peer(there) for there in of_its_mac}
-        return [other for other in found.values() if other.key != lease.key]
+        """The peers whose subnets overlap a record's."""
+        return [other for there in self._overlapping(_subnet(lease)) if (other := self.peer(there)).key != lease.key]
 
     def _losers_after(self, lease: Lease) -> set[tuple[int, str]]:
-        """The records that lost, maybe to this one, and are younger."""
-        assert lease.v4 is not None
-        keys = {*self._losers.overlapping(lease.v4.subnet), *self._losers_by_mac.get(lease.v4.mac or 0, ())}
+        """The records that lost their subnet, maybe to this one, and are younger."""
+        keys = self._losers.overlapping(_subnet(lease))
         return {age for key in keys if (age := _age(self._waiting[key])) > _age(lease)}
 
     def _overlapping(self, subnet: Prefix) -> Iterator[int]:
@@ -209,53 +288,64 @@ class PeerTable:
     # --- the two kinds of places ---------------------------------------------------------------------------------------
 
     def _insert(self, lease: Lease) -> None:
-        assert lease.v4 is not None
-        there, mac = number(lease.v4.subnet), lease.v4.mac or 0
+        there, mac = number(_subnet(lease)), _mac(lease)
         self.packed[there] = pack(lease)
-        self.lengths[lease.v4.subnet.length] += 1
-        others = self.with_mac(mac)
-        self.by_mac[mac] = (*others, there) if others else there
-        if lease.key != encode_key(lease.v4.subnet):
+        self.lengths[_subnet(lease).length] += 1
+        found = self.by_mac.setdefault(mac, there)
+        if isinstance(found, set):
+            found.add(there)
+        elif found != there:
+            self.by_mac[mac] = {found, there}
+        if lease.key != encode_key(_subnet(lease)):
             self._numbers[lease.key] = there
 
     def _remove(self, lease: Lease) -> None:
-        assert lease.v4 is not None
-        there, length, mac = number(lease.v4.subnet), lease.v4.subnet.length, lease.v4.mac or 0
+        there, length, mac = number(_subnet(lease)), _subnet(lease).length, _mac(lease)
         del self.packed[there]
         self._numbers.pop(lease.key, None)
         self.lengths[length] -= 1
         if not self.lengths[length]:
             del self.lengths[length]
-        left = tuple(other for other in self.with_mac(mac) if other != there)
-        if left:
-            self.by_mac[mac] = left if len(left) > 1 else left[0]
+        found = self.by_mac[mac]
+        if isinstance(found, set):
+            found.discard(there)
+            if len(found) == 1:
+                self.by_mac[mac] = found.pop()
         else:
             del self.by_mac[mac]
 
     def _wait(self, lease: Lease, reason: str, faulty: bool) -> None:
-        self._waiting[lease.key], self.refused[lease.key] = lease, reason
+        key, mac = lease.key, _mac(lease)
+        self._waiting[key], self.refused[key] = lease, reason
         if faulty:
-            self._faulty.add(lease.key)
+            self._faulty.add(key)
             return
-        assert lease.v4 is not None
-        self._losers.add(lease.v4.subnet, lease.key)
-        mac = lease.v4.mac or 0
-        self._losers_by_mac[mac] = (*self._losers_by_mac.get(mac, ()), lease.key)
+        self._losers.add(_subnet(lease), key)
+        found = self._claimants.get(mac)
+        if found is None:
+            found = self._claimants[mac] = _Claimants(map(self.peer, self.with_mac(mac)))
+        found.enter(lease)
+        found.waiting.add(key)
 
     def _no_more_waiting(self, key: str) -> None:
+        """A record becomes a peer, or goes."""
         lease = self._waiting.pop(key, None)
         self.refused.pop(key, None)
         if lease is None or key in self._faulty:
             self._faulty.discard(key)
             return
-        assert lease.v4 is not None
-        self._losers.remove(lease.v4.subnet, key)
-        mac = lease.v4.mac or 0
-        left = tuple(other for other in self._losers_by_mac[mac] if other != key)
-        if left:
-            self._losers_by_mac[mac] = left
-        else:
-            del self._losers_by_mac[mac]
+        self._outdone.discard(key)
+        self._losers.remove(_subnet(lease), key)
+        found = self._claimants[_mac(lease)]
+        found.waiting.discard(key)
+        if not found.waiting:
+            del self._claimants[_mac(lease)]
+
+    def _leave(self, lease: Lease) -> None:
+        """A record goes, or is another one now: it does not claim its MAC any more."""
+        found = self._claimants.get(_mac(lease))
+        if found is not None:
+            found.leave(lease)
 
     def _accepted(self, key: str) -> int | None:
         """The number of the peer of a key, None where it has none."""
@@ -277,9 +367,19 @@ def _age(lease: Lease) -> tuple[int, str]:
     return lease.created, lease.key
 
 
-def _reason(lease: Lease, winner: Lease) -> str:
+def _overlap(lease: Lease, winner: Lease) -> str:
+    return f"subnet {_subnet(lease)} overlaps {winner.key}, which is older"
+
+
+def _subnet(lease: Lease) -> Prefix:
     assert lease.v4 is not None
-    assert winner.v4 is not None
-    if winner.v4.subnet.overlaps(lease.v4.subnet):
-        return f"subnet {lease.v4.subnet} overlaps {winner.key}, which is older"
-    return f"VtepMAC {mac_text(lease.v4.mac or 0)} is already used by {winner.key}, which is older"
+    return lease.v4.subnet
+
+
+def _mac(lease: Lease) -> int:
+    return (lease.v4.mac if lease.v4 is not None else None) or 0
+
+
+def _public_ip(lease: Lease) -> int:
+    assert lease.v4 is not None
+    return lease.v4.public_ip

@@ -73,13 +73,13 @@ class Sieve:
     """Peers, all of them reached by the tunnel `oif`, as the look through a dump needs them.
 
     packed: leases by number, as lease/packed.py packs them: public IP at 5, MAC at 9; a number is a subnet's base << 8 |
-    length. by_mac: the number of a MAC's peer, a tuple where it has several. lengths: of all subnets. network: the base.
+    length. by_mac: the number of a MAC's peer, a set where it has several. lengths: of all subnets. network: the base.
     """
 
     def __init__(
         self,
         packed: Mapping[int, bytes],
-        by_mac: Mapping[int, int | tuple[int, ...]],
+        by_mac: Mapping[int, int | set[int]],
         lengths: tuple[int, ...],
         network: int,
         oif: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from overlay.lab import netns
 from overlay.serve import ASKED_WITHIN_S, MOST_AT_ONCE, SOCKET_NAME, ask_unix
 from tests.support.wait import until
-from tests.support.world import vxlan_record
+from tests.support.world import ROOT, vxlan_record
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE
 
 CONFIG = {"SubnetMin": "10.244.1.0", "SubnetMax": "10.244.2.0"}
@@ -78,6 +79,37 @@ def test_a_subnet_moves_only_by_the_stores_transaction(world):
     world.put_record(f"{base}.0-24", thief)
     until("its owner has it back", lambda: world.records()[f"{base}.0-24"]["PublicIP"] == "192.168.1.3")
     until("and the traffic", lambda: world.kernel("node1") == before)
+
+
+def test_a_mac_is_taken_neither_in_place_nor_by_a_twin_that_waits(world):
+    """Control: the record that does it is a peer until then, and older than the one it robs. When the robbed one's record is
+    deleted, too, its node takes another MAC, since the twin's is older now."""
+    world.config(SubnetMin="10.244.1.0", SubnetMax="10.244.3.0")
+    world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", "0a:00:00:00:00:66"))
+    one, two = (world.agent(world.node(number)).wait_ready() for number in (1, 2))
+    until("the later thief is a peer", lambda: world.peers("node1") == 2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    theirs = two.mac()
+    with world.stream(source, target) as stream:
+        world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", theirs))
+        until(
+            "refused",
+            lambda: f"VtepMAC {theirs} is already used by" in one.status()["refused"].get("10.244.9.0-24", ""),
+        )
+        assert world.peers("node1") == 1
+        assert theirs in world.run("node1", "bridge", "fdb", "show", "dev", "flannel.1")
+        again = world.restart(one).wait_ready()
+        assert "10.244.9.0-24" in again.status()["refused"], "a start knows no history"
+        assert two.mac() == theirs, "nobody was made to change"
+    assert stream.lost() == 0
+    key = str(two.subnet()).replace("/", "-")
+    world.etcd.delete(f"{ROOT}/subnets/{key}")
+    until("its record is there again", lambda: key in world.records())
+    until("with another MAC", lambda: json.loads(world.records()[key]["value"])["BackendData"]["VtepMAC"] != theirs)
+    until("both are peers", lambda: world.peers("node1") == 2)
+    with world.stream(source, target) as stream:
+        time.sleep(0.5)
+    assert stream.lost() == 0
 
 
 def with_door(world, kind):
