@@ -6,7 +6,8 @@ known by the number and the name of its interface and the MAC of the end that th
 that comes by the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The
 table remembers: a new agent keeps what it finds there.
 
-A port that is not (yet) bound is let through: pods made while no agent runs must have their network.
+A port that is not yet bound is let through: pods made while no agent runs must have their network. One that has no address
+at all after half a minute is bound to none.
 
 Belongs to the agent's owner thread.
 """
@@ -32,10 +33,13 @@ ENDS = "ends"
 """No rule asks it: the MACs of the node's ends, to tell whose bindings those are."""
 SPOOFED = "spoofed"
 SETTLED_S = 5.0
-"""After so long an interface has made its link-local IPv6 address, too (RFC 4862, 5.4: a second or two)."""
+"""After so long an interface has its link-local IPv6 address, too: it makes it when its link comes up, before it is given an
+IPv4 address, but for one whose other end comes up later."""
 FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
 """A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
 HURRIED_S = 30.0
+_OF_ADDRESS = 0x0A58 << 32
+"""Older bridge plugins give an interface this MAC, its IPv4 address behind (containernetworking: hwaddr.PrivateMACPrefix)."""
 _NF_BR_PRE_ROUTING, _EARLY = 0, -300
 _IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
 _ICMPV6 = b"\x3a"
@@ -104,7 +108,7 @@ def table(vni: int) -> nf_wire.Table:
 
 class Bound(NamedTuple):
     """What a port is bound to. name: of its interface. end: the MAC of the node's end; None where an agent before us did not
-    say. v6: None while its IPv6 addresses are not settled."""
+    say. v6: None where it did not bind them."""
 
     name: str
     end: int | None
@@ -137,6 +141,8 @@ class AntiSpoof:
         self._sets, self._requests, self._clock = sets, requests, clock
         self._table: nf_wire.Table | None = None
         self._bridges: set[int] = set()
+        self._nodes: set[int] = set()
+        """MACs of the bridges: no pod's."""
         self._veths: list[Link] = []
         """The node's ends of all that are on a bridge."""
         self._ports: dict[int, Link] = {}
@@ -144,6 +150,8 @@ class AntiSpoof:
         self._seen: dict[tuple[int, int], float] = {}
         """When each was first seen, by number and MAC."""
         self._bound: dict[int, Bound] = {}
+        self._later: set[int] = set()
+        """Ports whose pods had no link-local IPv6 address when they were bound."""
         self._there: dict[str, set[bytes]] = {}
         """What the kernel's sets have."""
         self._network: Prefix | None = None
@@ -159,7 +167,8 @@ class AntiSpoof:
         if not names:
             return
         self._known = True
-        self._bridges = {link.ifindex for link in every if link.kind == "bridge" and link.name in names}
+        bridges_of = [link for link in every if link.kind == "bridge" and link.name in names]
+        self._bridges, self._nodes = {link.ifindex for link in bridges_of}, {link.mac for link in bridges_of}
         self._veths = [link for link in every if link.master and link.netnsid >= 0]
         self._choose()
         there = {(index, link.name, link.mac) for index, link in self._ports.items()}
@@ -175,6 +184,7 @@ class AntiSpoof:
         }
         now = self._clock()
         self._seen = {key: self._seen.get(key, now) for key in map(_key, self._ports.values())}
+        self._later &= self._ports.keys()
 
     def _binding(self, link: Link) -> Bound | None:
         bound = self._bound.get(link.ifindex)
@@ -192,6 +202,7 @@ class AntiSpoof:
         """No table of that name, and nothing is bound: switched on again, it begins anew. Raises KernelError."""
         self._table, self._next = None, None
         self._bound.clear()
+        self._later.clear()
         self._sets.remove(table.family, table.name)
 
     def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
@@ -248,11 +259,10 @@ class AntiSpoof:
                 del self._bound[index]
             elif (bound.name, bound.end) != (link.name, link.mac):  # renamed, or not said
                 self._bound[index] = bound._replace(name=link.name, end=link.mac)
-        taken = {address: index for index, bound in self._bound.items() for address in bound.v4}
         waiting, refused = [], None
         for _, link in sorted(self._ports.items()):
             try:
-                again = self._look_at(link, taken)
+                again = self._look_at(link)
             except KernelError as error:
                 refused = error
                 again = self._clock() + LATER_LOOKS_S
@@ -263,51 +273,64 @@ class AntiSpoof:
         if refused is not None:
             raise refused
 
-    def _look_at(self, link: Link, taken: dict[int, int]) -> float | None:
-        """Bind one port, as far as its pod is known. taken: the addresses of all, which is kept. When it is to be looked at
-        again, None: it is bound for good. Raises KernelError."""
+    def _look_at(self, link: Link) -> float | None:
+        """Bind one port, as far as its pod is known. When it is to be looked at again, None: it is bound for good. Raises
+        KernelError."""
+        assert self._network is not None
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
-        settled, again = seen + SETTLED_S, None
-        bound = self._bound.get(index)
-        if bound is not None and bound.v4:
-            if bound.v6 is not None:
+        settled, bound = seen + SETTLED_S, self._bound.get(index)
+        if bound is not None and bound.v4 and bound.v6 is not None:
+            if index not in self._later:
                 return None
             if now < settled:
                 return settled
         end = self._requests.pod_end(link)
         if end is None:
             return None
+        others = [other for port, other in self._bound.items() if port != index]
         if bound is None:
-            bound = self._first(link, end, taken)
-            if bound is None:
-                return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
-        elif not bound.v4:  # all it has was another port's: is it still?
-            bound = bound._replace(v4=self._own(end) - taken.keys())
-        if now >= settled and bound.v6 is None:  # a plugin may have given it another MAC since, too
-            others = {mac for port, other in self._bound.items() if port != index for mac in other.macs}
-            bound = bound._replace(v6=end.v6, macs=bound.macs | {end.mac} - others)
+            if not any(map(self._network.holds, end.v4)) and now - seen < HURRIED_S:
+                return now + FIRST_LOOKS_S
+            bound = self._first(link, end, others)
+        elif not bound.v4:  # all it had was another port's: is it still?
+            bound = bound._replace(v4=self._own(end) - _addresses(others))
         if bound.v6 is None:
-            again = settled
-        elif not bound.v4:
-            again = now + LATER_LOOKS_S
+            bound = bound._replace(v6=self._first6(end, bound, others))
+            if not any(map(_is_link_local, end.v6)):
+                self._later.add(index)
+        elif index in self._later and now >= settled:
+            self._later.discard(index)
+            bound = bound._replace(v6=bound.v6 | self._link_local(end, others))
         self._bound[index] = bound
-        taken |= dict.fromkeys(bound.v4, index)
-        return again
+        if not bound.v4:
+            return now + LATER_LOOKS_S
+        return settled if index in self._later and now < settled else None
 
-    def _first(self, link: Link, end: PodEnd, taken: dict[int, int]) -> Bound | None:
-        """What a port is bound to when its pod is seen first; None while it has no address of the network."""
-        v4 = self._own(end)
-        for address in v4 & taken.keys():
+    def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
+        """What a port is bound to when its pod is seen first: the rest is another's."""
+        v4, taken = self._own(end), _addresses(others)
+        for address in v4 & taken:
             log.warning(
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
                 effect="it is another pod's; this one may not send from it",
             )  # fmt: skip
-        return Bound(link.name, link.mac, frozenset((end.mac,)), v4 - taken.keys(), None) if v4 else None
+        macs = frozenset((end.mac, *(_OF_ADDRESS | address for address in v4)))
+        free = macs.difference(self._nodes, *(other.macs for other in others))
+        return Bound(link.name, link.mac, free, v4 - taken, None)
+
+    def _first6(self, end: PodEnd, bound: Bound, others: list[Bound]) -> frozenset[int]:
+        """A pod's IPv6 addresses, and those that its interface makes of its MAC (RFC 4291, appendix A)."""
+        made = frozenset(map(_link_local_of, bound.macs))
+        return (end.v6 | made).difference(*(other.v6 or () for other in others), map(_link_local_of, self._nodes))
+
+    def _link_local(self, end: PodEnd, others: list[Bound]) -> frozenset[int]:
+        free = end.v6.difference(*(other.v6 or () for other in others), map(_link_local_of, self._nodes))
+        return frozenset(filter(_is_link_local, free))
 
     def _own(self, end: PodEnd) -> frozenset[int]:
-        """The addresses of a pod that are of the network."""
+        """The addresses of a pod that are of the network; of one that has none of those, all."""
         assert self._network is not None
-        return frozenset(address for address in end.v4 if self._network.holds(address))
+        return frozenset(address for address in end.v4 if self._network.holds(address)) or end.v4
 
     def _elements(self) -> dict[str, set[bytes]]:
         found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6, ENDS)}
@@ -325,3 +348,16 @@ class AntiSpoof:
 
 def _key(link: Link) -> tuple[int, int]:
     return link.ifindex, link.mac
+
+
+def _addresses(bound: Iterable[Bound]) -> frozenset[int]:
+    return frozenset().union(*(each.v4 for each in bound))
+
+
+def _is_link_local(address: int) -> bool:
+    return address >> 118 == 0xFE80 >> 6
+
+
+def _link_local_of(mac: int) -> int:
+    """RFC 4291, appendix A: the modified EUI-64."""
+    return 0xFE80 << 112 | (mac >> 24 ^ 0x020000) << 40 | 0xFFFE << 24 | mac & 0xFFFFFF

@@ -13,6 +13,7 @@ from ipaddress import IPv6Address
 import pytest
 
 from lease.model import ip_number, mac_number
+from overlay.antispoof import SETTLED_S
 from overlay.lab import netns
 from overlay.lab.matrix import End
 from tests.support.wait import until
@@ -178,6 +179,31 @@ def test_what_a_pod_gives_itself_later_is_not_its_own(world, ports):
     assert agent.status()["counters"]["mended_pods"] == 3
 
 
+@pytest.mark.parametrize("checked", [False, True], ids=["control", "checked"])
+def test_nor_is_an_ipv6_address_or_a_mac_that_it_takes_at_once(world, ports, checked):
+    """Within the seconds in which an interface makes its own link-local address: another pod's, and one that is nobody's."""
+    world.config()
+    agent = world.agent(world.node(1), "--node-name=node1", f"--pod-antispoof={str(checked).lower()}").wait_ready()
+    evil, other, near = (ports(world.pod(agent, name)) for name in ("evil", "other", "near"))
+    if checked:
+        until("all are bound", lambda: len(bound(world, "node1")) == 3)
+    nobodys = IPv6Address("fe80::bad").packed
+    for address in (other.v6, nobodys):
+        world.run(evil.node, "ip", "addr", "add", f"{IPv6Address(address)}/128", "dev", "eth0", "nodad")
+    world.run(evil.node, "ip", "link", "set", "eth0", "address", "02:00:00:00:0b:ad")
+    time.sleep(SETTLED_S + 1)
+    spoofed = frames(evil, other, near)
+    to = near.mac + evil.mac
+    spoofed["nobody's"] = to + b"\x86\xdd" + ipv6(nobodys, near.v6, 128, b"\0\0\0\0nobody's-spoofed")
+    mac = near.mac + bytes.fromhex("020000000bad") + b"\x08\x00"
+    spoofed["its new mac"] = mac + ipv4(evil.ip, near.ip, b"its new mac-spoofed")
+    for name in ("ipv6", "advertisement", "nobody's", "its new mac"):
+        evil.send(spoofed[name])
+        assert near.hears(f"{name}-spoofed".encode()) is not checked, name
+    evil.send(honest(evil, near)["ipv6"])
+    assert near.hears(b"ipv6-honest")
+
+
 def test_pods_that_come_and_go_also_while_no_agent_runs(world, ports):
     world.config()
     agent = world.agent(world.node(1), "--node-name=node1").wait_ready()
@@ -227,7 +253,7 @@ def test_an_address_that_was_anothers_is_the_pods_once_the_other_is_gone(world, 
     until("all are bound", lambda: len(bound(world, "node1")) == 3)
     assert len(bound(world, "node1", "addresses")) == 2
     netns.delete(left.namespace)
-    until("the other is gone", lambda: len(bound(world, "node1", "macs")) == 2)
+    until("the other is gone", lambda: len(bound(world, "node1", "ports")) == 2)
     time.sleep(1)  # its elements go one set after the other
     until("it has its address", lambda: len(bound(world, "node1", "addresses")) == len(bound(world, "node1")) == 2)
     here, there = ports(dataclasses.replace(pod, address=left.address)), ports(near)

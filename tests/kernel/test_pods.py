@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from ipaddress import IPv6Address
 
 import pytest
 
@@ -137,33 +138,66 @@ def test_a_renamed_port_stays_bound_under_its_new_name(made, sets, pods):
     assert addresses(sets) == {(5, 5)}
 
 
-def test_ipv6_is_bound_when_it_has_settled_and_no_sooner(made, sets, pods, clock):
-    pods.ends = {5: end("10.244.1.5")._replace(v6=frozenset((1,)))}
+def addresses6(sets: NetfilterSocket) -> set[tuple[int, str]]:
+    return {(key[0], str(IPv6Address(key[4:]))) for key in sets.elements(TABLE, TABLE.sets[4])}
+
+
+def macs(sets: NetfilterSocket) -> set[tuple[int, str]]:
+    return {(key[0], key[4:10].hex(":")) for key in sets.elements(TABLE, TABLE.sets[2])}
+
+
+def v6(*texts: str) -> frozenset[int]:
+    return frozenset(int(IPv6Address(text)) for text in texts)
+
+
+def test_ipv6_and_mac_are_bound_at_once_and_for_good(made, sets, pods):
+    pods.ends = {5: end("10.244.1.5")._replace(mac=0x0A0000000005, v6=v6("fe80::5", "2001:db8::5"))}
     made.ensure(TABLE, NETWORK)  # nobody knows the bridges yet
     assert sets.elements(TABLE, TABLE.sets[0]) == []
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
     made.look()
-    assert len(sets.elements(TABLE, TABLE.sets[0])) == 1
-    assert sets.elements(TABLE, TABLE.sets[1]) == []
-    assert made.next_look() == clock.now + antispoof.SETTLED_S
-    clock.now += antispoof.SETTLED_S
-    made.look()
     assert len(sets.elements(TABLE, TABLE.sets[1])) == 1
-    assert [int.from_bytes(key[4:], "big") for key in sets.elements(TABLE, TABLE.sets[4])] == [1]
+    made_of_macs = {(5, "fe80::800:ff:fe00:5"), (5, "fe80::858:aff:fef4:105")}
+    assert addresses6(sets) == {(5, "fe80::5"), (5, "2001:db8::5")} | made_of_macs
+    assert macs(sets) == {(5, "0a:00:00:00:00:05"), (5, "0a:58:0a:f4:01:05")}, "and what an old plugin makes of it"
     assert made.next_look() is None
 
 
-def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
-    pods.ends = {5: end("192.168.7.7")}
+def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, clock):
+    gateway = "fe80::200:ff:fe00:1"  # of the bridge's MAC
+    pods.ends = {5: end("10.244.1.5")._replace(mac=5, v6=v6("fe80::5"))}
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
     made.ensure(TABLE, NETWORK)
+    pods.ends[6] = end("10.244.1.6")._replace(mac=5, v6=v6("fe80::5", "fe80::6", gateway))
+    pods.ends[7] = end("10.244.1.7")._replace(mac=BRIDGE.mac, v6=frozenset())
+    made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"])
+    made.look()
+    claimed = {item for item in addresses6(sets) if item[1] in ("fe80::5", "fe80::6", gateway)}
+    assert claimed == {(5, "fe80::5"), (6, "fe80::6")}
+    assert {item for item in macs(sets) if not item[1].startswith("0a:58")} == {(5, "00:00:00:00:00:05")}
+    assert made.next_look() == clock.now + antispoof.SETTLED_S, "7 may make its link-local address yet"
+    clock.now += antispoof.SETTLED_S
+    pods.ends[7] = pods.ends[7]._replace(v6=v6("fe80::5", gateway, "fe80::7", "2001:db8::7"))
+    made.look()
+    assert {item for item in addresses6(sets) if item[0] == 7} == {(7, "fe80::7"), (7, "fe80::858:aff:fef4:107")}
+    assert made.next_look() is None
+
+
+def test_a_pod_without_an_address_is_bound_to_none_after_a_while(made, sets, pods, clock):
+    pods.ends = {5: end("10.244.1.5")._replace(v4=frozenset()), 6: end("192.168.7.7")}
+    made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
     assert made.next_look() == clock.now + antispoof.FIRST_LOOKS_S
+    assert sets.elements(TABLE, TABLE.sets[0]) == [], "it must have its network, were it never looked at again"
     clock.now += antispoof.HURRIED_S
     made.look()
+    assert sorted(key[0] for key in sets.elements(TABLE, TABLE.sets[0])) == [5, 6]
+    assert addresses(sets) == {(6, 7)}, "what it has, where that is of another network"
     assert made.next_look() == clock.now + antispoof.LATER_LOOKS_S
-    pods.ends = {5: end("10.244.1.5")}
+    pods.ends[5] = end("10.244.1.5")
     made.look()
-    assert addresses(sets) == {(5, 5)}
+    assert addresses(sets) == {(5, 5), (6, 7)}
+    assert made.next_look() is None
 
 
 def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, clock):
