@@ -39,7 +39,7 @@ FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
 """A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
 HURRIED_S = 30.0
 _OF_ADDRESS = 0x0A58 << 32
-"""Older bridge plugins give an interface this MAC, its IPv4 address behind (containernetworking: hwaddr.PrivateMACPrefix)."""
+"""Older bridge plugins give an interface this MAC, with its IPv4 address behind (hwaddr.PrivateMACPrefix)."""
 _NF_BR_PRE_ROUTING, _EARLY = 0, -300
 _IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
 _ICMPV6 = b"\x3a"

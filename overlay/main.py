@@ -240,7 +240,8 @@ def _serve(settings: Settings, agent: Any) -> None:
         raise _CannotStart(f"--run-dir: {settings.run_dir}/{serve.SOCKET_NAME}: {error}") from error
     if settings.healthz_port:
         try:
-            serve.serve_tcp(settings.healthz_ip, settings.healthz_port, routes)
+            often = {**routes, "/metrics": serve.same_for_a_moment(metrics)}  # anybody may ask there
+            serve.serve_tcp(settings.healthz_ip, settings.healthz_port, often)
         except OSError as error:
             where = f"{settings.healthz_ip}:{settings.healthz_port}"
             raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error

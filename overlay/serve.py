@@ -20,7 +20,10 @@ LONGEST_REQUEST = 1 << 16
 ASKED_WITHIN_S, ANSWERED_WITHIN_S = 5.0, 10.0
 """For a whole request, however it trickles in, and to take the whole answer."""
 MOST_AT_ONCE = 16
-"""Connections of one server. Where one more comes, the oldest that has not asked yet goes: who asks at once is served."""
+"""Connections of one server. Where one more comes, one goes that has not asked within SILENT_S or has not taken its answer
+within SLOW_S; where there is none, the new one waits for that: who asks at once is served."""
+SILENT_S, SLOW_S = 0.1, 1.0
+SAME_FOR_S = 0.5
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 Answer = tuple[int, str, str]
 """HTTP status, content type, body."""
@@ -35,6 +38,23 @@ def text(status: int, line: str) -> Answer:
 def as_json(status: int, value: object) -> Answer:
     """A JSON body."""
     return status, "application/json", json.dumps(value) + "\n"
+
+
+def same_for_a_moment(
+    answer: Callable[[], Answer], clock: Callable[[], float] = time.monotonic
+) -> Callable[[], Answer]:
+    """An answer that costs the owner's thread something, made once in SAME_FOR_S at most however many ask."""
+    lock = threading.Lock()
+    last: list[tuple[float, Answer]] = []
+
+    def remembered() -> Answer:
+        with lock:
+            if not last or clock() >= last[0][0] + SAME_FOR_S:
+                made = answer()
+                last[:] = [(clock(), made)]
+            return last[0][1]
+
+    return remembered
 
 
 class _Handler(BaseRequestHandler):
@@ -83,36 +103,41 @@ class _Server(ThreadingMixIn, BaseServer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._lock = threading.Lock()
-        self._open: dict[socket.socket, bool] = {}
-        """Connections that are served, the oldest first, and whether each has asked."""
+        self._changed = threading.Condition()
+        self._open: dict[socket.socket, float] = {}
+        """Connections that are served, and until when each may stay where others want its place."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own."""
-        with self._lock:
-            if len(self._open) >= MOST_AT_ONCE:
-                silent = next((one for one, asked in self._open.items() if not asked), request)
-                with contextlib.suppress(OSError):
-                    silent.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it
-                self._open.pop(silent, None)
-                if silent is request:
-                    request.close()
-                    return
-            self._open[request] = False
+        with self._changed:
+            while len(self._open) >= MOST_AT_ONCE:
+                self._let_one_go()
+            self._open[request] = time.monotonic() + SILENT_S
         super().process_request(request, client_address)
+
+    def _let_one_go(self) -> None:
+        """Or wait a moment for the answers under way."""
+        first = min(self._open, key=self._open.__getitem__)
+        if (left := self._open[first] - time.monotonic()) > 0:
+            self._changed.wait(left)
+            return
+        with contextlib.suppress(OSError):
+            first.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it
+        del self._open[first]
 
     def asked(self, request: socket.socket) -> bool:
         """It waits for its answer from now on; False: it had to go, and gets none."""
-        with self._lock:
+        with self._changed:
             if request not in self._open:
                 return False
-            self._open[request] = True
+            self._open[request] = time.monotonic() + SLOW_S
             return True
 
     def shutdown_request(self, request: Any) -> None:
         """It was answered, or gave up."""
-        with self._lock:
+        with self._changed:
             self._open.pop(request, None)
+            self._changed.notify()
         super().shutdown_request(request)
 
     def handle_error(self, *_: object) -> None:
@@ -164,4 +189,6 @@ def ask_unix(path: str, route: str, timeout_s: float = 10.0) -> tuple[int, str]:
         while chunk := connection.recv(1 << 16):
             data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
+    if not head:
+        raise ConnectionResetError("it closed the connection without an answer: more ask at once than it serves")
     return int(head.split()[1]), body.decode()

@@ -59,3 +59,50 @@ def test_no_more_than_so_many_are_served_at_once(busiest, said):
     until("all of them", lambda: threading.active_count() <= before, 10)
     with _connect(path, b"GET /slow HTTP/1.0\r\n\r\n") as honest:
         assert honest.recv(1000).startswith(b"HTTP/1.0 200")
+
+
+def test_who_asks_often_keeps_nobody_from_an_answer(tmp_path):
+    """Forty that ask for what costs something, again and again, and take each answer: all others get theirs."""
+    made, path, stop = [0], str(tmp_path / "s"), threading.Event()
+
+    def costly() -> serve.Answer:
+        made[0] += 1
+        time.sleep(0.005)
+        return serve.text(200, "much")
+
+    routes = {"/metrics": serve.same_for_a_moment(costly), "/healthz": lambda: serve.text(200, "ok")}
+    _SERVERS.append(serve.serve_unix(path, routes))
+
+    def flood() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                serve.ask_unix(path, "/metrics", 5)
+
+    began = time.monotonic()
+    threads = [threading.Thread(target=flood, daemon=True) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(200):
+            assert serve.ask_unix(path, "/healthz") == (200, "ok\n")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    assert 1 <= made[0] <= (time.monotonic() - began) / serve.SAME_FOR_S + 1
+
+
+def test_a_door_that_closes_without_a_word_is_an_error_to_who_asked(tmp_path):
+    path = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(path)
+        door.listen()
+
+        def close_the_first() -> None:
+            door.accept()[0].close()
+
+        closer = threading.Thread(target=close_the_first)
+        closer.start()
+        with pytest.raises(OSError, match=r"without an answer|reset|Broken pipe"):
+            serve.ask_unix(path, "/healthz")
+        closer.join()
