@@ -100,7 +100,7 @@ class _Fields:
     def whole(self, name: str, low: int, high: int, default: int) -> int:
         value = self.get(name, int, default)
         if name.lower() in self._values and not low <= value <= high:
-            raise ConfigError(f"{self._where}{name}: {value} must be a whole number from {low} to {high}")
+            raise ConfigError(f"{self._where}{name}: {_show(value)} must be a whole number from {low} to {high}")
         return value
 
     def has(self, name: str) -> bool:
@@ -153,7 +153,7 @@ def _pool(fields: _Fields, family: int) -> Pool:
         length = fields.get(len_name, int, 0)
         if not network.length + 2 <= length <= longest:
             raise ConfigError(
-                f"{len_name}: {length} must be from {network.length + 2} (Network {network} has to hold at least"
+                f"{len_name}: {_show(length)} must be from {network.length + 2} (Network {network} has to hold at least"
                 f" four subnets) to {longest}"
             )
     step = 1 << (width - length)
@@ -164,6 +164,19 @@ def _pool(fields: _Fields, family: int) -> Pool:
             f"{lead}SubnetMin: {ip_text(family, first)} must not lie above {lead}SubnetMax {ip_text(family, last)}"
         )
     return Pool(network, length, first, last)
+
+
+_NO_NETWORK = {
+    "0.0.0.0/8": "this network",
+    "127.0.0.0/8": "loopback",
+    "169.254.0.0/16": "link-local",
+    "224.0.0.0/4": "multicast",
+    "240.0.0.0/4": "reserved",
+    "::/16": "unspecified, loopback, mapped IPv4",
+    "fe80::/10": "link-local",
+    "ff00::/8": "multicast",
+}
+"""Addresses that no pod can have (RFC 6890)."""
 
 
 def _network(fields: _Fields, name: str, family: int) -> Prefix:
@@ -179,10 +192,9 @@ def _network(fields: _Fields, name: str, family: int) -> Prefix:
             raise ValueError
     except ValueError:
         raise ConfigError(f"{name}: {_show(text)} must be an IPv{family} prefix like {example}") from None
-    if network.base >> (28 if family == 4 else 120) == (0xE if family == 4 else 0xFF) or (
-        family == 4 and network.overlaps(prefix("127.0.0.0/8"))
-    ):
-        raise ConfigError(f"{name}: {network} must be unicast and must not touch loopback; use one like {example}")
+    for text, what in _NO_NETWORK.items():
+        if network.overlaps(prefix(text)):
+            raise ConfigError(f"{name}: {network} must not touch {text} ({what}); use one like {example}")
     return network
 
 

@@ -10,6 +10,11 @@ _ENDPOINT = re.compile(
 )
 
 
+def shown(address: str) -> str:
+    """An address as it may stand in a message: without what may be a password."""
+    return re.sub(r"[^/\s]*@", "(not shown)@", address)
+
+
 def endpoint_parts(endpoint: str) -> tuple[str, str, int] | None:
     """Scheme, host and port of `http://host:port`, `host:port` or `host`; None where it is none of these. (urllib.parse
     would say more, and cost the agent 0.4 MiB and 5 ms for it.)"""

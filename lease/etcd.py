@@ -132,16 +132,19 @@ class EtcdStore:
         revision = int(answer.header.revision)
         return lease._replace(created=revision, modified=revision, handle=handle)
 
-    def change(self, old: Lease, new: Lease) -> Lease:
+    def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
         assert new.key == old.key
         key = self._subnets + old.key.encode()
+        handle = self._client.grant(ttl_s) if ttl_s else old.handle
         try:
-            answer = self._client.txn([_unchanged(key, old)], [_put(key, encode_value(new), old.handle)])
+            answer = self._client.txn([_unchanged(key, old)], [_put(key, encode_value(new), handle)])
         except LeaseExpired:
             raise RecordChanged(f"{old.key}: the etcd lease under it ran out") from None
         if not answer.succeeded:
+            if ttl_s:
+                self._client.revoke(handle)
             raise RecordChanged(f"{old.key} was changed since revision {old.modified}")
-        return new._replace(created=old.created, modified=int(answer.header.revision), handle=old.handle)
+        return new._replace(created=old.created, modified=int(answer.header.revision), handle=handle)
 
     def remove(self, lease: Lease) -> None:
         key = self._subnets + lease.key.encode()

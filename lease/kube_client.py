@@ -18,6 +18,7 @@ from urllib.parse import urlencode
 
 import urllib3
 
+from lease.endpoint import shown
 from lease.node_forms import MALFORMED, PROTOBUF, Answer
 from lease.store import StoreUnavailable
 
@@ -185,7 +186,7 @@ class KubeClient:
     def place(self) -> str:
         """The API server, for messages."""
         if self._api is not None:
-            return str(self._api.configuration.host)
+            return shown(str(self._api.configuration.host))
         return self._settings.api_url or self._settings.kubeconfig or f"https://{os.environ.get(SERVICE_HOST)}"
 
     def get(self, path: str) -> Any:

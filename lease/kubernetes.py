@@ -20,6 +20,7 @@ from lease.kube_client import ApiError, KubeClient, KubeSettings, Stream
 from lease.model import Prefix, Refused
 from lease.node_forms import MALFORMED, METADATA, METADATA_LIST, WHOLE, Answer, NodeSeen, Page, node_of_json
 from lease.packed import Leases, pack, unpack
+from lease.regular import content
 from lease.store import Change, Changes, Gone, RecordChanged, Snapshot, StoreUnavailable
 
 NODES = "/api/v1/nodes"
@@ -92,8 +93,7 @@ class NodeStore:
     def config(self) -> bytes | None:
         """The network config as the file says it now, None where there is none."""
         try:
-            with open(self._config_path, "rb") as file:
-                return file.read()
+            return content(self._config_path)
         except OSError:
             return None
 
@@ -146,7 +146,11 @@ class NodeStore:
             stream = self._client.watch(NODES, query, METADATA)
             self._stream, opened = stream, time.monotonic()
             doubts, pace = _Doubts(stream, self._probe), _Pace()
-            doubts.start()
+            try:
+                doubts.start()
+            except RuntimeError as error:  # at the limit of what the container may have
+                stream.end()
+                raise StoreUnavailable(f"{self._client.place}: no thread to watch with: {error}") from error
             try:
                 for events in stream.events():
                     doubts.heard()

@@ -129,9 +129,9 @@ class Store(LeaseSource, Protocol):
     def create(self, lease: Lease, ttl_s: int) -> Lease:
         """Create the record if no record of that base is there, atomically. Raises SubnetTaken."""
 
-    def change(self, old: Lease, new: Lease) -> Lease:
-        """Replace a record (same key) if it is still at `old.modified`. Its etcd lease, or having none, stays.
-        Raises RecordChanged."""
+    def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
+        """Replace a record (same key) if it is still at `old.modified`, under the etcd lease of `old` (none: under none);
+        ttl_s: under a new one of that life. Raises RecordChanged."""
 
     def remove(self, lease: Lease) -> None:
         """Delete a record if it is still at `lease.modified`. Raises RecordChanged."""

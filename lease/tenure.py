@@ -156,10 +156,21 @@ class Tenure:
     def _write_over(self, claim: Claim, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
         assert held.v4 is not None
-        self.held = self._store.change(there, self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key))
+        wanted = self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key)
+        self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
         return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", loud=True)
+
+    def _put_right(self, held: Lease, modified: int, wanted: Lease) -> Lease:
+        """Our record as it should be, over what somebody wrote there: under our etcd lease, since theirs is not ours to
+        keep, and with none the record would stay for ever when this node is gone."""
+        ttl_s = 0
+        try:
+            self._store.keep_alive(held)
+        except LeaseExpired:
+            ttl_s = self._ttl_s
+        return self._store.change(held._replace(modified=modified), wanted, ttl_s)
 
     def _may_live(self, public_ip: int) -> bool:
         """Whether another machine may have an address."""
@@ -173,12 +184,7 @@ class Tenure:
         assert mac is not None
         wanted = self._lease(claim, subnet, mac, held.key)
         if (broken := snapshot.refused.get(held.key)) is not None:
-            try:
-                self._store.keep_alive(held)
-                handle = held.handle
-            except LeaseExpired:
-                handle = 0
-            self.held = self._store.change(held._replace(modified=broken.modified, handle=handle), wanted)
+            self.held = self._put_right(held, broken.modified, wanted)
             return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
         if taken := next(Occupied(snapshot, claim).overlapping(subnet), None):
             other = snapshot.leases.get(taken)

@@ -41,6 +41,7 @@ from overlay.steps import Steps
 
 if TYPE_CHECKING:
     from overlay.status import LeaseStatus, Status  # 8 ms, when somebody asks
+    from overlay.underlay import Underlay
 
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
@@ -522,10 +523,16 @@ class Agent:
             self._identity_of(mac_text(under.mac)),
             self._previous,
             self._settings.take_over,
-            (*under.on_link, Prefix(4, under.public_ip, 32)),
+            self._not_for_pods(config, under),
             under.local,
         )
         self.claimer.claim(claim, self._listed if self._held is None else None)
+
+    def _not_for_pods(self, config: NetworkConfig, under: Underlay) -> tuple[Prefix, ...]:
+        """What no subnet of ours may touch."""
+        assert config.v4 is not None
+        said = plan.underlay_within(config.v4.network, self._host.settings.underlay_cidrs)
+        return (*under.on_link, Prefix(4, under.public_ip, 32), *said)
 
     def _on_held(self, event: tenure.Held) -> None:
         lease = event.lease

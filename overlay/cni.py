@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
+from lease import regular
 from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
 
 CONFLIST = "10-flannel.conflist"
@@ -116,10 +117,11 @@ def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq:
         for entry in plugins
     ]
     name = found.get("name") or NETWORK_NAME
-    return (
-        json.dumps({**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}, indent=2)
-        + "\n"
-    )
+    whole = {**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}
+    try:
+        return json.dumps(whole, indent=2) + "\n"
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> dict[str, Any]:
@@ -271,5 +273,4 @@ def remove(path: str) -> None:
 
 
 def _text(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
+    return regular.content(path).decode("utf-8", "replace")

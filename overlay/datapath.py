@@ -6,6 +6,7 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
@@ -422,15 +423,18 @@ def _by_kind(item: tuple[int, Entry]) -> tuple[int, int]:
 class Refusals:
     """Says once why a record cannot be used, and again only when the reason changes: re-lists repeat them all."""
 
-    MOST = 1000
-    """Lines altogether before the rest is only counted in the status: a store full of rubbish fills no disk."""
+    MOST, EVERY_S = 1000, 86_400.0
+    """So many lines a day; the rest is only counted in the status: a store full of rubbish fills no disk."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._since = clock, clock()
         self._told: dict[str, str] = {}
         self._lines = 0
 
     def tell(self, key: str, reason: str) -> None:
         """A record cannot be used."""
+        if self._clock() >= self._since + self.EVERY_S:
+            self._since, self._lines = self._clock(), 0
         if self._told.get(key) == reason or self._lines > self.MOST:
             return
         self._told[key] = reason

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from lease.regular import content
+
 LOOK_S = 1.5
-LONGEST = 1 << 20
-"""A ConfigMap holds 1 MiB at most."""
 
 
 class FileText(NamedTuple):
@@ -53,7 +53,6 @@ class FileThread(threading.Thread):
 def read(path: str) -> bytes | None:
     """The content, None where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read(LONGEST)
+        return content(path)
     except OSError:
         return None

@@ -16,6 +16,7 @@ from lease.model import Endpoint, Prefix, around, ip_text
 from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
+from overlay.files import read
 from overlay.firewall import tables
 from overlay.flags import DEFAULT_SUBNET_FILE
 from overlay.kernel import netlink
@@ -128,10 +129,8 @@ class Host:
         there = self._requests.addresses()
         if did := tunnel.ensure_address(self._links_io, ensured.ifindex, own.subnet.base, config.v4.network, there):
             log.info("device.address", device=spec.name, did=", ".join(did))
-        if old != spec.name:
-            if old:
-                self._drop_device(old)
-            cni.write_atomically(self._device_file(), spec.name)
+        if old not in ("", spec.name):
+            self._drop_device(old)
         self.device = spec
         return ensured, lowered
 
@@ -175,6 +174,7 @@ class Host:
         assert config.v4 is not None
         network, mtu, settings = config.v4.network, self.device.mtu, self.settings
         files = {
+            self._device_file(): self.device.name,
             f"{settings.run_dir}/{cni.LEASE_FILE}": cni.lease_file(key, own),
             settings.subnet_file: cni.subnet_env(network, own.subnet, mtu, settings.ip_masq),
         }
@@ -291,19 +291,21 @@ class Host:
 
     def _drop_device(self, name: str) -> None:
         """The device of an earlier VNI, ours since our own file names it, and its rules."""
+        vni = vxlan.vni_of(name)
+        if vni is None:
+            log.warning("file.ignored", path=self._device_file(), because=f"{name[:20]!a} is no device of ours")
+            return
         there = self._links_io.read(name)
         if there is not None and there.kind == "vxlan":
             log.info("device.removed", device=name, because="the VNI of the network config changed")
             self._links_io.delete(there.ifindex)
-        vni = name.rpartition(".")[2]
-        if vni.isdigit():
-            sets = NetfilterSocket()
-            try:
-                for family, table in tables(int(vni)):
-                    sets.remove(family, table)
-            finally:
-                sets.close()
-            forward.remove(masquerade.table_name(int(vni)))
+        sets = NetfilterSocket()
+        try:
+            for family, table in tables(vni):
+                sets.remove(family, table)
+        finally:
+            sets.close()
+        forward.remove(masquerade.table_name(vni))
 
 
 def _stamp(path: str) -> Stamp | None:
@@ -316,8 +318,4 @@ def _stamp(path: str) -> Stamp | None:
 
 
 def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+    return (read(path) or b"").decode(errors="replace").strip()

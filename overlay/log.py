@@ -45,6 +45,8 @@ class Log:
         self._kept: list[tuple[str, str, dict[str, Any]]] | None = None
         self._console = False
         self._structlog: Any = None
+        self._lost, self._why = 0, ""
+        """Lines that could not be written."""
 
     def debug(self, event: str, **fields: object) -> None:
         """For whoever looks for a fault."""
@@ -120,7 +122,16 @@ class Log:
     def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         if self._structlog is None:
             self._structlog = _configured(self._console)
-        getattr(self._structlog, level)(event, **fields)
+        try:
+            if self._lost:
+                sys.stderr.write("\n")  # half a line may stand there
+            getattr(self._structlog, level)(event, **fields)
+            if self._lost:
+                lost, self._lost = self._lost, 0
+                self._structlog.warning("log.lost", timestamp=time.time(), lines=lost, because=self._why)
+        except OSError as error:  # a full disk, a reader that went: no reason to end
+            self._lost += 1
+            self._why = str(error)
 
 
 def _configured(console: bool) -> Any:

@@ -34,6 +34,22 @@ class Node(NamedTuple):
     """A subnet is longer than Network by so many bits at least: a record cannot take half the cluster's traffic. On
     Kubernetes the cluster gave the subnets, and only all of Network is too much."""
 
+    @property
+    def underlay_inside(self) -> bool:
+        """Whether nodes have addresses of Network: it is larger than what pods use of it."""
+        assert self.own.v4 is not None
+        return self.network.holds(self.own.v4.public_ip)
+
+    @property
+    def kept(self) -> tuple[Prefix, ...]:
+        """The parts of Network that the operator says are the underlay's."""
+        return underlay_within(self.network, self.allowed)
+
+
+def underlay_within(network: Prefix, cidrs: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
+    """What --underlay-cidr takes from Network: no pod can have a node's address."""
+    return tuple(there for there in cidrs if there != network and network.covers(there))
+
 
 def node_of(
     config: NetworkConfig,
@@ -62,7 +78,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     """Whether a packed record of a usual form surely passes `refusal`; one that does not is asked there."""
     assert node.own.v4 is not None
     own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
-    closed = [(there.base, there.last) for there in (*node.on_link, own.subnet, *node.retained)]
+    closed = [(there.base, there.last) for there in (*node.on_link, *node.kept, own.subnet, *node.retained)]
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
     low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
@@ -75,6 +91,8 @@ def quick(node: Node) -> Callable[[bytes], bool]:
         if form > NODE or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
+            return False
+        if low <= public_ip <= high:  # the rare underlay inside Network is looked at with more care
             return False
         if allowed and not any(first <= public_ip <= end for first, end in allowed):
             return False
@@ -95,6 +113,9 @@ def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
     for there in node.on_link:
         if subnet.overlaps(there):
             return f"subnet {subnet} overlaps our underlay {there}"
+    for there in node.kept:
+        if subnet.overlaps(there):
+            return f"subnet {subnet} overlaps the underlay's {there} (--underlay-cidr)"
     if subnet.holds(public_ip):
         return f"PublicIP {ip_text(4, public_ip)} lies in its own subnet {subnet}"
     assert node.own.v4 is not None
@@ -107,17 +128,20 @@ def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
 
 
 def _vtep_fault(node: Node, end: Endpoint) -> str | None:
-    address = ip_text(4, end.public_ip)
+    address, own = ip_text(4, end.public_ip), node.own.v4
+    assert own is not None
     for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
         if any(bad.holds(outer) for bad in _UNUSABLE):
             return f"{name} {ip_text(4, outer)} cannot be a node's address"
+        if node.network.holds(outer) and not node.underlay_inside:
+            return f"{name} {ip_text(4, outer)} is an address of Network {node.network}, which is the pods'"
+        if any(there.holds(outer) for there in (own.subnet, *node.retained)):
+            return f"{name} {ip_text(4, outer)} is an address of a subnet of ours"
         if node.allowed and not any(there.holds(outer) for there in node.allowed):
             return f"{name} {ip_text(4, outer)} is outside --underlay-cidr {', '.join(map(str, node.allowed))}"
     for there in node.on_link:
         if there.length < 31 and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
             return f"PublicIP {address} is the network or broadcast address of {there}"
-    own = node.own.v4
-    assert own is not None
     if end.public_ip == own.public_ip or end.public_ip in node.addresses:
         return f"PublicIP {address} is our own"
     if end.mac is None:

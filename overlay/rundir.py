@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import struct
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -22,20 +23,19 @@ def hold(run_dir: str) -> TextIO:
     """
     try:
         os.makedirs(run_dir, mode=0o755, exist_ok=True)
-        file = open(f"{run_dir}/lock", "a+")  # noqa: SIM115 (its life is the lock's)
+        file = open(f"{run_dir}/lock", "a+", encoding="ascii", errors="replace")  # noqa: SIM115 (its life is the lock's)
     except OSError as error:
         raise RunDirError(f"--run-dir: {error.filename}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        pid = file.read().strip() or "?"
+        pid = file.read(20).strip() or "?"
         file.close()
         raise RunDirError(f"--run-dir: {run_dir} is in use by another overlayd (pid {pid})") from None
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    with suppress(OSError):  # a full disk: the lock holds, it only does not say whose it is
+        file.truncate(0)
+        os.write(file.fileno(), f"{os.getpid()}\n".encode())
     return file
 
 

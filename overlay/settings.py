@@ -171,6 +171,11 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def _value(flag: Flag, text: Any, where: str) -> Any:
+    for one in text if flag.kind == "list" else (text,):
+        try:
+            one.encode()
+        except UnicodeEncodeError:  # bytes that are no UTF-8 come as surrogates (PEP 383)
+            raise SettingsError(f"{where}: what it was given is not UTF-8") from None
     if flag.kind == "list":
         return tuple(text)
     if flag.kind == "int":
@@ -200,8 +205,8 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     for pattern in values["iface-regex"]:
         try:
             re.compile(pattern)
-        except re.error as error:
-            raise SettingsError(f"--iface-regex: {pattern!r} is not a regular expression: {error}") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise SettingsError(f"--iface-regex: {pattern[:60]!r} is not a regular expression: {error}") from None
     for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net"):
         check(name, os.path.isabs, "an absolute path")
     for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings"):
@@ -223,6 +228,8 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     check("log-level", lambda level: level in LOG_LEVELS, ", ".join(LOG_LEVELS))
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")
+    if "@" in values["kube-api-url"]:  # not shown: a password may stand before it
+        raise SettingsError("--kube-api-url: give credentials by --kubeconfig-file, not in the address")
     endpoints = tuple(part.strip() for part in values["etcd-endpoints"].split(",") if part.strip())
     if not endpoints:
         raise SettingsError("--etcd-endpoints: empty; give one like http://127.0.0.1:2379")

@@ -13,7 +13,7 @@ from lease.config import ConfigError, parse_config
 from lease.node_tenure import NodeTenure
 from lease.store import StoreError
 from overlay import cni, forward, masquerade
-from overlay.backends.vxlan import device_name
+from overlay.backends.vxlan import device_name, vni_of
 from overlay.files import read
 from overlay.firewall import tables
 from overlay.kernel import netlink, nft, wire
@@ -130,18 +130,19 @@ def _kernel(settings: Settings) -> Iterator[str]:
         devices.add(device_name(parse_config(read(settings.net_config_path) or b"").backend))
     links, requests = Links(), netlink.RequestSocket()
     try:
-        for name in sorted(devices - {""}):
+        for name in sorted(devices):
+            vni = vni_of(name)
+            if vni is None:
+                continue
             there = links.read(name)
             if there is not None and there.kind == "vxlan" and not _flannels(settings):
                 links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
-            vni = name.rpartition(".")[2]
-            for family, table in tables(int(vni)) if vni.isdigit() else ():
+            for family, table in tables(vni):
                 if nft.read_table(family, table):
                     nft.load_table(family, table, [])
                     yield f"nft table {family} {table}"
-            if vni.isdigit():
-                yield from forward.remove(masquerade.table_name(int(vni)))
+            yield from forward.remove(masquerade.table_name(vni))
         found = requests.links()
         for bridge in found:
             ours = bridge.kind == "bridge" and bridge.name in _bridges(settings) and not _flannels(settings)

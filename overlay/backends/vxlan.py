@@ -5,6 +5,7 @@ Source: flannel pkg/backend/vxlan (the entries), drivers/net/vxlan/vxlan_core.c 
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from lease.config import OVERHEAD, VxlanConfig
@@ -59,6 +60,12 @@ class DeviceFound(NamedTuple):
 def device_name(config: VxlanConfig) -> str:
     """flannel's name of it."""
     return f"flannel.{config.vni}"
+
+
+def vni_of(name: str) -> int | None:
+    """The VNI of a device by its name, None where that is not flannel's."""
+    found = re.fullmatch(r"flannel\.(\d{1,8})", name, re.ASCII)
+    return int(found[1]) if found else None
 
 
 def device_mtu(config: VxlanConfig, underlay_mtu: int) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from pathlib import Path
@@ -184,6 +185,32 @@ def test_who_trickles_is_in_nobodys_way(world, door):
     assert asked
     for one in tricklers:
         one.close()
+
+
+@pytest.mark.parametrize(
+    "device", [b"\xff\xfe", "flannel.\u00b2".encode(), b"eth0", b"flannel.99999999999", b"../../eth0", b"x" * 100_000, None],
+    ids=["no text", "a superscript", "the underlay", "a large VNI", "a path", "much", "a pipe"],
+)  # fmt: skip
+def test_rubbish_in_our_own_files_is_put_right(world, device):
+    """At a start, and under a running agent: whoever waits for a pipe's writer waits for ever."""
+    world.config()
+    node = world.node(1)
+    folder = world.folder / node
+    (folder / "cni").mkdir(parents=True)
+    for path in (folder / "subnet.env", folder / "cni/10-flannel.conflist"):
+        os.mkfifo(path)
+    if device is None:
+        os.mkfifo(folder / "device")
+    else:
+        (folder / "device").write_bytes(device)
+    agent = world.agent(node, "--node-name=node1").wait_ready()
+    assert (folder / "device").read_text() == "flannel.1"
+    assert "FLANNEL_SUBNET" in (folder / "subnet.env").read_text()
+    assert "eth0" in world.run(node, "ip", "-o", "link")
+    (folder / "subnet.env").unlink()
+    os.mkfifo(folder / "subnet.env")
+    until("it is mended", (folder / "subnet.env").is_file)
+    assert agent.ready()
 
 
 def test_no_secret_in_log_or_status(world):

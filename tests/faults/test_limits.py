@@ -190,6 +190,52 @@ def test_the_disk(scene, how):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+def test_a_start_on_a_full_disk(scene):
+    """All that the agent writes is on it: run directory, lock, log, subnet.env, CNI list. And a new kernel: no device."""
+    world = scene.world
+    folder = world.folder / "node1"
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "overlay-test", folder], check=True)
+    (world.folder / "node1.log").symlink_to(folder / "log")
+    junk = folder / "junk"
+    try:
+        scene.begin()
+
+        def inject() -> None:
+            scene.agents[0].kill()
+            for name in ("subnet.env", "device", "lease.json", "lock", "cni/10-flannel.conflist"):
+                (folder / name).unlink()
+            world.run("node1", "ip", "link", "del", "flannel.1")
+            subprocess.run(["sh", "-c", f"cat /dev/zero > {junk}"], check=False, stderr=subprocess.DEVNULL)
+            scene.agents[0] = world.agent("node1", "--node-name=node1", run_dir="node1")
+
+        def bites() -> bool:
+            return "No space left on device" in scene.agents[0].status()["problems"].get("files", "")
+
+        def recover() -> bool:
+            until("the datapath is there all the same", lambda: world.peers("node1") == 1)
+            said = len(scene.agents[0].log())
+            time.sleep(3)
+            assert len(scene.agents[0].log()) == said, "control: there is no place for a line of log"
+            assert not (folder / "subnet.env").exists()
+            assert not scene.agents[0].ready()
+            junk.unlink()
+            return True
+
+        scene.suffer(
+            "a start on a full disk", "a tmpfs that is filled: run directory, log, subnet.env, CNI list; the device deleted",
+            inject, bites, 30, recover,
+        )  # fmt: skip
+        assert scene.agents[0].wait_ready().events("log.lost")
+        assert not list(folder.glob(".*"))
+    finally:
+        log = world.folder / "node1.log"
+        said = log.read_bytes()
+        subprocess.run(["umount", "-l", folder], check=True)
+        log.unlink()
+        log.write_bytes(said)
+
+
 JUMPING = """
 import os, time
 plain, switch = time.time, {switch!r}

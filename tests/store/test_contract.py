@@ -79,6 +79,19 @@ def test_a_change_is_fenced_by_the_revision(world):
         store.change(changed, made)
 
 
+def test_a_change_may_bring_an_etcd_lease_of_its_own(world):
+    store, put, *_ = world
+    put("10.244.5.0-24", encode_value(lease()))
+    there = store.read().leases["10.244.5.0-24"]
+    changed = store.change(there, there._replace(node="m/x/l"), 100)
+    assert changed.handle
+    assert store.read().leases["10.244.5.0-24"] == changed
+    assert 90 < store.lifetime(changed).left_s <= 100
+    with pytest.raises(RecordChanged):
+        store.change(there, there, 100)
+    assert store.read().leases["10.244.5.0-24"] == changed
+
+
 def test_a_reservation_stays_without_a_ttl(world):
     store, put, *_ = world
     put("10.244.5.0-24", encode_value(lease()))

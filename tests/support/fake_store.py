@@ -106,16 +106,20 @@ class FakeStore:
             self.put(lease.key, encode_value(lease), handle)
             return lease._replace(created=self.revision, modified=self.revision, handle=handle)
 
-    def change(self, old: Lease, new: Lease) -> Lease:
+    def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
         with self._lock:
             self._check()
             assert old.key == new.key
             if old.key not in self.records or self.records[old.key][2] != old.modified:
                 raise RecordChanged(old.key)
-            if old.handle and old.handle not in self.leases:
+            handle = old.handle
+            if ttl_s:
+                handle = len(self.leases) + 1000
+                self.leases[handle] = ttl_s
+            if handle and handle not in self.leases:
                 raise RecordChanged(old.key)
-            self.put(old.key, encode_value(new), old.handle)
-            return new._replace(created=self.records[old.key][1], modified=self.revision, handle=old.handle)
+            self.put(old.key, encode_value(new), handle)
+            return new._replace(created=self.records[old.key][1], modified=self.revision, handle=handle)
 
     def remove(self, lease: Lease) -> None:
         with self._lock:

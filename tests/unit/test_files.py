@@ -3,13 +3,17 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
+from lease import regular
 from lease.config import parse_config
 from lease.model import prefix
 from overlay import cni
 from overlay.backends.vxlan import device_mtu
+from overlay.files import read
 from overlay.masquerade import nat_table
 from tests.unit import recordings
 
@@ -164,6 +168,47 @@ def test_what_is_not_wanted_is_not_there():
         "fully-random" in rule
         for rule in rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True, 8472), "postrouting")
     )
+
+
+LOST = """
+import os, sys
+from overlay.log import log
+log.warning("first")
+log.warning("second", text="x" * 9000)
+os.dup2(1, 2)
+log.warning("third")
+"""
+
+
+def test_a_log_that_cannot_be_written_ends_nobody():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", LOST], stderr=full, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0
+    said = [json.loads(line) for line in done.stdout.splitlines() if line]
+    assert [line["event"] for line in said[-2:]] == ["third", "log.lost"]
+    assert said[-1]["lines"] == 2
+    assert "No space left" in said[-1]["because"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nothing", "file"])
+def test_a_file_that_is_none_keeps_nobody_waiting(tmp_path, kind):
+    path = tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "file":
+        path.write_bytes(b"x" * (regular.LONGEST + 1))
+        assert len(regular.content(str(path))) == regular.LONGEST
+        return
+    with pytest.raises(OSError):
+        regular.content(str(path))
+    assert cni.previous_subnet(str(path)) is None
+    assert cni.listed_subnet(str(path)) is None
+    assert not cni.up_to_date(str(path), "")
+    assert read(str(path)) is None
 
 
 def test_a_storm_of_one_line_is_summed_up(monkeypatch):

@@ -79,6 +79,36 @@ def test_an_underlay_inside_the_network_is_protected():
     assert "underlay" in reason
 
 
+WIDE = {
+    "network": prefix("10.0.0.0/8"),
+    "own": lease("10.244.2.0/24", "10.1.1.2"),
+    "on_link": (prefix("10.1.1.0/24"),),
+    "addresses": frozenset({ip("10.1.1.2")}),
+}
+
+
+@pytest.mark.parametrize(
+    ("subnet", "public_ip", "words"),
+    [
+        ("10.244.9.0/24", "10.1.3.9", None),
+        ("10.1.2.0/24", "10.1.3.9", "overlaps the underlay's 10.1.0.0/16 (--underlay-cidr)"),
+        ("10.1.0.0/12", "10.1.3.9", "overlaps our underlay 10.1.1.0/24"),
+        ("10.244.9.0/24", "10.244.2.1", "is an address of a subnet of ours"),
+        ("10.244.9.0/24", "10.244.7.1", "is an address of a subnet of ours"),
+        ("10.244.9.0/24", "10.2.0.1", "outside --underlay-cidr"),
+    ],
+)
+def test_a_routed_underlay_inside_the_network_is_protected_where_the_operator_says_what_it_is(subnet, public_ip, words):
+    here = node(**WIDE, allowed=(prefix("10.1.0.0/16"),), retained=(prefix("10.244.7.0/24"),))
+    found = refusal(here, lease(subnet.replace("10.1.0.0/12", "10.0.0.0/12"), public_ip))
+    assert (found is None) if words is None else (found is not None and words in found), found
+    assert not quick(here)(pack(lease("10.1.2.0/24", "10.1.3.9")))
+
+
+def test_an_underlay_that_is_all_of_the_network_leaves_room_for_pods():
+    assert refusal(node(**WIDE, allowed=(prefix("10.0.0.0/8"),)), lease("10.244.9.0/24", "10.1.3.9")) is None
+
+
 def test_a_good_one_is_not():
     assert refusal(node(), GOOD) is None
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from lease.endpoint import shown
+from lease.etcd_client import EtcdClient, EtcdSettings, EtcdSettingsError
 from lease.model import ip_number
 from overlay.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
 
@@ -118,6 +120,12 @@ def test_addresses_endpoints_and_levels():
         ([], {"FLANNELD_IP_MASQ": "maybe"}, ["FLANNELD_IP_MASQ", "maybe"]),
         (["--public-ip=eth0"], {}, ["--public-ip", "eth0", "IPv4"]),
         (["--iface-regex=("], {}, ["--iface-regex", "regular expression"]),
+        (["--iface-regex=a{4294967296}"], {}, ["--iface-regex", "a{4294967296}", "regular expression"]),
+        ([f"--iface-regex={'(' * 3000}{')' * 3000}"], {}, ["--iface-regex", "regular expression"]),
+        (["--etcd-prefix=/\udcff"], {}, ["--etcd-prefix", "UTF-8"]),
+        (["--iface=eth0", "--iface=\udcff"], {}, ["--iface", "UTF-8"]),
+        ([], {"FLANNELD_NODE_NAME": "\udcff"}, ["FLANNELD_NODE_NAME", "UTF-8"]),
+        (["--kube-api-url=https://u:secret@host"], {}, ["--kube-api-url", "--kubeconfig-file"]),
         (["--subnet-lease-renew-margin=1440"], {}, ["1439"]),
         (["--subnet-file=relative"], {}, ["--subnet-file", "absolute"]),
         (["--node-name=a b"], {}, ["--node-name"]),
@@ -136,8 +144,27 @@ def test_refused_in_one_line_that_names_flag_value_and_what_is_allowed(arguments
     with pytest.raises(SettingsError) as caught:
         read_settings(arguments, environ)
     assert "\n" not in str(caught.value)
+    assert "secret" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://10.0.0.1:2379", "http://10.0.0.1:2379"),
+        ("https://root:secret@10.0.0.1:2379", "https://(not shown)@10.0.0.1:2379"),
+        ("https://root:sec@ret@h", "https://(not shown)@h"),
+        ("root:secret@h:1", "(not shown)@h:1"),
+        ("//secret@h", "//(not shown)@h"),
+    ],
+)
+def test_an_address_is_shown_without_its_password(address, words):
+    assert shown(address) == words
+    if words != address:
+        with pytest.raises(EtcdSettingsError) as caught:
+            EtcdClient(EtcdSettings((address,)))
+        assert "sec" not in str(caught.value)
 
 
 def test_a_password_is_never_shown():

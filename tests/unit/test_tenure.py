@@ -471,6 +471,20 @@ def test_garbage_over_our_record_is_written_over_on_its_revision():
     assert world.stored().handle == held.handle
 
 
+@pytest.mark.parametrize("expired", [False, True])
+@pytest.mark.parametrize("value", [b"garbage", encode_value(lease(ip=IP9, mac=MAC_B))], ids=["garbage", "another node"])
+def test_what_somebody_put_over_our_record_leaves_no_lease_of_theirs(value, expired):
+    """Theirs may end at any time, or never: with none the record would outlive this node."""
+    world, held = running()
+    world.store.put(held.key, value, 0)
+    if expired:
+        del world.store.leases[held.handle]
+    only_held(world.settle())
+    assert world.stored().same_claim(held)
+    assert (world.stored().handle == held.handle) is not expired
+    assert world.store.leases[world.stored().handle] > 0
+
+
 def test_a_new_address_of_this_node_goes_into_the_record():
     world, held = running()
     moved = only_held(world.settle(ip=IP3)).lease
