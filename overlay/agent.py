@@ -307,7 +307,7 @@ class Agent:
         if not more:
             self._looks += 1
             self._looks_cost += self._look_cost
-            self.health.solved("dump")
+            self._steps.solved("dump")
             self._next_dump = self._clock() + max(FULL_CHECK_S, self._look_cost * LOOK_SHARE)
             self._no_doubt_before = self._clock() + max(DOUBT_GAP_S, self._look_cost * DOUBT_SHARE)
         return more or self._due.dump
@@ -691,7 +691,7 @@ class Agent:
             if what in looked.refused:
                 self._steps.refused(what, looked.refused[what])
             else:
-                self.health.solved(what)
+                self._steps.solved(what)
         if FORWARD in looked.what and FORWARD not in looked.refused:
             self.health.tell("forward chain", looked.blocked)
 

@@ -3,13 +3,15 @@ and due again a moment later."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from overlay.health import Health
 from overlay.kernel.netlink import words_of
 from overlay.underlay import UnderlayError
 
-RETRY_S = 2.0
+FIRST_RETRY_S, RETRY_S = 0.1, 2.0
+"""After a refusal; twice as long after each that follows, up to the second."""
 
 
 class Due:
@@ -49,6 +51,8 @@ class Steps:
         self._health, self._clock = health, clock
         self.due = Due()
         self._retry_at: dict[str, float] = {}
+        self._refusals: Counter[str] = Counter()
+        """In a row."""
 
     def step(self, name: str, act: Callable[[], None]) -> None:
         """Do a step if it is due."""
@@ -56,7 +60,7 @@ class Steps:
             return
         setattr(self.due, name, False)
         if self.tried(name, act):
-            self._health.solved(name)
+            self.solved(name)
 
     def tried(self, name: str, act: Callable[[], None]) -> bool:
         """Whether it was not refused."""
@@ -65,12 +69,19 @@ class Steps:
         except (OSError, UnderlayError) as error:
             self.refused(name, words_of(error))
             return False
+        del self._refusals[name]
         return True
+
+    def solved(self, name: str) -> None:
+        """A step was done."""
+        del self._refusals[name]
+        self._health.solved(name)
 
     def refused(self, name: str, words: str) -> None:
         """A step cannot be done: a problem, and due again."""
         self._health.problem(name, words)
-        self._retry_at[name] = self._clock() + RETRY_S
+        self._retry_at[name] = self._clock() + min(RETRY_S, FIRST_RETRY_S * 2 ** min(self._refusals[name], 9))
+        self._refusals[name] += 1
 
     def again(self, name: str, at: float | None = None) -> None:
         """A step is due again then (None: after the usual time), or earlier where it is already."""

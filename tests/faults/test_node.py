@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from lease.model import ip_text, mac_text
+from overlay.lab import netns
 from tests.support.faults import picture
 
 DEVICE = "flannel.1"
@@ -44,6 +46,11 @@ FAULTS = {
     "the nat table deleted": "nft delete table ip overlay-1",
     "the guard's table deleted": "nft delete table ip overlay-1-guard",
     "the guard's addresses flushed": "nft flush set ip overlay-1-guard vteps",
+    "the guard's rules flushed": "nft flush chain ip overlay-1-guard input",
+    "a rule before the guard's": "nft insert rule ip overlay-1-guard input accept",
+    "the nat rules flushed": "nft flush chain ip overlay-1 postrouting",
+    "the pods' rules flushed": "nft flush chain bridge overlay-1-pods prerouting",
+    "the pods' addresses flushed": "nft flush set bridge overlay-1-pods addresses",
     "the pods' table deleted": "nft delete table bridge overlay-1-pods",
     "ip_forward switched off": "sysctl -qw net.ipv4.ip_forward=0",
     "forwarding of the device switched off": "sysctl -qw net.ipv4.conf.flannel/1.forwarding=0",
@@ -104,15 +111,31 @@ def _differs(scene, before) -> bool:
         return True
 
 
+def _all_of_it(scene) -> str:
+    """One script of all faults: what alters first, what deletes afterwards, so that each finds its thing."""
+    lines = sorted(
+        FAULTS.values(), key=lambda text: any(word in text for word in ("rm ", "link del", "delete", "flush rule"))
+    )
+    return "\n".join(f"{_command(scene, text)[2]} 2>/dev/null || true" for text in lines)
+
+
 def test_all_at_once(scene):
-    """One after the other, without a pause, from a shell."""
+    """One after the other, without a pause, from a shell: nothing of the picture is as it was."""
     scene.begin("--ip-masq")
-    script = "\n".join(f"{_command(scene, text)[2]} || true" for text in FAULTS.values() if "truncate" not in text)
-    scene.suffer(
-        "all of it at once", "one shell script of all the lines above",
-        lambda: scene.world.run("node1", "sh", "-c", script),
-        lambda: scene.agents[0].status()["counters"]["mended_device"] >= 1,
-    )  # fmt: skip
+    before = picture(scene.world, scene.agents[0])
+
+    def nothing_is_left() -> bool:
+        world, node = scene.world, scene.agents[0].node
+        kernel = world.kernel(node)
+        assert not kernel["routes"]
+        assert world.device(node) is None
+        assert "overlay-1" not in world.run(node, "nft", "list", "ruleset")
+        assert not (scene.agents[0].run_dir / "subnet.env").exists()
+        assert not (scene.agents[0].run_dir / "cni/10-flannel.conflist").exists()
+        return before["sysctls"] not in world.run(node, "sh", "-c", "cat /proc/sys/net/ipv4/ip_forward")
+
+    seen = Unhelped(scene, ["sh", "-c", _all_of_it(scene)], nothing_is_left)
+    scene.suffer("all of it at once", "one shell script of all the lines above", seen.inject, seen.bites)
 
 
 def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
@@ -135,9 +158,7 @@ def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
             scene.world.drop_record(f"10.244.{200 + number}.0-24")
 
     thread = threading.Thread(target=churn)
-    script = "\n".join(
-        f"{_command(scene, text)[2]} 2>/dev/null || true" for text in FAULTS.values() if "truncate" not in text
-    )
+    script = _all_of_it(scene)
 
     def inject() -> None:
         thread.start()
@@ -172,11 +193,50 @@ def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
 )  # fmt: skip
 def test_the_underlay_for_a_while(scene, fault, command, undo):
     scene.begin()
-    lost = scene.suffer(
-        fault, f"`{command}`", lambda: scene.world.run("node1", "sh", "-c", command),
-        lambda: time.sleep(1) or True, 30, lambda: scene.world.run("node1", "sh", "-c", undo) is not None,
-    )  # fmt: skip
+    world = scene.world
+
+    def away() -> bool:
+        there = world.run("node1", "ip", "-4", "addr", "show", "dev", "eth0", "up")
+        return "192.168.1.2" not in there
+
+    def recover() -> bool:
+        time.sleep(1)
+        world.run("node1", "sh", "-c", undo)
+        return True
+
+    lost = scene.suffer(fault, f"`{command}`", lambda: world.run("node1", "sh", "-c", command), away, 30, recover)
     assert lost > 50, "it was away"
+
+
+def test_the_underlay_is_taken_out_and_put_back(scene):
+    """An interface that leaves its namespace is unregistered, and the kernel takes the vxlan device on it along."""
+    scene.begin()
+    world = scene.world
+    elsewhere = f"{world.namespace('node1')}-away"
+    netns.create(elsewhere)
+    try:
+        out = f"ip link set eth0 netns {netns.path(elsewhere)}"
+
+        def gone() -> bool:
+            return not world.index("node1", "eth0") and world.device("node1") is None
+
+        def recover() -> bool:
+            time.sleep(1)
+            home = netns.path(world.namespace("node1"))
+            netns.inside(elsewhere, lambda: subprocess.run(["ip", "link", "set", "eth0", "netns", home], check=True))
+            again = (
+                "ip addr add 192.168.1.2/24 dev eth0 && ip link set eth0 up && ip route replace default via 192.168.1.1"
+            )
+            world.run("node1", "sh", "-c", again)
+            return True
+
+        lost = scene.suffer(
+            "the underlay's interface taken out for a second", f"`{out}` and back; the kernel deletes flannel.1 with it",
+            lambda: world.run("node1", "sh", "-c", out), gone, 30, recover,
+        )  # fmt: skip
+        assert lost > 50, "it was away"
+    finally:
+        netns.delete(elsewhere)
 
 
 def test_the_underlay_gets_another_mtu(scene):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.steps import Due
+from overlay.steps import FIRST_RETRY_S, RETRY_S, Due, Steps
 
 KINDS = sorted(name for name in (*Due.__annotations__, *vars(Due)) if not name.startswith("_") and name != "everything")
 COSTLY = {"dump": ["dump", "guard_check", "pods"], "guard": ["guard"]}
@@ -40,3 +40,35 @@ def test_what_was_due_stays_due_when_a_look_spares_it(name):
     setattr(due, name, True)
     due.everything(dump=False, guard=False)
     assert getattr(due, name)
+
+
+def test_what_is_refused_is_tried_again_soon_then_less_often():
+    now, said = [100.0], []
+
+    def act() -> None:
+        raise OSError(16, "busy")
+
+    class Told:
+        def problem(self, subject: str, what: str) -> None:
+            said.append((subject, what))
+
+        def solved(self, subject: str) -> None:
+            said.append((subject, ""))
+
+    steps = Steps(Told(), lambda: now[0])  # type: ignore[arg-type]
+    waits = []
+    for _ in range(8):
+        steps.due.nat = True
+        steps.step("nat", act)
+        assert steps.waits("nat")
+        (at,) = steps.times()
+        waits.append(round(at - now[0], 3))
+        now[0] = at
+        steps.begin()
+        assert steps.due.nat, "due again"
+    assert waits == [FIRST_RETRY_S, 0.2, 0.4, 0.8, 1.6, RETRY_S, RETRY_S, RETRY_S]
+    steps.step("nat", lambda: None)
+    assert said[-1] == ("nat", "")
+    steps.due.nat = True
+    steps.step("nat", act)
+    assert next(iter(steps.times())) == now[0] + FIRST_RETRY_S, "it began anew"
