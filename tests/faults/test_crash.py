@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ LONGEST_SWEEP = 400
 
 
 def _killed(agent) -> str:
-    """What step the agent was killed at, "" when it was not."""
+    """At what step the agent was killed: by us, not by a fault of its own."""
     lines = [line for line in agent.log().splitlines() if line.startswith("killed at step")]
-    return lines[-1] if lines else ""
+    assert agent.process.returncode == -signal.SIGKILL, (agent.process.returncode, agent.log()[-2000:])
+    assert "crashed" not in agent.log()
+    return lines[-1]
 
 
 def _sweep(scene, step: int, after: bool, armed: str = ""):
@@ -115,6 +118,7 @@ def test_a_restart_killed_at_every_step_under_traffic(scene):
             if dying.process.poll() is None:
                 dying.stop()
                 break
+            _killed(dying)
             points += 1
         last = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1").wait_ready()
         alike(before, picture(world, last))
@@ -125,6 +129,45 @@ def test_a_restart_killed_at_every_step_under_traffic(scene):
     scene.row(
         f"a restart killed at every step, {points} one after the other", "SIGKILL before each message, file, program; it is whole all the time",
         "nothing", 0.0,
+    )  # fmt: skip
+
+
+def test_a_first_start_on_kubernetes_killed_at_every_step(kube_scene):
+    """Its lease is its podCIDR; what it writes is its Node's annotations."""
+    scene = kube_scene
+    world = scene.world
+    world.put_peer(99)
+    world.node(1)
+    agent = world.agent("node1", "--node-name=node1").wait_ready()
+    until("whole", lambda: world.peers("node1") == 1)
+    reference = _without_mac(picture(world, agent))
+    agent.stop()
+    step, longest = 0, 0.0
+    while True:
+        step += 1
+        assert step < LONGEST_SWEEP
+        scene.world.run("node1", "sh", "-c", "nft flush ruleset; ip link del flannel.1 2>/dev/null; true")
+        scene.world.run("node1", "sh", "-c", f"rm -rf {world.folder}/node1 && mkdir {world.folder}/node1")
+        world.kube.annotate("node1", **dict.fromkeys(("public_ip", "backend_data", "backend_type", "kube_subnet_manager")))
+        dying = world.agent("node1", "--node-name=node1", run_dir="node1", program=killed_at(step))
+        until("it dies, or is ready", lambda dying=dying: dying.process.poll() is not None or dying.ready())
+        if dying.process.poll() is None:
+            dying.stop()
+            break
+        where = _killed(dying)
+        began = time.monotonic()
+        again = world.agent("node1", "--node-name=node1", run_dir="node1").wait_ready()
+        until(f"whole: {where}", lambda again=again: alike(reference, _without_mac(picture(world, again))))
+        longest = max(longest, time.monotonic() - began)
+        assert world.kube.notes("node1")["public-ip"] == "192.168.1.2"
+        assert json.loads(world.kube.notes("node1")["backend-data"])["VtepMAC"] == again.mac()
+        assert _left_over(scene) == [], where
+        again.stop()
+    assert step > 20
+    scene.row(
+        f"a first start on Kubernetes killed at each of {step - 1} steps",
+        "SIGKILL before each message to kernel and API server, file, program; time from the next start", "nothing",
+        longest,
     )  # fmt: skip
 
 
@@ -169,6 +212,7 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
             if alive:
                 dying.stop()
             else:
+                _killed(dying)
                 points += 1
             armed.unlink(missing_ok=True)
             began = time.monotonic()
@@ -179,9 +223,10 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
                 world.drop_record(f"10.244.{number}.0-24")
             until("one peer, no more", lambda: world.peers("node1") == 1 == len(world.kernel("node1")["neighbours"]))
             again.stop()
-            if alive or step > 60:
+            if alive:
                 break
-    assert points > 3
+            assert step < LONGEST_SWEEP
+    assert points > 20
     lost = there.lost() + back.lost()
     assert lost == 0
     scene.row(
