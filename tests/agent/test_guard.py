@@ -95,21 +95,29 @@ def test_a_frame_from_no_peer_never_reaches_a_pod(world, listener, guarded):
 
 @pytest.mark.parametrize("guarded", [False, True], ids=["control", "guarded"])
 def test_a_pod_sends_no_vxlan_to_a_node(world, listener, guarded):
-    """Neither to another, by way of its own (whose address is a peer's), nor to its own."""
+    """Neither to another, by way of its own (whose address is a peer's), nor to its own; by none of their addresses, also those
+    of the pod network, which pods may reach; from its own address or a peer's. The guard alone: a pod's port is not bound."""
     world.config()
-    flags = (f"--vxlan-guard={str(guarded).lower()}", "--ip-masq")
+    flags = (f"--vxlan-guard={str(guarded).lower()}", "--ip-masq", "--pod-antispoof=false")
     agents = [world.agent(world.node(number), f"--node-name=node{number}", *flags).wait_ready() for number in (1, 2)]
     until("they know each other", lambda: world.peers("node1") == world.peers("node2") == 1)
     evil, pod, near = world.pod(agents[0], "evil"), world.pod(agents[1], "pod"), world.pod(agents[0], "near")
     far, here = listener(pod), listener(near)
-    send(evil.namespace, evil.address, "192.168.1.3", frame(agents[1].mac(), "10.244.77.7", pod.address, b"far"))
-    assert far.hears(b"far") != guarded
-    # a source that its own node would take for a peer's
-    netns_run(world, evil, "ip addr add 192.168.1.3/32 dev eth0")
-    send(evil.namespace, "192.168.1.3", "192.168.1.2", frame(agents[0].mac(), "10.244.77.7", near.address, b"near"))
+    tried = 0
+    for agent, ear, target, public_ip in ((agents[1], far, pod, "192.168.1.3"), (agents[0], here, near, "192.168.1.2")):
+        base, sources = str(agent.subnet()).removesuffix("0/24"), [evil.address]
+        if agent is agents[0]:  # a peer's, to its own node
+            netns_run(world, evil, "ip addr add 192.168.1.3/32 dev eth0")
+            sources.append("192.168.1.3")
+        for there in (public_ip, f"{base}1", f"{base}0"):
+            for source in sources:
+                tried += 1
+                payload = f"{there} from {source}".encode()
+                send(evil.namespace, source, there, frame(agent.mac(), "10.244.77.7", target.address, payload))
+                assert ear.hears(payload) != guarded, payload
     if guarded:
-        assert not here.hears(b"near")
-        assert agents[0].status()["counters"]["dropped_from_pods"] >= 1
+        dropped = [agent.status()["counters"]["dropped_from_pods"] for agent in agents]
+        assert sum(dropped) == tried, dropped
     # from pod to pod any port is free
     plain = netns.inside(pod.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with plain:

@@ -148,7 +148,9 @@ def test_a_first_start_on_kubernetes_killed_at_every_step(kube_scene):
         assert step < LONGEST_SWEEP
         scene.world.run("node1", "sh", "-c", "nft flush ruleset; ip link del flannel.1 2>/dev/null; true")
         scene.world.run("node1", "sh", "-c", f"rm -rf {world.folder}/node1 && mkdir {world.folder}/node1")
-        world.kube.annotate("node1", **dict.fromkeys(("public_ip", "backend_data", "backend_type", "kube_subnet_manager")))
+        world.kube.annotate(
+            "node1", **dict.fromkeys(("public_ip", "backend_data", "backend_type", "kube_subnet_manager"))
+        )
         dying = world.agent("node1", "--node-name=node1", run_dir="node1", program=killed_at(step))
         until("it dies, or is ready", lambda dying=dying: dying.process.poll() is not None or dying.ready())
         if dying.process.poll() is None:

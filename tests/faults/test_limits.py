@@ -34,7 +34,18 @@ def commit(self, messages, what):
         raise KernelError(CODE, what + ": " + str(Refusal(CODE, "made by the test")))
     return real_commit(self, messages, what)
 
+def refusing_too(plain):
+    def asked(self, *args, **named):
+        if refusing():
+            raise KernelError(CODE, str(Refusal(CODE, "made by the test")))
+        return plain(self, *args, **named)
+    return asked
+
 netlink.RequestSocket.execute = execute
+for name in ("ask", "dump", "sifted", "_answers"):
+    setattr(netlink.RequestSocket, name, refusing_too(getattr(netlink.RequestSocket, name)))
+for name in ("_get", "_read", "_receipts"):
+    setattr(netfilter.NetfilterSocket, name, refusing_too(getattr(netfilter.NetfilterSocket, name)))
 real_commit, netfilter.NetfilterSocket._commit = netfilter.NetfilterSocket._commit, commit
 from overlay.main import main
 main()
@@ -88,6 +99,41 @@ def test_the_kernel_refuses(scene, code, long):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOBUFS])
+def test_the_kernel_refuses_all_at_a_first_start(scene, code):
+    """No device, no link is told, no table: it waits, says what it is refused, and is whole as soon as it may."""
+    world, switch = scene.world, scene.world.folder / "refuse"
+    scene.begin("--ip-masq")
+    name = errno.errorcode[code]
+
+    def inject() -> None:
+        scene.agents[0].stop()
+        world.run(
+            "node1", "sh", "-c", f"nft flush ruleset; ip link del flannel.1; rm {scene.agents[0].run_dir}/subnet.env"
+        )
+        switch.touch()
+        program = REFUSING.format(switch=str(switch), code=code)
+        scene.agents[0] = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1", program=program)
+
+    def bites() -> bool:
+        return any(name in text for text in scene.agents[0].status()["problems"].values())
+
+    def recover() -> bool:
+        cpu, lines = scene.idle_cost(5)
+        assert world.device("node1") is None
+        assert not scene.agents[0].ready()
+        assert cpu < 0.1
+        assert lines < 15
+        switch.unlink()
+        return True
+
+    scene.suffer(
+        f"the kernel says {name} to all at a first start, for 5 s", "every answer of netlink replaced in the process; no device, no rules",
+        inject, bites, 30, recover,
+    )  # fmt: skip
+    assert scene.agents[0].wait_ready().status()["problems"] == {}
+
+
 def test_no_descriptor_left(scene):
     """RLIMIT_NOFILE lowered to what is open: no look, no nft, no new connection."""
     scene.begin("--ip-masq")
@@ -96,6 +142,10 @@ def test_no_descriptor_left(scene):
     def limit(soft: int) -> None:
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    def told(subject: str) -> bool:
+        problems = scene.agents[0].events("problem")
+        return any(event["subject"] == subject and "Too many open files" in event["what"] for event in problems)
 
     before, _ = resource.prlimit(pid, resource.RLIMIT_NOFILE)
 
@@ -111,7 +161,7 @@ def test_no_descriptor_left(scene):
 
     scene.suffer(
         "no file descriptor for 5 s", "`prlimit --nofile=3`; the nat table and a route deleted", inject,
-        lambda: "nat" in scene.agents[0].log() and "Too many open files" in scene.agents[0].log(), 30, recover,
+        lambda: told("nat"), 30, recover,
     )  # fmt: skip
     assert scene.agents[0].process.poll() is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 from pathlib import Path
@@ -11,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from lease.model import ip_number, mac_text
+from lease.model import ip_number, ip_text, mac_text
 from tests.support.faults import cpu_s
 from tests.support.wait import until
-from tests.support.world import vxlan_record
+from tests.support.world import ROOT, vxlan_record
 
 STORM_S = 180.0
 NAMES = 120
 CHANGES = 10_000
+HOSTILE_S = 30.0
 
 
 def _value(number: int, mac: int) -> dict[str, Any]:
@@ -88,7 +90,13 @@ def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
             if base not in wanted
         ][:3]
         assert len(there["routes"]) == len(wanted)
-        assert there["fdb"].keys() == set(wanted.values())
+        assert len(world.run("node1", "ip", "route", "show", "proto", "111").splitlines()) == len(wanted), (
+            "of no other metric"
+        )
+        addresses = {mac: ip_number(f"192.168.1.{100 + number % 150}", 4) for number, mac in model.items()}
+        assert there["fdb"] == addresses | fixed["fdb"]
+        let_in = world.run("node1", "nft", "list", "set", "ip", "overlay-1-guard", "vteps")
+        assert {ip_text(4, address) for address in addresses.values()} <= set(re.findall(r"192\.168\.1\.\d+", let_in))
         return not scene.agents[0].status()["differences"]
 
     until("exactly what was put last", exact, 40)
@@ -96,10 +104,66 @@ def test_a_hundred_changes_a_second_while_entries_are_deleted_at_random(scene):
     told = len(scene.agents[0].log().splitlines()) - lines
     assert scene.agents[0].process.poll() is None
     assert told < 400, "the log is bounded"
+    assert spent / STORM_S < 0.5, "so is CPU"
     scene.row(
         f"{writes} joins, changes and leaves in {STORM_S:.0f} s, {len(meddled)} deletions and alterations at random beside them",
         f"etcd, ip, bridge, nft; {spent / STORM_S:.0%} of a core and {told} log lines of ours", "nothing", took,
     )  # fmt: skip
+
+
+def test_a_storm_of_hostile_records(scene):
+    """New reasons all the time: not JSON, outside Network, our address, a peer's MAC, overlapping; and each is gone again."""
+    scene.begin()
+    world, rng, agent = scene.world, random.Random(3), scene.agents[0]
+    theirs, kernel = scene.agents[1].mac(), world.kernel("node1")
+    numbers = _free(scene)
+    cpu, lines, writes = 0.0, 0, 0
+
+    def inject() -> None:
+        nonlocal cpu, lines, writes
+        cpu, lines, began = cpu_s(agent.process.pid), len(agent.log().splitlines()), time.monotonic()
+        while time.monotonic() - began < HOSTILE_S:
+            number, serial = rng.choice(numbers), rng.randrange(1 << 16)
+            key, value = rng.choice((
+                (f"10.244.{number}.0-24", f"not JSON {serial}"),
+                (f"11.{serial >> 8}.{serial & 255}.0-24", vxlan_record("192.168.1.99", "0a:00:00:00:00:99")),
+                (f"10.244.{number}.0-24", vxlan_record("192.168.1.2", mac_text(0x0A0000000000 | serial))),
+                (f"10.244.{number}.0-24", vxlan_record("192.168.1.66", theirs)),
+                (f"10.244.0.0-{16 + number % 2}", vxlan_record("192.168.1.66", mac_text(0x0A0000000000 | serial))),
+                (f"rubbish-{serial}", "x" * 5000),
+            ))  # fmt: skip
+            world.put_record(key, value)
+            if writes % 3 == 2:
+                world.drop_record(key)
+            writes += 1
+            time.sleep(max(0.0, began + writes / 200 - time.monotonic()))
+
+    def recover() -> bool:
+        nonlocal cpu, lines
+        cpu = (cpu_s(agent.process.pid) - cpu) / HOSTILE_S
+        lines = len(agent.log().splitlines()) - lines
+        assert lines < 200, "the log is bounded"
+        assert cpu < 0.5, "so is CPU"
+        assert world.kernel("node1") == kernel
+        for key in world.etcd.get(f"{ROOT}/subnets/"):
+            name = key.rpartition("/")[2]
+            if name not in own:
+                world.drop_record(name)
+        return True
+
+    own = {str(each.subnet()).replace("/", "-") for each in scene.agents}
+    lost = scene.suffer(
+        f"a storm of hostile records, {HOSTILE_S:.0f} s", "some 200 a second of six kinds put, a third of them deleted again",
+        inject, lambda: len(agent.status()["refused"]) > 20, 30, recover,
+        lambda: not agent.status()["refused"] and world.kernel("node1") == kernel,
+    )  # fmt: skip
+    assert lost == 0
+    scene.row(
+        f"{writes} hostile records in {HOSTILE_S:.0f} s",
+        "as above",
+        f"nothing; {cpu:.0%} of a core, {lines} log lines",
+        None,
+    )
 
 
 class Sizes:
@@ -113,7 +177,7 @@ class Sizes:
 
 
 def test_ten_thousand_changes_leave_nothing_behind(scene):
-    """Joins, changed MACs and leaves, in two halves: the second leaves all as the first did."""
+    """Joins, changed MACs, leaves and rubbish, in two halves: the second leaves all as the first did."""
     scene.begin()
     world, pid, numbers = scene.world, scene.agents[0].process.pid, _free(scene)
 
@@ -121,7 +185,9 @@ def test_ten_thousand_changes_leave_nothing_behind(scene):
         rng = random.Random(seed)
         for place in range(CHANGES // 2):
             number = numbers[place % len(numbers)]
-            if place // len(numbers) % 3 == 2:
+            if place % 7 == 3:
+                world.put_record(f"10.244.{number}.0-24", f"rubbish {rng.random()}")
+            elif place // len(numbers) % 3 == 2:
                 world.drop_record(f"10.244.{number}.0-24")
             else:
                 world.put_record(
