@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+
+AWAY = re.compile(
+    r"connect|timed out|max retries|name resolution|service unavailable|ServiceError|HTTPError|50[0-9] ", re.IGNORECASE
+)
+"""Words of a service that is not there, as pip-audit and requests have them."""
 
 
 def main() -> int:
@@ -12,7 +18,11 @@ def main() -> int:
     try:
         packages = json.loads(Path(found).read_text())["dependencies"]
     except (OSError, ValueError, KeyError):
-        last = (Path(said).read_text().strip().splitlines() or ["nothing"])[-1]
+        words = Path(said).read_text().strip()
+        last = (words.splitlines() or ["nothing, within its time"])[-1]
+        if words and not AWAY.search(words):  # a hash that differs, a file that it cannot read
+            print(f"audit {pins}: FAILED: {last}")
+            return 1
         print(f"audit {pins}: NOT DONE, the service cannot be asked: {last}")
         return 0
     asked = [package for package in packages if "skip_reason" not in package]

@@ -59,6 +59,69 @@ def test_the_corpus_costs_nobody_anything(world):
     until("a start among them all", lambda: len(again.status()["peers"]) == 3)
 
 
+GOOD_NOTES = {
+    "kube_subnet_manager": "true",
+    "backend_type": "vxlan",
+    "backend_data": '{"VNI":1,"VtepMAC":"0a:00:00:00:00:09"}',
+    "public_ip": "192.168.1.9",
+}
+NODES = {
+    "no-json": ({"backend_data": "{"}, "not JSON"),
+    "deep": ({"backend_data": "[" * 4000}, "not JSON"),
+    "much": ({"backend_data": "x" * 100_000}, "has 100000 bytes"),
+    "other-script": ({"public_ip": "\uff11\uff19\uff12.168.1.9"}, "must be an IPv4 address"),
+    "no-address": ({"public_ip": ""}, "must be an IPv4 address"),
+    "our-address": ({"public_ip": "192.168.1.2"}, "is our own"),
+    "zero": ({"public_ip": "0.0.0.0"}, "cannot be a node's"),
+    "broadcast": ({"public_ip": "192.168.1.255"}, "network or broadcast address"),
+    "a-pods-address": ({"public_ip": "10.244.1.7"}, "is an address of Network"),
+    "outside": ({"public_ip": "8.8.8.8"}, "outside --underlay-cidr"),
+    "multicast-mac": ({"backend_data": '{"VNI":1,"VtepMAC":"01:00:5e:00:00:01"}'}, "multicast"),
+    "zero-mac": ({"backend_data": '{"VNI":1,"VtepMAC":"00:00:00:00:00:00"}'}, "all zero"),
+    "other-vni": ({"backend_data": '{"VNI":7,"VtepMAC":"0a:00:00:00:00:09"}'}, "VNI 7 is not this network's 1"),
+    "other-backend": ({"backend_type": "host-gw"}, "BackendType is 'host-gw'"),
+    "a-source": ({"overlay_source": "127.0.0.1"}, "127.0.0.1 cannot be"),
+}
+"""Annotations of Nodes that are no peers, and words of the reason. Each has a podCIDR of its own."""
+CIDRS = {
+    "around-ours": ("10.244.0.0/22", "overlaps"),
+    "all-of-it": ("10.244.0.0/16", "too large a part"),
+    "the-underlay": ("192.168.1.0/24", "outside Network"),
+    "services": ("10.96.0.0/24", "outside Network"),
+}
+
+
+def test_the_corpus_on_kubernetes_costs_nobody_anything(kube_world):
+    """Under traffic, and at a start among all of them; the last of them has a peer's MAC, and is older than that."""
+    world, flag = kube_world, "--underlay-cidr=192.168.0.0/16"
+    world.kube.peer("an-older-thief", "10.244.99.0/24", "192.168.1.99", "0a:00:00:00:00:99")
+    one, two = (world.agent(world.node(number), flag).wait_ready() for number in (1, 2))
+    until("the later thief is a peer", lambda: world.peers("node1") == 2)
+    source, target = world.pod(one, "a"), world.pod(two, "a")
+    before = world.kernel("node1")
+    with world.stream(source, target) as stream:
+        for place, (name, (notes, _)) in enumerate(NODES.items()):
+            world.kube.node(name, f"10.244.{100 + place}.0/24", **(GOOD_NOTES | notes))
+        for name, (cidr, _) in CIDRS.items():
+            world.kube.peer(name, cidr, "192.168.1.10", "0a:00:00:00:00:10")
+        until("all are refused", lambda: _refused(one, len(NODES) + len(CIDRS)))
+        assert world.kernel("node1") == before
+        world.kube.annotate("an-older-thief", backend_data=json.dumps({"VNI": 1, "VtepMAC": two.mac()}))
+        until("so is the thief", lambda: "already used by node2" in one.status()["refused"].get("an-older-thief", ""))
+        world.put_peer(42)
+        until("a good one comes through all that", lambda: world.peers("node1") == 2)
+    assert stream.lost() == 0
+    told = one.status()["refused"]
+    for name, (_, words) in {**NODES, **CIDRS}.items():
+        assert words in told[name], (name, told[name])
+    assert one.ready()
+    assert f"overlay_refused_records {len(told)}\n" in ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
+    world.kube.delete("an-older-thief")
+    again = world.restart(one, flag).wait_ready()
+    until("a start among them all", lambda: len(again.status()["peers"]) == 2)
+    assert again.status()["refused"].keys() == NODES.keys() | CIDRS.keys()
+
+
 def _refused(agent, count: int) -> bool:
     found = agent.status()["refused"]
     assert len(found) == count, (len(found), count)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import find, given
 from hypothesis import strategies as st
 
 from lease.annotations import DEFAULT_PREFIX, Hints, Names, decode_node, encode, hints, node_subnets, seniority
@@ -122,7 +122,39 @@ def test_hints_of_an_operator():
     assert [fault.split(": ")[1:] for fault in six.faults] == [["there is no IPv6 datapath yet; it is ignored"]] * 2
 
 
-@given(st.dictionaries(st.sampled_from(NAMES.read()), st.text(max_size=60)))
+NOTES = st.fixed_dictionaries(
+    {},
+    optional={
+        NAMES.managed: st.sampled_from(["true", "true", "true", "false", "True"]),
+        NAMES.backend_type: st.sampled_from(["vxlan", "vxlan", "host-gw", ""]) | st.text(max_size=9),
+        NAMES.data[0]: st.sampled_from(['{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}', "null", "[]", "{", '{"VNI":true}'])
+        | st.text(max_size=60)
+        | st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner) | st.dictionaries(
+            st.sampled_from(["VNI", "VtepMAC", "x"]), inner)).map(json.dumps),
+        NAMES.public_ip[0]: st.sampled_from(["192.168.1.2", "fd00::1", "0.0.0.0", "192.168.001.2"]) | st.text(max_size=20),
+        NAMES.public_ip[1]: st.sampled_from(["fd00::1", "192.168.1.2"]) | st.text(max_size=20),
+        NAMES.overwrite[0]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
+        NAMES.node_public_ip[0]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
+        NAMES.source: st.sampled_from(["192.168.1.3"]) | st.text(max_size=20),
+    },
+)  # fmt: skip
+
+
+def test_the_fuzz_below_reaches_what_it_is_for():
+    """Else it would only try Nodes that nobody manages."""
+    found = find(NOTES, lambda notes: notes.get(NAMES.managed) == "true" and _is_peer(notes))
+    assert found
+    assert find(NOTES, lambda notes: notes.get(NAMES.managed) == "true" and not _is_peer(notes)) is not None
+
+
+def _is_peer(notes: dict[str, str]) -> bool:
+    try:
+        return decode_node("n", notes, {4: prefix("10.244.0.0/24")}, NAMES, 1, 2) is not None
+    except BadRecord:
+        return False
+
+
+@given(NOTES | st.dictionaries(st.sampled_from(NAMES.read()), st.text(max_size=60)))
 def test_no_annotation_raises_anything_else(notes):
     try:
         found = decode_node("n", notes, {4: prefix("10.244.0.0/24")}, NAMES, 1, 2)

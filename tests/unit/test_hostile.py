@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lease.codec import BadRecord, decode_lease
@@ -17,6 +17,7 @@ from overlay.peers import PeerTable
 from overlay.settings import FLAGS, SettingsError, read_live, read_settings
 from overlay.status import Status
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE, NODE
+from tests.unit.hostile import value as hostile_value
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -59,6 +60,46 @@ def test_any_record_is_a_peer_or_refused(key, value):
     table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
     assert "\n" not in judge(key, data, table)
     assert GOOD_KEY in [lease.key for lease in table.accepted()]
+
+
+RECORDS = st.lists(
+    st.tuples(
+        st.sampled_from(["10.244.5.0-24", "10.244.5.128-25", "10.244.4.0-22", "10.244.9.0-24", "10.244.9.0-25", "10.244.1.0-26",
+                         "10.244.64.0-18", "10.96.0.0-24", "10.244.9.0-24&fd00::-64"]),
+        st.sampled_from(["192.168.1.9", "192.168.1.5", "192.168.1.2", "192.168.1.255", "8.8.8.8", "10.244.5.1", "0.0.0.0"]),
+        st.sampled_from(["0a:00:00:00:00:09", "0a:00:00:00:00:05", "0a:00:00:00:00:01", "01:00:5e:00:00:01"]),
+        st.sampled_from([1, 1, 1, 2]),
+        st.sampled_from(["vxlan", "vxlan", "vxlan", "host-gw"]),
+        st.integers(1, 30),
+    ),
+    max_size=8,
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(RECORDS)
+def test_any_records_beside_a_good_one(records):
+    """Most have the usual form, so that they come as far as disputes: none younger costs the good one anything, and no two
+    peers are ever in each other's way."""
+    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
+    for place, (key, public_ip, mac, vni, backend, created) in enumerate(records):
+        if key == GOOD_KEY:
+            continue
+        try:
+            lease = read(key, hostile_value(public_ip, mac, vni, BackendType=backend))
+        except BadRecord:
+            continue
+        table.put(lease._replace(created=created + 5, modified=40 + place))
+    peers = list(table.accepted())
+    assert GOOD_KEY in [lease.key for lease in peers]
+    for one in peers:
+        assert NODE.network.covers(one.v4.subnet)
+        assert one.v4.public_ip not in NODE.addresses
+        for other in peers:
+            if other.key != one.key:
+                assert not one.v4.subnet.overlaps(other.v4.subnet)
+                assert one.v4.mac != other.v4.mac or one.v4.public_ip == other.v4.public_ip
 
 
 @given(
@@ -114,7 +155,25 @@ def test_any_live_settings(data):
         assert "\n" not in str(error)
 
 
-@given(st.binary(max_size=300) | JSON.map(lambda value: json.dumps({"plugins": value, "name": value}).encode()))
+ENTRIES = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["flannel", "flannel", "portmap"]) | JSON},
+        optional={
+            "delegate": JSON | st.dictionaries(
+                st.sampled_from(["type", "bridge", "name", "ipam", "mtu", "isDefaultGateway", "hairpinMode"]), JSON),
+            "ipam": JSON | st.dictionaries(st.sampled_from(["routes", "type", "ranges", "dataDir"]), JSON),
+        },
+    ),
+    max_size=3,
+)  # fmt: skip
+FILES = (
+    st.binary(max_size=300)
+    | JSON.map(lambda value: json.dumps({"plugins": value, "name": value}).encode())
+    | st.tuples(ENTRIES, JSON).map(lambda made: json.dumps({"plugins": made[0], "cniVersion": made[1]}).encode())
+)
+
+
+@given(FILES)
 def test_any_file_of_others(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "file"
     path.write_bytes(data)
@@ -123,8 +182,10 @@ def test_any_file_of_others(tmp_path_factory, data):
     cni.names_plugin(str(path), "flannel")
     cni.bridges_in(data.decode(errors="replace"))
     try:
-        cni.render_list(data, cni.network_list(prefix("10.244.0.0/16"), prefix("10.244.1.0/24"), 1450, "cni0", "", ""),
+        made = cni.render_list(data, cni.network_list(prefix("10.244.0.0/16"), prefix("10.244.1.0/24"), 1450, "cni0", "", ""),
                         prefix("10.244.0.0/16"), 1450, True)  # fmt: skip
+        cni.bridges_in(made)
+        made.encode()
     except ValueError as error:
         assert "\n" not in str(error)
 
