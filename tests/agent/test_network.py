@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import stat
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from lease.model import mac_number, prefix
 from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
-from tests.support.world import ROOT, number
+from tests.support.world import ROOT, made_up_peer, number
 
 
 def test_after_a_boot_pods_wait_for_subnet_env(world):
@@ -315,3 +316,43 @@ def test_systemd_is_told_when_it_is_ready(world, tmp_path):
         agent = world.agent(world.node(1), environ={"NOTIFY_SOCKET": str(tmp_path / "notify")})
         assert listening.recv(100) == b"READY=1"
         assert agent.ready()
+
+
+@pytest.mark.parametrize("masq", [False, True], ids=["control", "masquerade"])
+def test_what_a_node_sends_to_a_pod_elsewhere_comes_from_the_pod_network(world, masq):
+    """flannel's A13: its rule for that stands behind one that takes all. From its underlay address the answer would go past the
+    tunnel."""
+    world.config()
+    one, two = world.nodes(2, f"--ip-masq={str(masq).lower()}")
+    pod = world.pod(two, "a")
+    with (
+        netns.inside(pod.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as ear,
+        netns.inside(world.namespace("node1"), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as mouth,
+    ):
+        ear.bind((pod.address, 7007))
+        ear.settimeout(3)
+        mouth.bind(("192.168.1.2", 0))
+        mouth.settimeout(3)
+        mouth.sendto(b"hello", (pod.address, 7007))
+        data, (source, port) = ear.recvfrom(100)
+        assert data == b"hello"
+        assert source == (str(one.subnet()).removesuffix("/24") if masq else "192.168.1.2")
+        ear.sendto(b"answer", (source, port))
+        assert mouth.recv(100) == b"answer"
+
+
+def test_records_of_both_families_beside_those_of_one(world):
+    """flannel's A8. And a config with IPv6 is refused in a line; what runs goes on."""
+    world.config()
+    one, _ = world.nodes(2)
+    both = made_up_peer(60, PublicIPv6="fd00:192:168:1::60", BackendV6Data={"VNI": 1, "VtepMAC": "0a:00:00:00:06:60"})
+    world.put_record("10.244.60.0-24&fd00:10:244:60::-64", both)
+    world.put_record("10.244.61.0-24", made_up_peer(61))
+    until("both are peers", lambda: world.peers("node1") == 3)
+    world.config(EnableIPv6=True, IPv6Network="fd00:10:244::/48")
+    told = until("it is refused", lambda: one.status()["problems"].get("config"))
+    assert "EnableIPv6: true needs an IPv6 datapath, which is not built yet" in told
+    assert "the running config is kept" in told
+    assert world.peers("node1") == 3
+    world.config()
+    until("it is solved", lambda: "config" not in one.status()["problems"])
