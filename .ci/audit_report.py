@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 AWAY = re.compile(
-    r"connect|timed out|max retries|name resolution|service unavailable|ServiceError|HTTPError|50[0-9] ", re.IGNORECASE
+    r"ConnectionError|ConnectTimeout|ReadTimeout|timed out|max retries|name resolution|service unavailable|ServiceError",
+    re.IGNORECASE,
 )
 """Words of a service that is not there, as pip-audit and requests have them."""
 
@@ -20,7 +21,7 @@ def main() -> int:
     except (OSError, ValueError, KeyError):
         words = Path(said).read_text().strip()
         last = (words.splitlines() or ["nothing, within its time"])[-1]
-        if words and not AWAY.search(words):  # a hash that differs, a file that it cannot read
+        if words and not AWAY.search(last):  # a hash that differs, a file that it cannot read
             print(f"audit {pins}: FAILED: {last}")
             return 1
         print(f"audit {pins}: NOT DONE, the service cannot be asked: {last}")

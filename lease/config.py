@@ -167,14 +167,13 @@ def _pool(fields: _Fields, family: int) -> Pool:
 
 
 _NO_NETWORK = {
-    "0.0.0.0/8": "this network",
-    "127.0.0.0/8": "loopback",
-    "169.254.0.0/16": "link-local",
-    "224.0.0.0/4": "multicast",
-    "240.0.0.0/4": "reserved",
-    "::/16": "unspecified, loopback, mapped IPv4",
-    "fe80::/10": "link-local",
-    "ff00::/8": "multicast",
+    4: {
+        "0.0.0.0/8": "this network",
+        "127.0.0.0/8": "loopback",
+        "169.254.0.0/16": "link-local",
+        "224.0.0.0/4": "multicast",
+    },
+    6: {"::/16": "unspecified, loopback, mapped IPv4", "fe80::/10": "link-local", "ff00::/8": "multicast"},
 }
 """Addresses that no pod can have (RFC 6890)."""
 
@@ -192,7 +191,7 @@ def _network(fields: _Fields, name: str, family: int) -> Prefix:
             raise ValueError
     except ValueError:
         raise ConfigError(f"{name}: {_show(text)} must be an IPv{family} prefix like {example}") from None
-    for text, what in _NO_NETWORK.items():
+    for text, what in _NO_NETWORK[family].items():
         if network.overlaps(prefix(text)):
             raise ConfigError(f"{name}: {network} must not touch {text} ({what}); use one like {example}")
     return network

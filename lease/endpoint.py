@@ -12,7 +12,7 @@ _ENDPOINT = re.compile(
 
 def shown(address: str) -> str:
     """An address as it may stand in a message: without what may be a password."""
-    return re.sub(r"[^/\s]*@", "(not shown)@", address)
+    return re.sub(r"^(\w+://|//)?.*@", r"\1(not shown)@", address, flags=re.DOTALL)
 
 
 def endpoint_parts(endpoint: str) -> tuple[str, str, int] | None:

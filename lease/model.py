@@ -92,12 +92,6 @@ class Lease(NamedTuple):
         return self[:5] == other[:5]
 
 
-def mac_age(lease: Lease) -> tuple[int, int, str]:
-    """Of records with one MAC, behind several addresses, the least of this has it: which has had it longest, by the store's
-    revisions. In place, too, nobody takes another's MAC."""
-    return lease.modified, lease.created, lease.key
-
-
 class Refused(NamedTuple):
     """A record that cannot be used, and why. `created` orders it among the others of its subnet."""
 

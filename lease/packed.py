@@ -27,6 +27,8 @@ FORM = HEAD.size - 1
 NUMBER = slice(0, 5)
 PUBLIC_IP = slice(5, 9)
 MAC = slice(9, 15)
+MODIFIED = slice(27, 35)
+"""0 in the forms that have it behind the head."""
 LENGTH = 4
 _LARGEST = (1 << 63) - 1
 _UID, _LATEST = (1 << 128) - 1, (1 << 128 + 63) - 1

@@ -16,7 +16,8 @@ class SubnetIndex:
 
     def __init__(self, family: int) -> None:
         self._family = family
-        self._by_length: dict[int, dict[int, tuple[str, ...]]] = {}
+        self._by_length: dict[int, dict[int, str | dict[str, None]]] = {}
+        """The key of a base, or its keys in the order in which they came."""
 
     @classmethod
     def of(cls, family: int, claims: Iterable[tuple[Prefix, str]]) -> SubnetIndex:
@@ -29,35 +30,43 @@ class SubnetIndex:
     def add(self, subnet: Prefix, key: str) -> None:
         """Enter a claim; entering it twice is once."""
         bases = self._by_length.setdefault(subnet.length, {})
-        keys = bases.get(subnet.base, ())
-        if key not in keys:
-            bases[subnet.base] = (*keys, key)
+        keys = bases.setdefault(subnet.base, key)
+        if isinstance(keys, dict):
+            keys[key] = None
+        elif keys != key:
+            bases[subnet.base] = {keys: None, key: None}
 
     def remove(self, subnet: Prefix, key: str) -> None:
         """Take a claim out; one that is not there is no error."""
         bases = self._by_length.get(subnet.length, {})
-        left = tuple(other for other in bases.get(subnet.base, ()) if other != key)
-        if left:
-            bases[subnet.base] = left
-        else:
-            bases.pop(subnet.base, None)
+        keys = bases.get(subnet.base)
+        if isinstance(keys, dict):
+            keys.pop(key, None)
+            if len(keys) == 1:
+                (bases[subnet.base],) = keys
+        elif keys == key:
+            del bases[subnet.base]
             if not bases:
-                self._by_length.pop(subnet.length, None)
+                del self._by_length[subnet.length]
 
     def overlapping(self, subnet: Prefix) -> Iterator[str]:
         """The keys of all claims that share an address with a subnet."""
         for length, bases in self._by_length.items():
             if length <= subnet.length:
-                yield from bases.get(subnet.base & mask(self._family, length), ())
+                yield from _each(bases.get(subnet.base & mask(self._family, length)))
             elif 1 << (length - subnet.length) < len(bases):
                 step = WIDTH[self._family] - length
                 for index in range(1 << (length - subnet.length)):
-                    yield from bases.get(subnet.base + (index << step), ())
+                    yield from _each(bases.get(subnet.base + (index << step)))
             else:
                 for base, keys in bases.items():
                     if subnet.holds(base):
-                        yield from keys
+                        yield from _each(keys)
 
     def free(self, subnet: Prefix) -> bool:
         """Whether nobody claims an address of it."""
         return next(self.overlapping(subnet), None) is None
+
+
+def _each(keys: str | dict[str, None] | None) -> Iterable[str]:
+    return (keys,) if isinstance(keys, str) else keys or ()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from lease.allocate import RangeFull, choose_mac, choose_subnet
 from lease.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.codec import encode_key
-from lease.model import Lease, Prefix, ip_text, mac_age, mac_text
+from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 
@@ -129,7 +129,7 @@ class Tenure:
         if elsewhere and (there.v4.mac != held.v4.mac or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
-            return [self._write_over(claim, held, there)]
+            return [self._write_over(claim, snapshot, held, there)]
         if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.v4.public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
@@ -139,7 +139,7 @@ class Tenure:
         if there.v4.mac != held.v4.mac and there.node != held.node:
             if there.created != held.created or self._may_live(there.v4.public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
-            return [self._write_over(claim, held, there)]  # no other machine has that address
+            return [self._write_over(claim, snapshot, held, there)]  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
         self._remove_old(snapshot)
@@ -148,15 +148,18 @@ class Tenure:
         if there.same_claim(wanted):
             self.held = there
             return [] if there.same_claim(held) else [Held(there, "as it stood")]
-        self.held = self._store.change(there, wanted)
+        if there.same_claim(held):
+            self.held = self._store.change(there, wanted)
+        else:  # somebody wrote it
+            self.held = self._put_right(held, there.modified, wanted)
         if elsewhere:
             self._against_twins.add(self._clock())
         return [Held(self.held, "changed with this node" if there.same_claim(held) else "written again as it was")]
 
-    def _write_over(self, claim: Claim, held: Lease, there: Lease) -> Held:
+    def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
         assert held.v4 is not None
-        wanted = self._lease(claim, held.v4.subnet, held.v4.mac or 0, held.key)
+        wanted = self._lease(claim, held.v4.subnet, self._mac_left_to_us(snapshot, held), held.key)
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
@@ -180,9 +183,8 @@ class Tenure:
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
         assert held.v4 is not None
-        subnet, mac = held.v4.subnet, held.v4.mac
-        assert mac is not None
-        wanted = self._lease(claim, subnet, mac, held.key)
+        subnet = held.v4.subnet
+        wanted = self._lease(claim, subnet, self._mac_left_to_us(snapshot, held), held.key)
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
             return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
@@ -306,13 +308,21 @@ class Tenure:
                 return mac
         return choose_mac(used, self._rng)
 
+    def _mac_left_to_us(self, snapshot: Snapshot, held: Lease) -> int:
+        """The MAC for a record of ours that was gone or another's for a moment: ours, unless somebody else claims it, who is
+        the first to have it now."""
+        mac = held.v4.mac if held.v4 is not None else None
+        others = _MacsBefore(snapshot.leases, None)
+        return mac if mac is not None and mac not in others else choose_mac(others, self._rng)
+
     def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
         end = claim.endpoint(subnet, claim.public_ip, mac)
         return Lease(key, "vxlan", end, None, str(claim.identity), 0, 0, 0)
 
 
 class _MacsBefore:
-    """The MACs that records had before ours had its own. Asked for the one or two that are tried, not gathered."""
+    """The MACs that records had before ours was created, or written last: peers that saw it change may take the other for
+    the first. Asked for the one or two that are tried, not gathered."""
 
     def __init__(self, leases: Leases, own: Lease | None) -> None:
         self._leases, self._own = leases, own
@@ -320,7 +330,7 @@ class _MacsBefore:
     def __contains__(self, mac: int) -> bool:
         own = self._own
         return any(
-            own is None or (lease.key != own.key and mac_age(lease) < mac_age(own))
+            own is None or (lease.key != own.key and (lease.created < own.created or lease.modified < own.modified))
             for lease in self._leases.with_mac(mac)
         )
 

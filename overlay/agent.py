@@ -19,7 +19,7 @@ from lease.annotations import Hints
 from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
-from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_age, mac_text
+from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
 from lease.packed import Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, forward, plan
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from overlay.status import LeaseStatus, Status  # 8 ms, when somebody asks
     from overlay.underlay import Underlay
 
+PUT_RIGHT_S = 60.0
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
 LOOK_SHARE = 4000
@@ -141,6 +142,8 @@ class Agent:
         # our own side
         self._held: Lease | None = None
         self._held_how = ""
+        self._put_right_until = 0.0
+        """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._expires_at: float | None = None
         self._retained: list[Prefix] = []
         self._looked = False
@@ -333,7 +336,7 @@ class Agent:
             self._at_our_key = snapshot.leases.get(held.key)
             if self._at_our_key is None or not self._at_our_key.same_claim(held):
                 self._look()
-        if held is None or self._path.node is None:
+        if held is None or self._path.node is None or self._unplanned is not None:
             self._unplanned = Leases(dict(snapshot.leases.packed))  # the tenure's thread may be reading the other
         else:
             self._path.replace(snapshot.leases, held.key)
@@ -341,6 +344,7 @@ class Agent:
 
     def _on_changes(self, changes: Changes) -> None:
         self._listed = None
+        records: dict[str, Lease | None] = {}
         for change in changes.changes:
             if isinstance(change, ConfigText):
                 self._set_config(change.text)
@@ -348,7 +352,11 @@ class Agent:
                 self._on_hints(change)
                 self._look()
             else:
-                self._on_change(change)
+                self._on_change(change, records)
+        self._path.change(records)
+        for key, lease in records.items():
+            if lease is not None and key in self._path.table.refused:
+                self._look_at_rival(lease)
 
     def _on_hints(self, hints: Hints) -> None:
         """What an operator wrote on our own Node."""
@@ -382,6 +390,7 @@ class Agent:
     def _set_live(self, event: FileText) -> None:
         try:
             live = self._settings if event.text is None else read_live(event.text, self._settings)
+            self._refuse_taking_ours(live)
         except SettingsError as error:
             self.health.problem("live-settings", f"{event.path}: {error}; what ran until now is kept")
             return
@@ -402,9 +411,21 @@ class Agent:
             self.set_log_level(live.log_level)
             self._due.nat = self._due.forward = self._due.files = self._due.guard = self._due.pods = True
 
-    def _on_change(self, change: Lease | Refused | Gone) -> None:
+    def _refuse_taking_ours(self, live: Settings) -> None:
+        """Raises SettingsError: the underlay would be where our pods are."""
+        if self._config is None or self._config.v4 is None or self._held is None or self._held.v4 is None:
+            return
+        subnet = self._held.v4.subnet
+        for there in plan.underlay_within(self._config.v4.network, live.underlay_cidrs):
+            if there.overlaps(subnet):
+                raise SettingsError(f"underlay-cidr: {there} touches our subnet {subnet}, where this node's pods are")
+
+    def _on_change(self, change: Lease | Refused | Gone, records: dict[str, Lease | None]) -> None:
+        """records: what peers' records are now, None for one that is gone; more is entered."""
         self._unreadable.pop(change.key, None)
         lease = change if isinstance(change, Lease) else None
+        if lease is None:
+            self._told_twins.discard(change.key)
         if isinstance(change, Refused):
             self._unreadable[change.key] = change.reason
             self._path.refusals.tell(change.key, change.reason)
@@ -416,12 +437,8 @@ class Agent:
             self._unplanned.packed.pop(change.key, None)
             if lease is not None:
                 self._unplanned.packed[lease.key] = pack(lease)
-        elif lease is None:
-            self._path.drop(change.key)
         else:
-            self._path.put(lease)
-            if lease.key in self._path.table.refused:
-                self._look_at_rival(lease)
+            records[change.key] = lease
 
     def _on_down(self, down: StoreDown) -> None:
         if not self._store_down:
@@ -483,11 +500,9 @@ class Agent:
         if held is None or held.v4 is None or lease.v4 is None:
             return
         older = lease.created < held.created
-        had_it_first = mac_age(lease) < mac_age(held) or (
-            older and not held.modified
-        )  # Nodes: by their age, after a start
-        if (older and lease.v4.subnet.overlaps(held.v4.subnet)) or (
-            had_it_first and lease.v4.mac is not None and lease.v4.mac == held.v4.mac
+        same_mac = lease.v4.mac is not None and lease.v4.mac == held.v4.mac
+        if (older and (same_mac or lease.v4.subnet.overlaps(held.v4.subnet))) or (
+            same_mac and self._clock() < self._put_right_until
         ):
             self._look()
         twin = lease.v4.public_ip == held.v4.public_ip and lease.v4.mac != held.v4.mac
@@ -547,7 +562,9 @@ class Agent:
             self._retained.remove(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
         self._links_changed()
-        self._look_for_rivals()  # what was written again is younger than before
+        if event.loud:
+            self._put_right_until = self._clock() + PUT_RIGHT_S
+        self._look_for_rivals()
         self.health.solved("lease")
 
     def _elsewhere(self, lease: Lease) -> None:
@@ -735,9 +752,7 @@ class Agent:
 
     def _find_lost_subnets(self) -> None:
         """A subnet that an earlier run lost is on its bridge yet."""
-        config, own = self._config_now(), self._own().subnet
-        assert config.v4 is not None
-        for subnet in self._host.lost_subnets(config.v4.network, own):
+        for subnet in self._host.lost_subnets(self._config_now(), self._own().subnet):
             if subnet not in self._retained:
                 self._retained.append(subnet)
                 log.warning(
@@ -820,7 +835,7 @@ class Agent:
             device=self._host.device_status(device.ifindex if device is not None else 0, in_order),
             peers=self._path.peers(),
             problems=problems,
-            refused=self._unreadable | self._path.table.refused,
+            refused={**self._unreadable, **self._path.table.refused},
             differences=tuple(self._path.differences()),
             in_the_way=tuple(self._path.in_the_way.values()),
             retained=tuple(str(subnet) for subnet in self._retained),

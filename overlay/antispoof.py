@@ -6,8 +6,8 @@ known by the number and the name of its interface and the MAC of the end that th
 that comes by the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The
 table remembers: a new agent keeps what it finds there.
 
-A port that is not yet bound is let through: pods made while no agent runs must have their network. One that has no address
-at all after half a minute is bound to none.
+A port that is not (yet) bound is let through: pods made while no agent runs must have their network, and a sandbox that
+takes its addresses away to have them for itself (gVisor) shows none.
 
 Belongs to the agent's owner thread.
 """
@@ -143,6 +143,8 @@ class AntiSpoof:
         self._bridges: set[int] = set()
         self._nodes: set[int] = set()
         """MACs of the bridges: no pod's."""
+        self._node_has: frozenset[int] = frozenset()
+        """The node's own IPv4 addresses: no pod's either."""
         self._veths: list[Link] = []
         """The node's ends of all that are on a bridge."""
         self._ports: dict[int, Link] = {}
@@ -150,8 +152,8 @@ class AntiSpoof:
         self._seen: dict[tuple[int, int], float] = {}
         """When each was first seen, by number and MAC."""
         self._bound: dict[int, Bound] = {}
-        self._later: set[int] = set()
-        """Ports whose pods had no link-local IPv6 address when they were bound."""
+        self._later: dict[int, bool] = {}
+        """Ports that are looked at once more, and whether their pods had no link-local IPv6 address yet."""
         self._there: dict[str, set[bytes]] = {}
         """What the kernel's sets have."""
         self._network: Prefix | None = None
@@ -160,13 +162,15 @@ class AntiSpoof:
         self._next: float | None = None
         self.mended = 0
 
-    def ports(self, links: Iterable[Link], bridges: Iterable[str]) -> None:
-        """The links of this node, and the names of the bridges that pods are attached to; while nobody knows those, all
-        stays as it was found. What is bound stays so on another bridge, too: that of a subnet which this node lost."""
+    def ports(self, links: Iterable[Link], bridges: Iterable[str], addresses: Iterable[int] = ()) -> None:
+        """The links of this node, the names of the bridges that pods are attached to, and the node's own addresses; while
+        nobody knows those bridges, all stays as it was found. What is bound stays so on another bridge, too: that of a
+        subnet which this node lost."""
         every, names = list(links), set(bridges)
         if not names:
             return
         self._known = True
+        self._node_has = frozenset(addresses)
         bridges_of = [link for link in every if link.kind == "bridge" and link.name in names]
         self._bridges, self._nodes = {link.ifindex for link in bridges_of}, {link.mac for link in bridges_of}
         self._veths = [link for link in every if link.master and link.netnsid >= 0]
@@ -184,7 +188,7 @@ class AntiSpoof:
         }
         now = self._clock()
         self._seen = {key: self._seen.get(key, now) for key in map(_key, self._ports.values())}
-        self._later &= self._ports.keys()
+        self._later = {index: value for index, value in self._later.items() if index in self._ports}
 
     def _binding(self, link: Link) -> Bound | None:
         bound = self._bound.get(link.ifindex)
@@ -289,18 +293,19 @@ class AntiSpoof:
             return None
         others = [other for port, other in self._bound.items() if port != index]
         if bound is None:
-            if not any(map(self._network.holds, end.v4)) and now - seen < HURRIED_S:
-                return now + FIRST_LOOKS_S
+            if not self._own(end):
+                return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
             bound = self._first(link, end, others)
         elif not bound.v4:  # all it had was another port's: is it still?
-            bound = bound._replace(v4=self._own(end) - _addresses(others))
+            bound = bound._replace(v4=self._own(end) - self._node_has - _addresses(others))
         if bound.v6 is None:
             bound = bound._replace(v6=self._first6(end, bound, others))
-            if not any(map(_is_link_local, end.v6)):
-                self._later.add(index)
+            self._later[index] = not any(map(_is_link_local, end.v6))
         elif index in self._later and now >= settled:
-            self._later.discard(index)
-            bound = bound._replace(v6=bound.v6 | self._link_local(end, others))
+            # a plugin behind the bridge's may have given it another MAC (tuning)
+            bound = bound._replace(macs=bound.macs | self._free_macs({end.mac}, others))
+            if self._later.pop(index):
+                bound = bound._replace(v6=(bound.v6 or frozenset()) | self._link_local(end, others))
         self._bound[index] = bound
         if not bound.v4:
             return now + LATER_LOOKS_S
@@ -308,15 +313,14 @@ class AntiSpoof:
 
     def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
-        v4, taken = self._own(end), _addresses(others)
+        v4, taken = self._own(end), _addresses(others) | self._node_has
         for address in v4 & taken:
             log.warning(
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
-                effect="it is another pod's; this one may not send from it",
+                effect="it is another pod's, or the node's; this one may not send from it",
             )  # fmt: skip
-        macs = frozenset((end.mac, *(_OF_ADDRESS | address for address in v4)))
-        free = macs.difference(self._nodes, *(other.macs for other in others))
-        return Bound(link.name, link.mac, free, v4 - taken, None)
+        macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in v4)), others)
+        return Bound(link.name, link.mac, macs, v4 - taken, None)
 
     def _first6(self, end: PodEnd, bound: Bound, others: list[Bound]) -> frozenset[int]:
         """A pod's IPv6 addresses, and those that its interface makes of its MAC (RFC 4291, appendix A)."""
@@ -327,10 +331,13 @@ class AntiSpoof:
         free = end.v6.difference(*(other.v6 or () for other in others), map(_link_local_of, self._nodes))
         return frozenset(filter(_is_link_local, free))
 
+    def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
+        return frozenset(macs).difference(self._nodes, *(other.macs for other in others))
+
     def _own(self, end: PodEnd) -> frozenset[int]:
-        """The addresses of a pod that are of the network; of one that has none of those, all."""
+        """The addresses of a pod that are of the network."""
         assert self._network is not None
-        return frozenset(address for address in end.v4 if self._network.holds(address)) or end.v4
+        return frozenset(address for address in end.v4 if self._network.holds(address))
 
     def _elements(self) -> dict[str, set[bytes]]:
         found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6, ENDS)}

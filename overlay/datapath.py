@@ -77,7 +77,7 @@ class Datapath:
         """Everything anew: the node itself changed (config, underlay, own lease), or this is the first list. Of what the
         kernel has nothing is believed until it is read. own: the key of our own record, which is no peer's."""
         self.node = node
-        self.table = PeerTable(lambda lease: plan.refusal(node, lease), plan.quick(node))
+        self.table = PeerTable(lambda lease: plan.refusal(node, lease), plan.quick(node), self.table.listed)
         self.table.load(leases, own)
         if self._guard is not None:
             self._guard.load(self.table.packed.values())
@@ -106,6 +106,24 @@ class Datapath:
             self.refusals.tell(lease.key, reason)
         else:
             self.refusals.forget(lease.key)
+
+    def change(self, records: Mapping[str, Lease | None]) -> None:
+        """What came, changed or went at once; None: went. Work that disputes make is done once for all of it."""
+        if len(records) == 1:
+            ((key, lease),) = records.items()
+            if lease is None:
+                self.drop(key)
+            else:
+                self.put(lease)
+            return
+        if not records or self.node is None:
+            return
+        self._turn(self.table.change(records))
+        for key in records:
+            if reason := self.table.refused.get(key):
+                self.refusals.tell(key, reason)
+            else:
+                self.refusals.forget(key)
 
     def drop(self, key: str) -> None:
         """A record went."""

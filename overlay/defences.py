@@ -45,7 +45,11 @@ class Defences:
         """Tell both by which interfaces packets of pods come. config: None while we hold no lease."""
         if config is not None and config.v4 is not None:
             self.guard.pods_behind(self._host.interfaces_in(config.v4.network))
-        self._pods.ports(self._host.links.values(), self._host.bridges)
+        self._tell_pods()
+
+    def _tell_pods(self) -> None:
+        addresses = (each.address for each in self._host.addresses.values())
+        self._pods.ports(self._host.links.values(), self._host.bridges, addresses)
 
     def touched(self, table: str) -> bool:
         """Somebody wrote to that table ("": to some): whether it is not another's alone."""
@@ -106,7 +110,7 @@ class Defences:
         assert config.v4 is not None
         table = antispoof.table(config.backend.vni)
         if self._host.settings.pod_antispoof:
-            self._pods.ports(self._host.links.values(), self._host.bridges)
+            self._tell_pods()
             self._pods.ensure(table, config.v4.network)
         else:
             self._pods.remove(table)

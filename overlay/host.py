@@ -242,21 +242,30 @@ class Host:
                 used = True
                 continue
             self._links_io.delete(index)
+            del self.links[index]
+            self.addresses = {key: a for key, a in self.addresses.items() if a.oif != index}
             log.info("bridge.removed", bridge=link.name, because=f"no pod uses it, and {subnet} is another node's now")
         return used
 
-    def lost_subnets(self, network: Prefix, own: Prefix) -> list[Prefix]:
+    def lost_subnets(self, config: NetworkConfig, own: Prefix) -> list[Prefix]:
         """Other subnets of the pod network whose gateway is a bridge for pods: this node held them before, and pods may
-        run there yet. Those bridges count as ours from here on."""
-        found = []
-        inside = self.interfaces_in(network)
-        for a in self.addresses.values():
-            link, subnet = self.links.get(a.oif), around(a.address, a.length)
-            if link is None or a.oif not in inside or link.kind != "bridge" or not cni.is_bridge_name(link.name):
+        run there yet. Those bridges count as ours from here on; one that has any other address is somebody else's."""
+        assert config.v4 is not None
+        pool, kube, found = config.v4, self.settings.kube, []
+        inside = self.interfaces_in(pool.network)
+        for link in self.links.values():
+            if link.kind != "bridge" or link.ifindex not in inside or not cni.is_bridge_name(link.name):
                 continue
-            if network.covers(subnet) and not subnet.overlaps(own):
+            mine = [a for a in self.addresses.values() if a.oif == link.ifindex]
+            subnets = [around(a.address, a.length) for a in mine]
+            gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
+            held = all(
+                pool.network.covers(subnet) and subnet.length == own.length if kube else pool.allows(subnet)
+                for subnet in subnets
+            )
+            if gateways and held and own not in subnets:
                 self.bridges.add(link.name)
-                found.append(subnet)
+                found += subnets
         return found
 
     def _clear_unfinished(self) -> None:

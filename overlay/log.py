@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -125,13 +126,16 @@ class Log:
         try:
             if self._lost:
                 sys.stderr.write("\n")  # half a line may stand there
+                sys.stderr.flush()
             getattr(self._structlog, level)(event, **fields)
-            if self._lost:
-                lost, self._lost = self._lost, 0
-                self._structlog.warning("log.lost", timestamp=time.time(), lines=lost, because=self._why)
         except OSError as error:  # a full disk, a reader that went: no reason to end
             self._lost += 1
             self._why = str(error)
+            return
+        if self._lost:
+            with suppress(OSError):
+                self._structlog.warning("log.lost", timestamp=time.time(), lines=self._lost, because=self._why)
+                self._lost = 0
 
 
 def _configured(console: bool) -> Any:

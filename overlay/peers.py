@@ -1,13 +1,14 @@
 """Which records are peers: each record's own faults, and the disputes between records, settled for any order. Pure.
 
 A dispute is about a MAC (one MAC behind two addresses: the FDB keeps one), and then about a subnet (overlapping ones). A
-MAC is the address's that had it first, as lease/model.py's `mac_age` says; a subnet is the record's that was created
-earlier. The loser waits as refused and moves up when the winner goes. A record that itself lost takes nobody's subnet. Work
-per change depends on the records in dispute with it, not on how many there are.
+subnet is the record's that was created earlier. A MAC is the address's that had it first, as far as we saw: what came, or
+took another MAC in place, since the first list comes after all that was there; among these the record created earlier has
+it. (A store cannot say: flannel renews a record by writing it again, and a Node's annotations have no date.) The loser waits
+as refused and moves up when the winner goes. A record that itself lost takes nobody's subnet. Work per change depends on the
+records in dispute with it, not on how many there are.
 
-A record's `modified` is kept here as the revision since which it has its MAC: writing it again does not make it younger, and
-taking another's MAC in place does not make it older than that one. Where the store does not say (Nodes), a change that we
-saw counts.
+`modified` is kept here as the moment since which a record has its MAC: its revision, or one more than the latest that we
+know where that says more.
 
 Peers are kept packed (lease/packed.py), by the number of their subnet: no two have one. Refused records are few, and kept
 as they are.
@@ -18,11 +19,11 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from lease.codec import BadRecord, decode_key, encode_key
-from lease.model import WIDTH, Lease, Prefix, mac_age, mac_text, mask
-from lease.packed import FORM, LENGTH, MAC, NODE, PLAIN, Leases, number, pack, unpack
+from lease.model import WIDTH, Lease, Prefix, mac_text, mask
+from lease.packed import FORM, LENGTH, MAC, MODIFIED, NODE, PLAIN, Leases, number, pack, unpack
 from lease.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -35,41 +36,71 @@ Turned = dict[str, tuple[Lease | None, Lease | None]]
 class _Claimants:
     """Those without fault that have one MAC, while one of them waits; who of them has it."""
 
-    __slots__ = ("ages", "owner", "waiting")
+    __slots__ = ("ages", "by_ip", "owner", "waiting")
 
-    def __init__(self, peers: Iterable[Lease]) -> None:
-        self.ages = sorted((*mac_age(lease), _public_ip(lease)) for lease in peers)
+    def __init__(self) -> None:
+        self.ages: list[tuple[int, int, str, int]] = []
+        """Since when each has it, its own age, its key and public IP; in order."""
+        self.by_ip: dict[int, set[str]] = {}
         self.waiting: set[str] = set()
-        self.owner = self.ages[0][-1] if self.ages else None
+        self.owner: int | None = None
         """The public IP by which it was settled last."""
 
-    def enter(self, lease: Lease) -> None:
+    def enter(self, since: int, lease: Lease) -> None:
         """One more; once, however often."""
-        age = (*mac_age(lease), _public_ip(lease))
+        age = (since, *_age(lease), _public_ip(lease))
         place = bisect.bisect_left(self.ages, age)
         if self.ages[place : place + 1] != [age]:
             self.ages.insert(place, age)
+            self.by_ip.setdefault(age[-1], set()).add(lease.key)
 
-    def leave(self, lease: Lease) -> None:
+    def leave(self, since: int, lease: Lease) -> None:
         """One less."""
-        age = (*mac_age(lease), _public_ip(lease))
+        age = (since, *_age(lease), _public_ip(lease))
         place = bisect.bisect_left(self.ages, age)
         if self.ages[place : place + 1] == [age]:
             del self.ages[place]
+            left = self.by_ip[age[-1]]
+            left.discard(lease.key)
+            if not left:
+                del self.by_ip[age[-1]]
+
+    def of(self, public_ip: int | None) -> set[str]:
+        """The keys of those with a public IP."""
+        return self.by_ip.get(public_ip, set()) if public_ip is not None else set()
+
+
+class _Reasons(Mapping[str, str]):
+    """Why records are refused, by key."""
+
+    def __init__(self, table: PeerTable) -> None:
+        self._table = table
+
+    def __getitem__(self, key: str) -> str:
+        return self._table.reason(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.reasons)
+
+    def __len__(self) -> int:
+        return len(self._table.reasons)
 
 
 class PeerTable:
     """Records by key; those accepted, and the reason of each of the others."""
 
-    def __init__(self, judge: Judge, quick: QuickJudge = lambda _packed: False) -> None:
-        self._judge, self._quick = judge, quick
+    def __init__(self, judge: Judge, quick: QuickJudge = lambda _packed: False, listed: int | None = None) -> None:
+        """listed: the latest revision of the first list, where that is not the first that is loaded here."""
+        self._judge, self._quick, self.listed = judge, quick, listed
         self.packed: dict[int, bytes] = {}
         """The peers, by subnet number."""
         self.by_mac: dict[int, int | set[int]] = {}
         """Subnet numbers of peers, by MAC: several where a node holds two subnets."""
         self.lengths: Counter[int] = Counter()
         """Lengths of the peers' subnets."""
-        self.refused: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        """Why records are refused; what depends on others' disputes is said by `reason`."""
+        self.refused: Mapping[str, str] = _Reasons(self)
         self._waiting: dict[str, Lease] = {}
         """The refused records."""
         self._faulty: set[str] = set()
@@ -80,7 +111,7 @@ class PeerTable:
         """Of peers whose key does not say it (Nodes, dual-stack records)."""
         self._losers = SubnetIndex(4)
         self._claimants: dict[int, _Claimants] = {}
-        self._latest = 0
+        self._latest = listed or 0
         """The latest revision that a record had."""
 
     def __len__(self) -> int:
@@ -97,6 +128,14 @@ class PeerTable:
     def waiting(self) -> Iterator[Lease]:
         """The refused records."""
         return iter(self._waiting.values())
+
+    def reason(self, key: str) -> str:
+        """Why a record is refused. Raises KeyError: it is not."""
+        if key in self._outdone:
+            mac = _mac(self._waiting[key])
+            oldest = self._claimants[mac].ages[0][2]
+            return f"VtepMAC {mac_text(mac)} is already used by {oldest}, which had it first"
+        return self.reasons[key]
 
     def covering(self, prefix: Prefix) -> Iterator[Lease]:
         """The peers in whose subnet a prefix lies."""
@@ -124,6 +163,15 @@ class PeerTable:
                 return {}
         return self._change({lease.key: lease})
 
+    def change(self, records: Mapping[str, Lease | None]) -> Turned:
+        """Many at once: enter or replace them, None: take it out."""
+        return self._change({key: lease for key, lease in records.items() if lease is None or not self._has(lease)})
+
+    def _has(self, lease: Lease) -> bool:
+        """Whether it stands as it says already."""
+        was = self._waiting.get(lease.key) or self._peer(lease.key)
+        return was is not None and was.created == lease.created and was.same_claim(lease)
+
     def drop(self, key: str) -> Turned:
         """Take a record out."""
         return self._change({key: None})
@@ -133,8 +181,8 @@ class PeerTable:
         change: dict[str, Lease | None] = {}
         for key, packed in leases.packed.items():
             if key != without and self.packed.get(int.from_bytes(packed[:5], "big")) != packed:
-                lease, was = unpack(packed), self._waiting.get(key) or self._peer(key)
-                if was is None or was.created != lease.created or not was.same_claim(lease):
+                lease = unpack(packed)
+                if not self._has(lease):
                     change[key] = lease
         for lease in self.accepted():
             if lease.key not in leases or lease.key == without:
@@ -150,11 +198,13 @@ class PeerTable:
 
     def load(self, leases: Leases, without: str = "") -> None:
         """These records into an empty table, all but one."""
-        disputed: dict[str, Lease | None] = {}
+        disputed: dict[str, Lease] = {}
+        latest = self._latest
         for key, packed in leases.packed.items():
             if key == without:
                 continue
             there, mac = int.from_bytes(packed[:5], "big"), int.from_bytes(packed[MAC], "big")
+            latest = max(latest, int.from_bytes(packed[MODIFIED], "big"))
             quick = packed[FORM] <= NODE and (not self.lengths or packed[LENGTH] in self.lengths)
             if quick and there not in self.packed and mac not in self.by_mac and self._quick(packed):
                 self.packed[there] = packed
@@ -164,9 +214,13 @@ class PeerTable:
                     self._numbers[key] = there
             else:
                 disputed[key] = unpack(packed)
-        self._change(disputed)
+        self._latest = max(latest, *(lease.modified for lease in disputed.values()), 0)
+        if self.listed is None:
+            self.listed = self._latest
+        self._change(disputed, listed=True)
 
-    def _change(self, change: Mapping[str, Lease | None]) -> Turned:
+    def _change(self, change: Mapping[str, Lease | None], listed: bool = False) -> Turned:
+        """listed: these are the first list."""
         before: dict[str, Lease | None] = {}
         pending: set[tuple[int, str]] = set()
         entered: dict[int, list[str]] = {}
@@ -184,7 +238,8 @@ class PeerTable:
                 self._leave(was)
             if lease is None:
                 continue
-            lease = self._dated(lease, was)  # noqa: PLW2901
+            if not listed:
+                lease = self._dated(lease, was)  # noqa: PLW2901
             reason = self._judge(lease)
             self._wait(lease, reason or "not judged yet", reason is not None)
             if reason is None:
@@ -195,15 +250,15 @@ class PeerTable:
         return {key: (was, now) for key, was in before.items() if (now := self._peer(key)) != was}
 
     def _dated(self, lease: Lease, was: Lease | None) -> Lease:
-        """A record with the revision since which it has its MAC."""
-        since = lease.modified
-        if was is not None and was.created == lease.created:
-            if was.v4 is not None and lease.v4 is not None and was.v4.mac == lease.v4.mac:
-                since = was.modified
-            elif not since:
-                since = self._latest + 1
+        """A record with the moment since which it has its MAC."""
+        same = was is not None and was.created == lease.created and _mac(was) == _mac(lease)
+        since = was.modified if was is not None and same else max(lease.modified, self._latest + 1)
         self._latest = max(self._latest, since)
         return lease if since == lease.modified else lease._replace(modified=since)
+
+    def _since(self, lease: Lease) -> int:
+        """The same, 0 for all that the first list had."""
+        return lease.modified if lease.modified > (self.listed or 0) else 0
 
     def _settle_mac(self, mac: int, entered: list[str], before: dict[str, Lease | None]) -> set[tuple[int, str]]:
         """Who has a MAC, after these entered and others left. Those of other addresses are out; the ages of those that may
@@ -211,8 +266,8 @@ class PeerTable:
         found = self._claimants.get(mac)
         if found is None:
             return set()
-        _, _, oldest, owner = found.ages[0]
-        keys = entered if owner == found.owner else [key for _, _, key, _ in found.ages]
+        owner = found.ages[0][-1]
+        keys = {*entered} if owner == found.owner else {*entered, *found.of(found.owner), *found.of(owner)}
         found.owner = owner
         pending: set[tuple[int, str]] = set()
         for key in keys:
@@ -231,7 +286,6 @@ class PeerTable:
                 pending |= self._losers_after(peer)
             self._outdone.add(key)
             self._losers.remove(_subnet(lease), key)
-            self.refused[key] = f"VtepMAC {mac_text(mac)} is already used by {oldest}, which had it first"
         return pending
 
     def _settle(self, pending: set[tuple[int, str]], before: dict[str, Lease | None]) -> None:
@@ -247,7 +301,7 @@ class PeerTable:
             rivals = self._rivals(lease)
             older = min((rival for rival in rivals if _age(rival) < _age(lease)), key=_age, default=None)
             if older is not None:
-                self.refused[lease.key] = _overlap(lease, older)
+                self.reasons[lease.key] = _overlap(lease, older)
                 continue
             before.setdefault(lease.key, None)
             for rival in rivals:  # younger: they lose their places, and those who lost to them may get one
@@ -316,21 +370,24 @@ class PeerTable:
 
     def _wait(self, lease: Lease, reason: str, faulty: bool) -> None:
         key, mac = lease.key, _mac(lease)
-        self._waiting[key], self.refused[key] = lease, reason
+        self._waiting[key], self.reasons[key] = lease, reason
         if faulty:
             self._faulty.add(key)
             return
         self._losers.add(_subnet(lease), key)
         found = self._claimants.get(mac)
         if found is None:
-            found = self._claimants[mac] = _Claimants(map(self.peer, self.with_mac(mac)))
-        found.enter(lease)
+            found = self._claimants[mac] = _Claimants()
+            for peer in map(self.peer, self.with_mac(mac)):
+                found.enter(self._since(peer), peer)
+                found.owner = _public_ip(peer)  # all peers of a MAC have one
+        found.enter(self._since(lease), lease)
         found.waiting.add(key)
 
     def _no_more_waiting(self, key: str) -> None:
         """A record becomes a peer, or goes."""
         lease = self._waiting.pop(key, None)
-        self.refused.pop(key, None)
+        self.reasons.pop(key, None)
         if lease is None or key in self._faulty:
             self._faulty.discard(key)
             return
@@ -345,7 +402,7 @@ class PeerTable:
         """A record goes, or is another one now: it does not claim its MAC any more."""
         found = self._claimants.get(_mac(lease))
         if found is not None:
-            found.leave(lease)
+            found.leave(self._since(lease), lease)
 
     def _accepted(self, key: str) -> int | None:
         """The number of the peer of a key, None where it has none."""

@@ -38,7 +38,7 @@ class Node(NamedTuple):
     def underlay_inside(self) -> bool:
         """Whether nodes have addresses of Network: it is larger than what pods use of it."""
         assert self.own.v4 is not None
-        return self.network.holds(self.own.v4.public_ip)
+        return any(map(self.network.holds, (self.own.v4.public_ip, *self.addresses)))
 
     @property
     def kept(self) -> tuple[Prefix, ...]:
@@ -78,6 +78,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     """Whether a packed record of a usual form surely passes `refusal`; one that does not is asked there."""
     assert node.own.v4 is not None
     own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
+    pods = [(there.base, there.last) for there in (own.subnet, *node.retained)]
     closed = [(there.base, there.last) for there in (*node.on_link, *node.kept, own.subnet, *node.retained)]
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
@@ -94,6 +95,9 @@ def quick(node: Node) -> Callable[[bytes], bool]:
             return False
         if low <= public_ip <= high:  # the rare underlay inside Network is looked at with more care
             return False
+        for first, end in pods:  # outside Network, too: that of before
+            if first <= public_ip <= end:
+                return False
         if allowed and not any(first <= public_ip <= end for first, end in allowed):
             return False
         for first, end in closed:  # noqa: SIM110 (all() of a generator takes three times as long)
@@ -133,7 +137,8 @@ def _vtep_fault(node: Node, end: Endpoint) -> str | None:
     for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
         if any(bad.holds(outer) for bad in _UNUSABLE):
             return f"{name} {ip_text(4, outer)} cannot be a node's address"
-        if node.network.holds(outer) and not node.underlay_inside:
+        said = any(there.holds(outer) for there in (*node.kept, *node.on_link))
+        if node.network.holds(outer) and not node.underlay_inside and not said:
             return f"{name} {ip_text(4, outer)} is an address of Network {node.network}, which is the pods'"
         if any(there.holds(outer) for there in (own.subnet, *node.retained)):
             return f"{name} {ip_text(4, outer)} is an address of a subnet of ours"

@@ -20,9 +20,9 @@ LONGEST_REQUEST = 1 << 16
 ASKED_WITHIN_S, ANSWERED_WITHIN_S = 5.0, 10.0
 """For a whole request, however it trickles in, and to take the whole answer."""
 MOST_AT_ONCE = 16
-"""Connections of one server. Where one more comes, one goes that has not asked within SILENT_S or has not taken its answer
+"""Connections of one server. Where one more comes, the oldest goes that has not asked yet, or has not taken its answer
 within SLOW_S; where there is none, the new one waits for that: who asks at once is served."""
-SILENT_S, SLOW_S = 0.1, 1.0
+SLOW_S = 1.0
 SAME_FOR_S = 0.5
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 Answer = tuple[int, str, str]
@@ -105,14 +105,14 @@ class _Server(ThreadingMixIn, BaseServer):
         super().__init__(*arguments)
         self._changed = threading.Condition()
         self._open: dict[socket.socket, float] = {}
-        """Connections that are served, and until when each may stay where others want its place."""
+        """Connections that are served, the oldest first, and until when each may stay where others want its place."""
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own."""
         with self._changed:
             while len(self._open) >= MOST_AT_ONCE:
                 self._let_one_go()
-            self._open[request] = time.monotonic() + SILENT_S
+            self._open[request] = 0.0
         super().process_request(request, client_address)
 
     def _let_one_go(self) -> None:

@@ -228,6 +228,10 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     check("log-level", lambda level: level in LOG_LEVELS, ", ".join(LOG_LEVELS))
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")
+    if "@" in values["etcd-endpoints"]:
+        raise SettingsError(
+            "--etcd-endpoints: give credentials by --etcd-username and --etcd-password, not in an address"
+        )
     if "@" in values["kube-api-url"]:  # not shown: a password may stand before it
         raise SettingsError("--kube-api-url: give credentials by --kubeconfig-file, not in the address")
     endpoints = tuple(part.strip() for part in values["etcd-endpoints"].split(",") if part.strip())

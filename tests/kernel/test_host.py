@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from lease.config import parse_config
 from lease.model import ip_number, prefix
 from overlay.host import Host
 from overlay.kernel.netlink import RequestSocket
@@ -60,13 +61,20 @@ def test_an_underlay_inside_the_network_is_not_a_way_of_pods_nor_is_its_deprecat
     assert host().interfaces_in(NETWORK) == {index}
 
 
+CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
+
+
+@pytest.mark.parametrize("kube", [False, True])
 @pytest.mark.parametrize(
     ("name", "address", "length", "lost"),
     [
         ("cni0", "192.168.78.1", 24, ["192.168.78.0/24"]),
-        ("cni12", "192.168.78.65", 26, ["192.168.78.64/26"]),
+        ("cni12", "192.168.79.1", 24, ["192.168.79.0/24"]),
+        ("cni0", "192.168.78.65", 26, []),  # no subnet that this node can have had
+        ("cni0", "192.168.80.1", 20, []),
+        ("cni0", "192.168.78.7", 24, []),  # no gateway
         ("cni0", "192.168.77.1", 24, []),  # our own
-        ("cni0", "192.168.0.1", 16, []),  # over our own
+        ("cni0", "192.168.0.1", 16, []),  # over our own: CRI-O's bridge may be so
         ("cni0", "192.0.0.1", 8, []),  # over the whole network
         ("cni0", "172.17.0.1", 24, []),  # another network's
         ("cni0", "192.168.1.1", 24, []),  # the underlay's
@@ -74,11 +82,23 @@ def test_an_underlay_inside_the_network_is_not_a_way_of_pods_nor_is_its_deprecat
         ("docker0", "192.168.78.1", 24, []),
     ],
 )
-def test_a_lost_subnet_is_that_of_a_bridge_for_pods(inside, host, name, address, length, lost):
+def test_a_lost_subnet_is_that_of_a_bridge_for_pods(inside, host, kube, name, address, length, lost):
     bridge(inside, name, address, length)
     found = host()
-    assert [str(subnet) for subnet in found.lost_subnets(NETWORK, OWN)] == lost
+    found.settings = found.settings._replace(kube=kube)
+    assert [str(subnet) for subnet in found.lost_subnets(CONFIG, OWN)] == lost
     assert found.bridges == ({name} if lost else set())
+
+
+def test_a_bridge_that_has_another_address_too_is_somebody_elses(inside, host):
+    index = bridge(inside, "cni0", "192.168.78.1")
+
+    def more() -> None:
+        with IPRoute() as ipr:
+            ipr.addr("add", index=index, address="172.17.0.1", prefixlen=16)
+
+    inside(more)
+    assert host().lost_subnets(CONFIG, OWN) == []
 
 
 def test_a_number_for_an_address_is_no_bridges(inside, host):
@@ -89,4 +109,4 @@ def test_a_number_for_an_address_is_no_bridges(inside, host):
     inside(build)
     found = host()
     assert ip_number("192.168.78.0", 4) in {a.address for a in found.addresses.values()}
-    assert found.lost_subnets(NETWORK, OWN) == []
+    assert found.lost_subnets(CONFIG, OWN) == []

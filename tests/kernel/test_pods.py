@@ -150,7 +150,8 @@ def v6(*texts: str) -> frozenset[int]:
     return frozenset(int(IPv6Address(text)) for text in texts)
 
 
-def test_ipv6_and_mac_are_bound_at_once_and_for_good(made, sets, pods):
+def test_ipv6_is_bound_at_once_and_for_good_a_mac_may_change_once(made, sets, pods, clock):
+    """A plugin behind the bridge's may set the MAC (tuning)."""
     pods.ends = {5: end("10.244.1.5")._replace(mac=0x0A0000000005, v6=v6("fe80::5", "2001:db8::5"))}
     made.ensure(TABLE, NETWORK)  # nobody knows the bridges yet
     assert sets.elements(TABLE, TABLE.sets[0]) == []
@@ -158,8 +159,17 @@ def test_ipv6_and_mac_are_bound_at_once_and_for_good(made, sets, pods):
     made.look()
     assert len(sets.elements(TABLE, TABLE.sets[1])) == 1
     made_of_macs = {(5, "fe80::800:ff:fe00:5"), (5, "fe80::858:aff:fef4:105")}
-    assert addresses6(sets) == {(5, "fe80::5"), (5, "2001:db8::5")} | made_of_macs
-    assert macs(sets) == {(5, "0a:00:00:00:00:05"), (5, "0a:58:0a:f4:01:05")}, "and what an old plugin makes of it"
+    bound6 = {(5, "fe80::5"), (5, "2001:db8::5")} | made_of_macs
+    assert addresses6(sets) == bound6
+    of_its_own = {(5, "0a:00:00:00:00:05"), (5, "0a:58:0a:f4:01:05")}
+    assert macs(sets) == of_its_own, "and what an old plugin makes of its address"
+    assert made.next_look() == clock.now + antispoof.SETTLED_S
+    clock.now += antispoof.SETTLED_S
+    pods.ends[5] = pods.ends[5]._replace(mac=0x0200000000AA, v4=frozenset((1, 2)), v6=v6("fe80::bad", "fe80::5"))
+    made.look()
+    assert macs(sets) == of_its_own | {(5, "02:00:00:00:00:aa")}
+    assert addresses6(sets) == bound6
+    assert addresses(sets) == {(5, 5)}
     assert made.next_look() is None
 
 
@@ -183,21 +193,32 @@ def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, cloc
     assert made.next_look() is None
 
 
-def test_a_pod_without_an_address_is_bound_to_none_after_a_while(made, sets, pods, clock):
+def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
+    """It must have its network: a sandbox may take the address away to have it for itself."""
     pods.ends = {5: end("10.244.1.5")._replace(v4=frozenset()), 6: end("192.168.7.7")}
     made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
     made.ensure(TABLE, NETWORK)
     assert made.next_look() == clock.now + antispoof.FIRST_LOOKS_S
-    assert sets.elements(TABLE, TABLE.sets[0]) == [], "it must have its network, were it never looked at again"
     clock.now += antispoof.HURRIED_S
     made.look()
-    assert sorted(key[0] for key in sets.elements(TABLE, TABLE.sets[0])) == [5, 6]
-    assert addresses(sets) == {(6, 7)}, "what it has, where that is of another network"
     assert made.next_look() == clock.now + antispoof.LATER_LOOKS_S
+    assert sets.elements(TABLE, TABLE.sets[0]) == []
     pods.ends[5] = end("10.244.1.5")
     made.look()
-    assert addresses(sets) == {(5, 5), (6, 7)}
-    assert made.next_look() is None
+    assert addresses(sets) == {(5, 5)}
+
+
+def test_no_pod_is_bound_to_an_address_of_the_node(made, sets, pods, clock):
+    """The gateway's, above all; also not later, when it has nothing else."""
+    pods.ends = {5: end("10.244.1.1"), 6: end("10.244.1.6")}
+    pods.ends[6] = pods.ends[6]._replace(v4=pods.ends[6].v4 | {ip_number("10.244.1.1", 4)})
+    made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"], [ip_number("10.244.1.1", 4)])
+    made.ensure(TABLE, NETWORK)
+    for _ in range(3):
+        assert addresses(sets) == {(6, 6)}
+        assert sorted(key[0] for key in sets.elements(TABLE, TABLE.sets[0])) == [5, 6], "and it is bound"
+        clock.now += antispoof.LATER_LOOKS_S
+        made.look()
 
 
 def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, clock):

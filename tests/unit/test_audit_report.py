@@ -26,6 +26,8 @@ UNKNOWN = {"name": "c", "skip_reason": "Dependency not found"}
         (None, "", 0, "NOT DONE, the service cannot be asked: nothing, within its time"),
         (None, "ERROR:pip_audit._cli:package certifi: hash mismatch", 1, "FAILED: ERROR:pip_audit._cli:package certifi: hash mismatch"),
         (None, "ERROR: requirement is not hashed", 1, "FAILED"),
+        (None, "WARNING: Retrying after connection broken by ReadTimeout\nERROR: hash mismatch, line 503 of x", 1, "FAILED"),
+        (None, "HTTPError: 404 Client Error", 1, "FAILED"),
     ],
 )  # fmt: skip
 def test_a_fault_and_a_failure_end_with_1_and_silence_is_no_verdict(tmp_path, found, said, code, words):

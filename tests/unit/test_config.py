@@ -109,7 +109,6 @@ def test_a_missing_backend_is_vxlan_as_the_documentation_says():
         pytest.param({"Network": "127.0.0.0/16"}, ["Network", "127.0.0.0/16", "loopback"], id="loopback"),
         pytest.param({"Network": "224.0.0.0/8"}, ["Network", "multicast"], id="multicast"),
         pytest.param({"Network": "128.0.0.0/1"}, ["Network", "128.0.0.0/1", "169.254.0.0/16"], id="half of all"),
-        pytest.param({"Network": "240.0.0.0/8"}, ["Network", "reserved"], id="reserved"),
         pytest.param({"Network": "169.254.0.0/16"}, ["Network", "link-local"], id="link-local"),
         pytest.param({"Network": "10.0.0.0/16", "SubnetLen": 31}, ["SubnetLen", "31", "30"], id="length above 30"),
         pytest.param(

@@ -47,10 +47,15 @@ def test_the_loser_moves_up_when_the_winner_goes():
 
 def test_one_mac_behind_two_addresses_is_a_dispute():
     it = table()
-    it.put(lease("10.244.8.0/24", "192.168.1.8", "0a:00:00:00:00:77", created=2))
-    it.put(lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:77", created=1))
-    assert accepted(it) == {"10.244.9.0-24"}
-    assert "VtepMAC" in it.refused["10.244.8.0-24"]
+    one = lease("10.244.8.0/24", "192.168.1.8", "0a:00:00:00:00:77", created=2)
+    other = lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:77", created=1)
+    it.load(Leases.of([one, other]))
+    assert accepted(it) == {other.key}, "of those that were there at first the older has it"
+    assert "VtepMAC" in it.refused[one.key]
+    it = table()
+    it.put(one)
+    it.put(other)
+    assert accepted(it) == {one.key}, "then who was there"
 
 
 @pytest.mark.parametrize("tells", [True, False], ids=["etcd", "Nodes"])
@@ -59,19 +64,33 @@ def test_an_older_record_takes_no_mac_in_place(tells):
     it = table()
     older = lease("10.244.8.0/24", "192.168.1.8", "0a:00:00:00:00:08", created=1)._replace(modified=1 * tells)
     good = lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:09", created=2)._replace(modified=2 * tells)
-    it.put(older)
-    it.put(good)
+    it.load(Leases.of([older, good]))
     thief = older._replace(v4=older.v4._replace(mac=good.v4.mac), modified=9 * tells)
     assert it.put(thief) == {older.key: (older, None)}
     assert it.refused == {older.key: f"VtepMAC 0a:00:00:00:00:09 is already used by {good.key}, which had it first"}
-    it.put(good._replace(modified=10 * tells))  # flannel renews its record by writing it again
-    it.replace(Leases.of([thief, good._replace(modified=10 * tells)]))
+    renewed = good._replace(modified=10 * tells)
+    it.put(renewed)  # flannel renews its record by writing it again
+    it.replace(Leases.of([thief, renewed]))
     assert accepted(it) == {good.key}
-    it.put(older._replace(modified=11 * tells))
+    it.drop(older.key)
+    it.put(thief._replace(modified=11 * tells))
+    assert accepted(it) == {good.key}, "nor when it goes and comes again"
+    again = PeerTable(it._judge, it._quick, it.listed)
+    again.load(it.records())
+    assert accepted(again) == {good.key}, "nor when all is planned anew"
+    it.put(older._replace(modified=12 * tells))
     assert accepted(it) == {older.key, good.key}, "with a MAC of its own it is a peer again"
-    turned = it.drop(good.key)
-    assert it.put(thief)[older.key][1].v4.mac == good.v4.mac, "nobody has it any more"
-    assert turned.keys() == {good.key}
+    it.drop(good.key)
+    assert it.put(thief._replace(modified=13 * tells))[older.key][1].v4.mac == good.v4.mac, "nobody has it any more"
+
+
+def test_who_starts_later_goes_by_age_whoever_was_written_last():
+    """flannel renews by writing: the revision says nothing of since when it has its MAC."""
+    renewed = lease("10.244.8.0/24", "192.168.1.8", "0a:00:00:00:00:08", created=1)._replace(modified=900)
+    beside = lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:08", created=500)._replace(modified=500)
+    it = table()
+    it.load(Leases.of([beside, renewed]))
+    assert accepted(it) == {renewed.key}
 
 
 def test_thousands_of_records_with_one_mac_cost_no_more_than_a_look_at_each():
@@ -105,6 +124,31 @@ def test_thousands_of_records_with_one_mac_cost_no_more_than_a_look_at_each():
     assert looks["peer"] < 20 * 20, "a change looks at those it concerns"
 
 
+@pytest.mark.parametrize("kind", ["one MAC, an address each", "one subnet, a key each"])
+def test_thousands_in_dispute_may_go_at_once_oldest_first(kind):
+    """One delete of all, or one etcd lease that ends: each is looked at once or twice."""
+    there, count = [], 3000
+    for n in range(count):
+        one = lease(
+            f"10.244.{8 + n // 64}.{n % 64 * 4}/30",
+            f"192.168.{2 + n // 250}.{1 + n % 250}",
+            "0a:00:00:00:00:77",
+            created=n,
+        )
+        if kind.startswith("one subnet"):
+            one = lease("10.244.8.0/24", "192.168.1.8", created=n)._replace(key=f"10.244.8.0-24&fd00:{n:x}::-64")
+        there.append(one)
+    it = PeerTable(lambda record: refusal(node(), record))
+    it.load(Leases.of(there))
+    assert len(accepted(it)) == 1
+    looks = Counter()
+    plain, it._settle_mac = it._settle_mac, lambda *args: looks.update(["settled"]) or plain(*args)
+    rivals, it._rivals = it._rivals, lambda one: looks.update(["looked"]) or rivals(one)
+    it.change({record.key: None for record in there[:-1]})
+    assert accepted(it) == {there[-1].key}
+    assert looks["settled"] + looks["looked"] < 5, looks
+
+
 def test_two_subnets_of_one_node_both_stand():
     it = table()
     it.put(lease("10.244.8.0/24", "192.168.1.8", "0a:00:00:00:00:77"))
@@ -128,13 +172,13 @@ def test_a_change_says_what_was_and_what_is():
     assert it.drop("10.244.77.0-24") == {}
 
 
-def by_the_plain_rule(records: list[Lease]) -> set[str]:
-    """In its plainest form: a MAC is the address's that had it first; then, by age, each takes its subnet unless an accepted
-    one is in the way."""
+def by_the_plain_rule(records: list[Lease], listed: int = 0) -> set[str]:
+    """In its plainest form: a MAC is the address's that had it first, all that was listed first at once; then, by age, each
+    takes its subnet unless an accepted one is in the way."""
     here = node()
     sound = [record for record in records if refusal(here, record) is None]
     owner: dict[int, int] = {}
-    for record in sorted(sound, key=lambda r: (r.modified, r.created, r.key)):
+    for record in sorted(sound, key=lambda r: (r.modified if r.modified > listed else 0, r.created, r.key)):
         owner.setdefault(record.v4.mac, record.v4.public_ip)
     taken: list[Lease] = []
     for record in sorted(sound, key=lambda r: (r.created, r.key)):
@@ -142,15 +186,6 @@ def by_the_plain_rule(records: list[Lease]) -> set[str]:
         if owner[record.v4.mac] == record.v4.public_ip and free:
             taken.append(record)
     return {record.key for record in taken}
-
-
-def entered(model: dict[str, Lease], record: Lease, now: int, tells: bool) -> Lease:
-    """A record with the revision since which it has its MAC. tells: the store says when a record changed."""
-    was = model.get(record.key)
-    if was is not None and was.created == record.created:
-        same = was.v4.mac == record.v4.mac
-        return record._replace(modified=was.modified if same else now)
-    return record._replace(modified=now if tells else 0)
 
 
 subnets = st.sampled_from(
@@ -165,46 +200,68 @@ records = st.builds(
     st.integers(1, 5),
 )
 steps = st.lists(
-    st.tuples(st.sampled_from(["put", "drop", "replace"]), st.lists(records, min_size=1, max_size=6)), max_size=12
-)
+    st.tuples(st.sampled_from(["put", "drop", "replace", "change", "plan"]), st.lists(records, min_size=1, max_size=6)), max_size=12
+)  # fmt: skip
 
 
-@given(steps, st.booleans())
-def test_any_history_ends_where_the_plain_rule_says(history, tells):
-    it = table()
-    model: dict[str, Lease] = {}
-    before, now = accepted(it), 0
+@given(st.lists(records, max_size=6), steps, st.booleans())
+def test_any_history_ends_where_the_plain_rule_says(first, history, tells):
+    """tells: the store says when a record changed (etcd; a Node does not)."""
+    it, now = table(), 10
+    there = {record.key: record._replace(modified=now * tells) for record in first}
+    it.load(Leases.of(there.values()))
+    since = dict.fromkeys(there, 0)  # in the order in which they came to have their MAC
+    before = accepted(it)
     for what, batch in history:
+        now += 1
         turned: dict = {}
+        batch = {record.key: record._replace(modified=now * tells) for record in batch}  # noqa: PLW2901
+        old = dict(there)
         if what == "replace":
-            now += 1
-            there = {record.key: record for record in batch}
-            it.replace(Leases.of(record._replace(modified=now * tells) for record in there.values()))
-            model = {key: entered(model, record, now, tells) for key, record in there.items()}
-        for record in batch if what != "replace" else []:
-            now += 1
-            if what == "put":
-                turned = it.put(record._replace(modified=now * tells))
-                model[record.key] = entered(model, record, now, tells)
-            else:
-                model.pop(record.key, None)
-                turned = it.drop(record.key)
-            peers = accepted(it)
+            there = batch
+            turned = it.replace(Leases.of(there.values()))
+        elif what == "plan":  # the node changed: all is judged anew, and what is known of MACs is kept
+            again = PeerTable(it._judge, it._quick, it.listed)
+            again.load(it.records())
+            it = again
+        elif what == "drop":
+            turned = it.change(dict.fromkeys(batch)) if len(batch) > 1 else it.drop(next(iter(batch)))
+            there = {key: record for key, record in there.items() if key not in batch}
+        elif what == "change":
+            there |= batch
+            turned = it.change(batch)
+        else:
+            (key, record), *_ = batch.items()
+            there[key] = record
+            turned = it.put(record)
+        for place, (key, record) in enumerate(there.items()):
+            was = old.get(key)
+            if was is None or was.created != record.created or was.v4.mac != record.v4.mac:
+                since[key] = now * 100 + place
+        peers = accepted(it)
+        if what != "plan":
             assert {key for key, (was, is_) in turned.items() if was is None} == peers - before
             assert {key for key, (was, is_) in turned.items() if is_ is None} == before - peers
-            before = peers
-        before = accepted(it)
-        if not tells:  # the table counts changes in its own way; their order is what matters
-            model = {key: record._replace(modified=it.records()[key].modified) for key, record in model.items()}
-        assert accepted(it) == by_the_plain_rule(list(model.values()))
-        assert it.refused.keys() == model.keys() - accepted(it)
-        assert dict(it.records()) == model
-        assert len(it) == len(model)
+        before = peers
+        known = dict(it.records())
+        claims = {key: (record[:5], record.created) for key, record in known.items()}
+        assert claims == {key: (record[:5], record.created) for key, record in there.items()}
+        for key, record in known.items():  # listed first, or later: as the model says
+            assert (record.modified > (it.listed or 0)) == (since[key] > 0), (
+                key,
+                record.modified,
+                it.listed,
+                since[key],
+            )
+        assert peers == by_the_plain_rule(list(known.values()), it.listed or 0)
+        assert it.refused.keys() == there.keys() - peers
+        assert all(it.refused.values())
+        assert len(it) == len(there)
         consistent(it)
-        loaded = table()
-        loaded.load(Leases.of(model.values()))
-        assert (accepted(loaded), loaded.refused.keys()) == (accepted(it), it.refused.keys())
-        consistent(loaded)
+        fresh = table()
+        fresh.load(Leases.of(there.values()))
+        assert accepted(fresh) == by_the_plain_rule([record._replace(modified=0) for record in there.values()])
+        consistent(fresh)
 
 
 def consistent(it: PeerTable) -> None:

@@ -105,6 +105,17 @@ def test_a_routed_underlay_inside_the_network_is_protected_where_the_operator_sa
     assert not quick(here)(pack(lease("10.1.2.0/24", "10.1.3.9")))
 
 
+@pytest.mark.parametrize("own", ["192.168.1.2", "203.0.113.5"])
+def test_nodes_inside_the_network_may_be_where_the_operator_says_or_we_are(own):
+    """Some of the nodes, or all of them behind addresses of a router's."""
+    said = node(**{**WIDE, "own": lease("10.244.2.0/24", own), "addresses": frozenset({ip(own)}), "on_link": ()})
+    assert "is an address of Network" in (refusal(said, lease("10.244.9.0/24", "10.1.3.9")) or "")
+    said = said._replace(allowed=(prefix("192.168.1.0/24"), prefix("203.0.113.0/24"), prefix("10.1.0.0/16")))
+    assert refusal(said, lease("10.244.9.0/24", "10.1.3.9")) is None
+    ours = node(**{**WIDE, "own": lease("10.244.2.0/24", own)})
+    assert refusal(ours, lease("10.244.9.0/24", "10.1.3.9")) is None, "its own interface has an address there"
+
+
 def test_an_underlay_that_is_all_of_the_network_leaves_room_for_pods():
     assert refusal(node(**WIDE, allowed=(prefix("10.0.0.0/8"),)), lease("10.244.9.0/24", "10.1.3.9")) is None
 

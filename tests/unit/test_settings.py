@@ -125,6 +125,7 @@ def test_addresses_endpoints_and_levels():
         (["--etcd-prefix=/\udcff"], {}, ["--etcd-prefix", "UTF-8"]),
         (["--iface=eth0", "--iface=\udcff"], {}, ["--iface", "UTF-8"]),
         ([], {"FLANNELD_NODE_NAME": "\udcff"}, ["FLANNELD_NODE_NAME", "UTF-8"]),
+        (["--etcd-endpoints=http://root:se/c,secret@10.0.0.1:2379"], {}, ["--etcd-endpoints", "--etcd-password"]),
         (["--kube-api-url=https://u:secret@host"], {}, ["--kube-api-url", "--kubeconfig-file"]),
         (["--subnet-lease-renew-margin=1440"], {}, ["1439"]),
         (["--subnet-file=relative"], {}, ["--subnet-file", "absolute"]),
@@ -157,6 +158,8 @@ def test_refused_in_one_line_that_names_flag_value_and_what_is_allowed(arguments
         ("https://root:sec@ret@h", "https://(not shown)@h"),
         ("root:secret@h:1", "(not shown)@h:1"),
         ("//secret@h", "//(not shown)@h"),
+        ("http://u:sec/ret@h:1", "http://(not shown)@h:1"),
+        ("http://u:sec ret@h:1", "http://(not shown)@h:1"),
     ],
 )
 def test_an_address_is_shown_without_its_password(address, words):
