@@ -100,6 +100,7 @@ def test_the_corpus_on_kubernetes_costs_nobody_anything(kube_world):
     until("the later thief is a peer", lambda: world.peers("node1") == 2)
     source, target = world.pod(one, "a"), world.pod(two, "a")
     before = world.kernel("node1")
+    time.sleep(1.1)
     with world.stream(source, target) as stream:
         for place, (name, (notes, _)) in enumerate(NODES.items()):
             world.kube.node(name, f"10.244.{100 + place}.0/24", **(GOOD_NOTES | notes))

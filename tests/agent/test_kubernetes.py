@@ -254,6 +254,9 @@ def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
     until("no peer lies there", lambda: "outside --underlay-cidr 10.0.0.0/8" in str(agents[0].status()["refused"]))
     world.config_file("overlayd.json", {})
     until("it is a peer again", lambda: world.peers("node1") == 1)
+    world.config_file("overlayd.json", {"underlay-cidr": ["10.244.1.0/25", "192.168.1.0/24"]})
+    until("not where our pods are", lambda: "touches our subnet 10.244.1.0/24" in problems(agents[0]))
+    assert world.peers("node1") == 1
     world.config_file("overlayd.json", {"iface": "eth1"})
     until("what needs a restart is named", lambda: "needs a restart" in problems(agents[0]))
     world.config_file("overlayd.json", "{")

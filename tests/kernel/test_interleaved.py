@@ -270,8 +270,12 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
             assert sets.is_formed(TABLE)
 
         def read(self) -> tuple[set[Any], set[Any], set[Any]]:
-            """Routes of ours, neighbours and FDB of the device, as plain tuples."""
-            routes = {(r.key, r.via, r.oif, r) for r in requests.routes() if r.oif == self.index or r.protocol == 111}
+            """Routes of ours (elsewhere only those into our network), neighbours and FDB of the device, as plain tuples."""
+            routes = {
+                (r.key, r.via, r.oif, r)
+                for r in requests.routes()
+                if r.oif == self.index or (r.protocol == 111 and NODE.network.holds(r.key.base))
+            }
             neighbours = {(n.address, n.mac) for n in requests.neighbours(self.index) if n.state & 0x80}
             return routes, neighbours, {(f.mac, f.dst) for f in requests.fdb(self.index)}
 
