@@ -183,7 +183,15 @@ def ask_unix(path: str, route: str, timeout_s: float = 10.0) -> tuple[int, str]:
     """Ask an agent over its socket: HTTP status and body. Raises OSError (no agent listens there)."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
-        connection.connect(path)
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                connection.connect(path)
+                break
+            except BlockingIOError:  # its queue is full for a moment
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.02)
         connection.sendall(f"GET {route} HTTP/1.0\r\n\r\n".encode())
         data = b""
         while chunk := connection.recv(1 << 16):
