@@ -100,7 +100,6 @@ class PeerTable:
         """Lengths of the peers' subnets."""
         self.reasons: dict[str, str] = {}
         """Why records are refused; what depends on others' disputes is said by `reason`."""
-        self.refused: Mapping[str, str] = _Reasons(self)
         self._waiting: dict[str, Lease] = {}
         """The refused records."""
         self._faulty: set[str] = set()
@@ -116,6 +115,11 @@ class PeerTable:
 
     def __len__(self) -> int:
         return len(self.packed) + len(self._waiting)
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Why records are refused, by key, as it is when it is asked."""
+        return _Reasons(self)
 
     def accepted(self) -> Iterator[Lease]:
         """All peers."""
