@@ -154,7 +154,12 @@ class Tenure:
             self.held = self._put_right(held, there.modified, wanted)
         if elsewhere:
             self._against_twins.add(self._clock())
-        return [Held(self.held, "changed with this node" if there.same_claim(held) else "written again as it was")]
+        how = "changed with this node" if there.same_claim(held) else "written again as it was"
+        robbed = mac != held.v4.mac and there.v4.mac == held.v4.mac
+        if robbed:
+            rivals = (lease.key for lease in snapshot.leases.with_mac(held.v4.mac or 0) if lease.key != there.key)
+            how = f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.v4.mac or 0)}, too"
+        return [Held(self.held, how, loud=robbed)]
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""

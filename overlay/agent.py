@@ -20,7 +20,7 @@ from lease.claim import Claim, Identity
 from lease.config import ConfigError, NetworkConfig
 from lease.keeper import TenureThread, boottime
 from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, mac_text
-from lease.packed import Leases, pack
+from lease.packed import PUBLIC_IP, Leases, pack
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from overlay import __version__, cni, forward, plan
 from overlay.backends.vxlan import device_name
@@ -31,7 +31,7 @@ from overlay.firewall import FORWARD, NAT, Firewall, Looked, Rules
 from overlay.health import Health
 from overlay.host import Host
 from overlay.kernel import netlink
-from overlay.kernel.entries import TUNNEL, UNDERLAY
+from overlay.kernel.entries import PROTOCOL, TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
@@ -272,6 +272,7 @@ class Agent:
                 return True
             self._look_at_rules()
             step("sysctl", self._ensure_sysctls)
+            step("reach", self._look_at_reach)
             if self._firewall.looked >= {NAT, FORWARD}:  # no pod before its masquerade
                 step("files", self._ensure_files)
             self._defences.look_at_pods(self._config)
@@ -577,6 +578,7 @@ class Agent:
         assert event.lease.v4 is not None
         subnet = event.lease.v4.subnet
         self._retained.append(subnet)
+        self._due.reach = True
         self._withdraw_list()
         self.health.problem(
             "lease",
@@ -609,7 +611,7 @@ class Agent:
 
     def _read_links(self) -> None:
         if self._host.read_links():
-            self._due.underlay = self._due.device = self._due.files = True
+            self._due.underlay = self._due.device = self._due.files = self._due.reach = True
 
     def _links_changed(self) -> None:
         if self._held is not None:
@@ -641,6 +643,7 @@ class Agent:
 
     def _on_route(self, event: netlink.RouteSeen) -> None:
         self._path.on_route(event, self._host.links)
+        self._due.reach = self._due.reach or event.route.protocol != PROTOCOL
 
     def _on_overrun(self, _event: netlink.Overrun) -> None:
         self._overruns += 1
@@ -676,7 +679,13 @@ class Agent:
         self._path.rec.devices[UNDERLAY] = Device(under.ifindex, self._host.underlay_up())
 
     def _ensure_device(self) -> None:
+        before = self._path.rec.devices.get(TUNNEL)
         ensured, lowered = self._host.ensure_device(self._config_now(), self._own())
+        if (
+            ensured.made and before is not None and before.up
+        ):  # a refused entry told us before the kernel's own word came
+            self._counters["device"] += 1
+            log.warning("device.gone", device=device_name(self._config_now().backend), effect="put back")
         if self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made):
             self._due.dump = True
         self._due.sysctl = self._due.files = True
@@ -750,6 +759,26 @@ class Agent:
         self._unplanned, self._due.dump, self._due.guard, self._due.pods = None, True, True, True
         self._look_for_rivals()
 
+    def _look_at_reach(self) -> None:
+        """Routes that are not ours, and subnets that are not ours any more: what pods suffer from, an operator must see."""
+        peer = next(iter(self._path.table.packed.values()), None)
+        public_ip = int.from_bytes(peer[PUBLIC_IP], "big") if peer is not None else None
+        self.health.tell("routes", self._host.unreachable(self._own().subnet, public_ip))
+        self.health.tell("retained", "; ".join(map(self._about_lost, self._retained)))
+
+    def _about_lost(self, subnet: Prefix) -> str:
+        owners = (
+            there for there in self._path.table.waiting() if there.v4 is not None and there.v4.subnet.overlaps(subnet)
+        )
+        owner = next(owners, None)
+        whose = "nobody holds it now"
+        if owner is not None and owner.v4 is not None:
+            whose = f"{owner.key} is {ip_text(4, owner.v4.public_ip)}'s"
+        return (
+            f"{subnet} is not ours any more ({whose}), and pods of this node run on it: no other node reaches them;"
+            " make them again (kubectl delete pod, or detach and attach)"
+        )
+
     def _find_lost_subnets(self) -> None:
         """A subnet that an earlier run lost is on its bridge yet."""
         for subnet in self._host.lost_subnets(self._config_now(), self._own().subnet):
@@ -771,6 +800,7 @@ class Agent:
             self.health.solved("bridge")
             if not used:
                 self._retained.remove(subnet)
+                self._due.reach = True
                 log.info("subnet.let_go", subnet=str(subnet), because="no pod of this node uses it any more")
 
     # --- what is told --------------------------------------------------------------------------------------------------

@@ -135,6 +135,15 @@ class Datapath:
         if self._guard is not None:
             for was, now in turned.values():
                 self._guard.turn(was, now)
+        for was, now in turned.values():
+            if was is not None and now is not None and was.v4 is not None and now.v4 is not None:
+                log.info(
+                    "peer.changed",
+                    subnet=str(now.v4.subnet),
+                    public_ip=ip_text(4, now.v4.public_ip),
+                    vtep_mac=mac_text(now.v4.mac or 0),
+                    was=f"{ip_text(4, was.v4.public_ip)} {mac_text(was.v4.mac or 0)}",
+                )
         before = {entry for was, _ in turned.values() for entry in self._entries(was)}
         after = {entry for _, now in turned.values() for entry in self._entries(now)}
         for peer, entry in sorted(before - after, key=_by_kind):
@@ -460,7 +469,9 @@ class Refusals:
         if self._lines > self.MOST:
             log.warning("record.refused", effect="too many to log; `overlay status` has them all")
         else:
-            log.warning("record.refused", key=key, reason=reason, effect="skipped until it changes")
+            log.warning(
+                "record.refused", key=key, reason=reason, effect="skipped until somebody corrects or deletes it"
+            )
 
     def forget(self, key: str) -> None:
         """It is gone, or good now."""

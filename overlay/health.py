@@ -13,6 +13,7 @@ STUCK_S = 20.0
 HARMLESS = frozenset(
     {"mtu", "config", "store", "annotations", "live-settings", "file net-conf", "file cni-conf", "file live"}
     | {"forward", "forward chain", "bridge filter", "bridge", "guard", "strangers", "strange frames", "pods"}
+    | {"reach", "routes", "retained"}
 )
 """Problems an operator should see, with which pods' traffic is as it should be."""
 

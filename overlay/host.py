@@ -268,6 +268,30 @@ class Host:
                 found += subnets
         return found
 
+    def unreachable(self, own: Prefix, peer: int | None) -> str:
+        """What of the node's own routes is missing, in words, with what to do; "" where nothing is. They are not ours to put
+        back: the bridge's comes with its address, the underlay's with the interface's. peer: a public IP of one. Raises
+        KernelError."""
+        found = []
+        for index in {a.oif for a in self.addresses.values() if a.address == own.base + 1 and own.length < 31}:
+            link = self.links.get(index)
+            if link is None or link.kind != "bridge":
+                continue
+            way = self._requests.lookup(own.base + 2)
+            if not link.up:
+                found.append(
+                    f"{link.name} is down, so nobody reaches the pods of this node: ip link set {link.name} up"
+                )
+            elif way is None or way[0] != index:
+                found.append(
+                    f"no route leads {own} to {link.name}, so nobody reaches the pods of this node:"
+                    f" ip route replace {own} dev {link.name} proto kernel scope link src {ip_text(4, own.base + 1)}"
+                )
+        if peer is not None and self._requests.lookup(peer) is None:
+            name = self.underlay.name if self.underlay is not None else "the underlay"
+            found.append(f"no route leads to {ip_text(4, peer)}, a peer: the routes of {name} are gone (ip route)")
+        return "; ".join(found)
+
     def _clear_unfinished(self) -> None:
         """A pod whose making failed at its address (subnet.env was not there) leaves the bridge without port and MAC, and
         the bridge plugin then fails for ever: "could not set bridge's mac: invalid argument" (1.1.1). Raises KernelError."""

@@ -21,6 +21,7 @@ def exposition(status: Status) -> str:
         "problems": ("what is wrong just now; the status says what", len(status.problems)),
         "differing_entries": ("kernel entries that are not as they should be", status.differing),
         "foreign_routes_in_the_way": ("routes of others before ours", len(status.in_the_way)),
+        "retained_subnets": ("subnets lost, on which pods of this node still run", len(status.retained)),
         "uptime_seconds": ("since the agent started", status.uptime_s),
     }
     if lease is not None and lease.left_s is not None:
@@ -29,5 +30,6 @@ def exposition(status: Status) -> str:
     for name, (text, value) in gauges.items():
         lines.append(f"# HELP overlay_{name} {text}\n# TYPE overlay_{name} gauge\noverlay_{name} {value}")
     for name, value in sorted(status.counters.items()):
-        lines.append(f"# TYPE overlay_{name}_total counter\noverlay_{name}_total {value}")
+        full, kind = (f"{name}_total", "counter") if "longest" not in name else (name, "gauge")
+        lines.append(f"# TYPE overlay_{full} {kind}\noverlay_{full} {value}")
     return "\n".join(lines) + "\n"

@@ -25,6 +25,7 @@ class Due:
     sysctl: bool
     files: bool
     strangers: bool
+    reach: bool
     dump = False
     """The kernel is to be read whole: peers' entries, the addresses that are let in, pods' ports."""
     guard = False
@@ -39,7 +40,7 @@ class Due:
         """As at the start. dump, guard: whether those that cost more with more peers are among it; those that are due stay
         so."""
         self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
-        self.strangers = True
+        self.strangers = self.reach = True
         self.dump, self.guard = self.dump or dump, self.guard or guard
         self.guard_check, self.pods = self.guard_check or dump, self.pods or dump
 

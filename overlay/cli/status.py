@@ -81,7 +81,7 @@ def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for route in found["in_the_way"]:
         yield f"route {route}", "not ours, and stands before ours"
     for subnet in found["retained"]:
-        yield f"subnet {subnet}", "lost to another node; pods made before still use it here"
+        yield f"subnet {subnet}", "not ours any more; pods made before still use it here"
 
 
 def _node(found: dict[str, Any]) -> Table:
@@ -101,6 +101,11 @@ def _node(found: dict[str, Any]) -> Table:
     mended = {name[7:]: count for name, count in found["counters"].items() if name.startswith("mended_")}
     if mended:
         rows["mended"] = ", ".join(f"{name} {count}" for name, count in mended.items())
+    dropped = {
+        name[8:].replace("_", " "): n for name, n in found["counters"].items() if name.startswith("dropped_") and n
+    }
+    if dropped:
+        rows["dropped"] = ", ".join(f"{name} {count}" for name, count in dropped.items())
     for name, words in rows.items():
         table.add_row(name, Text(words))
     return table

@@ -14,6 +14,7 @@ import pytest
 from lease.model import mac_number
 from overlay import antispoof
 from overlay.lab import matrix, netns, pods
+from overlay.serve import SOCKET_NAME, ask_unix
 from tests.support.wait import until
 from tests.support.world import ROOT, number, vxlan_record
 
@@ -287,6 +288,9 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
     subnet = one.subnet()
     key = given_away(world, one)
     assert str(subnet) in one.status()["retained"]
+    words = until("a lasting problem", lambda: one.status()["problems"].get("retained"))
+    assert f"{subnet} is not ours any more ({key} is 192.168.1.50's)" in words
+    assert "overlay_retained_subnets 1\n" in ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
     lost = [e for e in one.events("problem") if e["subject"] == "lease"]
     assert str(subnet) in lost[0]["what"]
     assert one.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
@@ -309,6 +313,7 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
         lambda: key not in one.status()["refused"] and not one.status()["retained"],
     )
     until("in the kernel, too", lambda: world.peers("node1") == 2)
+    until("the problem is solved", lambda: "retained" not in one.status()["problems"])
     links = world.run("node1", "ip", "-o", "link")
     assert "cni0" not in links, "its connected route would keep the new owner's pods from us"
     assert "cni1" in links

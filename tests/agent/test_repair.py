@@ -278,3 +278,36 @@ def test_the_kernels_own_news_is_not_taken_for_drift(world, pair):
     assert {k: v for k, v in after.items() if k.startswith("mended")} == {
         k: v for k, v in before.items() if k.startswith("mended")
     }
+
+
+def test_what_is_not_ours_to_put_back_is_told(world):
+    """The route of the bridge, the bridge, the route of the underlay: others make these, and without them no pod is reached."""
+    one, _ = world.nodes(2)
+    world.pod(one, "a")
+    subnet = str(one.subnet())
+    gateway = subnet.removesuffix("0/24") + "1"
+    told = lambda: one.status()["problems"].get("routes", "")  # noqa: E731
+    for break_it, words in (
+        (f"ip route del {subnet} dev cni0", f"no route leads {subnet} to cni0"),
+        ("ip link set cni0 down", "cni0 is down"),
+        ("ip route flush table main", "no route leads to 192.168.1.3, a peer"),
+    ):
+        assert not told()
+        world.run("node1", "sh", "-c", break_it)
+        said = until(f"{break_it}: told", lambda words=words: words in told() and told())
+        if "ip route replace" in said:
+            world.run("node1", "sh", "-c", said[said.index("ip route replace") :].partition(";")[0])
+        world.run("node1", "sh", "-c", "ip link set cni0 up; ip route replace 192.168.1.0/24 dev eth0 src 192.168.1.2")
+        world.run("node1", "sh", "-c", f"ip route replace {subnet} dev cni0 src {gateway}")
+        until(f"{break_it}: solved", lambda: not told())
+    assert one.ready()
+
+
+def test_a_device_that_is_deleted_is_counted_and_told_each_time(world):
+    """Whether its own notification or that of its entries comes first."""
+    one, _ = world.nodes(2)
+    for count in range(1, 6):
+        world.run("node1", "ip", "link", "del", "flannel.1")
+        until("it is whole again", lambda: world.peers("node1") == 1)
+        until("it is counted", lambda count=count: one.status()["counters"]["mended_device"] == count)
+    assert len(one.events("device.gone")) == 5
