@@ -35,6 +35,7 @@ from overlay.kernel.entries import PROTOCOL, TUNNEL, UNDERLAY
 from overlay.kernel.netlink import KernelError
 from overlay.log import SILENT_S, log
 from overlay.reconcile import Device
+from overlay.retained import Retained
 from overlay.rundir import DeviceLock
 from overlay.settings import Settings, SettingsError, read_live
 from overlay.steps import Steps
@@ -145,7 +146,7 @@ class Agent:
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._expires_at: float | None = None
-        self._retained: list[Prefix] = []
+        self._retained = Retained(self._host, self.health)
         self._looked = False
         """For what an earlier run left: the device's MAC, and the subnet of subnet.env."""
         self._first_mac: int | None = None
@@ -559,8 +560,7 @@ class Agent:
             self._elsewhere(self._at_our_key)
         self._held, self._held_how, self._between = lease, event.how, False
         self._at_our_key, self._listed = lease, None
-        if lease.v4.subnet in self._retained:
-            self._retained.remove(lease.v4.subnet)
+        self._retained.held(lease.v4.subnet)
         self._due.device = self._due.nat = self._due.files = True
         self._links_changed()
         if event.loud:
@@ -577,7 +577,7 @@ class Agent:
     def _on_lost(self, event: tenure.Lost) -> None:
         assert event.lease.v4 is not None
         subnet = event.lease.v4.subnet
-        self._retained.append(subnet)
+        self._retained.lost(subnet)
         self._due.reach = True
         self._withdraw_list()
         self.health.problem(
@@ -615,7 +615,7 @@ class Agent:
 
     def _links_changed(self) -> None:
         if self._held is not None:
-            self._find_lost_subnets()
+            self._retained.find(self._config_now(), self._own().subnet)
         self._defences.links_changed(self._config if self._held is not None else None)
 
     def _on_link(self, event: netlink.LinkSeen) -> None:
@@ -746,11 +746,12 @@ class Agent:
         assert held is not None
         if not self._snapshot_seen:
             return
-        self._let_go()
+        device = self._path.rec.devices.get(TUNNEL)
+        self._due.reach |= self._retained.let_go(device.ifindex if device is not None else 0)
         lease = held._replace(created=0, modified=0, handle=0)  # a write of our own record changes no peer
         addresses = self._host.underlay_addresses()
         widest = 1 if self._settings.kube else 2
-        retained, allowed = tuple(self._retained), self._host.settings.underlay_cidrs
+        retained, allowed = tuple(self._retained.subnets), self._host.settings.underlay_cidrs
         node = plan.node_of(self._config_now(), lease, under.on_link, addresses, retained, allowed, widest)
         if node == self._path.node and self._unplanned is None:
             return
@@ -764,44 +765,7 @@ class Agent:
         peer = next(iter(self._path.table.packed.values()), None)
         public_ip = int.from_bytes(peer[PUBLIC_IP], "big") if peer is not None else None
         self.health.tell("routes", self._host.unreachable(self._own().subnet, public_ip))
-        self.health.tell("retained", "; ".join(map(self._about_lost, self._retained)))
-
-    def _about_lost(self, subnet: Prefix) -> str:
-        owners = (
-            there for there in self._path.table.waiting() if there.v4 is not None and there.v4.subnet.overlaps(subnet)
-        )
-        owner = next(owners, None)
-        whose = "nobody holds it now"
-        if owner is not None and owner.v4 is not None:
-            whose = f"{owner.key} is {ip_text(4, owner.v4.public_ip)}'s"
-        return (
-            f"{subnet} is not ours any more ({whose}), and pods of this node run on it: no other node reaches them;"
-            " make them again (kubectl delete pod, or detach and attach)"
-        )
-
-    def _find_lost_subnets(self) -> None:
-        """A subnet that an earlier run lost is on its bridge yet."""
-        for subnet in self._host.lost_subnets(self._config_now(), self._own().subnet):
-            if subnet not in self._retained:
-                self._retained.append(subnet)
-                log.warning(
-                    "subnet.retained", subnet=str(subnet), because="a bridge of pods on this node has its gateway"
-                )
-
-    def _let_go(self) -> None:
-        """A subnet we lost is kept from its new owner while pods of this node use it."""
-        device = self._path.rec.devices.get(TUNNEL)
-        for subnet in list(self._retained):
-            try:
-                used = self._host.still_used(subnet, device.ifindex if device is not None else 0)
-            except KernelError as error:
-                self.health.problem("bridge", str(error))
-                continue
-            self.health.solved("bridge")
-            if not used:
-                self._retained.remove(subnet)
-                self._due.reach = True
-                log.info("subnet.let_go", subnet=str(subnet), because="no pod of this node uses it any more")
+        self._retained.tell(self._path.table.waiting())
 
     # --- what is told --------------------------------------------------------------------------------------------------
 
@@ -868,7 +832,7 @@ class Agent:
             refused={**self._unreadable, **self._path.table.refused},
             differences=tuple(self._path.differences()),
             in_the_way=tuple(self._path.in_the_way.values()),
-            retained=tuple(str(subnet) for subnet in self._retained),
+            retained=tuple(str(subnet) for subnet in self._retained.subnets),
             counters={f"mended_{kind}": count for kind, count in mended.items()}
             | {f"writes_{kind}": count for kind, count in rec.writes.items()}
             | {
