@@ -22,6 +22,7 @@ def _scene(request: pytest.FixtureRequest, where: World) -> Scene:
 
 @pytest.fixture
 def scene(request: pytest.FixtureRequest, world: World) -> Scene:  # noqa: F811
+    world.config(SubnetMax="10.244.89.0")  # made-up peers have those behind
     return _scene(request, world)
 
 
