@@ -10,6 +10,9 @@ _ENDPOINT = re.compile(
 )
 
 
+LIKE = "must be like http://127.0.0.1:2379 or https://host:2379"
+
+
 def shown(address: str) -> str:
     """An address as it may stand in a message: without what may be a password."""
     return re.sub(r"^(\w+://|//)?.*@", r"\1(not shown)@", address, flags=re.DOTALL)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease import etcd_protobuf
-from lease.endpoint import endpoint_parts, shown
+from lease.endpoint import LIKE, endpoint_parts, shown
 from lease.grpc_channel import Call, Channel, Method, RpcError
 from lease.store import LeaseExpired, StoreUnavailable
 
@@ -323,9 +323,7 @@ def _target(endpoint: str) -> tuple[str, int, bool]:
     """Host, port, and whether it speaks TLS. `host:port` alone means http, as flannel takes it."""
     parts = endpoint_parts(endpoint)
     if parts is None:
-        raise EtcdSettingsError(
-            f"etcd-endpoints: {shown(endpoint)!r} must be like http://127.0.0.1:2379 or https://host:2379"
-        )
+        raise EtcdSettingsError(f"etcd-endpoints: {shown(endpoint)!r} {LIKE}")
     scheme, host, port = parts
     return host, port, scheme == "https"
 

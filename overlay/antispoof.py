@@ -305,7 +305,9 @@ class AntiSpoof:
             # a plugin behind the bridge's may have given it another MAC (tuning)
             bound = bound._replace(macs=bound.macs | self._free_macs({end.mac}, others))
             if self._later.pop(index):
-                bound = bound._replace(v6=(bound.v6 or frozenset()) | self._link_local(end, others))
+                bound = bound._replace(
+                    v6=(bound.v6 or frozenset()) | self._free6(filter(_is_link_local, end.v6), others)
+                )
         self._bound[index] = bound
         if not bound.v4:
             return now + LATER_LOOKS_S
@@ -325,11 +327,11 @@ class AntiSpoof:
     def _first6(self, end: PodEnd, bound: Bound, others: list[Bound]) -> frozenset[int]:
         """A pod's IPv6 addresses, and those that its interface makes of its MAC (RFC 4291, appendix A)."""
         made = frozenset(map(_link_local_of, bound.macs))
-        return (end.v6 | made).difference(*(other.v6 or () for other in others), map(_link_local_of, self._nodes))
+        return self._free6(end.v6 | made, others)
 
-    def _link_local(self, end: PodEnd, others: list[Bound]) -> frozenset[int]:
-        free = end.v6.difference(*(other.v6 or () for other in others), map(_link_local_of, self._nodes))
-        return frozenset(filter(_is_link_local, free))
+    def _free6(self, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:
+        taken = (other.v6 or () for other in others)
+        return frozenset(addresses).difference(*taken, map(_link_local_of, self._nodes))
 
     def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
         return frozenset(macs).difference(self._nodes, *(other.macs for other in others))

@@ -102,10 +102,7 @@ class Datapath:
     def put(self, lease: Lease) -> None:
         """A record came or changed."""
         self._turn(self.table.put(lease))
-        if reason := self.table.refused.get(lease.key):
-            self.refusals.tell(lease.key, reason)
-        else:
-            self.refusals.forget(lease.key)
+        self._tell(lease.key)
 
     def change(self, records: Mapping[str, Lease | None]) -> None:
         """What came, changed or went at once; None: went. Work that disputes make is done once for all of it."""
@@ -120,10 +117,14 @@ class Datapath:
             return
         self._turn(self.table.change(records))
         for key in records:
-            if reason := self.table.refused.get(key):
-                self.refusals.tell(key, reason)
-            else:
-                self.refusals.forget(key)
+            self._tell(key)
+
+    def _tell(self, key: str) -> None:
+        """Why a record that changed is refused, if it is."""
+        if reason := self.table.refused.get(key):
+            self.refusals.tell(key, reason)
+        else:
+            self.refusals.forget(key)
 
     def drop(self, key: str) -> None:
         """A record went."""

@@ -50,6 +50,11 @@ class FileThread(threading.Thread):
             self.look()
 
 
+def read_text(path: str) -> str:
+    """The content without blanks around it, "" where it cannot be read."""
+    return (read(path) or b"").decode(errors="replace").strip()
+
+
 def read(path: str) -> bytes | None:
     """The content, None where it cannot be read."""
     try:

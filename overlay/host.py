@@ -16,7 +16,7 @@ from lease.model import Endpoint, Prefix, around, ip_text
 from overlay import cni, forward, masquerade, tunnel
 from overlay import underlay as choice
 from overlay.backends import vxlan
-from overlay.files import read
+from overlay.files import read_text
 from overlay.firewall import tables
 from overlay.flags import DEFAULT_SUBNET_FILE
 from overlay.kernel import netlink
@@ -122,7 +122,7 @@ class Host:
             vxlan.device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, own.mac,
             backend.gbp, backend.learning,
         )  # fmt: skip
-        old = self.device.name if self.device is not None else _read_text(self._device_file())
+        old = self.device.name if self.device is not None else read_text(self._device_file())
         ensured = tunnel.ensure(self._links_io, spec)
         if ensured.did:
             log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
@@ -348,7 +348,3 @@ def _stamp(path: str) -> Stamp | None:
     except OSError:
         return None
     return there.st_ino, there.st_mtime_ns, there.st_size
-
-
-def _read_text(path: str) -> str:
-    return (read(path) or b"").decode(errors="replace").strip()

@@ -48,22 +48,26 @@ class _Claimants:
 
     def enter(self, since: int, lease: Lease) -> None:
         """One more; once, however often."""
-        age = (since, *_age(lease), _public_ip(lease))
-        place = bisect.bisect_left(self.ages, age)
-        if self.ages[place : place + 1] != [age]:
+        age, place, there = self._place(since, lease)
+        if not there:
             self.ages.insert(place, age)
             self.by_ip.setdefault(age[-1], set()).add(lease.key)
 
     def leave(self, since: int, lease: Lease) -> None:
         """One less."""
-        age = (since, *_age(lease), _public_ip(lease))
-        place = bisect.bisect_left(self.ages, age)
-        if self.ages[place : place + 1] == [age]:
+        age, place, there = self._place(since, lease)
+        if there:
             del self.ages[place]
             left = self.by_ip[age[-1]]
             left.discard(lease.key)
             if not left:
                 del self.by_ip[age[-1]]
+
+    def _place(self, since: int, lease: Lease) -> tuple[tuple[int, int, str, int], int, bool]:
+        """Its age, where that stands or would stand, and whether it does."""
+        age = (since, *_age(lease), _public_ip(lease))
+        place = bisect.bisect_left(self.ages, age)
+        return age, place, self.ages[place : place + 1] == [age]
 
     def of(self, public_ip: int | None) -> set[str]:
         """The keys of those with a public IP."""

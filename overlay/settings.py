@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lease.annotations import DEFAULT_PREFIX, Names
-from lease.endpoint import endpoint_parts
+from lease.endpoint import LIKE, endpoint_parts
 from lease.model import Prefix, ip_number, prefix
 from overlay.flags import (
     DEFAULT_CNI_CONF_DIR,
@@ -240,9 +240,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         raise SettingsError("--etcd-endpoints: empty; give one like http://127.0.0.1:2379")
     for endpoint in endpoints:
         if endpoint_parts(endpoint) is None:
-            raise SettingsError(
-                f"--etcd-endpoints: {endpoint[:80]!r} must be like http://127.0.0.1:2379 or https://host:2379"
-            )
+            raise SettingsError(f"--etcd-endpoints: {endpoint[:80]!r} {LIKE}")
     if bool(values["etcd-username"]) != bool(values["etcd-password"]):
         raise SettingsError("--etcd-username and --etcd-password: give both or neither")
     return Settings(

@@ -61,7 +61,7 @@ class Steps:
             return
         setattr(self.due, name, False)
         if self.tried(name, act):
-            self.solved(name)
+            self._health.solved(name)
 
     def tried(self, name: str, act: Callable[[], None]) -> bool:
         """Whether it was not refused."""
@@ -74,7 +74,7 @@ class Steps:
         return True
 
     def solved(self, name: str) -> None:
-        """A step was done."""
+        """A step that is done elsewhere was done."""
         del self._refusals[name]
         self._health.solved(name)
 

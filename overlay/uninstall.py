@@ -14,7 +14,7 @@ from lease.node_tenure import NodeTenure
 from lease.store import StoreError
 from overlay import cni, forward, masquerade
 from overlay.backends.vxlan import device_name, vni_of
-from overlay.files import read
+from overlay.files import read, read_text
 from overlay.firewall import tables
 from overlay.kernel import netlink, nft, wire
 from overlay.kernel.device import Links
@@ -69,12 +69,12 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
 def _begin(settings: Settings) -> None:
     """Leave a mark, so that what fails is tried again; in it, the bridges that the network list names."""
     begun, conflist = f"{settings.run_dir}/{BEGUN}", f"{settings.cni_conf_dir}/{cni.CONFLIST}"
-    there = {*_bridges(settings), *cni.bridges_in((read(conflist) or b"").decode(errors="replace"))}
+    there = {*_bridges(settings), *cni.bridges_in(read_text(conflist))}
     cni.write_atomically(begun, "\n".join(sorted(there)))
 
 
 def _bridges(settings: Settings) -> list[str]:
-    return (read(f"{settings.run_dir}/{BEGUN}") or b"").decode(errors="replace").split()
+    return read_text(f"{settings.run_dir}/{BEGUN}").split()
 
 
 def _marks(settings: Settings) -> list[str]:
@@ -125,7 +125,7 @@ def _annotations(settings: Settings) -> Iterator[str]:
 
 def _kernel(settings: Settings) -> Iterator[str]:
     """Devices by our own file and by the network config, routes by our protocol number, tables by name."""
-    devices = {(read(f"{settings.run_dir}/device") or b"").decode(errors="replace").strip()}
+    devices = {read_text(f"{settings.run_dir}/device")}
     with suppress(ConfigError):
         devices.add(device_name(parse_config(read(settings.net_config_path) or b"").backend))
     links, requests = Links(), netlink.RequestSocket()
