@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from overlay.underlay import Underlay
 
 PUT_RIGHT_S = 60.0
+"""So long after our record was put right any other that claims our MAC is looked at."""
 FULL_CHECK_S = 60.0
 """How often the kernel is read whole, and the nft table with it."""
 LOOK_SHARE = 4000
@@ -681,9 +682,8 @@ class Agent:
     def _ensure_device(self) -> None:
         before = self._path.rec.devices.get(TUNNEL)
         ensured, lowered = self._host.ensure_device(self._config_now(), self._own())
-        if (
-            ensured.made and before is not None and before.up
-        ):  # a refused entry told us before the kernel's own word came
+        # a refused entry may have told us before the kernel's own word came
+        if ensured.made and before is not None and before.up:
             self._counters["device"] += 1
             log.warning("device.gone", device=device_name(self._config_now().backend), effect="put back")
         if self._path.set_tunnel(ensured.ifindex, ensured.lost, ensured.made):

@@ -79,7 +79,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     assert node.own.v4 is not None
     own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
     pods = [(there.base, there.last) for there in (own.subnet, *node.retained)]
-    closed = [(there.base, there.last) for there in (*node.on_link, *node.kept, own.subnet, *node.retained)]
+    closed = [(there.base, there.last) for there in (*node.on_link, *node.kept)] + pods
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
     low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
