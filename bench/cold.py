@@ -13,13 +13,13 @@ import sys
 import time
 
 from bench import rig
-from lease.etcd_client import EtcdClient, EtcdSettings
+from lease.etcd.client import EtcdClient, EtcdSettings
 from lease.model import ip_number, prefix
 from overlay.backends.vxlan import peer_entries
-from overlay.kernel import wire
-from overlay.kernel.device import Links
-from overlay.kernel.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
 from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
+from overlay.kernel.route.links import Links
 from overlay.lab import netns, topology
 from tests.support.world import ROOT, World
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import rig
-from overlay.cni import CONFLIST
+from overlay.cni.lists import CONFLIST
 from overlay.lab import netns, topology
 from tests.support.wait import until
 from tests.support.world import World

@@ -29,8 +29,8 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from bench import rig
-from lease.codec import encode_key, encode_value
 from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.records.codec import encode_key, encode_value
 from overlay.lab import netns, topology
 from tests.support.world import ROOT, KubeWorld, World
 

@@ -20,10 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lease.codec import encode_key, encode_value
-from lease.etcd_client import EtcdClient, EtcdSettings, rpc
+from lease.etcd.client import EtcdClient, EtcdSettings, rpc
 from lease.model import Endpoint, Lease, Prefix, ip_text
-from overlay.kernel import wire
+from lease.records.codec import encode_key, encode_value
+from overlay.kernel.route import wire
 from overlay.lab import netns, topology
 from tests.support.world import ROOT, KubeWorld, World
 
@@ -168,7 +168,7 @@ class RouteWatch:
         self._socket.close()
 
 
-_DEFER = "from overlay import defer\ndefer.install()\n"
+_DEFER = "from overlay.process import defer\ndefer.install()\n"
 
 
 FLANNELS = ("--etcd-endpoints", "--kube-subnet-mgr", "--kubeconfig-file", "--net-config-path")

@@ -18,8 +18,8 @@ import urllib.request
 from collections import Counter
 
 from bench import rig
+from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.lab import netns, topology
-from overlay.serve import SOCKET_NAME, ask_unix
 from tests.support.world import World
 
 LIMIT_S = 240.0

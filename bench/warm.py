@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from bench import rig
-from overlay.serve import SOCKET_NAME, ask_unix
+from overlay.api.serve import SOCKET_NAME, ask_unix
 from tests.support.world import World
 
 FIRST_JOIN = 90_000
@@ -205,7 +205,7 @@ def device(it: Standing) -> None:
         time.sleep(2.0)
 
 
-OFTEN = "import overlay.agent as agent\nagent.FULL_CHECK_S, agent.LOOK_SHARE = 0.2, 1"
+OFTEN = "import overlay.agent.loop as agent\nagent.FULL_CHECK_S, agent.LOOK_SHARE = 0.2, 1"
 """Reads the kernel whole all the time, at half of what a core can."""
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 from bench import rig
 from bench.storm import metrics
-from lease.etcd import EtcdStore
-from lease.etcd_client import EtcdSettings
+from lease.etcd.client import EtcdSettings
 from lease.store import Changes, Feed, Snapshot
+from lease.stores.etcd import EtcdStore
 from overlay.lab import netns, topology
 from tests.support.world import ROOT, World
 

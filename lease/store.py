@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from lease.annotations import Hints
 from lease.model import Lease, Refused
-from lease.packed import Leases
+from lease.records.annotations import Hints
+from lease.records.packed import Leases
 
 BACKOFF_FIRST_S, BACKOFF_LAST_S = 0.2, 15.0
 STEADY_S = 10.0

@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from overlay import defer
+from overlay.process import defer
 
 
 def main() -> None:

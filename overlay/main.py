@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease.endpoint import endpoint_parts
 from lease.model import ip_number
-from overlay import __version__, serve
-from overlay.log import log
-from overlay.rundir import RunDirError, hold
-from overlay.settings import Settings, SettingsError, read_settings, unknown_variables
-from overlay.stores import etcd_store, node_store
+from overlay import __version__
+from overlay.api import serve
+from overlay.process.log import log
+from overlay.process.rundir import RunDirError, hold
+from overlay.settings.settings import Settings, SettingsError, read_settings, unknown_variables
+from overlay.settings.stores import etcd_store, node_store
 
 if TYPE_CHECKING:
-    from lease.keeper import Holder, TenureThread
     from lease.store import Feed, LeaseSource
+    from lease.tenure.keeper import Holder, TenureThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
@@ -106,13 +107,13 @@ def _run(settings: Settings) -> int:
 
 
 def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
-    from lease.keeper import TenureThread
-    from overlay.agent import Agent, Stop
-    from overlay.files import FileThread
-    from overlay.forward import SHARED_TABLE
-    from overlay.kernel.device import sysctls_at
+    from lease.tenure.keeper import TenureThread
+    from overlay.agent.loop import Agent, Stop
+    from overlay.firewall.forward import SHARED_TABLE
+    from overlay.firewall.nat import TABLE_PREFIX
     from overlay.kernel.netlink import Monitor, NftMonitor
-    from overlay.masquerade import TABLE_PREFIX
+    from overlay.kernel.route.links import sysctls_at
+    from overlay.process.files import FileThread
 
     store = side.store
     sysctls_at(settings.proc_sys_net)
@@ -166,7 +167,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
 
 
 def _died(thread: threading.Thread | None, error: BaseException | None) -> Any:
-    from overlay.agent import Died
+    from overlay.agent.loop import Died
 
     return Died(thread.name if thread else "?", error or RuntimeError("unknown"))
 
@@ -191,7 +192,7 @@ class _StoreSide(NamedTuple):
 
 
 def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
-    from lease.tenure import Tenure
+    from lease.tenure.etcd import Tenure
 
     store = etcd_store(settings)
     log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
@@ -200,7 +201,7 @@ def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
 
 
 def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
-    from lease.node_tenure import CHECK_S, NodeTenure
+    from lease.tenure.kubernetes import CHECK_S, NodeTenure
 
     store, names = node_store(settings)
     log.info("start", version=__version__, store=store.place, node=settings.node_name, config=settings.net_config_path)
@@ -228,7 +229,7 @@ def _serve(settings: Settings, agent: Any) -> None:
         return serve.text(503, "the loop is stuck") if found is None else serve.as_json(200, found.json())
 
     def metrics() -> serve.Answer:
-        from overlay.metrics import CONTENT_TYPE, exposition
+        from overlay.api.metrics import CONTENT_TYPE, exposition
 
         found = agent.ask_status()
         return serve.text(503, "the loop is stuck") if found is None else (200, CONTENT_TYPE, exposition(found))
@@ -263,7 +264,7 @@ def notify(state: str) -> None:
 def identity(node_name: str) -> Callable[[str], Any]:
     """The identity of this node, given the MAC of its underlay interface. The machine-id itself is confidential
     (man 5 machine-id): a hash of it, keyed by our purpose, is written."""
-    from lease.claim import Identity
+    from lease.tenure.claim import Identity
 
     try:
         with open(MACHINE_ID, encoding="ascii") as file:
@@ -291,10 +292,10 @@ def prober() -> Callable[[int], Any]:
     Nor where the router answers: in some clouds, and with proxy ARP, it does so for every address of the link, our own
     among them.
     """
-    from lease.claim import Answer
+    from lease.tenure.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
-    from overlay.underlay import ANYWHERE, on_link_interface
+    from overlay.node.underlay import ANYWHERE, on_link_interface
 
     def ask(address: int) -> Answer:
         requests = RequestSocket()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lease.config import OVERHEAD, VxlanConfig
 from lease.model import Endpoint, Prefix, ip_text, mac_text
-from overlay.kernel.entries import (
+from overlay.kernel.route.entries import (
     PROTOCOL,
     TUNNEL,
     UNDERLAY,

@@ -26,9 +26,9 @@ def app() -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def release(flags: tuple[str, ...]) -> None:
     """Give up this node's lease (takes overlayd's flags and environment)."""
-    from overlay.release import ReleaseError
-    from overlay.release import release as give_up
-    from overlay.settings import SettingsError, read_settings
+    from overlay.settings.settings import SettingsError, read_settings
+    from overlay.teardown.release import ReleaseError
+    from overlay.teardown.release import release as give_up
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay release")
@@ -48,10 +48,10 @@ def release(flags: tuple[str, ...]) -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def uninstall(force: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
-    from overlay.rundir import RunDirError
-    from overlay.settings import SettingsError, read_settings
-    from overlay.uninstall import UninstallError
-    from overlay.uninstall import uninstall as remove
+    from overlay.process.rundir import RunDirError
+    from overlay.settings.settings import SettingsError, read_settings
+    from overlay.teardown.uninstall import UninstallError
+    from overlay.teardown.uninstall import uninstall as remove
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
@@ -74,7 +74,7 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
 )
 def install_cni(to: str, source: str) -> None:
     """Put the CNI plugins we use where the host has none; those that are there stay."""
-    from overlay.cni import install_plugins
+    from overlay.cni.lists import install_plugins
 
     try:
         for name, did in install_plugins(source, to).items():

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from overlay.flags import DEFAULT_RUN_DIR
-from overlay.serve import SOCKET_NAME, ask_unix
+from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.settings.flags import DEFAULT_RUN_DIR
 
 PEERS_SHOWN = 50
 

@@ -12,9 +12,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
-from overlay.kernel import wire
-from overlay.kernel.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
-from overlay.kernel.fast import Sifted
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
+from overlay.kernel.route.fast import Sifted
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from lease.config import NetworkConfig, parse_config
-from overlay.cni import CONFLIST, write_atomically
+from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.cni.lists import CONFLIST, write_atomically
 from overlay.lab import matrix, netns, pods, processes, topology
 from overlay.lab.capture import Captured, capture
 from overlay.lab.processes import LabError, Process
-from overlay.serve import SOCKET_NAME, ask_unix
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
@@ -307,7 +307,7 @@ class Lab:
 
     def _put_config(self, net_conf: str) -> None:
         def put() -> None:
-            from lease.etcd_client import EtcdClient, EtcdSettings, rpc
+            from lease.etcd.client import EtcdClient, EtcdSettings, rpc
             from lease.store import StoreUnavailable
 
             client = EtcdClient(EtcdSettings((self.endpoint,)))
@@ -329,8 +329,8 @@ class Lab:
         netns.inside(topology.underlay_name(self.name), put)
 
     def _release(self, node: Node) -> None:
-        from overlay.release import NothingKnown, ReleaseError, release
-        from overlay.settings import read_settings
+        from overlay.settings.settings import read_settings
+        from overlay.teardown.release import NothingKnown, ReleaseError, release
 
         flags = [f"--etcd-endpoints={self.endpoint}", f"--run-dir={self.run_dir(node)}"]
         settings, _ = read_settings(flags, {})

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overlay.cni import CONFLIST
+from overlay.cni.lists import CONFLIST
 from overlay.lab import matrix, netns, topology
 from overlay.lab.cluster import AGENT_IMAGE, SOURCES, Cluster
 from overlay.lab.processes import LabError

@@ -13,7 +13,7 @@ from ipaddress import IPv6Address
 import pytest
 
 from lease.model import ip_number, mac_number
-from overlay.antispoof import SETTLED_S
+from overlay.firewall.antispoof import SETTLED_S
 from overlay.lab import netns
 from overlay.lab.matrix import End
 from tests.support.wait import until

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from overlay.api.serve import ASKED_WITHIN_S, MOST_AT_ONCE, SOCKET_NAME, ask_unix
 from overlay.lab import netns
-from overlay.serve import ASKED_WITHIN_S, MOST_AT_ONCE, SOCKET_NAME, ask_unix
 from tests.support.wait import until
 from tests.support.world import ROOT, vxlan_record
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE

@@ -12,9 +12,9 @@ import time
 import pytest
 
 from lease.model import mac_number
-from overlay import antispoof
+from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.firewall import antispoof
 from overlay.lab import matrix, netns, pods
-from overlay.serve import SOCKET_NAME, ask_unix
 from tests.support.wait import until
 from tests.support.world import ROOT, number, vxlan_record
 

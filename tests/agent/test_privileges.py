@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from overlay.api.serve import SOCKET_NAME
 from overlay.lab import netns
-from overlay.serve import SOCKET_NAME
 from tests.support.wait import until
 
 ROOT = Path(__file__).parents[2]

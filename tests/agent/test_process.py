@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from lease.claim import Identity
-from overlay.health import Health
+from lease.tenure.claim import Identity
+from overlay.control.health import Health
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
 from overlay.main import StoreHosts
@@ -22,22 +22,22 @@ from tests.support.world import ROOT
 
 WITHOUT_NOTIFICATIONS = """
 import threading
-import overlay.agent, overlay.kernel.netlink as netlink, overlay.main
-overlay.agent.FULL_CHECK_S = 1.0
+import overlay.agent.loop, overlay.kernel.netlink as netlink, overlay.main
+overlay.agent.loop.FULL_CHECK_S = 1.0
 netlink.Monitor.run = netlink.NftMonitor.run = lambda self: threading.Event().wait()
 overlay.main.main()
 """
 WITH_A_THREAD_THAT_DIES = """
-import overlay.main, lease.keeper
-lease.keeper.TenureThread.run = lambda self: 1 / 0
+import overlay.main, lease.tenure.keeper
+lease.tenure.keeper.TenureThread.run = lambda self: 1 / 0
 overlay.main.main()
 """
 WITH_A_LOOP_THAT_STICKS = """
 import os, time
-import overlay.agent, overlay.health, overlay.main
-overlay.health.STUCK_S, overlay.agent.TURN_S = 1.0, 0.2
-real = overlay.agent.Agent._pass
-overlay.agent.Agent._pass = lambda self: (time.sleep(30) if os.path.exists(self._settings.run_dir + "/stick") else None, real(self))[1]
+import overlay.agent.loop, overlay.control.health, overlay.main
+overlay.control.health.STUCK_S, overlay.agent.loop.TURN_S = 1.0, 0.2
+real = overlay.agent.loop.Agent._pass
+overlay.agent.loop.Agent._pass = lambda self: (time.sleep(30) if os.path.exists(self._settings.run_dir + "/stick") else None, real(self))[1]
 overlay.main.main()
 """
 
@@ -68,7 +68,7 @@ def test_a_thread_that_dies_ends_the_process(world):
 
 
 def test_a_loop_that_sticks_is_not_healthy(world):
-    from overlay.serve import SOCKET_NAME, ask_unix
+    from overlay.api.serve import SOCKET_NAME, ask_unix
 
     agent = world.agent(world.node(1), program=WITH_A_LOOP_THAT_STICKS).wait_ready()
     where = str(agent.run_dir / SOCKET_NAME)

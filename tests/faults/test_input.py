@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import pytest
 
+from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.lab import netns
-from overlay.serve import SOCKET_NAME, ask_unix
 from tests.agent.test_hostile import GOOD_NOTES, NODES
 from tests.support.faults import alike, picture
 from tests.support.wait import until

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lease.model import prefix
-from overlay import cni
-from overlay.cni import CONFLIST
+from overlay.cni import lists as cni
+from overlay.cni.lists import CONFLIST
 from overlay.lab import netns
 from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.wait import until

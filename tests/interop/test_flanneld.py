@@ -2,7 +2,7 @@
 
 import json
 
-from lease.codec import NODE_FIELD
+from lease.records.codec import NODE_FIELD
 from overlay.lab import matrix
 from tests.interop.conftest import Flanneld
 from tests.support.wait import until

@@ -12,8 +12,8 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.model import ip_number, mac_number
-from overlay.kernel.device import Links
-from overlay.kernel.netfilter import NetfilterSocket
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.links import Links
 from overlay.lab import netns
 from tests.support.world import ready_the_machine
 

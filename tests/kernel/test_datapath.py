@@ -12,11 +12,12 @@ from pyroute2 import IPRoute
 
 from lease.config import VxlanConfig
 from lease.model import Lease, prefix
-from lease.packed import Leases
-from overlay.datapath import Datapath
-from overlay.kernel import netlink, wire
-from overlay.kernel.entries import TUNNEL, Kind
+from lease.records.packed import Leases
+from overlay.kernel import netlink
 from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import TUNNEL, Kind
+from overlay.peers.controller import Datapath
 from tests.support.make import lease, node
 
 NETWORK = prefix("10.128.0.0/9")
@@ -245,7 +246,7 @@ def test_an_fdb_entry_with_a_port_of_its_own_goes(peers, space):
 
 def test_many_subnets_of_one_mac_cost_what_they_cost_alone():
     """Hostile, or odd: the same VTEP in thousands of records. They are no dispute."""
-    from overlay.peers import PeerTable
+    from overlay.peers.table import PeerTable
 
     table = PeerTable(lambda _: None)
     asked = 0

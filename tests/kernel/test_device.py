@@ -4,14 +4,14 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.model import ip_number, mac_number, prefix
-from overlay import tunnel
 from overlay.backends.vxlan import DeviceSpec
-from overlay.kernel import nft
+from overlay.firewall.nat import nat_table
 from overlay.kernel.arp import probe
-from overlay.kernel.device import Links
 from overlay.kernel.netlink import KernelError, RequestSocket
+from overlay.kernel.nftables import program as nft
+from overlay.kernel.route.links import Links
 from overlay.lab import netns
-from overlay.masquerade import nat_table
+from overlay.node import device as tunnel
 
 MAC = mac_number("0e:2a:00:00:00:01")
 

@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from lease.model import Endpoint, Lease, ip_number, prefix
-from lease.packed import pack
-from overlay import guard
-from overlay.guard import GRACE_S, Guard
-from overlay.kernel import nf_wire, wire
+from lease.records.packed import pack
+from overlay.firewall import guard
+from overlay.firewall.guard import GRACE_S, Guard
 from overlay.kernel.netlink import KernelError
+from overlay.kernel.nftables import wire as nf_wire
+from overlay.kernel.route import wire
 
 NETWORK = prefix("10.244.0.0/14")
 TABLE = guard.table(7, 8472, NETWORK)

@@ -10,9 +10,9 @@ from pyroute2 import IPRoute
 
 from lease.config import parse_config
 from lease.model import ip_number, prefix
-from overlay.host import Host
 from overlay.kernel.netlink import RequestSocket
-from overlay.settings import Settings
+from overlay.node.links import Host
+from overlay.settings.settings import Settings
 
 NETWORK = prefix("192.168.0.0/16")
 """The underlay lies inside: a lab's flat network."""

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from lease.model import Lease, ip_number, ip_text, mac_text
-from lease.packed import Leases
-from overlay import guard as guards
-from overlay.datapath import Datapath
-from overlay.guard import GRACE_S, Guard
-from overlay.kernel.device import Links
-from overlay.kernel.netfilter import NetfilterSocket
+from lease.records.packed import Leases
+from overlay.firewall import guard as guards
+from overlay.firewall.guard import GRACE_S, Guard
 from overlay.kernel.netlink import FdbSeen, KernelError, NeighbourSeen, Refusal, RequestSocket, RouteSeen
-from overlay.plan import entries
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.links import Links
+from overlay.peers.controller import Datapath
+from overlay.peers.plan import entries
 from tests.support.make import OWN_MAC, lease, node
 from tests.unit.test_peers import by_the_plain_rule
 

@@ -11,8 +11,6 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.model import ip_number
-from overlay.kernel import wire
-from overlay.kernel.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.kernel.netlink import (
     AddressSeen,
     FdbSeen,
@@ -26,8 +24,10 @@ from overlay.kernel.netlink import (
     RouteSeen,
     parse_event,
 )
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.lab import netns
-from overlay.look import route_value
+from overlay.peers.resync import route_value
 from tests.support.wait import until
 
 BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009

@@ -8,11 +8,11 @@ from ipaddress import IPv6Address
 import pytest
 
 from lease.model import ip_number, prefix
-from overlay import antispoof
-from overlay.antispoof import AntiSpoof
-from overlay.kernel.entries import Link, PodEnd
-from overlay.kernel.netfilter import NetfilterSocket
+from overlay.firewall import antispoof
+from overlay.firewall.antispoof import AntiSpoof
 from overlay.kernel.netlink import KernelError
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.entries import Link, PodEnd
 
 TABLE, NETWORK = antispoof.table(7), prefix("10.244.0.0/16")
 BRIDGE = Link(2, "cni0", True, 1450, 1, "bridge", True, True)

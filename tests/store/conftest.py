@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lease.etcd import EtcdStore
-from lease.etcd_client import EtcdSettings
+from lease.etcd.client import EtcdSettings
+from lease.stores.etcd import EtcdStore
 from tests.support.etcd import Etcd
 
 

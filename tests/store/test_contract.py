@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lease.codec import encode_value
 from lease.model import Endpoint, Lease, Refused, prefix
+from lease.records.codec import encode_value
 from lease.store import Changes, ConfigText, Gone, LeaseExpired, RecordChanged, SubnetTaken
 from tests.support.fake_store import FakeStore
 

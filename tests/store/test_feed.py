@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from lease import etcd_client
-from lease.codec import encode_value
+from lease.etcd import client as etcd_client
 from lease.model import Endpoint, Lease, prefix
+from lease.records.codec import encode_value
 from lease.store import Changes, ConfigText, Feed, Gone, Snapshot, StoreDown, StoreUnavailable, backoff_s
 from tests.support.etcd import Etcd, etcd_binary, free_port
 from tests.support.pki import authority, openssl, request
@@ -285,7 +285,7 @@ def test_user_and_password_without_tls_and_tokens_that_end(tmp_path, follow, ope
 
 
 def decoded(n: int) -> Lease:
-    from lease.codec import decode_lease
+    from lease.records.codec import decode_lease
 
     return decode_lease(*value(n))
 

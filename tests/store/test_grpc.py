@@ -13,8 +13,8 @@ import h2.connection
 import h2.events
 import pytest
 
-from lease import grpc_channel
-from lease.etcd_client import EtcdClient, EtcdSettings, rpc
+from lease.etcd import channel as grpc_channel
+from lease.etcd.client import EtcdClient, EtcdSettings, rpc
 from lease.store import StoreUnavailable
 
 OK = [(":status", "200"), ("content-type", "application/grpc")]

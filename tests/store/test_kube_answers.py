@@ -17,11 +17,11 @@ import urllib3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease import kube_client
-from lease.annotations import DEFAULT_PREFIX, Names
-from lease.kube_client import KubeSettings, Stream, _pieces
-from lease.kubernetes import NodeGone, NodeStore
+from lease.kube import client as kube_client
+from lease.kube.client import KubeSettings, Stream, _pieces
+from lease.records.annotations import DEFAULT_PREFIX, Names
 from lease.store import StoreUnavailable
+from lease.stores.kubernetes import NodeGone, NodeStore
 
 PEER = {
     "kube-subnet-manager": "true",

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from lease import kubernetes
-from lease.annotations import Hints, Names
-from lease.kube_client import KubeClient, KubeSettings, KubeSettingsError
-from lease.kubernetes import NODES, SINGLY, NodeStore
+from lease.kube.client import KubeClient, KubeSettings, KubeSettingsError
+from lease.kube.objects import METADATA
 from lease.model import Lease, Refused, prefix
-from lease.node_forms import METADATA
+from lease.records.annotations import Hints, Names
 from lease.store import Changes, Feed, Gone, RecordChanged, Snapshot, StoreDown, StoreUnavailable
+from lease.stores import kubernetes
+from lease.stores.kubernetes import NODES, SINGLY, NodeStore
 from tests.support.kube import PREFIX, Kube
 from tests.support.wait import until
 

@@ -6,9 +6,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from lease.codec import BadRecord, decode_lease, encode_value
 from lease.model import Lease, Refused, ip_text
-from lease.packed import Leases
+from lease.records.codec import BadRecord, decode_lease, encode_value
+from lease.records.packed import Leases
 from lease.store import Changes, Gone, LeaseExpired, Lifetime, RecordChanged, Snapshot, StoreUnavailable, SubnetTaken
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lease.config import VxlanConfig
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
-from overlay.plan import Node
+from overlay.peers.plan import Node
 
 OWN_MAC = mac_number("0a:00:00:00:00:02")
 

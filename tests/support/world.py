@@ -20,12 +20,12 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.model import Prefix, ip_number, prefix
-from overlay.cni import CONFLIST
-from overlay.kernel.device import Links
-from overlay.kernel.link_wire import VxlanAttributes
+from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.cni.lists import CONFLIST
 from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route.link_wire import VxlanAttributes
+from overlay.kernel.route.links import Links
 from overlay.lab import matrix, netns, pods, topology
-from overlay.serve import SOCKET_NAME, ask_unix
 from tests.support.etcd import Etcd
 from tests.support.kube import Kube
 from tests.support.wait import until

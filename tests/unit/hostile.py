@@ -10,7 +10,7 @@ from typing import Any
 
 from lease.config import VxlanConfig, parse_config
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
-from overlay.plan import Node
+from overlay.peers.plan import Node
 
 OWN_MAC, PEER_MAC = "0a:00:00:00:00:01", "0a:00:00:00:00:05"
 CONFIG = b'{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.allocate import RangeFull, choose_mac, choose_subnet
 from lease.config import Pool, parse_config
 from lease.model import Prefix, mac_fault, prefix
-from lease.subnets import SubnetIndex
+from lease.records.subnets import SubnetIndex
+from lease.tenure.allocate import RangeFull, choose_mac, choose_subnet
 
 
 def pool(text='{"Network":"10.244.0.0/16"}') -> Pool:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import find, given
 from hypothesis import strategies as st
 
-from lease.annotations import DEFAULT_PREFIX, Hints, Names, decode_node, encode, hints, node_subnets, seniority
-from lease.codec import BadRecord
+from lease.kube.objects import NO_TIME
 from lease.model import Endpoint, Lease, Prefix, prefix
-from lease.node_forms import NO_TIME
+from lease.records.annotations import DEFAULT_PREFIX, Hints, Names, decode_node, encode, hints, node_subnets, seniority
+from lease.records.codec import BadRecord
 
 NAMES = Names.of(DEFAULT_PREFIX)
 RECORDING = Path(__file__).parent / "recordings/kube-vxlan.txt"

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lease.model import prefix
-from overlay import cni
-from overlay.settings import SettingsError, read_live, read_settings
+from overlay.cni import lists as cni
+from overlay.settings.settings import SettingsError, read_live, read_settings
 from tests.support.world import CNI_CONF
 
 NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.7.0/24")

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.codec import NODE_FIELD, BadRecord, decode_key, decode_lease, encode_key, encode_value
 from lease.config import parse_config
 from lease.model import Endpoint, Lease, Prefix, mac_fault, prefix
+from lease.records.codec import NODE_FIELD, BadRecord, decode_key, decode_lease, encode_key, encode_value
 from tests.unit import recordings
 
 ETCD = [name for name in recordings.FILES if name.startswith("etcd")]

@@ -9,18 +9,18 @@ import sys
 
 import pytest
 
-from overlay.defer import BY_SUBMODULES, WHOLE
+from overlay.process.defer import BY_SUBMODULES, WHOLE
 
 AGENT = """
 import json, sys
-from overlay import defer
+from overlay.process import defer
 defer.install()
-import overlay.main, overlay.agent, overlay.files, lease.keeper, lease.store, lease.tenure, lease.etcd
+import overlay.main, overlay.agent.loop, overlay.process.files, lease.tenure.keeper, lease.store, lease.tenure.etcd, lease.stores.etcd
 print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
 """
 TWO_THREADS = """
 import sys, threading
-from overlay import defer
+from overlay.process import defer
 defer.install()
 import asyncio, inspect
 found, ready = [], threading.Barrier(8)
@@ -41,7 +41,7 @@ except AttributeError as error:
 print("ok")
 """
 WHOLE_PACKAGE = """
-from overlay import defer
+from overlay.process import defer
 defer.install()
 import pyroute2, pyroute2.netlink.rtnl.ifinfmsg
 assert "pyroute2" not in defer.ran()
@@ -74,16 +74,16 @@ def test_an_agent_on_etcd_runs_none_of_them():
         "http.client",
         "hashlib",
         "ssl",
-        "overlay.status",
+        "overlay.api.status",
     } & set(found["modules"])
 
 
 ON_NODES = """
 import json, sys
-from overlay import defer
+from overlay.process import defer
 defer.install()
-import overlay.main, overlay.agent, overlay.files, lease.keeper, lease.store, lease.node_tenure, lease.kubernetes
-from lease.kube_client import KubeClient, KubeSettings
+import overlay.main, overlay.agent.loop, overlay.process.files, lease.tenure.keeper, lease.store, lease.tenure.kubernetes, lease.stores.kubernetes
+from lease.kube.client import KubeClient, KubeSettings
 KubeClient(KubeSettings(api_url="https://127.0.0.1:1"))._connected()
 overlay.main.StoreHosts(("https://127.0.0.1:1",))
 import kubernetes.config.incluster_config, kubernetes.config.kube_config
@@ -91,13 +91,13 @@ print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
 """
 HOMES_ARE = """
 import importlib
-from overlay import defer
+from overlay.process import defer
 for (package, name), home in {**defer.HOMES, **defer.LATER}.items():
     assert getattr(importlib.import_module(package), name) is getattr(importlib.import_module(home), name), name
 print("ok")
 """
 HOMES_SERVE = """
-from overlay import defer
+from overlay.process import defer
 defer.install()
 from kubernetes.config import kube_config
 assert kube_config.Configuration.__module__ == "kubernetes.client.configuration"

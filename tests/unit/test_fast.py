@@ -8,12 +8,12 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.codec import encode_key
 from lease.model import Endpoint, Lease, Prefix
-from lease.packed import number, pack
+from lease.records.codec import encode_key
+from lease.records.packed import number, pack
 from overlay.backends.vxlan import peer_entries
-from overlay.kernel import fast, wire
-from overlay.kernel.entries import FoundFdb, FoundNeighbour, Kind
+from overlay.kernel.route import fast, wire
+from overlay.kernel.route.entries import FoundFdb, FoundNeighbour, Kind
 
 NETWORK = Prefix(4, 10 << 24, 8)
 OIF = 7

@@ -11,10 +11,10 @@ import pytest
 from lease import regular
 from lease.config import parse_config
 from lease.model import prefix
-from overlay import cni
 from overlay.backends.vxlan import device_mtu
-from overlay.files import read
-from overlay.masquerade import nat_table
+from overlay.cni import lists as cni
+from overlay.firewall.nat import nat_table
+from overlay.process.files import read
 from tests.unit import recordings
 
 NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.76.0/24")
@@ -172,7 +172,7 @@ def test_what_is_not_wanted_is_not_there():
 
 LOST = """
 import os, sys
-from overlay.log import log
+from overlay.process.log import log
 log.warning("first")
 log.warning("second", text="x" * 9000)
 os.dup2(1, 2)
@@ -212,7 +212,7 @@ def test_a_file_that_is_none_keeps_nobody_waiting(tmp_path, kind):
 
 
 def test_a_storm_of_one_line_is_summed_up(monkeypatch):
-    from overlay import log as module
+    from overlay.process import log as module
 
     said: list[tuple[str, dict]] = []
     now = [100.0]

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lease.codec import BadRecord, decode_lease
 from lease.model import prefix
-from lease.packed import decode, unpack
-from overlay import cni, plan
-from overlay.metrics import exposition
-from overlay.peers import PeerTable
-from overlay.settings import FLAGS, SettingsError, read_live, read_settings
-from overlay.status import Status
+from lease.records.codec import BadRecord, decode_lease
+from lease.records.packed import decode, unpack
+from overlay.api.metrics import exposition
+from overlay.api.status import Status
+from overlay.cni import lists as cni
+from overlay.peers import plan
+from overlay.peers.table import PeerTable
+from overlay.settings.settings import FLAGS, SettingsError, read_live, read_settings
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE, NODE
 from tests.unit.hostile import value as hostile_value
 

@@ -11,7 +11,7 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from lease.model import ip_text, mac_text
-from overlay.kernel import link_wire, wire
+from overlay.kernel.route import link_wire, wire
 
 
 def theirs(kind: type, message_type: int, flags: int, seq: int, header: dict, attrs: list) -> bytes:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.kube_client import _frames
-from lease.node_forms import MALFORMED, NO_TIME, Answer, Event, NodeSeen
+from lease.kube.client import _frames
+from lease.kube.objects import MALFORMED, NO_TIME, Answer, Event, NodeSeen
 from tests.unit.recordings import FOLDER
 
 SAID = {name: b64decode(text) for name, text in json.loads((FOLDER / "nodes.json").read_text()).items()}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lease.codec import BadRecord, decode_lease, encode_key, encode_value
 from lease.model import Endpoint, Lease, Prefix
-from lease.packed import Leases, decode, number, pack, subnet_of, unpack
+from lease.records.codec import BadRecord, decode_lease, encode_key, encode_value
+from lease.records.packed import Leases, decode, number, pack, subnet_of, unpack
 from tests.unit import recordings
 
 MACS = st.integers(1, (1 << 48) - 1).map(lambda mac: mac & ~(1 << 40) or 2)

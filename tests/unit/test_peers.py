@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.model import Lease
-from lease.packed import Leases, number
-from overlay.peers import PeerTable
-from overlay.plan import quick, refusal
+from lease.records.packed import Leases, number
+from overlay.peers.plan import quick, refusal
+from overlay.peers.table import PeerTable
 from tests.support.make import lease, node
 
 

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from lease.config import VxlanConfig
 from lease.model import Lease, ip_number, mac_number, prefix
-from lease.packed import pack
+from lease.records.packed import pack
 from overlay.backends.vxlan import DeviceFound, DeviceSpec, device_mtu, live_changes, replace_reason
-from overlay.kernel.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
-from overlay.plan import entries, quick, refusal
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.peers.plan import entries, quick, refusal
 from tests.support.make import lease, node
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from overlay.kernel import wire
-from overlay.kernel.entries import (
+from overlay.kernel.netlink import Refusal
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import (
     PROTOCOL,
     TUNNEL,
     FdbValue,
@@ -22,8 +23,7 @@ from overlay.kernel.entries import (
     RouteKey,
     RouteValue,
 )
-from overlay.kernel.netlink import Refusal
-from overlay.reconcile import SLICE, Device, Reconciler, retry_delay_s
+from overlay.peers.reconcile import SLICE, Device, Reconciler, retry_delay_s
 
 IFINDEX = 7
 

@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from overlay.rundir import DeviceLock
+from overlay.process.rundir import DeviceLock
 
 KEEPER = """
 import sys
-from overlay.rundir import DeviceLock
+from overlay.process.rundir import DeviceLock
 lock = DeviceLock()
 assert lock.take(sys.argv[1]) is None
 print("has it", flush=True)

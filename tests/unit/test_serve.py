@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from overlay import serve
+from overlay.api import serve
 from tests.support.wait import until
 
 _SERVERS: list[socketserver.BaseServer] = []

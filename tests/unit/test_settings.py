@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lease.endpoint import shown
-from lease.etcd_client import EtcdClient, EtcdSettings, EtcdSettingsError
+from lease.etcd.client import EtcdClient, EtcdSettings, EtcdSettingsError
 from lease.model import ip_number
-from overlay.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
+from overlay.settings.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
 
 FLANNELD = [
     "etcd-endpoints",

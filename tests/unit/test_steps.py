@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from overlay.steps import FIRST_RETRY_S, RETRY_S, Due, Steps
+from overlay.control.schedule import FIRST_RETRY_S, RETRY_S, Due, Steps
 
 KINDS = sorted(name for name in (*Due.__annotations__, *vars(Due)) if not name.startswith("_") and name != "everything")
 COSTLY = {"dump": ["dump", "guard_check", "pods"], "guard": ["guard"]}

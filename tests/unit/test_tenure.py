@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from lease.claim import Answer, Claim, Identity, Occupied
-from lease.codec import decode_lease, encode_value
 from lease.config import parse_config
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_number, prefix
+from lease.records.codec import decode_lease, encode_value
 from lease.store import LeaseExpired, StoreUnavailable
-from lease.tenure import Denied, Held, Lost, Tenure
+from lease.tenure.claim import Answer, Claim, Identity, Occupied
+from lease.tenure.etcd import Denied, Held, Lost, Tenure
 from tests.support.fake_store import FakeStore
 
 IP2, IP3, IP9 = (ip_number(f"192.168.1.{n}", 4) for n in (2, 3, 9))

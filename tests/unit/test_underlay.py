@@ -3,9 +3,9 @@
 import pytest
 
 from lease.model import ip_number, prefix
-from overlay.kernel.entries import Address, Link
-from overlay.settings import Settings
-from overlay.underlay import Interfaces, UnderlayError, choose, on_link_interface, refresh
+from overlay.kernel.route.entries import Address, Link
+from overlay.node.underlay import Interfaces, UnderlayError, choose, on_link_interface, refresh
+from overlay.settings.settings import Settings
 
 
 def ip(text: str) -> int:

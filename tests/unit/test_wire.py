@@ -9,8 +9,8 @@ from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from lease.model import ip_text, mac_text
-from overlay.kernel import wire
-from overlay.kernel.entries import (
+from overlay.kernel.route import wire
+from overlay.kernel.route.entries import (
     ELSEWHERE,
     PROTOCOL,
     TUNNEL,

@@ -1,0 +1,183 @@
+"""flannel's Node annotations <-> Lease. Pure; golden file in tests/unit/recordings/kube-vxlan.txt.
+
+Source: flannel pkg/subnet/kube/annotations.go (names, prefix rules), kube.go nodeToLease and AcquireLease (values).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, prefix
+from lease.records.codec import BadRecord, outer_source, vxlan_data
+
+DEFAULT_PREFIX = "flannel.alpha.coreos.com"
+_FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+LONGEST = 4096
+"""Bytes of an annotation we read; a real one has some 50."""
+
+
+class Names(NamedTuple):
+    """The names of the annotations under one prefix, as flannel builds them."""
+
+    managed: str
+    backend_type: str
+    data: tuple[str, str]
+    """backend-data, backend-v6-data."""
+    public_ip: tuple[str, str]
+    overwrite: tuple[str, str]
+    node_public_ip: tuple[str, str]
+    source: str
+    """Ours: the outer source of a node's frames, where it is not public-ip."""
+
+    @classmethod
+    def of(cls, text: str) -> Names:
+        """Of --kube-annotation-prefix: `flannel.alpha.coreos.com`, or `example.com/network-`.
+
+        Raises:
+            ValueError: it cannot stand before an annotation's name.
+        """
+        lead = text if "/" in text else f"{text}/"
+        if not lead.endswith(("/", "-")):
+            lead += "-"
+        if not _FORM.fullmatch(lead):
+            raise ValueError(f"{text!r} must be a DNS name, with a slash and a word after it at most")
+        return cls(
+            f"{lead}kube-subnet-manager",
+            f"{lead}backend-type",
+            (f"{lead}backend-data", f"{lead}backend-v6-data"),
+            (f"{lead}public-ip", f"{lead}public-ipv6"),
+            (f"{lead}public-ip-overwrite", f"{lead}public-ipv6-overwrite"),
+            (f"{lead}node-public-ip", f"{lead}node-public-ipv6"),
+            f"{lead}overlay-source",
+        )
+
+    def read(self) -> tuple[str, ...]:
+        """All names that say something to us."""
+        return (
+            self.managed, self.backend_type, *self.data, *self.public_ip, *self.overwrite, *self.node_public_ip, self.source,
+        )  # fmt: skip
+
+
+class Hints(NamedTuple):
+    """What an operator wrote on our own Node. public_ip: the local address to use (node-public-ip); overwrite: what to
+    publish instead of it (public-ip-overwrite). 0: nothing; None: something that is no address, so what it said before
+    holds. faults: what cannot be followed, one line each."""
+
+    public_ip: int | None = 0
+    overwrite: int | None = 0
+    faults: tuple[str, ...] = ()
+
+
+def seniority(created: int, uid: str) -> int:
+    """A number by which the older Node comes first: creationTimestamp in seconds, then the uid."""
+    return max(0, created) << 128 | uid_number(uid)
+
+
+def uid_number(uid: str) -> int:
+    """A uid as a number; one that is no UUID by its first 16 bytes."""
+    if _UUID.fullmatch(uid):
+        return int(uid.replace("-", ""), 16)
+    return int.from_bytes(uid.encode()[:16].ljust(16, b"\0"), "big")
+
+
+def node_subnets(pod_cidrs: Iterable[object]) -> dict[int, Prefix]:
+    """spec.podCIDRs by family, in whatever order they stand; host bits are masked away, the first of a family counts.
+
+    Raises:
+        BadRecord: one of them is no prefix.
+    """
+    found: dict[int, Prefix] = {}
+    for text in pod_cidrs:
+        try:
+            subnet = prefix(str(text))
+        except ValueError:
+            raise BadRecord(f"podCIDR {str(text)[:60]!a} is no prefix") from None
+        found.setdefault(subnet.family, subnet)
+    return found
+
+
+def decode_node(
+    name: str, annotations: Mapping[str, str], subnets: Mapping[int, Prefix], names: Names, created: int, uid: int
+) -> Lease | None:
+    """What a Node's annotations say to its peers; None where no agent has written them (yet).
+
+    Args:
+        created: `seniority` of the Node; uid: `uid_number`, kept as the lease's handle.
+
+    Raises:
+        BadRecord: names the annotation and what was expected there.
+    """
+    if annotations.get(names.managed) != "true":
+        return None
+    backend = annotations.get(names.backend_type, "")
+    ends: list[Endpoint | None] = []
+    for place, family in enumerate((4, 6)):
+        subnet = subnets.get(family)
+        public_ip = annotations.get(names.public_ip[place])
+        data = annotations.get(names.data[place])
+        if subnet is None or public_ip is None:
+            ends.append(None)
+            continue
+        try:
+            try:
+                address = ip_number(str(public_ip), family)
+            except ValueError:
+                raise BadRecord(f"{names.public_ip[place]}: {public_ip!a:.80} must be an IPv{family} address") from None
+            vni, mac = _data(names.data[place], data) if backend == "vxlan" else (None, None)
+            source = outer_source(annotations.get(names.source), names.source, address) if family == 4 else 0
+            ends.append(Endpoint(subnet, address, vni, mac, source))
+        except BadRecord:
+            if ends == [None] or family == 4:
+                raise
+            ends.append(None)  # what is wrong with its IPv6 costs no IPv4 peer
+    if ends == [None, None]:
+        raise BadRecord("it has no podCIDR yet" if not subnets else f"{names.public_ip[0]} is missing")
+    return Lease(name, backend[:32], ends[0], ends[1], name, created, 0, uid)
+
+
+def _data(name: str, text: str | None) -> tuple[int, int]:
+    if text is None or len(text) > LONGEST:
+        raise BadRecord(f"{name}: missing" if text is None else f"{name}: has {len(text)} bytes")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecord(f"{name}: not JSON: {str(error)[:100]!a}") from None
+    return vxlan_data(value, name)
+
+
+def encode(lease: Lease, names: Names) -> dict[str, str | None]:
+    """The annotations of a lease, byte for byte flannel's; None: to be removed (a family that this lease lacks).
+
+    flannel cuts its old MAC out of backend-data by text: compact, VNI first, nothing behind the MAC.
+    """
+    wanted: dict[str, str | None] = {names.managed: "true", names.backend_type: lease.backend}
+    for place, end in enumerate((lease.v4, lease.v6)):
+        data = None
+        if end is not None and end.mac is not None:
+            data = json.dumps({"VNI": end.vni, "VtepMAC": mac_text(end.mac)}, separators=(",", ":"))
+        wanted[names.data[place]] = data
+        if place == 0:
+            wanted[names.source] = ip_text(4, end.source) if end is not None and end.source else None
+        wanted[names.public_ip[place]] = None if end is None else ip_text(4 if place == 0 else 6, end.public_ip)
+    return wanted
+
+
+def hints(annotations: Mapping[str, str], names: Names) -> Hints:
+    """What an operator asks of our own Node."""
+    faults: list[str] = []
+
+    def address(name: str) -> int | None:
+        text = annotations.get(name, "")
+        try:
+            return ip_number(text, 4) if text else 0
+        except ValueError:
+            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; what it said before holds")
+            return None
+
+    ipv6 = (name for name in (names.node_public_ip[1], names.overwrite[1]) if annotations.get(name))
+    faults += [f"annotation {name}: there is no IPv6 datapath yet; it is ignored" for name in ipv6]
+    return Hints(address(names.node_public_ip[0]), address(names.overwrite[0]), tuple(faults))

@@ -1,0 +1,224 @@
+"""Many leases in little memory: each packed into one bytes object, some 100 bytes instead of 700.
+
+A Lease is what all code speaks of; it is made when it is looked at. What is asked of all leases at once (who has this
+address, this MAC) is answered on the packed form. `decode` reads flannel's usual record straight into it; anything else is
+codec.py's, and tests compare the two.
+"""
+
+from __future__ import annotations
+
+import marshal
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from socket import inet_pton
+from typing import Any
+
+from lease.model import Endpoint, Lease, Prefix
+from lease.records.codec import MAX_VALUE, encode_key
+
+HEAD = struct.Struct(">IBI6siQQqB")
+"""Subnet base, its length, public IP, MAC, VNI (-1: no VTEP), created, modified, handle, form."""
+PLAIN, NODE, WHOLE, NO_IPV4 = 0, 1, 2, 3
+"""Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
+IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
+the head; one without an IPv4 endpoint."""
+FORM = HEAD.size - 1
+NUMBER = slice(0, 5)
+PUBLIC_IP = slice(5, 9)
+MAC = slice(9, 15)
+MODIFIED = slice(27, 35)
+"""0 in the forms that have it behind the head."""
+LENGTH = 4
+_LARGEST = (1 << 63) - 1
+_UID, _LATEST = (1 << 128) - 1, (1 << 128 + 63) - 1
+"""Of a Node's lease: annotations.seniority."""
+_AF_INET = 2
+_NO_REFERENCES = 0
+"""marshal's version in which equal values give equal bytes."""
+
+_USUAL = re.compile(
+    r"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})-([1-9]|[12]\d|3[01]) "
+    r'\{"PublicIP":"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})","PublicIPv6":null,"BackendType":"vxlan",'
+    r'"BackendData":\{"VNI":(0|[1-9]\d{0,6}),"VtepMAC":"([0-9a-f][02468ace](?::[0-9a-f]{2}){5})"\}'
+    r'(?:,"OverlayNode":"([ !#-\[\]-~]{0,128})")?\}',
+    re.ASCII,
+)
+"""Key and value with a blank between them. A VNI of eight digits is left to codec.py."""
+_HEAD_OF_BYTES = struct.Struct(">4sB4s6siQQqB")
+_NO_MAC = "00:00:00:00:00:00"
+
+
+def number(subnet: Prefix) -> int:
+    """A subnet as one number: base and length."""
+    return subnet.base << 8 | subnet.length
+
+
+def subnet_of(packed: bytes) -> Prefix:
+    """The IPv4 subnet of a packed lease that has one."""
+    return Prefix(4, int.from_bytes(packed[:4], "big"), packed[LENGTH])
+
+
+def pack(lease: Lease) -> bytes:
+    """A lease as bytes. Equal leases give equal bytes."""
+    end = lease.v4
+    if end is not None and end.source:
+        return _whole(lease, end)
+    small = 0 <= lease.created <= _LARGEST and 0 <= lease.modified <= _LARGEST and -_LARGEST <= lease.handle <= _LARGEST
+    if (
+        end is not None
+        and small
+        and lease.v6 is None
+        and end.mac is not None
+        and end.vni is not None
+        and lease.backend == "vxlan"
+        and lease.key == encode_key(end.subnet)
+    ):
+        mac = end.mac.to_bytes(6, "big")
+        head = HEAD.pack(
+            end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni,
+            lease.created, lease.modified, lease.handle, PLAIN,
+        )  # fmt: skip
+        return head + lease.node.encode("utf-8", "surrogatepass")
+    if (
+        end is not None
+        and lease.v6 is None
+        and end.mac is not None
+        and end.vni is not None
+        and lease.backend == "vxlan"
+        and lease.key == lease.node
+        and lease.modified == 0
+        and 0 <= lease.created <= _LATEST
+        and lease.handle == lease.created & _UID
+    ):
+        mac = end.mac.to_bytes(6, "big")
+        head = HEAD.pack(
+            end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni, lease.created >> 128, 0, 0, NODE
+        )
+        return head + lease.handle.to_bytes(16, "big") + lease.node.encode("utf-8", "surrogatepass")
+    return _whole(lease, end)
+
+
+def _whole(lease: Lease, end: Endpoint | None) -> bytes:
+    v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
+    source = end.source if end is not None else 0
+    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle, source)
+    if end is None:
+        head = HEAD.pack(0, 255, 0, b"", -1, 0, 0, 0, NO_IPV4)
+    else:
+        mac = (end.mac or 0).to_bytes(6, "big")
+        vni = -1 if end.vni is None else end.vni
+        head = HEAD.pack(end.subnet.base, end.subnet.length, end.public_ip, mac, vni, 0, 0, 0, WHOLE)
+    return head + marshal.dumps(rest, _NO_REFERENCES)
+
+
+def unpack(packed: bytes) -> Lease:
+    """The lease that was packed."""
+    base, length, public_ip, mac, vni, created, modified, handle, form = HEAD.unpack_from(packed)
+    v4 = None
+    if form != NO_IPV4:
+        vtep = (None, None) if vni < 0 else (vni, int.from_bytes(mac, "big"))
+        v4 = Endpoint(Prefix(4, base, length), public_ip, *vtep)
+    if form == PLAIN:
+        assert v4 is not None
+        node = packed[HEAD.size :].decode("utf-8", "surrogatepass")
+        return Lease(encode_key(v4.subnet), "vxlan", v4, None, node, created, modified, handle)
+    if form == NODE:
+        uid = int.from_bytes(packed[HEAD.size : HEAD.size + 16], "big")
+        name = packed[HEAD.size + 16 :].decode("utf-8", "surrogatepass")
+        return Lease(name, "vxlan", v4, None, name, created << 128 | uid, 0, uid)
+    key, backend, six, node, created, modified, handle, source = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
+    v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
+    if v4 is not None and source:
+        v4 = v4._replace(source=source)
+    return Lease(key, backend, v4, v6, node, created, modified, handle)
+
+
+def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -> bytes | None:
+    """A record of etcd, in flannel's usual form, as a packed lease; None for any other form, good or bad.
+
+    Args: as codec.decode_lease, which says the same of it.
+    """
+    if b" " in key:
+        return None
+    found = _USUAL.fullmatch(f"{key.decode('latin-1')} {value.decode('latin-1')}")
+    if found is None or len(value) > MAX_VALUE:
+        return None
+    base_text, length_text, public_ip, vni, mac, node = found.groups()
+    try:
+        base, address = inet_pton(_AF_INET, base_text), inet_pton(_AF_INET, public_ip)
+    except OSError:
+        return None
+    length = int(length_text)
+    if int.from_bytes(base, "big") << length & 0xFFFFFFFF or mac == _NO_MAC:
+        return None
+    head = _HEAD_OF_BYTES.pack(
+        base, length, address, bytes.fromhex(mac.replace(":", "")), int(vni), created, modified, handle, PLAIN
+    )
+    return head + node.encode() if node else head
+
+
+class Leases(Mapping[str, Lease]):
+    """Leases by key, packed. Not changed once it is told to others."""
+
+    def __init__(self, packed: dict[str, bytes] | None = None) -> None:
+        self.packed: dict[str, bytes] = {} if packed is None else packed
+
+    @classmethod
+    def of(cls, leases: Iterable[Lease]) -> Leases:
+        """Of leases."""
+        return cls({lease.key: pack(lease) for lease in leases})
+
+    def __getitem__(self, key: str) -> Lease:
+        return unpack(self.packed[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.packed
+
+    def having(self, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
+        """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and
+        maybe some others."""
+        address = public_ip.to_bytes(4, "big")
+        hardware = mac.to_bytes(6, "big") if mac is not None else b""
+        found = [p for p in self.packed.values() if p[PUBLIC_IP] == address or p[MAC] == hardware]
+        for text in {text.encode() for text in nodes}:
+            found += [p for p in self.packed.values() if text in p]
+        return map(unpack, dict.fromkeys(found))
+
+    def overlapping(self, subnet: Prefix) -> Iterator[Lease]:
+        """Those whose IPv4 subnet shares an address with this one."""
+        for packed in self.packed.values():
+            if packed[FORM] != NO_IPV4 and subnet_of(packed).overlaps(subnet):
+                yield unpack(packed)
+
+    def odd(self, length: int) -> Iterator[Lease]:
+        """Those whose subnet has another length, or whose key says more than their subnet."""
+        for packed in self.packed.values():
+            if packed[LENGTH] != length or packed[FORM]:
+                yield unpack(packed)
+
+    def with_mac(self, mac: int) -> Iterator[Lease]:
+        """Those of a MAC, in either family."""
+        hardware = mac.to_bytes(6, "big")
+        for packed in self.packed.values():
+            if packed[MAC] == hardware or packed[FORM] >= WHOLE:
+                lease = unpack(packed)
+                if any(end is not None and end.mac == mac for end in (lease.v4, lease.v6)):
+                    yield lease
+
+    def without(self, key: str) -> dict[str, bytes]:
+        """A copy of the packed leases, but one."""
+        packed = dict(self.packed)
+        packed.pop(key, None)
+        return packed
+
+
+def fields(packed: bytes) -> tuple[Any, ...]:
+    """The head, unpacked: see HEAD."""
+    return HEAD.unpack_from(packed)

@@ -1,0 +1,1 @@
+"""The stores behind one contract (lease/store.py): etcd, and the Nodes of a Kubernetes cluster."""

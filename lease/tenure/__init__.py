@@ -1,0 +1,1 @@
+"""How a node gets its subnet and keeps it: evidence, allocation, transactions, renewal."""

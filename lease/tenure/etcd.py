@@ -1,0 +1,385 @@
+"""Keeps what is ours: acquire, keep alive, lost, taken again. What may be ours is claim.py's to say."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lease.model import Lease, Prefix, ip_text, mac_text
+from lease.records.codec import encode_key
+from lease.records.packed import Leases
+from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
+from lease.tenure.allocate import RangeFull, choose_mac, choose_subnet
+from lease.tenure.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
+
+RACES = 40
+"""Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
+MOST_REWRITES, REWRITES_S = 10, 60.0
+"""So often within so long we write over what a twin of ours wrote over ours; then one of the two must go."""
+RENEW_AT_LEAST_S = 3600.0
+"""We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
+
+
+class Held(NamedTuple):
+    """The lease is ours; `how` says by which way, `loud` whether an operator should look."""
+
+    lease: Lease
+    how: str
+    loud: bool = False
+
+
+class Lost(NamedTuple):
+    """The subnet is not ours any more. The datapath of running pods stays; another is taken for new pods."""
+
+    lease: Lease
+    reason: str
+
+
+class Denied(NamedTuple):
+    """No lease for now, and why. conflict: another node claims our public IP. homeless: what we hold may be given to
+    another node at any time, so no new pod may get an address of it."""
+
+    reason: str
+    conflict: bool = False
+    homeless: bool = False
+
+
+class Renewed(NamedTuple):
+    """The etcd lease was kept alive; None: it never expires."""
+
+    left_s: float | None
+
+
+TenureEvent = Held | Lost | Denied | Renewed
+
+
+class Tenure:
+    """The decisions and store calls that make a Claim a lease. No thread; `TenureThread` turns it."""
+
+    def __init__(
+        self,
+        store: Store,
+        probe: Probe,
+        ttl_s: int,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store, self._probe, self._ttl_s, self._rng, self._clock = store, probe, ttl_s, rng, clock
+        self.held: Lease | None = None
+        self.owed: list[TenureEvent] = []
+        """What happened in a settling that the store then broke off: to be told all the same."""
+        self._mac_in_use: int | None = None
+        """Of a lease we held: the device keeps it when the subnet is lost."""
+        self._to_remove: Lease | None = None
+        """Our old record, which the new one replaced."""
+        self._against_others = _Often()
+        self._against_twins = _Often()
+        """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
+        self._given_up: set[str] = set()
+        """Keys that a twin of ours writes over and over."""
+
+    def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
+        """Make store and claim agree; what happened, [] when nothing had to be done.
+
+        Raises StoreUnavailable: try again; what happened until then stands in `owed`.
+        """
+        events, self.owed = self.owed, []
+        if self._mac_in_use is not None:
+            claim = claim._replace(device_mac=self._mac_in_use, take_over=False)
+        for _ in range(RACES):
+            try:
+                if snapshot is None or (self.held is not None and snapshot.revision < self.held.modified):
+                    snapshot = self._store.read()
+                events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
+                if self.held is not None and self.held.v4 is not None:
+                    self._mac_in_use = self.held.v4.mac
+                return events
+            except (SubnetTaken, RecordChanged):
+                snapshot = None  # a lost race: look again
+            except _SubnetLost as lost:
+                assert self.held is not None
+                events.append(Lost(self.held, str(lost)))
+                self.held = None
+            except StoreUnavailable:
+                self.owed = events
+                raise
+        return [*events, Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause")]
+
+    def renew(self) -> Renewed:
+        """Keep the etcd lease alive. Raises LeaseExpired, StoreUnavailable."""
+        assert self.held is not None
+        return Renewed(self._store.keep_alive(self.held).left_s)
+
+    # --- holding one -------------------------------------------------------------------------------------------------
+
+    def _keep(self, claim: Claim, snapshot: Snapshot) -> list[TenureEvent]:
+        held = self.held
+        assert held is not None
+        assert held.v4 is not None
+        there = snapshot.leases.get(held.key)
+        if there is None:
+            return self._restore(claim, snapshot, held)
+        assert there.v4 is not None
+        theirs = Identity.read(there.node)
+        foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
+        elsewhere = there.v4.public_ip not in (held.v4.public_ip, claim.public_ip)
+        if elsewhere and (there.v4.mac != held.v4.mac or foreign):
+            if there.created != held.created:
+                raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
+            return [self._write_over(claim, snapshot, held, there)]
+        if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.v4.public_ip):
+            self._given_up.add(there.key)
+            raise _SubnetLost(
+                f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
+                " copy of the other's machine. Give it a machine-id and MACs of its own"
+            )
+        if there.v4.mac != held.v4.mac and there.node != held.node:
+            if there.created != held.created or self._may_live(there.v4.public_ip):
+                raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
+            return [self._write_over(claim, snapshot, held, there)]  # no other machine has that address
+        if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
+            raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
+        self._remove_old(snapshot)
+        mac = self._mac(claim._replace(device_mac=held.v4.mac), snapshot, there)
+        wanted = self._lease(claim, there.v4.subnet, mac, there.key)
+        if there.same_claim(wanted):
+            self.held = there
+            return [] if there.same_claim(held) else [Held(there, "as it stood")]
+        if there.same_claim(held):
+            self.held = self._store.change(there, wanted)
+        else:  # somebody wrote it
+            self.held = self._put_right(held, there.modified, wanted)
+        if elsewhere:
+            self._against_twins.add(self._clock())
+        how = "changed with this node" if there.same_claim(held) else "written again as it was"
+        robbed = mac != held.v4.mac and there.v4.mac == held.v4.mac
+        if robbed:
+            rivals = (lease.key for lease in snapshot.leases.with_mac(held.v4.mac or 0) if lease.key != there.key)
+            how = f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.v4.mac or 0)}, too"
+        return [Held(self.held, how, loud=robbed)]
+
+    def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
+        """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
+        assert held.v4 is not None
+        wanted = self._lease(claim, held.v4.subnet, self._mac_left_to_us(snapshot, held), held.key)
+        self.held = self._put_right(held, there.modified, wanted)
+        self._against_others.add(self._clock())
+        again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
+        return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", loud=True)
+
+    def _put_right(self, held: Lease, modified: int, wanted: Lease) -> Lease:
+        """Our record as it should be, over what somebody wrote there: under our etcd lease, since theirs is not ours to
+        keep, and with none the record would stay for ever when this node is gone."""
+        ttl_s = 0
+        try:
+            self._store.keep_alive(held)
+        except LeaseExpired:
+            ttl_s = self._ttl_s
+        return self._store.change(held._replace(modified=modified), wanted, ttl_s)
+
+    def _may_live(self, public_ip: int) -> bool:
+        """Whether another machine may have an address."""
+        answer = self._probe(public_ip)
+        return answer.by is not None or not answer.can_tell
+
+    def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
+        """Our record vanished, or was overwritten with what nobody can read."""
+        assert held.v4 is not None
+        subnet = held.v4.subnet
+        wanted = self._lease(claim, subnet, self._mac_left_to_us(snapshot, held), held.key)
+        if (broken := snapshot.refused.get(held.key)) is not None:
+            self.held = self._put_right(held, broken.modified, wanted)
+            return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
+        if taken := next(Occupied(snapshot, claim).overlapping(subnet), None):
+            other = snapshot.leases.get(taken)
+            raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
+        self.held = self._store.create(wanted, self._ttl_s)
+        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", loud=True)]
+
+    # --- getting one -------------------------------------------------------------------------------------------------
+
+    def _acquire(self, claim: Claim, snapshot: Snapshot) -> list[TenureEvent]:
+        own, how, loud = self._own(claim, snapshot)
+        if isinstance(how, Denied):
+            return [how]
+        if own is not None:
+            assert own.v4 is not None
+            if claim.allows(own.v4.subnet) and earlier_overlap(snapshot, claim, own) is None:
+                wanted = self._lease(claim, own.v4.subnet, self._mac(claim, snapshot, own), own.key)
+                self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
+                return [Held(self.held, how, loud)]
+        taken = Occupied(snapshot, claim)
+        for there_already in claim.avoid:
+            taken.add(there_already, "our underlay")
+        try:
+            subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
+        except RangeFull as full:
+            return [Denied(str(full))]
+        new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
+        self.held = self._store.create(new, self._ttl_s)
+        if own is None:
+            if (first := self._first_with_our_address(claim, snapshot)) is not None:
+                return [first]
+            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", loud)]
+        self._to_remove = own
+        self._remove_old(snapshot)
+        return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", loud=True)]
+
+    def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
+        """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
+        came later looks once more, and gives it back where the first lives."""
+        held = self.held
+        assert held is not None
+        earlier = Leases.of(
+            lease
+            for lease in self._store.later_than(snapshot.revision).values()
+            if lease.v4 is not None and lease.v4.public_ip == claim.public_ip and lease.created < held.created
+        )
+        _, how, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
+        if not isinstance(how, Denied):
+            return None
+        self._store.remove(held)
+        self.held = None
+        return how
+
+    def _remove_old(self, snapshot: Snapshot) -> None:
+        """Take away the record that our lease replaced; later, where the store does not do it now."""
+        old = self._to_remove
+        if old is None:
+            return
+        there = snapshot.leases.get(old.key)
+        if there is not None and there.same_claim(old):
+            try:
+                self._store.remove(there)
+            except (StoreUnavailable, RecordChanged):
+                return
+        self._to_remove = None
+
+    def _own(self, claim: Claim, snapshot: Snapshot) -> tuple[Lease | None, str | Denied, bool]:
+        """Our own record, how we know, and whether that is worth a warning; a Denied instead of how: a conflict."""
+        for kind, lease in find_own(snapshot.leases, claim):
+            assert lease.v4 is not None
+            theirs = Identity.read(lease.node)
+            if lease.key in self._given_up and lease.v4.public_ip != claim.public_ip:
+                continue
+            if kind is Kind.SURE:
+                return lease, "kept: our public IP and our device's MAC", False
+            if claim.take_over and kind is Kind.ADDRESS:
+                return lease, f"taken over from {_owner(lease)}, as the flag says", True
+            answer = self._probe(lease.v4.public_ip)
+            if kind is Kind.MOVED:
+                surely = lease.v4.mac == claim.device_mac and claim.identity.same_link(theirs)
+                if answer.by is None and (answer.can_tell or surely):
+                    old = ip_text(4, lease.v4.public_ip)
+                    return lease, f"kept: ours from {old}, which nobody answers for any more", True
+                continue
+            same = claim.identity.same_node(theirs)
+            if answer.by is not None or (not answer.can_tell and self._in_use(claim, lease, theirs)):
+                return None, Denied(_conflict(claim, lease, answer), conflict=True), True
+            if same:
+                return lease, "kept: our public IP and identity", False
+            return lease, f"taken over from {_owner(lease)}, which does not answer for our public IP", True
+        return None, "", False
+
+    def _in_use(self, claim: Claim, lease: Lease, theirs: Identity) -> bool:
+        """Where nobody can be asked: whether the record may belong to a node that lives."""
+        if claim.identity.same_link(theirs):
+            return False
+        try:
+            left, granted = self._store.lifetime(lease)
+        except LeaseExpired:
+            return False
+        if left is None or granted is None:
+            return bool(lease.node)  # a reservation nobody came for yet is there to be taken
+        if not lease.node:
+            return True  # flannel renews once in 23 h: while the record stands, nobody can tell
+        return left > granted - 2 * renew_every_s(granted)
+
+    def _mac(self, claim: Claim, snapshot: Snapshot, own: Lease | None) -> int:
+        """The device's MAC, else our record's, else a new one: never one that another record had before us.
+
+        A record that another interface wrote lends us its subnet, never its MAC: its owner may live after all, and then
+        neither it nor the peers could tell the two apart.
+        """
+        used = _MacsBefore(snapshot.leases, own)
+        recorded = None
+        if own is not None and own.v4 is not None and claim.identity.same_link(Identity.read(own.node)):
+            recorded = own.v4.mac
+        for mac in (claim.device_mac, recorded):
+            if mac is not None and mac not in used:
+                return mac
+        return choose_mac(used, self._rng)
+
+    def _mac_left_to_us(self, snapshot: Snapshot, held: Lease) -> int:
+        """The MAC for a record of ours that was gone or another's for a moment: ours, unless somebody else claims it, who is
+        the first to have it now."""
+        mac = held.v4.mac if held.v4 is not None else None
+        others = _MacsBefore(snapshot.leases, None)
+        return mac if mac is not None and mac not in others else choose_mac(others, self._rng)
+
+    def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
+        end = claim.endpoint(subnet, claim.public_ip, mac)
+        return Lease(key, "vxlan", end, None, str(claim.identity), 0, 0, 0)
+
+
+class _MacsBefore:
+    """The MACs that records had before ours was created, or written last: peers that saw it change may take the other for
+    the first. Asked for the one or two that are tried, not gathered."""
+
+    def __init__(self, leases: Leases, own: Lease | None) -> None:
+        self._leases, self._own = leases, own
+
+    def __contains__(self, mac: int) -> bool:
+        own = self._own
+        return any(
+            own is None or (lease.key != own.key and (lease.created < own.created or lease.modified < own.modified))
+            for lease in self._leases.with_mac(mac)
+        )
+
+
+class _Often:
+    """The last times of something."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=MOST_REWRITES)
+
+    def add(self, now: float) -> None:
+        """Once more."""
+        self._times.append(now)
+
+    def often(self, now: float) -> bool:
+        """Whether it was too often lately."""
+        return len(self._times) == MOST_REWRITES and now - self._times[0] < REWRITES_S
+
+
+class _SubnetLost(Exception):
+    """The held subnet has another owner now."""
+
+
+def renew_every_s(granted_s: float) -> float:
+    """How often a lease of that life is kept alive."""
+    return min(RENEW_AT_LEAST_S, granted_s / 3)
+
+
+def _owner(lease: Lease) -> str:
+    assert lease.v4 is not None
+    end = lease.v4
+    mac = f", VTEP {mac_text(end.mac)}" if end.mac is not None else ""
+    return f"{Identity.read(lease.node).called()} at {ip_text(4, end.public_ip)}{mac}"
+
+
+def _conflict(claim: Claim, lease: Lease, answer: Answer) -> str:
+    address = ip_text(4, claim.public_ip)
+    why = (
+        f"{mac_text(answer.by)} answers for that address"
+        if answer.by is not None
+        else "it is fresh, and the address is off-link, so nobody can be asked"
+    )
+    return (
+        f"public IP {address} belongs to {_owner(lease)}, which holds {lease.key}: {why}."
+        " Give this node an address of its own (--iface, --public-ip); if that node is gone for good,"
+        " start once with --take-over"
+    )

@@ -1,0 +1,216 @@
+"""Our own lease on Kubernetes: the podCIDR the cluster gave our Node, published as flannel's annotations.
+
+The counterpart of tenure.py: nothing is allocated or renewed here; what we wrote is compared, and put right.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from datetime import UTC, datetime
+from typing import Protocol
+
+from lease.kube.client import ApiError
+from lease.model import Lease, Prefix, ip_number
+from lease.records.annotations import Names, encode, hints, uid_number
+from lease.records.codec import BadRecord, vxlan_data
+from lease.records.packed import Leases
+from lease.store import LeaseExpired, RecordChanged, Snapshot
+from lease.stores.kubernetes import UNAVAILABLE, NodeGone, NodeView
+from lease.tenure.allocate import choose_mac
+from lease.tenure.claim import Claim
+from lease.tenure.etcd import Denied, Held, Lost, Renewed, TenureEvent
+
+TRIES = 5
+"""A Node that is made again under our hands is read again so often before we pause."""
+REFUSED = (400, 401, 403, 413)
+"""What an API server says when trying again does not help: an operator must see it, also while we hold."""
+CHECK_S = 300.0
+"""Annotations are watched; the condition is not in what we watch: our own Node is read whole so often."""
+REASON, MESSAGE = "FlannelIsUp", "Flannel is running on this node"
+"""flannel's words: others may look for them."""
+
+
+class OwnNode(Protocol):
+    """What a NodeTenure needs of the store."""
+
+    def known(self) -> Leases:
+        """The other nodes' leases as last seen."""
+
+    def own(self) -> NodeView:
+        """Our own Node. Raises NodeGone, StoreUnavailable."""
+
+    def write(self, uid: str, annotations: dict[str, str | None], condition: dict[str, str] | None) -> None:
+        """One patch. Raises RecordChanged, StoreUnavailable."""
+
+
+class NodeTenure:
+    """Makes Node and Claim agree. No thread; `TenureThread` turns it."""
+
+    def __init__(self, store: OwnNode, names: Names, node_name: str, tell_condition: bool, rng: random.Random) -> None:
+        """tell_condition: set NetworkUnavailable to False once `network_up`."""
+        self._store, self._names, self._name, self._rng = store, names, node_name, rng
+        self._tell_condition = tell_condition
+        self.network_up = False
+        """The datapath is in place; set by the agent's main."""
+        self.held: Lease | None = None
+        self.owed: list[TenureEvent] = []
+        self._denied = ""
+        self._last_mac: int | None = None
+        """Of a lease we held: the device keeps it when the podCIDR is another."""
+
+    def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
+        """Make our Node say what we hold; what happened. Raises StoreUnavailable."""
+        del snapshot  # of our own Node the state of this moment counts
+        why = ""
+        for _ in range(TRIES):
+            try:
+                return self._told(self._settle(claim, self._store.own()))
+            except NodeGone as gone:
+                # its podCIDR is free, and a Node that comes back may get another
+                why = f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?"
+                return self._told(self._deny(why, homeless=True))
+            except RecordChanged as changed:
+                why = str(changed)
+            except ApiError as refused:
+                if refused.code not in REFUSED:
+                    raise
+                return self._told(self._deny(str(refused)))
+        return self._told(self._deny(f"{why}; it changed {TRIES} times while it was written"))
+
+    def _told(self, events: list[TenureEvent]) -> list[TenureEvent]:
+        """These, after what happened in a settling that was broken off."""
+        owed, self.owed = self.owed, []
+        return [*owed, *events]
+
+    def renew(self) -> Renewed:
+        """Whether all still stands as written. Raises LeaseExpired when it must be settled again, StoreUnavailable."""
+        if self._denied or self.held is None:
+            raise LeaseExpired(self._denied)
+        try:
+            view = self._store.own()
+        except RecordChanged as error:
+            raise LeaseExpired(str(error)) from error
+        if self._differing(self.held, view) or self._condition(view) is not None:
+            raise LeaseExpired("our Node does not say what we wrote")
+        if self.held.v4 is not None and self._older_overlap(self.held.v4.subnet, view.created):
+            raise LeaseExpired("an older Node has our podCIDR")
+        return Renewed(None)
+
+    def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:
+        if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != view.subnets.get(4):
+            now = f"podCIDR {view.subnets[4]}" if 4 in view.subnets else "no podCIDR yet"
+            # owed at once: the device keeps the pods of it, whatever becomes of the rest
+            self.owed.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
+            self._last_mac, self.held = self.held.v4.mac, None
+        if (why := self._fault(claim, view)) is not None:
+            return self._deny(why)
+        if older := self._older_overlap(view.subnets[4], view.created):
+            return self._deny(
+                f"podCIDR {view.subnets[4]} of Node {self._name} overlaps that of Node {older}, which is older;"
+                f" delete Node {self._name} and let its kubelet register it again",
+                homeless=True,
+            )
+        subnet = view.subnets[4]
+        end = claim.endpoint(subnet, self._public_ip(claim, view), self._mac(claim, view))
+        lease = Lease(self._name, "vxlan", end, None, self._name, view.created, 0, uid_number(view.uid))
+        differing, condition = self._differing(lease, view), self._condition(view)
+        if differing or condition is not None:
+            self._store.write(view.uid, differing, condition)
+        same = self.held is not None and self.held == lease and not self._denied
+        self.held, self._denied = lease, ""
+        return [] if same and not differing else [Held(lease, f"podCIDR of Node {self._name}")]
+
+    def _public_ip(self, claim: Claim, view: NodeView) -> int:
+        """What peers are to send to. A typing error must not take an address away that peers need: what was published
+        before holds, by us or (at a start) by whoever ran here."""
+        overwrite = hints(view.annotations, self._names).overwrite
+        if overwrite is not None:
+            return overwrite or claim.public_ip
+        if self.held is not None and self.held.v4 is not None:
+            return self.held.v4.public_ip
+        try:
+            return ip_number(view.annotations.get(self._names.public_ip[0], ""), 4)
+        except ValueError:
+            return claim.public_ip
+
+    def _fault(self, claim: Claim, view: NodeView) -> str | None:
+        """Why the Node's podCIDR cannot be our subnet, whatever the other Nodes have."""
+        network, subnet = claim.pool.network, view.subnets.get(4)
+        if view.fault:
+            return f"Node {self._name}: {view.fault}"
+        if not view.subnets:
+            return (
+                f"Node {self._name} has no podCIDR yet; waiting for one (kube-controller-manager gives it with"
+                f" --allocate-node-cidrs --cluster-cidr={network})"
+            )
+        if subnet is None:
+            only = ", ".join(str(there) for there in view.subnets.values())
+            return f"Node {self._name} has podCIDR {only} only, and there is no IPv6 datapath yet; it needs an IPv4 one"
+        if not network.covers(subnet):
+            return (
+                f"podCIDR {subnet} of Node {self._name} is outside Network {network}:"
+                " net-conf.json's Network must be the cluster CIDR"
+            )
+        if there := next((there for there in claim.avoid if there.overlaps(subnet)), None):
+            return f"podCIDR {subnet} of Node {self._name} overlaps our underlay {there}"
+        return None
+
+    def _older_overlap(self, subnet: Prefix, created: int) -> str | None:
+        older = (other for other in self._store.known().overlapping(subnet) if other.created < created)
+        return next((other.key for other in older), None)
+
+    def _deny(self, why: str, homeless: bool = False) -> list[TenureEvent]:
+        self._denied = why
+        return [Denied(why, homeless=homeless)]
+
+    def _differing(self, lease: Lease, view: NodeView) -> dict[str, str | None]:
+        return {name: text for name, text in encode(lease, self._names).items() if view.annotations.get(name) != text}
+
+    def _condition(self, view: NodeView) -> dict[str, str] | None:
+        """The condition to write; None where it stands or is not to be told (yet)."""
+        if not self._tell_condition or not self.network_up or view.unavailable == "False":
+            return None
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return {
+            "type": UNAVAILABLE,
+            "status": "False",
+            "reason": REASON,
+            "message": MESSAGE,
+            "lastHeartbeatTime": now,
+            "lastTransitionTime": now,
+        }
+
+    def _mac(self, claim: Claim, view: NodeView) -> int:
+        """The MAC we hold, the device's, else our annotation's, else a new one; never one that an older Node has."""
+        known = self._store.known()
+
+        def free(mac: int) -> bool:
+            return all(other.created >= view.created for other in known.with_mac(mac))
+
+        held = self.held.v4.mac if self.held is not None and self.held.v4 is not None else self._last_mac
+        for mac in (held, claim.device_mac, self._published(view)):
+            if mac is not None and free(mac):
+                return mac
+        while True:
+            drawn = choose_mac((), self._rng)
+            if free(drawn):
+                return drawn
+
+    def _published(self, view: NodeView) -> int | None:
+        try:
+            return vxlan_data(json.loads(view.annotations.get(self._names.data[0], "")), "")[1]
+        except (BadRecord, ValueError, RecursionError):
+            return None
+
+    def withdraw(self) -> list[str]:
+        """Take our annotations and condition off the Node; what was taken away. Raises RecordChanged, StoreUnavailable."""
+        view = self._store.own()
+        nothing = Lease(self._name, "", None, None, "", 0, 0, 0)
+        ours = [name for name in encode(nothing, self._names) if name in view.annotations]
+        condition = None
+        if self._tell_condition and view.reason == REASON:
+            condition = {"$patch": "delete", "type": UNAVAILABLE}
+        if ours or condition is not None:
+            self._store.write(view.uid, dict.fromkeys(ours), condition)
+        return ours

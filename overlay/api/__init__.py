@@ -1,0 +1,1 @@
+"""What the agent answers: status, metrics, health, on a socket and on a port."""

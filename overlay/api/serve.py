@@ -1,0 +1,202 @@
+"""Health and readiness over TCP, status over a Unix socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from socketserver import BaseRequestHandler, BaseServer, TCPServer, ThreadingMixIn, UnixStreamServer
+from typing import Any
+
+from overlay.process.log import log
+
+SOCKET_NAME = "overlay.sock"
+LONGEST_REQUEST = 1 << 16
+ASKED_WITHIN_S, ANSWERED_WITHIN_S = 5.0, 10.0
+"""For a whole request, however it trickles in, and to take the whole answer."""
+MOST_AT_ONCE = 16
+"""Connections of one server. Where one more comes, the oldest goes that has not asked yet, or has not taken its answer
+within SLOW_S; where there is none, the new one waits for that: who asks at once is served."""
+SLOW_S = 1.0
+SAME_FOR_S = 0.5
+REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
+Answer = tuple[int, str, str]
+"""HTTP status, content type, body."""
+Routes = dict[str, Callable[[], Answer]]
+
+
+def text(status: int, line: str) -> Answer:
+    """One line of plain text."""
+    return status, "text/plain; charset=utf-8", line + "\n"
+
+
+def as_json(status: int, value: object) -> Answer:
+    """A JSON body."""
+    return status, "application/json", json.dumps(value) + "\n"
+
+
+def same_for_a_moment(
+    answer: Callable[[], Answer], clock: Callable[[], float] = time.monotonic
+) -> Callable[[], Answer]:
+    """An answer that costs the owner's thread something, made once in SAME_FOR_S at most however many ask."""
+    lock = threading.Lock()
+    last: list[tuple[float, Answer]] = []
+
+    def remembered() -> Answer:
+        with lock:
+            if not last or clock() >= last[0][0] + SAME_FOR_S:
+                made = answer()
+                last[:] = [(clock(), made)]
+            return last[0][1]
+
+    return remembered
+
+
+class _Handler(BaseRequestHandler):
+    """One request, one answer. http.server would do the same with 6 MiB more (email, mimetypes, ssl...)."""
+
+    routes: Routes
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # nobody waits for the answer any more, or did not say in time what it wants
+            first = self._request().partition(b"\n")[0].decode("latin-1")
+            method, _, rest = first.partition(" ")
+            if self.server.asked(self.request):  # type: ignore[attr-defined]
+                self._answer(method, rest.split(" ")[0].split("?")[0].strip())
+
+    def _request(self) -> bytes:
+        """What was sent until an empty line, the end, or more than anybody needs. Raises TimeoutError."""
+        end = time.monotonic() + ASKED_WITHIN_S
+        data = b""
+        while len(data) < LONGEST_REQUEST and b"\r\n\r\n" not in data and b"\n\n" not in data:
+            if (left := end - time.monotonic()) <= 0:
+                raise TimeoutError
+            self.request.settimeout(left)
+            chunk = self.request.recv(LONGEST_REQUEST)
+            if not chunk:
+                break
+            data += chunk
+        self.request.settimeout(ANSWERED_WITHIN_S)
+        return data
+
+    def _answer(self, method: str, path: str) -> None:
+        route = self.routes.get(path)
+        if method not in ("GET", "HEAD"):
+            status, kind, body = text(405, "only GET")
+        elif route is None:
+            status, kind, body = text(404, f"there is {', '.join(self.routes)}")
+        else:
+            status, kind, body = route()
+        data = body.encode()
+        head = f"HTTP/1.0 {status} {REASONS.get(status, '')}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
+        self.request.sendall(f"{head}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
+
+
+class _Server(ThreadingMixIn, BaseServer):
+    daemon_threads = allow_reuse_address = True
+    request_queue_size = 64
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._changed = threading.Condition()
+        self._open: dict[socket.socket, float] = {}
+        """Connections that are served, the oldest first, and until when each may stay where others want its place."""
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """In a thread of its own."""
+        with self._changed:
+            while len(self._open) >= MOST_AT_ONCE:
+                self._let_one_go()
+            self._open[request] = 0.0
+        super().process_request(request, client_address)
+
+    def _let_one_go(self) -> None:
+        """Or wait a moment for the answers under way."""
+        first = min(self._open, key=self._open.__getitem__)
+        if (left := self._open[first] - time.monotonic()) > 0:
+            self._changed.wait(left)
+            return
+        with contextlib.suppress(OSError):
+            first.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it
+        del self._open[first]
+
+    def asked(self, request: socket.socket) -> bool:
+        """It waits for its answer from now on; False: it had to go, and gets none."""
+        with self._changed:
+            if request not in self._open:
+                return False
+            self._open[request] = time.monotonic() + SLOW_S
+            return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """It was answered, or gave up."""
+        with self._changed:
+            self._open.pop(request, None)
+            self._changed.notify()
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """A bug in an answer: say so, and serve on."""
+        log.error("serve", error=repr(sys.exc_info()[1]), effect="one request got no answer")
+
+
+class _TcpServer(_Server, TCPServer):
+    pass
+
+
+class _UnixServer(_Server, UnixStreamServer):
+    pass
+
+
+def _handler(routes: Routes) -> type[_Handler]:
+    return type("Handler", (_Handler,), {"routes": routes})
+
+
+def serve_tcp(host: str, port: int, routes: Routes) -> TCPServer:
+    """Serve in a thread of its own. Raises OSError (the port is taken)."""
+    server = _TcpServer((host, port), _handler(routes))
+    _start(server, "health")
+    return server
+
+
+def serve_unix(path: str, routes: Routes) -> UnixStreamServer:
+    """Serve on a Unix socket that root alone may use; one left over by a crash is replaced. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    server = _UnixServer(path, _handler(routes))
+    os.chmod(path, 0o600)
+    _start(server, "status")
+    return server
+
+
+def _start(server: BaseServer, name: str) -> None:
+    # it is never shut down, so it need not look twice a second whether it was
+    threading.Thread(target=server.serve_forever, args=(3600.0,), name=name, daemon=True).start()
+
+
+def ask_unix(path: str, route: str, timeout_s: float = 10.0) -> tuple[int, str]:
+    """Ask an agent over its socket: HTTP status and body. Raises OSError (no agent listens there)."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                connection.connect(path)
+                break
+            except BlockingIOError:  # its queue is full for a moment
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(0.02)
+        connection.sendall(f"GET {route} HTTP/1.0\r\n\r\n".encode())
+        data = b""
+        while chunk := connection.recv(1 << 16):
+            data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    if not head:
+        raise ConnectionResetError("it closed the connection without an answer: more ask at once than it serves")
+    return int(head.split()[1]), body.decode()

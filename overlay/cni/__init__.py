@@ -1,0 +1,1 @@
+"""What pods are made by: subnet.env and the CNI network list."""

@@ -1,0 +1,372 @@
+"""Pods send from their own addresses alone: each port of a pod's bridge is bound to what its pod had when it was first seen.
+
+IPv4, ARP, IPv6, neighbour discovery and the MAC, in an nftables table of the bridge family. A pod's addresses are asked of
+the kernel, at the other end of its veth, before its containers start; what it gives itself later is not its own. A port is
+known by the number and the name of its interface and the MAC of the end that the node has, which no pod can change: a veth
+that comes by the number of one that is gone (it was made in a pod's namespace, as old plugins do) is another port. The
+table remembers: a new agent keeps what it finds there.
+
+A port that is not (yet) bound is let through: pods made while no agent runs must have their network, and a sandbox that
+takes its addresses away to have them for itself (gVisor) shows none.
+
+Belongs to the agent's owner thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from lease.model import Prefix, ip_text
+from overlay.firewall.nat import TABLE_PREFIX
+from overlay.kernel.netlink import KernelError, RequestSocket
+from overlay.kernel.nftables import wire as nf_wire
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.nftables.wire import equal, load, meta
+from overlay.kernel.route.entries import Link, PodEnd
+from overlay.process.log import log
+
+SUFFIX = "-pods"
+PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6 = "ports", "ports6", "macs", "addresses", "addresses6"
+ENDS = "ends"
+"""No rule asks it: the MACs of the node's ends, to tell whose bindings those are."""
+SPOOFED = "spoofed"
+SETTLED_S = 5.0
+"""After so long an interface has its link-local IPv6 address, too: it makes it when its link comes up, before it is given an
+IPv4 address, but for one whose other end comes up later."""
+FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
+"""A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
+HURRIED_S = 30.0
+_OF_ADDRESS = 0x0A58 << 32
+"""Older bridge plugins give an interface this MAC, with its IPv4 address behind (hwaddr.PrivateMACPrefix)."""
+_NF_BR_PRE_ROUTING, _EARLY = 0, -300
+_IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
+_ICMPV6 = b"\x3a"
+_SOLICIT, _ADVERT, _ROUTER_ADVERT, _REDIRECT = (bytes([value]) for value in (135, 136, 134, 137))
+_NOWHERE = bytes(16)
+_NAME = 16
+"""IFNAMSIZ."""
+
+
+def table_name(vni: int) -> str:
+    """The table of a network."""
+    return f"{TABLE_PREFIX}{vni}{SUFFIX}"
+
+
+def table(vni: int) -> nf_wire.Table:
+    """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
+    port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
+    bound, bound6 = (*port, nf_wire.found_in(PORTS)), (*port, nf_wire.found_in(PORTS6))
+    icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
+    drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
+
+    def kind(ethertype: bytes) -> tuple[bytes, ...]:
+        return meta(nf_wire.META_PROTOCOL), equal(ethertype)
+
+    def not_its_own(field: bytes, name: str) -> tuple[bytes, ...]:
+        return meta(nf_wire.META_IIF), field, nf_wire.absent_from(name)
+
+    rules: list[tuple[str, tuple[bytes, ...]]] = [
+        ("a MAC of another", (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
+        ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(load("network", 12, 4, True), ADDRESSES))),
+        (
+            "ARP for another's address",  # a probe has none (RFC 5227)
+            (*bound, *kind(_ARP), load("network", 14, 4), nf_wire.differ(bytes(4)),
+             *not_its_own(load("network", 14, 4, True), ADDRESSES)),
+        ),
+        (
+            "an IPv6 source of another",  # one that looks whether an address is free has none yet
+            (*bound6, *kind(_IPV6), load("network", 8, 16), nf_wire.differ(_NOWHERE),
+             *not_its_own(load("network", 8, 16, True), ADDRESSES6)),
+        ),
+        (
+            "a neighbour advertisement for another's address",
+            (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT), *not_its_own(load("transport", 8, 16, True), ADDRESSES6)),
+        ),
+        ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
+        ("a redirect", (*bound, *kind(_IPV6), *icmpv6, equal(_REDIRECT))),
+        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_VLAN))),
+        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_QINQ))),
+    ]  # fmt: skip
+    return nf_wire.Table(
+        "bridge",
+        table_name(vni),
+        (
+            nf_wire.Set(PORTS, nf_wire.IFACE_AND_NAME, 20),
+            nf_wire.Set(PORTS6, nf_wire.IFACE_AND_NAME, 20),
+            nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
+            nf_wire.Set(ADDRESSES, nf_wire.IFACE_AND_IPV4, 8),
+            nf_wire.Set(ADDRESSES6, nf_wire.IFACE_AND_IPV6, 20),
+            nf_wire.Set(ENDS, nf_wire.IFACE_AND_ETHER, 12),
+        ),
+        (SPOOFED,),
+        (nf_wire.Chain("prerouting", _NF_BR_PRE_ROUTING, _EARLY),),
+        tuple(nf_wire.Rule("prerouting", comment, (*expressions, *drop)) for comment, expressions in rules),
+    )
+
+
+class Bound(NamedTuple):
+    """What a port is bound to. name: of its interface. end: the MAC of the node's end; None where an agent before us did not
+    say. v6: None where it did not bind them."""
+
+    name: str
+    end: int | None
+    macs: frozenset[int]
+    v4: frozenset[int]
+    v6: frozenset[int] | None
+
+    def is_of(self, link: Link) -> bool:
+        """Whether that is the port, and not another of the same number."""
+        return self.end is None or self.end == link.mac
+
+    def keys(self, port: int) -> dict[str, list[bytes]]:
+        """Its elements, by set."""
+        at = port.to_bytes(4, sys.byteorder)
+        named = at + self.name.encode().ljust(_NAME, b"\0")
+        return {
+            PORTS: [named],
+            PORTS6: [] if self.v6 is None else [named],
+            MACS: [at + mac.to_bytes(6, "big") + bytes(2) for mac in self.macs],
+            ADDRESSES: [at + address.to_bytes(4, "big") for address in self.v4],
+            ADDRESSES6: [at + address.to_bytes(16, "big") for address in self.v6 or ()],
+            ENDS: [] if self.end is None else [at + self.end.to_bytes(6, "big") + bytes(2)],
+        }
+
+
+class AntiSpoof:
+    """The table of this node's pods."""
+
+    def __init__(self, sets: NetfilterSocket, requests: RequestSocket, clock: Callable[[], float]) -> None:
+        self._sets, self._requests, self._clock = sets, requests, clock
+        self._table: nf_wire.Table | None = None
+        self._bridges: set[int] = set()
+        self._nodes: set[int] = set()
+        """MACs of the bridges: no pod's."""
+        self._node_has: frozenset[int] = frozenset()
+        """The node's own IPv4 addresses: no pod's either."""
+        self._veths: list[Link] = []
+        """The node's ends of all that are on a bridge."""
+        self._ports: dict[int, Link] = {}
+        """The node's ends of veths on our bridges, by number."""
+        self._seen: dict[tuple[int, int], float] = {}
+        """When each was first seen, by number and MAC."""
+        self._bound: dict[int, Bound] = {}
+        self._later: dict[int, bool] = {}
+        """Ports that are looked at once more, and whether their pods had no link-local IPv6 address yet."""
+        self._there: dict[str, set[bytes]] = {}
+        """What the kernel's sets have."""
+        self._network: Prefix | None = None
+        self._known = False
+        """Whether the bridges are."""
+        self._next: float | None = None
+        self.mended = 0
+
+    def ports(self, links: Iterable[Link], bridges: Iterable[str], addresses: Iterable[int] = ()) -> None:
+        """The links of this node, the names of the bridges that pods are attached to, and the node's own addresses; while
+        nobody knows those bridges, all stays as it was found. What is bound stays so on another bridge, too: that of a
+        subnet which this node lost."""
+        every, names = list(links), set(bridges)
+        if not names:
+            return
+        self._known = True
+        self._node_has = frozenset(addresses)
+        bridges_of = [link for link in every if link.kind == "bridge" and link.name in names]
+        self._bridges, self._nodes = {link.ifindex for link in bridges_of}, {link.mac for link in bridges_of}
+        self._veths = [link for link in every if link.master and link.netnsid >= 0]
+        self._choose()
+        there = {(index, link.name, link.mac) for index, link in self._ports.items()}
+        if there != {(index, bound.name, bound.end) for index, bound in self._bound.items()}:
+            self._next = self._clock()
+
+    def _choose(self) -> None:
+        """The ports that are ours to bind, of the links that there are."""
+        self._ports = {
+            link.ifindex: link
+            for link in self._veths
+            if link.master in self._bridges or self._binding(link) is not None
+        }
+        now = self._clock()
+        self._seen = {key: self._seen.get(key, now) for key in map(_key, self._ports.values())}
+        self._later = {index: value for index, value in self._later.items() if index in self._ports}
+
+    def _binding(self, link: Link) -> Bound | None:
+        bound = self._bound.get(link.ifindex)
+        return bound if bound is not None and bound.is_of(link) else None
+
+    def next_look(self) -> float | None:
+        """When `look` has something to do, None: it has not."""
+        return self._next if self._table is not None else None
+
+    def dropped(self) -> int:
+        """Frames that were refused, since the table was made. Raises KernelError."""
+        return 0 if self._table is None else self._sets.counted(self._table, SPOOFED)
+
+    def remove(self, table: nf_wire.Table) -> None:
+        """No table of that name, and nothing is bound: switched on again, it begins anew. Raises KernelError."""
+        self._table, self._next = None, None
+        self._bound.clear()
+        self._later.clear()
+        self._sets.remove(table.family, table.name)
+
+    def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
+        """The table as it should be, read whole and compared. Raises KernelError."""
+        before, self._network = self._table, network
+        if before is not None and before.name != wanted.name:
+            self._sets.remove(before.family, before.name)
+        formed = self._sets.is_formed(wanted)
+        if formed or before is None:
+            # in a table of another form, which an agent of another version made, keys may be, too
+            every = {one: self._sets.elements(wanted, one) for one in wanted.sets}
+            there = {one.name: {key for key in keys if len(key) == one.key_size} for one, keys in every.items()}
+            if before is None:
+                self._believe(there)
+            elif before == wanted and there != self._there:
+                self._somebody_altered(wanted)
+            self._there = there
+        if not formed:
+            elements = self._elements()
+            self._sets.replace(wanted, elements)
+            self._there = elements
+            if before == wanted:
+                self._somebody_altered(wanted)
+            else:
+                log.info("pods", table=wanted.name, ports=len(self._bound))
+        self._table = wanted
+        self.look()
+
+    def _somebody_altered(self, table: nf_wire.Table) -> None:
+        self.mended += 1
+        log.warning("pods.mended", table=table.name, effect="somebody altered what pods' ports are bound to")
+
+    def _believe(self, there: dict[str, set[bytes]]) -> None:
+        """What an agent before us bound."""
+
+        def of(name: str, port: bytes, size: int) -> frozenset[int]:
+            return frozenset(int.from_bytes(key[4 : 4 + size], "big") for key in there[name] if key[:4] == port)
+
+        for key in there[PORTS]:
+            port, name = key[:4], key[4:].rstrip(b"\0").decode("utf-8", "replace")
+            v6 = of(ADDRESSES6, port, 16) if key in there[PORTS6] else None
+            end = next(iter(of(ENDS, port, 6)), None)
+            bound = Bound(name, end, of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+            self._bound[int.from_bytes(port, sys.byteorder)] = bound
+        self._choose()
+
+    def look(self) -> None:
+        """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
+        if self._table is None or self._network is None or not self._known:
+            return
+        for index, bound in list(self._bound.items()):
+            link = self._ports.get(index)
+            if link is None or not bound.is_of(link):
+                del self._bound[index]
+            elif (bound.name, bound.end) != (link.name, link.mac):  # renamed, or not said
+                self._bound[index] = bound._replace(name=link.name, end=link.mac)
+        waiting, refused = [], None
+        for _, link in sorted(self._ports.items()):
+            try:
+                again = self._look_at(link)
+            except KernelError as error:
+                refused = error
+                again = self._clock() + LATER_LOOKS_S
+            if again is not None:
+                waiting.append(again)
+        self._next = min(waiting, default=None)
+        self._apply(self._table)
+        if refused is not None:
+            raise refused
+
+    def _look_at(self, link: Link) -> float | None:
+        """Bind one port, as far as its pod is known. When it is to be looked at again, None: it is bound for good. Raises
+        KernelError."""
+        assert self._network is not None
+        index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
+        settled, bound = seen + SETTLED_S, self._bound.get(index)
+        if bound is not None and bound.v4 and bound.v6 is not None:
+            if index not in self._later:
+                return None
+            if now < settled:
+                return settled
+        end = self._requests.pod_end(link)
+        if end is None:
+            return None
+        others = [other for port, other in self._bound.items() if port != index]
+        if bound is None:
+            if not self._own(end):
+                return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
+            bound = self._first(link, end, others)
+        elif not bound.v4:  # all it had was another port's: is it still?
+            bound = bound._replace(v4=self._own(end) - self._node_has - _addresses(others))
+        if bound.v6 is None:
+            bound = bound._replace(v6=self._first6(end, bound, others))
+            self._later[index] = not any(map(_is_link_local, end.v6))
+        elif index in self._later and now >= settled:
+            # a plugin behind the bridge's may have given it another MAC (tuning)
+            bound = bound._replace(macs=bound.macs | self._free_macs({end.mac}, others))
+            if self._later.pop(index):
+                bound = bound._replace(
+                    v6=(bound.v6 or frozenset()) | self._free6(filter(_is_link_local, end.v6), others)
+                )
+        self._bound[index] = bound
+        if not bound.v4:
+            return now + LATER_LOOKS_S
+        return settled if index in self._later and now < settled else None
+
+    def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
+        """What a port is bound to when its pod is seen first: the rest is another's."""
+        v4, taken = self._own(end), _addresses(others) | self._node_has
+        for address in v4 & taken:
+            log.warning(
+                "pods.address_taken", interface=link.name, address=ip_text(4, address),
+                effect="it is another pod's, or the node's; this one may not send from it",
+            )  # fmt: skip
+        macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in v4)), others)
+        return Bound(link.name, link.mac, macs, v4 - taken, None)
+
+    def _first6(self, end: PodEnd, bound: Bound, others: list[Bound]) -> frozenset[int]:
+        """A pod's IPv6 addresses, and those that its interface makes of its MAC (RFC 4291, appendix A)."""
+        made = frozenset(map(_link_local_of, bound.macs))
+        return self._free6(end.v6 | made, others)
+
+    def _free6(self, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:
+        taken = (other.v6 or () for other in others)
+        return frozenset(addresses).difference(*taken, map(_link_local_of, self._nodes))
+
+    def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
+        return frozenset(macs).difference(self._nodes, *(other.macs for other in others))
+
+    def _own(self, end: PodEnd) -> frozenset[int]:
+        """The addresses of a pod that are of the network."""
+        assert self._network is not None
+        return frozenset(address for address in end.v4 if self._network.holds(address))
+
+    def _elements(self) -> dict[str, set[bytes]]:
+        found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6, ENDS)}
+        for index, bound in self._bound.items():
+            for name, keys in bound.keys(index).items():
+                found[name].update(keys)
+        return found
+
+    def _apply(self, table: nf_wire.Table) -> None:
+        wanted, there = self._elements(), self._there
+        more = {name: keys - there[name] for name, keys in wanted.items()}
+        self._sets.change(table, more, {name: keys - wanted[name] for name, keys in there.items()})
+        self._there = wanted
+
+
+def _key(link: Link) -> tuple[int, int]:
+    return link.ifindex, link.mac
+
+
+def _addresses(bound: Iterable[Bound]) -> frozenset[int]:
+    return frozenset().union(*(each.v4 for each in bound))
+
+
+def _is_link_local(address: int) -> bool:
+    return address >> 118 == 0xFE80 >> 6
+
+
+def _link_local_of(mac: int) -> int:
+    """RFC 4291, appendix A: the modified EUI-64."""
+    return 0xFE80 << 112 | (mac >> 24 ^ 0x020000) << 40 | 0xFFFE << 24 | mac & 0xFFFFFF

@@ -1,0 +1,305 @@
+"""Who may send VXLAN to this node: the addresses of peers, as a set in an nftables table of its own.
+
+The kernel asks the set before it decapsulates. The table is separate from the nat table, so that nobody pays for listing
+20,000 addresses, and made and kept by netlink: it is in place before the first route of a peer. What is wanted is derived
+from the peers; what the kernel has is believed as we wrote it, and read again at each check.
+
+Belongs to the agent's owner thread.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
+
+from lease.model import Lease, Prefix, ip_text, mask
+from lease.records.packed import FORM, NODE, PUBLIC_IP, unpack
+from overlay.firewall.nat import TABLE_PREFIX
+from overlay.kernel.nftables import wire as nf_wire
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.process.log import log
+
+GRACE_S = 60.0
+"""An address that no peer has any more is still let in for so long: what is under way, a node that comes back."""
+MOST_INTERRUPTED = 5
+"""So many checks in a row may be spoilt by others' changes of nftables (and our own) before one is made in one go."""
+STRANGERS_S, MOST_STRANGERS = 600, 64
+"""Of senders that are refused so many are remembered, for so long, to be named to the operator."""
+SUFFIX = "-guard"
+VTEPS, INSIDE, STRANGERS = "vteps", "inside", "strangers"
+FROM_STRANGERS, FROM_PODS = "from_strangers", "from_pods"
+_NF_INET_LOCAL_IN, _NF_INET_FORWARD = 1, 2
+_RAW = -300
+_UDP = b"\x11"
+
+
+def table_name(vni: int) -> str:
+    """The table of a network."""
+    return f"{TABLE_PREFIX}{vni}{SUFFIX}"
+
+
+def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
+    """The form of the table.
+
+    A frame is told by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
+    may use the port as well. Pods are told by the interface and by the network: nothing from them goes to the port of any
+    node, whatever is in it; from pod to pod it may.
+    """
+    to_port = (
+        nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
+        nf_wire.load("transport", 2, 2), nf_wire.equal(port.to_bytes(2, "big")),
+    )  # fmt: skip
+    from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(INSIDE))
+    from_network = (*_within("network", 12, network), nf_wire.equal(network.base.to_bytes(4, "big")))
+    beyond = (*_within("network", 16, network), nf_wire.differ(network.base.to_bytes(4, "big")))
+    stranger = (
+        *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(vni.to_bytes(3, "big")),
+        nf_wire.load("network", 12, 4), nf_wire.absent_from(VTEPS),
+    )  # fmt: skip
+    pods = nf_wire.count(FROM_PODS)
+    return nf_wire.Table(
+        "ip",
+        table_name(vni),
+        (
+            nf_wire.Set(VTEPS, nf_wire.IPV4_ADDR, 4),
+            nf_wire.Set(INSIDE, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(STRANGERS, nf_wire.IPV4_ADDR, 4, STRANGERS_S, MOST_STRANGERS),
+        ),
+        (FROM_STRANGERS, FROM_PODS),
+        (
+            nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
+            nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
+        ),
+        (
+            nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_inside, pods, nf_wire.DROP)),
+            # a rule of its own: where the set is full it ends here
+            nf_wire.Rule("input", "who it was", (*stranger, nf_wire.remember(STRANGERS, STRANGERS_S))),
+            nf_wire.Rule(
+                "input", "VXLAN from no peer", (*stranger, nf_wire.count(FROM_STRANGERS), nf_wire.DROP)
+            ),
+            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_inside, *beyond, pods, nf_wire.DROP)),
+            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
+        ),
+    )  # fmt: skip
+
+
+def _within(base: str, offset: int, network: Prefix) -> tuple[bytes, bytes]:
+    return nf_wire.load(base, offset, 4), nf_wire.masked(mask(4, network.length).to_bytes(4, "big"))
+
+
+class Guard:
+    """The table of this node's network."""
+
+    def __init__(self, sets: NetfilterSocket, clock: Callable[[], float]) -> None:
+        self._socket, self._clock = sets, clock
+        self._table: nf_wire.Table | None = None
+        """What stands, or should stand; None until the network is known."""
+        self._uses: dict[int, int] = {}
+        """Addresses of peers; by how many of them each is used."""
+        self._inside: frozenset[int] | None = None
+        """Interfaces of pods, None while nobody knows them: what was found stays."""
+        self._there: set[int] = set()
+        """What the set of the kernel has."""
+        self._inside_there: frozenset[int] = frozenset()
+        self._new: set[int] = set()
+        self._leaving: dict[int, float] = {}
+        """Addresses that no peer has any more, and until when they are let in; the first goes first."""
+        self._check: Iterator[None] | None = None
+        self._touched: set[int] = set()
+        """Addresses that changed since the check under way began."""
+        self._interrupted = 0
+        """How many checks in a row saw nftables change."""
+        self.mended = 0
+        """How often somebody else had altered the table."""
+
+    # --- what is wanted
+
+    def load(self, packed: Iterable[bytes]) -> None:
+        """These are the peers."""
+        before, self._uses = self._uses, {}
+        uses = self._uses
+        for each in packed:
+            if each[FORM] <= NODE:
+                address = int.from_bytes(each[PUBLIC_IP], "big")
+                uses[address] = uses.get(address, 0) + 1
+            else:
+                self._use(unpack(each))
+        self._new |= uses.keys() - self._there
+        for address in before.keys() - uses.keys():
+            self._leaves(address)
+
+    def turn(self, was: Lease | None, now: Lease | None) -> None:
+        """A peer came, changed or went."""
+        if now is not None:
+            self._use(now)
+        if was is None or was.v4 is None:
+            return
+        for address in was.v4.outer_sources():
+            left = self._uses.get(address, 0) - 1
+            if left > 0:
+                self._uses[address] = left
+            elif self._uses.pop(address, None) is not None:
+                self._leaves(address)
+
+    def _leaves(self, address: int) -> None:
+        self._leaving.pop(address, None)
+        self._leaving[address] = self._clock() + GRACE_S
+
+    def _use(self, lease: Lease) -> None:
+        assert lease.v4 is not None
+        for address in lease.v4.outer_sources():
+            self._uses[address] = self._uses.get(address, 0) + 1
+            if address not in self._there:
+                self._new.add(address)
+
+    # --- making it so
+
+    def pods_behind(self, interfaces: frozenset[int]) -> None:
+        """The interfaces by which packets of pods come: the tunnel, bridges."""
+        self._inside = interfaces
+
+    def remove(self, table: nf_wire.Table) -> None:
+        """No table of that name. Raises KernelError."""
+        self._table = None
+        self._socket.remove(table.family, table.name)
+
+    def ensure(self, wanted: nf_wire.Table) -> None:
+        """The table as it should be, read whole and compared. Raises KernelError."""
+        before = self._table
+        if before is not None and before.name != wanted.name:
+            self.remove(before)
+        if not self._socket.is_formed(wanted):
+            let_in, inside = self._let_in(), self._inside or frozenset()
+            self._socket.replace(wanted, {VTEPS: _keys(let_in), INSIDE: _numbers(inside)})
+            self._table, self._there, self._inside_there = wanted, let_in, inside
+            self._new.clear()
+            if before == wanted:
+                self.mended += 1
+            tell = log.warning if before == wanted else log.info
+            tell("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(let_in))
+            return
+        there = {int.from_bytes(key, "big") for key in self._socket.elements(wanted, wanted.sets[0])}
+        inside = self._read_inside(wanted)
+        if before == wanted and (there, inside) != (self._there, self._inside_there):
+            self.mended += 1
+            missing = len(self._there - there) + len(self._inside_there - inside)
+            more = len(there - self._there) + len(inside - self._inside_there)
+            log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
+        self._table, self._there, self._inside_there = wanted, there, inside
+        self._new = self._uses.keys() - there
+        for address in there - self._uses.keys() - self._leaving.keys():
+            self._leaves(address)
+        self.apply()
+
+    def _read_inside(self, table: nf_wire.Table) -> frozenset[int]:
+        keys = self._socket.elements(table, table.sets[1])
+        return frozenset(int.from_bytes(key, sys.byteorder) for key in keys)
+
+    def begin_check(self, wanted: nf_wire.Table) -> None:
+        """Begin to look whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
+        if (
+            self._table != wanted
+            or not self._socket.is_formed(wanted)
+            or self._read_inside(wanted) != self._inside_there  # told of others' changes anyway: rare
+        ):
+            self.ensure(wanted)
+        elif self._check is None:
+            self._touched.clear()
+            self._check = self._checking(wanted)
+
+    def checking(self) -> bool:
+        """Whether a check is under way."""
+        return self._check is not None
+
+    def check_slice(self) -> bool:
+        """Some 2,000 addresses of a check that is under way; whether there is more of it. Raises KernelError."""
+        if self._check is None:
+            return False
+        try:
+            next(self._check)
+        except StopIteration:
+            self._check = None
+        except BaseException:
+            self._check = None
+            raise
+        return self.checking()
+
+    def _checking(self, table: nf_wire.Table) -> Iterator[None]:
+        found: set[int] = set()
+        interrupted = False
+        asking = NetfilterSocket()  # its own, since peers change the set meanwhile
+        try:
+            for keys, changed in asking.element_slices(table, table.sets[0]):
+                found.update([int.from_bytes(key, "big") for key in keys])
+                interrupted |= changed
+                yield
+        finally:
+            asking.close()
+        if self._table != table:
+            return
+        self._interrupted = self._interrupted + 1 if interrupted else 0
+        if self._interrupted > MOST_INTERRUPTED:  # then at once, for which an event waits
+            self._interrupted = 0
+            self.ensure(table)
+        elif not interrupted:
+            yield
+            missing, more = self._there - found - self._touched, found - self._there - self._touched
+            if missing or more:
+                self.ensure(table)
+
+    def apply(self) -> None:
+        """Bring the set to what it should be, by what changed. Raises KernelError."""
+        table = self._table
+        if table is None:
+            self._new.clear()
+            self._leaving.clear()
+            return
+        now = self._clock()
+        gone = [address for address, _ in takewhile(lambda item: item[1] <= now, self._leaving.items())]
+        take = [address for address in gone if address in self._there and address not in self._uses]
+        add = [address for address in self._new if address in self._uses and address not in self._there]
+        if add or take:  # with work in proportion to these alone
+            self._socket.change(table, {VTEPS: _keys(add)}, {VTEPS: _keys(take)})
+            self._there.update(add)
+            self._there.difference_update(take)
+            if self._check is not None:
+                self._touched.update(add, take)
+        self._new.clear()
+        for address in gone:
+            del self._leaving[address]
+        if self._inside is not None and self._inside != self._inside_there:
+            more, fewer = self._inside - self._inside_there, self._inside_there - self._inside
+            self._socket.change(table, {INSIDE: _numbers(more)}, {INSIDE: _numbers(fewer)})
+            self._inside_there = self._inside
+
+    def next_change(self) -> float | None:
+        """When an address leaves, None: none does."""
+        return next(iter(self._leaving.values()), None)
+
+    def _let_in(self) -> set[int]:
+        now = self._clock()
+        return self._uses.keys() | {address for address, until in self._leaving.items() if until > now}
+
+    # --- what is told
+
+    def dropped(self) -> Mapping[str, int]:
+        """Packets that were refused, since the table was made: from strangers, from pods. Raises KernelError."""
+        table = self._table
+        return {} if table is None else {name: self._socket.counted(table, name) for name in table.counters}
+
+    def strangers(self) -> list[str]:
+        """Who sent frames of our VNI in the last minutes, and is no peer now either. Raises KernelError."""
+        if self._table is None:
+            return []
+        keys = self._socket.elements(self._table, self._table.sets[2])
+        senders = [int.from_bytes(key, "big") for key in sorted(keys)]
+        return [ip_text(4, address) for address in senders if address not in self._uses]
+
+
+def _keys(addresses: Iterable[int]) -> list[bytes]:
+    return [address.to_bytes(4, "big") for address in addresses]
+
+
+def _numbers(indexes: Iterable[int]) -> list[bytes]:
+    return [index.to_bytes(4, sys.byteorder) for index in indexes]

@@ -1,0 +1,1 @@
+"""nftables: messages, the socket, the nft program; and the old iptables."""

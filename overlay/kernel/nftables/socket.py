@@ -1,0 +1,159 @@
+"""A socket to nftables in the kernel: transactions, and what is there. For our tables that change often (nf_wire.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+
+from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
+from overlay.kernel.nftables import wire as nf_wire
+from overlay.kernel.route import wire
+
+TRIES = 5
+"""Others may change nftables while we read; then it is read again."""
+LARGEST = 32 << 20
+"""Bytes of one transaction; an element takes 16 to 20."""
+SO_SNDBUFFORCE = 32
+_RECV = 1 << 16
+Elements = Mapping[str, Iterable[bytes]]
+"""Keys, by the name of their set."""
+
+
+class NetfilterSocket(RequestSocket):
+    """Requests and their answers. One thread only."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_NETFILTER)
+        with contextlib.suppress(PermissionError):
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, LARGEST)
+
+    def replace(self, table: nf_wire.Table, elements: Elements) -> None:
+        """Make a table anew, at once. Raises KernelError."""
+        self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
+
+    def remove(self, family: str, name: str) -> None:
+        """Take a table away, if it is there; of a family that this kernel lacks there is none. Raises KernelError."""
+        try:
+            self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
+        except KernelError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+                raise
+
+    def change(self, table: nf_wire.Table, add: Elements, take: Elements) -> None:
+        """Put keys into sets of a table and take others out, all at once. add, take: keys by the name of the set. Raises
+        KernelError, with ENOENT where the table or a key to be taken out is not there (nothing is done then)."""
+        messages = [one for name, keys in take.items() for one in nf_wire.remove_elements(table, name, keys)]
+        messages += [one for name, keys in add.items() for one in nf_wire.add_elements(table, name, keys)]
+        if messages:
+            self._commit(messages, f"sets of nft table {table.family} {table.name}")
+
+    def is_formed(self, table: nf_wire.Table) -> bool:
+        """Whether a table stands as it should, whatever is in its sets. Raises KernelError.
+
+        Chains are asked by name, since the kernel dumps those of all tables, of which kube-proxy has thousands; that there
+        are none beside them is told by the number of things in the table.
+        """
+        try:
+            size = self._get(nf_wire.GETTABLE, table, "")
+            chains = [self._get(nf_wire.GETCHAIN, table, chain.name) for chain in table.chains]
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        rules, sets = (self._read(kind, table) for kind in (nf_wire.GETRULE, nf_wire.GETSET))
+        return nf_wire.is_formed(table, nf_wire.Found(size, chains, rules, sets))
+
+    def elements(self, table: nf_wire.Table, one: nf_wire.Set) -> list[bytes]:
+        """The keys in a set; none where there is no such table. Raises KernelError."""
+        bodies = self._read(nf_wire.GETSETELEM, table, one.name)
+        return [key for body in bodies for key in nf_wire.elements(body, one.key_size)]
+
+    def element_slices(self, table: nf_wire.Table, one: nf_wire.Set) -> Iterator[tuple[list[bytes], bool]]:
+        """The same as they come, some 2,000 at a time, each time with whether nftables changed meanwhile (then some may be
+        missing). Until it is done nothing else can be asked on this socket. Raises KernelError."""
+        for bodies, changed in self._receipts(nf_wire.GETSETELEM, table, one.name):
+            yield [key for body in bodies for key in nf_wire.elements(body, one.key_size)], changed
+
+    def counted(self, table: nf_wire.Table, counter: str) -> int:
+        """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
+        try:
+            return nf_wire.counted(self._get(nf_wire.GETOBJ, table, counter))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return 0
+            raise
+
+    def _get(self, kind: int, table: nf_wire.Table, name: str) -> memoryview:
+        """The body of one thing. Raises KernelError, with ENOENT where it is not there."""
+        try:
+            return self.ask(lambda seq: nf_wire.get(kind, table.family, seq, table.name, name))
+        except KernelError as error:
+            raise KernelError(error.errno, f"reading nft table {table.family} {table.name}: {error}") from error
+
+    def _commit(self, messages: list[nf_wire.Message], what: str) -> None:
+        first = self.take_seqs(len(messages) + 2)
+        last = first + len(messages)
+        try:
+            self._socket.send(nf_wire.batch(messages, first))
+            refused: KernelError | None = None
+            while True:
+                for message in wire.split(self._socket.recv(_RECV)):
+                    if message.kind != wire.NLMSG_ERROR or not first <= message.seq <= last:
+                        continue
+                    refusal = refusal_of(message)
+                    if refusal is not None and refused is None:
+                        refused = KernelError(refusal.errno, f"{what}: {refusal}")
+                    if message.seq == last or (refused and message.seq == first):  # the whole was refused at its start
+                        if refused is not None:
+                            raise refused
+                        return
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error
+
+    def _read(self, kind: int, table: nf_wire.Table, name: str = "") -> list[memoryview]:
+        """The bodies of a dump that nobody's change has spoilt."""
+        for _ in range(TRIES):
+            bodies: list[memoryview] = []
+            spoilt = False
+            try:
+                for part, changed in self._receipts(kind, table, name):
+                    bodies += part
+                    spoilt |= changed
+            except KernelError as error:
+                if error.errno == errno.ENOENT:
+                    return []
+                raise
+            if not spoilt:
+                return bodies
+        where = f"{table.family} {table.name}"
+        raise KernelError(errno.EINTR, f"reading nft table {where}: others change nftables all the time")
+
+    def _receipts(self, kind: int, table: nf_wire.Table, name: str) -> Iterator[tuple[list[memoryview], bool]]:
+        """A dump as it comes: bodies, and whether somebody changed nftables meanwhile. Raises KernelError."""
+        what = f"reading nft table {table.family} {table.name}"
+        seq = self.take_seqs(1)
+        try:
+            self._socket.send(nf_wire.dump(kind, table.family, seq, table.name, name))
+            ended = False
+            while not ended:
+                bodies: list[memoryview] = []
+                changed = False
+                for message in wire.split(self._socket.recv(_RECV)):
+                    if message.seq != seq:
+                        continue
+                    changed |= bool(message.flags & wire.NLM_F_DUMP_INTR)
+                    if message.kind not in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
+                        bodies.append(message.body)
+                    elif (refusal := refusal_of(message)) is not None:
+                        raise KernelError(refusal.errno, f"{what}: {refusal}")
+                    else:
+                        ended = True
+                yield bodies, changed
+        except KernelError:
+            raise
+        except OSError as error:
+            raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error

@@ -1,0 +1,1 @@
+"""rtnetlink: entries as values, messages, links."""

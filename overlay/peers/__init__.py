@@ -1,0 +1,1 @@
+"""The other nodes: which records are peers, what each needs in the kernel, and making it so."""

@@ -1,0 +1,171 @@
+"""Wanted entries for one peer, and whether a peer's record can be used at all. Pure; asks the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lease.config import NetworkConfig, VxlanConfig
+from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
+from lease.records.packed import HEAD, NODE
+from overlay.backends import vxlan
+from overlay.kernel.route.entries import RouteKey
+
+_UNUSABLE = tuple(prefix(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))
+"""Never an underlay address: this-network, loopback, multicast, reserved and broadcast (RFC 6890)."""
+
+
+class Node(NamedTuple):
+    """What plan needs to know of this node.
+
+    own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own IPv4 addresses.
+    retained: subnets that it does not hold any more, but on which its pods still run.
+    """
+
+    network: Prefix
+    backend: VxlanConfig
+    own: Lease
+    on_link: tuple[Prefix, ...]
+    addresses: frozenset[int]
+    retained: tuple[Prefix, ...] = ()
+    allowed: tuple[Prefix, ...] = ()
+    """Where a peer's public IP must lie (--underlay-cidr); empty: anywhere."""
+    widest: int = 2
+    """A subnet is longer than Network by so many bits at least: a record cannot take half the cluster's traffic. On
+    Kubernetes the cluster gave the subnets, and only all of Network is too much."""
+
+    @property
+    def underlay_inside(self) -> bool:
+        """Whether nodes have addresses of Network: it is larger than what pods use of it."""
+        assert self.own.v4 is not None
+        return any(map(self.network.holds, (self.own.v4.public_ip, *self.addresses)))
+
+    @property
+    def kept(self) -> tuple[Prefix, ...]:
+        """The parts of Network that the operator says are the underlay's."""
+        return underlay_within(self.network, self.allowed)
+
+
+def underlay_within(network: Prefix, cidrs: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
+    """What --underlay-cidr takes from Network: no pod can have a node's address."""
+    return tuple(there for there in cidrs if there != network and network.covers(there))
+
+
+def node_of(
+    config: NetworkConfig,
+    own: Lease,
+    on_link: tuple[Prefix, ...],
+    addresses: frozenset[int],
+    retained: tuple[Prefix, ...] = (),
+    allowed: tuple[Prefix, ...] = (),
+    widest: int = 2,
+) -> Node:
+    """The Node of a config that has IPv4."""
+    assert config.v4 is not None
+    return Node(config.v4.network, config.backend, own, on_link, addresses, retained, allowed, widest)
+
+
+def refusal(node: Node, lease: Lease) -> str | None:
+    """Why a record cannot be a peer, whatever the other records say; None where it can."""
+    if lease.backend != vxlan.BACKEND:
+        return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {vxlan.BACKEND!a}"
+    if lease.v4 is None:
+        return "it has no IPv4 part, and there is no IPv6 datapath yet"
+    return _subnet_fault(node, lease.v4.subnet, lease.v4.public_ip) or _vtep_fault(node, lease.v4)
+
+
+def quick(node: Node) -> Callable[[bytes], bool]:
+    """Whether a packed record of a usual form surely passes `refusal`; one that does not is asked there."""
+    assert node.own.v4 is not None
+    own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
+    pods = [(there.base, there.last) for there in (own.subnet, *node.retained)]
+    closed = [(there.base, there.last) for there in (*node.on_link, *node.kept)] + pods
+    ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
+    bad = node.addresses | {own.public_ip, *ends}
+    low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
+    allowed = [(there.base, there.last) for there in node.allowed]
+    reserved = {octet for there in _UNUSABLE for octet in range(there.base >> 24, (there.last >> 24) + 1)}
+
+    def passes(packed: bytes) -> bool:
+        base, length, public_ip, mac, its_vni, _, _, _, form = HEAD.unpack_from(packed)
+        last = base | ((1 << (32 - length)) - 1)
+        if form > NODE or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
+            return False
+        if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
+            return False
+        if low <= public_ip <= high:  # the rare underlay inside Network is looked at with more care
+            return False
+        for first, end in pods:  # outside Network, too: that of before
+            if first <= public_ip <= end:
+                return False
+        if allowed and not any(first <= public_ip <= end for first, end in allowed):
+            return False
+        for first, end in closed:  # noqa: SIM110 (all() of a generator takes three times as long)
+            if first <= last and base <= end:
+                return False
+        return True
+
+    return passes
+
+
+def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
+    network = node.network
+    if not network.covers(subnet):
+        return f"subnet {subnet} is outside Network {network}"
+    if subnet.length < network.length + node.widest:
+        return f"subnet {subnet} is too large a part of Network {network}"
+    for there in node.on_link:
+        if subnet.overlaps(there):
+            return f"subnet {subnet} overlaps our underlay {there}"
+    for there in node.kept:
+        if subnet.overlaps(there):
+            return f"subnet {subnet} overlaps the underlay's {there} (--underlay-cidr)"
+    if subnet.holds(public_ip):
+        return f"PublicIP {ip_text(4, public_ip)} lies in its own subnet {subnet}"
+    assert node.own.v4 is not None
+    if subnet.overlaps(node.own.v4.subnet):
+        return f"subnet {subnet} overlaps our own {node.own.v4.subnet}"
+    for kept in node.retained:
+        if subnet.overlaps(kept):
+            return f"subnet {subnet} overlaps {kept}, which we lost but on which pods of this node still run"
+    return None
+
+
+def _vtep_fault(node: Node, end: Endpoint) -> str | None:
+    address, own = ip_text(4, end.public_ip), node.own.v4
+    assert own is not None
+    for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
+        if any(bad.holds(outer) for bad in _UNUSABLE):
+            return f"{name} {ip_text(4, outer)} cannot be a node's address"
+        said = any(there.holds(outer) for there in (*node.kept, *node.on_link))
+        if node.network.holds(outer) and not node.underlay_inside and not said:
+            return f"{name} {ip_text(4, outer)} is an address of Network {node.network}, which is the pods'"
+        if any(there.holds(outer) for there in (own.subnet, *node.retained)):
+            return f"{name} {ip_text(4, outer)} is an address of a subnet of ours"
+        if node.allowed and not any(there.holds(outer) for there in node.allowed):
+            return f"{name} {ip_text(4, outer)} is outside --underlay-cidr {', '.join(map(str, node.allowed))}"
+    for there in node.on_link:
+        if there.length < 31 and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
+            return f"PublicIP {address} is the network or broadcast address of {there}"
+    if end.public_ip == own.public_ip or end.public_ip in node.addresses:
+        return f"PublicIP {address} is our own"
+    if end.mac is None:
+        return "BackendData has no VtepMAC"
+    if end.mac == own.mac:
+        return f"VtepMAC {mac_text(end.mac)} is our own"
+    if end.vni != node.backend.vni:
+        return f"VNI {end.vni} is not this network's {node.backend.vni}"
+    return None
+
+
+def entries(node: Node, lease: Lease) -> vxlan.Entries:
+    """The kernel entries of a record that `refusal` lets pass."""
+    assert lease.v4 is not None
+    public_ip = lease.v4.public_ip
+    direct = node.backend.direct_routing and any(there.holds(public_ip) for there in node.on_link)
+    return vxlan.peer_entries(node.network, lease.v4, direct)
+
+
+def route_key(node: Node, subnet: Prefix) -> RouteKey:
+    """The key of the route that a subnet would get."""
+    return vxlan.route_key(node.network, subnet)

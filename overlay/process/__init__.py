@@ -1,0 +1,1 @@
+"""The process: log, deferred imports, run directory, files."""

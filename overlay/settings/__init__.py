@@ -1,0 +1,1 @@
+"""What the operator said: flags, environment, files; and which store that names."""

@@ -1,0 +1,156 @@
+"""The flags, and the way they are written: Go's, as flanneld takes them. Pure.
+
+Source: flannel main.go (names, defaults), Go's package flag (-x, --x, -x=v, -x v; booleans alone or with =),
+pkg/util/flagutil (the environment). Not argparse: it knows neither -long names nor booleans of that kind, and costs each
+agent 1 MiB and 10 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from lease.records.annotations import DEFAULT_PREFIX
+
+ENV_PREFIX = "FLANNELD_"
+DEFAULT_SUBNET_FILE = "/run/flannel/subnet.env"
+DEFAULT_RUN_DIR = "/run/overlay"
+DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
+LIVE = (
+    "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
+    "pod-antispoof",
+)  # fmt: skip
+"""Flags that --live-settings may hold."""
+LEASE_TTL_S = 86_400
+"""flannel's: 24 hours (pkg/subnet/etcd/local_manager.go)."""
+HELP = ("h", "help")
+
+
+class FlagError(ValueError):
+    """The command line cannot be read: says where."""
+
+
+class Flag(NamedTuple):
+    """One flag. kind: str, int, bool, list or password; refuse: why a value other than the default is refused."""
+
+    name: str
+    kind: str
+    default: Any
+    text: str
+    refuse: str = ""
+    ours: bool = False
+
+
+FLAGS = (
+    Flag("etcd-endpoints", "str", "http://127.0.0.1:4001,http://127.0.0.1:2379", "etcd servers, comma-separated"),
+    Flag("etcd-prefix", "str", "/coreos.com/network", "where the network's keys stand"),
+    Flag("etcd-keyfile", "str", "", "client key for TLS"),
+    Flag("etcd-certfile", "str", "", "client certificate for TLS"),
+    Flag("etcd-cafile", "str", "", "CA that signed etcd's certificate"),
+    Flag("etcd-username", "str", "", "etcd user"),
+    Flag("etcd-password", "password", "", "its password; better given as FLANNELD_ETCD_PASSWORD"),
+    Flag("iface", "list", (), "underlay interface, by name or address; repeatable, first match wins"),
+    Flag("iface-regex", "list", (), "the same by a regular expression over addresses, then names; after all --iface"),
+    Flag("iface-can-reach", "str", "", "underlay interface and address: those that route to this address"),
+    Flag("public-ip", "str", "", "address that peers send to; one that is not local is advertised only"),
+    Flag("subnet-file", "str", DEFAULT_SUBNET_FILE, "where subnet.env is written"),
+    Flag("subnet-lease-renew-margin", "int", 60, "minutes before its end at which a lease is renewed at the latest"),
+    Flag("ip-masq", "bool", False, "masquerade traffic that leaves the pod network"),
+    Flag("ip-masq-fully-random-disable", "bool", False, "masquerade without fully random ports"),
+    Flag("iptables-forward-rules", "bool", True, "accept forwarded pod traffic"),
+    Flag("iptables-resync", "int", 5, "accepted; our rules are watched, not polled"),
+    Flag("healthz-ip", "str", "0.0.0.0", "address of /healthz and /readyz"),  # noqa: S104
+    Flag("healthz-port", "int", 0, "their port; 0 = off"),
+    Flag("version", "bool", False, "print the version and exit"),
+    Flag("v", "int", 0, "above 0: log level debug"),
+    Flag("public-ipv6", "str", "", "", "there is no IPv6 datapath yet"),
+    Flag("ip-blackhole-route", "bool", False, "", "there are no blackhole routes here"),
+    Flag("kube-subnet-mgr", "bool", False, "take the subnet from this Node's podCIDR, peers from Kubernetes, not etcd"),
+    Flag("kube-api-url", "str", "", "the API server; else --kubeconfig-file, else the pod's service account"),
+    Flag("kubeconfig-file", "str", "", "kubeconfig with API server and credentials"),
+    Flag("kube-annotation-prefix", "str", DEFAULT_PREFIX, "what the Node annotations' names begin with"),
+    Flag("net-config-path", "str", "/etc/kube-flannel/net-conf.json", "the network config, with --kube-subnet-mgr"),
+    Flag("set-node-network-unavailable", "bool", True, "set the Node's NetworkUnavailable to False once it is"),
+    Flag("vmodule", "str", "", "", "use --log-level"),
+    Flag("log_backtrace_at", "str", "", "", "use --log-level"),
+    Flag("run-dir", "str", DEFAULT_RUN_DIR, "all else that the agent writes; one agent each", ours=True),
+    Flag("cni-conf-dir", "str", DEFAULT_CNI_CONF_DIR, "where the CNI network list is written; empty = none", ours=True),
+    Flag("cni-data-dir", "str", "", "dataDir of host-local in that list; empty = the plugin's own", ours=True),
+    Flag(
+        "cni-conf-template",
+        "str",
+        "",
+        "flannel's cni-conf.json, to make that list of; empty = the plain one",
+        ours=True,
+    ),
+    Flag("node-name", "str", "", "this node's name (else $NODE_NAME); with Kubernetes its Node's", ours=True),
+    Flag("live-settings", "str", "", f"JSON file of flags that change while we run: {', '.join(LIVE)}", ours=True),
+    Flag("proc-sys-net", "str", "/proc/sys/net", "where /proc/sys/net is writable, in a container", ours=True),
+    Flag(
+        "underlay-cidr",
+        "list",
+        (),
+        "where the addresses of peers must lie (PublicIP, and OverlaySource where a record has one), comma-separated or"
+        " repeated; others are refused; none = anywhere",
+        ours=True,
+    ),
+    Flag(
+        "vxlan-guard",
+        "bool",
+        True,
+        "drop VXLAN of our VNI from addresses of no peer, and what pods send to its port on any node",
+        ours=True,
+    ),
+    Flag("pod-antispoof", "bool", True, "let each pod of our bridge send from its own addresses alone", ours=True),
+    Flag("take-over", "bool", False, "take the record of our public IP over, whoever made it", ours=True),
+    Flag("subnet-lease-ttl", "int", LEASE_TTL_S, "life of an etcd lease, in seconds", ours=True),
+    Flag("log-level", "str", "info", "debug, info, warning or error", ours=True),
+    Flag("log-format", "str", "auto", "console, json, or auto: console on a terminal", ours=True),
+)
+_BY_NAME = {flag.name: flag for flag in FLAGS}
+
+
+def variable(name: str) -> str:
+    """The environment variable of a flag."""
+    return ENV_PREFIX + name.upper().replace("-", "_")
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """What was given, by flag: text, or a list of texts for a repeatable one; "help" where that was asked for.
+
+    Raises:
+        FlagError: an unknown flag, a missing value, an argument that is no flag.
+    """
+    given: dict[str, Any] = {}
+    left = iter(arguments)
+    for argument in left:
+        if not argument.startswith("-") or argument in ("-", "--"):
+            raise FlagError(f"{argument!r} is no flag (booleans are written with =, like --ip-masq=false)")
+        name, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
+        if name in HELP:
+            given["help"] = True
+            continue
+        flag = _BY_NAME.get(name)
+        if flag is None:
+            raise FlagError(f"there is no flag {argument.partition('=')[0]!r}")
+        if not equals:
+            text = "true" if flag.kind == "bool" else next(left, "")
+            if not text:
+                raise FlagError(f"--{name}: needs a value, like --{name}=VALUE")
+        if flag.kind == "list":
+            given.setdefault(name, []).append(text)
+        else:
+            given[name] = text
+    return given
+
+
+def help_text(prog: str) -> str:
+    """What --help prints."""
+    lines = [f"usage: {prog} [--FLAG=VALUE ...]", "", "VXLAN overlay agent, compatible with flanneld.", ""]
+    for flag in FLAGS:
+        value = "" if flag.kind == "bool" else "=N" if flag.kind == "int" else "=VALUE"
+        default = "" if flag.kind in ("list", "bool") or flag.default == "" else f" ({flag.default})"
+        lines.append(f"  --{flag.name}{value}")
+        lines.append(f"        {flag.text or f'refused: {flag.refuse}'}{default}")
+    lines += ["", f"Each flag is also read from the environment: {variable('etcd-endpoints')} for --etcd-endpoints."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Taking away what is ours: from this node, and from the store."""

@@ -1,0 +1,72 @@
+"""`overlay release`: give up this node's lease."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lease.model import ip_text, mac_text
+from lease.store import RecordChanged, StoreUnavailable
+from overlay.cni.lists import LEASE_FILE, remove
+from overlay.process.rundir import RunDirError, hold
+from overlay.settings.settings import Settings
+from overlay.settings.stores import etcd_store
+
+
+class ReleaseError(Exception):
+    """Nothing was released: says why, and what to do."""
+
+
+class NothingKnown(ReleaseError):
+    """No agent of this run directory ever held a lease."""
+
+
+def release(settings: Settings) -> str:
+    """Delete the record that this node's agent held last; its key. The datapath stays as it is.
+
+    Raises:
+        ReleaseError: the agent still runs (it would take the lease again), none is known here, or the record is not
+            ours any more.
+    """
+    if settings.kube:
+        raise ReleaseError(
+            "on Kubernetes the subnet is the Node's podCIDR; `overlay uninstall` takes the node's annotations away"
+        )
+    if not Path(settings.run_dir).is_dir():
+        raise NothingKnown(f"no lease of this node is known: there is no {settings.run_dir}; is --run-dir the agent's?")
+    try:
+        lock = hold(settings.run_dir)
+    except RunDirError as error:
+        raise ReleaseError(f"{error} and would take the lease again; stop it first") from error
+    with lock:
+        return _release(settings)
+
+
+def _release(settings: Settings) -> str:
+    file = Path(settings.run_dir) / LEASE_FILE
+    try:
+        ours = json.loads(file.read_text())
+        key, public_ip, vtep_mac = ours["key"], ours["public_ip"], ours["vtep_mac"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NothingKnown(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
+    store = etcd_store(settings)
+    try:
+        lease = store.read().leases.get(key)
+        if lease is None:
+            raise ReleaseError(
+                f"{store.place} has no record {key}: are these the agent's --etcd-endpoints and --etcd-prefix?"
+                f" If it expired, there is nothing to release (rm {file})"
+            )
+        if lease.v4 is not None:
+            there = (ip_text(4, lease.v4.public_ip), mac_text(lease.v4.mac or 0))
+            if there != (public_ip, vtep_mac):
+                raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
+            store.remove(lease)
+        remove(str(file))
+    except StoreUnavailable as error:
+        raise ReleaseError(f"the store does not do it now: {error}") from error
+    except RecordChanged as error:
+        raise ReleaseError(f"{error}; look again") from error
+    finally:
+        store.close()
+    return str(key)
