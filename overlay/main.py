@@ -1,4 +1,4 @@
-"""overlayd: wires the rooms together, signals, exit codes; the only place that knows them all.
+"""overlayd, the process: arguments, threads, signals, exit codes.
 
 Exit codes: 0 stopped by a signal, 1 cannot go on (another node has our address, a bug), 2 the command line is wrong.
 systemd's Restart=on-failure restarts on 1 and 2.
@@ -32,6 +32,7 @@ from overlay.settings.stores import etcd_store, node_store
 if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
+    from overlay.agent.loop import Loop
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
@@ -107,63 +108,76 @@ def _run(settings: Settings) -> int:
 
 
 def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
-    from lease.tenure.keeper import TenureThread
-    from overlay.agent.loop import Agent, Stop
+    from lease.tenure.keeper import TenureThread, boottime
+    from overlay.agent.loop import Loop, Stop
+    from overlay.compose import Outside, compose
     from overlay.firewall.forward import SHARED_TABLE
     from overlay.firewall.nat import TABLE_PREFIX
     from overlay.kernel.netlink import Monitor, NftMonitor
     from overlay.kernel.route.links import sysctls_at
-    from overlay.process.files import FileThread
 
     store = side.store
     sysctls_at(settings.proc_sys_net)
     hosts = StoreHosts(side.hosts)
+    outside = Outside(
+        clock=boottime,
+        post=inbox.put,
+        stop=lambda reason: inbox.put(Stop(reason, 1)),
+        store_place=lambda: store.place,
+        config_place=store.config_place,
+        store_hosts=lambda: hosts.known,
+        reconnect=store.reconnect,
+        identity_of=identity(settings.node_name),
+        set_log_level=log.set_level,
+    )
     try:
-        agent = Agent(settings, inbox, lambda: store.place, lambda: hosts.known, identity(settings.node_name))
+        made = compose(settings, outside)
     except OSError as error:
         raise _CannotStart(
             f"cannot talk to the kernel: {error}; overlayd needs CAP_NET_ADMIN and CAP_NET_RAW"
         ) from error
-
-    agent.claimer = claimer = TenureThread(side.tenure, agent.post, side.renew_within_s)
-    agent.reconnect, agent.config_place, agent.set_log_level = store.reconnect, store.config_place, log.set_level
+    loop = Loop(made.controllers, made.current, made.health, inbox, boottime)
+    made.ownership.claimer = claimer = TenureThread(side.tenure, inbox.put, side.renew_within_s)
+    loop.each_pass = made.ownership.judge_renewal
 
     def started() -> None:
         notify("READY=1")
         side.network_up(claimer)
         garbage_as_usual()
 
-    agent.started = started
-    files = FileThread(
-        {
-            what: path
-            for what, path in (
-                ("net-conf", settings.net_config_path if settings.kube else ""),
-                ("cni-conf", settings.cni_conf_template),
-                ("live", settings.live_settings),
-            )
-            if path
-        },
-        agent.post,
-    )
-    files.look()
+    loop.started = started
+    files = _watched_files(settings, inbox)
     threads: list[threading.Thread] = [
-        Monitor(agent.post, agent.ports[0]),
-        NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), agent.post, agent.ports[1]),
+        Monitor(inbox.put, made.ports[0]),
+        NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), inbox.put, made.ports[1]),
         claimer,
-        *([files] if files.any() else []),
+        *files,
     ]
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _frame: agent.post(Stop(signal.Signals(got).name)))
-    _serve(settings, agent)
+        signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
+    _serve(settings, loop)
     for thread in threads:
         thread.start()
     try:
-        return agent.run()
+        return loop.run()
     finally:
         feed.stop()
         claimer.stop()
         store.close()
+
+
+def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[threading.Thread]:
+    """The thread that looks at the files an operator may change, when there is one to look at; each was read once."""
+    from overlay.process.watched import FileThread
+
+    paths = {
+        "net-conf": settings.net_config_path if settings.kube else "",
+        "cni-conf": settings.cni_conf_template,
+        "live": settings.live_settings,
+    }
+    files = FileThread({what: path for what, path in paths.items() if path}, inbox.put)
+    files.look()
+    return [files] if files.any() else []
 
 
 def _died(thread: threading.Thread | None, error: BaseException | None) -> Any:
@@ -214,24 +228,22 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
 
 
-def _serve(settings: Settings, agent: Any) -> None:
+def _serve(settings: Settings, loop: Loop) -> None:
     def healthz() -> serve.Answer:
-        return (
-            serve.text(200, "overlayd is running") if agent.health.healthy() else serve.text(503, "the loop is stuck")
-        )
+        return serve.text(200, "overlayd is running") if loop.health.healthy() else serve.text(503, "the loop is stuck")
 
     def readyz() -> serve.Answer:
-        ready, why = agent.health.readiness()
+        ready, why = loop.health.readiness()
         return serve.text(200, "overlayd is ready") if ready else serve.text(503, f"not ready: {why}")
 
     def status() -> serve.Answer:
-        found = agent.ask_status()
+        found = loop.ask_status()
         return serve.text(503, "the loop is stuck") if found is None else serve.as_json(200, found.json())
 
     def metrics() -> serve.Answer:
         from overlay.api.metrics import CONTENT_TYPE, exposition
 
-        found = agent.ask_status()
+        found = loop.ask_status()
         return serve.text(503, "the loop is stuck") if found is None else (200, CONTENT_TYPE, exposition(found))
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}

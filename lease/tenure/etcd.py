@@ -6,7 +6,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.records.codec import encode_key
@@ -14,6 +13,7 @@ from lease.records.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 from lease.tenure.allocate import RangeFull, choose_mac, choose_subnet
 from lease.tenure.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
+from lease.tenure.events import Denied, Held, Lost, Renewed, TenureEvent
 
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
@@ -21,39 +21,6 @@ MOST_REWRITES, REWRITES_S = 10, 60.0
 """So often within so long we write over what a twin of ours wrote over ours; then one of the two must go."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
-
-
-class Held(NamedTuple):
-    """The lease is ours; `how` says by which way, `loud` whether an operator should look."""
-
-    lease: Lease
-    how: str
-    loud: bool = False
-
-
-class Lost(NamedTuple):
-    """The subnet is not ours any more. The datapath of running pods stays; another is taken for new pods."""
-
-    lease: Lease
-    reason: str
-
-
-class Denied(NamedTuple):
-    """No lease for now, and why. conflict: another node claims our public IP. homeless: what we hold may be given to
-    another node at any time, so no new pod may get an address of it."""
-
-    reason: str
-    conflict: bool = False
-    homeless: bool = False
-
-
-class Renewed(NamedTuple):
-    """The etcd lease was kept alive; None: it never expires."""
-
-    left_s: float | None
-
-
-TenureEvent = Held | Lost | Denied | Renewed
 
 
 class Tenure:
@@ -69,7 +36,7 @@ class Tenure:
     ) -> None:
         self._store, self._probe, self._ttl_s, self._rng, self._clock = store, probe, ttl_s, rng, clock
         self.held: Lease | None = None
-        self.owed: list[TenureEvent] = []
+        self.unreported: list[TenureEvent] = []
         """What happened in a settling that the store then broke off: to be told all the same."""
         self._mac_in_use: int | None = None
         """Of a lease we held: the device keeps it when the subnet is lost."""
@@ -84,9 +51,9 @@ class Tenure:
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened, [] when nothing had to be done.
 
-        Raises StoreUnavailable: try again; what happened until then stands in `owed`.
+        Raises StoreUnavailable: try again; what happened until then stands in `unreported`.
         """
-        events, self.owed = self.owed, []
+        events, self.unreported = self.unreported, []
         if self._mac_in_use is not None:
             claim = claim._replace(device_mac=self._mac_in_use, take_over=False)
         for _ in range(RACES):
@@ -104,7 +71,7 @@ class Tenure:
                 events.append(Lost(self.held, str(lost)))
                 self.held = None
             except StoreUnavailable:
-                self.owed = events
+                self.unreported = events
                 raise
         return [*events, Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause")]
 
@@ -154,12 +121,12 @@ class Tenure:
             self.held = self._put_right(held, there.modified, wanted)
         if elsewhere:
             self._against_twins.add(self._clock())
-        how = "changed with this node" if there.same_claim(held) else "written again as it was"
+        method = "changed with this node" if there.same_claim(held) else "written again as it was"
         robbed = mac != held.v4.mac and there.v4.mac == held.v4.mac
         if robbed:
             rivals = (lease.key for lease in snapshot.leases.with_mac(held.v4.mac or 0) if lease.key != there.key)
-            how = f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.v4.mac or 0)}, too"
-        return [Held(self.held, how, loud=robbed)]
+            method = f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.v4.mac or 0)}, too"
+        return [Held(self.held, method, warn=robbed)]
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
@@ -168,7 +135,7 @@ class Tenure:
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
-        return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", loud=True)
+        return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", warn=True)
 
     def _put_right(self, held: Lease, modified: int, wanted: Lease) -> Lease:
         """Our record as it should be, over what somebody wrote there: under our etcd lease, since theirs is not ours to
@@ -192,25 +159,25 @@ class Tenure:
         wanted = self._lease(claim, subnet, self._mac_left_to_us(snapshot, held), held.key)
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
-            return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", loud=True)]
+            return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", warn=True)]
         if taken := next(Occupied(snapshot, claim).overlapping(subnet), None):
             other = snapshot.leases.get(taken)
             raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
         self.held = self._store.create(wanted, self._ttl_s)
-        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", loud=True)]
+        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", warn=True)]
 
     # --- getting one -------------------------------------------------------------------------------------------------
 
     def _acquire(self, claim: Claim, snapshot: Snapshot) -> list[TenureEvent]:
-        own, how, loud = self._own(claim, snapshot)
-        if isinstance(how, Denied):
-            return [how]
+        own, method, warn = self._own(claim, snapshot)
+        if isinstance(method, Denied):
+            return [method]
         if own is not None:
             assert own.v4 is not None
             if claim.allows(own.v4.subnet) and earlier_overlap(snapshot, claim, own) is None:
                 wanted = self._lease(claim, own.v4.subnet, self._mac(claim, snapshot, own), own.key)
                 self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
-                return [Held(self.held, how, loud)]
+                return [Held(self.held, method, warn)]
         taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
@@ -223,10 +190,10 @@ class Tenure:
         if own is None:
             if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
-            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", loud)]
+            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", warn)]
         self._to_remove = own
         self._remove_old(snapshot)
-        return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", loud=True)]
+        return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", warn=True)]
 
     def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
         """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
@@ -238,12 +205,12 @@ class Tenure:
             for lease in self._store.later_than(snapshot.revision).values()
             if lease.v4 is not None and lease.v4.public_ip == claim.public_ip and lease.created < held.created
         )
-        _, how, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
-        if not isinstance(how, Denied):
+        _, method, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
+        if not isinstance(method, Denied):
             return None
         self._store.remove(held)
         self.held = None
-        return how
+        return method
 
     def _remove_old(self, snapshot: Snapshot) -> None:
         """Take away the record that our lease replaced; later, where the store does not do it now."""
@@ -259,7 +226,7 @@ class Tenure:
         self._to_remove = None
 
     def _own(self, claim: Claim, snapshot: Snapshot) -> tuple[Lease | None, str | Denied, bool]:
-        """Our own record, how we know, and whether that is worth a warning; a Denied instead of how: a conflict."""
+        """Our own record, how we know, and whether that is worth a warning; a Denied instead of that: a conflict."""
         for kind, lease in find_own(snapshot.leases, claim):
             assert lease.v4 is not None
             theirs = Identity.read(lease.node)

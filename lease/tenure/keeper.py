@@ -11,7 +11,8 @@ from typing import Protocol
 from lease.model import Lease
 from lease.store import LeaseExpired, Snapshot, StoreUnavailable, backoff_s
 from lease.tenure.claim import Claim
-from lease.tenure.etcd import RENEW_AT_LEAST_S, Denied, Renewed, TenureEvent, renew_every_s
+from lease.tenure.etcd import RENEW_AT_LEAST_S, renew_every_s
+from lease.tenure.events import Denied, Renewed, TenureEvent
 
 LOOK_GAP_S = 1.0
 """Our own record is put right at most so often: somebody may write against us without end."""
@@ -27,7 +28,7 @@ class Holder(Protocol):
     """What a TenureThread turns: tenure.Tenure on etcd, node_tenure.NodeTenure on Kubernetes."""
 
     held: Lease | None
-    owed: list[TenureEvent]
+    unreported: list[TenureEvent]
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened. Raises StoreUnavailable."""
@@ -114,8 +115,8 @@ class TenureThread(threading.Thread):
         except LeaseExpired:
             return self._again()
         except StoreUnavailable as error:
-            owed, tenure.owed = tenure.owed, []
-            for event in owed:
+            unreported, tenure.unreported = tenure.unreported, []
+            for event in unreported:
                 self._post(event)
             if tenure.held is None:
                 self._post(Denied(str(error)))

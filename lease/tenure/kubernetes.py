@@ -19,7 +19,7 @@ from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.stores.kubernetes import UNAVAILABLE, NodeGone, NodeView
 from lease.tenure.allocate import choose_mac
 from lease.tenure.claim import Claim
-from lease.tenure.etcd import Denied, Held, Lost, Renewed, TenureEvent
+from lease.tenure.events import Denied, Held, Lost, Renewed, TenureEvent
 
 TRIES = 5
 """A Node that is made again under our hands is read again so often before we pause."""
@@ -54,7 +54,7 @@ class NodeTenure:
         self.network_up = False
         """The datapath is in place; set by the agent's main."""
         self.held: Lease | None = None
-        self.owed: list[TenureEvent] = []
+        self.unreported: list[TenureEvent] = []
         self._denied = ""
         self._last_mac: int | None = None
         """Of a lease we held: the device keeps it when the podCIDR is another."""
@@ -69,7 +69,7 @@ class NodeTenure:
             except NodeGone as gone:
                 # its podCIDR is free, and a Node that comes back may get another
                 why = f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?"
-                return self._told(self._deny(why, homeless=True))
+                return self._told(self._deny(why, displaced=True))
             except RecordChanged as changed:
                 why = str(changed)
             except ApiError as refused:
@@ -80,8 +80,8 @@ class NodeTenure:
 
     def _told(self, events: list[TenureEvent]) -> list[TenureEvent]:
         """These, after what happened in a settling that was broken off."""
-        owed, self.owed = self.owed, []
-        return [*owed, *events]
+        unreported, self.unreported = self.unreported, []
+        return [*unreported, *events]
 
     def renew(self) -> Renewed:
         """Whether all still stands as written. Raises LeaseExpired when it must be settled again, StoreUnavailable."""
@@ -101,7 +101,7 @@ class NodeTenure:
         if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != view.subnets.get(4):
             now = f"podCIDR {view.subnets[4]}" if 4 in view.subnets else "no podCIDR yet"
             # owed at once: the device keeps the pods of it, whatever becomes of the rest
-            self.owed.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
+            self.unreported.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
             self._last_mac, self.held = self.held.v4.mac, None
         if (why := self._fault(claim, view)) is not None:
             return self._deny(why)
@@ -109,7 +109,7 @@ class NodeTenure:
             return self._deny(
                 f"podCIDR {view.subnets[4]} of Node {self._name} overlaps that of Node {older}, which is older;"
                 f" delete Node {self._name} and let its kubelet register it again",
-                homeless=True,
+                displaced=True,
             )
         subnet = view.subnets[4]
         end = claim.endpoint(subnet, self._public_ip(claim, view), self._mac(claim, view))
@@ -160,9 +160,9 @@ class NodeTenure:
         older = (other for other in self._store.known().overlapping(subnet) if other.created < created)
         return next((other.key for other in older), None)
 
-    def _deny(self, why: str, homeless: bool = False) -> list[TenureEvent]:
+    def _deny(self, why: str, displaced: bool = False) -> list[TenureEvent]:
         self._denied = why
-        return [Denied(why, homeless=homeless)]
+        return [Denied(why, displaced=displaced)]
 
     def _differing(self, lease: Lease, view: NodeView) -> dict[str, str | None]:
         return {name: text for name, text in encode(lease, self._names).items() if view.annotations.get(name) != text}

@@ -74,7 +74,7 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
 )
 def install_cni(to: str, source: str) -> None:
     """Put the CNI plugins we use where the host has none; those that are there stay."""
-    from overlay.cni.lists import install_plugins
+    from overlay.cni.plugins import install_plugins
 
     try:
         for name, did in install_plugins(source, to).items():

@@ -50,10 +50,11 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     """As tables. Others wrote some of the words: they are data (Text), never read as markup."""
     console.print(_node(found))
     peers = found["peers"]
-    columns = ("subnet", "public_ip", "vtep_mac", "node", "path", "entries")
+    columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "missing")
     table = Table(*(column.replace("_", " ") for column in columns), title=f"{len(peers)} peers", title_justify="left")
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
-        table.add_row(*(Text(peer[column]) for column in columns), style="" if peer["entries"] == "ok" else "red")
+        words = {**peer, "missing": ", ".join(peer["missing"])}
+        table.add_row(*(Text(words[column]) for column in columns), style="" if peer["ok"] else "red")
     if peers:
         console.print(table)
     if len(peers) > PEERS_SHOWN and not all_peers:
@@ -70,42 +71,52 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
 
 def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """All that an operator should look at, as (what, why)."""
-    yield from found["problems"].items()
-    if found["store_down"]:
-        yield "store", f"{found['store_down']} (datapath and peers stay as they are)"
-    for key, reason in found["refused"].items():
-        yield f"record {key}", f"not used: {reason}"
+    for problem in found["problems"]:
+        yield problem["subject"], f"{problem['text']} (since {problem['since']})"
+    if not found["store"]["up"]:
+        yield "store", f"{found['store']['error']} (datapath and peers stay as they are)"
+    for record in found["refused_records"]:
+        yield f"record {record['key']}", f"not used: {record['reason']}"
     for item in found["differences"]:
-        tries = f", refused {item['tries']} times: {item['refused']}" if item["tries"] else ""
-        yield f"{item['kind']} {item['entry']}", f"{item['state']}{tries}"
-    for route in found["in_the_way"]:
-        yield f"route {route}", "not ours, and stands before ours"
-    for subnet in found["retained"]:
+        tries = f", refused {item['tries']} times: {item['error']}" if item["tries"] else ""
+        yield f"{item['table']} {item['entry']}", f"{item['state']}{tries}"
+    for route in found["conflicting_routes"]:
+        yield f"route {route_text(route)}", "not ours, and stands before ours"
+    for subnet in found["retained_subnets"]:
         yield f"subnet {subnet}", "not ours any more; pods made before still use it here"
 
 
+def route_text(route: dict[str, Any]) -> str:
+    """A route as `ip route` writes it."""
+    via = f" via {route['via']}" if route["via"] else ""
+    device = f" dev {route['device']}" if route["device"] else " to nowhere, or to several gateways"
+    return f"{route['destination']}{via}{device} metric {route['metric']} proto {route['protocol']}"
+
+
 def _node(found: dict[str, Any]) -> Table:
-    table = Table("", "", title=f"overlayd {found['version']}", title_justify="left", show_header=False)
+    title = f"overlayd {found['version']} {found['node_name']}".strip()
+    table = Table("", "", title=title, title_justify="left", show_header=False)
     table.add_row("ready", Text("yes", style="green") if found["ready"] else Text("no", style="red"))
-    lease, device = found["lease"], found["device"]
-    rows = {"store": found["store"], "underlay": found["underlay"] or "none chosen yet", "lease": "none"}
+    lease, device, under = found["lease"], found["device"], found["underlay"]
+    rows = {"store": found["store"]["address"], "underlay": "none chosen yet", "lease": "none"}
+    if under:
+        rows["underlay"] = f"{under['interface']} {under['address']} (MTU {under['mtu']}): {under['reason']}"
     if lease:
         left = "never expires" if lease["left_s"] is None else f"{lease['left_s'] // 60} min left"
-        rows["lease"] = f"{lease['subnet']} of {found['network']} ({lease['how']}; {left})"
+        network = found["network"]["subnets"]["ipv4"]["network"] if found["network"] else "?"
+        rows["lease"] = f"{lease['subnet']} of {network} ({lease['method']}; {left})"
         rows["public IP"] = lease["public_ip"]
     if device:
         rows["device"] = (
-            f"{device['name']} {lease['vtep_mac'] if lease else ''} local {device['local']} dev {device['lower']}"
-            f" port {device['port']} MTU {device['mtu']}{'' if device['in_order'] else ' (not in order)'}"
+            f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
+            f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not in order)'}"
         )
-    mended = {name[7:]: count for name, count in found["counters"].items() if name.startswith("mended_")}
-    if mended:
-        rows["mended"] = ", ".join(f"{name} {count}" for name, count in mended.items())
-    dropped = {
-        name[8:].replace("_", " "): n for name, n in found["counters"].items() if name.startswith("dropped_") and n
-    }
-    if dropped:
-        rows["dropped"] = ", ".join(f"{name} {count}" for name, count in dropped.items())
+    for row in ("mended", "dropped"):
+        counts = {
+            name.removeprefix(f"{row}_"): n for name, n in found["counters"].items() if name.startswith(f"{row}_")
+        }
+        if any(counts.values()):
+            rows[row] = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n)
     for name, words in rows.items():
         table.add_row(name, Text(words))
     return table

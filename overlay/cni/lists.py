@@ -1,27 +1,21 @@
-"""subnet.env and the CNI network list: content as pure functions, written atomically, removed when asked.
+"""subnet.env and the CNI network list: their content, and what those that are there say.
 
 Source: flannel pkg/subnet/subnet.go WriteSubnetFile (content, order, modes), its cni-conf.json, and the CNI specification.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import stat
 from collections.abc import Iterable
 from typing import Any
 
-from lease import regular
 from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
+from overlay.process.files import text_of
 
 CONFLIST = "10-flannel.conflist"
 """flannel's name, so that a node has one network list whichever agent runs."""
 NETWORK_NAME = "cbr0"
 """flannel's network name: pods attached under it can still be detached."""
-
-PLUGINS = ("bridge", "host-local", "portmap", "loopback")
-PLUGIN_PLACES = ("/usr/lib/cni", "/opt/cni/bin")
 
 LEASE_FILE = "lease.json"
 """Below --run-dir: which record is ours, for `overlay release`."""
@@ -47,7 +41,7 @@ def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
 def previous_subnet(path: str) -> Prefix | None:
     """The subnet of an old subnet.env; None where there is none, or none that can be read."""
     try:
-        text = _text(path)
+        text = text_of(path)
     except OSError:
         return None
     for line in text.splitlines():
@@ -153,7 +147,7 @@ def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: 
 def listed_subnet(path: str) -> Prefix | None:
     """The IPv4 subnet that an existing network list gives addresses of, None where it names none."""
     try:
-        for plugin in json.loads(_text(path))["plugins"]:
+        for plugin in json.loads(text_of(path))["plugins"]:
             for group in (plugin.get("ipam") or {}).get("ranges") or []:
                 for each in group:
                     if (found := prefix(each["subnet"])).family == 4:
@@ -166,7 +160,7 @@ def listed_subnet(path: str) -> Prefix | None:
 def names_plugin(path: str, kind: str) -> bool:
     """Whether an existing network list names a plugin of that type."""
     try:
-        found = json.loads(_text(path))
+        found = json.loads(text_of(path))
         return any(plugin["type"] == kind for plugin in found["plugins"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
@@ -181,11 +175,6 @@ def bridges_in(content: str) -> set[str]:
         return set()
 
 
-def is_bridge_name(name: str) -> bool:
-    """Whether an interface is named as `bridge_name` and flannel's network list name a bridge for pods."""
-    return name.startswith("cni") and name[3:].isdecimal()
-
-
 def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:
     """The bridge for pods of a subnet: cni0, unless that one serves another subnet (its pods keep it).
 
@@ -197,80 +186,3 @@ def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -
         if any(subnet.holds(address) for address in there.get(name, ())):
             return name
     return next(name for name in names if not there.get(name))
-
-
-def install_plugins(source: str, target: str) -> dict[str, str]:
-    """Copy the plugins we use to where there is none, each to a temporary name, then renamed; what was done with each.
-
-    Raises OSError: a plugin is in neither place, or cannot be written.
-    """
-    import shutil
-    from pathlib import Path
-
-    done = {}
-    places = [Path(source)] if source else [Path(place) for place in PLUGIN_PLACES]
-    for name in PLUGINS:
-        there = Path(target) / name
-        if os.access(there, os.X_OK):
-            done[name] = "the host has one; it stays"
-            continue
-        found = next((place / name for place in places if os.access(place / name, os.X_OK)), places[0] / name)
-        temporary = there.with_name(f".{name}.{os.getpid()}")
-        there.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(found, temporary)
-            temporary.chmod(0o755)
-            os.replace(temporary, there)
-        finally:
-            temporary.unlink(missing_ok=True)
-        done[name] = f"copied from {found}"
-    return done
-
-
-def up_to_date(path: str, content: str) -> bool:
-    """Whether a file holds exactly that."""
-    try:
-        return _text(path) == content
-    except OSError:
-        return False
-
-
-def write_atomically(path: str, content: str) -> None:
-    """Put a file in place whole: temporary name beside it, fsync, rename. 0644 whatever the umask, an existing file's
-    mode kept, folders 0755: as flannel does. Raises OSError."""
-    folder, name = os.path.split(path)
-    os.makedirs(folder, mode=0o755, exist_ok=True)
-    try:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-    except OSError:
-        mode = 0o644
-    # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself. One
-    # name for all: what a crash left is gone with the next write.
-    temporary = f"{folder}/.{name}.new"
-    try:
-        remove(temporary)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            remove(temporary)
-        error.filename = path  # not the temporary name; and writing says none at all
-        raise
-    except BaseException:
-        remove(temporary)
-        raise
-
-
-def remove(path: str) -> None:
-    """Remove a file; one that is gone is no error. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _text(path: str) -> str:
-    return regular.content(path).decode("utf-8", "replace")

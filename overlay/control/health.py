@@ -1,30 +1,36 @@
-"""What is wrong just now, and whether this node is ready: told once when it changes, readable from other threads."""
+"""What is wrong just now, since when, and whether this node is ready: logged once when it changes, readable from other
+threads."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from overlay.process.log import log
 
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
-HARMLESS = frozenset(
-    {"mtu", "config", "store", "annotations", "live-settings", "file net-conf", "file cni-conf", "file live"}
-    | {"forward", "forward chain", "bridge filter", "bridge", "guard", "strangers", "strange frames", "pods"}
-    | {"reach", "routes", "retained"}
-)
-"""Problems an operator should see, with which pods' traffic is as it should be."""
+
+
+class Problem(NamedTuple):
+    """Something that is wrong. since: seconds since the epoch. harmless: pods' traffic is as it should be."""
+
+    text: str
+    since: float
+    harmless: bool
 
 
 class Health:
     """Problems by subject, one line each. Written by the owner thread."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], wall: Callable[[], float] = time.time) -> None:
+        """clock: seconds, for how long; wall: seconds since the epoch, for people."""
+        self._clock, self._wall = clock, wall
         self._lock = threading.Lock()
-        self._problems: dict[str, str] = {}
+        self._problems: dict[str, Problem] = {}
         self._ready = False
         self._bad_since: float | None = None
         self._last_turn = clock()
@@ -41,52 +47,52 @@ class Health:
         """Whether all is as it must be, and what is not."""
         if not self.healthy():
             return False, "the agent's loop is stuck"
-        return self._ready, "; ".join(f"{name}: {what}" for name, what in self.problems().items()) or "ok"
+        found = self.problems().items()
+        return self._ready, "; ".join(f"{subject}: {problem.text}" for subject, problem in found) or "ok"
 
-    def problems(self) -> dict[str, str]:
+    def problems(self) -> dict[str, Problem]:
         """All that is wrong, by subject."""
         with self._lock:
             return dict(self._problems)
 
-    def problem(self, subject: str, what: str) -> None:
+    def problem(self, subject: str, text: str, harmless: bool = False) -> None:
         """Something is wrong."""
-        if self._set(subject, what) != what:
-            log.warning("problem", subject=subject, what=what)
+        if self.note(subject, text, harmless) != text:
+            log.warning("problem", subject=subject, what=text)
 
     def solved(self, subject: str) -> None:
         """It is not any more."""
-        if (was := self._set(subject, "")) is not None:
+        if subject in self._problems and (was := self.note(subject, "")) is not None:
             log.info("problem.solved", subject=subject, was=was)
 
-    def tell(self, subject: str, what: str) -> None:
+    def report(self, subject: str, text: str, harmless: bool = False) -> None:
         """A problem, or ("") none any more."""
-        if what:
-            self.problem(subject, what)
+        if text:
+            self.problem(subject, text, harmless)
         else:
             self.solved(subject)
 
-    def judge(self, waiting: str, differing: int) -> bool | None:
-        """Readiness, from what a start waits for and how many kernel entries differ; its new value when it changed."""
-        self._set("waiting", waiting)
-        self._set("kernel", f"{differing} entries are not as they should be" if differing else "")
+    def judge(self, waiting: str) -> bool:
+        """Readiness, from what a start waits for and the problems that are not harmless."""
+        self.note("waiting", waiting)
         now = self._clock()
-        if any(subject not in HARMLESS for subject in self._problems):
+        if any(not problem.harmless for problem in self._problems.values()):
             self._bad_since = self._bad_since or now
             ready = self._ready and now - self._bad_since < UNREADY_AFTER_S
         else:
             self._bad_since, ready = None, True
-        if ready == self._ready:
-            return None
-        self._ready = ready
-        (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
+        if ready != self._ready:
+            self._ready = ready
+            (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
         return ready
 
-    def _set(self, subject: str, what: str) -> str | None:
-        """Set or ("") clear a problem; what stood there."""
+    def note(self, subject: str, text: str, harmless: bool = False) -> str | None:
+        """Set or ("") clear a problem without a log line; what stood there."""
         with self._lock:
             was = self._problems.get(subject)
-            if what:
-                self._problems[subject] = what
+            if text:
+                since = self._wall() if was is None else was.since
+                self._problems[subject] = Problem(text, since, harmless)
             else:
                 self._problems.pop(subject, None)
-        return was
+        return None if was is None else was.text

@@ -1,105 +1,207 @@
-"""What is due to be looked at, and the steps that do it: one that is refused is a problem of its name until it is solved,
-and due again a moment later."""
+"""When each controller is asked: because what it wants changed, an event concerned it, its time has come, or the minute
+is over. What is refused is a problem of the controller's name until it is solved, and tried again with back-off.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.kernel.netlink import words_of
-from overlay.node.underlay import UnderlayError
+from overlay.process.log import log
 
-FIRST_RETRY_S, RETRY_S = 0.1, 2.0
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 """After a refusal; twice as long after each that follows, up to the second."""
+RECHECK_S = 60.0
+"""How often all controllers are asked, whatever was told."""
+PEERS_FIRST_S = 5.0
+"""So long after the start the controllers that yield wait while others have more to do."""
+CHECK_SHARE = 4000
+"""What costs more with more peers is checked less often where that costs more: it may take a four-thousandth of the time."""
 
 
-class Due:
-    """Things to look at in this pass."""
-
-    links: bool
-    underlay: bool
-    device: bool
-    nat: bool
-    forward: bool
-    sysctl: bool
-    files: bool
-    strangers: bool
-    reach: bool
-    dump = False
-    """The kernel is to be read whole: peers' entries, the addresses that are let in, pods' ports."""
-    guard = False
-    """The guard's table is to be read whole, in one go; `guard_check`: in slices."""
-    guard_check = False
-    pods = False
-
-    def __init__(self) -> None:
-        self.everything()
-
-    def everything(self, dump: bool = True, guard: bool = True) -> None:
-        """As at the start. dump, guard: whether those that cost more with more peers are among it; those that are due stay
-        so."""
-        self.links = self.underlay = self.device = self.nat = self.forward = self.sysctl = self.files = True
-        self.strangers = self.reach = True
-        self.dump, self.guard = self.dump or dump, self.guard or guard
-        self.guard_check, self.pods = self.guard_check or dump, self.pods or dump
+def retry_delay_s(refusals: int) -> float:
+    """After so many refusals in a row, at least one."""
+    return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(refusals - 1, 9))
 
 
-class Steps:
-    """What is due, now or later."""
+class Retry:
+    """When something that was refused is tried again."""
 
-    def __init__(self, health: Health, clock: Callable[[], float]) -> None:
-        self._health, self._clock = health, clock
-        self.due = Due()
-        self._retry_at: dict[str, float] = {}
-        self._refusals: Counter[str] = Counter()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.refusals = 0
         """In a row."""
+        self.at: float | None = None
+        """None: nothing waits."""
 
-    def step(self, name: str, act: Callable[[], None]) -> None:
-        """Do a step if it is due."""
-        if not getattr(self.due, name):
-            return
-        setattr(self.due, name, False)
-        if self.tried(name, act):
-            self._health.solved(name)
+    def refused(self) -> None:
+        """Once more."""
+        self.refusals += 1
+        self.at = self._clock() + retry_delay_s(self.refusals)
 
-    def tried(self, name: str, act: Callable[[], None]) -> bool:
-        """Whether it was not refused."""
-        try:
-            act()
-        except (OSError, UnderlayError) as error:
-            self.refused(name, words_of(error))
-            return False
-        del self._refusals[name]
-        return True
+    def succeeded(self) -> None:
+        """It was done."""
+        self.refusals, self.at = 0, None
 
-    def solved(self, name: str) -> None:
-        """A step that is done elsewhere was done."""
-        del self._refusals[name]
-        self._health.solved(name)
+    def waits(self) -> bool:
+        """Whether its time has not come."""
+        return self.at is not None and self._clock() < self.at
 
-    def refused(self, name: str, words: str) -> None:
-        """A step cannot be done: a problem, and due again."""
-        self._health.problem(name, words)
-        self._retry_at[name] = self._clock() + min(RETRY_S, FIRST_RETRY_S * 2 ** min(self._refusals[name], 9))
-        self._refusals[name] += 1
 
-    def again(self, name: str, at: float | None = None) -> None:
-        """A step is due again then (None: after the usual time), or earlier where it is already."""
-        then = self._clock() + RETRY_S if at is None else at
-        self._retry_at[name] = min(then, self._retry_at.get(name, then))
+class Cadence:
+    """How often something is checked whose cost grows with the number of peers: once a minute, less often where it is
+    dear."""
 
-    def waits(self, name: str) -> bool:
-        """Whether a step was refused, and is not due again yet."""
-        return name in self._retry_at
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._cost = 0.0
+        self.at = clock() + RECHECK_S
+        """When the next check is due."""
+        self.count, self.total_s, self.longest_s = 0, 0.0, 0.0
+        """Checks that ended, their CPU seconds in all, and those of the longest slice."""
 
-    def times(self) -> Iterable[float]:
-        """When something is due again."""
-        return self._retry_at.values()
+    @property
+    def cost_s(self) -> float:
+        """CPU seconds of the check under way, or of the last."""
+        return self._cost
 
-    def begin(self) -> None:
-        """A pass begins: what waited long enough is due."""
+    def began(self) -> None:
+        """A check begins."""
+        self._cost = 0.0
+        self.at = self._clock() + RECHECK_S
+
+    def spent(self, seconds: float) -> None:
+        """A slice of it cost so much CPU time."""
+        self._cost += seconds
+        self.longest_s = max(self.longest_s, seconds)
+
+    def ended(self) -> None:
+        """It is over."""
+        self.count += 1
+        self.total_s += self._cost
+        self.at = self._clock() + max(RECHECK_S, self._cost * CHECK_SHARE)
+
+
+class _Slot:
+    """A controller, and what the scheduler knows of it."""
+
+    def __init__(self, controller: Controller, clock: Callable[[], float]) -> None:
+        self.controller = controller
+        self.inputs: Inputs | None = None
+        self.wants: Any = Waiting("for its first turn")
+        self.stale, self.more = True, False
+        self.retry = Retry(clock)
+
+    def look(self, inputs: Inputs) -> None:
+        """What it wants, by the inputs of now."""
+        if self.inputs is not inputs:
+            wants = self.controller.wants(inputs)
+            self.stale = self.stale or wants != self.wants
+            self.inputs, self.wants = inputs, wants
+
+    @property
+    def acts(self) -> bool:
+        """Whether it has something that should be."""
+        return self.wants is not None and not isinstance(self.wants, Waiting)
+
+    def due(self) -> float | None:
+        """When it is asked without an event; what was refused waits for its retry."""
+        if self.retry.at is not None:
+            return self.retry.at
+        return self.controller.due() if self.acts else None
+
+
+class Schedule:
+    """All controllers, in the order of dependence. Belongs to the owner thread."""
+
+    def __init__(
+        self, controllers: Sequence[Controller], current: CurrentInputs, health: Health, clock: Callable[[], float]
+    ) -> None:
+        self._current, self._health, self._clock = current, health, clock
+        self._slots = [_Slot(controller, clock) for controller in controllers]
+        names = [controller.name for controller in controllers]
+        assert len(set(names)) == len(names), f"two controllers of one name: {names}"
+        self._by_name = {slot.controller.name: slot for slot in self._slots}
+        self._handlers: dict[type, list[tuple[_Slot, Callable[[Any], bool]]]] = {}
+        for slot in self._slots:
+            for event, handler in slot.controller.handles.items():
+                self._handlers.setdefault(event, []).append((slot, handler))
+        self._next_recheck = clock() + RECHECK_S
+        self._peers_first_until = clock() + PEERS_FIRST_S
+
+    @property
+    def controllers(self) -> list[Controller]:
+        """All of them, in order."""
+        return [slot.controller for slot in self._slots]
+
+    def handle(self, event: Any) -> None:
+        """Hand an event to those whose it is. An event that nobody handles is a bug: LookupError."""
+        for slot, handler in self._handlers[type(event)]:
+            if handler(event):
+                slot.stale = True
+
+    def run_pass(self) -> bool:
+        """Ask each controller that has a reason to be asked, once. Whether there is more to do at once."""
         now = self._clock()
-        for name in [name for name, at in self._retry_at.items() if at <= now]:
-            del self._retry_at[name]
-            setattr(self.due, name, True)
+        if now >= self._next_recheck:
+            self._next_recheck = now + RECHECK_S
+            for slot in self._slots:
+                slot.stale = slot.stale or slot.controller.rechecked
+        more = False
+        for slot in self._slots:
+            if slot.controller.yields and more and now < self._peers_first_until:
+                continue
+            more = self._ask(slot) or more
+        # who stands earlier in the order may want something else by what a later one found
+        return more or any(slot.inputs is not self._current.inputs for slot in self._slots)
+
+    def _ask(self, slot: _Slot) -> bool:
+        slot.look(self._current.inputs)
+        controller, wants = slot.controller, slot.wants
+        if isinstance(wants, Waiting) or not all(map(self._is_done, controller.after)):
+            return False
+        at = slot.due()
+        if not slot.stale and not slot.more and (at is None or at > self._clock()):
+            return False
+        slot.stale = slot.more = False
+        try:
+            if wants is None:
+                for line in controller.withdraw():
+                    log.info("withdrawn", controller=controller.name, removed=line)
+            else:
+                slot.more = controller.reconcile(wants)
+        except (OSError, CannotReconcile) as error:
+            slot.retry.refused()
+            self._health.problem(controller.name, words_of(error), controller.harmless)
+            return False
+        slot.retry.succeeded()
+        if wants is None or not controller.answers_later:
+            controller.completed = True
+            self._health.solved(controller.name)
+        return slot.more
+
+    def _is_done(self, name: str) -> bool:
+        slot = self._by_name[name]
+        return slot.wants is None or slot.controller.completed
+
+    def waiting(self) -> str:
+        """Why the node is not ready: what the first controller that waits waits for; "" where none does."""
+        for slot in self._slots:
+            if isinstance(slot.wants, Waiting):
+                return slot.wants.reason
+            if slot.wants is not None and (reason := slot.controller.unready()):
+                return reason
+        return ""
+
+    def next_due(self) -> float:
+        """When a controller is to be asked without an event."""
+        return min([self._next_recheck, *self._due_times()])
+
+    def _due_times(self) -> Iterator[float]:
+        for slot in self._slots:
+            if (at := slot.due()) is not None and all(map(self._is_done, slot.controller.after)):
+                yield at

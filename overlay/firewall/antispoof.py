@@ -202,12 +202,11 @@ class AntiSpoof:
         """Frames that were refused, since the table was made. Raises KernelError."""
         return 0 if self._table is None else self._sets.counted(self._table, SPOOFED)
 
-    def remove(self, table: nf_wire.Table) -> None:
-        """No table of that name, and nothing is bound: switched on again, it begins anew. Raises KernelError."""
+    def forget(self) -> None:
+        """The table is gone, and nothing is bound: switched on again, it begins anew."""
         self._table, self._next = None, None
         self._bound.clear()
         self._later.clear()
-        self._sets.remove(table.family, table.name)
 
     def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""

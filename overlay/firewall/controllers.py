@@ -1,134 +1,232 @@
-"""The guard and the pods' ports: when they are looked at, and what is told of them.
-
-Belongs to the agent's owner thread.
-"""
+"""The controllers of the two tables that are kept by netlink: who may send VXLAN to this node, and what pods may send."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from lease.config import NetworkConfig
+from lease.families import Family
+from lease.model import Prefix
+from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
-from overlay.control.schedule import Steps
+from overlay.control.inputs import Inputs
+from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard
-from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.netlink import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
-from overlay.node.links import Host
+from overlay.kernel.route.entries import Link
+from overlay.node.interfaces import interfaces_within
+from overlay.node.owned import Owned
 
 
-class Defences:
-    """Both of this node."""
+class _TableController(Controller):
+    """A table of ours that somebody may alter: read whole after each word of it, and now and then."""
 
-    def __init__(
-        self, requests: RequestSocket, host: Host, steps: Steps, health: Health, clock: Callable[[], float]
-    ) -> None:
-        self._sets, self._host, self._steps, self._health, self._clock = NetfilterSocket(), host, steps, health, clock
-        self.guard = guard.Guard(self._sets, clock)
-        self._pods = antispoof.AntiSpoof(self._sets, requests, clock)
+    harmless = True
+    rechecked = False
+    suffix: str
+
+    def __init__(self, sets: NetfilterSocket, owned: Owned, clock: Callable[[], float]) -> None:
+        self._sets, self._owned, self._clock = sets, owned, clock
+        self._cadence = Cadence(clock)
+        self._read_whole = True
+        self._wanted: Table | None = None
 
     @property
-    def port(self) -> int:
-        """The netlink port of our own requests."""
-        return self._sets.port
+    def handles(self) -> Mapping[type, Handler]:
+        """Somebody touched it, or may have."""
+        return {NftSeen: self._on_nft, Overrun: lambda _event: self._doubt()}
 
-    def next_looks(self) -> Iterator[float]:
-        """When something is to be done; what was refused waits for its retry."""
-        asked = (("guard", self.guard.next_change), ("pods", self._pods.next_look))
-        for name, ask in asked:
-            at = None if self._steps.waits(name) else ask()
-            if at is not None:
-                yield at
+    def _on_nft(self, event: NftSeen) -> bool:
+        return self._doubt() if not event.table or event.table.endswith(self.suffix) else False
 
-    def links_changed(self, config: NetworkConfig | None) -> None:
-        """Tell both by which interfaces packets of pods come. config: None while we hold no lease."""
-        if config is not None and config.v4 is not None:
-            self.guard.pods_behind(self._host.interfaces_in(config.v4.network))
-        self._tell_pods()
+    def _doubt(self) -> bool:
+        self._read_whole = True
+        return True
 
-    def _tell_pods(self) -> None:
-        addresses = (each.address for each in self._host.addresses.values())
-        self._pods.ports(self._host.links.values(), self._host.bridges, addresses)
+    def _table_of(self, vni: int) -> tuple[str, str]:
+        """Family and name of a network's table."""
+        raise NotImplementedError
 
-    def touched(self, table: str) -> bool:
-        """Somebody wrote to that table ("": to some): whether it is not another's alone."""
-        guards, pods, due = table.endswith(guard.SUFFIX), table.endswith(antispoof.SUFFIX), self._steps.due
-        due.guard = due.guard or guards or not table
-        due.pods = due.pods or pods or not table
-        return guards or pods
+    def leave(self, vni: int) -> Iterator[str]:
+        """No table of a network. Raises KernelError."""
+        family, name = self._table_of(vni)
+        if self._sets.remove(family, name):
+            yield f"nft table {family} {name}"
 
-    # --- who may send VXLAN to us
+    def withdraw(self) -> Iterator[str]:
+        """Delete it."""
+        self._read_whole, wanted = True, self._wanted
+        if wanted is not None and self._sets.remove(wanted.family, wanted.name):
+            yield f"nft table {wanted.family} {wanted.name}"
+        self._wanted = None
+        for vni in self._owned.vnis():
+            yield from self.leave(vni)
 
-    def look_at_guard(self, config: NetworkConfig) -> bool:
-        """Before the first route of a peer, since its answer may be quick. Whether a check of it goes on."""
-        steps = self._steps
-        if steps.due.guard:
-            steps.due.guard_check = False
-        steps.step("guard", lambda: self._ensure_guard(config))
-        if steps.waits("guard"):
-            return False
-        steps.tried("guard", lambda: self._go_on_with_guard(config))
-        steps.step("strangers", self._name_strangers)
+
+class _GuardWants(NamedTuple):
+    table: Table
+    inside: frozenset[int]
+
+
+class GuardController(_TableController):
+    """Who may send VXLAN to this node over one family, before the first route of a peer: its answer may be quick."""
+
+    name = "guard"
+    suffix = guard.SUFFIX
+
+    def __init__(
+        self,
+        family: Family,
+        table: guard.Guard,
+        sets: NetfilterSocket,
+        owned: Owned,
+        health: Health,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(sets, owned, clock)
+        self._family, self.guard, self._health = family, table, health
+        self._name_senders_at = 0.0
+
+    def _table_of(self, vni: int) -> tuple[str, str]:
+        return self._family.nft, guard.table_name(vni)
+
+    def wants(self, inputs: Inputs) -> object:
+        """The table's form, and the interfaces by which packets of pods come; its addresses are the peers'."""
+        if not inputs.settings.vxlan_guard:
+            return None
+        number = self._family.number
+        pool, under = inputs.pool(number), inputs.underlays.get(number)
+        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+            return Waiting("for a lease")
+        backend = inputs.config.backend
+        inside = interfaces_within(pool.network, inputs.addresses.values(), under)
+        return _GuardWants(guard.table(backend.vni, backend.port, pool.network), inside)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
+        table = wants.table
+        self.guard.pods_behind(wants.inside)
+        if self._read_whole or table != self._wanted:
+            self.guard.ensure(table)
+            self._read_whole, self._wanted = False, table
+        elif self._clock() >= self._cadence.at:
+            self._cadence.began()
+            self.guard.begin_check(table)
+        if self.guard.checking():
+            began = time.thread_time()
+            more = self.guard.check_slice()
+            self._cadence.spent(time.thread_time() - began)
+            if not more:
+                self._cadence.ended()
+        self.guard.apply()
+        if self._clock() >= self._name_senders_at:
+            self._name_senders_at = self._clock() + RECHECK_S
+            self._name_senders()
         return self.guard.checking()
 
-    def _ensure_guard(self, config: NetworkConfig) -> None:
-        table = _guard_table(config)
-        if self._host.settings.vxlan_guard:
-            self.guard.ensure(table)
-        else:
-            self.guard.remove(table)
-
-    def _go_on_with_guard(self, config: NetworkConfig) -> None:
-        if self._steps.due.guard_check and self._host.settings.vxlan_guard:
-            self._steps.due.guard_check = False
-            self.guard.begin_check(_guard_table(config))
-        self.guard.check_slice()
-        self.guard.apply()
-
-    def _name_strangers(self) -> None:
+    def _name_senders(self) -> None:
         there = ", ".join(self.guard.strangers())
-        self._health.tell(
-            "strange frames",
+        self._health.report(
+            "unknown senders",
             there
             and f"VXLAN of our VNI comes from {there}, an address that no peer's record has: it is dropped. If those are"
             " nodes of this network whose frames leave by another address than their PublicIP: --public-ip there, or"
             " --vxlan-guard=false here",
+            harmless=True,
         )
 
-    # --- that each pod sends from its own addresses
+    def due(self) -> float | None:
+        """When a peer came, or an address leaves."""
+        if self.guard.has_changes():
+            return 0.0
+        asked = (self.guard.next_change(), self._cadence.at, self._name_senders_at)
+        return min(at for at in asked if at is not None)
 
-    def look_at_pods(self, config: NetworkConfig) -> None:
-        """Where it is due, or a pod is to be looked at again."""
-        steps = self._steps
-        at = None if steps.waits("pods") else self._pods.next_look()
-        if not steps.due.pods and at is not None and at <= self._clock():
-            steps.tried("pods", self._pods.look)
-        steps.step("pods", lambda: self._ensure_pods(config))
+    def withdraw(self) -> Iterator[str]:
+        """Delete it, and forget what it had."""
+        yield from super().withdraw()
+        self.guard.forget()
+        self._health.solved("unknown senders")
 
-    def _ensure_pods(self, config: NetworkConfig) -> None:
-        assert config.v4 is not None
-        table = antispoof.table(config.backend.vni)
-        if self._host.settings.pod_antispoof:
-            self._tell_pods()
-            self._pods.ensure(table, config.v4.network)
-        else:
-            self._pods.remove(table)
-
-    # --- what is told
-
-    def mended(self) -> Counter[str]:
-        """How often somebody else had altered a table."""
-        return Counter(guard=self.guard.mended, pods=self._pods.mended)
-
-    def dropped(self) -> dict[str, int]:
-        """What was refused, by whom it was sent; {} where the kernel does not say (the step that keeps it tells why)."""
+    def counters(self) -> Mapping[str, int]:
+        """How often it was put back; what was dropped, {} where the kernel does not say."""
+        mended = {"mended_guard": self.guard.mended}
         try:
-            return {**self.guard.dropped(), "spoofed": self._pods.dropped()}
+            return {**mended, **{f"dropped_{who}": count for who, count in self.guard.dropped().items()}}
         except OSError:
-            return {}
+            return mended
 
 
-def _guard_table(config: NetworkConfig) -> Table:
-    assert config.v4 is not None
-    return guard.table(config.backend.vni, config.backend.port, config.v4.network)
+class _PodsWants(NamedTuple):
+    table: Table
+    network: Prefix
+    links: Mapping[int, Link]
+    bridges: frozenset[str]
+    own_addresses: frozenset[int]
+
+
+class PodsController(_TableController):
+    """That each pod sends from its own addresses."""
+
+    name = "pods"
+    yields = True
+    suffix = antispoof.SUFFIX
+
+    def __init__(
+        self, pods: antispoof.AntiSpoof, sets: NetfilterSocket, owned: Owned, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(sets, owned, clock)
+        self._pods = pods
+        self._ports: tuple[Any, ...] = ()
+
+    def _table_of(self, vni: int) -> tuple[str, str]:
+        return "bridge", antispoof.table_name(vni)
+
+    def wants(self, inputs: Inputs) -> object:
+        """The table's form, and where pods' ports are."""
+        if not inputs.settings.pod_antispoof:
+            return None
+        pool = inputs.pool(4)
+        if inputs.config is None or pool is None or inputs.own is None or 4 not in inputs.tunnels:
+            return Waiting("for a lease")
+        own = frozenset(each.address for each in inputs.addresses.values())
+        table = antispoof.table(inputs.config.backend.vni)
+        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Whole after a doubt, else the ports that are new. Raises KernelError."""
+        ports = (wants.links, wants.bridges, wants.own_addresses)
+        if ports != self._ports:
+            self._ports = ports
+            self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses)
+        if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
+            self._cadence.began()
+            began = time.thread_time()
+            self._pods.ensure(wants.table, wants.network)
+            self._cadence.spent(time.thread_time() - began)
+            self._cadence.ended()
+            self._read_whole, self._wanted = False, wants.table
+        elif (at := self._pods.next_look()) is not None and at <= self._clock():
+            self._pods.look()
+        return False
+
+    def due(self) -> float | None:
+        """When a pod is to be looked at again."""
+        at = self._pods.next_look()
+        return self._cadence.at if at is None else min(at, self._cadence.at)
+
+    def withdraw(self) -> Iterator[str]:
+        """Delete it, and forget what is bound: switched on again, it begins anew."""
+        yield from super().withdraw()
+        self._pods.forget()
+
+    def counters(self) -> Mapping[str, int]:
+        """How often it was put back; what was dropped, {} where the kernel does not say."""
+        mended = {"mended_pods": self._pods.mended}
+        try:
+            return {**mended, "dropped_spoofed": self._pods.dropped()}
+        except OSError:
+            return mended

@@ -159,16 +159,16 @@ class Guard:
         """The interfaces by which packets of pods come: the tunnel, bridges."""
         self._inside = interfaces
 
-    def remove(self, table: nf_wire.Table) -> None:
-        """No table of that name. Raises KernelError."""
-        self._table = None
-        self._socket.remove(table.family, table.name)
+    def forget(self) -> None:
+        """The table is gone."""
+        self._table, self._check = None, None
 
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
         before = self._table
         if before is not None and before.name != wanted.name:
-            self.remove(before)
+            self._table = None
+            self._socket.remove(before.family, before.name)
         if not self._socket.is_formed(wanted):
             let_in, inside = self._let_in(), self._inside or frozenset()
             self._socket.replace(wanted, {VTEPS: _keys(let_in), INSIDE: _numbers(inside)})
@@ -207,6 +207,10 @@ class Guard:
         elif self._check is None:
             self._touched.clear()
             self._check = self._checking(wanted)
+
+    def has_changes(self) -> bool:
+        """Whether `apply` has addresses to let in at once."""
+        return bool(self._new)
 
     def checking(self) -> bool:
         """Whether a check is under way."""

@@ -24,6 +24,11 @@ def table_name(vni: int) -> str:
     return f"{TABLE_PREFIX}{vni}"
 
 
+def is_table_name(name: str) -> bool:
+    """Whether a table is named as `table_name` names one."""
+    return name.startswith(TABLE_PREFIX) and name.removeprefix(TABLE_PREFIX).isdecimal()
+
+
 def nat_table(
     name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool, port: int
 ) -> list[Rule]:

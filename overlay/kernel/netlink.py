@@ -296,6 +296,15 @@ class NeighbourMessages(NamedTuple):
 
     messages: list[bytes]
 
+    @property
+    def weight(self) -> int:
+        """How many events it stands for."""
+        return len(self.messages)
+
+
+class DeviceUnknown(NamedTuple):
+    """The kernel refused an entry because it does not know the tunnel's device, and has not said that it went."""
+
 
 class Overrun(NamedTuple):
     """Events were lost: only a dump tells the truth now."""

@@ -22,10 +22,11 @@ from typing import Any
 
 from lease.config import NetworkConfig, parse_config
 from overlay.api.serve import SOCKET_NAME, ask_unix
-from overlay.cni.lists import CONFLIST, write_atomically
+from overlay.cni.lists import CONFLIST
 from overlay.lab import matrix, netns, pods, processes, topology
 from overlay.lab.capture import Captured, capture
 from overlay.lab.processes import LabError, Process
+from overlay.process.files import write_atomically
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
+from lease.config import NetworkConfig
+from lease.families import Family
 from lease.model import Prefix, ip_text, mac_text
-from overlay.backends.vxlan import DeviceFound, DeviceSpec, live_changes, replace_reason
-from overlay.kernel.netlink import KernelError
-from overlay.kernel.route.entries import Address
+from overlay.backends.vxlan import (
+    DeviceFound,
+    DeviceSpec,
+    device_mtu,
+    device_name,
+    live_changes,
+    replace_reason,
+    vni_of,
+)
+from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
+from overlay.kernel.netlink import AddressSeen, DeviceUnknown, KernelError, LinkSeen, Overrun, RequestSocket
+from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.link_wire import VxlanAttributes
-from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
+from overlay.kernel.route.links import Links
+from overlay.node.owned import Owned
+from overlay.process.log import log
+from overlay.process.rundir import DeviceLock
 
-LOOSE = "2"
+LOCK_RETRY_S = 1.0
+"""While another agent has the device: nobody tells when that ends."""
 
 
 class Ensured(NamedTuple):
@@ -109,30 +126,201 @@ def ensure_address(links: Links, index: int, base: int, network: Prefix, there: 
     return did
 
 
-def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable[[str], str | None]) -> dict[str, str]:
-    """The sysctls that pods' traffic needs, those that are wrong only.
+class _Wants(NamedTuple):
+    """spec: the device; lowered: why its MTU is not the configured one; base: its address; seen: it, as links were read
+    last: another look at it is due when that changes."""
 
-    rp_filter: with DirectRouting one side may send directly and the other through the tunnel; strict drops all of
-    that. In force is the higher of `all` and the device's own, and loose (2) is above strict (1).
-    """
-    wrong: dict[str, str] = {}
-    if read("net/ipv4/ip_forward") != "1":
-        wrong["net/ipv4/ip_forward"] = "1"
-    for name in (device, lower) if direct_routing else (device,):
-        strict = "1" in (read("net/ipv4/conf/all/rp_filter"), read(f"net/ipv4/conf/{name}/rp_filter"))
-        if strict and read(f"net/ipv4/conf/{name}/rp_filter") != LOOSE:
-            wrong[f"net/ipv4/conf/{name}/rp_filter"] = LOOSE
-    for name in (device, lower) if direct_routing else (device,):
-        if read(f"net/ipv4/conf/{name}/forwarding") == "0":
-            wrong[f"net/ipv4/conf/{name}/forwarding"] = "1"
-    if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
-        wrong[f"net/ipv6/conf/{device}/accept_ra"] = "0"
-    return wrong
+    spec: DeviceSpec
+    lowered: str
+    base: int
+    network: Prefix
+    seen: Link | None
 
 
-def ensure_sysctls(device: str, lower: str, direct_routing: bool) -> dict[str, str]:
-    """Set what is wrong; what was set. Raises KernelError."""
-    wrong = wanted_sysctls(device, lower, direct_routing, read_sysctl)
-    for name, value in wrong.items():
-        write_sysctl(name, value)
-    return wrong
+class DeviceController(Controller):
+    """The tunnel device of one family, and who keeps it: two agents with run directories of their own would undo each
+    other's work."""
+
+    name = "device"
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        family: Family,
+        requests: RequestSocket,
+        health: Health,
+        owned: Owned,
+        leave: Callable[[int], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """leave: takes away what other controllers made for the network of a VNI, which this node left."""
+        self._current, self._family, self._requests = current, family, requests
+        self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
+        self._links, self._lock = Links(), DeviceLock()
+        self._spec: DeviceSpec | None = None
+        self._asks_again: float | None = None
+        """When the lock is asked for again."""
+        self._lost = 0
+        """How often somebody else took it down or away."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """News of the device and of its addresses."""
+        return {
+            LinkSeen: self._on_link,
+            AddressSeen: lambda event: event.address.oif == self._tunnel.ifindex,
+            Overrun: self._on_overrun,
+            DeviceUnknown: lambda _event: True,
+        }
+
+    @property
+    def _tunnel(self) -> Tunnel:
+        return self._current.inputs.tunnels.get(self._family.number, _NO_TUNNEL)
+
+    def _tell(self, tunnel: Tunnel | None) -> None:
+        self._current.set_family("tunnels", self._family.number, tunnel)
+
+    def _on_link(self, event: LinkSeen) -> bool:
+        """Never coalesced: a device that was down for a moment lost its routes in it, without another word from the
+        kernel."""
+        tunnel, link = self._tunnel, event.link
+        if link.ifindex == tunnel.ifindex:
+            if not event.gone and link.up:
+                self._tell(tunnel._replace(rising=False))
+            elif event.gone or not tunnel.rising:  # else: how it was before we set it up
+                self._say_lost(tunnel, link.name, event.gone)
+                makes = tunnel.makes + event.gone
+                index = 0 if event.gone else tunnel.ifindex
+                self._tell(tunnel._replace(ifindex=index, up=False, rising=False, downs=tunnel.downs + 1, makes=makes))
+        return self._spec is not None and link.name == self._spec.name
+
+    def _say_lost(self, tunnel: Tunnel, name: str, gone: bool) -> None:
+        self._lost += tunnel.up  # a deletion is told as down, then as gone
+        log.warning("device.gone" if gone else "device.down", device=name, effect="put back")
+
+    def _on_overrun(self, _event: Overrun) -> bool:
+        if self._tunnel is not _NO_TUNNEL:
+            self._tell(self._tunnel._replace(rising=False))
+        return True
+
+    def wants(self, inputs: Inputs) -> object:
+        """The device of our lease, on the underlay of today."""
+        number = self._family.number
+        pool, under, end = inputs.pool(number), inputs.underlays.get(number), inputs.end(number)
+        if inputs.config is None or pool is None:
+            return Waiting("for a network config")
+        if under is None:
+            return Waiting("for an underlay")
+        if end is None or end.mac is None:
+            return Waiting("for a lease")
+        backend = inputs.config.backend
+        mtu, lowered = device_mtu(backend, under.mtu)
+        spec = DeviceSpec(
+            device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, end.mac,
+            backend.gbp, backend.learning,
+        )  # fmt: skip
+        seen = next((link for link in inputs.links.values() if link.name == spec.name), None)
+        return _Wants(spec, lowered, end.subnet.base, pool.network, seen)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Make it so; then it is an input for the others. Raises KernelError."""
+        spec: DeviceSpec = wants.spec
+        if not self._alone(spec.name):
+            self._asks_again = self._clock() + LOCK_RETRY_S
+            self._tell(None)
+            return False
+        self._asks_again = None
+        old = self._spec.name if self._spec is not None else self._owned.recorded_device()
+        ensured = ensure(self._links, spec)
+        if ensured.did:
+            log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
+        there = self._requests.addresses()
+        if did := ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there):
+            log.info("device.address", device=spec.name, did=", ".join(did))
+        if old not in ("", spec.name):
+            self._drop(old)
+        before = self._tunnel
+        if ensured.made and before.up and before.ifindex:
+            self._say_lost(
+                before, spec.name, True
+            )  # a refused entry may have told us before the kernel's own word came
+        other = ensured.ifindex != before.ifindex
+        self._spec = spec
+        self._tell(
+            Tunnel(
+                spec.name, ensured.ifindex, spec.mtu,
+                rising=ensured.made or ensured.lost or (before.rising and not other),
+                downs=before.downs + ensured.lost,
+                makes=before.makes + ensured.made,
+                checks=before.checks + 1,
+            )
+        )  # fmt: skip
+        self._health.report("mtu", wants.lowered, harmless=True)
+        return False
+
+    def _alone(self, device: str) -> bool:
+        try:
+            pid = self._lock.take(device)
+        except OSError as error:
+            self._health.problem("another agent", f"nobody can tell whether one keeps {device}: {error.strerror}")
+            return False
+        who = f"another overlayd (pid {pid or '?'}) keeps {device} on this node"
+        words = f"{who}: this one waits until it ends; it should not have been started"
+        self._health.report("another agent", "" if pid is None else words)
+        return pid is None
+
+    def due(self) -> float | None:
+        """Again, while another agent has the device."""
+        return self._asks_again
+
+    def existing_mac(self, config: NetworkConfig) -> int | None:
+        """The MAC of the device that an earlier run or flannel left. Raises KernelError."""
+        there = self._links.read(device_name(config.backend))
+        return there.mac if there is not None and there.kind == "vxlan" else None
+
+    def _drop(self, name: str) -> None:
+        """The device of an earlier VNI, ours since our own file names it, and what belongs to it. Raises OSError."""
+        vni = vni_of(name)
+        if vni is None:
+            log.warning("file.ignored", path=self._owned.device_file, because=f"{name[:20]!a} is no device of ours")
+            return
+        there = self._links.read(name)
+        if there is not None and there.kind == "vxlan":
+            log.info("device.removed", device=name, because="the VNI of the network config changed")
+            self._links.delete(there.ifindex)
+        self._leave(vni)
+
+    def withdraw(self) -> Iterator[str]:
+        """Delete it; where flannel has the node again it is flannel's."""
+        for vni in self._owned.vnis():
+            there = self._links.read(f"flannel.{vni}")
+            if there is not None and there.kind == "vxlan" and not self._owned.flannel_has_it():
+                self._links.delete(there.ifindex)
+                yield f"device flannel.{vni}, with its routes, neighbours and FDB"
+
+    def status(self) -> Mapping[str, object]:
+        """`device`."""
+        spec, under = self._spec, self._current.inputs.underlays.get(self._family.number)
+        if spec is None or under is None:
+            return {"device": None}
+        tunnel = self._tunnel
+        return {
+            "device": {
+                "name": spec.name,
+                "index": tunnel.ifindex,
+                "mac": mac_text(spec.mac),
+                "vni": spec.vni,
+                "port": spec.port,
+                "local": ip_text(self._family.number, spec.local),
+                "lower": under.name,
+                "mtu": spec.mtu,
+                "ok": bool(tunnel.ifindex) and tunnel.up and self.name not in self._health.problems(),
+            }
+        }
+
+    def counters(self) -> Mapping[str, int]:
+        """How often it was put back."""
+        return {"mended_device": self._lost}
+
+
+_NO_TUNNEL = Tunnel("", 0, 0, up=False)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
 
-from lease.model import Prefix, around, ip_number, ip_text
+from lease.model import around, ip_number, ip_text
+from overlay.control.controller import CannotReconcile
+from overlay.control.inputs import Underlay
 from overlay.kernel.route.entries import Address, Link
 from overlay.settings.settings import Settings
 
@@ -20,27 +21,8 @@ ANYWHERE = ip_number("192.0.2.1", 4)
 """An address that only the default route reaches (TEST-NET-1, RFC 5737); nothing is sent."""
 
 
-class UnderlayError(Exception):
+class UnderlayError(CannotReconcile):
     """No interface can be chosen: says what was looked for, what there is, and which flag decides."""
-
-
-class Underlay(NamedTuple):
-    """What carries the tunnel. local: the tunnel's source, always an address of the interface. public_ip: what we
-    advertise. on_link: the interface's prefixes. arp: whether neighbours there can be asked."""
-
-    name: str
-    ifindex: int
-    mtu: int
-    mac: int
-    local: int
-    public_ip: int
-    on_link: tuple[Prefix, ...]
-    arp: bool
-    reason: str
-
-    def __str__(self) -> str:
-        advertised = "" if self.public_ip == self.local else f", advertised as {ip_text(4, self.public_ip)}"
-        return f"{self.name} {ip_text(4, self.local)} (MTU {self.mtu}){advertised}: {self.reason}"
 
 
 class Interfaces:
@@ -104,6 +86,15 @@ def refresh(settings: Settings, current: Underlay, there: Interfaces) -> Underla
     return _underlay(settings, there, link, current.local, current.reason)
 
 
+def underlay_text(underlay: Underlay | None) -> str:
+    """For the log."""
+    if underlay is None:
+        return ""
+    address, public_ip = ip_text(4, underlay.local), ip_text(4, underlay.public_ip)
+    advertised = "" if public_ip == address else f", advertised as {public_ip}"
+    return f"{underlay.name} {address} (MTU {underlay.mtu}){advertised}: {underlay.reason}"
+
+
 def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, reason: str) -> Underlay:
     on_link = {around(item.address, item.length) for item in there.of(link.ifindex)}
     return Underlay(
@@ -116,6 +107,7 @@ def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, rea
         tuple(sorted(on_link)),
         link.arp,
         reason,
+        link.up,
     )
 
 

@@ -521,7 +521,7 @@ class Reconciler:
         said: list[Refused] = []
         for place, (kind, key) in enumerate(drops):
             refusal = refused.get(place)
-            if refusal is None or refusal.errno in _ABSENT:
+            if refusal is None or refusal.errno in wire.ABSENT:
                 self.touch(kind, key)
                 self.extra[kind].pop(key, None)
                 self._sort(kind, key, None)
@@ -559,8 +559,6 @@ class Reconciler:
 
 
 _PUT = ("put_neighbour", "put_fdb", "put_route")
-_ABSENT = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
-"""What the kernel says when it is asked to delete what is not there."""
 
 
 def retry_delay_s(failures: int, spread: float) -> float:

@@ -1,53 +1,12 @@
-"""Files that an operator changes while we run (a mounted ConfigMap): looked at every second or two, told when they differ.
-
-A ConfigMap mounted as a directory changes by the rename of a link (kubelet's AtomicWriter), so files are read by path
-each time and compared by content; a subPath mount never changes.
-"""
+"""Files: read, written atomically, removed."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import contextlib
+import os
+import stat
 
-from lease.regular import content
-
-LOOK_S = 1.5
-
-
-class FileText(NamedTuple):
-    """What a file says now, None where it is not there. what: its meaning to the agent."""
-
-    what: str
-    path: str
-    text: bytes | None
-
-
-class FileThread(threading.Thread):
-    """Posts a FileText for each file at the start, and whenever one changed."""
-
-    def __init__(self, files: Mapping[str, str], post: Callable[[FileText], None]) -> None:
-        """files: what -> path."""
-        super().__init__(name="files", daemon=True)
-        self._files, self._post = files, post
-        self._told: dict[str, bytes | None] = {}
-
-    def any(self) -> bool:
-        """Whether there is a file to look at."""
-        return bool(self._files)
-
-    def look(self) -> None:
-        """Read all of them once."""
-        for what, path in self._files.items():
-            text = read(path)
-            if what not in self._told or self._told[what] != text:
-                self._told[what] = text
-                self._post(FileText(what, path, text))
-
-    def run(self) -> None:
-        waiting = threading.Event()
-        while not waiting.wait(LOOK_S):
-            self.look()
+from lease.regular import content as content_of
 
 
 def read_text(path: str) -> str:
@@ -58,6 +17,56 @@ def read_text(path: str) -> str:
 def read(path: str) -> bytes | None:
     """The content, None where it cannot be read."""
     try:
-        return content(path)
+        return content_of(path)
     except OSError:
         return None
+
+
+def text_of(path: str) -> str:
+    """The content as text, whatever bytes it has. Raises OSError."""
+    return content_of(path).decode("utf-8", "replace")
+
+
+def up_to_date(path: str, content: str) -> bool:
+    """Whether a file holds exactly that."""
+    try:
+        return text_of(path) == content
+    except OSError:
+        return False
+
+
+def write_atomically(path: str, content: str) -> None:
+    """Put a file in place whole: temporary name beside it, fsync, rename. 0644 whatever the umask, an existing file's
+    mode kept, folders 0755: as flannel does. Raises OSError."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        mode = 0o644
+    # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself. One
+    # name for all: what a crash left is gone with the next write.
+    temporary = f"{folder}/.{name}.new"
+    try:
+        remove(temporary)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        error.filename = path  # not the temporary name; and writing says none at all
+        raise
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def remove(path: str) -> None:
+    """Remove a file; one that is gone is no error. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from lease.model import ip_text, mac_text
 from lease.store import RecordChanged, StoreUnavailable
-from overlay.cni.lists import LEASE_FILE, remove
+from overlay.cni.lists import LEASE_FILE
+from overlay.process.files import remove
 from overlay.process.rundir import RunDirError, hold
 from overlay.settings.settings import Settings
 from overlay.settings.stores import etcd_store

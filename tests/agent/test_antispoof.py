@@ -147,7 +147,7 @@ def test_what_claims_to_be_another_does_not_arrive(world, ports, checked):
     assert arrived == dict.fromkeys(arrived, not checked)
     if checked:
         assert agent.status()["counters"]["dropped_spoofed"] == len(arrived)
-        assert agent.status()["problems"] == {}
+        assert agent.problems() == {}
 
 
 def test_what_a_pod_gives_itself_later_is_not_its_own(world, ports):
@@ -220,7 +220,7 @@ def test_pods_that_come_and_go_also_while_no_agent_runs(world, ports):
     world.pod(agent, "next")
     until("and the next is bound", lambda: len(bound(world, "node1")) == 2)
     time.sleep(1)
-    assert agent.status()["problems"] == {}
+    assert agent.problems() == {}
     assert not agent.events("pods.mended")
 
 

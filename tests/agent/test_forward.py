@@ -37,7 +37,7 @@ def test_a_forward_policy_of_drop_lets_pods_through(world, program):
         until("they come back", lambda: len(rules(world, program)) == 2)
         world.run("node1", program, "-P", "FORWARD", "ACCEPT")
         until("and go when nothing is dropped any more", lambda: rules(world, program) == [])
-    assert "forward chain" not in agent.status()["problems"]
+    assert "forward chain" not in agent.problems()
 
 
 def test_rules_of_a_policy_are_taken_out_by_uninstall(world):
@@ -62,6 +62,6 @@ def test_another_chain_that_drops_is_named(world):
         "add table inet mine; add chain inet mine forward { type filter hook forward priority 0; policy drop; }",
     )
     again = world.restart(agent).wait_ready()
-    until("it is told", lambda: "inet mine forward drops" in json.dumps(again.status()["problems"]))
+    until("it is told", lambda: "inet mine forward drops" in json.dumps(again.problems()))
     assert again.ready(), "whether it accepts pods' traffic is the operator's to know"
     assert world.run("node1", "nft", "list", "chain", "inet", "mine", "forward").count("accept") == 0

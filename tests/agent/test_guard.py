@@ -212,7 +212,7 @@ def test_a_stranger_is_named(world):
     set_ = until("it is remembered", lambda: world.run("node1", "nft", "list", "set", "ip", TABLE, "strangers"))
     assert topology.GATEWAY in set_
     again = world.restart(first).wait_ready()
-    until("it is named", lambda: f"from {topology.GATEWAY}" in again.status()["problems"].get("strange frames", ""))
+    until("it is named", lambda: f"from {topology.GATEWAY}" in again.problems().get("unknown senders", ""))
     assert again.ready()
 
 

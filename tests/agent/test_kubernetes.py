@@ -21,7 +21,7 @@ def unavailable(world: KubeWorld, node: str) -> str:
 
 
 def problems(agent) -> str:
-    return json.dumps(agent.status()["problems"])
+    return json.dumps(agent.problems())
 
 
 def test_two_nodes_become_one_network(kube_world):
@@ -158,7 +158,7 @@ def test_a_wider_network_is_taken_live(kube_world):
     with world.stream(pods[0], pods[1]) as stream:
         world.config(Network="10.240.0.0/12")
         for agent in agents:
-            until("the status has it", lambda agent=agent: agent.status()["network"] == "10.240.0.0/12")
+            until("the status has it", lambda agent=agent: agent.network() == "10.240.0.0/12")
             until("and the kernel", lambda agent=agent: not agent.status()["differences"] and agent.ready())
             until("and the files", lambda agent=agent: "10.240.0.0/12" in (agent.run_dir / "subnet.env").read_text())
         assert "10.240.0.0/12" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
@@ -251,7 +251,7 @@ def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
         until("for new pods too", lambda: '"mtu": 1350' in (agents[0].run_dir / "cni/10-flannel.conflist").read_text())
     assert stream.lost() == 0
     world.config_file("overlayd.json", {"underlay-cidr": ["10.0.0.0/8"]})
-    until("no peer lies there", lambda: "outside --underlay-cidr 10.0.0.0/8" in str(agents[0].status()["refused"]))
+    until("no peer lies there", lambda: "outside --underlay-cidr 10.0.0.0/8" in str(agents[0].refused_records()))
     world.config_file("overlayd.json", {})
     until("it is a peer again", lambda: world.peers("node1") == 1)
     world.config_file("overlayd.json", {"underlay-cidr": ["10.244.1.0/25", "192.168.1.0/24"]})
@@ -292,11 +292,11 @@ def test_an_api_server_that_is_away_frozen_or_killed_costs_nothing(kube_world):
     pods = [world.pod(agent, "pod") for agent in agents]
     with world.stream(pods[0], pods[1]) as stream:
         world.kube.freeze()
-        until("a frozen one is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+        until("a frozen one is noticed", lambda: all(agent.status()["store"]["error"] for agent in agents), 20)
         world.kube.thaw()
-        until("and found again", lambda: not any(agent.status()["store_down"] for agent in agents), 40)
+        until("and found again", lambda: not any(agent.status()["store"]["error"] for agent in agents), 40)
         world.kube.stop(signal.SIGKILL)
-        until("a killed one is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+        until("a killed one is noticed", lambda: all(agent.status()["store"]["error"] for agent in agents), 20)
         assert all(agent.ready() for agent in agents)
         world.kube.start()
         world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
@@ -339,7 +339,7 @@ def test_an_uninstall_that_fails_is_finished_by_the_next(kube_world):
     world.kube.freeze()
     with pytest.raises(AssertionError, match=r"removed device flannel\.1") as failed:
         uninstall(world, agent)
-    assert "Node: " in str(failed.value)
+    assert "lease: " in str(failed.value), "what could not be withdrawn is named"
     world.kube.thaw()
     assert "annotation" in uninstall(world, agent)
     assert world.kube.notes("node1") == {}
@@ -399,7 +399,7 @@ def test_a_write_that_is_forbidden_is_told_also_while_we_hold(kube_world):
     until("it says what is forbidden", lambda: "403" in problems(agent) and "nodes/status" in problems(agent), 40)
     world.kube.authorize()
     until("it is put back, once it is allowed", lambda: world.kube.notes("node1").get("public-ip") == "192.168.1.2", 40)
-    until("and solved", lambda: "lease" not in agent.status()["problems"], 40)
+    until("and solved", lambda: "lease" not in agent.problems(), 40)
 
 
 def test_no_pod_is_made_in_a_subnet_that_a_new_node_may_not_get(kube_world):
@@ -425,11 +425,11 @@ def test_a_black_hole_on_the_way_to_the_api_server(kube_world):
     agents = world.nodes(2)
     rules = "table ip hole { chain in { type filter hook input priority 0; tcp dport 6443 drop; }; }"
     world.run("underlay", "nft", rules)
-    until("it is noticed", lambda: all(agent.status()["store_down"] for agent in agents), 20)
+    until("it is noticed", lambda: all(agent.status()["store"]["error"] for agent in agents), 20)
     assert all(agent.ready() for agent in agents)
     assert world.peers("node1") == world.peers("node2") == 1
     world.run("underlay", "nft", "delete table ip hole")
-    until("and gone again", lambda: not any(agent.status()["store_down"] for agent in agents), 40)
+    until("and gone again", lambda: not any(agent.status()["store"]["error"] for agent in agents), 40)
     world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
     until("what came since is seen", lambda: world.peers("node1") == 2, 40)
 

@@ -42,36 +42,33 @@ def test_a_wrong_config_is_refused_and_a_running_agent_keeps_its_last_good_one(w
     (one,) = world.nodes(1)
     before = world.kernel("node1")
     world.config(SubnetLen=99)
-    problem = until("it says so", lambda: one.status()["problems"].get("config"))
+    problem = until("it says so", lambda: one.problems().get("config"))
     for word in ("SubnetLen", "99", "30", "the running config is kept"):
         assert word in problem
     world.etcd.delete(f"{ROOT}/config")
     until(
         "a missing one, too",
-        lambda: (
-            "is kept" in one.status()["problems"].get("config", "")
-            and "no network config" in one.status()["problems"]["config"]
-        ),
+        lambda: "is kept" in one.problems().get("config", "") and "no network config" in one.problems()["config"],
     )
     assert one.ready()
     assert world.kernel("node1") == before
     two = world.agent(world.node(2))
-    until("a newcomer waits", lambda: "no network config" in two.status()["problems"].get("config", ""))
+    until("a newcomer waits", lambda: "no network config" in two.problems().get("config", ""))
     world.config()
     two.wait_ready()
-    until("no problem is left", lambda: not one.status()["problems"])
+    until("no problem is left", lambda: not one.problems())
 
 
 def test_a_network_that_does_not_hold_our_subnet_needs_a_drain(world):
     (one,) = world.nodes(1)
     subnet = one.subnet()
     world.config(Network="10.99.0.0/16")
-    problem = until("it says so", lambda: one.status()["problems"].get("config"))
+    problem = until("it says so", lambda: one.problems().get("config"))
     assert "drain" in problem
     assert str(subnet) in problem
     assert one.ready()
     again = world.restart(one).wait_ready()
-    assert again.status()["network"] == "10.99.0.0/16"
+    assert again.network() == "10.99.0.0/16"
     assert list(world.records()) == [str(again.subnet()).replace("/", "-")], "the old record is given up"
 
 
@@ -137,7 +134,7 @@ def test_two_nodes_with_one_address_behind_nat(world):
     )
     taker.wait_ready()
     assert taker.subnet() == subnet
-    problem = until("the first says so", lambda: first.status()["problems"].get("lease"))
+    problem = until("the first says so", lambda: first.problems().get("lease"))
     assert "203.0.113.5" in problem
     assert taker.node in problem
     assert first.process.poll() is None
@@ -160,7 +157,7 @@ def test_a_reinstalled_node_takes_its_old_record_over(world):
     assert agent.mac() != "0a:00:00:00:00:07", "another interface wrote it: its owner may live after all"
     (lease,) = agent.events("lease")
     assert lease["level"] == "warning"
-    assert "taken over from old" in lease["how"]
+    assert "taken over from old" in lease["method"]
 
 
 def test_a_new_address_after_a_restart_keeps_the_subnet(world):
@@ -257,7 +254,7 @@ def test_a_deleted_record_is_taken_again_while_traffic_flows(world):
         until("it is there again", lambda: key in world.records())
         until("for the peer, too", lambda: world.peers("node2") == 1)
     assert stream.lost() == 0
-    assert [e for e in one.events("lease") if "taken again" in e["how"]]
+    assert [e for e in one.events("lease") if "taken again" in e["method"]]
     assert world.records()[key]["lease"], "with a lease under it"
 
 
@@ -287,13 +284,13 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
     old_pod, local = world.pod(one, "a"), world.pod(one, "b")
     subnet = one.subnet()
     key = given_away(world, one)
-    assert str(subnet) in one.status()["retained"]
-    words = until("a lasting problem", lambda: one.status()["problems"].get("retained"))
+    assert str(subnet) in one.status()["retained_subnets"]
+    words = until("a lasting problem", lambda: one.problems().get("retained"))
     assert f"{subnet} is not ours any more ({key} is 192.168.1.50's)" in words
     assert "overlay_retained_subnets 1\n" in ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
     lost = [e for e in one.events("problem") if e["subject"] == "lease"]
     assert str(subnet) in lost[0]["what"]
-    assert one.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
+    assert one.refused_records()[key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
     until(
         "the list is the new subnet's",
         lambda: str(one.subnet()) in (one.run_dir / "cni" / "10-flannel.conflist").read_text(),
@@ -310,10 +307,10 @@ def test_a_subnet_given_to_another_node_keeps_the_running_pods_and_takes_a_new_o
         pods.detach(world.namespace("node1"), conflist, end.namespace)
     until(
         "once no pod is left, the new owner is a peer",
-        lambda: key not in one.status()["refused"] and not one.status()["retained"],
+        lambda: key not in one.refused_records() and not one.status()["retained_subnets"],
     )
     until("in the kernel, too", lambda: world.peers("node1") == 2)
-    until("the problem is solved", lambda: "retained" not in one.status()["problems"])
+    until("the problem is solved", lambda: "retained" not in one.problems())
     links = world.run("node1", "ip", "-o", "link")
     assert "cni0" not in links, "its connected route would keep the new owner's pods from us"
     assert "cni1" in links
@@ -329,9 +326,9 @@ def test_a_subnet_that_was_lost_before_a_restart_is_known_by_its_bridge(world):
     one.stop()
     world.run("node1", "nft", "delete", "table", *listing[3:])  # as if bound by nobody yet
     again = world.restart(one).wait_ready()
-    assert again.status()["retained"] == [str(subnet)]
+    assert again.status()["retained_subnets"] == [str(subnet)]
     assert again.events("subnet.retained")
-    assert again.status()["refused"][key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
+    assert again.refused_records()[key].startswith(f"subnet {subnet} overlaps {subnet}, which we lost")
     until("its pods are bound again", lambda: old_pod.address in world.run("node1", *listing))
     new_pod, far = world.pod(again, "c"), world.pod(two, "a")
     with matrix.Wires([old_pod, new_pod, far]) as wires:
@@ -339,7 +336,7 @@ def test_a_subnet_that_was_lost_before_a_restart_is_known_by_its_bridge(world):
         assert wires.measure(new_pod, far).ok
     pods.detach(world.namespace("node1"), again.run_dir / "cni" / "10-flannel.conflist", old_pod.namespace)
     until("the new owner is a peer", lambda: world.peers("node1") == 2)
-    assert again.status()["retained"] == []
+    assert again.status()["retained_subnets"] == []
     assert "cni0" not in world.run("node1", "ip", "-o", "link")
 
 
@@ -513,11 +510,11 @@ def test_etcd_away_is_no_harm_and_seen(world):
     source, target = world.pod(one, "a"), world.pod(two, "a")
     with world.stream(source, target) as stream:
         world.etcd.kill()
-        until("it is seen", lambda: one.status()["store_down"], 20)
+        until("it is seen", lambda: one.status()["store"]["error"], 20)
         world.run("node1", "ip", "link", "del", "flannel.1")
         until("repairs go on without a store", lambda: world.peers("node1") == 1)
         world.etcd.start()
-        until("it is back", lambda: not one.status()["store_down"], 30)
+        until("it is back", lambda: not one.status()["store"]["error"], 30)
     assert one.ready()
     assert stream.lost() < stream.sent / 2, "only while the device was gone"
 
@@ -527,7 +524,7 @@ def test_a_node_cut_off_from_etcd_notices_and_catches_up(world):
     one, two = world.nodes(2)
     world.run("underlay", "ip", "link", "set", "v1", "down")
     began = time.monotonic()
-    until("it is seen", lambda: one.status()["store_down"], 20)
+    until("it is seen", lambda: one.status()["store"]["error"], 20)
     assert time.monotonic() - began < 16
     world.put_record("10.244.0.0-24", other())
     two.stop()

@@ -112,7 +112,7 @@ def test_nothing_of_a_peer_is_touched_before_the_first_list(world):
     one.stop()
     world.etcd.kill()
     again = world.restart(one)
-    until("it says that it waits", lambda: "first list" in again.status()["problems"].get("waiting", ""))
+    until("it says that it waits", lambda: "first list" in again.problems().get("waiting", ""))
     assert not again.ready()
     assert world.kernel("node1") == before
     world.etcd.start()
@@ -187,15 +187,15 @@ def test_bad_records_cost_their_own_entry_only(world):
         "10.244.0.0-24", with_(PublicIP="192.168.1.51", BackendData={"VNI": 1, "VtepMAC": "0a:00:00:00:00:51"})
     )
     until("the good one is a peer", lambda: world.peers("node1") == 1)
-    status = one.status()
-    assert status["refused"].keys() == bad.keys()
-    assert all(status["refused"].values()), "each with its reason"
+    refused = one.refused_records()
+    assert refused.keys() == bad.keys()
+    assert all(refused.values()), "each with its reason"
     assert one.ready()
     assert len(one.events("record.refused")) == len(bad)
     assert "192.168.1.0/24 dev eth0" in world.run("node1", "ip", "route")
     # and the same at a start
     again = world.restart(one).wait_ready()
-    until("again", lambda: again.status()["refused"].keys() == bad.keys())
+    until("again", lambda: again.refused_records().keys() == bad.keys())
     assert world.peers("node1") == 1
 
 
@@ -254,7 +254,7 @@ def test_the_environment_works_as_flannelds(world):
         node, environ={"FLANNELD_IP_MASQ": "true", "FLANNELD_IFACE": "eth0", "FLANNELD_TYPO": "1"}
     ).wait_ready()
     assert "FLANNEL_IPMASQ=true" in (agent.run_dir / "subnet.env").read_text()
-    assert "--iface eth0" in agent.status()["underlay"]
+    assert "--iface eth0" in agent.status()["underlay"]["reason"]
     assert agent.events("environment")[0]["variable"] == "FLANNELD_TYPO"
 
 
@@ -350,9 +350,9 @@ def test_records_of_both_families_beside_those_of_one(world):
     world.put_record("10.244.61.0-24", made_up_peer(61))
     until("both are peers", lambda: world.peers("node1") == 3)
     world.config(EnableIPv6=True, IPv6Network="fd00:10:244::/48")
-    told = until("it is refused", lambda: one.status()["problems"].get("config"))
+    told = until("it is refused", lambda: one.problems().get("config"))
     assert "EnableIPv6: true needs an IPv6 datapath, which is not built yet" in told
     assert "the running config is kept" in told
     assert world.peers("node1") == 3
     world.config()
-    until("it is solved", lambda: "config" not in one.status()["problems"])
+    until("it is solved", lambda: "config" not in one.problems())

@@ -65,7 +65,7 @@ def test_the_manifests_capabilities_are_enough_and_all_it_has(world):
             lambda: "elements" in world.run("node1", "nft", "list", "set", "bridge", "overlay-1-pods", "ports6"),
         )
     assert stream.came
-    assert agents[0].status()["problems"] == {}
+    assert agents[0].problems() == {}
 
 
 def test_its_files_are_nobody_elses_to_write(world):

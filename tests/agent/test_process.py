@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lease.tenure.claim import Identity
-from overlay.control.health import Health
+from overlay.control.health import Health, Problem
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
 from overlay.main import StoreHosts
@@ -22,8 +22,8 @@ from tests.support.world import ROOT
 
 WITHOUT_NOTIFICATIONS = """
 import threading
-import overlay.agent.loop, overlay.kernel.netlink as netlink, overlay.main
-overlay.agent.loop.FULL_CHECK_S = 1.0
+import overlay.control.schedule as schedule, overlay.kernel.netlink as netlink, overlay.main
+schedule.RECHECK_S = 1.0
 netlink.Monitor.run = netlink.NftMonitor.run = lambda self: threading.Event().wait()
 overlay.main.main()
 """
@@ -36,8 +36,12 @@ WITH_A_LOOP_THAT_STICKS = """
 import os, time
 import overlay.agent.loop, overlay.control.health, overlay.main
 overlay.control.health.STUCK_S, overlay.agent.loop.TURN_S = 1.0, 0.2
-real = overlay.agent.loop.Agent._pass
-overlay.agent.loop.Agent._pass = lambda self: (time.sleep(30) if os.path.exists(self._settings.run_dir + "/stick") else None, real(self))[1]
+class Sticks(overlay.agent.loop.Loop):
+    def run_pass(self):
+        if os.path.exists(self._current.inputs.settings.run_dir + "/stick"):
+            time.sleep(30)
+        return super().run_pass()
+overlay.agent.loop.Loop = Sticks
 overlay.main.main()
 """
 
@@ -108,10 +112,10 @@ def test_a_lease_not_renewed_in_time_is_a_problem_until_it_is(world):
     """etcd away for longer than the lease lives; it gives leases their life again when it comes back."""
     agent = world.agent(world.node(1), "--subnet-lease-ttl=6", "--subnet-lease-renew-margin=1").wait_ready()
     world.etcd.kill()
-    until("it says so", lambda: agent.status()["problems"].get("renewal"), 20)
+    until("it says so", lambda: agent.problems().get("renewal"), 20)
     until("and is not ready", lambda: not agent.ready(), 20)
     world.etcd.start()
-    until("it is ready again", lambda: agent.ready() and not agent.status()["problems"], 40)
+    until("it is ready again", lambda: agent.ready() and not agent.problems(), 40)
 
 
 def test_release_at_the_wrong_place_says_so_and_forgets_nothing(world):
@@ -130,7 +134,7 @@ def test_markup_in_somebodys_record_is_shown_as_it_is(world):
     (one,) = world.nodes(1)
     world.put_record("[/red]x", "junk")
     world.etcd.put(f"{ROOT}/config", '{"Network":"10.244.0.0/16","Backend":{"Type":"[/vx]"}}')
-    until("both are refused", lambda: one.status()["refused"] and one.status()["problems"].get("config"))
+    until("both are refused", lambda: one.refused_records() and one.problems().get("config"))
     shown = subprocess.run(
         [sys.executable, "-m", "overlay.cli.app", "status", "--run-dir", str(one.run_dir)],
         capture_output=True,
@@ -169,22 +173,23 @@ def test_pypis_etcd_serves_where_there_is_no_other(monkeypatch):
 
 def test_readiness_goes_only_when_something_stays_wrong():
     now = [0.0]
-    health = Health(lambda: now[0])
-    assert health.judge("for a lease", 0) is None
+    health = Health(lambda: now[0], lambda: 1000.0 + now[0])
+    assert not health.judge("for a lease")
     assert not health.readiness()[0]
-    assert health.judge("", 0) is True
+    assert health.judge("")
     health.problem("device", "down")
     now[0] = 5.0
-    assert health.judge("", 3) is None
-    assert health.readiness()[0], "a repair that takes a moment is no news"
+    assert health.judge(""), "a repair that takes a moment is no news"
+    health.problem("device", "still down")
+    assert health.problems()["device"] == Problem("still down", 1000.0, False), "since it began, not since it was told"
     now[0] = 16.0
-    assert health.judge("", 3) is False
+    assert not health.judge("")
     health.turned()
-    assert "device: down" in health.readiness()[1]
+    assert "device: still down" in health.readiness()[1]
     health.solved("device")
-    health.problem("mtu", "lowered")
-    assert health.judge("", 0) is True, "harmless: pods' traffic is as it should be"
-    assert health.problems() == {"mtu": "lowered"}
+    health.problem("mtu", "lowered", harmless=True)
+    assert health.judge(""), "harmless: pods' traffic is as it should be"
+    assert health.problems() == {"mtu": Problem("lowered", 1016.0, True)}
 
 
 @pytest.mark.parametrize("machine", ["", "0" * 32, "uninitialized"])

@@ -167,28 +167,27 @@ def test_what_is_not_ours_is_never_touched(world, pair):
         assert there in routes
     assert "192.168.1.77" in world.run("node1", "ip", "neigh")
     assert "172.30.0.1/32" in world.run("node1", "ip", "addr")
-    assert agent.status()["in_the_way"] == []
+    assert agent.status()["conflicting_routes"] == []
 
 
-def test_a_foreign_route_in_the_way_is_reported_not_replaced(world, pair):
+def test_a_conflicting_route_is_reported_not_replaced(world, pair):
     agent, subnet = pair[0], str(pair[1].subnet())
     key = next(iter(world.kernel("node1")["routes"].values())).key
     world.run("node1", "ip", "route", "add", subnet, "dev", "eth0")
-    (told,) = until("it is told", lambda: agent.status()["in_the_way"], SOON)
-    assert subnet in told
-    assert "eth0" in told
+    (told,) = until("it is told", lambda: agent.status()["conflicting_routes"], SOON)
+    assert told == {"destination": subnet, "via": "", "device": "eth0", "metric": 0, "protocol": 3}
     world.run("node1", "ip", "route", "del", subnet, "dev", "eth0", "metric", "0")
-    until("and forgotten", lambda: not agent.status()["in_the_way"], SOON)
+    until("and forgotten", lambda: not agent.status()["conflicting_routes"], SOON)
     # a part of it is as bad
     part = f"{subnet[:-3]}/26"
     world.run("node1", "ip", "route", "add", "blackhole", part)
-    (told,) = until("it is told", lambda: agent.status()["in_the_way"], SOON)
-    assert part in told
+    (told,) = until("it is told", lambda: agent.status()["conflicting_routes"], SOON)
+    assert (told["destination"], told["device"]) == (part, "")
     world.run("node1", "ip", "route", "del", "blackhole", part)
-    until("and forgotten", lambda: not agent.status()["in_the_way"], SOON)
+    until("and forgotten", lambda: not agent.status()["conflicting_routes"], SOON)
     # one with our very metric: our own cannot stand beside it
     world.run("node1", "ip", "route", "replace", subnet, "dev", "eth0", "metric", str(key.metric))
-    until("it is told", lambda: agent.status()["in_the_way"] and agent.status()["differences"], SOON)
+    until("it is told", lambda: agent.status()["conflicting_routes"] and agent.status()["differences"], SOON)
     assert "eth0" in world.run("node1", "ip", "route", "show", subnet)
     until("it is not ready then", lambda: not agent.ready(), 20)
     world.run("node1", "ip", "route", "del", subnet, "dev", "eth0")
@@ -286,7 +285,7 @@ def test_what_is_not_ours_to_put_back_is_told(world):
     world.pod(one, "a")
     subnet = str(one.subnet())
     gateway = subnet.removesuffix("0/24") + "1"
-    told = lambda: one.status()["problems"].get("routes", "")  # noqa: E731
+    told = lambda: one.problems().get("routes", "")  # noqa: E731
     for break_it, words in (
         (f"ip route del {subnet} dev cni0", f"no route leads {subnet} to cni0"),
         ("ip link set cni0 down", "cni0 is down"),

@@ -245,7 +245,7 @@ def test_two_agents_on_one_node_by_mistake(scene):
     world, before = scene.world, picture(scene.world, scene.agents[0])
     with world.stream(*scene.pods) as there:
         second = world.agent("node1", "--node-name=node1", run_dir="second")
-        told = until("it says why it waits", lambda: second.status()["problems"].get("another agent"))
+        told = until("it says why it waits", lambda: second.problems().get("another agent"))
         assert f"pid {scene.agents[0].process.pid}" in told
         assert not second.ready()
         alike(before, picture(world, scene.agents[0]))

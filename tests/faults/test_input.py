@@ -27,7 +27,7 @@ LARGEST = 1_400_000
 
 def _refused(scene, key: str, words: str) -> str:
     """The reason that the first agent gives."""
-    found = scene.agents[0].status()["refused"]
+    found = scene.agents[0].refused_records()
     reason = str(found.get(key) or found.get(ascii(key)[1:-1], ""))
     return reason if words in reason and reason else ""
 
@@ -107,7 +107,7 @@ def test_the_network_config(scene):
     with world.stream(*scene.pods) as there:
         for name, (text, words) in CONFIGS.items():
             world.etcd.put(f"{ROOT}/config", text)
-            told: Callable[[], str] = lambda: agent.status()["problems"].get("config", "")  # noqa: E731
+            told: Callable[[], str] = lambda: agent.problems().get("config", "")  # noqa: E731
             took = _timed(f"{name}: refused", lambda words=words, told=told: words in told())
             said = told()
             assert "the running config is kept" in said, said
@@ -145,7 +145,7 @@ def test_our_files_made_something_else(scene, kind):
         world.run("node1", "ip", "route", "flush", "dev", "flannel.1", "proto", "111")
 
     def bites() -> bool:
-        return True if kind != "folder" else f"{path}: Is a directory" in agent.status()["problems"].get("files", "")
+        return True if kind != "folder" else f"{path}: Is a directory" in agent.problems().get("files", "")
 
     def recover() -> bool:
         if kind == "folder":
@@ -227,5 +227,5 @@ def test_the_status_socket(scene, door):
                 one.close()
             scene.row(f"{door} socket: {name}", "a hundred connections", "nothing", took)
     assert there.lost() == 0
-    assert agent.status()["problems"] == {}
+    assert agent.problems() == {}
     assert json.loads(ask_unix(str(agent.run_dir / SOCKET_NAME), "/status")[1])["ready"]

@@ -82,15 +82,15 @@ def test_the_kernel_refuses(scene, code, long):
         if long:
             cpu, lines = scene.idle_cost(10)
             told = scene.agents[0].status()
-            assert any(name in difference["refused"] for difference in told["differences"]), told["differences"]
-            assert name in told["problems"]["guard"]
+            assert any(name in difference["error"] for difference in told["differences"]), told["differences"]
+            assert name in next(p["text"] for p in told["problems"] if p["subject"] == "guard")
             assert cpu < 0.05
             assert lines < 15
         switch.unlink()
         return True
 
     def whole() -> bool:
-        return world.peers("node1") == 2 and "guard" not in scene.agents[0].status()["problems"]
+        return world.peers("node1") == 2 and "guard" not in scene.agents[0].problems()
 
     scene.suffer(
         f"the kernel says {name} {'for 10 s' if long else 'for a moment'}",
@@ -116,7 +116,7 @@ def test_the_kernel_refuses_all_at_a_first_start(scene, code):
         scene.agents[0] = world.agent("node1", "--node-name=node1", "--ip-masq", run_dir="node1", program=program)
 
     def bites() -> bool:
-        return any(name in text for text in scene.agents[0].status()["problems"].values())
+        return any(name in text for text in scene.agents[0].problems().values())
 
     def recover() -> bool:
         cpu, lines = scene.idle_cost(5)
@@ -131,7 +131,7 @@ def test_the_kernel_refuses_all_at_a_first_start(scene, code):
         f"the kernel says {name} to all at a first start, for 5 s", "every answer of netlink replaced in the process; no device, no rules",
         inject, bites, 30, recover,
     )  # fmt: skip
-    assert scene.agents[0].wait_ready().status()["problems"] == {}
+    assert scene.agents[0].wait_ready().problems() == {}
 
 
 def test_no_descriptor_left(scene):
@@ -218,7 +218,7 @@ def test_the_disk(scene, how):
 
         def bites() -> bool:
             words = "No space left on device" if how == "full" else "Read-only file system"
-            return f"{conflist}: {words}" in scene.agents[0].status()["problems"].get("files", "")
+            return f"{conflist}: {words}" in scene.agents[0].problems().get("files", "")
 
         def recover() -> bool:
             assert scene.world.peers("node1") == 1, "all else goes on"
@@ -260,7 +260,7 @@ def test_a_start_on_a_full_disk(scene):
             scene.agents[0] = world.agent("node1", "--node-name=node1", run_dir="node1")
 
         def bites() -> bool:
-            return "No space left on device" in scene.agents[0].status()["problems"].get("files", "")
+            return "No space left on device" in scene.agents[0].problems().get("files", "")
 
         def recover() -> bool:
             until("the datapath is there all the same", lambda: world.peers("node1") == 1)
@@ -346,10 +346,10 @@ def test_a_refused_change_of_the_guard_does_not_spin(scene):
     until("a peer", lambda: world.peers("node1") == 2)
     switch.touch()
     world.drop_record("10.244.99.0-24")
-    until("it is told", lambda: "EPERM" in scene.agents[0].status()["problems"].get("guard", ""))
+    until("it is told", lambda: "EPERM" in scene.agents[0].problems().get("guard", ""))
     cpu, lines = scene.idle_cost(8)
     assert cpu < 0.05
     assert lines < 15
     switch.unlink()
-    until("it is solved", lambda: "guard" not in scene.agents[0].status()["problems"])
+    until("it is solved", lambda: "guard" not in scene.agents[0].problems())
     until("and the address is gone", lambda: "192.168.1.99" not in world.run("node1", "nft", "list", "ruleset"))

@@ -259,7 +259,7 @@ def test_the_underlay_is_renamed(scene):
     )  # fmt: skip
     lost = scene.suffer(
         "the underlay's interface renamed", "`ip link set eth0 name wan0`", seen.inject, seen.bites,
-        whole=lambda: "wan0" in scene.agents[0].status()["underlay"] and scene.agents[0].ready(),
+        whole=lambda: scene.agents[0].status()["underlay"]["interface"] == "wan0" and scene.agents[0].ready(),
     )  # fmt: skip
     assert lost == 0
 

@@ -31,7 +31,7 @@ def _caught_up(scene, number: int) -> bool:
     """The agent learned of a record that was written while the store was away, or since."""
     status = scene.agents[0].status()
     found = any(peer["public_ip"] == f"192.168.1.{number}" for peer in status["peers"])
-    return found and not status["store_down"] and not status["differences"]
+    return found and status["store"]["up"] and not status["differences"]
 
 
 def _away(scene, fault, how, stop, start, seen=None):
@@ -48,7 +48,7 @@ def _away(scene, fault, how, stop, start, seen=None):
         fault,
         how,
         stop,
-        seen or (lambda: scene.agents[0].status()["store_down"]),
+        seen or (lambda: scene.agents[0].status()["store"]["error"]),
         60,
         recover,
         lambda: _caught_up(scene, 99),
@@ -119,7 +119,9 @@ def test_restored_from_an_older_backup(scene):
 
     def whole() -> bool:
         return (
-            scene.world.peers("node1") == 1 and scene.agents[0].ready() and not scene.agents[0].status()["store_down"]
+            scene.world.peers("node1") == 1
+            and scene.agents[0].ready()
+            and not scene.agents[0].status()["store"]["error"]
         )
 
     # the record that is gone with the restore is no loss of ours: its route must go, the peer's must stay
@@ -218,7 +220,7 @@ def _slow(scene, store: str, proxy: SlowProxy, flags: str) -> None:
     scene.begin(flags)
     proxy.delay_s = SLOW_S
     time.sleep(25)  # it is silent for longer than a watch may be
-    assert not scene.agents[0].status()["store_down"], "slow is not away"
+    assert not scene.agents[0].status()["store"]["error"], "slow is not away"
 
     def bites() -> bool:
         time.sleep(SLOW_S / 2)
@@ -269,7 +271,7 @@ def test_expired_certificates(scene):
 
     _away(
         scene, "etcd with an expired certificate", "started again with one that ended long ago", lambda: serve("expired.crt"),
-        lambda: serve("good.crt"), lambda: "expired" in scene.agents[0].status()["store_down"],
+        lambda: serve("good.crt"), lambda: "expired" in scene.agents[0].status()["store"]["error"],
     )  # fmt: skip
 
 
@@ -281,7 +283,7 @@ def test_the_api_server(kube_scene, how):
         kube_scene, f"API server {'killed' if killed else 'frozen'}", f"{how.name}, back 15 s after it is noticed",
         kube.stop if killed else kube.freeze, kube.start if killed else kube.thaw,
     )  # fmt: skip
-    assert kube_scene.agents[0].status()["problems"] == {}
+    assert kube_scene.agents[0].problems() == {}
 
 
 def test_a_black_hole_before_the_api_server(kube_scene):
@@ -308,7 +310,7 @@ def test_an_api_server_with_an_expired_certificate(kube_scene):
 
     _away(
         kube_scene, "API server with an expired certificate", "started again with one that ended long ago", worse, better,
-        lambda: "expired" in kube_scene.agents[0].status()["store_down"],
+        lambda: "expired" in kube_scene.agents[0].status()["store"]["error"],
     )  # fmt: skip
 
 
@@ -330,7 +332,7 @@ def test_an_api_server_that_only_reads(kube_scene):
         kube_scene, "API server read-only for 15 s, then the agent is started again", "NOSPACE alarm of its etcd",
         lambda: kube.etcd.no_space("ACTIVATE"), better, refused,
     )  # fmt: skip
-    assert kube_scene.agents[0].status()["problems"] == {}
+    assert kube_scene.agents[0].problems() == {}
 
 
 def test_an_api_server_whose_history_is_compacted(kube_scene):
@@ -371,13 +373,13 @@ def test_an_api_server_whose_etcd_is_restored_from_an_older_backup(kube_scene):
         kube.start()
 
     exchange(data, backup, False)
-    until("they are back", lambda: not any(agent.status()["store_down"] for agent in kube_scene.agents), 60)
+    until("they are back", lambda: not any(agent.status()["store"]["error"] for agent in kube_scene.agents), 60)
     world.put_peer(97)
     until("a later peer", lambda: world.peers("node1") == 2)
     lost = kube_scene.suffer(
         "API server's etcd restored from an older backup", "both killed, its data replaced by a copy of before, started",
         lambda: exchange(backup, data, True), lambda: world.peers("node1") == 1,
         whole=lambda: world.peers("node1") == 1 and kube_scene.agents[0].ready()
-        and not kube_scene.agents[0].status()["store_down"],
+        and not kube_scene.agents[0].status()["store"]["error"],
     )  # fmt: skip
     assert lost == 0

@@ -154,8 +154,8 @@ def test_a_storm_of_hostile_records(scene):
     own = {str(each.subnet()).replace("/", "-") for each in scene.agents}
     lost = scene.suffer(
         f"a storm of hostile records, {HOSTILE_S:.0f} s", "some 200 a second of six kinds put, a third of them deleted again",
-        inject, lambda: len(agent.status()["refused"]) > 20, 30, recover,
-        lambda: not agent.status()["refused"] and world.kernel("node1") == kernel,
+        inject, lambda: len(agent.refused_records()) > 20, 30, recover,
+        lambda: not agent.refused_records() and world.kernel("node1") == kernel,
     )  # fmt: skip
     assert lost == 0
     scene.row(

@@ -12,6 +12,7 @@ from lease.model import prefix
 from overlay.cni import lists as cni
 from overlay.cni.lists import CONFLIST
 from overlay.lab import netns
+from overlay.process.files import write_atomically
 from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.wait import until
 from tests.support.world import KubeWorld, World
@@ -49,7 +50,7 @@ class Flanneld:
         assert subnet is not None
         conflist = self.run_dir / "cni" / CONFLIST
         if not conflist.exists():
-            cni.write_atomically(
+            write_atomically(
                 str(conflist), cni.network_list(prefix("10.244.0.0/16"), subnet, 1450, "cni0", f"{self.run_dir}/ipam")
             )
         self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")

@@ -16,9 +16,10 @@ from lease.records.packed import Leases
 from overlay.kernel import netlink
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import TUNNEL, Kind
-from overlay.peers.controller import Datapath
+from overlay.kernel.route.entries import Kind
+from overlay.peers.datapath import Datapath
 from tests.support.make import lease, node
+from tests.support.tunnel import TunnelNews
 
 NETWORK = prefix("10.128.0.0/9")
 
@@ -36,14 +37,14 @@ class Peers:
     def __init__(self, inside: Callable[[Callable[[], Any]], Any], **config: Any) -> None:
         self.inside, self.clock = inside, Clock()
         self.requests = inside(RequestSocket)
-        self.path = Datapath(self.requests, self.clock, random.Random(1))
+        self.path, self.device = Datapath(self.requests, self.clock, random.Random(1)), TunnelNews()
         self.index = next(link.ifindex for link in self.requests.links() if link.name == "flannel.1")
         own = lease("10.255.255.0/24", "192.168.1.2", "0e:2a:00:00:00:01")
         self.node = node(network=NETWORK, own=own, backend=VxlanConfig(**config))
 
     def load(self, records: list[Lease]) -> None:
-        self.path.plan(self.node, Leases.of(records), "")
-        self.path.set_tunnel(self.index, lost=False, made=False)
+        self.path.plan(self.node, "", Leases.of(records))
+        self.device.stands(self.path, self.index)
         self.look()
         self.settle()
 
@@ -101,9 +102,8 @@ def test_a_device_that_goes_down_between_two_slices_of_a_look(peers):
         with IPRoute() as ipr:
             ipr.link("set", index=peers.index, state="down")
             ipr.link("set", index=peers.index, state="up")
-        link = next(link for link in peers.requests.links() if link.ifindex == peers.index)
-        assert peers.path.on_link(link._replace(up=False), gone=False) == TUNNEL
-        peers.path.set_tunnel(peers.index, lost=True, made=False)
+        peers.device.went_down(peers.path)
+        peers.device.set_up(peers.path)
 
     peers.look(down_and_up)
     peers.settle()
@@ -115,7 +115,7 @@ def test_what_left_during_the_first_look_is_removed(peers):
     """The kernel has it from an earlier run; the dump shows it after its record went."""
     everyone = [peer(number) for number in range(2000)]
     peers.load(everyone)
-    peers.path.plan(peers.node, Leases.of(everyone), "")  # nothing is known again
+    peers.path.plan(peers.node, "", Leases.of(everyone))  # nothing is known again
     peers.look(lambda: [peers.path.drop(one.key) for one in everyone[::2]] and None)
     peers.settle()
     peers.look()
@@ -129,7 +129,7 @@ def test_what_somebody_deletes_during_the_first_look_comes_back(space, inside, d
     peers = Peers(inside, direct_routing=direct)
     everyone = [peer(number) for number in range(1500)]
     peers.load(everyone)
-    peers.path.plan(peers.node, Leases.of(everyone), "")
+    peers.path.plan(peers.node, "", Leases.of(everyone))
     peers.path.rec.extra[Kind.NEIGHBOUR][1] = object()
 
     def delete() -> None:
@@ -199,7 +199,7 @@ def test_a_device_that_somebody_made_anew_is_filled(peers):
 
     peers.ip(anew)
     assert peers.index != old
-    assert peers.path.set_tunnel(peers.index, lost=False, made=False), "it is to be read: others may have filled it"
+    assert peers.device.stands(peers.path, peers.index), "it is to be read: others may have filled it"
     peers.settle()
     assert peers.there() == (50, 50, 50)
 

@@ -12,6 +12,7 @@ from overlay.kernel.nftables import program as nft
 from overlay.kernel.route.links import Links
 from overlay.lab import netns
 from overlay.node import device as tunnel
+from overlay.node import sysctls
 
 MAC = mac_number("0e:2a:00:00:00:01")
 
@@ -155,7 +156,7 @@ def test_the_base_address_comes_before_another_goes(links, inside):
     ],
 )
 def test_sysctls(there, direct, wrong):
-    assert tunnel.wanted_sysctls("f", "e", direct, there.get) == wrong
+    assert sysctls.wanted_sysctls("f", "e", direct, there.get) == wrong
 
 
 def test_arp_probes(space, inside):

@@ -9,9 +9,13 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.config import parse_config
+from lease.families import V4
 from lease.model import ip_number, prefix
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.kernel.netlink import RequestSocket
-from overlay.node.links import Host
+from overlay.node.interfaces import interfaces_within, lost_subnets
+from overlay.node.links import LinksSource
+from overlay.node.underlay_source import UnderlaySource
 from overlay.settings.settings import Settings
 
 NETWORK = prefix("192.168.0.0/16")
@@ -20,19 +24,25 @@ OWN = prefix("192.168.77.0/24")
 
 
 @pytest.fixture
-def host(inside) -> Iterator[Callable[[], Host]]:
-    """The Host of the namespace, with its links read and its underlay chosen."""
+def host(inside) -> Iterator[Callable[[], Inputs]]:
+    """The inputs of the namespace, with its links read and its underlay chosen."""
     requests = inside(RequestSocket)
-    made = inside(lambda: Host(Settings(iface=("eth0",)), requests, dict))
+    current = CurrentInputs(Settings(iface=("eth0",)))
+    links, underlay = LinksSource(current, requests), UnderlaySource(current, V4, requests, dict, lambda: None)
 
-    def read() -> Host:
-        made.read_links()
-        made.choose_underlay()
-        return made
+    def read() -> Inputs:
+        links.reconcile(())
+        underlay.reconcile(underlay.wants(current.inputs))
+        return current.inputs
 
     yield read
-    made._links_io.close()  # an agent keeps it for as long as it lives
     requests.close()
+
+
+def lost(found: Inputs, kube: bool = False) -> dict[str, list[str]]:
+    assert CONFIG.v4 is not None
+    there = lost_subnets(CONFIG.v4, OWN, kube, found.links, found.addresses, found.underlays[4])
+    return {name: [str(subnet) for subnet in subnets] for name, subnets in there.items()}
 
 
 def bridge(inside: Callable[[Callable[[], Any]], Any], name: str, address: str, length: int = 24) -> int:
@@ -57,8 +67,9 @@ def test_an_underlay_inside_the_network_is_not_a_way_of_pods_nor_is_its_deprecat
 
     index = bridge(inside, "cni0", "192.168.77.1")
     inside(deprecate)
-    assert any(a.deprecated for a in host().addresses.values())
-    assert host().interfaces_in(NETWORK) == {index}
+    found = host()
+    assert any(a.deprecated for a in found.addresses.values())
+    assert interfaces_within(NETWORK, found.addresses.values(), found.underlays[4]) == {index}
 
 
 CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
@@ -66,7 +77,7 @@ CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Ty
 
 @pytest.mark.parametrize("kube", [False, True])
 @pytest.mark.parametrize(
-    ("name", "address", "length", "lost"),
+    ("name", "address", "length", "expected"),
     [
         ("cni0", "192.168.78.1", 24, ["192.168.78.0/24"]),
         ("cni12", "192.168.79.1", 24, ["192.168.79.0/24"]),
@@ -82,12 +93,9 @@ CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Ty
         ("docker0", "192.168.78.1", 24, []),
     ],
 )
-def test_a_lost_subnet_is_that_of_a_bridge_for_pods(inside, host, kube, name, address, length, lost):
+def test_a_lost_subnet_is_that_of_a_bridge_for_pods(inside, host, kube, name, address, length, expected):
     bridge(inside, name, address, length)
-    found = host()
-    found.settings = found.settings._replace(kube=kube)
-    assert [str(subnet) for subnet in found.lost_subnets(CONFIG, OWN)] == lost
-    assert found.bridges == ({name} if lost else set())
+    assert lost(host(), kube) == ({name: expected} if expected else {})
 
 
 def test_a_bridge_that_has_another_address_too_is_somebody_elses(inside, host):
@@ -98,7 +106,7 @@ def test_a_bridge_that_has_another_address_too_is_somebody_elses(inside, host):
             ipr.addr("add", index=index, address="172.17.0.1", prefixlen=16)
 
     inside(more)
-    assert host().lost_subnets(CONFIG, OWN) == []
+    assert lost(host()) == {}
 
 
 def test_a_number_for_an_address_is_no_bridges(inside, host):
@@ -109,4 +117,4 @@ def test_a_number_for_an_address_is_no_bridges(inside, host):
     inside(build)
     found = host()
     assert ip_number("192.168.78.0", 4) in {a.address for a in found.addresses.values()}
-    assert found.lost_subnets(CONFIG, OWN) == []
+    assert lost(found) == {}

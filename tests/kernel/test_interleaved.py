@@ -21,9 +21,10 @@ from overlay.firewall.guard import GRACE_S, Guard
 from overlay.kernel.netlink import FdbSeen, KernelError, NeighbourSeen, Refusal, RequestSocket, RouteSeen
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.links import Links
-from overlay.peers.controller import Datapath
+from overlay.peers.datapath import Datapath
 from overlay.peers.plan import entries
 from tests.support.make import OWN_MAC, lease, node
+from tests.support.tunnel import TunnelNews
 from tests.unit.test_peers import by_the_plain_rule
 
 NODE = node()
@@ -122,10 +123,11 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
         def begin(self) -> None:
             """An agent starts, and has its first list."""
             self.guard = Guard(sets, self.clock)
-            self.path = Datapath(self.socket, self.clock, self.rng, self.guard)  # type: ignore[arg-type]
-            self.path.plan(NODE, Leases.of(self.records.values()), "")
+            self.path = Datapath(self.socket, self.clock, self.rng, None, (self.guard,))  # type: ignore[arg-type]
+            self.device = TunnelNews()
+            self.path.plan(NODE, "", Leases.of(self.records.values()))
             self.guard.ensure(TABLE)
-            self.path.set_tunnel(self.index, lost=False, made=False)
+            self.device.stands(self.path, self.index)
             self.connected = True
             self.unseen = True
             """Something is in the kernel that nobody has told this agent."""
@@ -182,16 +184,14 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
         @rule()
         def the_device_goes_down_and_up(self) -> None:
             shell(f"ip link set {DEVICE} down; ip link set {DEVICE} up")
-            link = next(link for link in requests.links() if link.name == DEVICE)
-            self.path.on_link(link._replace(up=False), gone=False)
-            self.path.set_tunnel(self.index, lost=True, made=False)
+            self.device.went_down(self.path)
+            self.device.set_up(self.path)
 
         @rule()
         def the_device_goes_and_is_made_again(self) -> None:
-            link = next(link for link in requests.links() if link.name == DEVICE)
             self.index = make_device()
-            self.path.on_link(link, gone=True)
-            self.path.set_tunnel(self.index, lost=False, made=True)
+            self.device.went(self.path)
+            self.device.made(self.path, self.index)
 
         @rule(code=st.sampled_from([errno.ENOBUFS, errno.EPERM, errno.EBUSY, 0, 0]))
         def the_kernel_refuses_or_relents(self, code: int) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from lease.model import prefix
 from overlay.cni import lists as cni
+from overlay.cni import plugins
 from overlay.settings.settings import SettingsError, read_live, read_settings
 from tests.support.world import CNI_CONF
 
@@ -95,21 +96,21 @@ def test_an_old_list_tells_its_subnet(tmp_path):
 def test_plugins_are_put_where_the_host_has_none(tmp_path):
     source, target = tmp_path / "from", tmp_path / "deep" / "to"
     source.mkdir()
-    for name in cni.PLUGINS:
+    for name in plugins.PLUGINS:
         (source / name).write_text(f"ours {name}")
         (source / name).chmod(0o755)
     target.mkdir(parents=True)
     (target / "bridge").write_text("the host's")
     (target / "bridge").chmod(0o755)
-    done = cni.install_plugins(str(source), str(target))
+    done = plugins.install_plugins(str(source), str(target))
     assert "stays" in done["bridge"]
     assert (target / "bridge").read_text() == "the host's"
-    assert sorted(path.name for path in target.iterdir()) == sorted(cni.PLUGINS)
+    assert sorted(path.name for path in target.iterdir()) == sorted(plugins.PLUGINS)
     assert (target / "portmap").stat().st_mode & 0o777 == 0o755
     (source / "portmap").unlink()
     (target / "portmap").unlink()
     with pytest.raises(OSError, match="portmap"):
-        cni.install_plugins(str(source), str(target))
+        plugins.install_plugins(str(source), str(target))
     assert not [path for path in target.iterdir() if path.name.startswith(".")]
 
 

@@ -14,7 +14,7 @@ from lease.model import prefix
 from overlay.backends.vxlan import device_mtu
 from overlay.cni import lists as cni
 from overlay.firewall.nat import nat_table
-from overlay.process.files import read
+from overlay.process.files import read, up_to_date, write_atomically
 from tests.unit import recordings
 
 NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.76.0/24")
@@ -65,17 +65,17 @@ def test_files_are_put_in_place_whole_with_flannels_modes(tmp_path):
     path = tmp_path / "new" / "deep" / "subnet.env"
     old = os.umask(0o077)
     try:
-        cni.write_atomically(str(path), "a=1\n")
+        write_atomically(str(path), "a=1\n")
     finally:
         os.umask(old)
     assert path.read_text() == "a=1\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     path.chmod(0o600)
-    cni.write_atomically(str(path), "a=2\n")
+    write_atomically(str(path), "a=2\n")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, "an existing file's mode is kept"
     assert [entry.name for entry in path.parent.iterdir()] == ["subnet.env"], "no temporary file is left"
-    assert cni.up_to_date(str(path), "a=2\n")
-    assert not cni.up_to_date(str(path), "a=1\n")
+    assert up_to_date(str(path), "a=2\n")
+    assert not up_to_date(str(path), "a=1\n")
 
 
 def test_the_network_list():
@@ -207,7 +207,7 @@ def test_a_file_that_is_none_keeps_nobody_waiting(tmp_path, kind):
         regular.content(str(path))
     assert cni.previous_subnet(str(path)) is None
     assert cni.listed_subnet(str(path)) is None
-    assert not cni.up_to_date(str(path), "")
+    assert not up_to_date(str(path), "")
     assert read(str(path)) is None
 
 

@@ -192,8 +192,8 @@ def test_any_file_of_others(tmp_path_factory, data):
 
 
 def test_metrics_count_what_is_refused():
-    status = Status("1", True, "etcd", "", "eth0", "10.244.0.0/16", None, None, refused={"a": "bad", "b": "bad"},
-                    counters={"dropped_from_strangers": 3})  # fmt: skip
+    sections = {"unreadable_records": {"a": "bad"}, "refused_records": {"b": "bad"}}
+    status = Status("1", "node1", 1.0, True, {}, sections, {"dropped_from_strangers": 3})
     text = exposition(status)
     assert "overlay_refused_records 2\n" in text
     assert "overlay_dropped_from_strangers_total 3\n" in text

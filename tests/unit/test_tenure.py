@@ -9,7 +9,8 @@ from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_number,
 from lease.records.codec import decode_lease, encode_value
 from lease.store import LeaseExpired, StoreUnavailable
 from lease.tenure.claim import Answer, Claim, Identity, Occupied
-from lease.tenure.etcd import Denied, Held, Lost, Tenure
+from lease.tenure.etcd import Tenure
+from lease.tenure.events import Denied, Held, Lost
 from tests.support.fake_store import FakeStore
 
 IP2, IP3, IP9 = (ip_number(f"192.168.1.{n}", 4) for n in (2, 3, 9))
@@ -92,7 +93,7 @@ def test_a_reboot_keeps_record_and_mac_when_nobody_else_answers():
     there = world.put(lease(node=ME))
     held = only_held(world.settle())
     assert held.lease == there
-    assert not held.loud
+    assert not held.warn
     assert world.asked == [IP2]
 
 
@@ -126,7 +127,7 @@ def test_a_recycled_address_that_nobody_answers_for_is_taken_over_loudly(who):
     world = World(answer=NOBODY)
     there = world.put(lease(node=who))
     held = only_held(world.settle())
-    assert held.loud
+    assert held.warn
     assert held.lease.v4 is not None
     assert there.v4 is not None
     assert held.lease.v4.subnet == there.v4.subnet
@@ -159,7 +160,7 @@ def test_the_flag_takes_over_whoever_answers():
     world = World(answer=SOMEBODY)
     world.put(lease(node=OTHER))
     held = only_held(world.settle(take_over=True))
-    assert held.loud
+    assert held.warn
     assert held.lease.key == "10.244.5.0-24"
     assert held.lease.v4 is not None
     assert held.lease.v4.mac not in (None, MAC_A), "its owner may live, and two devices never get one MAC"
@@ -202,7 +203,7 @@ def test_a_record_outside_the_config_is_replaced_then_removed():
     world = World(config=parse_config('{"Network":"10.244.0.0/16","SubnetMin":"10.244.100.0"}'))
     world.put(lease(node=ME))
     held = only_held(world.settle(device_mac=MAC_A))
-    assert held.loud
+    assert held.warn
     assert "10.244.5.0-24" not in world.store.records
     assert held.lease.v4 is not None
     assert held.lease.v4.subnet.base >= ip_number("10.244.100.0", 4)
@@ -347,7 +348,7 @@ def test_a_deleted_record_is_taken_again():
     world, held = running()
     world.store.delete(held.key)
     again = only_held(world.settle())
-    assert again.loud
+    assert again.warn
     assert again.lease.same_claim(held)
     assert world.stored().same_claim(held)
 
@@ -371,8 +372,8 @@ def test_a_record_overwritten_in_place_by_another_node_is_written_again():
     world.put(lease(ip=IP9, mac=MAC_B, node=OTHER))
     [again] = world.settle()
     assert isinstance(again, Held)
-    assert again.loud
-    assert "had written over it in place" in again.how
+    assert again.warn
+    assert "had written over it in place" in again.method
     assert world.stored().same_claim(held)
     assert world.settle() == []
 
@@ -443,7 +444,7 @@ def test_a_subnet_is_not_given_up_to_one_who_writes_over_it_without_end():
         [again] = world.settle()
         assert isinstance(again, Held)
         assert world.stored().same_claim(held)
-    assert "see who may write there" in again.how
+    assert "see who may write there" in again.method
 
 
 def test_a_node_that_took_our_address_over_is_not_fought():
@@ -466,7 +467,7 @@ def test_garbage_over_our_record_is_written_over_on_its_revision():
     world, held = running()
     world.store.put(held.key, b"garbage", held.handle)
     again = only_held(world.settle())
-    assert again.loud
+    assert again.warn
     assert world.stored().same_claim(held)
     assert world.stored().handle == held.handle
 
@@ -553,7 +554,7 @@ def test_a_loss_is_told_also_when_the_store_breaks_off_in_the_middle():
     world.store.before_create = breaks
     with pytest.raises(StoreUnavailable):
         world.settle()
-    assert [type(event) for event in world.tenure.owed] == [Lost]
+    assert [type(event) for event in world.tenure.unreported] == [Lost]
     world.store.before_create = lambda _wanted: None
     lost, new = world.settle()
     assert isinstance(lost, Lost)

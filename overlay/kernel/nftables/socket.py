@@ -33,13 +33,22 @@ class NetfilterSocket(RequestSocket):
         """Make a table anew, at once. Raises KernelError."""
         self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
 
-    def remove(self, family: str, name: str) -> None:
-        """Take a table away, if it is there; of a family that this kernel lacks there is none. Raises KernelError."""
+    def has(self, family: str, name: str) -> bool:
+        """Whether there is such a table; of a family that this kernel lacks there is none. Raises KernelError."""
         try:
-            self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
+            self.ask(lambda seq: nf_wire.get(nf_wire.GETTABLE, family, seq, name, ""))
         except KernelError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-                raise
+            if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+                return False
+            raise KernelError(error.errno, f"reading nft table {family} {name}: {error}") from error
+        return True
+
+    def remove(self, family: str, name: str) -> bool:
+        """Take a table away; whether there was one. Raises KernelError."""
+        if not self.has(family, name):
+            return False
+        self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
+        return True
 
     def change(self, table: nf_wire.Table, add: Elements, take: Elements) -> None:
         """Put keys into sets of a table and take others out, all at once. add, take: keys by the name of the set. Raises

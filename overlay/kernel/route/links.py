@@ -13,6 +13,7 @@ from typing import Any
 
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import link_wire, wire
+from overlay.kernel.route.entries import Link
 from overlay.kernel.route.link_wire import VxlanAttributes
 
 SYSCTL = "/proc/sys"
@@ -38,6 +39,10 @@ class Links:
     def close(self) -> None:
         """Close its socket."""
         self._requests.close()
+
+    def all(self) -> list[Link]:
+        """All links. Raises KernelError."""
+        return list(self._requests.links())
 
     def read(self, name: str) -> VxlanAttributes | None:
         """The device of a name, None where there is none. Raises KernelError."""

@@ -8,6 +8,7 @@ Source: include/uapi/linux/{netlink,rtnetlink,neighbour,if_link,if_addr}.h.
 
 from __future__ import annotations
 
+import errno
 import struct
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,10 @@ _IFADDR = struct.Struct("=BBBBL")
 
 _FORM = "scope, type, tos"
 _KNOWN_ROUTE = {RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, 12}  # 12: RTA_CACHEINFO, statistics
+
+
+ABSENT = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
+"""What the kernel says when it is asked to delete what is not there."""
 
 
 def _ip(address: int) -> bytes:

@@ -1,0 +1,40 @@
+"""What happens to our own lease, as values: a TenureThread posts them, the agent's loop takes them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lease.model import Lease
+
+
+class Held(NamedTuple):
+    """The lease is ours. method: how we came by it; warn: an operator should look."""
+
+    lease: Lease
+    method: str
+    warn: bool = False
+
+
+class Lost(NamedTuple):
+    """The subnet is not ours any more. The datapath of running pods stays; another is taken for new pods."""
+
+    lease: Lease
+    reason: str
+
+
+class Denied(NamedTuple):
+    """No lease for now, and why. conflict: another node claims our public IP. displaced: what we hold may be given to
+    another node at any time, so no new pod may get an address of it."""
+
+    reason: str
+    conflict: bool = False
+    displaced: bool = False
+
+
+class Renewed(NamedTuple):
+    """The etcd lease was kept alive; None: it never expires."""
+
+    left_s: float | None
+
+
+TenureEvent = Held | Lost | Denied | Renewed

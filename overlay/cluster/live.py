@@ -1,0 +1,90 @@
+"""The files that an operator may change while the agent runs: --live-settings, the network config, cni-conf.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from overlay.cluster.network import NetworkConfigInput
+from overlay.control.controller import Handler, Source
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs
+from overlay.peers.plan import underlay_within
+from overlay.process.log import log
+from overlay.process.watched import FileText
+from overlay.settings.settings import Settings, SettingsError, read_live
+
+
+class LiveFiles(Source):
+    """Them, as inputs. One that vanished says nothing: what it said last is kept. (A kubelet takes the ConfigMap away from a
+    container whose pod is deleted, before it ends it.)"""
+
+    name = "live"
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        health: Health,
+        network: NetworkConfigInput,
+        set_log_level: Callable[[str], None],
+    ) -> None:
+        self._current, self._health, self._network, self._set_log_level = current, health, network, set_log_level
+        self._at_start = current.inputs.settings
+        self._seen: set[str] = set()
+        """Files that were there once."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """What the thread that looks at files posts."""
+        return {FileText: self._on_file}
+
+    def _on_file(self, event: FileText) -> bool:
+        subject = f"file {event.what}"
+        if event.text is None and event.what in self._seen:
+            words = f"{event.path} is gone; what it said last is kept"
+            self._health.problem(subject, words, harmless=True)
+            return False
+        if event.text is not None:
+            self._seen.add(event.what)
+            self._health.solved(subject)
+        if event.what == "cni-conf":
+            self._current.set(cni_template=event.text)
+        elif event.what == "net-conf":
+            self._network.read(event.text)
+        elif event.what == "live":
+            self._on_live(event)
+        return False
+
+    def _on_live(self, event: FileText) -> None:
+        try:
+            live = self._at_start if event.text is None else read_live(event.text, self._at_start)
+            self._refuse_taking_ours(live)
+        except SettingsError as error:
+            words = f"{event.path}: {error}; what ran until now is kept"
+            self._health.problem("live-settings", words, harmless=True)
+            return
+        self._health.solved("live-settings")
+        live = live._replace(public_ip=self._current.inputs.settings.public_ip)
+        if self._current.set(settings=live):
+            log.info(
+                "live_settings",
+                log_level=live.log_level,
+                ip_masq=live.ip_masq,
+                fully_random=live.fully_random,
+                forward_rules=live.forward_rules,
+                underlay_cidr=", ".join(map(str, live.underlay_cidrs)) or "anywhere",
+                vxlan_guard=live.vxlan_guard,
+                pod_antispoof=live.pod_antispoof,
+            )
+            self._set_log_level(live.log_level)
+
+    def _refuse_taking_ours(self, live: Settings) -> None:
+        """Raises SettingsError: the underlay would be where our pods are."""
+        inputs = self._current.inputs
+        pool, end = inputs.pool(4), inputs.end(4)
+        if pool is None or end is None:
+            return
+        for there in underlay_within(pool.network, live.underlay_cidrs):
+            if there.overlaps(end.subnet):
+                raise SettingsError(
+                    f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"
+                )

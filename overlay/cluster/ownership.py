@@ -1,0 +1,277 @@
+"""Our own lease: what we ask for, what we hold, who disputes it, and how long it lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from lease.config import NetworkConfig
+from lease.model import Lease, Prefix, ip_text, mac_text
+from lease.store import Snapshot
+from lease.tenure.claim import Claim, Identity
+from lease.tenure.events import Denied, Held, Lost, Renewed
+from overlay.cni.lists import previous_subnet
+from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs, Inputs, Underlay
+from overlay.peers.plan import underlay_within
+from overlay.process.log import log
+from overlay.settings.settings import Settings
+
+PUT_RIGHT_S = 60.0
+"""So long after our record was put right any other that claims our MAC is looked at."""
+
+
+class Claimer(Protocol):
+    """The part of lease.tenure.keeper.TenureThread used here."""
+
+    def claim(self, claim: Claim, snapshot: Snapshot | None = None) -> None: ...
+    def look(self) -> None: ...
+
+
+class _Wants(NamedTuple):
+    config: NetworkConfig
+    underlay: Underlay
+    settings: Settings
+
+
+class Ownership(Controller):
+    """This node's lease. The tenure's thread acquires and renews it, by what is claimed here."""
+
+    name = "lease"
+    rechecked = False
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        health: Health,
+        clock: Callable[[], float],
+        identity_of: Callable[[str], Identity] | None,
+        existing_mac: Callable[[NetworkConfig], int | None],
+        stop: Callable[[str], None],
+        give_up: Callable[[], Iterator[str]] = lambda: iter(()),
+    ) -> None:
+        """identity_of: of this node, given its underlay's MAC; None where nothing is claimed (uninstall). existing_mac: of
+        the device that is there. stop: ends the agent, with a reason. give_up: takes what the record says to others out
+        of the store (uninstall)."""
+        self._current, self._health, self._clock = current, health, clock
+        self._identity_of, self._existing_mac, self._stop, self._give_up = identity_of, existing_mac, stop, give_up
+        self.claimer: Claimer | None = None
+        """Set before the loop runs."""
+        self.held: Lease | None = None
+        """With revisions: by these, disputes are judged."""
+        self._method = ""
+        self._at_our_key: Lease | None = None
+        """Ours, or what somebody put there."""
+        self._first_list: Snapshot | None = None
+        """Read before anything was held: it saves the tenure another."""
+        self._earlier: tuple[int | None, Prefix | None] | None = None
+        """What an earlier run left: the device's MAC, and the subnet of subnet.env. None: not looked at yet."""
+        self._put_right_until = 0.0
+        """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
+        self._expires_at: float | None = None
+        self._told_twins: set[str] = set()
+        """Records with our public IP that were logged."""
+        self.displaced_record: Callable[[Lease], None] = lambda _lease: None
+        """Called with the record at a key that was ours: it is somebody's like any other. Set before the loop runs."""
+        self.refused_records: Callable[[], Iterable[Lease]] = lambda: ()
+        """The records that are not peers, among them those that have something of ours. Set before the loop runs."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """What the tenure's thread tells."""
+        return {Held: self._on_held, Lost: self._on_lost, Denied: self._on_denied, Renewed: self._on_renewed}
+
+    # --- asking
+
+    def wants(self, inputs: Inputs) -> object:
+        """What it is claimed by."""
+        under = inputs.underlays.get(4)
+        if not inputs.listed:
+            return Waiting("for the first list from the store")
+        if inputs.config is None:
+            return Waiting("for a network config")
+        if under is None:
+            return Waiting("for an underlay")
+        return _Wants(inputs.config, under._replace(up=True), inputs.settings)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Tell the tenure. Raises KernelError."""
+        config, under, settings = wants
+        assert self._identity_of is not None
+        if self._earlier is None:
+            self._earlier = self._existing_mac(config), previous_subnet(settings.subnet_file)
+        mac, subnet = self._earlier
+        claim = Claim(
+            config,
+            under.public_ip,
+            mac,
+            self._identity_of(mac_text(under.mac)),
+            subnet,
+            settings.take_over,
+            _not_for_pods(config, under, settings),
+            under.local,
+        )
+        if self.claimer is not None:
+            self.claimer.claim(claim, self._first_list if self.held is None else None)
+        return False
+
+    def unready(self) -> str:
+        """Whether it is held."""
+        return "for a lease" if self.held is None else ""
+
+    def look(self) -> None:
+        """Our own record may not be what it should be."""
+        if self.claimer is not None:
+            self.claimer.look()
+
+    # --- what the store says of our own record
+
+    @property
+    def key(self) -> str:
+        """The key of our record, "" while none is ours."""
+        return self.held.key if self.held is not None else ""
+
+    def list_came(self, snapshot: Snapshot) -> None:
+        """A whole list, by which our own record is seen as well."""
+        if self.held is None:
+            self._first_list = snapshot
+        else:
+            self.record_seen(snapshot.leases.get(self.held.key))
+
+    def changes_came(self) -> None:
+        """The first list is not the latest word any more."""
+        self._first_list = None
+
+    def record_seen(self, lease: Lease | None) -> None:
+        """What stands at our key; None: nothing that can be read."""
+        self._at_our_key = lease
+        if self.held is not None and (lease is None or not lease.same_claim(self.held)):
+            self.look()
+
+    def record_gone(self, key: str) -> None:
+        """A record went."""
+        self._told_twins.discard(key)
+
+    # --- disputes
+
+    def look_for_rivals(self) -> None:
+        """All records that have something of ours are refused as peers."""
+        for lease in self.refused_records():
+            self.look_at_rival(lease)
+
+    def look_at_rival(self, lease: Lease) -> None:
+        """Another record that is older than ours and has our subnet or MAC wins; one with our address is told."""
+        held = self.held
+        if held is None:
+            return
+        for ours, theirs in ((held.v4, lease.v4), (held.v6, lease.v6)):
+            if ours is None or theirs is None:
+                continue
+            older = lease.created < held.created
+            same_mac = theirs.mac is not None and theirs.mac == ours.mac
+            if (older and (same_mac or theirs.subnet.overlaps(ours.subnet))) or (
+                same_mac and self._clock() < self._put_right_until
+            ):
+                self.look()
+            if theirs.public_ip == ours.public_ip and theirs.mac != ours.mac and lease.key not in self._told_twins:
+                self._told_twins.add(lease.key)
+                log.warning(
+                    "public_ip.claimed_twice",
+                    public_ip=ip_text(ours.subnet.family, ours.public_ip),
+                    by=lease.key,
+                    node=lease.node,
+                    effect="that record is not used; give one of the two nodes another address",
+                )
+
+    # --- what the tenure says
+
+    def _on_held(self, event: Held) -> bool:
+        lease = event.lease
+        tell = log.warning if event.warn else log.info
+        end = lease.v4 or lease.v6
+        assert end is not None
+        public_ip = ip_text(end.subnet.family, end.public_ip)
+        tell("lease", subnet=str(end.subnet), public_ip=public_ip, method=event.method)
+        before = self._at_our_key
+        self.held, self._method, self._at_our_key, self._first_list = lease, event.method, lease, None
+        if before is not None and before.key != lease.key:
+            self.displaced_record(before)
+        own = lease._replace(created=0, modified=0, handle=0)
+        was = self._current.inputs.own
+        self._current.set(own=own, displaced=False)
+        if was is not None and was.key != own.key:
+            self._current.set(synced=False)
+        if event.warn:
+            self._put_right_until = self._clock() + PUT_RIGHT_S
+        self.look_for_rivals()
+        self._health.solved(self.name)
+        return False
+
+    def _on_lost(self, event: Lost) -> bool:
+        self._displace()
+        end = event.lease.v4 or event.lease.v6
+        assert end is not None
+        self._health.problem(
+            self.name,
+            f"we lost {end.subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this"
+            " node until they are made again; another subnet is taken for new pods",
+        )
+        return False
+
+    def _on_denied(self, event: Denied) -> bool:
+        if event.conflict and self.held is None:
+            log.error("lease.conflict", reason=event.reason)
+            self._stop(event.reason)
+            return False
+        self._health.problem(self.name, event.reason)
+        if event.displaced and self.held is not None:
+            self._displace()
+        return False
+
+    def _displace(self) -> None:
+        """No new pod shall get an address of our subnet, until there is a lease again."""
+        self._current.set(displaced=True, synced=False)
+
+    def _on_renewed(self, event: Renewed) -> bool:
+        self._expires_at = None if event.left_s is None else self._clock() + event.left_s
+        self._health.solved("renewal")
+        return False
+
+    def judge_renewal(self) -> None:
+        """Whether it was renewed in time: asked at each pass."""
+        if self._expires_at is not None and self._clock() >= self._expires_at:
+            self._health.problem(
+                "renewal", "the lease was not renewed in time and may be given away: the store is away"
+            )
+
+    def withdraw(self) -> Iterator[str]:
+        """Take what the record says to others out of the store."""
+        yield from self._give_up()
+
+    def status(self) -> Mapping[str, object]:
+        """`lease`."""
+        held = self.held
+        if held is None:
+            return {"lease": None}
+        end = held.v4 or held.v6
+        assert end is not None
+        left = None if self._expires_at is None else max(0, round(self._expires_at - self._clock()))
+        return {
+            "lease": {
+                "key": held.key,
+                "subnet": str(end.subnet),
+                "public_ip": ip_text(end.subnet.family, end.public_ip),
+                "vtep_mac": mac_text(end.mac or 0),
+                "identity": held.node,
+                "method": self._method,
+                "left_s": left,
+            }
+        }
+
+
+def _not_for_pods(config: NetworkConfig, under: Underlay, settings: Settings) -> tuple[Prefix, ...]:
+    """What no subnet of ours may touch."""
+    assert config.v4 is not None
+    reserved = underlay_within(config.v4.network, settings.underlay_cidrs)
+    return (*under.on_link, Prefix(4, under.public_ip, 32), *reserved)

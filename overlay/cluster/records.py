@@ -1,0 +1,155 @@
+"""The records of the store, as they come: lists and changes, sorted into our own, peers', what cannot be read, the network
+config, and what an operator wrote on our own Node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from lease.model import Lease, Refused
+from lease.records.annotations import Hints
+from lease.records.packed import Leases
+from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
+from overlay.cluster.network import NetworkConfigInput, network_status
+from overlay.cluster.ownership import Ownership
+from overlay.control.controller import Handler, Source
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs
+from overlay.peers.refusals import Refusals
+from overlay.process.log import log
+
+
+class PeerRecords(Protocol):
+    """Who takes the records of others (peers.datapath.Datapath)."""
+
+    def replace(self, leases: Leases, own: str) -> None:
+        """A list, with all that it has; own: the key of our own record, which is no peer's."""
+
+    def change(self, records: Mapping[str, Lease | None]) -> None:
+        """What came, changed or went (None) at once."""
+
+    def refused_of(self, key: str) -> bool:
+        """Whether the record of a key is refused."""
+
+
+class RecordsSource(Source):
+    """Sorts what the store's thread posts."""
+
+    name = "store"
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        health: Health,
+        peers: PeerRecords,
+        ownership: Ownership,
+        network: NetworkConfigInput,
+        refusals: Refusals,
+        place: Callable[[], str],
+    ) -> None:
+        """place: the store and prefix, for messages."""
+        self._current, self._health, self._peers, self._ownership = current, health, peers, ownership
+        self._network, self._refusals, self._place = network, refusals, place
+        self._unreadable: dict[str, str] = {}
+        self._down = ""
+        self._kube = current.inputs.settings.kube
+        self._flag_public_ip = current.inputs.settings.public_ip
+        self._hints = Hints()
+        self._node_public_ip = 0
+        """The last that could be read."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """What the store's thread posts."""
+        return {Snapshot: self._on_snapshot, Changes: self._on_changes, StoreDown: self._on_down}
+
+    def _on_snapshot(self, snapshot: Snapshot) -> bool:
+        if self._down:
+            log.info("store.back", store=self._place(), records=len(snapshot.leases))
+        self._down = ""
+        self._health.solved("store")
+        if not self._kube:  # there the config is a file, which has told it already
+            self._network.read(snapshot.config)
+        self._on_hints(snapshot.hints)
+        self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
+        for key, reason in self._unreadable.items():
+            self._refusals.tell(key, reason)
+        self._current.set(listed=True)
+        self._ownership.list_came(snapshot)
+        self._peers.replace(snapshot.leases, self._ownership.key)
+        self._ownership.look_for_rivals()
+        return False
+
+    def _on_changes(self, changes: Changes) -> bool:
+        self._ownership.changes_came()
+        records: dict[str, Lease | None] = {}
+        for change in changes.changes:
+            if isinstance(change, ConfigText):
+                self._network.read(change.text)
+            elif isinstance(change, Hints):
+                self._on_hints(change)
+                self._ownership.look()
+            else:
+                self._on_change(change, records)
+        self._peers.change(records)
+        for key, lease in records.items():
+            if lease is not None and self._peers.refused_of(key):
+                self._ownership.look_at_rival(lease)
+        return False
+
+    def _on_change(self, change: Lease | Refused | Gone, records: dict[str, Lease | None]) -> None:
+        """records: what peers' records are now, None for one that is gone; more is entered."""
+        self._unreadable.pop(change.key, None)
+        lease = change if isinstance(change, Lease) else None
+        if lease is None:
+            self._ownership.record_gone(change.key)
+        if isinstance(change, Refused):
+            self._unreadable[change.key] = change.reason
+            self._refusals.tell(change.key, change.reason)
+        if change.key == self._ownership.key:
+            self._ownership.record_seen(lease)
+        else:
+            records[change.key] = lease
+
+    def _on_hints(self, hints: Hints) -> None:
+        """What an operator wrote on our own Node."""
+        self._health.report("annotations", "; ".join(hints.faults), harmless=True)
+        if hints.public_ip is not None and hints.public_ip != self._node_public_ip:
+            self._node_public_ip = hints.public_ip
+            address = hints.public_ip or self._flag_public_ip
+            self._current.set(settings=self._current.inputs.settings._replace(public_ip=address))
+        if hints != self._hints:
+            self._ownership.look()
+        self._hints = hints
+
+    def _on_down(self, down: StoreDown) -> bool:
+        if not self._down:
+            log.warning(
+                "store.down",
+                store=self._place(),
+                reason=down.reason,
+                effect="retried; datapath and peers stay as they are",
+            )
+        self._down = down.reason
+        if self._current.inputs.config is None:
+            self._health.problem("store", down.reason, harmless=True)
+        return False
+
+    def unready(self) -> str:
+        """Whether the first list is in."""
+        if self._current.inputs.listed:
+            return ""
+        return f"for the first list from the store{': ' + self._down if self._down else ''}"
+
+    def status(self) -> Mapping[str, object]:
+        """`store`, `network`, and of `refused_records` those that cannot be read."""
+        return {
+            "store": {
+                "type": "kubernetes" if self._kube else "etcd",
+                "address": self._place(),
+                "up": not self._down,
+                "error": self._down,
+            },
+            "network": network_status(self._current.inputs.config),
+            "unreadable_records": dict(self._unreadable),
+        }

@@ -1,0 +1,190 @@
+"""The files that pods are made by, and those by which other programs and later runs know this node: subnet.env, the CNI
+network list, which device and which record are ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from lease.model import Prefix
+from overlay.cni import lists
+from overlay.control.controller import Controller, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs, Inputs
+from overlay.node.interfaces import addresses_by_name
+from overlay.node.owned import Owned
+from overlay.process.files import read_text, remove, up_to_date, write_atomically
+from overlay.process.log import log
+from overlay.settings.flags import DEFAULT_SUBNET_FILE
+from overlay.settings.settings import Settings
+
+Stamp = tuple[int, int, int]
+"""Inode, time of the last write (ns) and size."""
+LOOK_S = 1.0
+"""Nobody tells of a file: each is looked at so often, which costs next to nothing."""
+
+
+class _Wants(NamedTuple):
+    """files: content by path; the network list: its path ("": none is kept), its content, or why there is none that could
+    be used (fault). subnet: that of our lease. may_stand: the list may, since all peers are in the kernel."""
+
+    files: tuple[tuple[str, str], ...]
+    list_path: str
+    list_text: str
+    fault: str
+    subnet: Prefix
+    may_stand: bool
+    displaced: bool
+
+
+class CniController(Controller):
+    """Them. No pod is made before its masquerade, nor before the node's peers are in the kernel; and none gets an address
+    of a subnet that is not ours any more."""
+
+    name = "files"
+    after = ("nat", "forward")
+    yields = True
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        family: Family,
+        health: Health,
+        owned: Owned,
+        clock: Callable[[], float],
+        named: Callable[[Iterable[str]], None],
+    ) -> None:
+        """named: told the bridges that the network list attaches pods to."""
+        self._current, self._family, self._health, self._owned = current, family, health, owned
+        self._clock, self._named = clock, named
+        self._settings: Settings = current.inputs.settings
+        self._written: dict[str, tuple[str, Stamp | None]] = {}
+        """Files that hold what we want, as we wrote or found them, and what tells that they were touched since."""
+        self._listed = False
+        """The network list may stand."""
+        self._next = 0.0
+        self._mended = 0
+
+    def wants(self, inputs: Inputs) -> object:
+        """Contents, by the lease and the device."""
+        number = self._family.number
+        pool, end, tunnel = inputs.pool(number), inputs.end(number), inputs.tunnels.get(number)
+        if pool is None or end is None or inputs.own is None:
+            return Waiting("for a lease")
+        if tunnel is None:
+            return Waiting("for the tunnel device")
+        settings = inputs.settings
+        files = (
+            (self._owned.device_file, tunnel.name),
+            (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end)),
+            (settings.subnet_file, lists.subnet_env(pool.network, end.subnet, tunnel.mtu, settings.ip_masq)),
+        )
+        if not settings.cni_conf_dir:
+            return _Wants(files, "", "", "", end.subnet, True, False)
+        text, fault = _network_list(inputs, pool.network, end.subnet, tunnel.mtu)
+        path = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
+        return _Wants(files, path, text, fault, end.subnet, inputs.synced, inputs.displaced)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Write what differs. Raises OSError."""
+        self._next = self._clock() + LOOK_S
+        path = wants.list_path
+        if wants.displaced:
+            self._withdraw_list(path)
+        self._listed = not wants.displaced and (self._listed or wants.may_stand)
+        old = lists.listed_subnet(path) if path and path not in self._written else None
+        stale = old is not None and old != wants.subnet
+        if stale and (not self._listed or wants.fault):
+            # one that an earlier life left for another subnet goes at once, before a pod gets an address of it
+            remove(path)
+            log.warning("file.removed", path=path, because=f"it gives addresses of {old}; our lease is {wants.subnet}")
+        self._write(wants.files)
+        if path and self._listed and not wants.fault:
+            self._named(lists.bridges_in(wants.list_text))
+            self._write(((path, wants.list_text),))
+        fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
+        self._health.report("cni", fault)
+        return False
+
+    def _withdraw_list(self, path: str) -> None:
+        """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease."""
+        if path and path in self._written:
+            del self._written[path]
+            remove(path)
+            log.warning("file.removed", path=path, because="the subnet it gives addresses of may be another node's now")
+
+    def _write(self, files: Iterable[tuple[str, str]]) -> None:
+        """Put files in place where they differ."""
+        for path, content in files:
+            altered, stamp = self._written.get(path, ("", None))[0] == content, _stamp(path)
+            if up_to_date(path, content):
+                self._written[path] = content, stamp
+                continue
+            write_atomically(path, content)
+            self._written[path] = content, _stamp(path)
+            if altered:
+                self._mended += 1
+                log.warning(
+                    "file.mended", path=path, effect="somebody altered or removed it; does another agent write it?"
+                )
+            else:
+                log.info("file.written", path=path)
+
+    def due(self) -> float | None:
+        """At once where a file is not the one that we saw last; else when they are looked at next."""
+        now = self._clock()
+        if now < self._next:
+            return self._next
+        if any(_stamp(path) != stamp for path, (_, stamp) in self._written.items()):
+            return 0.0
+        self._next = now + LOOK_S
+        return self._next
+
+    def withdraw(self) -> Iterator[str]:
+        """Remove the network list, and subnet.env; where flannel has the node again they are flannel's. The files by which
+        a later run knows that this node was ours stay until all else is gone."""
+        if self._owned.flannel_has_it():
+            return
+        settings = self._settings
+        conflist = f"{settings.cni_conf_dir}/{lists.CONFLIST}" if settings.cni_conf_dir else ""
+        for path in (conflist, settings.subnet_file):
+            if path and Path(path).exists():
+                remove(path)
+                yield path
+
+    def counters(self) -> Mapping[str, int]:
+        """How often a file was put back."""
+        return {"mended_file": self._mended} if self._mended else {}
+
+
+def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> tuple[str, str]:
+    """The network list, or ("", why cni-conf.json cannot be used)."""
+    settings = inputs.settings
+    bridge = lists.bridge_name(subnet, addresses_by_name(inputs.links, inputs.addresses).items())
+    # only where host and agent surely see the same file: of a container's folders /run/flannel alone is the host's
+    same_file = not settings.kube or settings.subnet_file == DEFAULT_SUBNET_FILE
+    waits_for = settings.subnet_file if same_file else ""
+    plain = lists.network_list(network, subnet, mtu, bridge, settings.cni_data_dir, waits_for)
+    if inputs.cni_template is None:
+        return plain, ""
+    try:
+        return lists.render_list(inputs.cni_template, plain, network, mtu, settings.ip_masq), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+def _stamp(path: str) -> Stamp | None:
+    """What differs when a file was written or replaced; None where there is none."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return None
+    return there.st_ino, there.st_mtime_ns, there.st_size
+
+
+def bridges_listed(settings: Settings) -> set[str]:
+    """The bridges that the network list of this node names."""
+    return lists.bridges_in(read_text(f"{settings.cni_conf_dir}/{lists.CONFLIST}")) if settings.cni_conf_dir else set()

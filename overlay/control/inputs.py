@@ -1,0 +1,108 @@
+"""Inputs: all that controllers share, as one frozen value, made anew when something in it changed.
+
+Who owns a field sets it (compose.py wires them): links and addresses by node/links.py, the underlay by
+node/underlay_source.py, configuration by cluster/records.py and cluster/live.py, the lease by cluster/ownership.py, the
+tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced` by peers/controller.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lease.config import NetworkConfig, Pool
+from lease.model import Endpoint, Lease, Prefix
+from overlay.kernel.route.entries import Address, Link
+from overlay.settings.settings import Settings
+
+AddressKey = tuple[int, int, int]
+"""Interface, address, prefix length."""
+
+
+class Underlay(NamedTuple):
+    """What carries the tunnel. local: the tunnel's source, always an address of the interface. public_ip: what we
+    advertise. on_link: the interface's prefixes. arp: whether neighbours there can be asked. up: the interface is."""
+
+    name: str
+    ifindex: int
+    mtu: int
+    mac: int
+    local: int
+    public_ip: int
+    on_link: tuple[Prefix, ...]
+    arp: bool
+    reason: str
+    up: bool = True
+
+
+class Tunnel(NamedTuple):
+    """The tunnel device of a family, as its controller left it and events told since. ifindex: 0 while there is none.
+
+    rising: we set it up, and the notification of that has not come: what older ones say is from before. downs, makes: how
+    often its routes and neighbours, and how often also its FDB, were lost; a controller that remembers the counts it saw
+    last knows what was lost meanwhile. checks: how often it was made sure of.
+    """
+
+    name: str
+    ifindex: int
+    mtu: int
+    up: bool = True
+    rising: bool = False
+    downs: int = 0
+    makes: int = 0
+    checks: int = 0
+
+
+class Inputs(NamedTuple):
+    """What is known just now. None or empty: not yet."""
+
+    settings: Settings
+    """With what --live-settings and the Node's annotations say now."""
+    config: NetworkConfig | None = None
+    listed: bool = False
+    """The first list from the store is in."""
+    own: Lease | None = None
+    """Our lease, without revisions: a write of our own record changes nothing for anybody."""
+    displaced: bool = False
+    """The lease is lost, or its Node is gone, and there is no other yet: no pod may get an address of it."""
+    links: Mapping[int, Link] = {}
+    addresses: Mapping[AddressKey, Address] = {}
+    underlays: Mapping[int, Underlay] = {}
+    """By family."""
+    tunnels: Mapping[int, Tunnel] = {}
+    """By family; only while the device is ours to keep."""
+    bridges: frozenset[str] = frozenset()
+    """Names of the bridges that pods are attached to."""
+    retained: tuple[Prefix, ...] = ()
+    """Subnets that this node lost, on which pods of it still run."""
+    cni_template: bytes | None = None
+    """flannel's cni-conf.json, where there is one."""
+    synced: bool = False
+    """All peers were in the kernel once, since we hold this lease."""
+
+    def pool(self, family: int) -> Pool | None:
+        """The subnets of a family, None where it is not enabled or not known."""
+        return self.config.pool(family) if self.config is not None else None
+
+    def end(self, family: int) -> Endpoint | None:
+        """Our own endpoint of a family."""
+        return self.own.endpoint(family) if self.own is not None else None
+
+
+class CurrentInputs:
+    """The inputs as they are now. Belongs to the owner thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.inputs = Inputs(settings)
+
+    def set(self, **fields: Any) -> bool:
+        """Replace fields; whether any of them has another value now."""
+        changed = {name: value for name, value in fields.items() if getattr(self.inputs, name) != value}
+        if changed:
+            self.inputs = self.inputs._replace(**changed)
+        return bool(changed)
+
+    def set_family(self, field: str, family: int, value: object | None) -> bool:
+        """Replace one family's value in a field that is a mapping by family; None takes it out."""
+        values = {number: other for number, other in getattr(self.inputs, field).items() if number != family}
+        return self.set(**{field: values if value is None else {**values, family: value}})

@@ -1,0 +1,219 @@
+"""The controllers of what the nft program writes: our nat and forward table, and our rules in other people's forward chains.
+
+They begin work in a thread (worker.py) and learn its end by an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from lease.model import Prefix
+from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import Inputs
+from overlay.firewall import forward, nat
+from overlay.firewall.worker import Finished, Worker
+from overlay.kernel.netlink import NftSeen, Overrun
+from overlay.kernel.nftables import program
+from overlay.node.owned import Owned
+from overlay.process.log import log
+
+FORWARD_GAP_S = 2.0
+"""kube-proxy writes to the shared table, too: looked at a moment later, and once for all its changes of that time."""
+
+
+class _ByProgram(Controller):
+    """A controller whose work is done by a Worker."""
+
+    yields = True
+    answers_later = True
+
+    def __init__(self, post: Callable[[Any], None], health: Health) -> None:
+        self._health = health
+        self._worker = Worker(self.name, post)
+        self._again = False
+        """Something came while the work was under way."""
+        self._refused = ""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """The end of the work."""
+        return {Finished: self._on_finished, Overrun: lambda _event: True}
+
+    def _on_finished(self, event: Finished) -> bool:
+        if event.name != self.name:
+            return False
+        self._worker.ended()
+        self._refused = event.refused
+        if not event.refused:
+            self.completed = True
+            self._health.solved(self.name)
+            self._done(event.result)
+        again, self._again = self._again, False
+        return again or bool(event.refused)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Begin, or say why what was begun was refused."""
+        if self._refused:
+            refused, self._refused = self._refused, ""
+            raise CannotReconcile(refused)
+        if self._worker.busy:
+            self._again = True
+        else:
+            self._worker.begin(lambda: self._work(wants))
+        return False
+
+    def unready(self) -> str:
+        """Whether it was done once."""
+        return "" if self.completed else f"for the {self.name} rules"
+
+    def _work(self, wants: Any) -> Any:
+        """In the thread. Raises OSError, or anything: told as it says."""
+        raise NotImplementedError
+
+    def _done(self, result: Any) -> None:
+        """In the loop, when it was not refused."""
+
+
+class _NatWants(NamedTuple):
+    name: str
+    rules: tuple[Any, ...]
+
+
+class NatController(_ByProgram):
+    """Our table of masquerade and forward rules, of one family."""
+
+    name = "nat"
+
+    def __init__(self, family: Family, post: Callable[[Any], None], health: Health, owned: Owned) -> None:
+        super().__init__(post, health)
+        self._family, self._owned = family, owned
+        self._loaded: tuple[program.Objects, program.Objects] | None = None
+        """What we loaded last, and how nft listed it then. Belongs to the thread that looks."""
+        self._mended = 0
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """Somebody touched our table."""
+        return {**super().handles, NftSeen: self._on_nft}
+
+    @staticmethod
+    def _on_nft(event: NftSeen) -> bool:
+        return not event.table or nat.is_table_name(event.table)
+
+    def wants(self, inputs: Inputs) -> object:
+        """The table, as nft lists it."""
+        number = self._family.number
+        pool, end = inputs.pool(number), inputs.end(number)
+        if inputs.config is None or pool is None or end is None or number not in inputs.tunnels:
+            return Waiting("for a lease")
+        backend, live = inputs.config.backend, inputs.settings
+        name = nat.table_name(backend.vni)
+        table = nat.nat_table(
+            name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules, backend.port
+        )
+        return _NatWants(name, tuple(table))
+
+    def _work(self, wants: _NatWants) -> tuple[int, str, list[str]]:
+        """The table as it should be; 1 when somebody else had altered it. Raises KernelError."""
+        name, wanted = wants.name, list(wants.rules)
+        found = program.read_table(self._family.nft, name)
+        # An nft of another version may list what we loaded in other words: remembered, so as not to load for ever.
+        if found == wanted or self._loaded == (wanted, found):
+            self._loaded = (wanted, found)
+            return 0, name, []
+        altered = self._loaded is not None and self._loaded[0] == wanted
+        program.load_table(self._family.nft, name, wanted)
+        self._loaded = (wanted, program.read_table(self._family.nft, name))
+        return int(altered), name, sorted({item["chain"]["name"] for item in wanted if "chain" in item})
+
+    def _done(self, result: tuple[int, str, list[str]]) -> None:
+        altered, name, chains = result
+        self._mended += altered
+        if altered:
+            log.warning("nat.mended", table=name, effect="put back as it should be")
+        elif chains:
+            log.info("nat", table=name, masquerade="postrouting" in chains, forward="forward" in chains)
+
+    def leave(self, vni: int) -> Iterator[str]:
+        """No table of a network. Raises KernelError."""
+        name = nat.table_name(vni)
+        if program.read_table(self._family.nft, name):
+            program.load_table(self._family.nft, name, [])
+            yield f"nft table {self._family.nft} {name}"
+
+    def withdraw(self) -> Iterator[str]:
+        """Delete it."""
+        for vni in self._owned.vnis():
+            yield from self.leave(vni)
+
+    def counters(self) -> Mapping[str, int]:
+        """How often it was put back."""
+        return {"mended_nat": self._mended}
+
+
+class _ForwardWants(NamedTuple):
+    name: str
+    network: Prefix | None
+
+
+class ForwardController(_ByProgram):
+    """Our rules in other people's forward chains, of one family, and what of those an operator must mend."""
+
+    name = "forward"
+    harmless = True
+
+    def __init__(
+        self, family: Family, post: Callable[[Any], None], health: Health, owned: Owned, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(post, health)
+        self._family, self._owned, self._clock = family, owned, clock
+        self._look_at: float | None = None
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """Somebody touched the table that iptables' programs share."""
+        return {**super().handles, NftSeen: self._on_nft}
+
+    def _on_nft(self, event: NftSeen) -> bool:
+        if event.table == forward.SHARED_TABLE:
+            self._look_at = self._look_at or self._clock() + FORWARD_GAP_S
+        return not event.table
+
+    def due(self) -> float | None:
+        """A moment after others wrote."""
+        return self._look_at
+
+    def wants(self, inputs: Inputs) -> object:
+        """Whose packets are let through; None: nobody's by us."""
+        number = self._family.number
+        pool = inputs.pool(number)
+        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+            return Waiting("for a lease")
+        network = pool.network if inputs.settings.forward_rules else None
+        return _ForwardWants(nat.table_name(inputs.config.backend.vni), network)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Begin to look."""
+        self._look_at = None
+        return super().reconcile(wants)
+
+    def _work(self, wants: _ForwardWants) -> tuple[list[str], str]:
+        return forward.ensure(wants.name, wants.network)
+
+    def _done(self, result: tuple[list[str], str]) -> None:
+        did, blocked = result
+        for done in did:
+            log.info("forward", did=done)
+        self._health.report("forward chain", blocked, harmless=True)
+
+    def leave(self, vni: int) -> Iterator[str]:
+        """No rules of a network. Raises KernelError."""
+        yield from forward.remove(nat.table_name(vni))
+
+    def withdraw(self) -> Iterator[str]:
+        """Take our rules out of other people's chains."""
+        for vni in self._owned.vnis():
+            yield from self.leave(vni)

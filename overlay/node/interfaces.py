@@ -1,0 +1,73 @@
+"""What follows from this node's links and addresses alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lease.config import Pool
+from lease.model import Prefix, around
+from overlay.control.inputs import AddressKey, Underlay
+from overlay.kernel.route.entries import Address, Link
+
+
+def interfaces_within(network: Prefix, addresses: Iterable[Address], underlay: Underlay | None) -> frozenset[int]:
+    """The interfaces of the pod network, by number: the tunnel, and bridges or veths of pods, also those of a subnet that
+    this node lost. Where the underlay is inside the network its interfaces are none."""
+    outside = underlay.on_link if underlay is not None else ()
+    return frozenset(
+        a.oif
+        for a in addresses
+        if network.holds(a.address)
+        and (underlay is None or a.oif != underlay.ifindex)
+        and not any(prefix.holds(a.address) for prefix in outside)
+    )
+
+
+def addresses_of(addresses: Iterable[Address], ifindex: int) -> frozenset[int]:
+    """All addresses of an interface."""
+    return frozenset(a.address for a in addresses if a.oif == ifindex)
+
+
+def addresses_by_name(links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]) -> dict[str, frozenset[int]]:
+    """Each interface's addresses, by its name."""
+    return {link.name: addresses_of(addresses.values(), link.ifindex) for link in links.values()}
+
+
+def ports_of(links: Mapping[int, Link], bridge: int) -> int:
+    """How many ports a bridge has."""
+    return sum(link.master == bridge for link in links.values())
+
+
+def is_bridge_name(name: str) -> bool:
+    """Whether an interface is named as our network list and flannel's name a bridge for pods (cni0, cni1...)."""
+    return name.startswith("cni") and name[3:].isdecimal()
+
+
+def lost_subnets(
+    pool: Pool,
+    own: Prefix,
+    any_place: bool,
+    links: Mapping[int, Link],
+    addresses: Mapping[AddressKey, Address],
+    underlay: Underlay | None,
+) -> dict[str, list[Prefix]]:
+    """Other subnets of the pod network whose gateway is a bridge for pods, by the bridge's name: this node held them
+    before, and pods may run there yet. A bridge that has any other address is somebody else's.
+
+    any_place: subnets come from the cluster (Kubernetes), wherever in the network; else the pool says which can be ours.
+    """
+    found: dict[str, list[Prefix]] = {}
+    inside = interfaces_within(pool.network, addresses.values(), underlay)
+    for link in links.values():
+        if link.kind != "bridge" or link.ifindex not in inside or not is_bridge_name(link.name):
+            continue
+        mine = [a for a in addresses.values() if a.oif == link.ifindex]
+        subnets = [around(a.address, a.length) for a in mine]
+        gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
+        held = all(
+            pool.network.covers(subnet) and subnet.length == own.length if any_place else pool.allows(subnet)
+            for subnet in subnets
+        )
+        if gateways and held and own not in subnets:
+            found[link.name] = subnets
+    return found

@@ -1,0 +1,43 @@
+"""Which networks of ours this node is in, or was in before: by the file that names our device, and the network config.
+
+What uninstalls, and what takes an earlier network's things away, asks here; names alone say what is ours.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from lease.config import ConfigError, parse_config
+from overlay.backends.vxlan import device_name, vni_of
+from overlay.cni import lists
+from overlay.process.files import read, read_text
+from overlay.settings.settings import Settings
+
+
+class Owned:
+    """The traces of ours on this node, in files."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    @property
+    def device_file(self) -> str:
+        """The file that names our device."""
+        return f"{self._settings.run_dir}/device"
+
+    def recorded_device(self) -> str:
+        """The device that the file names, "" where there is none."""
+        return read_text(self.device_file)
+
+    def vnis(self) -> list[int]:
+        """The VNIs of our networks on this node."""
+        names = {self.recorded_device()}
+        with suppress(ConfigError):
+            names.add(device_name(parse_config(read(self._settings.net_config_path) or b"").backend))
+        return sorted({vni for name in names if (vni := vni_of(name)) is not None})
+
+    def flannel_has_it(self) -> bool:
+        """Whether the node is flannel's (again): its network list names flannel's plugin. Then device, list, subnet.env,
+        bridges and annotations are flannel's, too."""
+        folder = self._settings.cni_conf_dir
+        return bool(folder) and lists.names_plugin(f"{folder}/{lists.CONFLIST}", "flannel")

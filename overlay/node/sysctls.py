@@ -1,0 +1,110 @@
+"""The sysctls that pods' traffic needs, and the one that is the operator's to set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import Inputs
+from overlay.kernel.netlink import Overrun, SysctlSeen
+from overlay.kernel.route.links import read_sysctl, write_sysctl
+from overlay.process.log import log
+
+LOOSE = "2"
+LOOK_S = 1.0
+"""The kernel tells of some of them only: all are read so often."""
+
+
+def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable[[str], str | None]) -> dict[str, str]:
+    """The sysctls that pods' traffic needs, those that are wrong only.
+
+    rp_filter: with DirectRouting one side may send directly and the other through the tunnel; strict drops all of
+    that. In force is the higher of `all` and the device's own, and loose (2) is above strict (1).
+    """
+    wrong: dict[str, str] = {}
+    if read("net/ipv4/ip_forward") != "1":
+        wrong["net/ipv4/ip_forward"] = "1"
+    for name in (device, lower) if direct_routing else (device,):
+        strict = "1" in (read("net/ipv4/conf/all/rp_filter"), read(f"net/ipv4/conf/{name}/rp_filter"))
+        if strict and read(f"net/ipv4/conf/{name}/rp_filter") != LOOSE:
+            wrong[f"net/ipv4/conf/{name}/rp_filter"] = LOOSE
+    for name in (device, lower) if direct_routing else (device,):
+        if read(f"net/ipv4/conf/{name}/forwarding") == "0":
+            wrong[f"net/ipv4/conf/{name}/forwarding"] = "1"
+    if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
+        wrong[f"net/ipv6/conf/{device}/accept_ra"] = "0"
+    return wrong
+
+
+def ensure_sysctls(device: str, lower: str, direct_routing: bool) -> dict[str, str]:
+    """Set what is wrong; what was set. Raises KernelError."""
+    wrong = wanted_sysctls(device, lower, direct_routing, read_sysctl)
+    for name, value in wrong.items():
+        write_sysctl(name, value)
+    return wrong
+
+
+def bridge_filter_fault(read: Callable[[str], str | None]) -> str:
+    """Why a Service may not answer pods of its own node, "" where nothing stands in the way: kube-proxy's rules must see
+    packets between ports of one bridge (flannel does not start without that)."""
+    name = "net/bridge/bridge-nf-call-iptables"
+    value = read(name)
+    if value == "1":
+        return ""
+    what = "there is no br_netfilter" if value is None else f"{name.replace('/', '.')} is {value}"
+    return (
+        f"{what}: a Service whose pod runs on the same node as its client may not answer;"
+        " on the host: modprobe br_netfilter && sysctl net.bridge.bridge-nf-call-iptables=1"
+    )
+
+
+class _Wants(NamedTuple):
+    device: str
+    lower: str
+    direct_routing: bool
+    with_services: bool
+
+
+class SysctlController(Controller):
+    """Them, for one family."""
+
+    name = "sysctl"
+    yields = True
+
+    def __init__(self, family: Family, health: Health, clock: Callable[[], float]) -> None:
+        self._family, self._health, self._clock = family, health, clock
+        self._next = 0.0
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """What the kernel tells of them."""
+        return {SysctlSeen: lambda _event: True, Overrun: lambda _event: True}
+
+    def wants(self, inputs: Inputs) -> object:
+        """Of which interfaces."""
+        number = self._family.number
+        tunnel, under = inputs.tunnels.get(number), inputs.underlays.get(number)
+        if tunnel is None or under is None or inputs.config is None:
+            return Waiting("for the tunnel device")
+        services = inputs.settings.kube and bool(inputs.bridges)
+        return _Wants(tunnel.name, under.name, inputs.config.backend.direct_routing, services)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Set what is wrong. Raises KernelError."""
+        self._next = self._clock() + LOOK_S
+        if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing):
+            log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
+        fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
+        self._health.report("bridge filter", fault, harmless=True)
+        return False
+
+    def due(self) -> float | None:
+        """Soon."""
+        return self._next
+
+    def withdraw(self) -> Iterator[str]:
+        """They stay: others may need them by now, and nobody knows what they were."""
+        return iter(())
