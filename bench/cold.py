@@ -13,9 +13,12 @@ import sys
 import time
 
 from bench import rig
+from lease.config import VxlanConfig
 from lease.etcd.client import EtcdClient, EtcdSettings
+from lease.families import V4
 from lease.model import ip_number, prefix
-from overlay.backends.vxlan import peer_entries
+from overlay.backends.base import View
+from overlay.backends.vxlan import Vxlan
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
@@ -96,15 +99,14 @@ def three(place: int, seq: int, index: int, metric: int | None = None) -> list[b
     """Neighbour, FDB entry and route of a peer."""
     end = rig.lease(place).v4
     assert end is not None
-    entries = peer_entries(NETWORK, end, False)
-    assert entries.neighbour is not None
-    assert entries.fdb is not None
-    key = entries.route[0] if metric is None else RouteKey(end.subnet.base, end.subnet.length, metric)
+    backend = Vxlan(VxlanConfig(), V4)
+    (_, *neighbour), (_, *fdb), (_, own_key, _) = backend.entries(View(V4, NETWORK, ()), end)
+    key = own_key if metric is None else RouteKey(end.subnet.base, end.subnet.length, metric)
     value = RouteValue(TUNNEL, end.subnet.base, True, PROTOCOL)
     return [
-        wire.neighbour_add(seq, *entries.neighbour, index),
-        wire.fdb_add(seq + 1, *entries.fdb, index),
-        wire.route_add(seq + 2, key, value, index, replace=True),
+        wire.neighbour_add(V4, seq, *neighbour, index),
+        wire.fdb_add(V4, seq + 1, *fdb, index),
+        wire.route_add(V4, seq + 2, key, value, index, replace=True),
     ]
 
 

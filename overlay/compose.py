@@ -78,7 +78,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     current, health, owned = CurrentInputs(settings), Health(clock), Owned(settings)
     rng, refusals = random.Random(), Refusals()  # noqa: S311 (spreads load, guards nothing)
     guard = Guard(sets, clock)
-    path = Datapath(requests, clock, rng, refusals, (guard,))
+    path = Datapath(V4, requests, clock, rng, refusals, (guard,))
 
     guarding = GuardController(V4, guard, sets, owned, health, clock)
     pods = PodsController(AntiSpoof(sets, requests, clock), sets, owned, clock)

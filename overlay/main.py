@@ -304,6 +304,7 @@ def prober() -> Callable[[int], Any]:
     Nor where the router answers: in some clouds, and with proxy ARP, it does so for every address of the link, our own
     among them.
     """
+    from lease.families import V4
     from lease.tenure.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
@@ -312,11 +313,11 @@ def prober() -> Callable[[int], Any]:
     def ask(address: int) -> Answer:
         requests = RequestSocket()
         try:
-            name = on_link_interface(address, requests.links(), requests.addresses())
+            name = on_link_interface(address, requests.links(), requests.addresses(V4))
             if name is None:
                 return Answer(False, None)
             by = probe(name, address)
-            gateway = (requests.lookup(ANYWHERE) or (0, 0, 0))[2]
+            gateway = (requests.lookup(V4, ANYWHERE) or (0, 0, 0))[2]
             if by is not None and gateway not in (0, address) and probe(name, gateway) == by:
                 return Answer(False, None)
             return Answer(True, by)

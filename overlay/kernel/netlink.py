@@ -9,18 +9,22 @@ import socket
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
+from lease.families import V4, Family
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
-from overlay.kernel.route.fast import Sifted
+from overlay.kernel.route.fast import Matched
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
 NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
 SO_RCVBUFFORCE, SO_ATTACH_FILTER = 33, 26
-RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_NETCONF = 1, 3, 5, 7, 24
+RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
+GROUPS = {4: (5, 7, 24), 6: (9, 11, 25)}
+"""By family: RTNLGRP_IPV4_IFADDR, _ROUTE and _NETCONF, RTNLGRP_IPV6_IFADDR, _ROUTE and _NETCONF."""
 NFNLGRP_NFTABLES = 7
 NFTA_TABLE = 1
 """The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
@@ -134,8 +138,8 @@ class RequestSocket:
                 found.append(item)
         return found
 
-    def sifted(self, request: Callable[[int], bytes], sift: Callable[[bytes], Sifted]) -> Iterator[Sifted]:
-        """A dump, buffer by buffer as it comes (some 450 entries), put through a sieve.
+    def matched(self, request: Callable[[int], bytes], match: Callable[[bytes], Matched]) -> Iterator[Matched]:
+        """A dump, buffer by buffer as it comes (some 450 entries), put through a matcher.
 
         Until it is done no other dump can be made on this socket; after one that was broken off, none. Raises KernelError.
         """
@@ -143,7 +147,7 @@ class RequestSocket:
         try:
             self._socket.send(request(seq))
             while True:
-                agreed, rest = sift(self._socket.recv(_RECV))
+                agreed, rest = match(self._socket.recv(_RECV))
                 others, ended = [], False
                 for view in rest:
                     message = next(wire.split(view))
@@ -162,11 +166,11 @@ class RequestSocket:
         except OSError as error:
             raise KernelError(error.errno or errno.EIO, f"reading from the kernel: {error.strerror}") from error
 
-    def lookup(self, address: int) -> tuple[int, int, int] | None:
+    def lookup(self, family: Family, address: int) -> tuple[int, int, int] | None:
         """Interface, source address and gateway by which the kernel reaches an address; None: no route."""
         seq = self.take_seqs(1)
         try:
-            for message in self._answers(wire.route_lookup(seq, address), seq, single=True):
+            for message in self._answers(wire.route_lookup(family, seq, address), seq, single=True):
                 return wire.parse_lookup(message.body)
         except KernelError as error:
             if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
@@ -198,9 +202,9 @@ class RequestSocket:
         """All interfaces."""
         return self.dump(wire.link_dump, wire.parse_link)
 
-    def addresses(self) -> list[Address]:
-        """All IPv4 addresses."""
-        return self.dump(wire.address_dump, wire.parse_address)
+    def addresses(self, family: Family) -> list[Address]:
+        """All addresses of a family."""
+        return self.dump(partial(wire.address_dump, family), partial(wire.parse_address, family))
 
     def pod_end(self, link: Link) -> PodEnd | None:
         """The other end of a veth, in its own namespace; None when it is gone. Raises KernelError."""
@@ -216,30 +220,22 @@ class RequestSocket:
         v4 = frozenset(address for family, address in found if family == 4)
         return PodEnd(wire.parse_link(body).mac, v4, frozenset(address for family, address in found if family == 6))
 
-    def routes(self) -> list[FoundRoute]:
-        """All IPv4 unicast routes of the main table."""
+    def routes(self, family: Family) -> list[FoundRoute]:
+        """All unicast routes of the main table."""
         try:
-            return self.dump(wire.route_dump, wire.parse_route)
+            return self.dump(partial(wire.route_dump, family), partial(wire.parse_route, family))
         except KernelError as error:
             if error.errno == errno.ENOENT:  # a namespace that never had a route has no main table yet
                 return []
             raise
 
-    def neighbours(self, oif: int) -> list[FoundNeighbour]:
-        """The IPv4 neighbours of a device."""
-        return [
-            item
-            for item in self.dump(lambda seq: wire.neighbour_dump(seq, oif), wire.parse_neighbour)
-            if isinstance(item, FoundNeighbour)
-        ]
+    def neighbours(self, family: Family, oif: int) -> list[FoundNeighbour]:
+        """The neighbours of a device."""
+        return self.dump(lambda seq: wire.neighbour_dump(family, seq, oif), partial(wire.parse_neighbour, family))
 
-    def fdb(self, oif: int) -> list[FoundFdb]:
-        """The forwarding table of a vxlan device."""
-        return [
-            item
-            for item in self.dump(lambda seq: wire.fdb_dump(seq, oif), wire.parse_neighbour)
-            if isinstance(item, FoundFdb)
-        ]
+    def fdb(self, family: Family, oif: int) -> list[FoundFdb]:
+        """The forwarding table of a vxlan device whose underlay is of that family."""
+        return self.dump(lambda seq: wire.fdb_dump(seq, oif), partial(wire.parse_fdb, family))
 
     def close(self) -> None:
         """Close the socket."""
@@ -263,36 +259,40 @@ class LinkSeen(NamedTuple):
 
 
 class AddressSeen(NamedTuple):
-    """An IPv4 address came or went."""
+    """An address came or went. family: 4 or 6."""
 
     address: Address
     gone: bool
+    family: int = 4
 
 
 class RouteSeen(NamedTuple):
-    """An IPv4 route of the main table came, changed or went."""
+    """A route of the main table came, changed or went. family: 4 or 6."""
 
     route: FoundRoute
     gone: bool
+    family: int = 4
 
 
 class NeighbourSeen(NamedTuple):
-    """An IPv4 neighbour came, changed or went."""
+    """A neighbour came, changed or went. family: 4 or 6."""
 
     neighbour: FoundNeighbour
     gone: bool
+    family: int = 4
 
 
 class FdbSeen(NamedTuple):
-    """An entry of a vxlan's forwarding table came, changed or went."""
+    """An entry of a vxlan's forwarding table came, changed or went. family: of its underlay."""
 
     entry: FoundFdb
     gone: bool
+    family: int = 4
 
 
 class NeighbourMessages(NamedTuple):
     """Notifications of neighbours and FDB entries, not taken apart: a device that goes takes 40,000 with it, our own FDB
-    entries come back (they do not say whose doing they are), and a sieve sees at a glance what is no news."""
+    entries come back (they do not say whose doing they are), and a matcher sees at a glance what is no news."""
 
     messages: list[bytes]
 
@@ -325,25 +325,37 @@ KernelEvent = (
 )
 
 
-def parse_event(message: wire.Message) -> KernelEvent | None:
-    """What one notification says; None for what nobody here needs. Pure."""
+def parse_event(message: wire.Message, families: Sequence[Family] = (V4,)) -> KernelEvent | None:
+    """What one notification says, of these families; None for what nobody here needs. Pure."""
     kind, body = message.kind, message.body
-    if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
-        route = wire.parse_route(body)
-        return None if route is None else RouteSeen(route, kind == wire.RTM_DELROUTE)
-    if kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
-        neighbour = wire.parse_neighbour(body)
-        if neighbour is None:
-            return None
-        gone = kind == wire.RTM_DELNEIGH
-        return FdbSeen(neighbour, gone) if isinstance(neighbour, FoundFdb) else NeighbourSeen(neighbour, gone)
     if kind in (wire.RTM_NEWLINK, wire.RTM_DELLINK):
         # A bridge announces its ports with family AF_BRIDGE: not the interface itself.
         return None if body[0] == wire.AF_BRIDGE else LinkSeen(wire.parse_link(body), kind == wire.RTM_DELLINK)
+    if kind == wire.RTM_NEWNETCONF:
+        return SysctlSeen()
+    for family in families:
+        event = _parse_event(message, family)
+        if event is not None:
+            return event
+    return None
+
+
+def _parse_event(message: wire.Message, family: Family) -> KernelEvent | None:
+    kind, body, number = message.kind, message.body, family.number
+    if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
+        route = wire.parse_route(family, body)
+        return None if route is None else RouteSeen(route, kind == wire.RTM_DELROUTE, number)
+    if kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
+        gone = kind == wire.RTM_DELNEIGH
+        if body[0] == wire.AF_BRIDGE:
+            entry = wire.parse_fdb(family, body)
+            return None if entry is None else FdbSeen(entry, gone, number)
+        neighbour = wire.parse_neighbour(family, body)
+        return None if neighbour is None else NeighbourSeen(neighbour, gone, number)
     if kind in (wire.RTM_NEWADDR, wire.RTM_DELADDR):
-        address = wire.parse_address(body)
-        return None if address is None else AddressSeen(address, kind == wire.RTM_DELADDR)
-    return SysctlSeen() if kind == wire.RTM_NEWNETCONF else None
+        address = wire.parse_address(family, body)
+        return None if address is None else AddressSeen(address, kind == wire.RTM_DELADDR, number)
+    return None
 
 
 class _Listener(threading.Thread):
@@ -389,9 +401,10 @@ class _Listener(threading.Thread):
 class Monitor(_Listener):
     """Turns rtnetlink's notifications into events."""
 
-    def __init__(self, post: Callable[[KernelEvent], None], own_port: int) -> None:
-        groups = (RTNLGRP_LINK, RTNLGRP_NEIGH, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_NETCONF)
-        super().__init__("monitor", NETLINK_ROUTE, groups, post)
+    def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Sequence[Family] = (V4,)) -> None:
+        groups = [group for family in families for group in GROUPS[family.number]]
+        super().__init__("monitor", NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_NEIGH, *groups), post)
+        self._families = families
         _drop_echoes(self._socket, own_port)
 
     def _overrun(self) -> None:
@@ -401,7 +414,7 @@ class Monitor(_Listener):
         if wire.is_neighbour(data):
             data = self._received_neighbours(data)
         for message in wire.split(data):
-            event = parse_event(message)
+            event = parse_event(message, self._families)
             if event is not None:
                 self._post(event)
 

@@ -156,7 +156,7 @@ class DeviceController(Controller):
         """leave: takes away what other controllers made for the network of a VNI, which this node left."""
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
-        self._links, self._lock = Links(), DeviceLock()
+        self._links, self._lock = Links(family), DeviceLock()
         self._spec: DeviceSpec | None = None
         self._asks_again: float | None = None
         """When the lock is asked for again."""
@@ -234,7 +234,7 @@ class DeviceController(Controller):
         ensured = ensure(self._links, spec)
         if ensured.did:
             log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
-        there = self._requests.addresses()
+        there = self._requests.addresses(self._family)
         if did := ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there):
             log.info("device.address", device=spec.name, did=", ".join(did))
         if old not in ("", spec.name):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lease.families import V4
 from overlay.control.controller import Handler, Source
 from overlay.control.inputs import CurrentInputs
 from overlay.kernel import netlink
@@ -30,6 +31,6 @@ class LinksSource(Source):
         """Read them. Raises KernelError."""
         del wants
         links = {link.ifindex: link for link in self._requests.links()}
-        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses()}
+        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses(V4)}
         self._current.set(links=links, addresses=addresses)
         return False

@@ -70,7 +70,7 @@ class ReachController(Controller):
             link = wants.links.get(index)
             if link is None or link.kind != "bridge":
                 continue
-            way = self._requests.lookup(own.base + 2)
+            way = self._requests.lookup(self._family, own.base + 2)
             if not link.up:
                 found.append(
                     f"{link.name} is down, so nobody reaches the pods of this node: ip link set {link.name} up"
@@ -82,7 +82,7 @@ class ReachController(Controller):
                     f" ip route replace {own} dev {link.name} proto kernel scope link src {gateway}"
                 )
         peer = self._a_peer()
-        if peer is not None and self._requests.lookup(peer) is None:
+        if peer is not None and self._requests.lookup(self._family, peer) is None:
             text = ip_text(number, peer)
             found.append(f"no route leads to {text}, a peer: the routes of {wants.underlay} are gone (ip route)")
         return "; ".join(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -53,7 +54,9 @@ class UnderlaySource(Source):
         same_flags = self._chosen_by is not None and self._chosen_by.public_ip == wants.settings.public_ip
         found = choice.refresh(wants.settings, before, there) if before is not None and same_flags else None
         if found is None:
-            found = choice.choose(wants.settings, there, self._requests.lookup, self._store_hosts())
+            found = choice.choose(
+                wants.settings, there, partial(self._requests.lookup, self._family), self._store_hosts()
+            )
         self._chosen_by = wants.settings
         if found == before:
             return False

@@ -60,6 +60,7 @@ class PeerTableController(Controller):
             return Waiting("for the tunnel device")
         return plan.node_of(
             inputs.config,
+            self._family,
             inputs.own,
             under.on_link,
             addresses_of(inputs.addresses.values(), under.ifindex),
@@ -218,8 +219,8 @@ class PeersController(Controller):
 
     def _note_doubts(self) -> None:
         rec, now = self._path.rec, self._clock()
-        if rec.look_again:
-            rec.look_again = False
+        if rec.in_doubt:
+            rec.in_doubt = False
             self._doubt_at = min(max(now, self._no_doubt_before), self._doubt_at or float("inf"))
         if not rec.device_gone:
             self._device_doubt_at = None
@@ -253,7 +254,11 @@ class PeersController(Controller):
         if not self._owned.flannel_has_it():
             names = {f"flannel.{vni}" for vni in self._owned.vnis()}
             dying = {link.ifindex for link in self._requests.links() if link.name in names and link.kind == "vxlan"}
-        routes = [route for route in self._requests.routes() if route.protocol == PROTOCOL and route.oif not in dying]
+        routes = [
+            route
+            for route in self._requests.routes(self._family)
+            if route.protocol == PROTOCOL and route.oif not in dying
+        ]
         if routes:
             self._remove(routes)
             yield f"{len(routes)} routes of ours"
@@ -263,7 +268,9 @@ class PeersController(Controller):
             part = routes[start : start + BATCH]
             first = self._requests.take_seqs(len(part))
             messages = [
-                wire.route_delete(first + place, route.key, RouteValue(UNDERLAY, route.via, False, PROTOCOL), route.oif)
+                wire.route_delete(
+                    self._family, first + place, route.key, RouteValue(UNDERLAY, route.via, False, PROTOCOL), route.oif
+                )
                 for place, route in enumerate(part)
             ]
             for refusal in self._requests.execute(messages, first).values():

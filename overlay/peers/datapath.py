@@ -11,28 +11,24 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.records.packed import Leases, number, pack
+from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
 from overlay.kernel import netlink
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import (
-    TUNNEL,
-    UNDERLAY,
-    FoundRoute,
-    Kind,
-    Link,
-    RouteKey,
-    fdb_is_ours,
-    neighbour_is_ours,
-    route_role,
-)
+from overlay.kernel.route.entries import TUNNEL, UNDERLAY, FoundFdb, FoundNeighbour, FoundRoute, Link, RouteKey
+from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
+from overlay.kernel.route.tables import TABLES
+from overlay.kernel.table import Where
 from overlay.peers import plan
-from overlay.peers.reconcile import Device, Entry, Reconciler, Refused
+from overlay.peers.difference import Device
+from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
-from overlay.peers.resync import Look, fdb_value, neighbour_value, route_value
+from overlay.peers.resync import Resync
 from overlay.peers.table import PeerTable, Turned
-from overlay.peers.wanted import Wanted, flat
+from overlay.peers.wanted import Wanted
 from overlay.process.log import log
 
 if TYPE_CHECKING:
@@ -71,16 +67,18 @@ class Datapath:
 
     def __init__(
         self,
+        family: Family,
         requests: netlink.RequestSocket,
         clock: Callable[[], float],
         rng: random.Random,
         refusals: Refusals | None = None,
         watchers: Sequence[PeerWatcher] = (),
     ) -> None:
-        self._requests, self._watchers = requests, watchers
+        self._family, self._requests, self._watchers = family, requests, watchers
+        self._tables = TABLES[family.number]
         self.node: plan.Node | None = None
         self.table = PeerTable(lambda _lease: "no lease of our own yet")
-        self.rec = Reconciler(NOTHING, requests, clock, rng)
+        self.rec = Reconciler(self._tables, NOTHING, requests, clock, rng)
         self.dumped = False
         self.conflicting: dict[RouteKey, Conflict] = {}
         """Routes of others that stand before ours."""
@@ -187,49 +185,65 @@ class Datapath:
             for was, now in turned.values():
                 watcher.turn(was, now)
         for was, now in turned.values():
-            if was is not None and now is not None and was.v4 is not None and now.v4 is not None:
-                log.info(
-                    "peer.changed",
-                    subnet=str(now.v4.subnet),
-                    public_ip=ip_text(4, now.v4.public_ip),
-                    vtep_mac=mac_text(now.v4.mac or 0),
-                    was=f"{ip_text(4, was.v4.public_ip)} {mac_text(was.v4.mac or 0)}",
-                )
+            self._say_changed(was, now)
         before = {entry for was, _ in turned.values() for entry in self._entries(was)}
         after = {entry for _, now in turned.values() for entry in self._entries(now)}
         for peer, entry in sorted(before - after, key=_by_kind):
-            self.rec.left(peer, (entry,))
+            self.rec.unwant(peer, (entry,))
         for peer, entry in sorted(after - before, key=_by_kind):
-            self.rec.joined(peer, (entry,))
+            self.rec.want(peer, (entry,))
+
+    def _say_changed(self, was: Lease | None, now: Lease | None) -> None:
+        if was is None or now is None:
+            return
+        number = self._family.number
+        before, after = was.endpoint(number), now.endpoint(number)
+        if before is not None and after is not None:
+            log.info(
+                "peer.changed",
+                subnet=str(after.subnet),
+                public_ip=ip_text(number, after.public_ip),
+                vtep_mac=mac_text(after.mac or 0),
+                was=f"{ip_text(number, before.public_ip)} {mac_text(before.mac or 0)}",
+            )
 
     def _entries(self, lease: Lease | None) -> list[tuple[int, Entry]]:
         """A peer's entries, each with its number."""
         assert self.node is not None
-        if lease is None or lease.v4 is None:
+        end = None if lease is None else lease.endpoint(self._family.number)
+        if lease is None or end is None:
             return []
-        peer = number(lease.v4.subnet)
-        return [(peer, entry) for entry in flat(plan.entries(self.node, lease))]
+        peer = number(end.subnet)
+        return [(peer, entry) for entry in plan.entries(self.node, lease)]
 
     # --- found: events ---------------------------------------------------------------------------------------------------
 
+    def _where(self, table: int) -> Where:
+        """By what entries of a table are told to be ours."""
+        roles = {device.ifindex: role for role, device in self.rec.devices.items()}
+        network = (self.node.network.base, self.node.network.last) if self.node is not None else (0, 0)
+        return Where(roles, network, lambda key: self.rec.wanted.value(table, key) is not None)
+
     def on_route(self, event: netlink.RouteSeen, links: Mapping[int, Link]) -> None:
         """A route of the main table came, changed or went."""
+        if event.family != self._family.number:
+            return
         route = event.route
-        role = self._role(route, self._roles())
-        if role is None:
-            if not event.gone and self.rec.is_found(Kind.ROUTE, route.key):
-                self.rec.lose(Kind.ROUTE, route.key)  # replaced under our feet by a foreign one
+        entry = self._tables[ROUTES].ours(route, self._where(ROUTES))
+        if entry is None:
+            if not event.gone and self.rec.is_found(ROUTES, route.key):
+                self.rec.lose(ROUTES, route.key)  # replaced under our feet by a foreign one
             elif not event.gone:
-                self.rec.touch(Kind.ROUTE, route.key)
+                self.rec.touch(ROUTES, route.key)
             self._foreign_since.add(route.key)
             if event.gone and self.conflicting.pop(route.key, None) is not None:
-                self.rec.retry_now(Kind.ROUTE)
+                self.rec.retry_now(ROUTES)
             elif not event.gone:
                 self._watch_foreign(route, links)
         elif event.gone:
-            self.rec.lose(Kind.ROUTE, route.key)
+            self.rec.lose(ROUTES, route.key)
         else:
-            self.rec.find(Kind.ROUTE, route.key, route_value(route, role))
+            self.rec.find(ROUTES, *entry)
 
     def on_neighbour_messages(self, messages: list[bytes]) -> None:
         """Neighbours or FDB entries came, changed or went; most say what we did ourselves, or went with their device."""
@@ -238,59 +252,52 @@ class Datapath:
             return
         if len(messages) > MANY and not netlink.exists(device.ifindex):
             return  # they went with their device, whose own notification says all that at once
-        sieve = wanted.sieve(device.ifindex)
+        matcher = wanted.matcher({TUNNEL: device.ifindex})
         risen = self._tunnel is None or not self._tunnel.rising
         for data in messages:
-            told = sieve.event(data)
-            if told is None:
+            seen = (NEIGHBOURS, False, 0) if matcher is None else matcher.event(data)
+            if seen is None:
                 continue
-            kind, gone, peer = told
-            if gone and kind is Kind.NEIGHBOUR and not risen:
+            table, gone, peer = seen
+            if gone and self._tables[table].lost_when_down and not risen:
                 continue  # gone when the device went down; what we put on it since comes later
-            if peer and not (gone and rec.extra[kind]):
-                if rec.is_missing(peer, kind) == gone:
-                    rec.touch_peers(kind, (peer,))
+            if peer and not (gone and rec.extra[table]):
+                if rec.is_missing(peer, table) == gone:
+                    rec.touch_peers(table, (peer,))
                     continue
                 if gone:
-                    rec.lose_of(peer, kind)
+                    rec.lose_of(peer, table)
                     continue
             for message in wire.split(data):
-                event = netlink.parse_event(message)
-                if isinstance(event, netlink.FdbSeen):
-                    self.on_fdb(event)
-                elif isinstance(event, netlink.NeighbourSeen):
-                    self.on_neighbour(event)
+                self._on_neighbour_message(message)
 
-    def on_neighbour(self, event: netlink.NeighbourSeen) -> None:
-        """A neighbour came, changed or went."""
-        device, found = self.rec.devices.get(TUNNEL), event.neighbour
-        if device is not None and found.oif == device.ifindex:
-            there = not event.gone and neighbour_is_ours(found, device.ifindex)
-            self._seen(Kind.NEIGHBOUR, found.address, neighbour_value(found) if there else None)
+    def _on_neighbour_message(self, message: wire.Message) -> None:
+        event = netlink.parse_event(message, (self._family,))
+        if isinstance(event, netlink.FdbSeen):
+            self.on_entry(FDB, event.entry, event.entry.mac, event.gone)
+        elif isinstance(event, netlink.NeighbourSeen):
+            self.on_entry(NEIGHBOURS, event.neighbour, event.neighbour.address, event.gone)
 
-    def on_fdb(self, event: netlink.FdbSeen) -> None:
-        """An FDB entry came, changed or went."""
-        device, entry = self.rec.devices.get(TUNNEL), event.entry
-        if device is not None and entry.oif == device.ifindex:
-            there = not event.gone and fdb_is_ours(entry, device.ifindex)
-            self._seen(Kind.FDB, entry.mac, fdb_value(entry) if there else None)
-
-    def _seen(self, kind: Kind, key: int, value: object) -> None:
-        """An entry of ours as it is now; None: there is none. (Losing what we did not know of would be news to nobody,
-        and would end the backoff of an entry that is refused.)"""
-        if value is not None:
-            self.rec.find(kind, key, value)
-        elif self.rec.is_found(kind, key):
-            self.rec.lose(kind, key)
+    def on_entry(self, table: int, found: FoundNeighbour | FoundFdb, key: int, gone: bool) -> None:
+        """An entry as it is now. (Losing what we did not know of would be news to nobody, and would end the back-off of an
+        entry that is refused.)"""
+        device = self.rec.devices.get(TUNNEL)
+        if device is None or found.oif != device.ifindex:
+            return
+        entry = None if gone else self._tables[table].ours(found, self._where(table))
+        if entry is not None:
+            self.rec.find(table, *entry)
+        elif self.rec.is_found(table, key):
+            self.rec.lose(table, key)
         else:
-            self.rec.touch(kind, key)
+            self.rec.touch(table, key)
 
     def on_underlay_link(self, link: Link, gone: bool) -> bool:
         """A link changed; whether the underlay was lost by it, with the routes that go by it."""
         device = self.rec.devices.get(UNDERLAY)
         if device is None or device.ifindex != link.ifindex or not (gone or not link.up):
             return False
-        self.rec.device_lost(UNDERLAY, fdb_too=False)
+        self.rec.device_lost(UNDERLAY, deleted=False)
         self.rec.devices[UNDERLAY] = Device(link.ifindex, False)
         return True
 
@@ -299,7 +306,7 @@ class Datapath:
         before = self.rec.devices.get(UNDERLAY)
         other = before is not None and before.ifindex != ifindex
         if other:
-            self.rec.device_lost(UNDERLAY, fdb_too=False)
+            self.rec.device_lost(UNDERLAY, deleted=False)
         self.rec.devices[UNDERLAY] = Device(ifindex, up)
         return other
 
@@ -314,7 +321,7 @@ class Datapath:
         down = before is None or before.downs != tunnel.downs
         if not tunnel.ifindex:
             if known is not None:
-                self.rec.device_lost(TUNNEL, fdb_too=True)
+                self.rec.device_lost(TUNNEL, deleted=True)
                 del self.rec.devices[TUNNEL]
             self.rec.device_gone = False
             return False
@@ -323,7 +330,7 @@ class Datapath:
         if other:
             self.end_look()
         if (made or down or other) and before is not None:
-            self.rec.device_lost(TUNNEL, fdb_too=made or other)
+            self.rec.device_lost(TUNNEL, deleted=made or other)
         self.rec.devices[TUNNEL] = Device(tunnel.ifindex, tunnel.up)
         if before is None or before.checks != tunnel.checks:
             self.rec.device_gone = False
@@ -358,27 +365,15 @@ class Datapath:
         self._look = None
 
     def _looking(self, links: Mapping[int, Link]) -> Generator[None]:
-        look = Look(self.rec, self.rec.devices[TUNNEL].ifindex, lambda route: self._role(route, self._roles()))
+        resync = Resync(self.rec, self._where)
         self._foreign_since.clear()
-        yield from look.run()
+        yield from resync.run()
         since = self._foreign_since  # of these the events know better
         before, self.conflicting = self.conflicting, {k: v for k, v in self.conflicting.items() if k in since}
-        for route in look.foreign:
+        for route in resync.foreign:
             if route.key not in since:
                 self._watch_foreign(route, links, before)
         self.dumped = True
-
-    def _roles(self) -> dict[int, int]:
-        """Roles by interface number."""
-        return {device.ifindex: role for role, device in self.rec.devices.items()}
-
-    def _role(self, route: FoundRoute, roles: dict[int, int]) -> int | None:
-        """The role of a route that is ours; one of ours that somebody altered on our own device is still ours."""
-        network = self.node.network if self.node is not None else Prefix(4, 0, 0)
-        role = route_role(route, roles, (network.base, network.last))
-        if role is None and roles.get(route.oif) == TUNNEL and self.rec.wanted.value(Kind.ROUTE, route.key) is not None:
-            return TUNNEL
-        return role
 
     def _watch_foreign(
         self, route: FoundRoute, links: Mapping[int, Link], known: Mapping[RouteKey, Conflict] | None = None
@@ -387,15 +382,13 @@ class Datapath:
         node = self.node
         if node is None or not node.network.holds(route.key.base) or route.key.length < node.network.length:
             return
-        prefix = Prefix(4, route.key.base, route.key.length)
-        if not any(
-            lease.v4 is not None
-            and (lease.v4.subnet != prefix or route.key.metric <= plan.route_key(node, prefix).metric)
-            for lease in self.table.covering(prefix)
-        ):
+        number = self._family.number
+        prefix = Prefix(number, route.key.base, route.key.length)
+        subnets = [end.subnet for lease in self.table.covering(prefix) if (end := lease.endpoint(number)) is not None]
+        if not any(there != prefix or route.key.metric <= plan.route_key(node, prefix).metric for there in subnets):
             return
         device = links[route.oif].name if route.oif in links else ""
-        via = ip_text(4, route.via) if route.via else ""
+        via = ip_text(number, route.via) if route.via else ""
         what = Conflict(str(prefix), via, device, route.key.metric, route.protocol)
         if route.key not in (self.conflicting if known is None else known):
             log.warning("route.conflict", **what._asdict(), effect="not ours, so it stays; that subnet goes by it")
@@ -417,11 +410,11 @@ class Datapath:
         if item.failure.count in TOLD_AT:
             log.warning(
                 "kernel.refused",
-                kind=item.kind.name.lower(),
-                entry=entry_text(item.kind, item.key),
+                table=self._tables[item.table].name,
+                entry=self._tables[item.table].text(item.key),
                 error=str(item.failure.refusal),
                 tries=item.failure.count,
-                effect="retried with backoff; the other entries go on",
+                effect="retried with back-off; the other entries go on",
             )
 
     def _tell_done(self, differing: int) -> None:
@@ -440,7 +433,8 @@ class Datapath:
         from overlay.peers.status import Peers
 
         rec = self.rec
-        missing = {peer: rec.todo.get(peer, 0) | rec.held.get(peer, 0) for peer in (*rec.todo, *rec.held)}
+        peers = (*rec.pending, *rec.backing_off)
+        missing = {peer: rec.pending.get(peer, 0) | rec.backing_off.get(peer, 0) for peer in peers}
         return Peers(self.node, tuple(self.table.packed.values()), missing)
 
     def differences(self) -> Iterator[dict[str, object]]:
@@ -449,21 +443,21 @@ class Datapath:
 
     def _differences(self) -> Iterator[dict[str, object]]:
         rec = self.rec
-        for peer in (*rec.held, *(peer for peer in rec.todo if peer not in rec.held)):
-            for kind, key, _ in rec.wanted.entries(peer):
-                if rec.is_missing(peer, kind):
-                    yield self._difference(kind, key, "wrong" if key in rec.extra[kind] else "missing")
-        for kind in Kind:
-            for key in rec.extra[kind]:
-                if rec.wanted.value(kind, key) is None:
-                    yield self._difference(kind, key, "extra")
+        for peer in (*rec.backing_off, *(peer for peer in rec.pending if peer not in rec.backing_off)):
+            for table, key, _ in rec.wanted.entries(peer):
+                if rec.is_missing(peer, table):
+                    yield self._difference(table, key, "wrong" if key in rec.extra[table] else "missing")
+        for table, extra in enumerate(rec.extra):
+            for key in extra:
+                if rec.wanted.value(table, key) is None:
+                    yield self._difference(table, key, "extra")
 
-    def _difference(self, kind: Kind, key: Any, state: str) -> dict[str, object]:
-        failure = self.rec.failures.get((kind, key))
+    def _difference(self, table: int, key: Any, state: str) -> dict[str, object]:
+        failure = self.rec.failures.get((table, key))
         error, tries = (str(failure.refusal), failure.count) if failure else ("", 0)
         return {
-            "table": kind.name.lower(),
-            "entry": entry_text(kind, key),
+            "table": self._tables[table].name,
+            "entry": self._tables[table].text(key),
             "state": state,
             "error": error,
             "tries": tries,
@@ -479,25 +473,28 @@ class _NothingWanted:
     def bits(self, peer: int) -> int:
         raise LookupError(peer)
 
+    def bits_on(self, peer: int, role: int) -> int:
+        raise LookupError(peer, role)
+
     def entries(self, peer: int) -> list[Entry]:
         raise LookupError(peer)
 
-    def owners(self, kind: Kind, key: Any) -> tuple[int, ...]:
-        del kind, key
+    def owners(self, table: int, key: Any) -> tuple[int, ...]:
+        del table, key
         return ()
 
-    def value(self, kind: Kind, key: Any) -> None:
-        del kind, key
+    def value(self, table: int, key: Any) -> None:
+        del table, key
 
-    def serves(self, key: Any) -> int:
-        del key
+    def successor(self, table: int, key: Any) -> int:
+        del table, key
         return 0
 
-    def alike(self) -> bool:
-        return True
+    def uniform(self) -> int:
+        return 0b111
 
-    def messages(self, peer: int, bits: int, seq: int, oif: int) -> None:
-        raise LookupError(peer, bits, seq, oif)
+    def messages(self, peer: int, bits: int, seq: int, oifs: Mapping[int, int]) -> None:
+        raise LookupError(peer, bits, seq, oifs)
 
 
 NOTHING = _NothingWanted()
@@ -505,10 +502,3 @@ NOTHING = _NothingWanted()
 
 def _by_kind(item: tuple[int, Entry]) -> tuple[int, int]:
     return item[0], item[1][0]
-
-
-def entry_text(kind: Kind, key: Any) -> str:
-    """An entry's key as people write it."""
-    if kind is Kind.ROUTE:
-        return f"{Prefix(4, key.base, key.length)} metric {key.metric}"
-    return mac_text(key) if kind is Kind.FDB else ip_text(4, key)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lease.config import NetworkConfig, VxlanConfig
-from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text, prefix
+from lease.config import NetworkConfig
+from lease.families import FAMILIES, V4, Family
+from lease.model import Endpoint, Lease, Prefix, ip_text, prefix
 from lease.records.packed import HEAD, NODE
-from overlay.backends import vxlan
+from overlay.backends.base import Backend, Entry, View
+from overlay.backends.vxlan import backend_of
 from overlay.kernel.route.entries import RouteKey
 
-_UNUSABLE = tuple(prefix(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))
-"""Never an underlay address: this-network, loopback, multicast, reserved and broadcast (RFC 6890)."""
+_UNUSABLE = {
+    4: tuple(map(prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))),
+    6: tuple(map(prefix, ("::/16", "fe80::/10", "ff00::/8"))),
+}
+"""Never an underlay address: this-network, loopback, multicast, reserved, mapped IPv4, link-local (RFC 6890)."""
 
 
 class Node(NamedTuple):
@@ -23,7 +28,7 @@ class Node(NamedTuple):
     """
 
     network: Prefix
-    backend: VxlanConfig
+    backend: Backend
     own: Lease
     on_link: tuple[Prefix, ...]
     addresses: frozenset[int]
@@ -35,10 +40,21 @@ class Node(NamedTuple):
     Kubernetes the cluster gave the subnets, and only all of Network is too much."""
 
     @property
+    def family(self) -> Family:
+        """Of the network."""
+        return FAMILIES[self.network.family]
+
+    @property
+    def end(self) -> Endpoint:
+        """Our own endpoint of that family."""
+        end = self.own.endpoint(self.network.family)
+        assert end is not None, "a plan is made of a lease that has the family"
+        return end
+
+    @property
     def underlay_inside(self) -> bool:
         """Whether nodes have addresses of Network: it is larger than what pods use of it."""
-        assert self.own.v4 is not None
-        return any(map(self.network.holds, (self.own.v4.public_ip, *self.addresses)))
+        return any(map(self.network.holds, (self.end.public_ip, *self.addresses)))
 
     @property
     def kept(self) -> tuple[Prefix, ...]:
@@ -53,6 +69,7 @@ def underlay_within(network: Prefix, cidrs: tuple[Prefix, ...]) -> tuple[Prefix,
 
 def node_of(
     config: NetworkConfig,
+    family: Family,
     own: Lease,
     on_link: tuple[Prefix, ...],
     addresses: frozenset[int],
@@ -60,36 +77,48 @@ def node_of(
     allowed: tuple[Prefix, ...] = (),
     widest: int = 2,
 ) -> Node:
-    """The Node of a config that has IPv4."""
-    assert config.v4 is not None
-    return Node(config.v4.network, config.backend, own, on_link, addresses, retained, allowed, widest)
+    """The Node of a config that has the family."""
+    pool = config.pool(family.number)
+    assert pool is not None
+    return Node(pool.network, backend_of(config.backend, family), own, on_link, addresses, retained, allowed, widest)
+
+
+def view(node: Node) -> View:
+    """What the backend needs to know of it."""
+    return View(node.family, node.network, node.on_link)
 
 
 def refusal(node: Node, lease: Lease) -> str | None:
     """Why a record cannot be a peer, whatever the other records say; None where it can."""
-    if lease.backend != vxlan.BACKEND:
-        return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {vxlan.BACKEND!a}"
-    if lease.v4 is None:
-        return "it has no IPv4 part, and there is no IPv6 datapath yet"
-    return _subnet_fault(node, lease.v4.subnet, lease.v4.public_ip) or _vtep_fault(node, lease.v4)
+    if lease.backend != node.backend.type:
+        return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {node.backend.type!a}"
+    end = lease.endpoint(node.network.family)
+    if end is None:
+        return "it has no IPv4 part, and there is no IPv6 datapath yet" if node.family is V4 else "it has no IPv6 part"
+    return (
+        _subnet_fault(node, end.subnet, end.public_ip) or _outer_fault(node, end) or node.backend.fault(node.end, end)
+    )
 
 
 def quick(node: Node) -> Callable[[bytes], bool]:
     """Whether a packed record of a usual form surely passes `refusal`; one that does not is asked there."""
-    assert node.own.v4 is not None
-    own, network, shortest = node.own.v4, node.network, node.network.length + node.widest
+    bulk = node.backend.bulk(view(node))
+    if bulk is None:
+        return lambda _packed: False
+    own, network, shortest = node.end, node.network, node.network.length + node.widest
+    usable = bulk.usable(own)
     pods = [(there.base, there.last) for there in (own.subnet, *node.retained)]
     closed = [(there.base, there.last) for there in (*node.on_link, *node.kept)] + pods
     ends = [address for there in node.on_link if there.length < 31 for address in (there.base, there.last)]
     bad = node.addresses | {own.public_ip, *ends}
-    low, high, vni, mac_of = network.base, network.last, node.backend.vni, (own.mac or 0).to_bytes(6, "big")
+    low, high = network.base, network.last
     allowed = [(there.base, there.last) for there in node.allowed]
-    reserved = {octet for there in _UNUSABLE for octet in range(there.base >> 24, (there.last >> 24) + 1)}
+    reserved = {octet for there in _UNUSABLE[4] for octet in range(there.base >> 24, (there.last >> 24) + 1)}
 
     def passes(packed: bytes) -> bool:
-        base, length, public_ip, mac, its_vni, _, _, _, form = HEAD.unpack_from(packed)
+        base, length, public_ip, mac, vni, _, _, _, form = HEAD.unpack_from(packed)
         last = base | ((1 << (32 - length)) - 1)
-        if form > NODE or its_vni != vni or mac == mac_of or length < shortest or base < low or last > high:
+        if form > NODE or not usable(vni, mac) or length < shortest or base < low or last > high:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
             return False
@@ -121,51 +150,45 @@ def _subnet_fault(node: Node, subnet: Prefix, public_ip: int) -> str | None:
         if subnet.overlaps(there):
             return f"subnet {subnet} overlaps the underlay's {there} (--underlay-cidr)"
     if subnet.holds(public_ip):
-        return f"PublicIP {ip_text(4, public_ip)} lies in its own subnet {subnet}"
-    assert node.own.v4 is not None
-    if subnet.overlaps(node.own.v4.subnet):
-        return f"subnet {subnet} overlaps our own {node.own.v4.subnet}"
+        return f"PublicIP {ip_text(network.family, public_ip)} lies in its own subnet {subnet}"
+    if subnet.overlaps(node.end.subnet):
+        return f"subnet {subnet} overlaps our own {node.end.subnet}"
     for kept in node.retained:
         if subnet.overlaps(kept):
             return f"subnet {subnet} overlaps {kept}, which we lost but on which pods of this node still run"
     return None
 
 
-def _vtep_fault(node: Node, end: Endpoint) -> str | None:
-    address, own = ip_text(4, end.public_ip), node.own.v4
-    assert own is not None
+def _outer_fault(node: Node, end: Endpoint) -> str | None:
+    own, family = node.end, node.network.family
     for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
-        if any(bad.holds(outer) for bad in _UNUSABLE):
-            return f"{name} {ip_text(4, outer)} cannot be a node's address"
-        said = any(there.holds(outer) for there in (*node.kept, *node.on_link))
-        if node.network.holds(outer) and not node.underlay_inside and not said:
-            return f"{name} {ip_text(4, outer)} is an address of Network {node.network}, which is the pods'"
+        text = f"{name} {ip_text(family, outer)}"
+        if any(bad.holds(outer) for bad in _UNUSABLE[family]):
+            return f"{text} cannot be a node's address"
+        known = any(there.holds(outer) for there in (*node.kept, *node.on_link))
+        if node.network.holds(outer) and not node.underlay_inside and not known:
+            return f"{text} is an address of Network {node.network}, which is the pods'"
         if any(there.holds(outer) for there in (own.subnet, *node.retained)):
-            return f"{name} {ip_text(4, outer)} is an address of a subnet of ours"
+            return f"{text} is an address of a subnet of ours"
         if node.allowed and not any(there.holds(outer) for there in node.allowed):
-            return f"{name} {ip_text(4, outer)} is outside --underlay-cidr {', '.join(map(str, node.allowed))}"
+            return f"{text} is outside --underlay-cidr {', '.join(map(str, node.allowed))}"
+    address = ip_text(family, end.public_ip)
     for there in node.on_link:
-        if there.length < 31 and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
+        short = there.length < node.family.bits - 1
+        if family == 4 and short and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
             return f"PublicIP {address} is the network or broadcast address of {there}"
     if end.public_ip == own.public_ip or end.public_ip in node.addresses:
         return f"PublicIP {address} is our own"
-    if end.mac is None:
-        return "BackendData has no VtepMAC"
-    if end.mac == own.mac:
-        return f"VtepMAC {mac_text(end.mac)} is our own"
-    if end.vni != node.backend.vni:
-        return f"VNI {end.vni} is not this network's {node.backend.vni}"
     return None
 
 
-def entries(node: Node, lease: Lease) -> vxlan.Entries:
+def entries(node: Node, lease: Lease) -> list[Entry]:
     """The kernel entries of a record that `refusal` lets pass."""
-    assert lease.v4 is not None
-    public_ip = lease.v4.public_ip
-    direct = node.backend.direct_routing and any(there.holds(public_ip) for there in node.on_link)
-    return vxlan.peer_entries(node.network, lease.v4, direct)
+    end = lease.endpoint(node.network.family)
+    assert end is not None
+    return node.backend.entries(view(node), end)
 
 
 def route_key(node: Node, subnet: Prefix) -> RouteKey:
     """The key of the route that a subnet would get."""
-    return vxlan.route_key(node.network, subnet)
+    return node.backend.route_key(view(node), subnet)

@@ -6,7 +6,6 @@ from typing import Any
 
 from lease.model import ip_text, mac_text
 from lease.records.packed import number, unpack
-from overlay.kernel.route.entries import Kind
 from overlay.peers import plan
 
 
@@ -14,7 +13,7 @@ class Peers:
     """All peers as they were, still packed: the owner thread hands them over in a moment, and who asked writes them out."""
 
     def __init__(self, node: plan.Node | None, packed: tuple[bytes, ...], missing: dict[int, int]) -> None:
-        """missing: of a peer's number, its entries that are not as they should be, as bits by kind."""
+        """missing: of a peer's number, its entries that are not as they should be, as bits by table."""
         self._node, self._packed, self._missing = node, packed, missing
 
     def __len__(self) -> int:
@@ -26,16 +25,17 @@ class Peers:
 
     def _peer(self, node: plan.Node, packed: bytes) -> dict[str, Any]:
         lease = unpack(packed)
-        end = lease.v4
+        family = node.network.family
+        end = lease.endpoint(family)
         assert end is not None
         bits = self._missing.get(number(end.subnet), 0)
-        missing = [kind.name.lower() for kind in Kind if bits & 1 << kind]
+        missing = [table.name for place, table in enumerate(node.backend.tables) if bits & 1 << place]
         return {
             "subnet": str(end.subnet),
-            "public_ip": ip_text(4, end.public_ip),
+            "public_ip": ip_text(family, end.public_ip),
             "vtep_mac": mac_text(end.mac or 0),
             "node_name": node_name(lease.node),
-            "path": "vxlan" if plan.entries(node, lease).fdb is not None else "direct",
+            "path": node.backend.type if len(plan.entries(node, lease)) > 1 else "direct",
             "ok": not missing,
             "missing": missing,
         }

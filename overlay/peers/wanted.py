@@ -6,15 +6,13 @@ A peer is named by the number of its subnet.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from lease.model import Prefix
-from overlay.backends import vxlan
-from overlay.kernel.route import fast
-from overlay.kernel.route.entries import Kind, RouteKey
+from overlay.backends.base import Entry
+from overlay.kernel.route.entries import TUNNEL, UNDERLAY
+from overlay.kernel.route.fast import DumpMatcher
 from overlay.peers import plan
-from overlay.peers.reconcile import ALL, ROUTE_ALONE, Entry
 from overlay.peers.table import PeerTable
 
 
@@ -23,77 +21,75 @@ class Wanted:
 
     def __init__(self, node: plan.Node, table: PeerTable) -> None:
         self.node, self.table = node, table
+        self._backend, self._view = node.backend, plan.view(node)
+        self._bulk = self._backend.bulk(self._view)
+        self._full, self._directly = self._backend.full, self._backend.reaches_directly
+        self._route = len(self._backend.tables) - 1
 
     def peers(self) -> Collection[int]:
         """All peers."""
         return self.table.packed
 
     def bits(self, peer: int) -> int:
-        """The kinds of entries that a peer has, as bits."""
-        return ROUTE_ALONE if self.node.backend.direct_routing and len(self.entries(peer)) == 1 else ALL
+        """The tables in which a peer has an entry, as bits."""
+        return 1 << self._route if self._directly and self._is_direct(peer) else self._full
+
+    def bits_on(self, peer: int, role: int) -> int:
+        """The same, of entries on the device of a role."""
+        direct = self._directly and self._is_direct(peer)
+        if role == TUNNEL:
+            return 0 if direct else self._full
+        return 1 << self._route if direct and role == UNDERLAY else 0
+
+    def _is_direct(self, peer: int) -> bool:
+        if self._bulk is not None:
+            return self._bulk.direct(self.table.packed[peer])
+        return len(self.entries(peer)) == 1
 
     def entries(self, peer: int) -> list[Entry]:
         """A peer's entries, in the order in which they are put in place."""
-        return flat(plan.entries(self.node, self.table.peer(peer)))
+        return plan.entries(self.node, self.table.peer(peer))
 
-    def owners(self, kind: Kind, key: Any) -> tuple[int, ...]:
+    def owners(self, table: int, key: Any) -> tuple[int, ...]:
         """The peers that want an entry of a key: one, but for the FDB entry of a node that holds two subnets."""
         return tuple(
-            peer for peer in self._candidates(kind, key) if any(e[:2] == (kind, key) for e in self.entries(peer))
+            peer for peer in self._candidates(table, key) if any(e[:2] == (table, key) for e in self.entries(peer))
         )
 
-    def value(self, kind: Kind, key: Any) -> Any:
+    def value(self, table: int, key: Any) -> Any:
         """What the entry of a key shall be, None where none is wanted."""
-        for peer in self._candidates(kind, key):
-            for its_kind, its_key, value in self.entries(peer):
-                if (its_kind, its_key) == (kind, key):
+        for peer in self._candidates(table, key):
+            for its_table, its_key, value in self.entries(peer):
+                if (its_table, its_key) == (table, key):
                     return value
         return None
 
-    def serves(self, key: RouteKey) -> int:
+    def successor(self, table: int, key: Any) -> int:
         """The peer of exactly the subnet that a route leads to, 0 where there is none."""
+        del table
         peer = key.base << 8 | key.length
         return peer if peer in self.table.packed else 0
 
-    def alike(self) -> bool:
-        """Whether all peers surely have all three entries, by the tunnel."""
-        return not self.node.backend.direct_routing
+    def uniform(self) -> int:
+        """The bits that all peers surely have, by the tunnel; 0 where some may be reached directly."""
+        return 0 if self._directly else self._full
 
-    def messages(self, peer: int, bits: int, seq: int, oif: int) -> bytes | None:
-        """The messages that put a peer's entries of these kinds, numbered `seq` + kind, at once; None where it may be
-        reached without the tunnel."""
-        if self.node.backend.direct_routing:
+    def messages(self, peer: int, bits: int, seq: int, oifs: Mapping[int, int]) -> bytes | None:
+        """The messages that put a peer's entries of these tables at once; None: one by one."""
+        if self._bulk is None:
             return None
-        packed = self.table.packed[peer]
-        metric = vxlan.metric(self.node.network, Prefix(4, peer >> 8, peer & 255))
-        made = fast.peer_messages(seq, packed[:4], peer & 255, packed[9:15], packed[5:9], metric, oif)
-        return made if bits == ALL else fast.some_of(made, bits)
+        return self._bulk.messages(peer, self.table.packed[peer], bits, seq, oifs)
 
-    def sieve(self, oif: int) -> fast.Sieve:
-        """For the look through a dump; where routes go directly, the plain way sees to all of them."""
-        if self.node.backend.direct_routing:
-            return fast.Sieve({}, {}, (), 0, oif)
-        table = self.table
-        return fast.Sieve(table.packed, table.by_mac, tuple(table.lengths), self.node.network.base, oif)
+    def matcher(self, oifs: Mapping[int, int]) -> DumpMatcher | None:
+        """For reading a dump at once; None: entry by entry."""
+        return None if self._bulk is None else self._bulk.matcher(self.table, oifs)
 
-    def _candidates(self, kind: Kind, key: Any) -> Iterator[int]:
-        if kind is Kind.FDB:
-            yield from self.table.with_mac(key)
-        elif kind is Kind.ROUTE:
-            if peer := self.serves(key):
-                yield peer
-        else:
-            for length in self.table.lengths:
-                if (peer := key << 8 | length) in self.table.packed:
-                    yield peer
-
-
-def flat(entries: vxlan.Entries) -> list[Entry]:
-    """Entries in the order in which they are put in place."""
-    found: list[Entry] = []
-    if entries.neighbour is not None:
-        found.append((Kind.NEIGHBOUR, *entries.neighbour))
-    if entries.fdb is not None:
-        found.append((Kind.FDB, *entries.fdb))
-    found.append((Kind.ROUTE, *entries.route))
-    return found
+    def _candidates(self, table: int, key: Any) -> Iterable[int]:
+        """The peers that may want an entry of a key. A MAC is found by the index; a route's or neighbour's key has the
+        subnet's base, which is all that a peer's entry can be of."""
+        if table == self._route:
+            peer = self.successor(table, key)
+            return (peer,) if peer else ()
+        if self._backend.tables[table].name == "fdb":
+            return self.table.with_mac(key)
+        return [peer for length in self.table.lengths if (peer := key << 8 | length) in self.table.packed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from pyroute2 import IPRoute
 
 from lease.config import VxlanConfig
+from lease.families import V4
 from lease.model import Lease, prefix
 from lease.records.packed import Leases
-from overlay.kernel import netlink
+from overlay.backends.vxlan import backend_of
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import Kind
+from overlay.kernel.route.fast import NEIGHBOURS, ROUTES
 from overlay.peers.datapath import Datapath
 from tests.support.make import lease, node
 from tests.support.tunnel import TunnelNews
@@ -37,10 +39,10 @@ class Peers:
     def __init__(self, inside: Callable[[Callable[[], Any]], Any], **config: Any) -> None:
         self.inside, self.clock = inside, Clock()
         self.requests = inside(RequestSocket)
-        self.path, self.device = Datapath(self.requests, self.clock, random.Random(1)), TunnelNews()
+        self.path, self.device = Datapath(V4, self.requests, self.clock, random.Random(1)), TunnelNews()
         self.index = next(link.ifindex for link in self.requests.links() if link.name == "flannel.1")
         own = lease("10.255.255.0/24", "192.168.1.2", "0e:2a:00:00:00:01")
-        self.node = node(network=NETWORK, own=own, backend=VxlanConfig(**config))
+        self.node = node(network=NETWORK, own=own, backend=backend_of(VxlanConfig(**config), V4))
 
     def load(self, records: list[Lease]) -> None:
         self.path.plan(self.node, "", Leases.of(records))
@@ -67,8 +69,8 @@ class Peers:
         """Routes, neighbours and FDB entries of the device."""
         requests = self.inside(RequestSocket)
         try:
-            routes = [route for route in requests.routes() if route.oif == self.index]
-            return len(routes), len(requests.neighbours(self.index)), len(requests.fdb(self.index))
+            routes = [route for route in requests.routes(V4) if route.oif == self.index]
+            return len(routes), len(requests.neighbours(V4, self.index)), len(requests.fdb(V4, self.index))
         finally:
             requests.close()
 
@@ -130,22 +132,22 @@ def test_what_somebody_deletes_during_the_first_look_comes_back(space, inside, d
     everyone = [peer(number) for number in range(1500)]
     peers.load(everyone)
     peers.path.plan(peers.node, "", Leases.of(everyone))
-    peers.path.rec.extra[Kind.NEIGHBOUR][1] = object()
+    peers.path.rec.extra[NEIGHBOURS][1] = object()
 
     def delete() -> None:
-        peers.path.rec.extra[Kind.NEIGHBOUR].clear()
+        peers.path.rec.extra[NEIGHBOURS].clear()
         requests = inside(RequestSocket)
         for one in everyone[1000:]:
             assert one.v4 is not None
-            value = peers.path.rec.wanted.value(Kind.NEIGHBOUR, one.v4.subnet.base)
-            assert not requests.execute([wire.neighbour_delete(1, one.v4.subnet.base, value, peers.index)], 1)
-            seen = netlink.FoundNeighbour(peers.index, one.v4.subnet.base, value.mac, 0x80, ())
-            peers.path.on_neighbour(netlink.NeighbourSeen(seen, gone=True))
+            value = peers.path.rec.wanted.value(NEIGHBOURS, one.v4.subnet.base)
+            assert not requests.execute([wire.neighbour_delete(V4, 1, one.v4.subnet.base, value, peers.index)], 1)
+            added = wire.neighbour_add(V4, 1, one.v4.subnet.base, value, peers.index)
+            peers.path.on_neighbour_messages([added[:4] + struct.pack("=H", wire.RTM_DELNEIGH) + added[6:]])
         requests.close()
 
     def after_routes() -> None:
         """The routes' slices first: the neighbours' dump is what shall be under way."""
-        while peers.path.rec.touched is None or not peers.path._look or kind_of(peers) is not Kind.NEIGHBOUR:
+        while peers.path.rec.touched is None or not peers.path._look or kind_of(peers) != NEIGHBOURS:
             peers.path.look({})
         delete()
 
@@ -155,10 +157,10 @@ def test_what_somebody_deletes_during_the_first_look_comes_back(space, inside, d
     peers.requests.close()
 
 
-def kind_of(peers: Peers) -> Kind | None:
-    """Of which kind the look under way reads entries."""
+def kind_of(peers: Peers) -> int | None:
+    """Of which table the resync under way reads entries."""
     frame = peers.path._look.gi_yieldfrom.gi_frame  # type: ignore[union-attr]
-    return frame.f_locals.get("kind")
+    return frame.f_locals.get("table")
 
 
 def test_a_changed_record_touches_what_changed_and_no_more(peers):
@@ -169,7 +171,7 @@ def test_a_changed_record_touches_what_changed_and_no_more(peers):
     peers.settle()
     done = peers.path.rec.writes - writes
     assert dict(done) == {"put_neighbour": 1, "put_fdb": 1, "remove_fdb": 1}
-    assert not peers.path.rec.look_again
+    assert not peers.path.rec.in_doubt
     assert peers.there() == (10, 10, 10)
 
 
@@ -180,7 +182,7 @@ def test_a_list_after_renewals_changes_nothing(peers):
     assert peers.path.rec.differing() == 0
     peers.settle()
     assert peers.path.rec.writes == writes
-    assert not peers.path.rec.look_again
+    assert not peers.path.rec.in_doubt
 
 
 def test_a_device_that_somebody_made_anew_is_filled(peers):
@@ -210,7 +212,7 @@ def test_a_second_route_at_our_key_goes_and_the_looks_end(peers, space, place):
     key = next(
         key
         for kind, key, _ in peers.path.rec.wanted.entries(next(iter(peers.path.rec.wanted.peers())))
-        if kind is Kind.ROUTE
+        if kind == ROUTES
     )
     base = f"10.128.{(key.base >> 8) & 255}.0"
     command = ["ip", "route", place, f"{base}/24", "via", base, "dev", "flannel.1", "onlink", "metric", str(key.metric)]
@@ -220,9 +222,9 @@ def test_a_second_route_at_our_key_goes_and_the_looks_end(peers, space, place):
         peers.look()
         peers.settle()
         peers.clock.now += 1.0
-        if peers.there()[0] == 5 and peers.path.rec.differing() == 0 and not peers.path.rec.look_again:
+        if peers.there()[0] == 5 and peers.path.rec.differing() == 0 and not peers.path.rec.in_doubt:
             break
-        peers.path.rec.look_again = False
+        peers.path.rec.in_doubt = False
     else:
         raise AssertionError(f"after six looks: {peers.there()}, {peers.path.rec.differing()}")
     writes = peers.path.rec.writes.copy()

@@ -14,12 +14,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from lease.families import V4
 from lease.model import Lease, ip_number, ip_text, mac_text
 from lease.records.packed import Leases
 from overlay.firewall import guard as guards
 from overlay.firewall.guard import GRACE_S, Guard
-from overlay.kernel.netlink import FdbSeen, KernelError, NeighbourSeen, Refusal, RequestSocket, RouteSeen
+from overlay.kernel.netlink import KernelError, Refusal, RequestSocket, RouteSeen
 from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.links import Links
 from overlay.peers.datapath import Datapath
 from overlay.peers.plan import entries
@@ -123,7 +125,7 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
         def begin(self) -> None:
             """An agent starts, and has its first list."""
             self.guard = Guard(sets, self.clock)
-            self.path = Datapath(self.socket, self.clock, self.rng, None, (self.guard,))  # type: ignore[arg-type]
+            self.path = Datapath(V4, self.socket, self.clock, self.rng, None, (self.guard,))  # type: ignore[arg-type]
             self.device = TunnelNews()
             self.path.plan(NODE, "", Leases.of(self.records.values()))
             self.guard.ensure(TABLE)
@@ -243,14 +245,14 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
                 self.listed_again()
             self.guard.ensure(TABLE)
             for _ in range(30):
-                if self.unseen or self.path.looking() or self.path.rec.look_again:
-                    self.path.rec.look_again = False
+                if self.unseen or self.path.looking() or self.path.rec.in_doubt:
+                    self.path.rec.in_doubt = False
                     self.a_whole_look()
                 while self.path.apply():
                     pass
                 self.clock.now += 40.0
                 self.turn_of_the_guard()
-                if not self.path.rec.differing() and not self.path.rec.look_again:
+                if not self.path.rec.differing() and not self.path.rec.in_doubt:
                     break
             self.clock.now += GRACE_S + 1
             self.guard.apply()
@@ -260,11 +262,13 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
             }
             peers = [known[key] for key in by_the_plain_rule(list(known.values()), self.path.table.listed or 0)]
             routes, neighbours, fdb = self.read()
-            wanted = [entries(NODE, peer) for peer in peers]
-            assert {(key, via) for key, via, _, _ in routes} == {(w.route[0], w.route[1].via) for w in wanted}
+            wanted = {entry for peer in peers for entry in entries(NODE, peer)}
+            assert {(key, via) for key, via, _, _ in routes} == {
+                (k, v.via) for table, k, v in wanted if table == ROUTES
+            }
             assert all(oif == self.index for _, _, oif, _ in routes)
-            assert neighbours == {(w.neighbour[0], w.neighbour[1].mac) for w in wanted if w.neighbour}
-            assert fdb == {(w.fdb[0], w.fdb[1].dst) for w in wanted if w.fdb}
+            assert neighbours == {(key, value.mac) for table, key, value in wanted if table == NEIGHBOURS}
+            assert fdb == {(key, value.dst) for table, key, value in wanted if table == FDB}
             let_in = {ip_text(4, int.from_bytes(key, "big")) for key in sets.elements(TABLE, TABLE.sets[0])}
             assert let_in == {ip_text(4, peer.v4.public_ip) for peer in peers if peer.v4}
             assert sets.is_formed(TABLE)
@@ -273,11 +277,11 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
             """Routes of ours (elsewhere only those into our network), neighbours and FDB of the device, as plain tuples."""
             routes = {
                 (r.key, r.via, r.oif, r)
-                for r in requests.routes()
+                for r in requests.routes(V4)
                 if r.oif == self.index or (r.protocol == 111 and NODE.network.holds(r.key.base))
             }
-            neighbours = {(n.address, n.mac) for n in requests.neighbours(self.index) if n.state & 0x80}
-            return routes, neighbours, {(f.mac, f.dst) for f in requests.fdb(self.index)}
+            neighbours = {(n.address, n.mac) for n in requests.neighbours(V4, self.index) if n.state & 0x80}
+            return routes, neighbours, {(f.mac, f.dst) for f in requests.fdb(V4, self.index)}
 
         def tell(self, before: tuple[set[Any], set[Any], set[Any]], after: tuple[set[Any], set[Any], set[Any]]) -> None:
             """As the kernel notifies: what went, then what is there now."""
@@ -285,23 +289,23 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
                 self.path.on_route(RouteSeen(route, gone=True), {})
             for *_, route in after[0] - before[0]:
                 self.path.on_route(RouteSeen(route, gone=False), {})
-            neighbours = {n.address: n for n in requests.neighbours(self.index)}
+            neighbours = {n.address: n for n in requests.neighbours(V4, self.index)}
             keys = {address for address, _ in after[1]}
             for address, mac in before[1] - after[1]:
                 if address not in keys:
                     seen = next(iter(neighbours.values()), None)
                     found = seen._replace(address=address, mac=mac) if seen else None
                     if found is not None:
-                        self.path.on_neighbour(NeighbourSeen(found, gone=True))
+                        self.path.on_entry(NEIGHBOURS, found, address, gone=True)
             for address, _ in after[1] - before[1]:
-                self.path.on_neighbour(NeighbourSeen(neighbours[address], gone=False))
-            table = {f.mac: f for f in requests.fdb(self.index)}
+                self.path.on_entry(NEIGHBOURS, neighbours[address], address, gone=False)
+            table = {f.mac: f for f in requests.fdb(V4, self.index)}
             for mac, dst in before[2] - after[2]:
                 seen_fdb = next(iter(table.values()), None)
                 if mac not in table and seen_fdb is not None:
-                    self.path.on_fdb(FdbSeen(seen_fdb._replace(mac=mac, dst=dst), gone=True))
+                    self.path.on_entry(FDB, seen_fdb._replace(mac=mac, dst=dst), mac, gone=True)
             for mac, _ in after[2] - before[2]:
-                self.path.on_fdb(FdbSeen(table[mac], gone=False))
+                self.path.on_entry(FDB, table[mac], mac, gone=False)
 
     Interleaved.close = lambda: (requests.close(), sets.close())  # type: ignore[attr-defined]
     return Interleaved

@@ -10,6 +10,7 @@ import time
 import pytest
 from pyroute2 import IPRoute
 
+from lease.families import V4
 from lease.model import ip_number
 from overlay.kernel.netlink import (
     AddressSeen,
@@ -27,7 +28,6 @@ from overlay.kernel.netlink import (
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.lab import netns
-from overlay.peers.resync import route_value
 from tests.support.wait import until
 
 BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009
@@ -52,9 +52,9 @@ def value(via: int = BASE) -> RouteValue:
 def peer(first: int, index: int, n: int = 0) -> list[bytes]:
     base, mac = BASE + (n << 8), MAC + n
     return [
-        wire.neighbour_add(first, base, NeighbourValue(mac), index),
-        wire.fdb_add(first + 1, mac, FdbValue(DST + n), index),
-        wire.route_add(first + 2, RouteKey(base, 24, 10 + n), value(base), index, False),
+        wire.neighbour_add(V4, first, base, NeighbourValue(mac), index),
+        wire.fdb_add(V4, first + 1, mac, FdbValue(DST + n), index),
+        wire.route_add(V4, first + 2, RouteKey(base, 24, 10 + n), value(base), index, False),
     ]
 
 
@@ -63,30 +63,30 @@ def test_a_batch_is_what_dumps_show(requests):
     first = requests.take_seqs(300)
     messages = [message for n in range(100) for message in peer(first + 3 * n, index, n)]
     assert requests.execute(messages, first) == {}
-    routes = [r for r in requests.routes() if r.oif == index]
-    assert len(routes) == len(requests.neighbours(index)) == len(requests.fdb(index)) == 100
+    routes = [r for r in requests.routes(V4) if r.oif == index]
+    assert len(routes) == len(requests.neighbours(V4, index)) == len(requests.fdb(V4, index)) == 100
     found = next(r for r in routes if r.key == KEY)
-    assert (found.via, found.flags & 4, found.protocol, found.odd) == (BASE, 4, PROTOCOL, ())
-    assert {n.address: n.mac for n in requests.neighbours(index)}[BASE] == MAC
-    assert {f.mac: f.dst for f in requests.fdb(index)}[MAC] == DST
+    assert (found.via, found.flags & 4, found.protocol, found.unexpected) == (BASE, 4, PROTOCOL, ())
+    assert {n.address: n.mac for n in requests.neighbours(V4, index)}[BASE] == MAC
+    assert {f.mac: f.dst for f in requests.fdb(V4, index)}[MAC] == DST
 
 
 def test_errors_are_matched_to_their_message(requests):
     index = index_of(requests)
     first = requests.take_seqs(5)
     messages = [
-        wire.neighbour_add(first, BASE, NeighbourValue(MAC), index),
-        wire.neighbour_add(first + 1, BASE + 256, NeighbourValue(MAC), 9999),
-        wire.route_add(first + 2, RouteKey(BASE + 7, 24, 5), value(), index, False),
-        wire.route_delete(first + 3, RouteKey(BASE, 24, 77), value(), index),
-        wire.fdb_add(first + 4, MAC, FdbValue(DST), index),
+        wire.neighbour_add(V4, first, BASE, NeighbourValue(MAC), index),
+        wire.neighbour_add(V4, first + 1, BASE + 256, NeighbourValue(MAC), 9999),
+        wire.route_add(V4, first + 2, RouteKey(BASE + 7, 24, 5), value(), index, False),
+        wire.route_delete(V4, first + 3, RouteKey(BASE, 24, 77), value(), index),
+        wire.fdb_add(V4, first + 4, MAC, FdbValue(DST), index),
     ]
     refused = requests.execute(messages, first)
     assert set(refused) == {1, 2, 3}
     assert refused[1].errno == errno.ENODEV
     assert refused[3].errno == errno.ESRCH
     assert "EINVAL" in str(refused[2])
-    assert len(requests.neighbours(index)) == len(requests.fdb(index)) == 1
+    assert len(requests.neighbours(V4, index)) == len(requests.fdb(V4, index)) == 1
 
 
 def test_a_foreign_route_is_not_replaced_by_a_create(requests, inside):
@@ -98,10 +98,10 @@ def test_a_foreign_route_is_not_replaced_by_a_create(requests, inside):
 
     inside(foreign)
     first = requests.take_seqs(1)
-    refused = requests.execute([wire.route_add(first, KEY, value(), index, replace=False)], first)
+    refused = requests.execute([wire.route_add(V4, first, KEY, value(), index, replace=False)], first)
     assert refused[0].errno == errno.EEXIST
     first = requests.take_seqs(1)
-    assert requests.execute([wire.route_delete(first, KEY, value(), index)], first)[0].errno == errno.ESRCH, (
+    assert requests.execute([wire.route_delete(V4, first, KEY, value(), index)], first)[0].errno == errno.ESRCH, (
         "nor deleted: the protocol differs"
     )
 
@@ -111,9 +111,9 @@ def test_what_is_absent_says_so_in_the_ways_we_take_for_done(requests):
     first = requests.take_seqs(3)
     refused = requests.execute(
         [
-            wire.route_delete(first, KEY, value(), index),
-            wire.neighbour_delete(first + 1, BASE, NeighbourValue(MAC), index),
-            wire.fdb_delete(first + 2, MAC, FdbValue(DST), index),
+            wire.route_delete(V4, first, KEY, value(), index),
+            wire.neighbour_delete(V4, first + 1, BASE, NeighbourValue(MAC), index),
+            wire.fdb_delete(V4, first + 2, MAC, FdbValue(DST), index),
         ],
         first,
     )
@@ -140,7 +140,7 @@ def test_a_namespace_that_never_had_a_route_has_none(space):
     netns.create(name)
     try:
         requests = netns.inside(name, RequestSocket)
-        assert requests.routes() == []
+        assert requests.routes(V4) == []
         requests.close()
     finally:
         netns.delete(name)
@@ -151,7 +151,7 @@ def test_a_bad_length_in_mid_batch_ends_in_a_refusal_not_in_a_hang(requests, mon
     requests._socket.settimeout(0.3)
     index = index_of(requests)
     first = requests.take_seqs(3)
-    messages = [wire.neighbour_add(first + n, BASE + n, NeighbourValue(MAC), index) for n in range(3)]
+    messages = [wire.neighbour_add(V4, first + n, BASE + n, NeighbourValue(MAC), index) for n in range(3)]
     messages[1] = (5000).to_bytes(4, "little") + messages[1][4:]
     refused = requests.execute(messages, first)
     assert set(refused) == {0, 1, 2}, "no answer came: all are looked at again"
@@ -159,8 +159,8 @@ def test_a_bad_length_in_mid_batch_ends_in_a_refusal_not_in_a_hang(requests, mon
 
 def test_lookups(requests):
     index = index_of(requests, "eth0")
-    assert requests.lookup(ip_number("192.168.1.77", 4)) == (index, ip_number("192.168.1.2", 4), 0)
-    assert requests.lookup(ip_number("203.0.113.1", 4)) is None
+    assert requests.lookup(V4, ip_number("192.168.1.77", 4)) == (index, ip_number("192.168.1.2", 4), 0)
+    assert requests.lookup(V4, ip_number("203.0.113.1", 4)) is None
 
 
 def test_links_and_addresses(requests):
@@ -170,7 +170,7 @@ def test_links_and_addresses(requests):
     assert links["eth0"].arp
     assert links["lo"].loopback
     assert not links["lo"].arp
-    found = {a.address: a for a in requests.addresses() if a.oif == links["eth0"].ifindex}
+    found = {a.address: a for a in requests.addresses(V4) if a.oif == links["eth0"].ifindex}
     assert found[ip_number("192.168.1.2", 4)].length == 24
     assert found[ip_number("192.168.1.2", 4)].permanent
 
@@ -273,8 +273,10 @@ def test_a_route_of_ours_that_somebody_made_in_another_form_goes(inside, request
     index = index_of(requests)
     command = ["ip", "route", "add", "10.244.9.0/24", "dev", "flannel.1", "metric", "10", "proto", str(PROTOCOL)]
     inside(lambda: subprocess.run([*command, *form.split()], check=True))
-    [found] = [route for route in requests.routes() if route.protocol == PROTOCOL]
+    [found] = [route for route in requests.routes(V4) if route.protocol == PROTOCOL]
     first = requests.take_seqs(1)
-    message = wire.route_delete(first, found.key, route_value(found, TUNNEL), index)
+    message = wire.route_delete(
+        V4, first, found.key, RouteValue(TUNNEL, found.via, True, found.protocol, found.unexpected), index
+    )
     assert requests.execute([message], first) == {}
-    assert [route for route in requests.routes() if route.protocol == PROTOCOL] == []
+    assert [route for route in requests.routes(V4) if route.protocol == PROTOCOL] == []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lease.config import VxlanConfig
+from lease.families import V4
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from overlay.backends.vxlan import backend_of
 from overlay.peers.plan import Node
 
 OWN_MAC = mac_number("0a:00:00:00:00:02")
@@ -25,7 +27,7 @@ def node(**change) -> Node:
     own = lease("10.244.2.0/24", "192.168.1.2", "0a:00:00:00:00:02")
     fields = {
         "network": prefix("10.244.0.0/16"),
-        "backend": VxlanConfig(),
+        "backend": backend_of(VxlanConfig(), V4),
         "own": own,
         "on_link": (prefix("192.168.1.0/24"),),
         "addresses": frozenset({ip_number("192.168.1.2", 4)}),

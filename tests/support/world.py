@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 from pyroute2 import IPRoute
 
+from lease.families import V4
 from lease.model import Prefix, ip_number, prefix
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.cni.lists import CONFLIST
@@ -231,11 +232,11 @@ class World:
             requests = RequestSocket()
             try:
                 return {
-                    "routes": {r.key[:2]: r for r in requests.routes() if r.oif == index or r.protocol == 111},
-                    "neighbours": {n.address: n.mac for n in requests.neighbours(index) if n.state & 0x80}
+                    "routes": {r.key[:2]: r for r in requests.routes(V4) if r.oif == index or r.protocol == 111},
+                    "neighbours": {n.address: n.mac for n in requests.neighbours(V4, index) if n.state & 0x80}
                     if index
                     else {},
-                    "fdb": {f.mac: f.dst for f in requests.fdb(index) if not f.mac >> 40 & 1} if index else {},
+                    "fdb": {f.mac: f.dst for f in requests.fdb(V4, index) if not f.mac >> 40 & 1} if index else {},
                 }
             finally:
                 requests.close()

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lease.config import VxlanConfig, parse_config
+from lease.config import parse_config
+from lease.families import V4
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from overlay.backends.vxlan import backend_of
 from overlay.peers.plan import Node
 
 OWN_MAC, PEER_MAC = "0a:00:00:00:00:01", "0a:00:00:00:00:05"
 CONFIG = b'{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
-_BACKEND: VxlanConfig = parse_config(CONFIG).backend
+_BACKEND = backend_of(parse_config(CONFIG).backend, V4)
 NODE = Node(
     prefix("10.244.0.0/16"), _BACKEND,
     Lease("10.244.1.0-24", "vxlan",

@@ -8,15 +8,24 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lease.config import VxlanConfig
+from lease.families import V4
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import encode_key
 from lease.records.packed import number, pack
-from overlay.backends.vxlan import peer_entries
+from overlay.backends.base import View
+from overlay.backends.vxlan import Vxlan, backend_of
 from overlay.kernel.route import fast, wire
-from overlay.kernel.route.entries import FoundFdb, FoundNeighbour, Kind
+from overlay.kernel.route.entries import TUNNEL, UNDERLAY
+from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
+from overlay.kernel.table import Where
 
 NETWORK = Prefix(4, 10 << 24, 8)
-OIF = 7
+OIF, UNDERLAY_OIF = 7, 3
+VIEW = View(V4, NETWORK, (Prefix(4, 192 << 24, 25),))
+"""Peers 1 to 127 are on the link."""
+PLAIN, DIRECT = Vxlan(VxlanConfig(), V4), backend_of(VxlanConfig(direct_routing=True), V4)
+OIFS = {TUNNEL: OIF, UNDERLAY: UNDERLAY_OIF}
 
 
 def peer(n: int, length: int = 24, public_ip: int = 0, mac: int = 0) -> Lease:
@@ -30,21 +39,25 @@ PEERS = st.builds(
 )
 
 
-@given(PEERS, st.integers(1, 1 << 30), st.integers(1, 1 << 20))
-def test_the_three_messages_of_a_peer(lease, seq, oif):
-    end = lease.v4
-    wanted = peer_entries(NETWORK, end, False)
+@given(PEERS, st.integers(1, 1 << 30), st.sampled_from([PLAIN, DIRECT]), st.integers(1, 7))
+def test_the_messages_of_a_peer_are_those_of_its_entries(lease, seq, backend, bits):
+    """The backend's fast way against its plain one, for tunnel and direct routes."""
+    entries = backend.entries(VIEW, lease.v4)
+    asked = bits & sum(1 << table for table, _, _ in entries)
     plain = [
-        wire.neighbour_add(seq, *wanted.neighbour, oif),
-        wire.fdb_add(seq + 1, *wanted.fdb, oif),
-        wire.route_add(seq + 2, *wanted.route, oif, replace=False),
+        backend.tables[table].put(seq + table, key, value, OIFS[backend.tables[table].role(value)], False)
+        for table, key, value in entries
+        if asked >> table & 1
     ]
-    packed = pack(lease)
-    quick = fast.peer_messages(
-        seq, packed[:4], end.subnet.length, packed[9:15], packed[5:9], wanted.route[0].metric, oif
-    )
+    quick = backend.bulk(VIEW).messages(number(lease.v4.subnet), pack(lease), asked, seq, OIFS)
     # of the fields that mean something: wire.py pads in another place
-    assert [normal(m) for m in wire.split(quick)] == [normal(m) for m in wire.split(b"".join(plain))]
+    assert [normal(m) for m in wire.split(quick or b"")] == [normal(m) for m in wire.split(b"".join(plain))]
+
+
+@given(PEERS)
+def test_a_device_that_is_not_up_leaves_it_to_the_plain_way(lease):
+    for backend in (PLAIN, DIRECT):
+        assert backend.bulk(VIEW).messages(number(lease.v4.subnet), pack(lease), 7, 1, {}) is None
 
 
 def normal(message: wire.Message):
@@ -87,10 +100,10 @@ def dumped(lease: Lease, *, oif: int = OIF, via: int | None = None, metric: int 
     )
 
 
-def sieve(*leases: Lease) -> fast.Sieve:
+def matcher(*leases: Lease) -> fast.DumpMatcher:
     packed = {number(lease.v4.subnet): pack(lease) for lease in leases}
     by_mac = {lease.v4.mac: number(lease.v4.subnet) for lease in leases}
-    return fast.Sieve(packed, by_mac, tuple({lease.v4.subnet.length for lease in leases}), NETWORK.base, OIF)
+    return fast.DumpMatcher(packed, by_mac, tuple({lease.v4.subnet.length for lease in leases}), NETWORK.base, OIF)
 
 
 ODD = [
@@ -109,7 +122,7 @@ def test_a_dump_is_sifted_as_the_plain_way_says(entries, strangers):
         )
         if place not in strangers and not clash:
             known[number(lease.v4.subnet)] = lease
-    it = sieve(*known.values()) if known else fast.Sieve({}, {}, (), NETWORK.base, OIF)
+    it = matcher(*known.values()) if known else fast.DumpMatcher({}, {}, (), NETWORK.base, OIF)
     for kind, sift in enumerate((it.routes, it.neighbours, it.fdb)):
         data = b"".join(dumped(lease, **odd)[kind] for lease, odd in entries)
         agreed, rest = sift(data)
@@ -125,38 +138,22 @@ def test_a_dump_is_sifted_as_the_plain_way_says(entries, strangers):
             assert [bytes(message[16:]) for message in rest] == plain_rest
 
 
-def right(kind: int, message: wire.Message, known: dict[int, Lease]) -> int:
-    """The number of the peer whose entry this exactly is, by wire.py and the plan."""
+def right(kind: int, message: wire.Message, known: dict[int, Lease], backend=PLAIN) -> int:
+    """The number of the peer whose entry this exactly is, by the table and the plan. kind: of `dumped`."""
+    number_of_table = {0: ROUTES, 1: NEIGHBOURS, 2: FDB}[kind]
+    table = backend.tables[number_of_table]
+    found = table.parse(message.body)
+    where = Where({OIF: TUNNEL, UNDERLAY_OIF: UNDERLAY}, (NETWORK.base, NETWORK.last), lambda _key: False)
+    entry = None if found is None else table.ours(found, where)
+    as_we_set_it = found is None or (found.flags == 4 if number_of_table == ROUTES else found.state == 0x80)
     for n, lease in known.items():
-        wanted = peer_entries(NETWORK, lease.v4, False)
-        if kind == 0:
-            route = wire.parse_route(message.body)
-            key, value = wanted.route
-            if (route.key, route.oif, route.via, route.flags, route.protocol, route.odd) == (
-                key,
-                OIF,
-                value.via,
-                4,
-                111,
-                (),
-            ):
-                return n
-            continue
-        found = wire.parse_neighbour(message.body)
-        if found.oif != OIF or found.state != 0x80:
-            continue
-        if isinstance(found, FoundNeighbour) and (found.address, found.mac) == (
-            wanted.neighbour[0],
-            wanted.neighbour[1].mac,
-        ):
-            return n
-        if isinstance(found, FoundFdb) and (found.mac, found.dst) == (wanted.fdb[0], wanted.fdb[1].dst):
+        if entry is not None and as_we_set_it and (number_of_table, *entry) in backend.entries(VIEW, lease.v4):
             return n
     return 0
 
 
 def test_cut_off_and_absurd_lengths_end_it():
-    it = sieve(peer(1))
+    it = matcher(peer(1))
     whole = dumped(peer(1))[0]
     for data in (b"", whole[:10], whole[:40], bytes(64), whole + b"\xff" * 20):
         agreed, rest = it.routes(data)
@@ -169,7 +166,7 @@ EVENTS = st.lists(st.tuples(PEERS, st.sampled_from([{}, {}, *ODD]), st.booleans(
 
 @given(EVENTS)
 def test_notifications_are_told_as_the_plain_way_tells_them(events):
-    """What the sieve says of one is what wire.py and the plan say; where it says 0, wire.py is asked."""
+    """What the matcher says of one is what wire.py and the plan say; where it says 0, wire.py is asked."""
     known = {}
     for lease, _, _, is_known in events:
         taken = any(
@@ -177,31 +174,27 @@ def test_notifications_are_told_as_the_plain_way_tells_them(events):
         )
         if is_known and not taken:
             known[number(lease.v4.subnet)] = lease
-    it = sieve(*known.values()) if known else fast.Sieve({}, {}, (), NETWORK.base, OIF)
+    it = matcher(*known.values()) if known else fast.DumpMatcher({}, {}, (), NETWORK.base, OIF)
     for lease, odd, gone, _ in events:
-        for kind in (Kind.NEIGHBOUR, Kind.FDB):
-            data = dumped(lease, **odd)[{Kind.NEIGHBOUR: 1, Kind.FDB: 2}[kind]]
+        for table, place in ((NEIGHBOURS, 1), (FDB, 2)):
+            data = dumped(lease, **odd)[place]
             if gone:
                 data = data[:4] + struct.pack("=H", wire.RTM_DELNEIGH) + data[6:]
             told = it.event(data)
-            found = wire.parse_neighbour(next(wire.split(data)).body)
+            body = next(wire.split(data)).body
+            found = PLAIN.tables[table].parse(body)
+            key = found.mac if table == FDB else found.address
             if found.oif != OIF:
                 assert told is None
                 continue
-            assert told[:2] == (kind, gone)
+            assert told[:2] == (table, gone)
             if not gone:
-                assert told[2] == right(int(kind) + 1, next(wire.split(data)), known)
+                assert told[2] == right(place, next(wire.split(data)), known)
             elif told[2]:
-                entry = peer_entries(NETWORK, known[told[2]].v4, False)
-                assert (found.mac if kind is Kind.FDB else found.address) == entry[2 if kind is Kind.FDB else 1][0]
+                assert PLAIN.entries(VIEW, known[told[2]].v4)[table][1] == key
             else:
-                owners = [
-                    other
-                    for other in known.values()
-                    if (other.v4.mac == found.mac if kind is Kind.FDB else other.v4.subnet.base == found.address)
-                ]
-                assert not owners
+                assert not [other for other in known.values() if PLAIN.entries(VIEW, other.v4)[table][1] == key]
 
 
 def test_a_short_notification_is_left_to_wire():
-    assert sieve(peer(1)).event(b"\0" * 30)[2] == 0
+    assert matcher(peer(1)).event(b"\0" * 30)[2] == 0

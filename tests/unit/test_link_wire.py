@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
+from lease.families import V4
 from lease.model import ip_text, mac_text
 from overlay.kernel.route import link_wire, wire
 
@@ -48,7 +49,7 @@ def normal(message: bytes, fixed: int) -> tuple:
     st.integers(68, 65535), st.integers(1, (1 << 48) - 1), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_a_vxlan_device_is_made(vni, port, local, lower, mtu, mac, gbp, learning):
-    ours = link_wire.vxlan_create(9, f"flannel.{vni}", vni, port, local, lower, mtu, mac, gbp, learning)
+    ours = link_wire.vxlan_create(V4, 9, f"flannel.{vni}", vni, port, local, lower, mtu, mac, gbp, learning)
     data = [
         ("IFLA_VXLAN_ID", vni), ("IFLA_VXLAN_PORT", port), ("IFLA_VXLAN_LOCAL", ip_text(4, local)),
         ("IFLA_VXLAN_LINK", lower), ("IFLA_VXLAN_LEARNING", int(learning)), *([("IFLA_VXLAN_GBP", True)] if gbp else []),
@@ -73,7 +74,7 @@ def test_a_link_is_asked_for_and_set_up():
 def test_an_address_is_added():
     attrs = [("IFA_LOCAL", "10.244.1.0"), ("IFA_ADDRESS", "10.244.1.0")]
     header = {"family": 2, "prefixlen": 32, "index": 7}
-    ours = link_wire.address_add(3, 7, 0x0AF40100, 32)
+    ours = link_wire.address_add(V4, 3, 7, 0x0AF40100, 32)
     assert normal(ours, 8) == normal(theirs(ifaddrmsg, 20, 0x1 | 0x400 | 0x200, 3, header, attrs), 8)
 
 

@@ -5,10 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.config import VxlanConfig
-from lease.model import Lease, ip_number, mac_number, prefix
+from lease.families import V4, V6
+from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
 from lease.records.packed import pack
-from overlay.backends.vxlan import DeviceFound, DeviceSpec, device_mtu, live_changes, replace_reason
+from overlay.backends.base import View
+from overlay.backends.vxlan import (
+    DeviceFound,
+    DeviceSpec,
+    Vxlan,
+    backend_of,
+    device_mtu,
+    live_changes,
+    replace_reason,
+)
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.peers.plan import entries, quick, refusal
 from tests.support.make import lease, node
 
@@ -17,27 +28,45 @@ def ip(text: str) -> int:
     return ip_number(text, 4)
 
 
+DIRECT = {"backend": backend_of(VxlanConfig(direct_routing=True), V4)}
+
+
 def test_a_peer_by_tunnel():
-    found = entries(node(), lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:09"))
-    assert found.route == (RouteKey(ip("10.244.9.0"), 24, 10), RouteValue(TUNNEL, ip("10.244.9.0"), True, PROTOCOL))
-    assert found.neighbour == (ip("10.244.9.0"), NeighbourValue(mac_number("0a:00:00:00:00:09")))
-    assert found.fdb == (mac_number("0a:00:00:00:00:09"), FdbValue(ip("192.168.1.9")))
+    base, mac = ip("10.244.9.0"), mac_number("0a:00:00:00:00:09")
+    assert entries(node(), lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:09")) == [
+        (NEIGHBOURS, base, NeighbourValue(mac)),
+        (FDB, mac, FdbValue(ip("192.168.1.9"))),
+        (ROUTES, RouteKey(base, 24, 10), RouteValue(TUNNEL, base, True, PROTOCOL)),
+    ]
+
+
+def test_a_peer_of_ipv6_by_tunnel():
+    """The same three; the metric is one for all, behind flannel's 1024 (dualstack.md)."""
+    there = View(V6, prefix("fd00:10:244::/48"), ())
+    peer = Endpoint(prefix("fd00:10:244:9::/64"), ip_number("fd01::9", 6), 1, mac_number("0a:00:00:00:00:09"))
+    base = ip_number("fd00:10:244:9::", 6)
+    assert Vxlan(VxlanConfig(), V6).entries(there, peer) == [
+        (NEIGHBOURS, base, NeighbourValue(0x0A0000000009)),
+        (FDB, 0x0A0000000009, FdbValue(ip_number("fd01::9", 6))),
+        (ROUTES, RouteKey(base, 64, 2048), RouteValue(TUNNEL, base, True, PROTOCOL)),
+    ]
 
 
 def test_a_peer_reached_directly_has_a_route_alone():
-    found = entries(node(backend=VxlanConfig(direct_routing=True)), lease("10.244.9.0/24", "192.168.1.9"))
-    assert found.route == (RouteKey(ip("10.244.9.0"), 24, 10), RouteValue(UNDERLAY, ip("192.168.1.9"), False, PROTOCOL))
-    assert (found.neighbour, found.fdb) == (None, None)
+    route = RouteValue(UNDERLAY, ip("192.168.1.9"), False, PROTOCOL)
+    assert entries(node(**DIRECT), lease("10.244.9.0/24", "192.168.1.9")) == [
+        (ROUTES, RouteKey(ip("10.244.9.0"), 24, 10), route)
+    ]
 
 
 def test_a_peer_behind_a_router_goes_by_tunnel_also_with_direct_routing():
-    found = entries(node(backend=VxlanConfig(direct_routing=True)), lease("10.244.9.0/24", "172.16.0.9"))
-    assert found.route[1].role == TUNNEL
+    far = lease("10.244.9.0/24", "172.16.0.9")
+    assert entries(node(**DIRECT), far) == entries(node(), far)
 
 
 def test_each_route_has_a_metric_of_its_own():
     peers = [lease(f"10.244.{n}.0/24", f"192.168.1.{n}") for n in range(3, 250)]
-    assert len({entries(node(), peer).route[0].metric for peer in peers}) == len(peers)
+    assert len({entries(node(), peer)[ROUTES][1].metric for peer in peers}) == len(peers)
 
 
 GOOD = lease("10.244.9.0/24", "192.168.1.9")

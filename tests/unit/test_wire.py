@@ -1,6 +1,5 @@
 """Our packed messages against pyroute2's encoding of the same, attribute by attribute; and what we read back."""
 
-import socket
 import struct
 
 import pytest
@@ -8,7 +7,8 @@ from pyroute2.netlink import nlmsg
 from pyroute2.netlink.rtnl.ndmsg import ndmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from lease.model import ip_text, mac_text
+from lease.families import V4, V6
+from lease.model import ip_number, ip_text, mac_text
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import (
     ELSEWHERE,
@@ -27,7 +27,7 @@ from overlay.kernel.route.entries import (
     route_role,
 )  # fmt: skip
 
-BASE, VIA, MAC, DST = 0x0AF40900, 0x0AF40900, 0x0A0000000009, 0xC0A80109
+BASE, MAC, DST = 0x0AF40900, 0x0A0000000009, 0xC0A80109
 
 
 def theirs(kind: type[nlmsg], message_type: int, flags: int, seq: int, header: dict, attrs: list) -> bytes:
@@ -50,52 +50,54 @@ def normal(message: bytes):
     return kind, flags, seq, pid, message[16 : 16 + fixed], sorted((k, bytes(v)) for k, v in attrs.items())
 
 
-ROUTE_HEADER = {
-    "family": socket.AF_INET,
-    "dst_len": 24,
-    "src_len": 0,
-    "tos": 0,
-    "table": 254,
-    "proto": PROTOCOL,
-    "scope": 0,
-    "type": 1,
-}
+ROUTE_HEADER = {"src_len": 0, "tos": 0, "table": 254, "proto": PROTOCOL, "scope": 0, "type": 1}
+FORMS = [
+    pytest.param(V4, BASE, 24, DST, id="IPv4"),
+    pytest.param(V6, ip_number("fd00:10:244:9::", 6), 64, ip_number("fd01::9", 6), id="IPv6"),
+]
 
 
 @pytest.mark.parametrize("replace", [True, False])
-def test_route_add(replace):
-    ours = wire.route_add(5, RouteKey(BASE, 24, 10), RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, replace)
-    flags = 0x1 | 0x400 | (0x100 if replace else 0x200)
-    attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 7), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, VIA))]
-    assert normal(ours) == normal(theirs(rtmsg, 24, flags, 5, ROUTE_HEADER | {"flags": 4}, attrs))
+@pytest.mark.parametrize(("family", "base", "length", "dst"), FORMS)
+def test_route_add(family, base, length, dst, replace):
+    ours = wire.route_add(family, 5, RouteKey(base, length, 10), RouteValue(TUNNEL, base, True, PROTOCOL), 7, replace)
+    flags, text = 0x1 | 0x400 | (0x100 if replace else 0x200), ip_text(family.number, base)
+    attrs = [("RTA_DST", text), ("RTA_OIF", 7), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", text)]
+    header = ROUTE_HEADER | {"family": family.af, "dst_len": length, "flags": 4}
+    assert normal(ours) == normal(theirs(rtmsg, 24, flags, 5, header, attrs))
 
 
-def test_route_delete_of_a_direct_route():
-    ours = wire.route_delete(6, RouteKey(BASE, 24, 10), RouteValue(UNDERLAY, DST, False, PROTOCOL), 2)
-    attrs = [("RTA_DST", ip_text(4, BASE)), ("RTA_OIF", 2), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", ip_text(4, DST))]
-    any_form = ROUTE_HEADER | {"flags": 0, "scope": 255, "type": 0}  # as `ip route del` has it
+@pytest.mark.parametrize(("family", "base", "length", "dst"), FORMS)
+def test_route_delete_of_a_direct_route(family, base, length, dst):
+    ours = wire.route_delete(family, 6, RouteKey(base, length, 10), RouteValue(UNDERLAY, dst, False, PROTOCOL), 2)
+    base_text, via = ip_text(family.number, base), ip_text(family.number, dst)
+    attrs = [("RTA_DST", base_text), ("RTA_OIF", 2), ("RTA_PRIORITY", 10), ("RTA_GATEWAY", via)]
+    # as `ip route del` has it
+    any_form = ROUTE_HEADER | {"family": family.af, "dst_len": length, "flags": 0, "scope": 255, "type": 0}
     assert normal(ours) == normal(theirs(rtmsg, 25, 0x1, 6, any_form, attrs))
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_neighbour(add):
-    ours = (wire.neighbour_add if add else wire.neighbour_delete)(7, BASE, NeighbourValue(MAC), 4)
-    header = {"family": socket.AF_INET, "ifindex": 4, "state": 0x80, "flags": 0, "ndm_type": 1}
-    attrs = [("NDA_DST", ip_text(4, BASE)), ("NDA_LLADDR", mac_text(MAC))]
+@pytest.mark.parametrize(("family", "base", "length", "dst"), FORMS)
+def test_neighbour(family, base, length, dst, add):
+    ours = (wire.neighbour_add if add else wire.neighbour_delete)(family, 7, base, NeighbourValue(MAC), 4)
+    header = {"family": family.af, "ifindex": 4, "state": 0x80, "flags": 0, "ndm_type": 1}
+    attrs = [("NDA_DST", ip_text(family.number, base)), ("NDA_LLADDR", mac_text(MAC))]
     assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x501 if add else 0x1, 7, header, attrs))
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_fdb(add):
-    ours = (wire.fdb_add if add else wire.fdb_delete)(8, MAC, FdbValue(DST), 4)
+@pytest.mark.parametrize(("family", "base", "length", "dst"), FORMS)
+def test_fdb(family, base, length, dst, add):
+    ours = (wire.fdb_add if add else wire.fdb_delete)(family, 8, MAC, FdbValue(dst), 4)
     header = {"family": 7, "ifindex": 4, "state": 0x80, "flags": 0x02, "ndm_type": 0}
-    attrs = [("NDA_LLADDR", mac_text(MAC)), ("NDA_DST", ip_text(4, DST))]
+    attrs = [("NDA_LLADDR", mac_text(MAC)), ("NDA_DST", ip_text(family.number, dst))]
     assert normal(ours) == normal(theirs(ndmsg, 28 if add else 29, 0x501 if add else 0x1, 8, header, attrs))
 
 
 def test_messages_in_one_buffer_are_told_apart():
-    one = wire.fdb_add(1, MAC, FdbValue(DST), 4)
-    two = wire.neighbour_add(2, BASE, NeighbourValue(MAC), 4)
+    one = wire.fdb_add(V4, 1, MAC, FdbValue(DST), 4)
+    two = wire.neighbour_add(V4, 2, BASE, NeighbourValue(MAC), 4)
     assert [message.seq for message in wire.split(one + two)] == [1, 2]
     assert [message.seq for message in wire.split(one + two[:-9])] == [1], "a cut message is not guessed at"
     assert list(wire.split(b"\x00" * 16)) == []
@@ -105,18 +107,31 @@ def body(message: bytes) -> memoryview:
     return next(wire.split(message)).body
 
 
-def test_what_we_write_is_what_we_read():
-    key = RouteKey(BASE, 24, 10)
-    route = wire.parse_route(body(wire.route_add(1, key, RouteValue(TUNNEL, VIA, True, PROTOCOL), 7, True)))
-    assert route == FoundRoute(key, 7, VIA, 4, PROTOCOL, ())
-    assert wire.parse_neighbour(body(wire.neighbour_add(1, BASE, NeighbourValue(MAC), 4))) == FoundNeighbour(
-        4, BASE, MAC, 0x80, ()
-    )
-    assert wire.parse_neighbour(body(wire.fdb_add(1, MAC, FdbValue(DST), 4))) == FoundFdb(4, MAC, DST, 0x80, ())
+@pytest.mark.parametrize(("family", "base", "length", "dst"), FORMS)
+def test_what_we_write_is_what_we_read(family, base, length, dst):
+    key, value = RouteKey(base, length, 10), RouteValue(TUNNEL, base, True, PROTOCOL)
+    route = wire.parse_route(family, body(wire.route_add(family, 1, key, value, 7, True)))
+    assert route == FoundRoute(key, 7, base, 4, PROTOCOL, ())
+    neighbour = body(wire.neighbour_add(family, 1, base, NeighbourValue(MAC), 4))
+    assert wire.parse_neighbour(family, neighbour) == FoundNeighbour(4, base, MAC, 0x80, ())
+    entry = body(wire.fdb_add(family, 1, MAC, FdbValue(dst), 4))
+    assert wire.parse_fdb(family, entry) == FoundFdb(4, MAC, dst, 0x80, ())
+    assert wire.parse_neighbour(family, entry) is None
+    assert wire.parse_fdb(family, neighbour) is None
 
 
-def route(oif=4, protocol=PROTOCOL, via=BASE, flags=4, base=BASE, odd=()) -> FoundRoute:
-    return FoundRoute(RouteKey(base, 24, 10), oif, via, flags, protocol, odd)
+def test_what_is_of_the_other_family_is_none_of_ours():
+    for family, other in ((V4, V6), (V6, V4)):
+        key, value = RouteKey(1, 24, 10), RouteValue(TUNNEL, 1, True, PROTOCOL)
+        assert wire.parse_route(other, body(wire.route_add(family, 1, key, value, 7, True))) is None
+        assert wire.parse_neighbour(other, body(wire.neighbour_add(family, 1, 1, NeighbourValue(MAC), 4))) is None
+        found = wire.parse_fdb(other, body(wire.fdb_add(family, 1, MAC, FdbValue(9), 4)))
+        assert found is not None
+        assert (found.dst, found.unexpected) == (None, (("dst", family.packed(9)),))
+
+
+def route(oif=4, protocol=PROTOCOL, via=BASE, flags=4, base=BASE, unexpected=()) -> FoundRoute:
+    return FoundRoute(RouteKey(base, 24, 10), oif, via, flags, protocol, unexpected)
 
 
 ROLES, NETWORK = {4: TUNNEL, 2: UNDERLAY}, (0x0AF40000, 0x0AF4FFFF)
@@ -136,7 +151,7 @@ ROLES, NETWORK = {4: TUNNEL, 2: UNDERLAY}, (0x0AF40000, 0x0AF4FFFF)
         pytest.param(route(oif=2, base=0x0B000000), None, id="our number on the underlay, outside our network: another agent's"),
         pytest.param(route(oif=9), ELSEWHERE, id="ours on an earlier underlay"),
         pytest.param(route(oif=9, base=0x0B000000), None, id="our number on another device, outside our network: another agent's"),
-        pytest.param(route(protocol=3, odd=(("scope", 253),)), None, id="flannel's form, but altered"),
+        pytest.param(route(protocol=3, unexpected=(("scope", 253),)), None, id="flannel's form, but altered"),
     ],
 )  # fmt: skip
 def test_what_is_ours(found, role):

@@ -6,7 +6,7 @@ on it does not.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from collections.abc import Mapping
 from typing import NamedTuple
 
 PROTOCOL = 111
@@ -20,14 +20,6 @@ TUNNEL, UNDERLAY, ELSEWHERE = 0, 1, 2
 """Roles of devices: the vxlan device, the interface that carries it, and any other (an earlier underlay)."""
 
 
-class Kind(IntEnum):
-    """The kinds of entries, in the order in which they are put in place."""
-
-    NEIGHBOUR = 0
-    FDB = 1
-    ROUTE = 2
-
-
 class RouteKey(NamedTuple):
     """What the kernel keys an IPv4 route of the main table on (TOS 0): destination, and metric."""
 
@@ -37,48 +29,48 @@ class RouteKey(NamedTuple):
 
 
 class RouteValue(NamedTuple):
-    """Where a route leads. via: gateway, 0 for none. odd: what we never set (source, MTU lock, scope, type...)."""
+    """Where a route leads. via: gateway, 0 for none. unexpected: what we never set (source, MTU lock, scope, type...)."""
 
     role: int
     via: int
     onlink: bool
     protocol: int
-    odd: tuple[object, ...] = ()
+    unexpected: tuple[object, ...] = ()
 
 
 class NeighbourValue(NamedTuple):
-    """The MAC behind an address. odd: flags we never set."""
+    """The MAC behind an address. unexpected: flags we never set."""
 
     mac: int
-    odd: tuple[object, ...] = ()
+    unexpected: tuple[object, ...] = ()
 
 
 class FdbValue(NamedTuple):
-    """The underlay address behind a MAC. odd: a port, VNI or interface of its own, which we never set."""
+    """The underlay address behind a MAC. unexpected: a port, VNI or interface of its own, which we never set."""
 
     dst: int
-    odd: tuple[object, ...] = ()
+    unexpected: tuple[object, ...] = ()
 
 
 class FoundRoute(NamedTuple):
-    """An IPv4 route of the main table as a dump or an event shows it. oif: 0 where it has none or several."""
+    """A route of the main table as a dump or an event shows it. oif: 0 where it has none or several."""
 
     key: RouteKey
     oif: int
     via: int
     flags: int
     protocol: int
-    odd: tuple[object, ...]
+    unexpected: tuple[object, ...]
 
 
 class FoundNeighbour(NamedTuple):
-    """An IPv4 neighbour. mac: None where it has none yet."""
+    """A neighbour. mac: None where it has none yet."""
 
     oif: int
     address: int
     mac: int | None
     state: int
-    odd: tuple[object, ...]
+    unexpected: tuple[object, ...]
 
 
 class FoundFdb(NamedTuple):
@@ -88,7 +80,7 @@ class FoundFdb(NamedTuple):
     mac: int
     dst: int | None
     state: int
-    odd: tuple[object, ...]
+    unexpected: tuple[object, ...]
 
 
 class Link(NamedTuple):
@@ -119,7 +111,7 @@ class PodEnd(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An IPv4 address of an interface. scope: rtnetlink's number, 0 global, 253 link, 254 host."""
+    """An address of an interface. scope: rtnetlink's number, 0 global, 253 link, 254 host."""
 
     oif: int
     address: int
@@ -130,7 +122,7 @@ class Address(NamedTuple):
     permanent: bool
 
 
-def route_role(route: FoundRoute, roles: dict[int, int], network: tuple[int, int]) -> int | None:
+def route_role(route: FoundRoute, roles: Mapping[int, int], network: tuple[int, int]) -> int | None:
     """The role of the device of a route that is ours; None for a route that is not: invariant 3 of the house.
 
     Ours are the routes of our protocol number on the tunnel device, and elsewhere those into our network (first and
@@ -144,7 +136,7 @@ def route_role(route: FoundRoute, roles: dict[int, int], network: tuple[int, int
             return None
         return ELSEWHERE if role is None else role
     flannel_form = route.protocol == RTPROT_BOOT and route.via == route.key.base and bool(route.flags & RTNH_F_ONLINK)
-    return role if role == TUNNEL and flannel_form and not route.odd else None
+    return role if role == TUNNEL and flannel_form and not route.unexpected else None
 
 
 def neighbour_is_ours(neighbour: FoundNeighbour, tunnel: int) -> bool:

@@ -1,4 +1,4 @@
-"""The two things done for every peer at once: its three messages, and the look through a dump. Pure.
+"""The two things done for every peer at once: its three messages, and reading a dump. Pure.
 
 wire.py says the same in plain words and is what everything else uses; tests compare the two. Whatever is not exactly as we
 set it, or as this kernel lays it out, is left to wire.py: another layout costs time, never truth.
@@ -13,13 +13,16 @@ import struct
 from collections.abc import Callable, Mapping
 
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import NUD_PERMANENT, PROTOCOL, RT_TABLE_MAIN, RTNH_F_ONLINK, Kind
+from overlay.kernel.route.entries import NUD_PERMANENT, PROTOCOL, RT_TABLE_MAIN, RTNH_F_ONLINK
 
 _PEER = struct.Struct(
     "=LHHLLBBHlHBBHH4sHH6s2xLHHLLBBHlHBBHH6s2xHH4sLHHLLBBBBBBBBLHH4sHHLHHLHH4s"
 )  # fmt: skip
 """A neighbour, an FDB entry and a route by its gateway, one behind the other."""
-MESSAGES = 3
+PUBLIC_IP, MAC = slice(5, 9), slice(9, 15)
+"""In a packed lease (lease/records/packed.py)."""
+_DIRECT = struct.Struct("=LHHLLBBBBBBBBLHH4sHHLHHLHH4s")
+"""A route by a gateway."""
 _NEIGHBOUR_SIZE, _FDB_SIZE, _ROUTE_SIZE = 48, 48, 60
 _PARTS = (
     slice(0, _NEIGHBOUR_SIZE),
@@ -29,6 +32,9 @@ _PARTS = (
 _ADD = wire.NLM_F_REQUEST | wire.NLM_F_CREATE
 _REPLACE, _NEW = _ADD | wire.NLM_F_REPLACE, _ADD | wire.NLM_F_EXCL
 
+NEIGHBOURS, FDB, ROUTES = 0, 1, 2
+"""The places of the tables (kernel/route/tables.py)."""
+
 # In a dump: nlmsghdr without its length, then rtmsg or ndmsg, then attributes in the kernel's order.
 _SIZE = struct.Struct("=L")
 _ROUTE_SEEN, _ROUTE_SEEN_SIZE = struct.Struct("=4xH10x1s1s10s8s4s4s4sL4s4s4sL"), 68
@@ -36,8 +42,9 @@ _NEIGHBOUR_SEEN, _NEIGHBOUR_SEEN_SIZE = struct.Struct("=4xH10x12s4s4s4s6s"), 76
 _FDB_SEEN, _FDB_SEEN_SIZE = struct.Struct("=4xH10x12s4s6s2x4s4s"), 68
 _EVENT, _EVENT_SIZE = struct.Struct("=4xH10xB3xl4x4s6s"), 38
 _INET = bytes([wire.AF_INET])
-_ROUTE_FORM = struct.pack(
-    "=BBBBBBL", 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, RTNH_F_ONLINK
+_ROUTE_FORM, _DIRECT_FORM = (
+    struct.pack("=BBBBBBL", 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, flags)
+    for flags in (RTNH_F_ONLINK, 0)
 )
 _MAIN_TABLE = struct.pack("=HHL", 8, wire.RTA_TABLE, RT_TABLE_MAIN)
 _ROUTE_MARKS = tuple(
@@ -60,17 +67,26 @@ def peer_messages(seq: int, base: bytes, length: int, mac: bytes, public_ip: byt
     )  # fmt: skip
 
 
+def direct_message(seq: int, base: bytes, length: int, public_ip: bytes, metric: int, oif: int) -> bytes:
+    """The message that puts the route of a peer on the underlay's own link: wire.route_add (which must not be there yet)."""
+    return _DIRECT.pack(
+        _ROUTE_SIZE, wire.RTM_NEWROUTE, _NEW, seq, 0,
+        wire.AF_INET, length, 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, 0,
+        8, wire.RTA_DST, base, 8, wire.RTA_OIF, oif, 8, wire.RTA_PRIORITY, metric, 8, wire.RTA_GATEWAY, public_ip,
+    )  # fmt: skip
+
+
 def some_of(messages: bytes, bits: int) -> bytes:
     """Of a peer's three messages those of the kinds whose bits are set."""
     return b"".join(messages[part] for kind, part in enumerate(_PARTS) if bits >> kind & 1)
 
 
-Sifted = tuple[list[int], list[memoryview]]
+Matched = tuple[list[int], list[memoryview]]
 """Of one buffer of a dump: the numbers of peers whose entry is as it should be, and all other messages."""
 
 
-class Sieve:
-    """Peers, all of them reached by the tunnel `oif`, as the look through a dump needs them.
+class DumpMatcher:
+    """Peers, reached by the tunnel `oif` where `set_direct` says nothing else, as reading a dump needs them.
 
     packed: leases by number, as lease/records/packed.py packs them: public IP at 5, MAC at 9; a number is a subnet's
     base << 8 | length. by_mac: the number of a MAC's peer, a set where it has several. lengths: of all subnets.
@@ -86,39 +102,54 @@ class Sieve:
         oif: int,
     ) -> None:
         self._packed, self._by_mac, self._lengths, self._network, self._oif = packed, by_mac, lengths, network, oif
+        self._direct: Callable[[bytes], bool] | None = None
+        self._underlay = -1
         pack = struct.Struct("=BBHlHBB").pack
         self._neighbour_form = pack(wire.AF_INET, 0, 0, oif, NUD_PERMANENT, 0, wire.RTN_UNICAST)
         self._fdb_form = pack(wire.AF_BRIDGE, 0, 0, oif, NUD_PERMANENT, wire.NTF_SELF, wire.RTN_UNICAST)
 
-    def routes(self, data: bytes) -> Sifted:
+    def set_direct(self, direct: Callable[[bytes], bool], underlay: int) -> None:
+        """Some peers are reached without the tunnel, by plain routes on the interface `underlay`: `direct` says which."""
+        self._direct, self._underlay = direct, underlay
+
+    def routes(self, data: bytes) -> Matched:
         """A buffer of a route dump."""
-        return _sift(data, _ROUTE_SEEN_SIZE, self._route)
+        return _match_all(data, _ROUTE_SEEN_SIZE, self._route)
 
-    def neighbours(self, data: bytes) -> Sifted:
+    def neighbours(self, data: bytes) -> Matched:
         """A buffer of a neighbour dump."""
-        return _sift(data, _NEIGHBOUR_SEEN_SIZE, self._neighbour)
+        return _match_all(data, _NEIGHBOUR_SEEN_SIZE, self._neighbour)
 
-    def fdb(self, data: bytes) -> Sifted:
+    def fdb(self, data: bytes) -> Matched:
         """A buffer of an FDB dump."""
-        return _sift(data, _FDB_SEEN_SIZE, self._fdb)
+        return _match_all(data, _FDB_SEEN_SIZE, self._fdb)
 
-    def event(self, data: bytes) -> tuple[Kind, bool, int] | None:
-        """A notification of a neighbour or FDB entry (one message): its kind, whether the entry is gone, and the number of
+    def of(self, table: int) -> Callable[[bytes], Matched]:
+        """The one of these three that is a table's: neighbours, FDB, routes."""
+        return (self.neighbours, self.fdb, self.routes)[table]
+
+    def event(self, data: bytes) -> tuple[int, bool, int] | None:
+        """A notification of a neighbour or FDB entry (one message): its table, whether the entry is gone, and the number of
         the peer whose entry is as it should be, or was of that key; 0: ask wire.py. None: of another device."""
         if len(data) < _EVENT_SIZE:
-            return Kind.NEIGHBOUR, False, 0
+            return NEIGHBOURS, False, 0
         message, family, oif, mark, key = _EVENT.unpack_from(data)
         if oif != self._oif:
             return None
-        kind = Kind.FDB if family == wire.AF_BRIDGE else Kind.NEIGHBOUR
+        table = FDB if family == wire.AF_BRIDGE else NEIGHBOURS
         if message == wire.RTM_DELNEIGH:
-            if kind is Kind.FDB:
+            if table == FDB:
                 number = self._by_mac.get(int.from_bytes(key, "big"), 0) if mark == _MAC_MARK else 0
-                return kind, True, number if isinstance(number, int) else 0
-            return kind, True, self._with_address(key[:4]) if mark == _DST_MARK else 0
-        if kind is Kind.FDB:
-            return kind, False, self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
-        return kind, False, self._neighbour(data, 0) if len(data) == _NEIGHBOUR_SEEN_SIZE else 0
+                return table, True, self._by_tunnel(number if isinstance(number, int) else 0)
+            return table, True, self._by_tunnel(self._with_address(key[:4]) if mark == _DST_MARK else 0)
+        if table == FDB:
+            return table, False, self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
+        return table, False, self._neighbour(data, 0) if len(data) == _NEIGHBOUR_SEEN_SIZE else 0
+
+    def _by_tunnel(self, number: int) -> int:
+        """A peer, 0 for one that is reached without the tunnel."""
+        direct = number and self._direct is not None and self._direct(self._packed[number])
+        return 0 if direct else number
 
     def _with_address(self, address: bytes) -> int:
         """The one peer whose subnet has that base, 0 where there is none, or several."""
@@ -131,18 +162,19 @@ class Sieve:
             data, at
         )
         if (
-            via != dst
-            or oif != self._oif
-            or form != _ROUTE_FORM
-            or table != _MAIN_TABLE
+            table != _MAIN_TABLE
             or kind != wire.RTM_NEWROUTE
             or family != _INET
             or (mark, mark2, mark3, mark4) != _ROUTE_MARKS
         ):
             return 0
         number = int.from_bytes(dst + length, "big")
-        wanted = 1 + (((number >> 8) - self._network) >> (32 - (number & 255)))
-        return number if metric == wanted and number in self._packed else 0
+        record = self._packed.get(number)
+        if record is None or metric != 1 + (((number >> 8) - self._network) >> (32 - (number & 255))):
+            return 0
+        if self._direct is not None and self._direct(record):
+            return number if via == record[PUBLIC_IP] and oif == self._underlay and form == _DIRECT_FORM else 0
+        return number if via == dst and oif == self._oif and form == _ROUTE_FORM else 0
 
     def _neighbour(self, data: bytes, at: int) -> int:
         kind, form, mark, dst, mark2, mac = _NEIGHBOUR_SEEN.unpack_from(data, at)
@@ -151,8 +183,8 @@ class Sieve:
         base = int.from_bytes(dst, "big") << 8
         for length in self._lengths:
             record = self._packed.get(base | length)
-            if record is not None and record[9:15] == mac:
-                return base | length
+            if record is not None and record[MAC] == mac:
+                return 0 if self._direct is not None and self._direct(record) else base | length
         return 0
 
     def _fdb(self, data: bytes, at: int) -> int:
@@ -163,10 +195,17 @@ class Sieve:
         if not isinstance(number, int):
             return 0
         record = self._packed.get(number)
-        return number if record is not None and record[5:9] == dst else 0
+        if record is None or record[PUBLIC_IP] != dst:
+            return 0
+        return 0 if self._direct is not None and self._direct(record) else number
 
 
-def _sift(data: bytes, usual: int, match: Callable[[bytes, int], int]) -> Sifted:
+def match_nothing(data: bytes) -> Matched:
+    """For tables of which nothing is known at once."""
+    return _match_all(data, 0, lambda _data, _at: 0)
+
+
+def _match_all(data: bytes, usual: int, match: Callable[[bytes, int], int]) -> Matched:
     agreed: list[int] = []
     rest: list[memoryview] = []
     at, end, size_of = 0, len(data), _SIZE.unpack_from

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
+from lease.families import V4, Family
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import link_wire, wire
 from overlay.kernel.route.entries import Link
@@ -33,8 +35,9 @@ def _sysctl(name: str) -> str:
 class Links:
     """Operations on links and addresses of this network namespace."""
 
-    def __init__(self) -> None:
-        self._requests = RequestSocket()
+    def __init__(self, family: Family = V4) -> None:
+        """family: of the addresses, and of vxlan devices' underlay."""
+        self._requests, self._family = RequestSocket(), family
 
     def close(self) -> None:
         """Close its socket."""
@@ -58,21 +61,23 @@ class Links:
         self, name: str, vni: int, port: int, local: int, lower: int, mtu: int, mac: int, gbp: bool, learning: bool
     ) -> None:
         """Make a vxlan device, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
-        doing = f"making {name} (vni {vni}, port {port}, local {_ip(local)}, mtu {mtu})"
+        doing = f"making {name} (vni {vni}, port {port}, local {self._text(local)}, mtu {mtu})"
         self._do(
             doing,
-            lambda seq: link_wire.vxlan_create(seq, name, vni, port, local, lower, mtu, mac, gbp, learning),
+            lambda seq: link_wire.vxlan_create(
+                self._family, seq, name, vni, port, local, lower, mtu, mac, gbp, learning
+            ),
         )
 
     def change_vxlan(self, index: int, vni: int, local: int, lower: int, learning: bool) -> None:
         """Change what a vxlan lets change; FDB and traffic stay. Raises KernelError."""
         data = [
             ("IFLA_VXLAN_ID", vni),
-            ("IFLA_VXLAN_LOCAL", _ip(local)),
+            ("IFLA_VXLAN_LOCAL" if self._family is V4 else "IFLA_VXLAN_LOCAL6", self._text(local)),
             ("IFLA_VXLAN_LINK", lower),
             ("IFLA_VXLAN_LEARNING", int(learning)),
         ]
-        self._link(f"changing the vxlan device to local {_ip(local)}", [_vxlan_info(data)], index)
+        self._link(f"changing the vxlan device to local {self._text(local)}", [_vxlan_info(data)], index)
 
     def set_mtu(self, index: int, mtu: int) -> None:
         """Raises KernelError (EINVAL above what the lower device bears)."""
@@ -91,19 +96,22 @@ class Links:
         self._link("deleting the device", [], index, kind=wire.RTM_DELLINK, harmless=(errno.ENODEV,))
 
     def add_address(self, index: int, address: int, length: int) -> None:
-        """Add an IPv4 address; one that is there is no error. Raises KernelError."""
-        doing = f"adding {_ip(address)}/{length}"
-        self._do(doing, lambda seq: link_wire.address_add(seq, index, address, length), (errno.EEXIST,))
+        """Add an address; one that is there is no error. Raises KernelError."""
+        doing = f"adding {self._text(address)}/{length}"
+        self._do(doing, lambda seq: link_wire.address_add(self._family, seq, index, address, length), (errno.EEXIST,))
 
     def remove_address(self, index: int, address: int, length: int) -> None:
-        """Remove an IPv4 address; one that is gone is no error. Raises KernelError."""
+        """Remove an address; one that is gone is no error. Raises KernelError."""
         from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 
         message = ifaddrmsg()
-        message["family"], message["index"], message["prefixlen"] = wire.AF_INET, index, length
-        message["attrs"] = [("IFA_LOCAL", _ip(address)), ("IFA_ADDRESS", _ip(address))]
+        message["family"], message["index"], message["prefixlen"] = self._family.af, index, length
+        message["attrs"] = [("IFA_LOCAL", self._text(address)), ("IFA_ADDRESS", self._text(address))]
         harmless = (errno.EADDRNOTAVAIL, errno.ENODEV)
-        self._do(f"removing {_ip(address)}/{length}", _encoder(message, wire.RTM_DELADDR), harmless)
+        self._do(f"removing {self._text(address)}/{length}", _encoder(message, wire.RTM_DELADDR), harmless)
+
+    def _text(self, address: int) -> str:
+        return socket.inet_ntop(self._family.af, self._family.packed(address))
 
     def _link(
         self,
@@ -137,10 +145,6 @@ def _encoder(message: Any, kind: int) -> Callable[[int], bytes]:
         return bytes(message.data)
 
     return encode
-
-
-def _ip(address: int) -> str:
-    return ".".join(map(str, address.to_bytes(4, "big")))
 
 
 def read_sysctl(name: str) -> str | None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from lease.families import BY_AF, FAMILIES, Family
 from overlay.kernel.route.entries import (
     NUD_PERMANENT,
     RT_TABLE_MAIN,
@@ -47,7 +48,7 @@ RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
 IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000
 IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_TABLE = 1, 4, 5, 6, 7, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TABLE, RTA_PREF = 1, 4, 5, 6, 7, 12, 15, 20
 NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
 IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
@@ -58,103 +59,122 @@ NESTED, KIND = 0x8000, 0x3FFF
 """Of an attribute's type: the bit of one that holds others; the type without that and the byte order's."""
 _HEADER = struct.Struct("=LHHLL")
 _ATTR = struct.Struct("=HH")
-# nlmsghdr, rtmsg (family, dst_len, src_len, tos, table, protocol, scope, type, flags), RTA_DST, RTA_OIF, RTA_PRIORITY
-_ROUTE = struct.Struct("=LHHLL BBBBBBBBL HH4s HHL HHL".replace(" ", ""))
-_GATEWAY = struct.Struct("=HH4s")
-# nlmsghdr, ndmsg (family, pad, ifindex, state, flags, type), attribute, attribute
-_NEIGH = struct.Struct("=LHHLL BBHlHBB HH4s HH6s2x".replace(" ", ""))
-_FDB = struct.Struct("=LHHLL BBHlHBB HH6s2x HH4s".replace(" ", ""))
+
+
+class _Forms(NamedTuple):
+    """A family's messages, whole: nlmsghdr, rtmsg or ndmsg, and the attributes that we set, which are filled up to a
+    multiple of four bytes."""
+
+    route: struct.Struct
+    """RTA_DST, RTA_OIF, RTA_PRIORITY."""
+    gateway: struct.Struct
+    """RTA_GATEWAY, behind a route."""
+    neighbour: struct.Struct
+    """NDA_DST, NDA_LLADDR."""
+    fdb: struct.Struct
+    """NDA_LLADDR, NDA_DST."""
+
+
+def _forms(size: int) -> _Forms:
+    return _Forms(
+        struct.Struct(f"=LHHLLBBBBBBBBLHH{size}sHHLHHL"),
+        struct.Struct(f"=HH{size}s"),
+        struct.Struct(f"=LHHLLBBHlHBBHH{size}sHH6s2x"),
+        struct.Struct(f"=LHHLLBBHlHBBHH6s2xHH{size}s"),
+    )
+
+
+_FORMS = {family.number: _forms(family.size) for family in FAMILIES.values()}
 _RTMSG = struct.Struct("=BBBBBBBBL")
 _NDMSG = struct.Struct("=BBHlHBB")
 _IFINFO = struct.Struct("=BBHlLL")
 _IFADDR = struct.Struct("=BBBBL")
 
 _FORM = "scope, type, tos"
-_KNOWN_ROUTE = {RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, 12}  # 12: RTA_CACHEINFO, statistics
+_KNOWN_ROUTE = {RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, RTA_CACHEINFO, RTA_PREF}
+"""Those that we set, and two that every dump has."""
 
 
 ABSENT = (errno.ESRCH, errno.ENOENT, errno.EADDRNOTAVAIL)
 """What the kernel says when it is asked to delete what is not there."""
 
 
-def _ip(address: int) -> bytes:
-    return address.to_bytes(4, "big")
-
-
-def route_add(seq: int, key: RouteKey, value: RouteValue, oif: int, replace: bool) -> bytes:
+def route_add(family: Family, seq: int, key: RouteKey, value: RouteValue, oif: int, replace: bool) -> bytes:
     """RTM_NEWROUTE. replace only over a route found to be ours; otherwise EXCL, so that a foreign one is never lost."""
     flags = NLM_F_REQUEST | NLM_F_CREATE | (NLM_F_REPLACE if replace else NLM_F_EXCL)
-    return _route(RTM_NEWROUTE, flags, seq, key, value, oif)
+    return _route(family, RTM_NEWROUTE, flags, seq, key, value, oif)
 
 
-def route_delete(seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
+def route_delete(family: Family, seq: int, key: RouteKey, value: RouteValue, oif: int) -> bytes:
     """RTM_DELROUTE. The protocol in it makes the kernel match only a route of that protocol; its scope and type may be any
     (with those of our own form, one that somebody made in another stays, and the kernel says that there is none)."""
-    tos = next((int(str(odd[3])) for odd in value.odd if isinstance(odd, tuple) and odd[0] == _FORM), 0)
-    return _route(RTM_DELROUTE, NLM_F_REQUEST, seq, key, value, oif, RT_SCOPE_NOWHERE, RTN_UNSPEC, tos)
+    tos = next((int(str(form[3])) for form in value.unexpected if isinstance(form, tuple) and form[0] == _FORM), 0)
+    return _route(family, RTM_DELROUTE, NLM_F_REQUEST, seq, key, value, oif, RT_SCOPE_NOWHERE, RTN_UNSPEC, tos)
 
 
 def _route(
-    kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oif: int,
+    family: Family, kind: int, flags: int, seq: int, key: RouteKey, value: RouteValue, oif: int,
     scope: int = RT_SCOPE_UNIVERSE, form: int = RTN_UNICAST, tos: int = 0,
 ) -> bytes:  # fmt: skip
-    length = _ROUTE.size + (_GATEWAY.size if value.via else 0)
-    head = _ROUTE.pack(
-        length, kind, flags, seq, 0,
-        AF_INET, key.length, 0, tos, RT_TABLE_MAIN, value.protocol, scope, form,
+    forms, size = _FORMS[family.number], family.size + 4
+    head = forms.route.pack(
+        forms.route.size + (forms.gateway.size if value.via else 0), kind, flags, seq, 0,
+        family.af, key.length, 0, tos, RT_TABLE_MAIN, value.protocol, scope, form,
         RTNH_F_ONLINK if value.onlink else 0,
-        8, RTA_DST, _ip(key.base), 8, RTA_OIF, oif, 8, RTA_PRIORITY, key.metric,
+        size, RTA_DST, family.packed(key.base), 8, RTA_OIF, oif, 8, RTA_PRIORITY, key.metric,
     )  # fmt: skip
-    return head + _GATEWAY.pack(8, RTA_GATEWAY, _ip(value.via)) if value.via else head
+    return head + forms.gateway.pack(size, RTA_GATEWAY, family.packed(value.via)) if value.via else head
 
 
-def neighbour_add(seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
+def neighbour_add(family: Family, seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
     """RTM_NEWNEIGH, always replacing: EXCL would fail on an INCOMPLETE entry that traffic made."""
     flags = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE
-    return _neighbour(RTM_NEWNEIGH, flags, seq, address, value, oif)
+    return _neighbour(family, RTM_NEWNEIGH, flags, seq, address, value, oif)
 
 
-def neighbour_delete(seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
+def neighbour_delete(family: Family, seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
     """RTM_DELNEIGH."""
-    return _neighbour(RTM_DELNEIGH, NLM_F_REQUEST, seq, address, value, oif)
+    return _neighbour(family, RTM_DELNEIGH, NLM_F_REQUEST, seq, address, value, oif)
 
 
-def _neighbour(kind: int, flags: int, seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
-    return _NEIGH.pack(
-        _NEIGH.size, kind, flags, seq, 0,
-        AF_INET, 0, 0, oif, NUD_PERMANENT, 0, RTN_UNICAST,
-        8, NDA_DST, _ip(address), 10, NDA_LLADDR, value.mac.to_bytes(6, "big"),
+def _neighbour(family: Family, kind: int, flags: int, seq: int, address: int, value: NeighbourValue, oif: int) -> bytes:
+    form = _FORMS[family.number].neighbour
+    return form.pack(
+        form.size, kind, flags, seq, 0,
+        family.af, 0, 0, oif, NUD_PERMANENT, 0, RTN_UNICAST,
+        family.size + 4, NDA_DST, family.packed(address), 10, NDA_LLADDR, value.mac.to_bytes(6, "big"),
     )  # fmt: skip
 
 
-def fdb_add(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
-    """RTM_NEWNEIGH of family AF_BRIDGE on the device itself; REPLACE changes the destination in place."""
-    return _fdb(RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, seq, mac, value, oif)
+def fdb_add(family: Family, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
+    """RTM_NEWNEIGH of AF_BRIDGE on the device itself; REPLACE changes the destination, an address of `family`, in place."""
+    return _fdb(family, RTM_NEWNEIGH, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_REPLACE, seq, mac, value, oif)
 
 
-def fdb_delete(seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
+def fdb_delete(family: Family, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
     """RTM_DELNEIGH of family AF_BRIDGE. With a wrong destination (port, VNI, interface) the kernel says 0 and deletes
-    nothing; one that is odd goes with all destinations of its MAC."""
-    return _fdb(RTM_DELNEIGH, NLM_F_REQUEST, seq, mac, FdbValue(0) if value.odd else value, oif)
+    nothing; one with anything unexpected goes with all destinations of its MAC."""
+    return _fdb(family, RTM_DELNEIGH, NLM_F_REQUEST, seq, mac, FdbValue(0) if value.unexpected else value, oif)
 
 
-def _fdb(kind: int, flags: int, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
-    return _FDB.pack(
-        _FDB.size, kind, flags, seq, 0,
+def _fdb(family: Family, kind: int, flags: int, seq: int, mac: int, value: FdbValue, oif: int) -> bytes:
+    form = _FORMS[family.number].fdb
+    return form.pack(
+        form.size, kind, flags, seq, 0,
         AF_BRIDGE, 0, 0, oif, NUD_PERMANENT, NTF_SELF, 0,
-        10, NDA_LLADDR, mac.to_bytes(6, "big"), 8, NDA_DST, _ip(value.dst),
+        10, NDA_LLADDR, mac.to_bytes(6, "big"), family.size + 4, NDA_DST, family.packed(value.dst),
     )  # fmt: skip
 
 
-def route_dump(seq: int) -> bytes:
-    """All IPv4 routes of the main table (strict checking filters in the kernel)."""
-    body = _RTMSG.pack(AF_INET, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + _ATTR.pack(8, RTA_TABLE)
+def route_dump(family: Family, seq: int) -> bytes:
+    """All routes of the main table (strict checking filters in the kernel)."""
+    body = _RTMSG.pack(family.af, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + _ATTR.pack(8, RTA_TABLE)
     return _request(RTM_GETROUTE, seq, body + struct.pack("=L", RT_TABLE_MAIN))
 
 
-def neighbour_dump(seq: int, oif: int) -> bytes:
-    """The IPv4 neighbours of one device."""
-    body = _NDMSG.pack(AF_INET, 0, 0, 0, 0, 0, 0) + _ATTR.pack(8, NDA_IFINDEX)
+def neighbour_dump(family: Family, seq: int, oif: int) -> bytes:
+    """The neighbours of one device."""
+    body = _NDMSG.pack(family.af, 0, 0, 0, 0, 0, 0) + _ATTR.pack(8, NDA_IFINDEX)
     return _request(RTM_GETNEIGH, seq, body + struct.pack("=L", oif))
 
 
@@ -168,9 +188,9 @@ def link_dump(seq: int) -> bytes:
     return _request(RTM_GETLINK, seq, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0, 0))
 
 
-def address_dump(seq: int) -> bytes:
-    """All IPv4 addresses."""
-    return _request(RTM_GETADDR, seq, _IFADDR.pack(AF_INET, 0, 0, 0, 0))
+def address_dump(family: Family, seq: int) -> bytes:
+    """All addresses of a family."""
+    return _request(RTM_GETADDR, seq, _IFADDR.pack(family.af, 0, 0, 0, 0))
 
 
 def link_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
@@ -188,15 +208,15 @@ def addresses_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
 
 def parse_address_elsewhere(body: memoryview) -> tuple[int, int] | None:
     """Family (4 or 6) and address; None for others."""
-    family = {AF_INET: 4, AF_INET6: 6}.get(body[0])
+    family = BY_AF.get(body[0])
     attrs = attributes(body, _IFADDR.size)
     address = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS))
-    return None if family is None or address is None else (family, int.from_bytes(address, "big"))
+    return None if family is None or address is None else (family.number, int.from_bytes(address, "big"))
 
 
-def route_lookup(seq: int, address: int) -> bytes:
+def route_lookup(family: Family, seq: int, address: int) -> bytes:
     """By which route the kernel would reach an address (`ip route get`)."""
-    body = _RTMSG.pack(AF_INET, 32, 0, 0, 0, 0, 0, 0, 0) + _GATEWAY.pack(8, RTA_DST, _ip(address))
+    body = _RTMSG.pack(family.af, family.bits, 0, 0, 0, 0, 0, 0, 0) + attr(RTA_DST, family.packed(address))
     return _HEADER.pack(_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, seq, 0) + body
 
 
@@ -279,43 +299,53 @@ def _address(attr: memoryview | None) -> int:
     return 0 if attr is None else int.from_bytes(attr, "big")
 
 
-def parse_route(body: memoryview) -> FoundRoute | None:
-    """An IPv4 unicast route of the main table; None for anything else."""
-    family, length, _, tos, table, protocol, scope, kind, flags = _RTMSG.unpack_from(body)
-    if family != AF_INET:
+def parse_route(family: Family, body: memoryview) -> FoundRoute | None:
+    """A unicast route of the main table; None for anything else."""
+    af, length, _, tos, table, protocol, scope, kind, flags = _RTMSG.unpack_from(body)
+    if af != family.af:
         return None
     attrs = attributes(body, _RTMSG.size)
     if (number(attrs[RTA_TABLE]) if RTA_TABLE in attrs else table) != RT_TABLE_MAIN:
         return None
-    odd: list[object] = []
+    more: list[object] = []
     if scope != RT_SCOPE_UNIVERSE or kind != RTN_UNICAST or tos:
-        odd.append((_FORM, scope, kind, tos))
-    odd += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
+        more.append((_FORM, scope, kind, tos))
+    more += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
     key = RouteKey(_address(attrs.get(RTA_DST)), length, number(attrs.get(RTA_PRIORITY)))
-    return FoundRoute(key, number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(odd))
+    return FoundRoute(key, number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(more))
 
 
-def parse_neighbour(body: memoryview) -> FoundNeighbour | FoundFdb | None:
-    """An IPv4 neighbour, or an entry of a vxlan's own FDB; None for anything else (IPv6, a bridge's FDB)."""
-    family, _, _, oif, state, flags, _ = _NDMSG.unpack_from(body)
-    if family not in (AF_INET, AF_BRIDGE):
+def parse_neighbour(family: Family, body: memoryview) -> FoundNeighbour | None:
+    """A neighbour; None for anything else."""
+    af, _, _, oif, state, flags, _ = _NDMSG.unpack_from(body)
+    if af != family.af:
         return None
     attrs = attributes(body, _NDMSG.size)
-    lladdr = attrs.get(NDA_LLADDR)
-    mac = int.from_bytes(lladdr, "big") if lladdr is not None and len(lladdr) == 6 else None
-    if family == AF_INET:
-        odd: tuple[object, ...] = (flags,) if flags & (NTF_ROUTER | NTF_EXT_LEARNED) else ()
-        if NDA_DST not in attrs:
-            return None
-        return FoundNeighbour(oif, _address(attrs[NDA_DST]), mac, state, odd)
-    if mac is None or not flags & NTF_SELF:
+    if NDA_DST not in attrs:
         return None
-    dst = attrs.get(NDA_DST)
+    more: tuple[object, ...] = (flags,) if flags & (NTF_ROUTER | NTF_EXT_LEARNED) else ()
+    return FoundNeighbour(oif, _address(attrs[NDA_DST]), _mac(attrs), state, more)
+
+
+def parse_fdb(family: Family, body: memoryview) -> FoundFdb | None:
+    """An entry of a vxlan's own FDB whose underlay is of a family; None for anything else (a bridge's FDB)."""
+    af, _, _, oif, state, flags, _ = _NDMSG.unpack_from(body)
+    if af != AF_BRIDGE or not flags & NTF_SELF:
+        return None
+    attrs = attributes(body, _NDMSG.size)
+    mac, dst = _mac(attrs), attrs.get(NDA_DST)
+    if mac is None:
+        return None
     # 6, 7, 8: NDA_PORT, NDA_VNI, NDA_IFINDEX of the entry itself; 13: NDA_NH_ID
-    odd = tuple((kind, bytes(attrs[kind])) for kind in (6, 7, NDA_IFINDEX, 13) if kind in attrs)
-    if dst is not None and len(dst) != 4:
-        odd = (*odd, ("dst", bytes(dst)))
-    return FoundFdb(oif, mac, _address(dst) if dst is not None and len(dst) == 4 else None, state, odd)
+    more = tuple((kind, bytes(attrs[kind])) for kind in (6, 7, NDA_IFINDEX, 13) if kind in attrs)
+    if dst is not None and len(dst) != family.size:
+        return FoundFdb(oif, mac, None, state, (*more, ("dst", bytes(dst))))
+    return FoundFdb(oif, mac, _address(dst) if dst is not None else None, state, more)
+
+
+def _mac(attrs: dict[int, memoryview]) -> int | None:
+    found = attrs.get(NDA_LLADDR)
+    return int.from_bytes(found, "big") if found is not None and len(found) == 6 else None
 
 
 def parse_link(body: memoryview) -> Link:
@@ -343,10 +373,10 @@ def parse_link(body: memoryview) -> Link:
     )
 
 
-def parse_address(body: memoryview) -> Address | None:
-    """An IPv4 address of an interface; None for IPv6."""
-    family, length, flags, scope, index = _IFADDR.unpack_from(body)
-    if family != AF_INET:
+def parse_address(family: Family, body: memoryview) -> Address | None:
+    """An address of an interface; None for one of another family."""
+    af, length, flags, scope, index = _IFADDR.unpack_from(body)
+    if af != family.af:
         return None
     attrs = attributes(body, _IFADDR.size)
     local = attrs.get(IFA_LOCAL, attrs.get(IFA_ADDRESS))

@@ -1,0 +1,104 @@
+"""The contract of a backend: how peers are reached, as values. Pure; controllers make it so.
+
+A backend may start with `entries` alone, slow and correct. `bulk` is the same for 20,000 peers at once; tests
+compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from lease.families import Family
+from lease.model import Endpoint, Prefix
+from overlay.kernel.route.entries import RouteKey
+from overlay.kernel.route.fast import DumpMatcher
+from overlay.kernel.table import Table
+
+Entry = tuple[int, Any, Any]
+"""The number of its table, key and value."""
+
+
+class View(NamedTuple):
+    """What a backend needs to know of the network and of this node. on_link: prefixes of the underlay interface."""
+
+    family: Family
+    network: Prefix
+    on_link: tuple[Prefix, ...]
+
+
+class Outer(NamedTuple):
+    """What frames of peers look like on the underlay, for guard and nat. protocol: the IP protocol number; port: of UDP;
+    vni: what tells this network's frames from another's on the same port."""
+
+    protocol: int
+    port: int
+    vni: int
+
+
+class PackedPeers(Protocol):
+    """The table of peers, packed (peers.table.PeerTable)."""
+
+    @property
+    def packed(self) -> Mapping[int, bytes]:
+        """The peers, by subnet number."""
+
+    @property
+    def by_mac(self) -> Mapping[int, int | set[int]]:
+        """Subnet numbers of peers, by MAC."""
+
+    @property
+    def lengths(self) -> Collection[int]:
+        """Lengths of the peers' subnets."""
+
+
+class Bulk(Protocol):
+    """The fast way for packed peers, each by the number of its subnet (lease/records/packed.py)."""
+
+    def usable(self, own: Endpoint) -> Callable[[int, bytes], bool]:
+        """Whether a peer of a VNI (-1: none) and MAC has surely no `fault`."""
+
+    def direct(self, packed: bytes) -> bool:
+        """Whether a peer is reached without the tunnel."""
+
+    def messages(self, number: int, packed: bytes, bits: int, seq: int, oifs: Mapping[int, int]) -> bytes | None:
+        """Messages that put a peer's entries of these tables, where none stands yet, numbered `seq` + table. oifs:
+        interfaces that are up, by role. None: ask `entries`."""
+
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> DumpMatcher:
+        """For reading a dump, and notifications."""
+
+
+class Backend(Protocol):
+    """How peers are reached. Backends are compared: equal ones give equal entries."""
+
+    @property
+    def type(self) -> str:
+        """BackendType in records."""
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The kinds of entries it uses, in the order in which they are put in place."""
+
+    @property
+    def full(self) -> int:
+        """The tables in which a peer reached by the tunnel has an entry, as bits."""
+
+    @property
+    def reaches_directly(self) -> bool:
+        """Whether some peers may be reached without the tunnel."""
+
+    def fault(self, own: Endpoint, peer: Endpoint) -> str | None:
+        """Why what a peer publishes for this backend cannot be used; None where it can."""
+
+    def entries(self, view: View, peer: Endpoint) -> list[Entry]:
+        """The entries of a peer without fault."""
+
+    def route_key(self, view: View, subnet: Prefix) -> RouteKey:
+        """The key of the route that a subnet would get."""
+
+    def outer(self) -> Outer | None:
+        """None: nothing encapsulates."""
+
+    def bulk(self, view: View) -> Bulk | None:
+        """The fast way, where there is one."""
