@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lease.model import Lease, Refused
 from lease.records.annotations import Hints
@@ -148,6 +148,24 @@ def backoff_s(failures: int, spread: float) -> float:
     return min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2.0 ** min(failures - 1, 10)) * spread
 
 
+class Listing(Protocol):
+    """What a list is to a Feed."""
+
+    @property
+    def revision(self) -> int:
+        """What it was read at."""
+
+
+class Watched(Protocol):
+    """What a Feed turns: a LeaseSource, or another resource (lease/kube/watch.py)."""
+
+    def read(self) -> Listing:
+        """Everything. Raises StoreUnavailable."""
+
+    def watch(self, after: int) -> Iterator[Any]:
+        """What changes after that revision, for ever. Raises StoreUnavailable."""
+
+
 class Feed(threading.Thread):
     """List, watch, and on any failure list again: the one place where a store's failures end.
 
@@ -157,8 +175,8 @@ class Feed(threading.Thread):
 
     def __init__(
         self,
-        store: LeaseSource,
-        post: Callable[[Snapshot | Changes | StoreDown], None],
+        store: Watched,
+        post: Callable[[Any], None],
         rng: random.Random | None = None,
     ) -> None:
         super().__init__(name="feed", daemon=True)

@@ -24,6 +24,7 @@ from overlay.firewall.guard import Guard
 from overlay.firewall.rules import ForwardController, NatController
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.links import Links
 from overlay.node.bridges import BridgesController
 from overlay.node.device import DeviceController
 from overlay.node.links import LinksSource
@@ -34,6 +35,7 @@ from overlay.node.underlay_source import UnderlaySource
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
+from overlay.process.rundir import DeviceLock
 from overlay.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class Composed(NamedTuple):
 def compose(settings: Settings, outside: Outside) -> Composed:
     """All controllers of an agent. Raises OSError: no socket to the kernel."""
     clock, post = outside.clock, outside.post
-    requests, sets = RequestSocket(), NetfilterSocket()
+    requests, sets, links = RequestSocket(), NetfilterSocket(), Links(V4)
     current, health, owned = CurrentInputs(settings), Health(clock), Owned(settings)
     rng, refusals = random.Random(), Refusals()  # noqa: S311 (spreads load, guards nothing)
     guard = Guard(sets, clock)
@@ -90,13 +92,13 @@ def compose(settings: Settings, outside: Outside) -> Composed:
             for _ in each.leave(vni):
                 pass
 
-    device = DeviceController(current, V4, requests, health, owned, leave, clock)
+    device = DeviceController(current, V4, requests, links, DeviceLock(), health, owned, leave, clock)
     ownership = Ownership(
         current, health, clock, outside.identity_of, device.existing_mac, outside.stop, outside.give_up
     )
     table = PeerTableController(current, V4, path, lambda: ownership.key)
     peers = PeersController(current, V4, path, requests, health, clock, post, owned)
-    bridges = BridgesController(current, V4, owned, outside.bridges)
+    bridges = BridgesController(current, V4, links, owned, outside.bridges)
     network = NetworkConfigInput(current, health, outside.config_place)
 
     def planned() -> None:

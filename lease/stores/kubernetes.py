@@ -7,15 +7,12 @@ GET, many at once one list in pages.
 
 from __future__ import annotations
 
-import random
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lease.kube.client import ApiError, KubeClient, KubeSettings, Stream
+from lease.kube.client import ApiError, KubeClient, KubeSettings
 from lease.kube.objects import MALFORMED, METADATA, METADATA_LIST, WHOLE, Answer, NodeSeen, Page, node_of_json
+from lease.kube.watch import PROBE_S, Watch, answers_of, revision
 from lease.model import Prefix, Refused
 from lease.records.annotations import Hints, Names, decode_node, hints, node_subnets, seniority, uid_number
 from lease.records.codec import BadRecord
@@ -30,12 +27,6 @@ TOO_EARLY = 504
 """What a server says whose memory is behind a resourceVersion."""
 SINGLY = 16
 """So many unknown uids at once are asked for one by one; more by one list."""
-SILENT_S, PROBE_S = 8.0, 5.0
-"""A watch silent for so long is doubted: is the server there at all? Together below 15 s."""
-NO_BOOKMARK_S = 100.0
-"""Bookmarks come every minute; without them (a restored etcd) the list is read again."""
-MANY_PER_S, PAUSE_S, WAITED_S = 50, 0.1, 0.0005
-"""When so many events come, they are read in lumps: a wake for each would cost more than the events."""
 UNAVAILABLE = "NetworkUnavailable"
 
 
@@ -79,7 +70,7 @@ class NodeStore:
         self._doubtful = False
         """Whether the next list must be a whole one, podCIDRs and all."""
         self._hints = Hints()
-        self._stream: Stream | None = None
+        self._watch = Watch(self._client, NODES, self._probe)
 
     @property
     def place(self) -> str:
@@ -100,7 +91,7 @@ class NodeStore:
     # --- list and watch ------------------------------------------------------------------------------------------------
 
     def read(self) -> Snapshot:
-        with _answers_of(self._client.place):
+        with answers_of(self._client.place):
             return self._read()
 
     def _read(self) -> Snapshot:
@@ -121,13 +112,13 @@ class NodeStore:
                     unknown[seen.name] = seen
                 else:
                     nodes[seen.name] = self._keep(seen, b"")
-        if not first and _number(version) < _number(self._version):
+        if not first and revision(version) < revision(self._version):
             self._doubtful = True  # etcd was restored from a backup: even what cannot change may have
             return self._read()
         nodes.update(self._resolve(unknown))
         self._nodes, self._version, self._doubtful = nodes, version, False
         return Snapshot(
-            _number(version),
+            revision(version),
             self.config(),
             Leases({name: node.change for name, node in nodes.items() if isinstance(node.change, bytes)}),
             {name: node.change for name, node in nodes.items() if isinstance(node.change, Refused)},
@@ -137,47 +128,20 @@ class NodeStore:
     def watch(self, after: int) -> Iterator[Changes]:
         del after  # the list before says it, in the server's own words
         while True:
-            query: dict[str, str | int] = {
-                "watch": "true",
-                "allowWatchBookmarks": "true",
-                "resourceVersion": self._version,
-                "timeoutSeconds": random.randint(300, 600),  # noqa: S311 (spreads load, guards nothing)
-            }
-            stream = self._client.watch(NODES, query, METADATA)
-            self._stream, opened = stream, time.monotonic()
-            doubts, pace = _Doubts(stream, self._probe), _Pace()
             try:
-                doubts.start()
-            except RuntimeError as error:  # at the limit of what the container may have
-                stream.end()
-                raise StoreUnavailable(f"{self._client.place}: no thread to watch with: {error}") from error
-            try:
-                for events in stream.events():
-                    doubts.heard()
-                    pace.came(len(events))
+                for events in self._watch.events(self._version, METADATA):
                     if changes := self._take(events):
-                        yield Changes(_number(self._version), tuple(changes))
-                    pace.rest()
-            except StoreUnavailable as error:
-                raise StoreUnavailable(f"{self._client.place}: {doubts.why or error}") from error
+                        yield Changes(revision(self._version), tuple(changes))
             finally:
-                self._doubtful = self._doubtful or doubts.restored
-                doubts.stop()
-                stream.close()
-            if doubts.why:
-                raise StoreUnavailable(f"{self._client.place}: {doubts.why}")
-            if time.monotonic() - opened < 1.0:
-                raise StoreUnavailable(f"{self._client.place}: ends the watch as soon as it is opened")
+                self._doubtful = self._doubtful or self._watch.restored
 
     def reconnect(self) -> None:
         self._client.reconnect()
-        if self._stream is not None:
-            self._stream.end()
+        self._watch.end()
 
     def close(self) -> None:
         self._client.close()
-        if self._stream is not None:
-            self._stream.end()
+        self._watch.end()
 
     def _take(self, events: list[Answer]) -> list[Change]:
         """What some events change; later events of a node win over earlier ones."""
@@ -185,9 +149,9 @@ class NodeStore:
         unknown: dict[str, NodeSeen] = {}
         hints_before = self._hints
         for answer in events:
-            if self._is_no_news(answer):
-                continue
             try:
+                if self._is_no_news(answer):
+                    continue
                 event = answer.event(self._interesting)
                 if event.node is None:
                     raise StoreUnavailable(f"{event.error}; the list is read again")
@@ -196,7 +160,7 @@ class NodeStore:
             except MALFORMED as error:
                 raise StoreUnavailable(f"an event that is none ({error!r}); the list is read again") from error
             self._version = event.node.version
-        with _answers_of(self._client.place):
+        with answers_of(self._client.place):
             for name, node in self._resolve(unknown).items():
                 self._put(name, node, changes)
         told: list[Change] = list(changes.values())
@@ -206,7 +170,7 @@ class NodeStore:
 
     def _is_no_news(self, answer: Answer) -> bool:
         """Whether an event says of a Node what we know: nearly all are heartbeats of kubelets."""
-        seen = answer.glance()
+        seen = answer.summary()
         if seen is None:
             return False
         known = self._nodes.get(seen.name)
@@ -279,15 +243,8 @@ class NodeStore:
             return self._client.ask(f"{NODES}/{name}", {}, WHOLE)
 
     def _pages(self, full: bool) -> Iterator[Page]:
-        """A list, page by page. Without a resourceVersion: with it, `limit` would be ignored."""
-        query: dict[str, str | int] = {"limit": FULL_PAGE if full else METADATA_PAGE}
-        while True:
-            with _answers_of(self._client.place):
-                page = self._client.ask(NODES, query, WHOLE if full else METADATA_LIST).page(self._interesting)
-            yield page
-            if not page.token:
-                return
-            query["continue"] = page.token
+        accept, limit = (WHOLE, FULL_PAGE) if full else (METADATA_LIST, METADATA_PAGE)
+        return self._watch.pages(accept, limit, lambda answer: answer.page(self._interesting))
 
     def _keep(self, seen: NodeSeen, subnets: bytes, fault: str = "") -> _Node:
         made: bytes | Refused | None = None
@@ -323,7 +280,7 @@ class NodeStore:
 
     def own(self) -> NodeView:
         """Our own Node, read now. Raises NodeGone, StoreUnavailable."""
-        with _answers_of(self._client.place):
+        with answers_of(self._client.place):
             return self._view()
 
     def _view(self) -> NodeView:
@@ -364,66 +321,6 @@ class NodeStore:
             raise
 
 
-class _Doubts(threading.Thread):
-    """Ends a watch whose server is gone: frozen, or silent for longer than bookmarks are apart."""
-
-    def __init__(self, stream: Stream, probe: Callable[[], None]) -> None:
-        super().__init__(name="watch-doubts", daemon=True)
-        self._stream, self._probe = stream, probe
-        self._heard = self._answered = time.monotonic()
-        self._ending = threading.Event()
-        self.why = ""
-        self.restored = False
-        """Whether etcd may have been restored from a backup under the watch."""
-
-    def heard(self) -> None:
-        """Something came."""
-        self._heard = time.monotonic()
-
-    def stop(self) -> None:
-        """The watch ended."""
-        self._ending.set()
-
-    def run(self) -> None:
-        while not self._ending.wait(1.0):
-            now = time.monotonic()
-            if now - self._heard > NO_BOOKMARK_S:
-                self.restored = True
-                self.why = f"no event and no bookmark for {NO_BOOKMARK_S:.0f} s; the list is read again"
-            elif now - max(self._heard, self._answered) > SILENT_S:
-                try:
-                    self._probe()
-                    self._answered = time.monotonic()
-                except StoreUnavailable as error:
-                    self.why = f"the watch is silent and the server does not answer: {error}"
-            if self.why:
-                self._stream.end()
-                return
-
-
-class _Pace:
-    """Rests when many events come, so that those of a tenth of a second are read with one wake."""
-
-    def __init__(self) -> None:
-        self._since = self._asked = time.monotonic()
-        self._count, self._many, self._waited = 0, False, False
-
-    def came(self, events: int) -> None:
-        """So many were read."""
-        now = time.monotonic()
-        self._waited = now - self._asked > WAITED_S
-        self._count += events
-        if now - self._since >= 0.5:
-            self._many = self._count > MANY_PER_S * (now - self._since)
-            self._since, self._count = now, 0
-
-    def rest(self) -> None:
-        """They were dealt with. While others wait already there is no rest."""
-        if self._many and self._waited:
-            time.sleep(PAUSE_S)
-        self._asked = time.monotonic()
-
-
 def _subnets(pod_cidrs: Any) -> tuple[bytes, str]:
     """podCIDRs by family: of each the family, the length and the base, in 18 bytes; and why they cannot be read ("" when
     they can)."""
@@ -440,17 +337,3 @@ def _prefixes(subnets: bytes) -> dict[int, Prefix]:
         subnets[at]: Prefix(subnets[at], int.from_bytes(subnets[at + 2 : at + 18], "big"), subnets[at + 1])
         for at in range(0, len(subnets), 18)
     }
-
-
-@contextmanager
-def _answers_of(place: str) -> Iterator[None]:
-    """An answer that has not the form it must have (a proxy's, a broken server's) is no answer."""
-    try:
-        yield
-    except MALFORMED as error:
-        raise StoreUnavailable(f"{place}: an answer that is none of this API's: {error!r}") from error
-
-
-def _number(version: str) -> int:
-    """A resourceVersion for messages and order; it is opaque, though every server writes a number."""
-    return int(version) if version.isdecimal() and len(version) < 20 else 0

@@ -38,10 +38,12 @@ class BridgesController(Controller):
     name = "bridge"
     harmless = True
 
-    def __init__(self, current: CurrentInputs, family: Family, owned: Owned, named: Iterable[str] = ()) -> None:
+    def __init__(
+        self, current: CurrentInputs, family: Family, links: Links, owned: Owned, named: Iterable[str] = ()
+    ) -> None:
         """named: bridges that a network list of ours named, where that list is gone already (uninstall)."""
         self._current, self._family, self._owned, self._named = current, family, owned, frozenset(named)
-        self._io = Links()
+        self._io = links
 
     @property
     def handles(self) -> Mapping[type, Handler]:

@@ -148,6 +148,8 @@ class DeviceController(Controller):
         current: CurrentInputs,
         family: Family,
         requests: RequestSocket,
+        links: Links,
+        lock: DeviceLock,
         health: Health,
         owned: Owned,
         leave: Callable[[int], None],
@@ -156,7 +158,7 @@ class DeviceController(Controller):
         """leave: takes away what other controllers made for the network of a VNI, which this node left."""
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
-        self._links, self._lock = Links(family), DeviceLock()
+        self._links, self._lock = links, lock
         self._spec: DeviceSpec | None = None
         self._asks_again: float | None = None
         """When the lock is asked for again."""

@@ -1,4 +1,4 @@
-"""Real etcds on loopback."""
+"""Real etcds and API servers on loopback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from lease.etcd.client import EtcdSettings
 from lease.stores.etcd import EtcdStore
 from tests.support.etcd import Etcd
+from tests.support.kube import Kube
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,30 @@ def etcd(tmp_path) -> Iterator[Etcd]:
     etcd = Etcd(tmp_path)
     yield etcd
     etcd.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Iterator[Kube]:
+    """An API server for tests that do not hurt it; each makes Nodes of its own."""
+    kube = Kube(tmp_path_factory.mktemp("kube"))
+    yield kube
+    kube.close()
+
+
+@pytest.fixture
+def kube(tmp_path) -> Iterator[Kube]:
+    """An API server for tests that do."""
+    kube = Kube(tmp_path)
+    yield kube
+    kube.close()
+
+
+@pytest.fixture
+def clean(shared) -> Kube:
+    """The shared one, without Nodes."""
+    for node in shared.ask("GET", "/api/v1/nodes")["items"]:
+        shared.delete(node["metadata"]["name"])
+    return shared
 
 
 @pytest.fixture

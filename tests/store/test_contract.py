@@ -1,13 +1,18 @@
-"""The Store's contract, run against the real etcd and against the fake that other tests trust."""
+"""The contracts of a store: where leases are read (etcd, the Nodes of a cluster, the fake that other tests trust), and where
+they are taken (etcd, the fake)."""
 
 import json
 
 import pytest
 
+from lease.kube.client import KubeSettings
 from lease.model import Endpoint, Lease, Refused, prefix
+from lease.records.annotations import Hints, Names
 from lease.records.codec import encode_value
 from lease.store import Changes, ConfigText, Gone, LeaseExpired, RecordChanged, SubnetTaken
+from lease.stores.kubernetes import NodeStore
 from tests.support.fake_store import FakeStore
+from tests.support.kube import PREFIX
 
 
 def lease(subnet="10.244.5.0/24", ip=0xC0A80102, mac=0x0A0000000002) -> Lease:
@@ -115,42 +120,124 @@ def test_an_expired_lease_is_told(world):
         store.lifetime(made)
 
 
-def test_a_record_nobody_can_read_is_refused_alone(world):
-    store, put, *_ = world
-    made = store.create(lease(), 100)
-    put("not-a-subnet", b"x")
-    put("10.244.9.0-24", b"garbage")
-    found = store.read()
-    assert found.leases == {made.key: made}
-    assert found.refused.keys() == {"not-a-subnet", "10.244.9.0-24"}
+# --- where leases are read: etcd, the Nodes of a cluster, and the fake
 
 
-def test_the_watch_tells_what_comes_after_the_list(world):
-    store, put, delete, _ = world
-    put("10.244.1.0-24", encode_value(lease("10.244.1.0/24")))
-    listed = store.read()
-    put("10.244.2.0-24", encode_value(lease("10.244.2.0/24")))
-    told: list = []
-    watching = store.watch(listed.revision)
+class Source:
+    """A LeaseSource, and others who write there: subnet 10.244.N.0/24 is peer N's."""
 
-    def next_change():
-        while not told:
-            changes = next(watching)
+    def __init__(self, store, key, put, spoil, delete) -> None:
+        self.store, self.key, self.put, self.spoil, self.delete = store, key, put, spoil, delete
+        self._waiting: list = []
+        self._watching = None
+
+    def next_change(self):
+        """The next of the watch, which begins where the last list ended."""
+        while not self._waiting:
+            changes = next(self._watching)
             assert isinstance(changes, Changes)
-            told.extend(changes.changes)
-        return told.pop(0)
+            self._waiting += [change for change in changes.changes if not isinstance(change, Hints)]
+        return self._waiting.pop(0)
 
-    first = next_change()
+    def read(self):
+        found = self.store.read()
+        self._watching, self._waiting = self.store.watch(found.revision), []
+        return found
+
+
+@pytest.fixture(params=["etcd", "kubernetes", "fake"])
+def source(request, prefix, open_store):
+    def key(number: int) -> str:
+        return f"10.244.{number}.0-24"
+
+    def value(number: int) -> bytes:
+        return encode_value(lease(f"10.244.{number}.0/24", 0xC0A80100 + number, 0x0A0000000000 + number))
+
+    if request.param == "fake":
+        fake = FakeStore()
+        yield Source(
+            fake,
+            key,
+            lambda n: fake.put(key(n), value(n)),
+            lambda n: fake.put(key(n), b"x"),
+            lambda n: fake.delete(key(n)),
+        )
+    elif request.param == "etcd":
+        etcd, where = request.getfixturevalue("shared_etcd"), f"{prefix}/subnets/"
+        etcd.put(f"{prefix}/config", '{"Network":"10.244.0.0/16"}')
+        yield Source(
+            open_store(etcd.endpoint, prefix=prefix), key, lambda n: etcd.put(where + key(n), value(n)),
+            lambda n: etcd.put(where + key(n), b"x"), lambda n: etcd.delete(where + key(n)),
+        )  # fmt: skip
+    else:
+        kube = request.getfixturevalue("clean")
+        store = NodeStore(KubeSettings(kubeconfig=kube.kubeconfig()), Names.of(PREFIX), "me", "/nowhere")
+
+        def put(n: int) -> None:
+            kube.peer(f"n{n}", f"10.244.{n}.0/24", f"192.168.1.{n}", f"0a:00:00:00:00:{n:02x}")
+
+        yield Source(
+            store,
+            lambda n: f"n{n}",
+            put,
+            lambda n: kube.annotate(f"n{n}", backend_data="x"),
+            lambda n: kube.delete(f"n{n}"),
+        )
+        store.close()
+
+
+def test_what_others_wrote_is_listed(source):
+    for number in (3, 4):
+        source.put(number)
+    found = source.read()
+    assert found.revision > 0
+    assert {key: (str(one.v4.subnet), one.v4.public_ip, one.v4.mac) for key, one in found.leases.items()} == {
+        source.key(3): ("10.244.3.0/24", 0xC0A80103, 0x0A0000000003),
+        source.key(4): ("10.244.4.0/24", 0xC0A80104, 0x0A0000000004),
+    }
+    assert len({one.created for one in found.leases.values()}) == 2, "no two have one age"
+    assert source.read() == found
+
+
+def test_a_record_nobody_can_read_is_refused_alone(source):
+    source.put(3)
+    source.put(9)
+    source.spoil(9)
+    found = source.read()
+    assert found.leases.keys() == {source.key(3)}
+    assert found.refused.keys() == {source.key(9)}
+    assert found.refused[source.key(9)].reason
+
+
+def test_the_watch_tells_what_comes_after_the_list(source):
+    source.put(1)
+    source.read()
+    source.put(2)
+    first = source.next_change()
     assert isinstance(first, Lease)
-    assert first.key == "10.244.2.0-24"
-    delete("10.244.1.0-24")
-    assert next_change() == Gone("10.244.1.0-24")
-    put("10.244.2.0-24", b"garbage")
-    broken = next_change()
+    assert (first.key, str(first.v4.subnet)) == (source.key(2), "10.244.2.0/24")
+    source.delete(1)
+    assert source.next_change() == Gone(source.key(1))
+    source.spoil(2)
+    broken = source.next_change()
     assert isinstance(broken, Refused)
     assert "JSON" in broken.reason
+    source.put(7)
+    assert source.next_change().key == source.key(7)
+
+
+def test_a_list_after_a_watch_has_what_the_watch_told(source):
+    source.read()
+    source.put(2)
+    told = source.next_change()
+    assert source.read().leases[source.key(2)] == told
+
+
+def test_a_created_record_is_told_by_the_watch(world):
+    store, *_ = world
+    watching = store.watch(store.read().revision)
     made = store.create(lease("10.244.7.0/24"), 100)
-    assert next_change() == made
+    assert next(watching).changes == (made,)
 
 
 def test_the_value_is_flannels_byte_for_byte(shared_etcd, prefix, open_store):

@@ -7,45 +7,19 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from lease.kube.client import KubeClient, KubeSettings, KubeSettingsError
-from lease.kube.objects import METADATA
 from lease.model import Lease, Refused, prefix
 from lease.records.annotations import Hints, Names
 from lease.store import Changes, Feed, Gone, RecordChanged, Snapshot, StoreDown, StoreUnavailable
 from lease.stores import kubernetes
-from lease.stores.kubernetes import NODES, SINGLY, NodeStore
+from lease.stores.kubernetes import SINGLY, NodeStore
 from tests.support.kube import PREFIX, Kube
 from tests.support.wait import until
 
 NAMES = Names.of(PREFIX)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Iterator[Kube]:
-    """For tests that do not hurt it; each makes Nodes of its own."""
-    kube = Kube(tmp_path_factory.mktemp("kube"))
-    yield kube
-    kube.close()
-
-
-@pytest.fixture
-def kube(tmp_path) -> Iterator[Kube]:
-    """For tests that do."""
-    kube = Kube(tmp_path)
-    yield kube
-    kube.close()
-
-
-@pytest.fixture
-def clean(shared) -> Kube:
-    """The shared one, without Nodes."""
-    for node in shared.ask("GET", "/api/v1/nodes")["items"]:
-        shared.delete(node["metadata"]["name"])
-    return shared
 
 
 @pytest.fixture
@@ -174,13 +148,6 @@ def test_the_watch_tells_joins_changes_and_leaves_and_no_heartbeat(clean, stores
     clean.delete("n1")
     until("a leave", lambda: "n1" not in told.leases)
     assert (told.lists, told.downs) == (1, 0)
-
-
-def test_a_watch_is_read_without_urllib3_between(clean):
-    """Where this fails a new urllib3 keeps its reader elsewhere: mend lease/kube_client._raw, or events cost twice as much."""
-    stream = KubeClient(KubeSettings(kubeconfig=clean.kubeconfig())).watch(NODES, {"watch": "true"}, METADATA)
-    assert stream.raw is not None
-    stream.close()
 
 
 def test_a_pod_cidr_that_comes_late(clean, stores):
