@@ -15,6 +15,7 @@ from lease.model import ip_number, mac_number
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.links import Links
 from overlay.lab import netns
+from tests.support.clock import Clock
 from tests.support.world import ready_the_machine
 
 MAC = "0e:2a:00:00:00:01"
@@ -56,15 +57,6 @@ def space() -> Iterator[str]:
 def inside(space) -> Callable[[Callable[[], Any]], Any]:
     """Run something in that namespace."""
     return lambda act: netns.inside(space, act)
-
-
-class Clock:
-    """A clock that a test sets."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

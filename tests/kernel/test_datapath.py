@@ -20,17 +20,11 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.fast import NEIGHBOURS, ROUTES
 from overlay.peers.datapath import Datapath
+from tests.support.clock import Clock
 from tests.support.make import lease, node
 from tests.support.tunnel import TunnelNews
 
 NETWORK = prefix("10.128.0.0/9")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Peers:

@@ -25,6 +25,7 @@ from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.links import Links
 from overlay.peers.datapath import Datapath
 from overlay.peers.plan import entries
+from tests.support.clock import Clock
 from tests.support.make import OWN_MAC, lease, node
 from tests.support.tunnel import TunnelNews
 from tests.unit.test_peers import by_the_plain_rule
@@ -59,13 +60,6 @@ MEDDLING = {
 
 class Killed(Exception):
     """The agent was."""
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Between:

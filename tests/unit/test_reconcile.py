@@ -26,6 +26,7 @@ from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.tables import TABLES
 from overlay.peers.difference import Device
 from overlay.peers.reconcile import SLICE, Reconciler, retry_delay_s
+from tests.support.clock import Clock
 
 IFINDEX = 7
 
@@ -99,13 +100,6 @@ def parse(message: wire.Message):
     found = wire.parse_neighbour(V4, message.body)
     assert isinstance(found, FoundNeighbour)
     return NEIGHBOURS, found.address, NeighbourValue(found.mac or 0)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Wished:
