@@ -222,7 +222,7 @@ def _backend(fields: _Fields) -> VxlanConfig:
     backend = _Fields("Backend.", value)
     kind = backend.get("Type", str, "")
     if kind.lower() != "vxlan":
-        raise ConfigError(f"Backend.Type: {_show(kind)} is not had here; allowed is 'vxlan'")
+        raise ConfigError(f"Backend.Type: {_show(kind)} is not supported; allowed is 'vxlan'")
     mac_prefix = backend.get("MacPrefix", str, "0E-2A")
     if not _MAC_PREFIX.fullmatch(mac_prefix) or int(mac_prefix[:2], 16) & 1:
         raise ConfigError(f"Backend.MacPrefix: {_show(mac_prefix)} must be two hex bytes of a unicast MAC like '0E-2A'")

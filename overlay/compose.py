@@ -103,7 +103,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
 
     def planned() -> None:
         peers.planned()
-        ownership.look_for_rivals()
+        ownership.check_rivals()
 
     table.planned = planned
     ownership.displaced_record, ownership.refused_records = path.enter, peers.refused

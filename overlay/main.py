@@ -176,7 +176,7 @@ def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[th
         "live": settings.live_settings,
     }
     files = FileThread({what: path for what, path in paths.items() if path}, inbox.put)
-    files.look()
+    files.read_all()
     return [files] if files.any() else []
 
 
@@ -223,7 +223,7 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
 
     def network_up(claimer: TenureThread) -> None:
         tenure.network_up = True  # and our Node is to say so
-        claimer.look()
+        claimer.recheck()
 
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
 

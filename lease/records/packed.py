@@ -19,7 +19,7 @@ from lease.records.codec import MAX_VALUE, encode_key
 
 HEAD = struct.Struct(">IBI6siQQqB")
 """Subnet base, its length, public IP, MAC, VNI (-1: no VTEP), created, modified, handle, form."""
-PLAIN, NODE, WHOLE, NO_IPV4 = 0, 1, 2, 3
+USUAL, NODE, GENERAL, NO_IPV4 = 0, 1, 2, 3
 """Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
 IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
 the head; one without an IPv4 endpoint."""
@@ -63,7 +63,7 @@ def pack(lease: Lease) -> bytes:
     """A lease as bytes. Equal leases give equal bytes."""
     end = lease.v4
     if end is not None and end.source:
-        return _whole(lease, end)
+        return _general(lease, end)
     small = 0 <= lease.created <= _LARGEST and 0 <= lease.modified <= _LARGEST and -_LARGEST <= lease.handle <= _LARGEST
     if (
         end is not None
@@ -77,7 +77,7 @@ def pack(lease: Lease) -> bytes:
         mac = end.mac.to_bytes(6, "big")
         head = HEAD.pack(
             end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni,
-            lease.created, lease.modified, lease.handle, PLAIN,
+            lease.created, lease.modified, lease.handle, USUAL,
         )  # fmt: skip
         return head + lease.node.encode("utf-8", "surrogatepass")
     if (
@@ -96,10 +96,10 @@ def pack(lease: Lease) -> bytes:
             end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni, lease.created >> 128, 0, 0, NODE
         )
         return head + lease.handle.to_bytes(16, "big") + lease.node.encode("utf-8", "surrogatepass")
-    return _whole(lease, end)
+    return _general(lease, end)
 
 
-def _whole(lease: Lease, end: Endpoint | None) -> bytes:
+def _general(lease: Lease, end: Endpoint | None) -> bytes:
     v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
     source = end.source if end is not None else 0
     rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle, source)
@@ -108,7 +108,7 @@ def _whole(lease: Lease, end: Endpoint | None) -> bytes:
     else:
         mac = (end.mac or 0).to_bytes(6, "big")
         vni = -1 if end.vni is None else end.vni
-        head = HEAD.pack(end.subnet.base, end.subnet.length, end.public_ip, mac, vni, 0, 0, 0, WHOLE)
+        head = HEAD.pack(end.subnet.base, end.subnet.length, end.public_ip, mac, vni, 0, 0, 0, GENERAL)
     return head + marshal.dumps(rest, _NO_REFERENCES)
 
 
@@ -119,7 +119,7 @@ def unpack(packed: bytes) -> Lease:
     if form != NO_IPV4:
         vtep = (None, None) if vni < 0 else (vni, int.from_bytes(mac, "big"))
         v4 = Endpoint(Prefix(4, base, length), public_ip, *vtep)
-    if form == PLAIN:
+    if form == USUAL:
         assert v4 is not None
         node = packed[HEAD.size :].decode("utf-8", "surrogatepass")
         return Lease(encode_key(v4.subnet), "vxlan", v4, None, node, created, modified, handle)
@@ -153,7 +153,7 @@ def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -
     if int.from_bytes(base, "big") << length & 0xFFFFFFFF or mac == _NO_MAC:
         return None
     head = _HEAD_OF_BYTES.pack(
-        base, length, address, bytes.fromhex(mac.replace(":", "")), int(vni), created, modified, handle, PLAIN
+        base, length, address, bytes.fromhex(mac.replace(":", "")), int(vni), created, modified, handle, USUAL
     )
     return head + node.encode() if node else head
 
@@ -197,7 +197,7 @@ class Leases(Mapping[str, Lease]):
             if packed[FORM] != NO_IPV4 and subnet_of(packed).overlaps(subnet):
                 yield unpack(packed)
 
-    def odd(self, length: int) -> Iterator[Lease]:
+    def unusual(self, length: int) -> Iterator[Lease]:
         """Those whose subnet has another length, or whose key says more than their subnet."""
         for packed in self.packed.values():
             if packed[LENGTH] != length or packed[FORM]:
@@ -207,7 +207,7 @@ class Leases(Mapping[str, Lease]):
         """Those of a MAC, in either family."""
         hardware = mac.to_bytes(6, "big")
         for packed in self.packed.values():
-            if packed[MAC] == hardware or packed[FORM] >= WHOLE:
+            if packed[MAC] == hardware or packed[FORM] >= GENERAL:
                 lease = unpack(packed)
                 if any(end is not None and end.mac == mac for end in (lease.v4, lease.v6)):
                     yield lease

@@ -152,7 +152,7 @@ class Occupied:
     def __init__(self, snapshot: Snapshot, claim: Claim, without: str | None = None) -> None:
         self._leases, self._without, self._length = snapshot.leases, without, claim.pool.length
         self._others = SubnetIndex(4)
-        for lease in snapshot.leases.odd(claim.pool.length):
+        for lease in snapshot.leases.unusual(claim.pool.length):
             if lease.v4 is not None and lease.key != without:
                 if usable(claim, lease.v4.subnet):
                     self._others.add(lease.v4.subnet, lease.key)

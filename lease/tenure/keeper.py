@@ -14,7 +14,7 @@ from lease.tenure.claim import Claim
 from lease.tenure.etcd import RENEW_AT_LEAST_S, renew_every_s
 from lease.tenure.events import Denied, Renewed, TenureEvent
 
-LOOK_GAP_S = 1.0
+RECHECK_GAP_S = 1.0
 """Our own record is put right at most so often: somebody may write against us without end."""
 Clock = Callable[[], float]
 
@@ -56,7 +56,7 @@ class TenureThread(threading.Thread):
         self._snapshot: Snapshot | None = None
         self._dirty = self._ending = False
         self._due = 0.0
-        self._last = -LOOK_GAP_S
+        self._last = -RECHECK_GAP_S
         self._failures = 0
         self._rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
 
@@ -66,13 +66,13 @@ class TenureThread(threading.Thread):
             if claim != self._claim:
                 self._claim, self._snapshot = claim, snapshot
                 self._failures = 0
-                self._look_now()
+                self._recheck_now()
 
-    def look(self) -> None:
+    def recheck(self) -> None:
         """Our record may not be what it was."""
         with self._wake:
             self._snapshot = None
-            self._look_now(self._last + LOOK_GAP_S)
+            self._recheck_now(self._last + RECHECK_GAP_S)
 
     def stop(self) -> None:
         """End the thread; the lease stays."""
@@ -80,7 +80,7 @@ class TenureThread(threading.Thread):
             self._ending = True
             self._wake.notify()
 
-    def _look_now(self, not_before: float = 0.0) -> None:
+    def _recheck_now(self, not_before: float = 0.0) -> None:
         self._dirty, self._due = True, min(self._due, not_before)
         self._wake.notify()
 

@@ -26,7 +26,7 @@ class Claimer(Protocol):
     """The part of lease.tenure.keeper.TenureThread used here."""
 
     def claim(self, claim: Claim, snapshot: Snapshot | None = None) -> None: ...
-    def look(self) -> None: ...
+    def recheck(self) -> None: ...
 
 
 class _Wants(NamedTuple):
@@ -120,10 +120,10 @@ class Ownership(Controller):
         """Whether it is held."""
         return "for a lease" if self.held is None else ""
 
-    def look(self) -> None:
+    def recheck(self) -> None:
         """Our own record may not be what it should be."""
         if self.claimer is not None:
-            self.claimer.look()
+            self.claimer.recheck()
 
     # --- what the store says of our own record
 
@@ -147,7 +147,7 @@ class Ownership(Controller):
         """What stands at our key; None: nothing that can be read."""
         self._at_our_key = lease
         if self.held is not None and (lease is None or not lease.same_claim(self.held)):
-            self.look()
+            self.recheck()
 
     def record_gone(self, key: str) -> None:
         """A record went."""
@@ -155,12 +155,12 @@ class Ownership(Controller):
 
     # --- disputes
 
-    def look_for_rivals(self) -> None:
+    def check_rivals(self) -> None:
         """All records that have something of ours are refused as peers."""
         for lease in self.refused_records():
-            self.look_at_rival(lease)
+            self.check_rival(lease)
 
-    def look_at_rival(self, lease: Lease) -> None:
+    def check_rival(self, lease: Lease) -> None:
         """Another record that is older than ours and has our subnet or MAC wins; one with our address is told."""
         held = self.held
         if held is None:
@@ -173,7 +173,7 @@ class Ownership(Controller):
             if (older and (same_mac or theirs.subnet.overlaps(ours.subnet))) or (
                 same_mac and self._clock() < self._put_right_until
             ):
-                self.look()
+                self.recheck()
             if theirs.public_ip == ours.public_ip and theirs.mac != ours.mac and lease.key not in self._told_twins:
                 self._told_twins.add(lease.key)
                 log.warning(
@@ -204,7 +204,7 @@ class Ownership(Controller):
             self._current.set(synced=False)
         if event.warn:
             self._put_right_until = self._clock() + PUT_RIGHT_S
-        self.look_for_rivals()
+        self.check_rivals()
         self._health.solved(self.name)
         return False
 

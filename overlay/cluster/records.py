@@ -77,7 +77,7 @@ class RecordsSource(Source):
         self._current.set(listed=True)
         self._ownership.list_came(snapshot)
         self._peers.replace(snapshot.leases, self._ownership.key)
-        self._ownership.look_for_rivals()
+        self._ownership.check_rivals()
         return False
 
     def _on_changes(self, changes: Changes) -> bool:
@@ -88,13 +88,13 @@ class RecordsSource(Source):
                 self._network.read(change.text)
             elif isinstance(change, Hints):
                 self._on_hints(change)
-                self._ownership.look()
+                self._ownership.recheck()
             else:
                 self._on_change(change, records)
         self._peers.change(records)
         for key, lease in records.items():
             if lease is not None and self._peers.refused_of(key):
-                self._ownership.look_at_rival(lease)
+                self._ownership.check_rival(lease)
         return False
 
     def _on_change(self, change: Lease | Refused | Gone, records: dict[str, Lease | None]) -> None:
@@ -119,7 +119,7 @@ class RecordsSource(Source):
             address = hints.public_ip or self._flag_public_ip
             self._current.set(settings=self._current.inputs.settings._replace(public_ip=address))
         if hints != self._hints:
-            self._ownership.look()
+            self._ownership.recheck()
         self._hints = hints
 
     def _on_down(self, down: StoreDown) -> bool:

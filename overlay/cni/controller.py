@@ -100,7 +100,7 @@ class CniController(Controller):
         if stale and (not self._listed or wants.fault):
             # one that an earlier life left for another subnet goes at once, before a pod gets an address of it
             remove(path)
-            log.warning("file.removed", path=path, because=f"it gives addresses of {old}; our lease is {wants.subnet}")
+            log.warning("file.removed", path=path, reason=f"it gives addresses of {old}; our lease is {wants.subnet}")
         self._write(wants.files)
         if path and self._listed and not wants.fault:
             self._named(lists.bridges_in(wants.list_text))
@@ -114,7 +114,7 @@ class CniController(Controller):
         if path and path in self._written:
             del self._written[path]
             remove(path)
-            log.warning("file.removed", path=path, because="the subnet it gives addresses of may be another node's now")
+            log.warning("file.removed", path=path, reason="the subnet it gives addresses of may be another node's now")
 
     def _write(self, files: Iterable[tuple[str, str]]) -> None:
         """Put files in place where they differ."""

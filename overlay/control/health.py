@@ -83,7 +83,7 @@ class Health:
             self._bad_since, ready = None, True
         if ready != self._ready:
             self._ready = ready
-            (log.info if ready else log.warning)("ready" if ready else "not_ready", because=self.readiness()[1])
+            (log.info if ready else log.warning)("ready" if ready else "not_ready", reason=self.readiness()[1])
         return ready
 
     def note(self, subject: str, text: str, harmless: bool = False) -> str | None:

@@ -194,7 +194,7 @@ class AntiSpoof:
         bound = self._bound.get(link.ifindex)
         return bound if bound is not None and bound.is_of(link) else None
 
-    def next_look(self) -> float | None:
+    def next_bind(self) -> float | None:
         """When `look` has something to do, None: it has not."""
         return self._next if self._table is not None else None
 
@@ -232,7 +232,7 @@ class AntiSpoof:
             else:
                 log.info("pods", table=wanted.name, ports=len(self._bound))
         self._table = wanted
-        self.look()
+        self.bind()
 
     def _somebody_altered(self, table: nf_wire.Table) -> None:
         self.mended += 1
@@ -252,7 +252,7 @@ class AntiSpoof:
             self._bound[int.from_bytes(port, sys.byteorder)] = bound
         self._choose()
 
-    def look(self) -> None:
+    def bind(self) -> None:
         """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
         if self._table is None or self._network is None or not self._known:
             return
@@ -265,7 +265,7 @@ class AntiSpoof:
         waiting, refused = [], None
         for _, link in sorted(self._ports.items()):
             try:
-                again = self._look_at(link)
+                again = self._bind_one(link)
             except KernelError as error:
                 refused = error
                 again = self._clock() + LATER_LOOKS_S
@@ -276,7 +276,7 @@ class AntiSpoof:
         if refused is not None:
             raise refused
 
-    def _look_at(self, link: Link) -> float | None:
+    def _bind_one(self, link: Link) -> float | None:
         """Bind one port, as far as its pod is known. When it is to be looked at again, None: it is bound for good. Raises
         KernelError."""
         assert self._network is not None

@@ -128,7 +128,7 @@ class GuardController(_TableController):
         return self.guard.checking()
 
     def _name_senders(self) -> None:
-        there = ", ".join(self.guard.strangers())
+        there = ", ".join(self.guard.unknown_senders())
         self._health.report(
             "unknown senders",
             there
@@ -209,13 +209,13 @@ class PodsController(_TableController):
             self._cadence.spent(time.thread_time() - began)
             self._cadence.ended()
             self._read_whole, self._wanted = False, wants.table
-        elif (at := self._pods.next_look()) is not None and at <= self._clock():
-            self._pods.look()
+        elif (at := self._pods.next_bind()) is not None and at <= self._clock():
+            self._pods.bind()
         return False
 
     def due(self) -> float | None:
         """When a pod is to be looked at again."""
-        at = self._pods.next_look()
+        at = self._pods.next_bind()
         return self._cadence.at if at is None else min(at, self._cadence.at)
 
     def withdraw(self) -> Iterator[str]:

@@ -24,11 +24,11 @@ GRACE_S = 60.0
 """An address that no peer has any more is still let in for so long: what is under way, a node that comes back."""
 MOST_INTERRUPTED = 5
 """So many checks in a row may be spoilt by others' changes of nftables (and our own) before one is made in one go."""
-STRANGERS_S, MOST_STRANGERS = 600, 64
+UNKNOWN_S, MOST_UNKNOWN = 600, 64
 """Of senders that are refused so many are remembered, for so long, to be named to the operator."""
 SUFFIX = "-guard"
-VTEPS, INSIDE, STRANGERS = "vteps", "inside", "strangers"
-FROM_STRANGERS, FROM_PODS = "from_strangers", "from_pods"
+VTEPS, POD_INTERFACES, UNKNOWN_SENDERS = "vteps", "pod_interfaces", "unknown_senders"
+FROM_UNKNOWN, FROM_PODS = "from_unknown_senders", "from_pods"
 _NF_INET_LOCAL_IN, _NF_INET_FORWARD = 1, 2
 _RAW = -300
 _UDP = b"\x11"
@@ -50,7 +50,7 @@ def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
         nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
         nf_wire.load("transport", 2, 2), nf_wire.equal(port.to_bytes(2, "big")),
     )  # fmt: skip
-    from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(INSIDE))
+    from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
     from_network = (*_within("network", 12, network), nf_wire.equal(network.base.to_bytes(4, "big")))
     beyond = (*_within("network", 16, network), nf_wire.differ(network.base.to_bytes(4, "big")))
     stranger = (
@@ -63,10 +63,10 @@ def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
         table_name(vni),
         (
             nf_wire.Set(VTEPS, nf_wire.IPV4_ADDR, 4),
-            nf_wire.Set(INSIDE, nf_wire.IFACE_INDEX, 4),
-            nf_wire.Set(STRANGERS, nf_wire.IPV4_ADDR, 4, STRANGERS_S, MOST_STRANGERS),
+            nf_wire.Set(POD_INTERFACES, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(UNKNOWN_SENDERS, nf_wire.IPV4_ADDR, 4, UNKNOWN_S, MOST_UNKNOWN),
         ),
-        (FROM_STRANGERS, FROM_PODS),
+        (FROM_UNKNOWN, FROM_PODS),
         (
             nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
             nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
@@ -74,9 +74,9 @@ def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
         (
             nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_inside, pods, nf_wire.DROP)),
             # a rule of its own: where the set is full it ends here
-            nf_wire.Rule("input", "who it was", (*stranger, nf_wire.remember(STRANGERS, STRANGERS_S))),
+            nf_wire.Rule("input", "who it was", (*stranger, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
             nf_wire.Rule(
-                "input", "VXLAN from no peer", (*stranger, nf_wire.count(FROM_STRANGERS), nf_wire.DROP)
+                "input", "VXLAN from no peer", (*stranger, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)
             ),
             nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_inside, *beyond, pods, nf_wire.DROP)),
             nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
@@ -171,7 +171,7 @@ class Guard:
             self._socket.remove(before.family, before.name)
         if not self._socket.is_formed(wanted):
             let_in, inside = self._let_in(), self._inside or frozenset()
-            self._socket.replace(wanted, {VTEPS: _keys(let_in), INSIDE: _numbers(inside)})
+            self._socket.replace(wanted, {VTEPS: _keys(let_in), POD_INTERFACES: _numbers(inside)})
             self._table, self._there, self._inside_there = wanted, let_in, inside
             self._new.clear()
             if before == wanted:
@@ -274,7 +274,7 @@ class Guard:
             del self._leaving[address]
         if self._inside is not None and self._inside != self._inside_there:
             more, fewer = self._inside - self._inside_there, self._inside_there - self._inside
-            self._socket.change(table, {INSIDE: _numbers(more)}, {INSIDE: _numbers(fewer)})
+            self._socket.change(table, {POD_INTERFACES: _numbers(more)}, {POD_INTERFACES: _numbers(fewer)})
             self._inside_there = self._inside
 
     def next_change(self) -> float | None:
@@ -288,11 +288,11 @@ class Guard:
     # --- what is told
 
     def dropped(self) -> Mapping[str, int]:
-        """Packets that were refused, since the table was made: from strangers, from pods. Raises KernelError."""
+        """Packets that were refused, since the table was made: from unknown senders, from pods. Raises KernelError."""
         table = self._table
         return {} if table is None else {name: self._socket.counted(table, name) for name in table.counters}
 
-    def strangers(self) -> list[str]:
+    def unknown_senders(self) -> list[str]:
         """Who sent frames of our VNI in the last minutes, and is no peer now either. Raises KernelError."""
         if self._table is None:
             return []

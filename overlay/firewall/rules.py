@@ -206,7 +206,7 @@ class ForwardController(_ByProgram):
     def _done(self, result: tuple[list[str], str]) -> None:
         did, blocked = result
         for done in did:
-            log.info("forward", did=done)
+            log.info("forward", action=done)
         self._health.report("forward chain", blocked, harmless=True)
 
     def leave(self, vni: int) -> Iterator[str]:

@@ -94,14 +94,14 @@ class BridgesController(Controller):
         known = self._current.inputs.retained
         new = [subnet for subnets in found.values() for subnet in subnets if subnet not in known]
         for subnet in new:
-            log.warning("subnet.retained", subnet=str(subnet), because="a bridge of pods on this node has its gateway")
+            log.warning("subnet.retained", subnet=str(subnet), reason="a bridge of pods on this node has its gateway")
         self._current.set(retained=(*known, *new))
 
     def _let_go(self, wants: _Wants) -> None:
         for subnet in self._current.inputs.retained:
             if not self._still_used(subnet, wants):
                 self._current.set(retained=tuple(kept for kept in self._current.inputs.retained if kept != subnet))
-                log.info("subnet.let_go", subnet=str(subnet), because="no pod of this node uses it any more")
+                log.info("subnet.let_go", subnet=str(subnet), reason="no pod of this node uses it any more")
 
     def _still_used(self, subnet: Prefix, wants: _Wants) -> bool:
         """Whether pods of this node use a subnet that it lost: while an interface other than the tunnel has an address of
@@ -115,7 +115,7 @@ class BridgesController(Controller):
                 continue
             self._io.delete(index)
             self._forget(index)
-            log.info("bridge.removed", bridge=link.name, because=f"no pod uses it, and {subnet} is another node's now")
+            log.info("bridge.removed", bridge=link.name, reason=f"no pod uses it, and {subnet} is another node's now")
         return used
 
     def _forget(self, index: int) -> None:
@@ -134,7 +134,7 @@ class BridgesController(Controller):
             if ours and not link.mac and not ports_of(wants.links, link.ifindex):
                 self._io.delete(link.ifindex)
                 self._forget(link.ifindex)
-                log.info("bridge.removed", bridge=link.name, because="a pod that could not be made left it unfinished")
+                log.info("bridge.removed", bridge=link.name, reason="a pod that could not be made left it unfinished")
 
     def withdraw(self) -> Iterator[str]:
         """Delete those that no pod uses."""

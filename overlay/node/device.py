@@ -235,10 +235,10 @@ class DeviceController(Controller):
         old = self._spec.name if self._spec is not None else self._owned.recorded_device()
         ensured = ensure(self._links, spec)
         if ensured.did:
-            log.info("device", device=spec.name, **({"because": ensured.why} if ensured.why else {}), **ensured.did)
+            log.info("device", device=spec.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
         there = self._requests.addresses(self._family)
         if did := ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there):
-            log.info("device.address", device=spec.name, did=", ".join(did))
+            log.info("device.address", device=spec.name, action=", ".join(did))
         if old not in ("", spec.name):
             self._drop(old)
         before = self._tunnel
@@ -284,11 +284,11 @@ class DeviceController(Controller):
         """The device of an earlier VNI, ours since our own file names it, and what belongs to it. Raises OSError."""
         vni = vni_of(name)
         if vni is None:
-            log.warning("file.ignored", path=self._owned.device_file, because=f"{name[:20]!a} is no device of ours")
+            log.warning("file.ignored", path=self._owned.device_file, reason=f"{name[:20]!a} is no device of ours")
             return
         there = self._links.read(name)
         if there is not None and there.kind == "vxlan":
-            log.info("device.removed", device=name, because="the VNI of the network config changed")
+            log.info("device.removed", device=name, reason="the VNI of the network config changed")
             self._links.delete(there.ifindex)
         self._leave(vni)
 

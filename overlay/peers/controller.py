@@ -196,14 +196,14 @@ class PeersController(Controller):
         path, cadence, now = self._path, self._cadence, self._clock()
         if (self._doubt_at is not None and now >= self._doubt_at) or now >= cadence.at:
             self._doubt_at, self._read_whole = None, True
-        if not path.looking():
+        if not path.resyncing():
             if not self._read_whole or self._reading.waits():
                 return False
             self._read_whole = False
             cadence.began()
         began = time.thread_time()
         try:
-            more = path.look(self._current.inputs.links)
+            more = path.resync(self._current.inputs.links)
         except OSError as error:  # the kernel's word, or no descriptor for a socket
             self._read_whole = True
             self._reading.refused()

@@ -83,12 +83,12 @@ class Datapath:
         self.conflicting: dict[RouteKey, Conflict] = {}
         """Routes of others that stand before ours."""
         self._foreign_since: set[RouteKey] = set()
-        """Keys of foreign routes that events spoke of since the look under way began."""
+        """Keys of foreign routes that events spoke of since the resync under way began."""
         self.refusals = refusals if refusals is not None else Refusals()
         self._unplanned: Leases | None = None
         """Records, until there is a plan for them; then the table has all but the one at our own key."""
-        self._look: Generator[None] | None = None
-        """A look through the kernel that is under way."""
+        self._resync: Generator[None] | None = None
+        """A resync that is under way."""
         self._tunnel: Tunnel | None = None
         """As it was when it was looked at last."""
         self._told_mended: Counter[str] = Counter()
@@ -118,7 +118,7 @@ class Datapath:
 
     def _know_nothing(self) -> None:
         assert self.node is not None
-        self.end_look()
+        self.end_resync()
         self.rec.know_nothing(Wanted(self.node, self.table))
         self.dumped = False
 
@@ -312,7 +312,7 @@ class Datapath:
 
     def set_tunnel(self, tunnel: Tunnel) -> bool:
         """The tunnel device as it is now, and what was lost with it meanwhile; whether the kernel is to be read whole,
-        since somebody else made the device, or a look through the kernel was at another."""
+        since somebody else made the device, or a resync was at another."""
         before, self._tunnel = self._tunnel, tunnel
         if before == tunnel:
             return False
@@ -326,9 +326,9 @@ class Datapath:
             self.rec.device_gone = False
             return False
         other = known is None or known.ifindex != tunnel.ifindex
-        again = other and (self.looking() or not made)
+        again = other and (self.resyncing() or not made)
         if other:
-            self.end_look()
+            self.end_resync()
         if (made or down or other) and before is not None:
             self.rec.device_lost(TUNNEL, deleted=made or other)
         self.rec.devices[TUNNEL] = Device(tunnel.ifindex, tunnel.up)
@@ -338,39 +338,39 @@ class Datapath:
 
     # --- found: the whole kernel ---------------------------------------------------------------------------------------
 
-    def look(self, links: Mapping[int, Link]) -> bool:
+    def resync(self, links: Mapping[int, Link]) -> bool:
         """Read routes, neighbours and FDB whole, a slice for each call; whether there is more of it. Raises KernelError."""
-        if self._look is None:
+        if self._resync is None:
             if TUNNEL not in self.rec.devices:
                 return False
-            self._look = self._looking(links)
+            self._resync = self._whole_resync(links)
         try:
-            next(self._look)
+            next(self._resync)
         except StopIteration:
-            self._look = None
+            self._resync = None
             return False
         except BaseException:
-            self.end_look()
+            self.end_resync()
             raise
         return True
 
-    def looking(self) -> bool:
-        """Whether a look through the kernel is under way."""
-        return self._look is not None
+    def resyncing(self) -> bool:
+        """Whether a resync is under way."""
+        return self._resync is not None
 
-    def end_look(self) -> None:
+    def end_resync(self) -> None:
         """Break it off."""
-        if self._look is not None:
-            self._look.close()
-        self._look = None
+        if self._resync is not None:
+            self._resync.close()
+        self._resync = None
 
-    def _looking(self, links: Mapping[int, Link]) -> Generator[None]:
-        resync = Resync(self.rec, self._where)
+    def _whole_resync(self, links: Mapping[int, Link]) -> Generator[None]:
+        reading = Resync(self.rec, self._where)
         self._foreign_since.clear()
-        yield from resync.run()
+        yield from reading.run()
         since = self._foreign_since  # of these the events know better
         before, self.conflicting = self.conflicting, {k: v for k, v in self.conflicting.items() if k in since}
-        for route in resync.foreign:
+        for route in reading.foreign:
             if route.key not in since:
                 self._watch_foreign(route, links, before)
         self.dumped = True

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from lease.model import WIDTH, Lease, Prefix, mac_text, mask
 from lease.records.codec import BadRecord, decode_key, encode_key
-from lease.records.packed import FORM, LENGTH, MAC, MODIFIED, NODE, PLAIN, Leases, number, pack, unpack
+from lease.records.packed import FORM, LENGTH, MAC, MODIFIED, NODE, USUAL, Leases, number, pack, unpack
 from lease.records.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -218,7 +218,7 @@ class PeerTable:
                 self.packed[there] = packed
                 self.by_mac[mac] = there
                 self.lengths[packed[LENGTH]] += 1
-                if packed[FORM] != PLAIN:
+                if packed[FORM] != USUAL:
                     self._numbers[key] = there
             else:
                 disputed[key] = unpack(packed)

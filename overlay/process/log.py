@@ -22,14 +22,14 @@ class _Allowance:
     """The lines of one event that may still be written, and how many were not."""
 
     def __init__(self, now: float) -> None:
-        self.left, self.since, self.unsaid = float(BURST), now, 0
+        self.left, self.since, self.suppressed = float(BURST), now, 0
 
     def take(self, now: float) -> bool:
         """Whether one more may be written."""
         self.left = min(float(BURST), self.left + (now - self.since) / EVERY_S)
         self.since = now
         if self.left < 1:
-            self.unsaid += 1
+            self.suppressed += 1
             return False
         self.left -= 1
         return True
@@ -40,7 +40,7 @@ class Log:
 
     def __init__(self) -> None:
         self._allowances: dict[str, _Allowance] = {}
-        self._any_unsaid = False
+        self._any_suppressed = False
         self._lock = threading.RLock()
         self._threshold = LEVELS["info"]
         self._kept: list[tuple[str, str, dict[str, Any]]] | None = None
@@ -101,24 +101,24 @@ class Log:
         now = time.monotonic()
         allowance = self._allowances.setdefault(event, _Allowance(now))
         if not allowance.take(now):
-            self._any_unsaid = True
+            self._any_suppressed = True
             return False
-        if allowance.unsaid:
-            fields["unsaid_before"], allowance.unsaid = allowance.unsaid, 0
+        if allowance.suppressed:
+            fields["suppressed_before"], allowance.suppressed = allowance.suppressed, 0
         return True
 
     def sum_up(self) -> None:
         """Say how many lines were not written, once those that are like them have ended."""
-        if not self._any_unsaid:
+        if not self._any_suppressed:
             return
         now = time.monotonic()
         with self._lock:
-            waiting = {event: one for event, one in self._allowances.items() if one.unsaid}
+            waiting = {event: one for event, one in self._allowances.items() if one.suppressed}
             for event, one in waiting.items():
                 if now - one.since > EVERY_S * 2:
-                    count, one.unsaid = one.unsaid, 0
-                    self._say("warning", "log.unsaid", {"of": event, "lines": count})
-            self._any_unsaid = any(one.unsaid for one in self._allowances.values())
+                    count, one.suppressed = one.suppressed, 0
+                    self._say("warning", "log.suppressed", {"of": event, "lines": count})
+            self._any_suppressed = any(one.suppressed for one in self._allowances.values())
 
     def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         if self._structlog is None:
@@ -134,7 +134,7 @@ class Log:
             return
         if self._lost:
             with suppress(OSError):
-                self._structlog.warning("log.lost", timestamp=time.time(), lines=self._lost, because=self._why)
+                self._structlog.warning("log.lost", timestamp=time.time(), lines=self._lost, reason=self._why)
                 self._lost = 0
 
 

@@ -36,7 +36,7 @@ class FileThread(threading.Thread):
         """Whether there is a file to look at."""
         return bool(self._files)
 
-    def look(self) -> None:
+    def read_all(self) -> None:
         """Read all of them once."""
         for what, path in self._files.items():
             text = read(path)
@@ -47,4 +47,4 @@ class FileThread(threading.Thread):
     def run(self) -> None:
         waiting = threading.Event()
         while not waiting.wait(LOOK_S):
-            self.look()
+            self.read_all()

@@ -89,7 +89,7 @@ def test_a_frame_from_no_peer_never_reaches_a_pod(world, listener, guarded):
             topology.underlay_name(world.lab), topology.GATEWAY, "192.168.1.2", forged[:4] + b"\0\0\x09\0" + forged[8:]
         )
         counters = agents[0].status()["counters"]
-        assert counters["dropped_from_strangers"] == 1
+        assert counters["dropped_from_unknown_senders"] == 1
         assert counters["dropped_from_pods"] == 0
 
 
@@ -142,7 +142,7 @@ def test_what_somebody_does_to_the_table_is_undone(world):
     for command in (
         f"delete table ip {TABLE}", f"flush set ip {TABLE} vteps", f"flush chain ip {TABLE} input",
         f"insert rule ip {TABLE} input accept", f"delete element ip {TABLE} vteps {{ 192.168.1.3 }}",
-        f"add element ip {TABLE} inside {{ lo }}", f"flush set ip {TABLE} inside",
+        f"add element ip {TABLE} pod_interfaces {{ lo }}", f"flush set ip {TABLE} inside",
     ):  # fmt: skip
         world.run("node1", "nft", command)
         until(
@@ -209,7 +209,7 @@ def test_a_stranger_is_named(world):
         topology.underlay_name(world.lab), topology.GATEWAY, "192.168.1.2",
         frame(first.mac(), "10.244.9.9", "10.244.1.1", b"x"),
     )  # fmt: skip
-    set_ = until("it is remembered", lambda: world.run("node1", "nft", "list", "set", "ip", TABLE, "strangers"))
+    set_ = until("it is remembered", lambda: world.run("node1", "nft", "list", "set", "ip", TABLE, "unknown_senders"))
     assert topology.GATEWAY in set_
     again = world.restart(first).wait_ready()
     until("it is named", lambda: f"from {topology.GATEWAY}" in again.problems().get("unknown senders", ""))

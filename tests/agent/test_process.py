@@ -95,7 +95,7 @@ def test_logs_are_key_value_on_a_terminal_and_json_elsewhere(world):
             if select.select([ours], [], [], 0.2)[0]:
                 seen += os.read(ours, 65536)
         assert b"level=info event=start version=" in seen
-        assert b"event=ready because=ok" in seen
+        assert b"event=ready reason=ok" in seen
     finally:
         running.terminate()
         running.wait(15)

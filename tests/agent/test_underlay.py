@@ -143,7 +143,7 @@ def test_a_change_the_kernel_cannot_make_live_makes_the_device_again_with_its_ma
     with matrix.Wires([source, target]) as wires:
         assert all(cell.ok for cell in wires.all())
     if name == "flannel.1":
-        assert [e for e in agents[0].events("device") if "the kernel cannot change it" in e.get("because", "")], (
+        assert [e for e in agents[0].events("device") if "the kernel cannot change it" in e.get("reason", "")], (
             "it says why"
         )
 

@@ -42,7 +42,7 @@ def refusing_too(plain):
     return asked
 
 netlink.RequestSocket.execute = execute
-for name in ("ask", "dump", "sifted", "_answers"):
+for name in ("ask", "dump", "matched", "_answers"):
     setattr(netlink.RequestSocket, name, refusing_too(getattr(netlink.RequestSocket, name)))
 for name in ("_get", "_read", "_receipts"):
     setattr(netfilter.NetfilterSocket, name, refusing_too(getattr(netfilter.NetfilterSocket, name)))

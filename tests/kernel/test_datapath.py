@@ -48,10 +48,10 @@ class Peers:
         """A whole look; `between` is done after its first slice."""
 
         def run() -> None:
-            more = self.path.look({})
+            more = self.path.resync({})
             between()
             while more:
-                more = self.path.look({})
+                more = self.path.resync({})
 
         self.inside(run)
 
@@ -141,8 +141,8 @@ def test_what_somebody_deletes_during_the_first_look_comes_back(space, inside, d
 
     def after_routes() -> None:
         """The routes' slices first: the neighbours' dump is what shall be under way."""
-        while peers.path.rec.touched is None or not peers.path._look or kind_of(peers) != NEIGHBOURS:
-            peers.path.look({})
+        while peers.path.rec.touched is None or not peers.path._resync or kind_of(peers) != NEIGHBOURS:
+            peers.path.resync({})
         delete()
 
     peers.look(after_routes)
@@ -153,7 +153,7 @@ def test_what_somebody_deletes_during_the_first_look_comes_back(space, inside, d
 
 def kind_of(peers: Peers) -> int | None:
     """Of which table the resync under way reads entries."""
-    frame = peers.path._look.gi_yieldfrom.gi_frame  # type: ignore[union-attr]
+    frame = peers.path._resync.gi_yieldfrom.gi_frame  # type: ignore[union-attr]
     return frame.f_locals.get("table")
 
 

@@ -47,10 +47,10 @@ def test_nft_lists_what_is_meant(inside, sets):
     text = " ".join(inside(lambda: nft("-s", "list", "table", "ip", TABLE.name)).split())
     for words in (
         "set vteps { type ipv4_addr elements = { 192.168.1.2 } }",
-        "set inside { type iface_index }",
-        "set strangers { type ipv4_addr size 64 flags dynamic,timeout timeout 10m }",
-        "type filter hook input priority raw; policy accept; udp dport 8472 iif @inside",
-        'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps counter name "from_strangers" drop comment "VXLAN from no peer"',
+        "set pod_interfaces { type iface_index }",
+        "set unknown_senders { type ipv4_addr size 64 flags dynamic,timeout timeout 10m }",
+        "type filter hook input priority raw; policy accept; udp dport 8472 iif @pod_interfaces",
+        'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps counter name "from_unknown_senders" drop comment "VXLAN from no peer"',
         'udp dport 8472 ip saddr 10.244.0.0/14 ip daddr != 10.244.0.0/14 counter name "from_pods" drop',
     ):
         assert words in text
@@ -65,9 +65,9 @@ def test_every_alteration_of_the_form_is_seen(inside, sets):
         f"add chain ip {name} more", f"delete table ip {name}", f"add set ip {name} more {{ type ipv4_addr; }}",
         f"chain ip {name} input {{ policy drop; }}",
         f"replace rule ip {name} input handle HANDLE udp dport 8472 drop",
-        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif @inside counter name \"from_pods\" accept",
-        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif != @inside counter name \"from_pods\" drop",
-        f"replace rule ip {name} input handle HANDLE udp dport 8473 iif @inside counter name \"from_pods\" drop",
+        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif @pod_interfaces counter name \"from_pods\" accept",
+        f"replace rule ip {name} input handle HANDLE udp dport 8472 iif != @pod_interfaces counter name \"from_pods\" drop",
+        f"replace rule ip {name} input handle HANDLE udp dport 8473 iif @pod_interfaces counter name \"from_pods\" drop",
         f"delete rule ip {name} input handle HANDLE", f"add counter ip {name} more",
         f"add table ip {name} {{ flags dormant; }}", f"delete chain ip {name} input",
     ):  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_refused_transaction_changes_nothing_and_says_why(sets):
         sets.change(TABLE, {"vteps": [b"\1\2\3\4"]}, {})
     sets.replace(TABLE, {"vteps": [b"\1\2\3\4"]})
     with pytest.raises(KernelError, match="ENOENT"):
-        sets.change(TABLE, {"vteps": [b"\1\2\3\5"], "inside": [b"\1\0\0\0"]}, {"vteps": [b"\1\2\3\6"]})
+        sets.change(TABLE, {"vteps": [b"\1\2\3\5"], "pod_interfaces": [b"\1\0\0\0"]}, {"vteps": [b"\1\2\3\6"]})
     assert sets.elements(TABLE, TABLE.sets[1]) == []
     assert sets.elements(TABLE, TABLE.sets[0]) == [b"\1\2\3\4"]
 
@@ -173,7 +173,7 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
     assert made.mended == 1
 
 
-@pytest.mark.parametrize("command", ["flush set ip TABLE inside", "add element ip TABLE inside { 1 }"])
+@pytest.mark.parametrize("command", ["flush set ip TABLE pod_interfaces", "add element ip TABLE pod_interfaces { 1 }"])
 def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, sets, command):
     made.load([])
     made.pods_behind(frozenset({2, 3}))

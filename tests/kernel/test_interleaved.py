@@ -203,12 +203,12 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
 
         @rule()
         def a_slice_of_a_look(self) -> None:
-            inside(lambda: self.path.look({}))
+            inside(lambda: self.path.resync({}))
 
         @rule()
         def a_whole_look(self) -> None:
-            self.path.end_look()  # one under way may have passed what came since
-            while inside(lambda: self.path.look({})):
+            self.path.end_resync()  # one under way may have passed what came since
+            while inside(lambda: self.path.resync({})):
                 pass
             self.unseen = False
 
@@ -239,7 +239,7 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
                 self.listed_again()
             self.guard.ensure(TABLE)
             for _ in range(30):
-                if self.unseen or self.path.looking() or self.path.rec.in_doubt:
+                if self.unseen or self.path.resyncing() or self.path.rec.in_doubt:
                     self.path.rec.in_doubt = False
                     self.a_whole_look()
                 while self.path.apply():

@@ -61,7 +61,7 @@ def test_one_pod_that_cannot_be_asked_keeps_no_other_from_being_bound(made, sets
         made.ensure(TABLE, NETWORK)
     assert addresses(sets) == {(5, 5), (7, 7)}
     pods.ends[6] = end("10.244.1.6")
-    made.look()
+    made.bind()
     assert addresses(sets) == {(5, 5), (6, 6), (7, 7)}
 
 
@@ -71,12 +71,12 @@ def test_another_port_of_the_same_number_inherits_nothing(made, sets, pods):
     made.ensure(TABLE, NETWORK)
     pods.ends[5] = None  # not ready yet
     made.ports([BRIDGE, port(5, 9), port(6, 2)], ["cni0"])
-    made.look()
+    made.bind()
     assert addresses(sets) == {(6, 6)}
     assert [key[0] for key in sets.elements(TABLE, TABLE.sets[0])] == [6], "it is let through until it is known"
     assert [key[4:9] for key in sets.elements(TABLE, TABLE.sets[0])] == [b"veth6"]
     pods.ends[5] = end("10.244.1.99")
-    made.look()
+    made.bind()
     assert addresses(sets) == {(5, 99), (6, 6)}
 
 
@@ -122,7 +122,7 @@ def test_what_is_bound_stays_so_on_another_bridge(made, sets, pods):
     again.ensure(TABLE, NETWORK)
     assert addresses(sets) == {(5, 5)}
     again.ports([BRIDGE, other], ["cni1"])
-    again.look()
+    again.bind()
     assert addresses(sets) == set()
 
 
@@ -132,8 +132,8 @@ def test_a_renamed_port_stays_bound_under_its_new_name(made, sets, pods):
     made.ensure(TABLE, NETWORK)
     pods.ends = {5: end("10.244.1.99")}
     made.ports([BRIDGE, port(5, 1)._replace(name="other")], ["cni0"])
-    assert made.next_look() == 100.0
-    made.look()
+    assert made.next_bind() == 100.0
+    made.bind()
     assert [key[4:].rstrip(b"\0") for key in sets.elements(TABLE, TABLE.sets[0])] == [b"other"]
     assert addresses(sets) == {(5, 5)}
 
@@ -156,21 +156,21 @@ def test_ipv6_is_bound_at_once_and_for_good_a_mac_may_change_once(made, sets, po
     made.ensure(TABLE, NETWORK)  # nobody knows the bridges yet
     assert sets.elements(TABLE, TABLE.sets[0]) == []
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
-    made.look()
+    made.bind()
     assert len(sets.elements(TABLE, TABLE.sets[1])) == 1
     made_of_macs = {(5, "fe80::800:ff:fe00:5"), (5, "fe80::858:aff:fef4:105")}
     bound6 = {(5, "fe80::5"), (5, "2001:db8::5")} | made_of_macs
     assert addresses6(sets) == bound6
     of_its_own = {(5, "0a:00:00:00:00:05"), (5, "0a:58:0a:f4:01:05")}
     assert macs(sets) == of_its_own, "and what an old plugin makes of its address"
-    assert made.next_look() == clock.now + antispoof.SETTLED_S
+    assert made.next_bind() == clock.now + antispoof.SETTLED_S
     clock.now += antispoof.SETTLED_S
     pods.ends[5] = pods.ends[5]._replace(mac=0x0200000000AA, v4=frozenset((1, 2)), v6=v6("fe80::bad", "fe80::5"))
-    made.look()
+    made.bind()
     assert macs(sets) == of_its_own | {(5, "02:00:00:00:00:aa")}
     assert addresses6(sets) == bound6
     assert addresses(sets) == {(5, 5)}
-    assert made.next_look() is None
+    assert made.next_bind() is None
 
 
 def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, clock):
@@ -181,16 +181,16 @@ def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, cloc
     pods.ends[6] = end("10.244.1.6")._replace(mac=5, v6=v6("fe80::5", "fe80::6", gateway))
     pods.ends[7] = end("10.244.1.7")._replace(mac=BRIDGE.mac, v6=frozenset())
     made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"])
-    made.look()
+    made.bind()
     claimed = {item for item in addresses6(sets) if item[1] in ("fe80::5", "fe80::6", gateway)}
     assert claimed == {(5, "fe80::5"), (6, "fe80::6")}
     assert {item for item in macs(sets) if not item[1].startswith("0a:58")} == {(5, "00:00:00:00:00:05")}
-    assert made.next_look() == clock.now + antispoof.SETTLED_S, "7 may make its link-local address yet"
+    assert made.next_bind() == clock.now + antispoof.SETTLED_S, "7 may make its link-local address yet"
     clock.now += antispoof.SETTLED_S
     pods.ends[7] = pods.ends[7]._replace(v6=v6("fe80::5", gateway, "fe80::7", "2001:db8::7"))
-    made.look()
+    made.bind()
     assert {item for item in addresses6(sets) if item[0] == 7} == {(7, "fe80::7"), (7, "fe80::858:aff:fef4:107")}
-    assert made.next_look() is None
+    assert made.next_bind() is None
 
 
 def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
@@ -198,13 +198,13 @@ def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
     pods.ends = {5: end("10.244.1.5")._replace(v4=frozenset()), 6: end("192.168.7.7")}
     made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
     made.ensure(TABLE, NETWORK)
-    assert made.next_look() == clock.now + antispoof.FIRST_LOOKS_S
+    assert made.next_bind() == clock.now + antispoof.FIRST_LOOKS_S
     clock.now += antispoof.HURRIED_S
-    made.look()
-    assert made.next_look() == clock.now + antispoof.LATER_LOOKS_S
+    made.bind()
+    assert made.next_bind() == clock.now + antispoof.LATER_LOOKS_S
     assert sets.elements(TABLE, TABLE.sets[0]) == []
     pods.ends[5] = end("10.244.1.5")
-    made.look()
+    made.bind()
     assert addresses(sets) == {(5, 5)}
 
 
@@ -218,7 +218,7 @@ def test_no_pod_is_bound_to_an_address_of_the_node(made, sets, pods, clock):
         assert addresses(sets) == {(6, 6)}
         assert sorted(key[0] for key in sets.elements(TABLE, TABLE.sets[0])) == [5, 6], "and it is bound"
         clock.now += antispoof.LATER_LOOKS_S
-        made.look()
+        made.bind()
 
 
 def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, clock):
@@ -229,5 +229,5 @@ def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, cl
     again = AntiSpoof(sets, pods, clock)
     again.ensure(TABLE, NETWORK)
     again.ports([BRIDGE, port(5, 1)], ["cni0"])
-    again.look()
+    again.bind()
     assert addresses(sets) == {(5, 5)}

@@ -69,13 +69,13 @@ class Claims:
 
     def __init__(self) -> None:
         self.claims: list[Any] = []
-        self.looks = 0
+        self.rechecks = 0
 
     def claim(self, claim: Any, snapshot: Any = None) -> None:
         self.claims.append((claim, snapshot))
 
-    def look(self) -> None:
-        self.looks += 1
+    def recheck(self) -> None:
+        self.rechecks += 1
 
 
 class Bench:
@@ -434,9 +434,9 @@ def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
     assert controller.status()["unreadable_records"] == {peer.key: "JSON"}
     assert list(bench.path.table.accepted()) == []
     assert "no network config" in bench.problems()["config"]
-    assert bench.claims.looks == 0
+    assert bench.claims.rechecks == 0
     bench.tell(controller, Changes(3, (Gone(own.key),)))
-    assert bench.claims.looks == 1, "our own record is the tenure's to put back"
+    assert bench.claims.rechecks == 1, "our own record is the tenure's to put back"
 
 
 def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
@@ -502,10 +502,10 @@ def test_rivals_are_looked_at_where_they_are_older(bench):
     controller = bench.ownership()
     controller.held = bench.current.inputs.own._replace(created=10)
     younger, older = (lease("10.244.2.0/24", "192.168.1.9", created=created) for created in (11, 9))
-    controller.look_at_rival(younger)
-    assert bench.claims.looks == 0
-    controller.look_at_rival(older)
-    assert bench.claims.looks == 1
+    controller.check_rival(younger)
+    assert bench.claims.rechecks == 0
+    controller.check_rival(older)
+    assert bench.claims.rechecks == 1
 
 
 def test_files_of_an_operator_change_the_inputs_or_are_told(bench):
@@ -558,7 +558,7 @@ def test_peers_are_in_order_when_the_kernel_was_read_and_nothing_differs(bench, 
         bench.path.dumped = True
         return False
 
-    monkeypatch.setattr(bench.path, "look", read)
+    monkeypatch.setattr(bench.path, "resync", read)
     bench.reconcile(controller)
     assert (bench.problems()["dump"], controller.unready()) == ("reading: refused", "for the kernel to be read")
     bench.reconcile(controller)

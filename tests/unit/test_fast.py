@@ -113,14 +113,14 @@ ODD = [
 
 
 @given(st.lists(st.tuples(PEERS, st.sampled_from([{}, {}, *ODD])), max_size=12), st.sets(st.integers(0, 11)))
-def test_a_dump_is_sifted_as_the_plain_way_says(entries, strangers):
+def test_a_dump_is_matched_as_the_plain_way_says(entries, unknown):
     """Every message is either an entry that is exactly as it should be, or is handed on."""
     known = {}
     for place, (lease, _) in enumerate(entries):
         clash = any(
             other.v4.subnet.base == lease.v4.subnet.base or other.v4.mac == lease.v4.mac for other in known.values()
         )
-        if place not in strangers and not clash:
+        if place not in unknown and not clash:
             known[number(lease.v4.subnet)] = lease
     it = matcher(*known.values()) if known else fast.DumpMatcher({}, {}, (), NETWORK.base, OIF)
     for kind, sift in enumerate((it.routes, it.neighbours, it.fdb)):

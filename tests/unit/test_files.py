@@ -187,7 +187,7 @@ def test_a_log_that_cannot_be_written_ends_nobody():
     said = [json.loads(line) for line in done.stdout.splitlines() if line]
     assert [line["event"] for line in said[-2:]] == ["third", "log.lost"]
     assert said[-1]["lines"] == 2
-    assert "No space left" in said[-1]["because"]
+    assert "No space left" in said[-1]["reason"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nothing", "file"])
@@ -225,12 +225,12 @@ def test_a_storm_of_one_line_is_summed_up(monkeypatch):
     assert len(said) == module.BURST + 1
     now[0] += module.EVERY_S
     log.info("storm", number=1000)
-    assert said[-1][1] == {"number": 1000, "unsaid_before": 980, "timestamp": said[-1][1]["timestamp"]}
+    assert said[-1][1] == {"number": 1000, "suppressed_before": 980, "timestamp": said[-1][1]["timestamp"]}
     log.info("storm", number=1001)
     log.sum_up()
     assert said[-1][1]["number"] == 1000, "it may go on"
     now[0] += module.EVERY_S * 3
     log.sum_up()
-    assert (said[-1][0], said[-1][1]["of"], said[-1][1]["lines"]) == ("log.unsaid", "storm", 1)
+    assert (said[-1][0], said[-1][1]["of"], said[-1][1]["lines"]) == ("log.suppressed", "storm", 1)
     log.sum_up()
     assert len(said) == module.BURST + 3

@@ -193,7 +193,7 @@ def test_any_file_of_others(tmp_path_factory, data):
 
 def test_metrics_count_what_is_refused():
     sections = {"unreadable_records": {"a": "bad"}, "refused_records": {"b": "bad"}}
-    status = Status("1", "node1", 1.0, True, {}, sections, {"dropped_from_strangers": 3})
+    status = Status("1", "node1", 1.0, True, {}, sections, {"dropped_from_unknown_senders": 3})
     text = exposition(status)
     assert "overlay_refused_records 2\n" in text
-    assert "overlay_dropped_from_strangers_total 3\n" in text
+    assert "overlay_dropped_from_unknown_senders_total 3\n" in text
