@@ -142,7 +142,7 @@ def test_what_somebody_does_to_the_table_is_undone(world):
     for command in (
         f"delete table ip {TABLE}", f"flush set ip {TABLE} vteps", f"flush chain ip {TABLE} input",
         f"insert rule ip {TABLE} input accept", f"delete element ip {TABLE} vteps {{ 192.168.1.3 }}",
-        f"add element ip {TABLE} pod_interfaces {{ lo }}", f"flush set ip {TABLE} inside",
+        f"add element ip {TABLE} pod_interfaces {{ lo }}", f"flush set ip {TABLE} pod_interfaces",
     ):  # fmt: skip
         world.run("node1", "nft", command)
         until(

@@ -61,7 +61,7 @@ def inside(space) -> Callable[[Callable[[], Any]], Any]:
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

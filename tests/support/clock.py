@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class Clock:
-    """Seconds, from 0."""
+    """Seconds."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
 
     def __call__(self) -> float:
         return self.now
