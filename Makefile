@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle clean
+.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer clean
 
 setup: $(STAMP)
 
@@ -69,6 +69,9 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 		--extra cli --extra lab --extra dev --custom-compile-command "make lock" -o .ci/requirements.txt pyproject.toml
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade --no-annotate \
 		--extra cli --extra build -c .ci/requirements.txt --custom-compile-command "make lock" -o .ci/runtime.txt pyproject.toml
+
+reference: setup ## docs/reference.md's table of flags, from the flags themselves
+	$(PY) -m overlay.cli.reference docs/reference.md
 
 image: ## BASE=... for another Debian base
 	docker build $(if $(BASE),--build-arg BASE=$(BASE)) -t overlayd .

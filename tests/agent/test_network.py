@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
+from pathlib import Path
 
 import pytest
 
 from lease.model import mac_number, prefix
+from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.lab import matrix, netns, pods
 from tests.support.wait import until
 from tests.support.world import ROOT, made_up_peer, number
@@ -356,3 +359,34 @@ def test_records_of_both_families_beside_those_of_one(world):
     assert world.peers("node1") == 3
     world.config()
     until("it is solved", lambda: "config" not in one.problems())
+
+
+def _names(value: object, at: str = "") -> set[str]:
+    """The names in a status, of the objects in its lists too."""
+    if isinstance(value, list):
+        return set().union(*(_names(item, at) for item in value)) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    return {name for name in value} | set().union(*(_names(item, name) for name, item in value.items()))
+
+
+def test_the_reference_names_all_that_status_and_metrics_say(world):
+    one, two = (world.agent(world.node(number), f"--node-name=node{number}") for number in (1, 2))
+    one.wait_ready()
+    two.wait_ready()
+    world.put_record("10.244.250.0-24", "x")
+    until("a peer and a refused record", lambda: world.peers("node1") == 1 and one.refused_records())
+    world.run("node1", "ip", "route", "add", "blackhole", f"{two.subnet()!s}")
+    until("a conflicting route", lambda: one.status()["conflicting_routes"])
+    page = (Path(__file__).parents[2] / "docs/reference.md").read_text()
+    status = one.status()
+    assert status["schema"] == 1
+    assert status["node_name"] == "node1"
+    said = {word for cell in re.findall(r"`([a-z0-9_.\[\]]+)`", page) for word in re.findall(r"[a-z0-9_]+", cell)}
+    assert _names(status) - said == set()
+    metrics = ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
+    told = {name.removeprefix("overlay_").removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", metrics, re.M)}
+    assert {name for name in told if name not in said and f"overlay_{name}" not in said} == set()
+    for problem in status["problems"]:
+        assert set(problem) == {"subject", "text", "since", "keeps_unready"}
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", problem["since"])
