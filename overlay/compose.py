@@ -79,7 +79,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     requests, sets, links = RequestSocket(), NetfilterSocket(), Links(V4)
     current, health, owned = CurrentInputs(settings), Health(clock), Owned(settings)
     rng, refusals = random.Random(), Refusals()  # noqa: S311 (spreads load, guards nothing)
-    guard = Guard(sets, clock)
+    guard = Guard(V4, sets, clock)
     path = Datapath(V4, requests, clock, rng, refusals, (guard,))
 
     guarding = GuardController(V4, guard, sets, owned, health, clock)

@@ -103,7 +103,7 @@ class GuardController(_TableController):
             return Waiting("for a lease")
         backend = inputs.config.backend
         inside = interfaces_within(pool.network, inputs.addresses.values(), under)
-        return _GuardWants(guard.table(backend.vni, backend.port, pool.network), inside)
+        return _GuardWants(guard.table(self._family, backend.vni, backend.port, pool.network), inside)
 
     def reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""

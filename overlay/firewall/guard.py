@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 
+from lease.families import V4, Family
 from lease.model import Lease, Prefix, ip_text, mask
 from lease.records.packed import FORM, NODE, PUBLIC_IP, unpack
 from overlay.firewall.nat import TABLE_PREFIX
@@ -39,7 +40,7 @@ def table_name(vni: int) -> str:
     return f"{TABLE_PREFIX}{vni}{SUFFIX}"
 
 
-def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
+def table(family: Family, vni: int, port: int, network: Prefix) -> nf_wire.Table:
     """The form of the table.
 
     A frame is told by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
@@ -51,20 +52,21 @@ def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
         nf_wire.load("transport", 2, 2), nf_wire.equal(port.to_bytes(2, "big")),
     )  # fmt: skip
     from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
-    from_network = (*_within("network", 12, network), nf_wire.equal(network.base.to_bytes(4, "big")))
-    beyond = (*_within("network", 16, network), nf_wire.differ(network.base.to_bytes(4, "big")))
+    base, size = family.packed(network.base), family.size
+    from_network = (*_within(family, family.source_at, network), nf_wire.equal(base))
+    beyond = (*_within(family, family.destination_at, network), nf_wire.differ(base))
     stranger = (
         *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(vni.to_bytes(3, "big")),
-        nf_wire.load("network", 12, 4), nf_wire.absent_from(VTEPS),
+        nf_wire.load("network", family.source_at, size), nf_wire.absent_from(VTEPS),
     )  # fmt: skip
     pods = nf_wire.count(FROM_PODS)
     return nf_wire.Table(
-        "ip",
+        family.nft,
         table_name(vni),
         (
-            nf_wire.Set(VTEPS, nf_wire.IPV4_ADDR, 4),
+            nf_wire.Set(VTEPS, nf_wire.ADDRESS[family.number], size),
             nf_wire.Set(POD_INTERFACES, nf_wire.IFACE_INDEX, 4),
-            nf_wire.Set(UNKNOWN_SENDERS, nf_wire.IPV4_ADDR, 4, UNKNOWN_S, MOST_UNKNOWN),
+            nf_wire.Set(UNKNOWN_SENDERS, nf_wire.ADDRESS[family.number], size, UNKNOWN_S, MOST_UNKNOWN),
         ),
         (FROM_UNKNOWN, FROM_PODS),
         (
@@ -84,15 +86,18 @@ def table(vni: int, port: int, network: Prefix) -> nf_wire.Table:
     )  # fmt: skip
 
 
-def _within(base: str, offset: int, network: Prefix) -> tuple[bytes, bytes]:
-    return nf_wire.load(base, offset, 4), nf_wire.masked(mask(4, network.length).to_bytes(4, "big"))
+def _within(family: Family, offset: int, network: Prefix) -> tuple[bytes, bytes]:
+    return (
+        nf_wire.load("network", offset, family.size),
+        nf_wire.masked(family.packed(mask(family.number, network.length))),
+    )
 
 
 class Guard:
     """The table of this node's network."""
 
-    def __init__(self, sets: NetfilterSocket, clock: Callable[[], float]) -> None:
-        self._socket, self._clock = sets, clock
+    def __init__(self, family: Family, sets: NetfilterSocket, clock: Callable[[], float]) -> None:
+        self._family, self._socket, self._clock = family, sets, clock
         self._table: nf_wire.Table | None = None
         """What stands, or should stand; None until the network is known."""
         self._uses: dict[int, int] = {}
@@ -120,7 +125,7 @@ class Guard:
         before, self._uses = self._uses, {}
         uses = self._uses
         for each in packed:
-            if each[FORM] <= NODE:
+            if self._family is V4 and each[FORM] <= NODE:
                 address = int.from_bytes(each[PUBLIC_IP], "big")
                 uses[address] = uses.get(address, 0) + 1
             else:
@@ -133,9 +138,10 @@ class Guard:
         """A peer came, changed or went."""
         if now is not None:
             self._use(now)
-        if was is None or was.v4 is None:
+        end = was.endpoint(self._family.number) if was is not None else None
+        if end is None:
             return
-        for address in was.v4.outer_sources():
+        for address in end.outer_sources():
             left = self._uses.get(address, 0) - 1
             if left > 0:
                 self._uses[address] = left
@@ -147,8 +153,10 @@ class Guard:
         self._leaving[address] = self._clock() + GRACE_S
 
     def _use(self, lease: Lease) -> None:
-        assert lease.v4 is not None
-        for address in lease.v4.outer_sources():
+        end = lease.endpoint(self._family.number)
+        if end is None:
+            return
+        for address in end.outer_sources():
             self._uses[address] = self._uses.get(address, 0) + 1
             if address not in self._there:
                 self._new.add(address)
@@ -171,7 +179,7 @@ class Guard:
             self._socket.remove(before.family, before.name)
         if not self._socket.is_formed(wanted):
             let_in, inside = self._let_in(), self._inside or frozenset()
-            self._socket.replace(wanted, {VTEPS: _keys(let_in), POD_INTERFACES: _numbers(inside)})
+            self._socket.replace(wanted, {VTEPS: self._keys(let_in), POD_INTERFACES: _numbers(inside)})
             self._table, self._there, self._inside_there = wanted, let_in, inside
             self._new.clear()
             if before == wanted:
@@ -264,7 +272,7 @@ class Guard:
         take = [address for address in gone if address in self._there and address not in self._uses]
         add = [address for address in self._new if address in self._uses and address not in self._there]
         if add or take:  # with work in proportion to these alone
-            self._socket.change(table, {VTEPS: _keys(add)}, {VTEPS: _keys(take)})
+            self._socket.change(table, {VTEPS: self._keys(add)}, {VTEPS: self._keys(take)})
             self._there.update(add)
             self._there.difference_update(take)
             if self._check is not None:
@@ -280,6 +288,9 @@ class Guard:
     def next_change(self) -> float | None:
         """When an address leaves, None: none does."""
         return next(iter(self._leaving.values()), None)
+
+    def _keys(self, addresses: Iterable[int]) -> list[bytes]:
+        return [self._family.packed(address) for address in addresses]
 
     def _let_in(self) -> set[int]:
         now = self._clock()
@@ -298,11 +309,7 @@ class Guard:
             return []
         keys = self._socket.elements(self._table, self._table.sets[2])
         senders = [int.from_bytes(key, "big") for key in sorted(keys)]
-        return [ip_text(4, address) for address in senders if address not in self._uses]
-
-
-def _keys(addresses: Iterable[int]) -> list[bytes]:
-    return [address.to_bytes(4, "big") for address in addresses]
+        return [ip_text(self._family.number, address) for address in senders if address not in self._uses]
 
 
 def _numbers(indexes: Iterable[int]) -> list[bytes]:

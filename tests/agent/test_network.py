@@ -367,7 +367,7 @@ def _names(value: object, at: str = "") -> set[str]:
         return set().union(*(_names(item, at) for item in value)) if value else set()
     if not isinstance(value, dict):
         return set()
-    return {name for name in value} | set().union(*(_names(item, name) for name, item in value.items()))
+    return set(value) | set().union(*(_names(item, name) for name, item in value.items()))
 
 
 def test_the_reference_names_all_that_status_and_metrics_say(world):
@@ -385,7 +385,9 @@ def test_the_reference_names_all_that_status_and_metrics_say(world):
     said = {word for cell in re.findall(r"`([a-z0-9_.\[\]]+)`", page) for word in re.findall(r"[a-z0-9_]+", cell)}
     assert _names(status) - said == set()
     metrics = ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
-    told = {name.removeprefix("overlay_").removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", metrics, re.M)}
+    told = {
+        name.removeprefix("overlay_").removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", metrics, re.M)
+    }
     assert {name for name in told if name not in said and f"overlay_{name}" not in said} == set()
     for problem in status["problems"]:
         assert set(problem) == {"subject", "text", "since", "keeps_unready"}

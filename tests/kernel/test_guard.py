@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from lease.families import V4
 from lease.model import Endpoint, Lease, ip_number, prefix
 from lease.records.packed import pack
 from overlay.firewall import guard
@@ -17,7 +18,7 @@ from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.route import wire
 
 NETWORK = prefix("10.244.0.0/14")
-TABLE = guard.table(7, 8472, NETWORK)
+TABLE = guard.table(V4, 7, 8472, NETWORK)
 
 
 def nft(*words: str) -> str:
@@ -39,7 +40,7 @@ def peer(number: int, public_ip: str, source: int = 0) -> Lease:
 
 @pytest.fixture
 def made(sets, clock) -> Guard:
-    return Guard(sets, clock)
+    return Guard(V4, sets, clock)
 
 
 def test_nft_lists_what_is_meant(inside, sets):
@@ -148,7 +149,7 @@ def test_a_new_agent_gives_time_to_what_it_finds_and_writes_nothing(inside, made
     one, two = peer(1, "192.168.1.2"), peer(2, "192.168.1.3")
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
-    again = Guard(sets, clock)
+    again = Guard(V4, sets, clock)
     again.load([pack(one)])
     before = inside(lambda: nft("-a", "list", "table", "ip", TABLE.name))
     again.ensure(TABLE)
@@ -195,7 +196,7 @@ def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made,
 def test_another_vni_takes_the_table_of_the_first_away(inside, made):
     made.load([pack(peer(1, "192.168.1.2"))])
     made.ensure(TABLE)
-    made.ensure(guard.table(8, 8472, NETWORK))
+    made.ensure(guard.table(V4, 8, 8472, NETWORK))
     assert "overlay-8-guard" in inside(lambda: nft("list", "tables"))
     assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
     made.ensure(TABLE)

@@ -118,7 +118,7 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
 
         def begin(self) -> None:
             """An agent starts, and has its first list."""
-            self.guard = Guard(sets, self.clock)
+            self.guard = Guard(V4, sets, self.clock)
             self.path = Datapath(V4, self.socket, self.clock, self.rng, None, (self.guard,))  # type: ignore[arg-type]
             self.device = TunnelNews()
             self.path.plan(NODE, "", Leases.of(self.records.values()))

@@ -153,7 +153,7 @@ class Bench:
         )
 
     def guard(self) -> GuardController:
-        made = Guard(self.kernel, self.clock)
+        made = Guard(V4, self.kernel, self.clock)
         return GuardController(V4, made, self.kernel, self.owned, self.health, self.clock)
 
     def pods(self) -> PodsController:

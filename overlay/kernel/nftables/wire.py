@@ -13,9 +13,10 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from lease.families import V4, V6
 from overlay.kernel.route import wire
 
-FAMILY = {"ip": 2, "bridge": 7}
+FAMILY = {"ip": V4.nft_number, "ip6": V6.nft_number, "bridge": 7}
 _SUBSYSTEM, _BATCH_BEGIN, _BATCH_END = 10, 0x10, 0x11
 (
     NEWTABLE, GETTABLE, DELTABLE, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE, NEWSET, GETSET, DELSET,
@@ -30,6 +31,7 @@ _BASES = {"ether": 0, "network": 1, "transport": 2}
 META_L4PROTO, META_IIF, META_IIFNAME, META_PROTOCOL = 16, 4, 6, 1
 IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_INDEX, IFACE_NAME = 7, 8, 9, 20, 41
 """nft's own numbers of key types (include/datatype.h); a concatenation has them shifted by six bits each."""
+ADDRESS = {V4.number: IPV4_ADDR, V6.number: IPV6_ADDR}
 IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER, IFACE_AND_NAME = (
     IFACE_INDEX << 6 | kind for kind in (IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_NAME)
 )
