@@ -205,7 +205,7 @@ def device(it: Standing) -> None:
         time.sleep(2.0)
 
 
-OFTEN = "import overlay.agent.loop as agent\nagent.FULL_CHECK_S, agent.LOOK_SHARE = 0.2, 1"
+OFTEN = "import overlay.control.schedule as schedule\nschedule.RECHECK_S, schedule.CHECK_SHARE = 0.2, 1"
 """Reads the kernel whole all the time, at half of what a core can."""
 
 
