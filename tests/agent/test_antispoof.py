@@ -219,7 +219,7 @@ def test_pods_that_come_and_go_also_while_no_agent_runs(world, ports):
     until("its port is forgotten", lambda: len(bound(world, "node1", "addresses")) == 1)
     world.pod(agent, "next")
     until("and the next is bound", lambda: len(bound(world, "node1")) == 2)
-    time.sleep(1)
+    world.settled(agent)
     assert agent.problems() == {}
     assert not agent.events("pods.mended")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 
 import pytest
 
@@ -151,7 +150,7 @@ def test_what_somebody_does_to_the_table_is_undone(world):
         )
     assert first.status()["counters"]["mended_guard"] >= 5
     world.run("node1", "nft", f"add element ip {TABLE} vteps {{ 192.168.1.99 }}")
-    time.sleep(1)
+    world.settled(first)
     assert "192.168.1.99" in addresses(world, "node1"), "one too many is given its time"
 
 

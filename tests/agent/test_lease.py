@@ -31,9 +31,10 @@ def test_a_missing_config_is_waited_for_with_one_line(bare_world):
     told = until("it says so", lambda: [e for e in agent.events("problem") if e["subject"] == "config"])
     assert "no network config at" in told[0]["what"]
     assert f"{ROOT}/config" in told[0]["what"]
-    time.sleep(3)
+    for _ in range(3):
+        world.settled(agent)
     assert len([e for e in agent.events("problem") if e["subject"] == "config"]) == 1
-    assert world.records() == {}
+    until("nothing of ours is written", lambda: world.records() == {})
     world.config()
     agent.wait_ready()
 
@@ -486,8 +487,9 @@ def test_garbage_beside_our_record_costs_no_storm(world):
     world.put_record(f"{key}x", "junk")
     revision = world.etcd.delete(f"{ROOT}/subnets/{key}")
     until("another subnet", lambda: str(one.subnet()).replace("/", "-") != key)
-    time.sleep(2)
-    assert world.etcd.revision() - revision < 10, "a handful of writes, no storm"
+    for _ in range(3):
+        world.settled(one)
+    assert world.etcd.revision() - revision < 10 + 6, "a handful of writes, no storm (six are the test's own)"
 
 
 def test_an_endless_writer_against_us_is_answered_once_a_second_at_most(world):

@@ -1,10 +1,13 @@
 """Whatever happens to etcd, the Feed ends up with what etcd says: no event lost, no busy loop."""
 
+import json
 import shutil
 import signal
 import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -114,16 +117,41 @@ def test_killed_and_changed_while_away(etcd, follow):
     follows(follower, etcd)
 
 
-def test_away_costs_next_to_nothing(etcd, follow):
-    """Tries while etcd is away are few: counted, with backoff up to 15 s."""
-    follower = follow(etcd.endpoint)
-    follows(follower, etcd)
-    etcd.kill()
-    time.sleep(6)
-    assert 1 <= follower.count(StoreDown) <= 9
-    etcd.start()
-    put(etcd, 4)
-    follows(follower, etcd)
+class Turned:
+    """In place of a Feed's Event: notes how long it would wait, and ends after so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.waits: list[float] = []
+        self._times = times
+
+    def is_set(self) -> bool:
+        return len(self.waits) >= self._times
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        return self.is_set()
+
+
+class Away:
+    """A store that never answers."""
+
+    def read(self):
+        raise StoreUnavailable("away")
+
+    def watch(self, after: int):
+        raise AssertionError(f"never listed, but watched after {after}")
+
+
+def test_away_costs_next_to_nothing():
+    """Tries while the store is away are few: back-off up to 15 s, and one event each."""
+    posted: list[object] = []
+    feed = Feed(Away(), posted.append)
+    feed._ending = turned = Turned(12)  # type: ignore[assignment]
+    feed.run()
+    assert posted == [StoreDown("away")] * 12
+    for number, wait in enumerate(turned.waits, 1):
+        assert backoff_s(number, 0.5) <= wait <= backoff_s(number, 1.0)
+    assert sum(turned.waits[-3:]) > 3 * 0.5 * 15 - 0.1
 
 
 def test_frozen_is_noticed_within_15_seconds_and_survived(etcd, follow):
@@ -149,10 +177,15 @@ def test_frozen_from_the_start(etcd, follow):
     follows(follower, etcd)
 
 
-def test_a_watch_that_is_quiet_is_not_given_up(etcd, follow):
+def test_a_watch_that_is_quiet_is_not_given_up(etcd, follow, monkeypatch):
+    """It is asked for its progress, and the answer counts as life."""
+    monkeypatch.setattr(etcd_client, "PROBE_AFTER_S", 0.2)
+    probes: list[int] = []
+    real = etcd_client.WatchStream._probe
+    monkeypatch.setattr(etcd_client.WatchStream, "_probe", lambda self: probes.append(1) or real(self))
     follower = follow(etcd.endpoint)
     follows(follower, etcd)
-    time.sleep(14)
+    until("it was asked again and again", lambda: len(probes) > 8)
     assert follower.count(Snapshot) == 1
     assert follower.count(StoreDown) == 0
 
@@ -272,16 +305,35 @@ def test_user_and_password_without_tls_and_tokens_that_end(tmp_path, follow, ope
             open_store(etcd.endpoint, username="root", password="wrong").read()
         store = open_store(etcd.endpoint, username="root", password="secret")
         assert len(store.read().leases) == 1
-        time.sleep(4)
+        token_ends(etcd)
         made = store.create(decoded(2), 100)
         assert store.keep_alive(made).left_s
         follower = follow(etcd.endpoint, username="root", password="secret")
         until("a record comes by the watch", lambda: len(follower.view) == 2)
-        time.sleep(4)
+        token_ends(etcd)
         store.create(decoded(3), 100)
         until("and another after the token ended", lambda: len(follower.view) == 3)
     finally:
         etcd.close()
+
+
+def token_ends(etcd: Etcd) -> None:
+    """Wait until a token of now is one of before: those that were made earlier are, too."""
+    token = etcd.ask("/v3/auth/authenticate", {"name": "root", "password": "secret"})["token"]
+
+    def refused() -> bool:
+        request = urllib.request.Request(
+            f"{etcd.endpoint}/v3/kv/range", json.dumps({"key": "YQ=="}).encode(), {"Authorization": token}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return False
+        except urllib.error.HTTPError as error:
+            with error:
+                return True
+
+    # each use of a token prolongs it: asked seldom
+    until("the token has ended", refused, 20, 2.5)
 
 
 def decoded(n: int) -> Lease:
@@ -388,6 +440,14 @@ def test_a_proxy_that_answers_no_probe_is_asked_otherwise(etcd, follow, tmp_path
     """etcd's grpc-proxy: its watches are good ones, though a progress request is never answered."""
     monkeypatch.setattr(etcd_client, "PROBE_AFTER_S", 0.4)
     monkeypatch.setattr(etcd_client, "PROBE_ANSWER_S", 0.4)
+    monkeypatch.setattr(etcd_client, "FIRST_ANSWER_S", 0.4)
+    asked: list[int] = []
+    real = etcd_client.WatchStream.__init__
+
+    def counting(self, watch, call, where, ask) -> None:
+        real(self, watch, call, where, lambda: asked.append(1) or ask())
+
+    monkeypatch.setattr(etcd_client.WatchStream, "__init__", counting)
     port = free_port()
     proxy = subprocess.Popen(
         [etcd_binary(), "grpc-proxy", "start", f"--endpoints={etcd.endpoint}", f"--listen-addr=127.0.0.1:{port}",
@@ -399,7 +459,7 @@ def test_a_proxy_that_answers_no_probe_is_asked_otherwise(etcd, follow, tmp_path
         follower = follow(f"http://127.0.0.1:{port}")
         until("listed by the proxy", lambda: follower.count(Snapshot))
         downs = follower.count(StoreDown)
-        time.sleep(4.0)
+        until("it was asked otherwise, again and again", lambda: len(asked) >= 3)
         assert follower.count(StoreDown) == downs, "silence is no fault"
         put(etcd, 5)
         until("told", lambda: "10.244.5.0-24" in follower.view)

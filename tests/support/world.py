@@ -137,6 +137,7 @@ class World:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.agents: list[Agent] = []
+        self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         topology.make_underlay(self.lab)
@@ -186,6 +187,15 @@ class World:
         if agent.process.poll() is None:
             agent.stop()
         return self.agent(agent.node, f"--node-name={agent.node}", *flags, run_dir=agent.run_dir.name)
+
+    def settled(self, agent: Agent) -> None:
+        """Wait until the agent's loop has taken in all that was told before now, and made a pass: a record that comes now is
+        seen after that."""
+        self._marks += 1
+        key = f"mark-{self._marks}"
+        self.put_record(key, "x")
+        until("a record that came last is seen", lambda: key in agent.refused_records())
+        self.etcd.delete(f"{ROOT}/subnets/{key}")
 
     # --- the kernel of a node
     def inside(self, node: str, act: Callable[[], T]) -> T:

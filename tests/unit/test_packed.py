@@ -122,8 +122,9 @@ def test_values_of_every_form(old, new):
 
 
 @given(st.binary(max_size=40), st.binary(max_size=200))
-def test_no_bytes_hurt_it(key, value):
-    decode(key, value, 1, 2, 3)
+def test_any_bytes_are_read_as_the_plain_reader_reads_them_or_left_to_it(key, value):
+    found = decode(key, value, 1, 2, 3)
+    assert found is None or unpack(found) == decode_lease(key.decode(), value, 1, 2, 3)
 
 
 def test_what_is_asked_of_all():

@@ -88,7 +88,7 @@ GOOD = lease("10.244.9.0/24", "192.168.1.9")
         pytest.param(lease("10.244.9.0/24", "255.255.255.255"), "cannot be a node's", id="broadcast"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.255"), "broadcast address of", id="the underlay's broadcast"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.0"), "broadcast address of", id="the underlay's base"),
-        pytest.param(lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:02"), "VtepMAC", id="our MAC"),
+        pytest.param(lease("10.244.9.0/24", "192.168.1.9", "0a:00:00:00:00:02"), "VtepMAC 0a:00:00:00:00:02 is our own", id="our MAC"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", vni=42), "VNI 42", id="another VNI"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend="host-gw"), "host-gw", id="another backend"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend=""), "BackendType", id="udp's record without a type"),
