@@ -15,9 +15,10 @@ Belongs to the agent's owner thread.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from lease.families import FAMILIES, V4, V6, Family
 from lease.model import Prefix, ip_text
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.netlink import KernelError, RequestSocket
@@ -28,7 +29,21 @@ from overlay.kernel.route.entries import Link, PodEnd
 from overlay.process.log import log
 
 SUFFIX = "-pods"
-PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6 = "ports", "ports6", "macs", "addresses", "addresses6"
+MACS = "macs"
+
+
+class _Sets(NamedTuple):
+    """The sets of a family. ports: those that are bound in it; addresses: with the port."""
+
+    ports: str
+    addresses: str
+    key: int
+
+
+SETS = {
+    4: _Sets("ports", "addresses", nf_wire.IFACE_AND_IPV4),
+    6: _Sets("ports6", "addresses6", nf_wire.IFACE_AND_IPV6),
+}
 ENDS = "ends"
 """No rule asks it: the MACs of the node's ends, to tell whose bindings those are."""
 SPOOFED = "spoofed"
@@ -57,7 +72,7 @@ def table_name(vni: int) -> str:
 def table(vni: int) -> nf_wire.Table:
     """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
     port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
-    bound, bound6 = (*port, nf_wire.found_in(PORTS)), (*port, nf_wire.found_in(PORTS6))
+    bound, bound6 = ((*port, nf_wire.found_in(SETS[number].ports)) for number in (4, 6))
     icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
     drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
 
@@ -69,20 +84,21 @@ def table(vni: int) -> nf_wire.Table:
 
     rules: list[tuple[str, tuple[bytes, ...]]] = [
         ("a MAC of another", (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
-        ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(load("network", 12, 4, True), ADDRESSES))),
+        ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(_source(V4), SETS[4].addresses))),
         (
             "ARP for another's address",  # a probe has none (RFC 5227)
             (*bound, *kind(_ARP), load("network", 14, 4), nf_wire.differ(bytes(4)),
-             *not_its_own(load("network", 14, 4, True), ADDRESSES)),
+             *not_its_own(load("network", 14, 4, True), SETS[4].addresses)),
         ),
         (
             "an IPv6 source of another",  # one that looks whether an address is free has none yet
-            (*bound6, *kind(_IPV6), load("network", 8, 16), nf_wire.differ(_NOWHERE),
-             *not_its_own(load("network", 8, 16, True), ADDRESSES6)),
+            (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), nf_wire.differ(_NOWHERE),
+             *not_its_own(_source(V6), SETS[6].addresses)),
         ),
         (
             "a neighbour advertisement for another's address",
-            (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT), *not_its_own(load("transport", 8, 16, True), ADDRESSES6)),
+            (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT),
+             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
         ),
         ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
         ("a redirect", (*bound, *kind(_IPV6), *icmpv6, equal(_REDIRECT))),
@@ -93,11 +109,9 @@ def table(vni: int) -> nf_wire.Table:
         "bridge",
         table_name(vni),
         (
-            nf_wire.Set(PORTS, nf_wire.IFACE_AND_NAME, 20),
-            nf_wire.Set(PORTS6, nf_wire.IFACE_AND_NAME, 20),
+            *(nf_wire.Set(each.ports, nf_wire.IFACE_AND_NAME, 20) for each in SETS.values()),
             nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
-            nf_wire.Set(ADDRESSES, nf_wire.IFACE_AND_IPV4, 8),
-            nf_wire.Set(ADDRESSES6, nf_wire.IFACE_AND_IPV6, 20),
+            *(nf_wire.Set(each.addresses, each.key, 4 + FAMILIES[number].size) for number, each in SETS.items()),
             nf_wire.Set(ENDS, nf_wire.IFACE_AND_ETHER, 12),
         ),
         (SPOOFED,),
@@ -106,32 +120,44 @@ def table(vni: int) -> nf_wire.Table:
     )
 
 
+def _source(family: Family) -> bytes:
+    """The source address, behind the port's number."""
+    return load("network", family.source_at, family.size, True)
+
+
 class Bound(NamedTuple):
     """What a port is bound to. name: of its interface. end: the MAC of the node's end; None where an agent before us did not
-    say. v6: None where it did not bind them."""
+    say. addresses: by family; one that is missing is not bound (yet)."""
 
     name: str
     end: int | None
     macs: frozenset[int]
-    v4: frozenset[int]
-    v6: frozenset[int] | None
+    addresses: Mapping[int, frozenset[int]]
 
     def is_of(self, link: Link) -> bool:
         """Whether that is the port, and not another of the same number."""
         return self.end is None or self.end == link.mac
 
+    def of(self, family: int) -> frozenset[int]:
+        """Its addresses of a family, none where it is not bound."""
+        return self.addresses.get(family, frozenset())
+
+    def with_addresses(self, family: int, addresses: frozenset[int]) -> Bound:
+        """The same with other addresses of a family."""
+        return self._replace(addresses={**self.addresses, family: addresses})
+
     def keys(self, port: int) -> dict[str, list[bytes]]:
         """Its elements, by set."""
         at = port.to_bytes(4, sys.byteorder)
-        named = at + self.name.encode().ljust(_NAME, b"\0")
-        return {
-            PORTS: [named],
-            PORTS6: [] if self.v6 is None else [named],
+        found = {
             MACS: [at + mac.to_bytes(6, "big") + bytes(2) for mac in self.macs],
-            ADDRESSES: [at + address.to_bytes(4, "big") for address in self.v4],
-            ADDRESSES6: [at + address.to_bytes(16, "big") for address in self.v6 or ()],
             ENDS: [] if self.end is None else [at + self.end.to_bytes(6, "big") + bytes(2)],
         }
+        for number, sets in SETS.items():
+            named = at + self.name.encode().ljust(_NAME, b"\0")
+            found[sets.ports] = [named] if number in self.addresses else []
+            found[sets.addresses] = [at + FAMILIES[number].packed(address) for address in self.of(number)]
+        return found
 
 
 class AntiSpoof:
@@ -195,7 +221,7 @@ class AntiSpoof:
         return bound if bound is not None and bound.is_of(link) else None
 
     def next_bind(self) -> float | None:
-        """When `look` has something to do, None: it has not."""
+        """When `bind` has something to do, None: it has not."""
         return self._next if self._table is not None else None
 
     def dropped(self) -> int:
@@ -244,11 +270,15 @@ class AntiSpoof:
         def of(name: str, port: bytes, size: int) -> frozenset[int]:
             return frozenset(int.from_bytes(key[4 : 4 + size], "big") for key in there[name] if key[:4] == port)
 
-        for key in there[PORTS]:
+        for key in there[SETS[4].ports]:
             port, name = key[:4], key[4:].rstrip(b"\0").decode("utf-8", "replace")
-            v6 = of(ADDRESSES6, port, 16) if key in there[PORTS6] else None
+            addresses = {
+                number: of(sets.addresses, port, FAMILIES[number].size)
+                for number, sets in SETS.items()
+                if key in there[sets.ports]
+            }
             end = next(iter(of(ENDS, port, 6)), None)
-            bound = Bound(name, end, of(MACS, port, 6), of(ADDRESSES, port, 4), v6)
+            bound = Bound(name, end, of(MACS, port, 6), addresses)
             self._bound[int.from_bytes(port, sys.byteorder)] = bound
         self._choose()
 
@@ -282,7 +312,7 @@ class AntiSpoof:
         assert self._network is not None
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
         settled, bound = seen + SETTLED_S, self._bound.get(index)
-        if bound is not None and bound.v4 and bound.v6 is not None:
+        if bound is not None and bound.of(4) and 6 in bound.addresses:
             if index not in self._later:
                 return None
             if now < settled:
@@ -295,42 +325,40 @@ class AntiSpoof:
             if not self._own(end):
                 return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
             bound = self._first(link, end, others)
-        elif not bound.v4:  # all it had was another port's: is it still?
-            bound = bound._replace(v4=self._own(end) - self._node_has - _addresses(others))
-        if bound.v6 is None:
-            bound = bound._replace(v6=self._first6(end, bound, others))
-            self._later[index] = not any(map(_is_link_local, end.v6))
+        elif not bound.of(4):  # all it had was another port's: is it still?
+            bound = bound.with_addresses(4, self._free(4, self._own(end), others))
+        if 6 not in bound.addresses:
+            # and those that its interface makes of its MAC (RFC 4291, appendix A)
+            made = map(_link_local_of, bound.macs)
+            bound = bound.with_addresses(6, self._free(6, (*end.addresses[6], *made), others))
+            self._later[index] = not any(map(_is_link_local, end.addresses[6]))
         elif index in self._later and now >= settled:
             # a plugin behind the bridge's may have given it another MAC (tuning)
             bound = bound._replace(macs=bound.macs | self._free_macs({end.mac}, others))
             if self._later.pop(index):
-                bound = bound._replace(
-                    v6=(bound.v6 or frozenset()) | self._free6(filter(_is_link_local, end.v6), others)
-                )
+                more = self._free(6, filter(_is_link_local, end.addresses[6]), others)
+                bound = bound.with_addresses(6, bound.of(6) | more)
         self._bound[index] = bound
-        if not bound.v4:
+        if not bound.of(4):
             return now + LATER_LOOKS_S
         return settled if index in self._later and now < settled else None
 
     def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
-        v4, taken = self._own(end), _addresses(others) | self._node_has
-        for address in v4 & taken:
+        own = self._own(end)
+        free = self._free(4, own, others)
+        for address in own - free:
             log.warning(
                 "pods.address_taken", interface=link.name, address=ip_text(4, address),
                 effect="it is another pod's, or the node's; this one may not send from it",
             )  # fmt: skip
-        macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in v4)), others)
-        return Bound(link.name, link.mac, macs, v4 - taken, None)
+        macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in own)), others)
+        return Bound(link.name, link.mac, macs, {4: free})
 
-    def _first6(self, end: PodEnd, bound: Bound, others: list[Bound]) -> frozenset[int]:
-        """A pod's IPv6 addresses, and those that its interface makes of its MAC (RFC 4291, appendix A)."""
-        made = frozenset(map(_link_local_of, bound.macs))
-        return self._free6(end.v6 | made, others)
-
-    def _free6(self, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:
-        taken = (other.v6 or () for other in others)
-        return frozenset(addresses).difference(*taken, map(_link_local_of, self._nodes))
+    def _free(self, family: int, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:
+        """Those that are neither another pod's nor the node's."""
+        nodes = self._node_has if family == 4 else map(_link_local_of, self._nodes)
+        return frozenset(addresses).difference(nodes, *(other.of(family) for other in others))
 
     def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
         return frozenset(macs).difference(self._nodes, *(other.macs for other in others))
@@ -338,10 +366,11 @@ class AntiSpoof:
     def _own(self, end: PodEnd) -> frozenset[int]:
         """The addresses of a pod that are of the network."""
         assert self._network is not None
-        return frozenset(address for address in end.v4 if self._network.holds(address))
+        return frozenset(address for address in end.addresses[4] if self._network.holds(address))
 
     def _elements(self) -> dict[str, set[bytes]]:
-        found: dict[str, set[bytes]] = {name: set() for name in (PORTS, PORTS6, MACS, ADDRESSES, ADDRESSES6, ENDS)}
+        names = (MACS, ENDS, *(name for sets in SETS.values() for name in sets[:2]))
+        found: dict[str, set[bytes]] = {name: set() for name in names}
         for index, bound in self._bound.items():
             for name, keys in bound.keys(index).items():
                 found[name].update(keys)
@@ -356,10 +385,6 @@ class AntiSpoof:
 
 def _key(link: Link) -> tuple[int, int]:
     return link.ifindex, link.mac
-
-
-def _addresses(bound: Iterable[Bound]) -> frozenset[int]:
-    return frozenset().union(*(each.v4 for each in bound))
 
 
 def _is_link_local(address: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from lease.families import V4, Family
+from lease.families import FAMILIES, V4, Family
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
 from overlay.kernel.route.fast import Matched
@@ -217,8 +217,8 @@ class RequestSocket:
             if error.errno in (errno.ENODEV, errno.EINVAL):  # the interface, the namespace
                 return None
             raise
-        v4 = frozenset(address for family, address in found if family == 4)
-        return PodEnd(wire.parse_link(body).mac, v4, frozenset(address for family, address in found if family == 6))
+        addresses = {number: frozenset(each for family, each in found if family == number) for number in FAMILIES}
+        return PodEnd(wire.parse_link(body).mac, addresses)
 
     def routes(self, family: Family) -> list[FoundRoute]:
         """All unicast routes of the main table."""

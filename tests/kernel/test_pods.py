@@ -22,8 +22,14 @@ def port(index: int, mac: int) -> Link:
     return Link(index, f"veth{index}", True, 1450, mac, "veth", True, True, False, BRIDGE.ifindex, 2, index)
 
 
+def changed(there: PodEnd, mac: int | None = None, **addresses: frozenset[int]) -> PodEnd:
+    """v4, v6: its addresses now."""
+    now = {**there.addresses, **{int(name[1]): found for name, found in addresses.items()}}
+    return PodEnd(there.mac if mac is None else mac, now)
+
+
 def end(address: str) -> PodEnd:
-    return PodEnd(0x0A0000000000 + ip_number(address, 4), frozenset((ip_number(address, 4),)), frozenset())
+    return PodEnd(0x0A0000000000 + ip_number(address, 4), {4: frozenset((ip_number(address, 4),)), 6: frozenset()})
 
 
 class Pods:
@@ -152,7 +158,7 @@ def v6(*texts: str) -> frozenset[int]:
 
 def test_ipv6_is_bound_at_once_and_for_good_a_mac_may_change_once(made, sets, pods, clock):
     """A plugin behind the bridge's may set the MAC (tuning)."""
-    pods.ends = {5: end("10.244.1.5")._replace(mac=0x0A0000000005, v6=v6("fe80::5", "2001:db8::5"))}
+    pods.ends = {5: changed(end("10.244.1.5"), mac=0x0A0000000005, v6=v6("fe80::5", "2001:db8::5"))}
     made.ensure(TABLE, NETWORK)  # nobody knows the bridges yet
     assert sets.elements(TABLE, TABLE.sets[0]) == []
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
@@ -165,7 +171,7 @@ def test_ipv6_is_bound_at_once_and_for_good_a_mac_may_change_once(made, sets, po
     assert macs(sets) == of_its_own, "and what an old plugin makes of its address"
     assert made.next_bind() == clock.now + antispoof.SETTLED_S
     clock.now += antispoof.SETTLED_S
-    pods.ends[5] = pods.ends[5]._replace(mac=0x0200000000AA, v4=frozenset((1, 2)), v6=v6("fe80::bad", "fe80::5"))
+    pods.ends[5] = changed(pods.ends[5], mac=0x0200000000AA, v4=frozenset((1, 2)), v6=v6("fe80::bad", "fe80::5"))
     made.bind()
     assert macs(sets) == of_its_own | {(5, "02:00:00:00:00:aa")}
     assert addresses6(sets) == bound6
@@ -175,11 +181,11 @@ def test_ipv6_is_bound_at_once_and_for_good_a_mac_may_change_once(made, sets, po
 
 def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, clock):
     gateway = "fe80::200:ff:fe00:1"  # of the bridge's MAC
-    pods.ends = {5: end("10.244.1.5")._replace(mac=5, v6=v6("fe80::5"))}
+    pods.ends = {5: changed(end("10.244.1.5"), mac=5, v6=v6("fe80::5"))}
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
     made.ensure(TABLE, NETWORK)
-    pods.ends[6] = end("10.244.1.6")._replace(mac=5, v6=v6("fe80::5", "fe80::6", gateway))
-    pods.ends[7] = end("10.244.1.7")._replace(mac=BRIDGE.mac, v6=frozenset())
+    pods.ends[6] = changed(end("10.244.1.6"), mac=5, v6=v6("fe80::5", "fe80::6", gateway))
+    pods.ends[7] = changed(end("10.244.1.7"), mac=BRIDGE.mac, v6=frozenset())
     made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"])
     made.bind()
     claimed = {item for item in addresses6(sets) if item[1] in ("fe80::5", "fe80::6", gateway)}
@@ -187,7 +193,7 @@ def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, cloc
     assert {item for item in macs(sets) if not item[1].startswith("0a:58")} == {(5, "00:00:00:00:00:05")}
     assert made.next_bind() == clock.now + antispoof.SETTLED_S, "7 may make its link-local address yet"
     clock.now += antispoof.SETTLED_S
-    pods.ends[7] = pods.ends[7]._replace(v6=v6("fe80::5", gateway, "fe80::7", "2001:db8::7"))
+    pods.ends[7] = changed(pods.ends[7], v6=v6("fe80::5", gateway, "fe80::7", "2001:db8::7"))
     made.bind()
     assert {item for item in addresses6(sets) if item[0] == 7} == {(7, "fe80::7"), (7, "fe80::858:aff:fef4:107")}
     assert made.next_bind() is None
@@ -195,7 +201,7 @@ def test_nobody_has_what_is_bound_to_another_or_the_nodes(made, sets, pods, cloc
 
 def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
     """It must have its network: a sandbox may take the address away to have it for itself."""
-    pods.ends = {5: end("10.244.1.5")._replace(v4=frozenset()), 6: end("192.168.7.7")}
+    pods.ends = {5: changed(end("10.244.1.5"), v4=frozenset()), 6: end("192.168.7.7")}
     made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"])
     made.ensure(TABLE, NETWORK)
     assert made.next_bind() == clock.now + antispoof.FIRST_LOOKS_S
@@ -211,7 +217,7 @@ def test_a_pod_without_an_address_is_looked_at_again(made, sets, pods, clock):
 def test_no_pod_is_bound_to_an_address_of_the_node(made, sets, pods, clock):
     """The gateway's, above all; also not later, when it has nothing else."""
     pods.ends = {5: end("10.244.1.1"), 6: end("10.244.1.6")}
-    pods.ends[6] = pods.ends[6]._replace(v4=pods.ends[6].v4 | {ip_number("10.244.1.1", 4)})
+    pods.ends[6] = changed(pods.ends[6], v4=pods.ends[6].addresses[4] | {ip_number("10.244.1.1", 4)})
     made.ports([BRIDGE, port(5, 1), port(6, 2)], ["cni0"], [ip_number("10.244.1.1", 4)])
     made.ensure(TABLE, NETWORK)
     for _ in range(3):

@@ -103,11 +103,11 @@ class Link(NamedTuple):
 
 
 class PodEnd(NamedTuple):
-    """The other end of a veth: its MAC, and its addresses of both families, without host bits' lengths."""
+    """The other end of a veth: its MAC, and its addresses, without their lengths."""
 
     mac: int
-    v4: frozenset[int]
-    v6: frozenset[int]
+    addresses: Mapping[int, frozenset[int]]
+    """By family."""
 
 
 class Address(NamedTuple):
