@@ -113,7 +113,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     from overlay.compose import Outside, compose
     from overlay.firewall.forward import SHARED_TABLE
     from overlay.firewall.nat import TABLE_PREFIX
-    from overlay.kernel.netlink import Monitor, NftMonitor
+    from overlay.kernel.monitor import Monitor, NftMonitor
     from overlay.kernel.route.links import sysctls_at
 
     store = side.store

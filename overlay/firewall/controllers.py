@@ -13,7 +13,7 @@ from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard
-from overlay.kernel.netlink import NftSeen, Overrun
+from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link

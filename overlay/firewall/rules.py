@@ -15,7 +15,7 @@ from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.firewall import forward, nat
 from overlay.firewall.worker import Finished, Worker
-from overlay.kernel.netlink import NftSeen, Overrun
+from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
 from overlay.process.log import log

@@ -1,40 +1,29 @@
-"""Sockets to the kernel: send a batch and match its errors, dump, monitor; an overrun means "dump again"."""
+"""Sockets to the kernel: send a batch and match its errors, ask, dump."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
 import struct
-import threading
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from lease.families import FAMILIES, V4, Family
+from lease.families import FAMILIES, Family
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
 from overlay.kernel.route.fast import Matched
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
-NETLINK_ADD_MEMBERSHIP, NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 1, 10, 11, 12
-SO_RCVBUFFORCE, SO_ATTACH_FILTER = 33, 26
-RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
-GROUPS = {4: (5, 7, 24), 6: (9, 11, 25)}
-"""By family: RTNLGRP_IPV4_IFADDR, _ROUTE and _NETCONF, RTNLGRP_IPV6_IFADDR, _ROUTE and _NETCONF."""
-NFNLGRP_NFTABLES = 7
-NFTA_TABLE = 1
-"""The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
-REQUEST_BUFFER, MONITOR_BUFFER = 8 << 20, 128 << 20
-"""Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
+NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK = 10, 11, 12
+SO_RCVBUFFORCE = 33
+REQUEST_BUFFER = 8 << 20
+"""Bytes."""
 ANSWER_S = 5.0
-_RECV = 1 << 16
+RECV = 1 << 16
 """The kernel fills at most 32 KiB at a time (af_netlink.c, netlink_dump)."""
-_NFGENMSG = 4
-AT_ONCE = 512
 
 _T = TypeVar("_T")
 
@@ -68,7 +57,7 @@ class RequestSocket:
     """Requests and their answers. One thread only."""
 
     def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
-        self._socket = _netlink(protocol, REQUEST_BUFFER)
+        self._socket = netlink_socket(protocol, REQUEST_BUFFER)
         self._socket.settimeout(ANSWER_S)
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK, NETLINK_GET_STRICT_CHK):
             self._socket.setsockopt(SOL_NETLINK, option, 1)
@@ -99,7 +88,7 @@ class RequestSocket:
         try:
             self._socket.send(b"".join(messages) + wire.end_mark(first + count))
             while True:
-                for message in wire.split(self._socket.recv(_RECV)):
+                for message in wire.split(self._socket.recv(RECV)):
                     place = message.seq - first
                     if place == count:
                         return refused
@@ -115,7 +104,7 @@ class RequestSocket:
         try:
             self._socket.send(request(seq))
             while True:
-                data = self._socket.recv(_RECV)
+                data = self._socket.recv(RECV)
                 for message in wire.split(data):
                     if message.seq == seq:
                         if message.kind == wire.NLMSG_ERROR:
@@ -147,7 +136,7 @@ class RequestSocket:
         try:
             self._socket.send(request(seq))
             while True:
-                agreed, rest = match(self._socket.recv(_RECV))
+                agreed, rest = match(self._socket.recv(RECV))
                 others, ended = [], False
                 for view in rest:
                     message = next(wire.split(view))
@@ -182,7 +171,7 @@ class RequestSocket:
         try:
             self._socket.send(request)
             while True:
-                for message in wire.split(self._socket.recv(_RECV)):
+                for message in wire.split(self._socket.recv(RECV)):
                     if message.seq != seq:
                         continue
                     if message.kind in (wire.NLMSG_DONE, wire.NLMSG_ERROR):
@@ -251,221 +240,6 @@ def exists(ifindex: int) -> bool:
     return True
 
 
-class LinkSeen(NamedTuple):
-    """An interface was made, changed or (gone) deleted."""
-
-    link: Link
-    gone: bool
-
-
-class AddressSeen(NamedTuple):
-    """An address came or went. family: 4 or 6."""
-
-    address: Address
-    gone: bool
-    family: int = 4
-
-
-class RouteSeen(NamedTuple):
-    """A route of the main table came, changed or went. family: 4 or 6."""
-
-    route: FoundRoute
-    gone: bool
-    family: int = 4
-
-
-class NeighbourSeen(NamedTuple):
-    """A neighbour came, changed or went. family: 4 or 6."""
-
-    neighbour: FoundNeighbour
-    gone: bool
-    family: int = 4
-
-
-class FdbSeen(NamedTuple):
-    """An entry of a vxlan's forwarding table came, changed or went. family: of its underlay."""
-
-    entry: FoundFdb
-    gone: bool
-    family: int = 4
-
-
-class NeighbourMessages(NamedTuple):
-    """Notifications of neighbours and FDB entries, not taken apart: a device that goes takes 40,000 with it, our own FDB
-    entries come back (they do not say whose doing they are), and a matcher sees at a glance what is no news."""
-
-    messages: list[bytes]
-
-    @property
-    def weight(self) -> int:
-        """How many events it stands for."""
-        return len(self.messages)
-
-
-class DeviceUnknown(NamedTuple):
-    """The kernel refused an entry because it does not know the tunnel's device, and has not said that it went."""
-
-
-class Overrun(NamedTuple):
-    """Events were lost: only a dump tells the truth now."""
-
-
-class NftSeen(NamedTuple):
-    """Somebody touched one of our nftables tables; "": events were lost, maybe one of these."""
-
-    table: str
-
-
-class SysctlSeen(NamedTuple):
-    """Somebody wrote a sysctl of IPv4 that the kernel tells of: forwarding, rp_filter."""
-
-
-KernelEvent = (
-    LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | NeighbourMessages | FdbSeen | Overrun | NftSeen | SysctlSeen
-)
-
-
-def parse_event(message: wire.Message, families: Sequence[Family] = (V4,)) -> KernelEvent | None:
-    """What one notification says, of these families; None for what nobody here needs. Pure."""
-    kind, body = message.kind, message.body
-    if kind in (wire.RTM_NEWLINK, wire.RTM_DELLINK):
-        # A bridge announces its ports with family AF_BRIDGE: not the interface itself.
-        return None if body[0] == wire.AF_BRIDGE else LinkSeen(wire.parse_link(body), kind == wire.RTM_DELLINK)
-    if kind == wire.RTM_NEWNETCONF:
-        return SysctlSeen()
-    for family in families:
-        event = _parse_event(message, family)
-        if event is not None:
-            return event
-    return None
-
-
-def _parse_event(message: wire.Message, family: Family) -> KernelEvent | None:
-    kind, body, number = message.kind, message.body, family.number
-    if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
-        route = wire.parse_route(family, body)
-        return None if route is None else RouteSeen(route, kind == wire.RTM_DELROUTE, number)
-    if kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
-        gone = kind == wire.RTM_DELNEIGH
-        if body[0] == wire.AF_BRIDGE:
-            entry = wire.parse_fdb(family, body)
-            return None if entry is None else FdbSeen(entry, gone, number)
-        neighbour = wire.parse_neighbour(family, body)
-        return None if neighbour is None else NeighbourSeen(neighbour, gone, number)
-    if kind in (wire.RTM_NEWADDR, wire.RTM_DELADDR):
-        address = wire.parse_address(family, body)
-        return None if address is None else AddressSeen(address, kind == wire.RTM_DELADDR, number)
-    return None
-
-
-class _Listener(threading.Thread):
-    """Receives notifications until it is stopped. What it raises ends the thread (main sees to that)."""
-
-    def __init__(self, name: str, protocol: int, groups: tuple[int, ...], post: Callable[[KernelEvent], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._post = post
-        self._socket = _netlink(protocol, MONITOR_BUFFER)
-        for group in groups:
-            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
-
-    def run(self) -> None:
-        while True:
-            try:
-                data = self._socket.recv(_RECV)
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    self._overrun()
-                    continue
-                if error.errno == errno.EBADF:
-                    return  # closed by stop()
-                raise
-            if not data:
-                return
-            self._received(data)
-
-    def stop(self) -> None:
-        """End the thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
-
-    def _overrun(self) -> None:
-        """Notifications were lost."""
-        raise NotImplementedError
-
-    def _received(self, data: bytes) -> None:
-        """Messages came."""
-        raise NotImplementedError
-
-
-class Monitor(_Listener):
-    """Turns rtnetlink's notifications into events."""
-
-    def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Sequence[Family] = (V4,)) -> None:
-        groups = [group for family in families for group in GROUPS[family.number]]
-        super().__init__("monitor", NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_NEIGH, *groups), post)
-        self._families = families
-        _drop_echoes(self._socket, own_port)
-
-    def _overrun(self) -> None:
-        self._post(Overrun())
-
-    def _received(self, data: bytes) -> None:
-        if wire.is_neighbour(data):
-            data = self._received_neighbours(data)
-        for message in wire.split(data):
-            event = parse_event(message, self._families)
-            if event is not None:
-                self._post(event)
-
-    def _received_neighbours(self, data: bytes) -> bytes:
-        """All notifications of neighbours and FDB entries that wait, in one event; the first of another kind, if one came
-        behind them."""
-        messages = [data]
-        try:
-            while len(messages) < AT_ONCE:
-                data = self._socket.recv(_RECV, socket.MSG_DONTWAIT)
-                if not wire.is_neighbour(data):
-                    break
-                messages.append(data)
-            else:
-                data = b""
-        except BlockingIOError:
-            data = b""
-        except OSError as error:
-            data = b""
-            if error.errno == errno.ENOBUFS:
-                self._overrun()  # of any other the next receipt says the same
-        self._post(NeighbourMessages(messages))
-        return data
-
-
-class NftMonitor(_Listener):
-    """Says when an nftables table of ours (by the start of its name), or one that we have rules in, was touched, by
-    whomever."""
-
-    def __init__(
-        self, prefix: str, others: tuple[str, ...], post: Callable[[KernelEvent], None], own_port: int = 0
-    ) -> None:
-        super().__init__("nft-monitor", NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), post)
-        if own_port:
-            _drop_echoes(self._socket, own_port)
-        self._prefix, self._others = prefix.encode(), {other.encode() for other in others}
-
-    def _overrun(self) -> None:
-        self._post(NftSeen(""))
-
-    def _received(self, data: bytes) -> None:
-        touched = set()
-        for message in wire.split(data):
-            name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
-            text = bytes(name).rstrip(b"\0") if name is not None else b""
-            if name is not None and (text.startswith(self._prefix) or text in self._others):
-                touched.add(text.decode("utf-8", "replace"))
-        for table in touched:
-            self._post(NftSeen(table))
-
-
 def _check_end(message: wire.Message) -> None:
     """The end of a dump; an error may stand in it, and unread looks like an empty kernel. Raises KernelError."""
     if (refusal := refusal_of(message)) is not None:
@@ -484,7 +258,8 @@ def refusal_of(message: wire.Message) -> Refusal | None:
     return Refusal(code, text)
 
 
-def _netlink(protocol: int, buffer: int) -> socket.socket:
+def netlink_socket(protocol: int, buffer: int) -> socket.socket:
+    """A netlink socket whose receive buffer has so many bytes, where it may. Raises OSError."""
     made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         made.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, buffer)
@@ -492,24 +267,3 @@ def _netlink(protocol: int, buffer: int) -> socket.socket:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
     made.bind((0, 0))
     return made
-
-
-def _drop_echoes(listening: socket.socket, own_port: int) -> None:
-    """Let the kernel leave out the events that we cause: their nlmsg_pid (offset 12) is our port id.
-
-    Each event is one message in one buffer, or (nftables) one transaction in some, so looking at the first header is enough.
-    (FDB events say 0: they come.)
-    """
-    ld_word, jump_equal, ret = 0x20, 0x15, 0x06
-    program = b"".join(
-        struct.pack("=HBBL", *step)
-        for step in (
-            (ld_word, 0, 0, 12),  # loads in network order
-            (jump_equal, 0, 1, socket.htonl(own_port)),
-            (ret, 0, 0, 0),
-            (ret, 0, 0, 0xFFFFFFFF),
-        )
-    )
-    code = array("B", program)
-    address, _ = code.buffer_info()
-    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program) // 8, address))

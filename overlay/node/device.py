@@ -20,7 +20,8 @@ from overlay.backends.vxlan import (
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
-from overlay.kernel.netlink import AddressSeen, DeviceUnknown, KernelError, LinkSeen, Overrun, RequestSocket
+from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
+from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.link_wire import VxlanAttributes
 from overlay.kernel.route.links import Links

@@ -8,7 +8,7 @@ from typing import Any
 from lease.families import V4
 from overlay.control.controller import Handler, Source
 from overlay.control.inputs import CurrentInputs
-from overlay.kernel import netlink
+from overlay.kernel import events, netlink
 
 
 class LinksSource(Source):
@@ -24,7 +24,7 @@ class LinksSource(Source):
     def handles(self) -> Mapping[type, Handler]:
         """Any news of a link or an address."""
         return dict.fromkeys(
-            (netlink.LinkSeen, netlink.AddressSeen, netlink.Overrun, netlink.DeviceUnknown), lambda _event: True
+            (events.LinkSeen, events.AddressSeen, events.Overrun, events.DeviceUnknown), lambda _event: True
         )
 
     def reconcile(self, wants: Any) -> bool:

@@ -10,7 +10,8 @@ from lease.model import Lease, Prefix, ip_text
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import AddressKey, Inputs
-from overlay.kernel.netlink import Overrun, RequestSocket, RouteSeen
+from overlay.kernel.events import Overrun, RouteSeen
+from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, Address, Link
 
 

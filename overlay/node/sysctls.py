@@ -9,7 +9,7 @@ from lease.families import Family
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
-from overlay.kernel.netlink import Overrun, SysctlSeen
+from overlay.kernel.events import Overrun, SysctlSeen
 from overlay.kernel.route.links import read_sysctl, write_sysctl
 from overlay.process.log import log
 

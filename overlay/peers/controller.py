@@ -15,7 +15,7 @@ from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.control.schedule import Cadence, Retry
-from overlay.kernel import netlink
+from overlay.kernel import events, netlink
 from overlay.kernel.netlink import words_of
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FoundRoute, RouteValue
@@ -125,14 +125,14 @@ class PeersController(Controller):
         return {
             Snapshot: lambda _event: True,
             Changes: lambda _event: True,
-            netlink.LinkSeen: self._on_link,
-            netlink.AddressSeen: self._on_address,
-            netlink.RouteSeen: self._on_route,
-            netlink.NeighbourMessages: self._on_neighbours,
-            netlink.Overrun: self._on_overrun,
+            events.LinkSeen: self._on_link,
+            events.AddressSeen: self._on_address,
+            events.RouteSeen: self._on_route,
+            events.NeighbourMessages: self._on_neighbours,
+            events.Overrun: self._on_overrun,
         }
 
-    def _on_link(self, event: netlink.LinkSeen) -> bool:
+    def _on_link(self, event: events.LinkSeen) -> bool:
         tunnel = self._current.inputs.tunnels.get(self._family.number)
         if tunnel is not None:
             self._read_whole |= self._path.set_tunnel(tunnel)
@@ -140,21 +140,21 @@ class PeersController(Controller):
         self._read_whole |= self._path.on_underlay_link(event.link, event.gone)
         return True
 
-    def _on_address(self, event: netlink.AddressSeen) -> bool:
+    def _on_address(self, event: events.AddressSeen) -> bool:
         """The last address takes the routes with it, silently: read them again."""
         if event.gone and any(device.ifindex == event.address.oif for device in self._path.rec.devices.values()):
             self._read_whole = True
         return self._read_whole
 
-    def _on_route(self, event: netlink.RouteSeen) -> bool:
+    def _on_route(self, event: events.RouteSeen) -> bool:
         self._path.on_route(event, self._current.inputs.links)
         return True
 
-    def _on_neighbours(self, event: netlink.NeighbourMessages) -> bool:
+    def _on_neighbours(self, event: events.NeighbourMessages) -> bool:
         self._path.on_neighbour_messages(event.messages)
         return True
 
-    def _on_overrun(self, _event: netlink.Overrun) -> bool:
+    def _on_overrun(self, _event: events.Overrun) -> bool:
         self._overruns += 1
         log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
         self._read_whole = True
@@ -228,7 +228,7 @@ class PeersController(Controller):
             self._device_doubt_at = now + DEVICE_DOUBT_S
         elif now >= self._device_doubt_at:
             self._device_doubt_at = now + DEVICE_DOUBT_S
-            self._post(netlink.DeviceUnknown())
+            self._post(events.DeviceUnknown())
 
     def _note_difference(self) -> None:
         differing = self._path.rec.differing()

@@ -16,7 +16,7 @@ from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.records.packed import Leases, number, pack
 from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
-from overlay.kernel import netlink
+from overlay.kernel import events, netlink
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import TUNNEL, UNDERLAY, FoundFdb, FoundNeighbour, FoundRoute, Link, RouteKey
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
@@ -28,7 +28,7 @@ from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
 from overlay.peers.resync import Resync
 from overlay.peers.table import PeerTable, Turned
-from overlay.peers.wanted import Wanted
+from overlay.peers.wanted import NothingWanted, Wanted
 from overlay.process.log import log
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Datapath:
         self._tables = TABLES[family.number]
         self.node: plan.Node | None = None
         self.table = PeerTable(lambda _lease: "no lease of our own yet")
-        self.rec = Reconciler(self._tables, NOTHING, requests, clock, rng)
+        self.rec = Reconciler(self._tables, NothingWanted(), requests, clock, rng)
         self.dumped = False
         self.conflicting: dict[RouteKey, Conflict] = {}
         """Routes of others that stand before ours."""
@@ -224,7 +224,7 @@ class Datapath:
         network = (self.node.network.base, self.node.network.last) if self.node is not None else (0, 0)
         return Where(roles, network, lambda key: self.rec.wanted.value(table, key) is not None)
 
-    def on_route(self, event: netlink.RouteSeen, links: Mapping[int, Link]) -> None:
+    def on_route(self, event: events.RouteSeen, links: Mapping[int, Link]) -> None:
         """A route of the main table came, changed or went."""
         if event.family != self._family.number:
             return
@@ -272,10 +272,10 @@ class Datapath:
                 self._on_neighbour_message(message)
 
     def _on_neighbour_message(self, message: wire.Message) -> None:
-        event = netlink.parse_event(message, (self._family,))
-        if isinstance(event, netlink.FdbSeen):
+        event = events.parse_event(message, (self._family,))
+        if isinstance(event, events.FdbSeen):
             self.on_entry(FDB, event.entry, event.entry.mac, event.gone)
-        elif isinstance(event, netlink.NeighbourSeen):
+        elif isinstance(event, events.NeighbourSeen):
             self.on_entry(NEIGHBOURS, event.neighbour, event.neighbour.address, event.gone)
 
     def on_entry(self, table: int, found: FoundNeighbour | FoundFdb, key: int, gone: bool) -> None:
@@ -462,42 +462,6 @@ class Datapath:
             "error": error,
             "tries": tries,
         }
-
-
-class _NothingWanted:
-    """Before there is a plan."""
-
-    def peers(self) -> tuple[int, ...]:
-        return ()
-
-    def bits(self, peer: int) -> int:
-        raise LookupError(peer)
-
-    def bits_on(self, peer: int, role: int) -> int:
-        raise LookupError(peer, role)
-
-    def entries(self, peer: int) -> list[Entry]:
-        raise LookupError(peer)
-
-    def owners(self, table: int, key: Any) -> tuple[int, ...]:
-        del table, key
-        return ()
-
-    def value(self, table: int, key: Any) -> None:
-        del table, key
-
-    def successor(self, table: int, key: Any) -> int:
-        del table, key
-        return 0
-
-    def uniform(self) -> int:
-        return 0b111
-
-    def messages(self, peer: int, bits: int, seq: int, oifs: Mapping[int, int]) -> None:
-        raise LookupError(peer, bits, seq, oifs)
-
-
-NOTHING = _NothingWanted()
 
 
 def _by_kind(item: tuple[int, Entry]) -> tuple[int, int]:

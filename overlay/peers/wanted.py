@@ -93,3 +93,36 @@ class Wanted:
         if self._backend.tables[table].name == "fdb":
             return self.table.with_mac(key)
         return [peer for length in self.table.lengths if (peer := key << 8 | length) in self.table.packed]
+
+
+class NothingWanted:
+    """Before there is a plan."""
+
+    def peers(self) -> tuple[int, ...]:
+        return ()
+
+    def bits(self, peer: int) -> int:
+        raise LookupError(peer)
+
+    def bits_on(self, peer: int, role: int) -> int:
+        raise LookupError(peer, role)
+
+    def entries(self, peer: int) -> list[Entry]:
+        raise LookupError(peer)
+
+    def owners(self, table: int, key: Any) -> tuple[int, ...]:
+        del table, key
+        return ()
+
+    def value(self, table: int, key: Any) -> None:
+        del table, key
+
+    def successor(self, table: int, key: Any) -> int:
+        del table, key
+        return 0
+
+    def uniform(self) -> int:
+        return 0b111
+
+    def messages(self, peer: int, bits: int, seq: int, oifs: Mapping[int, int]) -> None:
+        raise LookupError(peer, bits, seq, oifs)

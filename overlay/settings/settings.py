@@ -197,12 +197,18 @@ def _shown(flag: Flag, value: object) -> str:
     return "(not shown)" if flag.kind == "password" else repr(value)
 
 
-def _settings(values: Mapping[str, Any]) -> Settings:
+def _checker(values: Mapping[str, Any]) -> Callable[[str, Callable[[Any], bool], str], Any]:
     def check(name: str, good: Callable[[Any], bool], allowed: str) -> Any:
         if not good(values[name]):
             raise SettingsError(f"--{name}: {values[name]!r} must be {allowed}")
         return values[name]
 
+    return check
+
+
+def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """etcd's endpoints, when everything else is as it must be, too. Raises SettingsError."""
+    check = _checker(values)
     for pattern in values["iface-regex"]:
         try:
             re.compile(pattern)
@@ -243,6 +249,11 @@ def _settings(values: Mapping[str, Any]) -> Settings:
             raise SettingsError(f"--etcd-endpoints: {endpoint[:80]!r} {LIKE}")
     if bool(values["etcd-username"]) != bool(values["etcd-password"]):
         raise SettingsError("--etcd-username and --etcd-password: give both or neither")
+    return endpoints
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    endpoints, check = _checked_endpoints(values), _checker(values)
     return Settings(
         etcd_endpoints=endpoints,
         etcd_prefix=check("etcd-prefix", lambda text: text.strip("/") != "", "a path like /coreos.com/network"),

@@ -22,9 +22,9 @@ from tests.support.world import ROOT
 
 WITHOUT_NOTIFICATIONS = """
 import threading
-import overlay.control.schedule as schedule, overlay.kernel.netlink as netlink, overlay.main
+import overlay.control.schedule as schedule, overlay.kernel.monitor as monitor, overlay.main
 schedule.RECHECK_S = 1.0
-netlink.Monitor.run = netlink.NftMonitor.run = lambda self: threading.Event().wait()
+monitor.Monitor.run = monitor.NftMonitor.run = lambda self: threading.Event().wait()
 overlay.main.main()
 """
 WITH_A_THREAD_THAT_DIES = """

@@ -16,9 +16,10 @@ from overlay.backends.base import Entry, View
 from overlay.backends.vxlan import Vxlan
 from overlay.firewall import guard
 from overlay.firewall.guard import Guard
-from overlay.kernel import netlink
-from overlay.kernel.netlink import Monitor, RequestSocket
+from overlay.kernel.monitor import Monitor
+from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route import wire
 from overlay.kernel.route.entries import TUNNEL, FdbValue, RouteValue
 from overlay.kernel.route.links import Links
 from overlay.kernel.table import Where
@@ -130,8 +131,8 @@ def test_a_route_that_stands_is_not_made_again(world):
 
 
 def test_what_others_do_is_told_by_family(world):
-    events: queue.SimpleQueue = queue.SimpleQueue()
-    monitor = world.inside(lambda: Monitor(events.put, 1, (V4, V6)))
+    inbox: queue.SimpleQueue = queue.SimpleQueue()
+    monitor = world.inside(lambda: Monitor(inbox.put, 1, (V4, V6)))
     monitor.start()
     try:
         wanted = world.entries(3)
@@ -141,20 +142,20 @@ def test_what_others_do_is_told_by_family(world):
         others: set[tuple[type, bool, int]] = set()
 
         def told() -> bool:
-            while not events.empty():
-                event = events.get()
-                if isinstance(event, netlink.RouteSeen) and event.route.oif == world.index:
+            while not inbox.empty():
+                event = inbox.get()
+                if isinstance(event, events.RouteSeen) and event.route.oif == world.index:
                     assert event.family == world.family.number
                     if event.route.key == wanted[2][1]:
                         routes.append((event.route.via, event.gone))
-                if isinstance(event, netlink.NeighbourMessages):
+                if isinstance(event, events.NeighbourMessages):
                     for data in event.messages:
-                        for message in netlink.wire.split(data):
-                            seen = netlink.parse_event(message, (world.family,))
-                            if isinstance(seen, netlink.NeighbourSeen | netlink.FdbSeen):
+                        for message in wire.split(data):
+                            seen = events.parse_event(message, (world.family,))
+                            if isinstance(seen, events.NeighbourSeen | events.FdbSeen):
                                 others.add((type(seen), seen.gone, seen.family))
             number = world.family.number
-            both = {(kind, gone, number) for kind in (netlink.NeighbourSeen, netlink.FdbSeen) for gone in (False, True)}
+            both = {(kind, gone, number) for kind in (events.NeighbourSeen, events.FdbSeen) for gone in (False, True)}
             return routes == [(wanted[2][2].via, False), (wanted[2][2].via, True)] and both <= others
 
         until("all is told", told)

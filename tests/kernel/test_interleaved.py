@@ -19,7 +19,8 @@ from lease.model import Lease, ip_number, ip_text, mac_text
 from lease.records.packed import Leases
 from overlay.firewall import guard as guards
 from overlay.firewall.guard import GRACE_S, Guard
-from overlay.kernel.netlink import KernelError, Refusal, RequestSocket, RouteSeen
+from overlay.kernel.events import RouteSeen
+from overlay.kernel.netlink import KernelError, Refusal, RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.links import Links

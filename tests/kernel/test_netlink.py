@@ -12,19 +12,18 @@ from pyroute2 import IPRoute
 
 from lease.families import V4
 from lease.model import ip_number
-from overlay.kernel.netlink import (
+from overlay.kernel.events import (
     AddressSeen,
     FdbSeen,
-    KernelError,
     LinkSeen,
-    Monitor,
     NeighbourMessages,
     NeighbourSeen,
     Overrun,
-    RequestSocket,
     RouteSeen,
     parse_event,
 )
+from overlay.kernel.monitor import Monitor
+from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.lab import netns

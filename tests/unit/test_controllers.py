@@ -1,269 +1,35 @@
-"""Each controller alone, on a kernel in memory; and what it wants, as tables."""
+"""Each controller alone, on a kernel in memory: what it does (what it wants: test_wants.py)."""
 
 from __future__ import annotations
 
-import random
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lease.config import parse_config
-from lease.families import V4
-from lease.model import Refused, ip_number, prefix
+from lease.model import Refused, ip_number
 from lease.records.annotations import Hints
 from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from lease.tenure.claim import Identity
 from lease.tenure.events import Denied, Held, Lost, Renewed
-from overlay.cluster.live import LiveFiles
-from overlay.cluster.network import NetworkConfigInput
-from overlay.cluster.ownership import Ownership
-from overlay.cluster.records import RecordsSource
-from overlay.cni.controller import CniController
 from overlay.cni.lists import CONFLIST
-from overlay.control.controller import CannotReconcile, Controller, Waiting
-from overlay.control.health import Health
-from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
+from overlay.control.controller import CannotReconcile
+from overlay.control.inputs import Tunnel
 from overlay.firewall import antispoof, guard
-from overlay.firewall.controllers import GuardController, PodsController
-from overlay.firewall.guard import Guard
-from overlay.firewall.rules import ForwardController, NatController
 from overlay.firewall.worker import Finished
-from overlay.kernel import netlink
+from overlay.kernel import events, netlink
 from overlay.kernel.nftables import program
 from overlay.node import sysctls
-from overlay.node.bridges import BridgesController
-from overlay.node.device import DeviceController
-from overlay.node.links import LinksSource
-from overlay.node.owned import Owned
-from overlay.node.reach import ReachController
-from overlay.node.sysctls import SysctlController
 from overlay.node.underlay import UnderlayError
-from overlay.node.underlay_source import UnderlaySource
-from overlay.peers.controller import PeersController, PeerTableController
-from overlay.peers.datapath import Datapath
-from overlay.peers.refusals import Refusals
 from overlay.process.watched import FileText
-from overlay.settings.settings import Settings
-from tests.support.clock import Clock
-from tests.support.fakes import FakeKernel, address, by_index, inputs, link, underlay
+from tests.support.bench import CONFIG, OTHER_MTU, RETAINED, Bench
+from tests.support.fakes import address, by_index, link
 from tests.support.make import lease
-
-OFF = None
-CONFIG = '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'
-
-
-class NoLock:
-    """A DeviceLock; `other` is the pid of whoever has the device."""
-
-    other: int | None = None
-
-    def take(self, device: str) -> int | None:
-        del device
-        return self.other
-
-
-class Claims:
-    """A TenureThread."""
-
-    def __init__(self) -> None:
-        self.claims: list[Any] = []
-        self.rechecks = 0
-
-    def claim(self, claim: Any, snapshot: Any = None) -> None:
-        self.claims.append((claim, snapshot))
-
-    def recheck(self) -> None:
-        self.rechecks += 1
-
-
-class Bench:
-    """A kernel, and what a controller is built with."""
-
-    def __init__(self, folder: Path, now: Inputs | None = None) -> None:
-        self.kernel: Any = FakeKernel()
-        self.clock, self.folder = Clock(), folder
-        self.settings = Settings(
-            run_dir=str(folder), subnet_file=f"{folder}/subnet.env", cni_conf_dir=str(folder / "cni"), iface=("eth0",)
-        )
-        self.current = CurrentInputs(self.settings)
-        self.current.inputs = (now or inputs())._replace(settings=self.settings)
-        self.health, self.owned = Health(self.clock), Owned(self.settings)
-        self.posted: list[Any] = []
-        self.lock: Any = NoLock()
-        self.claims, self.stopped = Claims(), []
-        self.path = Datapath(V4, self.kernel, self.clock, random.Random(1))
-        self.network = NetworkConfigInput(self.current, self.health, "the store")
-
-    def reconcile(self, controller: Controller) -> bool:
-        """As the scheduler does, once."""
-        wants = controller.wants(self.current.inputs)
-        assert not isinstance(wants, Waiting), wants
-        return controller.reconcile(wants)
-
-    def tell(self, controller: Controller, event: Any) -> bool:
-        return bool(controller.handles[type(event)](event))
-
-    def problems(self) -> dict[str, str]:
-        return {subject: problem.text for subject, problem in self.health.problems().items()}
-
-    # --- one of each
-    def links(self) -> LinksSource:
-        return LinksSource(self.current, self.kernel)
-
-    def underlay(self) -> UnderlaySource:
-        return UnderlaySource(self.current, V4, self.kernel, dict, lambda: self.posted.append("moved"))
-
-    def device(self) -> DeviceController:
-        return DeviceController(
-            self.current,
-            V4,
-            self.kernel,
-            self.kernel,
-            self.lock,
-            self.health,
-            self.owned,
-            self.posted.append,
-            self.clock,
-        )
-
-    def bridges(self) -> BridgesController:
-        return BridgesController(self.current, V4, self.kernel, self.owned)
-
-    def ownership(self) -> Ownership:
-        made = Ownership(
-            self.current, self.health, self.clock, lambda mac: Identity("m", "node1", mac), lambda _config: None,
-            self.stopped.append,
-        )  # fmt: skip
-        made.claimer = self.claims
-        return made
-
-    def records(self) -> RecordsSource:
-        own = self.ownership()
-        own.held = self.current.inputs.own
-        return RecordsSource(self.current, self.health, self.path, own, self.network, Refusals(), lambda: "etcd there")
-
-    def table(self) -> PeerTableController:
-        return PeerTableController(self.current, V4, self.path, lambda: "10.244.2.0-24")
-
-    def peers(self) -> PeersController:
-        return PeersController(
-            self.current, V4, self.path, self.kernel, self.health, self.clock, self.posted.append, self.owned
-        )
-
-    def guard(self) -> GuardController:
-        made = Guard(V4, self.kernel, self.clock)
-        return GuardController(V4, made, self.kernel, self.owned, self.health, self.clock)
-
-    def pods(self) -> PodsController:
-        made = antispoof.AntiSpoof(self.kernel, self.kernel, self.clock)
-        return PodsController(made, self.kernel, self.owned, self.clock)
-
-    def nat(self) -> NatController:
-        return NatController(V4, self.posted.append, self.health, self.owned)
-
-    def forward(self) -> ForwardController:
-        return ForwardController(V4, self.posted.append, self.health, self.owned, self.clock)
-
-    def sysctl(self) -> SysctlController:
-        return SysctlController(V4, self.health, self.clock)
-
-    def reach(self) -> ReachController:
-        return ReachController(V4, self.kernel, self.health, lambda: ip_number("192.168.1.9", 4), list)
-
-    def cni(self) -> CniController:
-        return CniController(self.current, V4, self.health, self.owned, self.clock, self.posted.extend)
-
-    def live(self) -> LiveFiles:
-        return LiveFiles(self.current, self.health, self.network, self.posted.append)
 
 
 @pytest.fixture
 def bench(tmp_path) -> Bench:
     return Bench(tmp_path)
-
-
-# --- wants, as tables: what a controller waits for, what switches it off, and by what its wants change
-
-NOTHING: dict[str, Any] = {"config": None, "own": None, "underlays": {}, "tunnels": {}, "listed": False}
-LACKS = {
-    "the list": {"listed": False},
-    "a config": {"config": None},
-    "an underlay": {"underlays": {}},
-    "a lease": {"own": None},
-    "the device": {"tunnels": {}},
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "waits_without"),
-    [
-        ("underlay", []),
-        ("ownership", ["the list", "a config", "an underlay"]),
-        ("device", ["a config", "an underlay", "a lease"]),
-        ("bridges", ["a config", "an underlay", "a lease"]),
-        ("table", ["the list", "a config", "an underlay", "a lease", "the device"]),
-        ("guard", ["a config", "a lease", "the device"]),
-        ("peers", ["an underlay", "the device"]),
-        ("nat", ["a config", "a lease", "the device"]),
-        ("forward", ["a config", "a lease", "the device"]),
-        ("sysctl", ["a config", "an underlay", "the device"]),
-        ("reach", ["a lease", "the device"]),
-        ("pods", ["a config", "a lease", "the device"]),
-        ("cni", ["a config", "a lease", "the device"]),
-    ],
-)
-def test_what_a_controller_waits_for(bench, name, waits_without):
-    controller = getattr(bench, name)()
-    assert not isinstance(controller.wants(bench.current.inputs), Waiting | None)
-    for what, lack in LACKS.items():
-        found = controller.wants(bench.current.inputs._replace(**lack))
-        assert isinstance(found, Waiting) == (what in waits_without), what
-    if waits_without:
-        assert isinstance(controller.wants(Inputs(bench.settings)), Waiting), "nor at the start"
-    assert controller.wants(bench.current.inputs) == controller.wants(bench.current.inputs), "it is a function of them"
-
-
-def settings(**more: Any) -> dict[str, Any]:
-    return {"settings": Settings(run_dir="/run/overlay-test", **more)}
-
-
-OTHER_MTU = {"underlays": {4: underlay(mtu=1400)}}
-RETAINED = {"retained": (prefix("10.244.77.0/24"),)}
-DIRECT = {"config": parse_config('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}')}
-BRIDGE = {"bridges": frozenset({"cni0"})}
-
-
-@pytest.mark.parametrize(
-    ("change", "concerned"),
-    [
-        pytest.param(OTHER_MTU, {"ownership", "device", "bridges"}, id="the underlay's MTU"),
-        pytest.param({"underlays": {4: underlay(up=False)}}, {"bridges", "peers"}, id="the underlay is down"),
-        pytest.param(RETAINED, {"bridges", "table", "reach"}, id="a subnet is lost"),
-        pytest.param(DIRECT, {"ownership", "table", "sysctl"}, id="DirectRouting"),
-        pytest.param(BRIDGE, {"bridges", "pods"}, id="a bridge of pods"),
-        pytest.param({"synced": True}, {"cni"}, id="all peers are in the kernel"),
-        pytest.param({"displaced": True}, {"peers", "cni"}, id="the lease is lost"),
-        pytest.param({"cni_template": b"{}"}, {"cni"}, id="cni-conf.json"),
-    ],
-)
-def test_a_change_of_the_inputs_concerns_those_alone(bench, change, concerned):
-    names = [
-        "ownership", "device", "bridges", "table", "guard", "peers", "nat", "forward", "sysctl", "reach", "pods", "cni",
-    ]  # fmt: skip
-    before, after = bench.current.inputs, bench.current.inputs._replace(**change)
-    changed = {name for name in names if getattr(bench, name)().wants(before) != getattr(bench, name)().wants(after)}
-    assert changed == concerned
-
-
-@pytest.mark.parametrize(
-    ("name", "flags"), [("guard", {"vxlan_guard": False}), ("pods", {"pod_antispoof": False})], ids=["guard", "pods"]
-)
-def test_a_flag_switches_it_off(bench, name, flags):
-    off = bench.current.inputs._replace(**settings(**flags))
-    assert getattr(bench, name)().wants(off) is OFF
-    assert getattr(bench, name)().wants(Inputs(Settings(**flags))) is OFF, "before anything is known, too"
 
 
 # --- this machine
@@ -272,7 +38,7 @@ def test_a_flag_switches_it_off(bench, name, flags):
 def test_links_are_read_when_one_is_told(bench):
     controller = bench.links()
     bench.kernel.there[9] = link(9, "veth9")
-    assert bench.tell(controller, netlink.LinkSeen(link(9, "veth9"), gone=False))
+    assert bench.tell(controller, events.LinkSeen(link(9, "veth9"), gone=False))
     bench.reconcile(controller)
     assert bench.current.inputs.links == bench.kernel.there
     bench.kernel.refuse = 1
@@ -308,14 +74,14 @@ def test_the_device_is_made_told_and_made_again(bench):
         "create flannel.1", f"up {tunnel.ifindex}", "address 32",
     ]  # fmt: skip
     there = bench.kernel.there[tunnel.ifindex]
-    bench.tell(controller, netlink.LinkSeen(there._replace(up=False), gone=False))
+    bench.tell(controller, events.LinkSeen(there._replace(up=False), gone=False))
     assert bench.current.inputs.tunnels[4] == tunnel, "how it was before we set it up"
-    bench.tell(controller, netlink.LinkSeen(there, gone=False))
-    assert bench.tell(controller, netlink.LinkSeen(there._replace(up=False), gone=False))
+    bench.tell(controller, events.LinkSeen(there, gone=False))
+    assert bench.tell(controller, events.LinkSeen(there._replace(up=False), gone=False))
     seen = bench.current.inputs.tunnels[4]
     assert (seen.up, seen.rising, seen.downs, seen.makes) == (False, False, tunnel.downs + 1, 1)
     bench.kernel.delete(tunnel.ifindex)
-    assert bench.tell(controller, netlink.LinkSeen(there, gone=True))
+    assert bench.tell(controller, events.LinkSeen(there, gone=True))
     assert bench.current.inputs.tunnels[4].ifindex == 0
     bench.reconcile(controller)
     assert bench.current.inputs.tunnels[4].makes == 3
@@ -583,10 +349,10 @@ def test_what_goes_with_the_device_is_put_again_at_once(bench):
     assert bench.path.rec.differing() == 0
     before = bench.current.inputs.tunnels[4]
     bench.current.set(tunnels={4: before._replace(up=False, downs=1)})
-    assert bench.tell(controller, netlink.LinkSeen(link(3, "flannel.1", up=False), gone=False))
+    assert bench.tell(controller, events.LinkSeen(link(3, "flannel.1", up=False), gone=False))
     assert bench.path.rec.differing() == 2, "route and neighbour; the FDB stays"
     bench.current.set(tunnels={4: Tunnel("flannel.1", 4, 1450, downs=1, makes=1)})
-    bench.tell(controller, netlink.LinkSeen(link(3, "flannel.1"), gone=True))
+    bench.tell(controller, events.LinkSeen(link(3, "flannel.1"), gone=True))
     assert bench.path.rec.differing() == 3
 
 
@@ -602,7 +368,7 @@ def test_a_device_that_the_kernel_does_not_know_is_doubted_after_a_while(bench):
     assert bench.posted == []
     bench.clock.now = 2.1
     controller.reconcile(controller.wants(bench.current.inputs))
-    assert bench.posted == [netlink.DeviceUnknown()]
+    assert bench.posted == [events.DeviceUnknown()]
 
 
 # --- nftables
@@ -620,8 +386,8 @@ def test_a_table_is_made_mended_left_and_withdrawn(bench, name, table):
     bench.reconcile(controller)
     assert set(bench.kernel.tables) == {table}
     bench.kernel.tables.clear()
-    assert not bench.tell(controller, netlink.NftSeen("somebody's"))
-    assert bench.tell(controller, netlink.NftSeen(table[1]))
+    assert not bench.tell(controller, events.NftSeen("somebody's"))
+    assert bench.tell(controller, events.NftSeen(table[1]))
     bench.reconcile(controller)
     assert set(bench.kernel.tables) == {table}
     assert controller.counters()[f"mended_{name}"] == 1
@@ -634,7 +400,7 @@ def test_a_table_is_made_mended_left_and_withdrawn(bench, name, table):
     bench.reconcile(controller)
     assert set(bench.kernel.tables) == {table}, "switched on again"
     bench.kernel.refuse = 1
-    bench.tell(controller, netlink.NftSeen(""))
+    bench.tell(controller, events.NftSeen(""))
     with pytest.raises(OSError, match="refused"):
         bench.reconcile(controller)
 
@@ -670,10 +436,10 @@ def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
     assert (controller.completed, controller.unready()) == (True, "")
     if name == "forward":
         assert bench.problems() == {"forward chain": "chain x drops"}
-        bench.tell(controller, netlink.NftSeen("filter"))
+        bench.tell(controller, events.NftSeen("filter"))
         assert controller.due() == 2.0, "kube-proxy writes there often"
     else:
-        assert bench.tell(controller, netlink.NftSeen("overlay-1"))
+        assert bench.tell(controller, events.NftSeen("overlay-1"))
         assert loaded, "the table stands"
 
 

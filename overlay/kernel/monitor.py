@@ -1,0 +1,158 @@
+"""Threads that receive the kernel's notifications and post them as events; an overrun means "dump again"."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+
+from lease.families import V4, Family
+from overlay.kernel.events import KernelEvent, NeighbourMessages, NftSeen, Overrun, parse_event
+from overlay.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RECV, SOL_NETLINK, netlink_socket
+from overlay.kernel.route import wire
+
+NETLINK_ADD_MEMBERSHIP = 1
+SO_ATTACH_FILTER = 26
+RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
+GROUPS = {4: (5, 7, 24), 6: (9, 11, 25)}
+"""By family: RTNLGRP_IPV4_IFADDR, _ROUTE and _NETCONF, RTNLGRP_IPV6_IFADDR, _ROUTE and _NETCONF."""
+NFNLGRP_NFTABLES = 7
+NFTA_TABLE = 1
+"""The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
+MONITOR_BUFFER = 128 << 20
+"""Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
+_NFGENMSG = 4
+AT_ONCE = 512
+
+
+class _Listener(threading.Thread):
+    """Receives notifications until it is stopped. What it raises ends the thread (main sees to that)."""
+
+    def __init__(self, name: str, protocol: int, groups: tuple[int, ...], post: Callable[[KernelEvent], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._post = post
+        self._socket = netlink_socket(protocol, MONITOR_BUFFER)
+        for group in groups:
+            self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+
+    def run(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(RECV)
+            except OSError as error:
+                if error.errno == errno.ENOBUFS:
+                    self._overrun()
+                    continue
+                if error.errno == errno.EBADF:
+                    return  # closed by stop()
+                raise
+            if not data:
+                return
+            self._received(data)
+
+    def stop(self) -> None:
+        """End the thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _overrun(self) -> None:
+        """Notifications were lost."""
+        raise NotImplementedError
+
+    def _received(self, data: bytes) -> None:
+        """Messages came."""
+        raise NotImplementedError
+
+
+class Monitor(_Listener):
+    """Turns rtnetlink's notifications into events."""
+
+    def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Sequence[Family] = (V4,)) -> None:
+        groups = [group for family in families for group in GROUPS[family.number]]
+        super().__init__("monitor", NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_NEIGH, *groups), post)
+        self._families = families
+        _drop_echoes(self._socket, own_port)
+
+    def _overrun(self) -> None:
+        self._post(Overrun())
+
+    def _received(self, data: bytes) -> None:
+        if wire.is_neighbour(data):
+            data = self._received_neighbours(data)
+        for message in wire.split(data):
+            event = parse_event(message, self._families)
+            if event is not None:
+                self._post(event)
+
+    def _received_neighbours(self, data: bytes) -> bytes:
+        """All notifications of neighbours and FDB entries that wait, in one event; the first of another kind, if one came
+        behind them."""
+        messages = [data]
+        try:
+            while len(messages) < AT_ONCE:
+                data = self._socket.recv(RECV, socket.MSG_DONTWAIT)
+                if not wire.is_neighbour(data):
+                    break
+                messages.append(data)
+            else:
+                data = b""
+        except BlockingIOError:
+            data = b""
+        except OSError as error:
+            data = b""
+            if error.errno == errno.ENOBUFS:
+                self._overrun()  # of any other the next receipt says the same
+        self._post(NeighbourMessages(messages))
+        return data
+
+
+class NftMonitor(_Listener):
+    """Says when an nftables table of ours (by the start of its name), or one that we have rules in, was touched, by
+    whomever."""
+
+    def __init__(
+        self, prefix: str, others: tuple[str, ...], post: Callable[[KernelEvent], None], own_port: int = 0
+    ) -> None:
+        super().__init__("nft-monitor", NETLINK_NETFILTER, (NFNLGRP_NFTABLES,), post)
+        if own_port:
+            _drop_echoes(self._socket, own_port)
+        self._prefix, self._others = prefix.encode(), {other.encode() for other in others}
+
+    def _overrun(self) -> None:
+        self._post(NftSeen(""))
+
+    def _received(self, data: bytes) -> None:
+        touched = set()
+        for message in wire.split(data):
+            name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
+            text = bytes(name).rstrip(b"\0") if name is not None else b""
+            if name is not None and (text.startswith(self._prefix) or text in self._others):
+                touched.add(text.decode("utf-8", "replace"))
+        for table in touched:
+            self._post(NftSeen(table))
+
+
+def _drop_echoes(listening: socket.socket, own_port: int) -> None:
+    """Let the kernel leave out the events that we cause: their nlmsg_pid (offset 12) is our port id.
+
+    Each event is one message in one buffer, or (nftables) one transaction in some, so looking at the first header is enough.
+    (FDB events say 0: they come.)
+    """
+    ld_word, jump_equal, ret = 0x20, 0x15, 0x06
+    program = b"".join(
+        struct.pack("=HBBL", *step)
+        for step in (
+            (ld_word, 0, 0, 12),  # loads in network order
+            (jump_equal, 0, 1, socket.htonl(own_port)),
+            (ret, 0, 0, 0),
+            (ret, 0, 0, 0xFFFFFFFF),
+        )
+    )
+    code = array("B", program)
+    address, _ = code.buffer_info()
+    listening.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", len(program) // 8, address))
