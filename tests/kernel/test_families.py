@@ -16,6 +16,7 @@ from overlay.backends.base import Entry, View
 from overlay.backends.vxlan import Vxlan
 from overlay.firewall import guard
 from overlay.firewall.guard import Guard
+from overlay.kernel import events
 from overlay.kernel.monitor import Monitor
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
