@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -19,6 +20,8 @@ from overlay.lab.processes import LabError
 from overlay.lab.proof import AGENTS, NAMESPACE, Proof, manifest
 from tests.support.wait import until
 
+UNBROKEN = re.compile(r"[1-9]\d* round trips on one connection, none lost")
+"""What is said of a connection of which nothing was lost."""
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -53,7 +56,7 @@ def test_pods_and_nodes_reach_each_other(proof):
 
 
 def test_a_service_answers(proof):
-    proof.service()
+    assert re.search(r":80 answers [4-9] pods, by 2 pods$", proof.service())
 
 
 def test_the_agent_has_the_rights_the_manifest_says_and_no_more(proof):
@@ -117,25 +120,40 @@ def test_a_changed_config_map_arrives(proof):
 
 
 def test_a_rolling_update_and_a_rollback_keep_connections(proof):
-    proof.rolling_restart()
+    before = proof._agents()
+    assert UNBROKEN.search(proof.rolling_restart())
+    after = proof._agents()
+    assert len(after) == len(proof.names)
+    assert not after & before, "each was replaced"
 
 
 def test_killed_agents_keep_connections(proof):
-    proof.agent_killed()
+    assert UNBROKEN.search(proof.agent_killed())
     assert min(proof._restarts()) >= 1
     assert len(proof.cluster.objects("pods", "-n", NAMESPACE, "-l", AGENTS)) == 2
 
 
 def test_a_node_goes_and_returns(proof):
     proof.node_returns("node2")
+    assert proof.cluster.ready("node2")
+    cidr = proof.cluster.objects("node", "node2")[0]["spec"]["podCIDR"]
+    assert f"{cidr} via" in proof.cluster.run("node1", ["ip", "route"])
+    assert proof.notes("node2")["public-ip"] == "192.168.1.3"
 
 
 def test_an_api_server_outage_of_a_minute(proof):
-    proof.outage(60)
+    agents = proof._agents()
+    assert UNBROKEN.search(proof.outage(60))
+    assert proof._agents() == agents, "none was started again"
+    assert [proof.cluster.ready(name) for name in proof.names] == [True, True]
 
 
 def test_uninstall_leaves_nothing(proof):
     proof.uninstall()
+    for name in proof.names:
+        assert "flannel.1" not in proof.cluster.run(name, ["ip", "link"])
+        assert "overlay" not in proof.cluster.run(name, ["nft", "list", "tables"])
+        assert not proof.notes(name)
     with pytest.raises(LabError, match="not found"):
         proof.cluster.kubectl("get", "namespace", NAMESPACE)
 
