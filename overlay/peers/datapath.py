@@ -187,7 +187,7 @@ class Datapath:
         for was, now in turned.values():
             self._say_changed(was, now)
         before = {entry for was, _ in turned.values() for entry in self._entries(was)}
-        after = {entry for _, now in turned.values() for entry in self._entries(now)}
+        after = {entry for _, now in turned.values() for entry in self._entries_now(now)}
         for peer, entry in sorted(before - after, key=_by_kind):
             self.rec.unwant(peer, (entry,))
         for peer, entry in sorted(after - before, key=_by_kind):
@@ -215,6 +215,14 @@ class Datapath:
             return []
         peer = number(end.subnet)
         return [(peer, entry) for entry in plan.entries(self.node, lease)]
+
+    def _entries_now(self, lease: Lease | None) -> list[tuple[int, Entry]]:
+        """The same of one that is a peer now: made once, for this and for the message."""
+        end = None if lease is None else lease.endpoint(self._family.number)
+        if end is None:
+            return []
+        peer = number(end.subnet)
+        return [(peer, entry) for entry in self.rec.wanted.entries(peer)]
 
     # --- found: events ---------------------------------------------------------------------------------------------------
 

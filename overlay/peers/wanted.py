@@ -15,6 +15,8 @@ from overlay.kernel.route.fast import DumpMatcher
 from overlay.peers import plan
 from overlay.peers.table import PeerTable
 
+MOST_KEPT = 64
+
 
 class Wanted:
     """The entries of all peers of a table, as seen from a node."""
@@ -25,6 +27,8 @@ class Wanted:
         self._bulk = self._backend.bulk(self._view)
         self._full, self._directly = self._backend.full, self._backend.reaches_directly
         self._route = len(self._backend.tables) - 1
+        self._kept: dict[int, tuple[bytes, list[Entry]]] = {}
+        """Of the peers asked for last, the record and the entries made of it: a change is asked about several times."""
 
     def peers(self) -> Collection[int]:
         """All peers."""
@@ -47,8 +51,16 @@ class Wanted:
         return len(self.entries(peer)) == 1
 
     def entries(self, peer: int) -> list[Entry]:
-        """A peer's entries, in the order in which they are put in place."""
-        return plan.entries(self.node, self.table.peer(peer))
+        """A peer's entries, in the order in which they are put in place; not to be changed."""
+        packed = self.table.packed[peer]
+        kept = self._kept.get(peer)
+        if kept is not None and kept[0] is packed:
+            return kept[1]
+        made = plan.entries(self.node, self.table.peer(peer))
+        if len(self._kept) >= MOST_KEPT:
+            self._kept.clear()
+        self._kept[peer] = packed, made
+        return made
 
     def owners(self, table: int, key: Any) -> tuple[int, ...]:
         """The peers that want an entry of a key: one, but for the FDB entry of a node that holds two subnets."""

@@ -19,6 +19,7 @@ from overlay.backends.vxlan import backend_of
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.fast import NEIGHBOURS, ROUTES
+from overlay.peers import plan
 from overlay.peers.datapath import Datapath
 from tests.support.clock import Clock
 from tests.support.make import lease, node
@@ -260,3 +261,19 @@ def test_many_subnets_of_one_mac_cost_what_they_cost_alone():
         PeerTable.peer = real  # type: ignore[method-assign]
     assert len(table.packed) == 1000
     assert asked < 5000, "some for each, and not all for each"
+
+
+def test_a_peers_entries_are_made_once_for_a_change(peers, monkeypatch):
+    peers.load([peer(number) for number in range(10)])
+    made: list[Lease] = []
+    real = plan.entries
+    monkeypatch.setattr(plan, "entries", lambda node, one: made.append(one) or real(node, one))
+    peers.path.put(peer(77))
+    peers.settle()
+    assert [one.key for one in made] == [peer(77).key], "for the difference, for the message and for what asks again"
+    made.clear()
+    changed = peer(77, mac="0a:00:00:00:99:99")
+    peers.path.put(changed)
+    peers.settle()
+    assert len([one for one in made if one.v4 == changed.v4]) == 1
+    assert peers.there() == (11, 11, 11)
