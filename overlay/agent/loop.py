@@ -85,7 +85,7 @@ class Loop:
 
     def run(self) -> int:
         """Until Stop; the exit code."""
-        more = False
+        more = True  # links and underlay are read while the first list is on its way
         while True:
             stop = self._take_in(0.0 if more else self._wait_s())
             if stop is not None:

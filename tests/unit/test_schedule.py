@@ -283,3 +283,13 @@ def test_the_loop_takes_a_controller_it_has_never_heard_of():
     assert found["toy"] == "node1"
     assert found["problems"] == []
     assert loop.health.readiness() == (True, "ok")
+
+
+def test_the_loop_does_not_wait_for_a_first_event():
+    """Links and underlay are read while the first list is on its way."""
+    world, inbox = World(), queue.SimpleQueue()
+    world.current.set(settings=Settings(node_name="node1"), listed=True)
+    loop = Loop([world.toy], world.current, world.health, inbox, world.clock)
+    loop.each_pass = lambda: inbox.put(Stop("after the first pass"))
+    assert loop.run() == 0
+    assert world.toy.asked == 1
