@@ -70,6 +70,9 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade --no-annotate \
 		--extra cli --extra build -c .ci/requirements.txt --custom-compile-command "make lock" -o .ci/runtime.txt pyproject.toml
 
+newcomer: ## make lab and make test in a bare debootstrapped Debian (RELEASE=trixie for another): what .ci/setup forgets shows
+	.ci/newcomer $(RELEASE)
+
 reference: setup ## docs/reference.md's table of flags, from the flags themselves
 	$(PY) -m overlay.cli.reference docs/reference.md
 
