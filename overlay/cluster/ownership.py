@@ -61,6 +61,7 @@ class Ownership(Controller):
         self.held: Lease | None = None
         """With revisions: by these, disputes are judged."""
         self._method = ""
+        self._stopping = False
         self._at_our_key: Lease | None = None
         """Ours, or what somebody put there."""
         self._first_list: Snapshot | None = None
@@ -221,8 +222,10 @@ class Ownership(Controller):
 
     def _on_denied(self, event: Denied) -> bool:
         if event.conflict and self.held is None:
-            log.error("lease.conflict", reason=event.reason)
-            self._stop(event.reason)
+            if not self._stopping:  # the tenure may say it again before the loop has ended
+                self._stopping = True
+                log.error("lease.conflict", reason=event.reason)
+                self._stop(event.reason)
             return False
         self._health.problem(self.name, event.reason)
         if event.displaced and self.held is not None:
