@@ -35,7 +35,7 @@ def prove(name: str, keep: bool, outage: float) -> None:
 
     Exit status: 0 all held, 1 something did not.
     """
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
     it, began = Cluster(name), time.monotonic()
 
     def tell(line: str) -> None:

@@ -42,7 +42,7 @@ def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        show(Console(highlight=False), found, all_peers)
+        show(Console(highlight=False, emoji=False), found, all_peers)
     sys.exit(0 if found["ready"] else 1)
 
 

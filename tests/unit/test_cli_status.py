@@ -1,0 +1,47 @@
+"""What `overlay status` prints of a status."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from overlay.cli import cluster, lab, status
+
+PEER = {
+    "subnet": "10.244.9.0/24", "public_ip": "192.168.1.9", "vtep_mac": "62:ab:85:3d:45:d2", "node_name": "node9",
+    "path": "vxlan", "ok": False, "missing": ["fdb", "route"],
+}  # fmt: skip
+FOUND = {
+    "schema": 1, "version": "0.1.0", "node_name": "node1", "ready": False, "uptime_s": 1.0,
+    "problems": [{"subject": "kernel", "text": "2 entries are not as they should be", "since": "2026-11-28T05:00:00Z", "keeps_unready": True}],
+    "store": {"type": "etcd", "address": "etcd there", "up": False, "error": "no answer"},
+    "network": {"subnets": {"ipv4": {"network": "10.244.0.0/16"}}}, "underlay": None, "lease": None, "device": None,
+    "peers": [PEER], "refused_records": [{"key": "10.244.8.0-24", "reason": "[bold]not JSON[/]"}], "differing_entries": 2,
+    "differences": [{"table": "route", "entry": "10.244.9.0/24 metric 10", "state": "missing", "error": "EPERM", "tries": 3}],
+    "conflicting_routes": [{"destination": "10.244.9.0/26", "via": "", "device": "", "metric": 0, "protocol": 3}],
+    "retained_subnets": ["10.244.7.0/24"], "counters": {"mended_route": 2, "dropped_spoofed": 0},
+}  # fmt: skip
+
+
+def test_everything_that_is_not_as_it_should_be_is_listed():
+    assert list(status.differences(FOUND)) == [
+        ("kernel", "2 entries are not as they should be (since 2026-11-28T05:00:00Z)"),
+        ("store", "no answer (datapath and peers stay as they are)"),
+        ("record 10.244.8.0-24", "not used: [bold]not JSON[/]"),
+        ("route 10.244.9.0/24 metric 10", "missing, refused 3 times: EPERM"),
+        ("route 10.244.9.0/26 to nowhere, or to several gateways metric 0 proto 3", "not ours, and stands before ours"),
+        ("subnet 10.244.7.0/24", "not ours any more; pods made before still use it here"),
+    ]
+
+
+def test_words_of_others_are_printed_as_they_are():
+    """Neither markup nor the name of a picture, as which a part of a MAC can be read."""
+    out = io.StringIO()
+    for module in (status, lab, cluster):
+        assert "emoji=False" in open(module.__file__, encoding="utf-8").read()
+    status.show(Console(file=out, highlight=False, emoji=False, width=200), FOUND, all_peers=True)
+    text = out.getvalue()
+    for word in ("62:ab:85:3d:45:d2", "[bold]not JSON[/]", "fdb, route", "mended", "route 2", "overlayd 0.1.0 node1"):
+        assert word in text
+    assert "spoofed" not in text, "nothing was dropped"
