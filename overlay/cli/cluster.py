@@ -9,9 +9,9 @@ import sys
 import time
 
 import click
-from rich.console import Console
 from rich.text import Text
 
+from overlay.cli import terminal
 from overlay.cli.lab import print_matrix
 from overlay.lab.cluster import Cluster
 from overlay.lab.lab import locked
@@ -35,7 +35,7 @@ def prove(name: str, keep: bool, outage: float) -> None:
 
     Exit status: 0 all held, 1 something did not.
     """
-    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
+    console = terminal.console()
     it, began = Cluster(name), time.monotonic()
 
     def tell(line: str) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lease.config import ConfigError
+from overlay.cli import terminal
 from overlay.lab import netns
 from overlay.lab.capture import Captured
 from overlay.lab.lab import DEFAULT_NET_CONF, Lab, locked
@@ -131,7 +132,7 @@ def down(name: str) -> None:
 @contextmanager
 def _working(name: str, as_json: bool) -> Iterator[tuple[Lab, Callable[[str], None]]]:
     """The lab, locked, with its progress shown on stderr; errors as one line."""
-    console = Console(stderr=True, highlight=False, emoji=False)
+    console = terminal.console(stderr=True)
     try:
         with locked(name):
             if as_json or not console.is_terminal:
@@ -176,7 +177,7 @@ def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
         }
         click.echo(json.dumps(value, indent=2))
     else:
-        console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
+        console = terminal.console()
         _print_nodes(it, statuses, False, console)
         for kinds in ("pod-pod", "node-pod", "pod-node"):
             print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
@@ -238,7 +239,7 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
             "[green]yes[/]" if found.get("ready") else "[red]no[/]",
             " ".join(address or "?" for address in node.pods.values()),
         )
-    console = console or Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 150)
+    console = console or terminal.console()
     console.print(table)
     for line in it.broken():
         console.print(Text(line, style="red"))

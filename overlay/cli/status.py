@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.cli import terminal
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 PEERS_SHOWN = 50
@@ -42,7 +43,7 @@ def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        show(Console(highlight=False, emoji=False), found, all_peers)
+        show(terminal.console(), found, all_peers)
     sys.exit(0 if found["ready"] else 1)
 
 

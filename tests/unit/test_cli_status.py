@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 
-from rich.console import Console
-
-from overlay.cli import cluster, lab, status
+from overlay.cli import status, terminal
 
 PEER = {
     "subnet": "10.244.9.0/24", "public_ip": "192.168.1.9", "vtep_mac": "62:ab:85:3d:45:d2", "node_name": "node9",
@@ -37,10 +35,9 @@ def test_everything_that_is_not_as_it_should_be_is_listed():
 
 def test_words_of_others_are_printed_as_they_are():
     """Neither markup nor the name of a picture, as which a part of a MAC can be read."""
-    out = io.StringIO()
-    for module in (status, lab, cluster):
-        assert "emoji=False" in open(module.__file__, encoding="utf-8").read()
-    status.show(Console(file=out, highlight=False, emoji=False, width=200), FOUND, all_peers=True)
+    console = terminal.console()
+    console.file = out = io.StringIO()
+    status.show(console, FOUND, all_peers=True)
     text = out.getvalue()
     for word in ("62:ab:85:3d:45:d2", "[bold]not JSON[/]", "fdb, route", "mended", "route 2", "overlayd 0.1.0 node1"):
         assert word in text
