@@ -40,6 +40,7 @@ class Ownership(Controller):
 
     name = "lease"
     rechecked = False
+    answers_later = True  # a claim is no lease: only the tenure's word clears a problem
 
     def __init__(
         self,

@@ -130,7 +130,8 @@ class Guard:
                 uses[address] = uses.get(address, 0) + 1
             else:
                 self._use(unpack(each))
-        self._new |= uses.keys() - self._there
+        if self._table is not None:
+            self._new |= uses.keys() - self._there
         for address in before.keys() - uses.keys():
             self._leaves(address)
 
@@ -149,6 +150,8 @@ class Guard:
                 self._leaves(address)
 
     def _leaves(self, address: int) -> None:
+        if self._table is None:  # there is nobody to let go of; `ensure` begins with those of then
+            return
         self._leaving.pop(address, None)
         self._leaving[address] = self._clock() + GRACE_S
 
@@ -158,7 +161,7 @@ class Guard:
             return
         for address in end.outer_sources():
             self._uses[address] = self._uses.get(address, 0) + 1
-            if address not in self._there:
+            if self._table is not None and address not in self._there:
                 self._new.add(address)
 
     # --- making it so
@@ -170,6 +173,8 @@ class Guard:
     def forget(self) -> None:
         """The table is gone."""
         self._table, self._check = None, None
+        self._new.clear()
+        self._leaving.clear()
 
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""

@@ -47,8 +47,8 @@ class _ByProgram(Controller):
             return False
         self._worker.ended()
         self._refused = event.refused
+        self.completed = True  # pods are not kept from a node whose nft is broken, which is told
         if not event.refused:
-            self.completed = True
             self._health.solved(self.name)
             self._done(event.result)
         again, self._again = self._again, False

@@ -236,11 +236,10 @@ class PeersController(Controller):
 
     def due(self) -> float | None:
         """A retry, a doubt, the next check."""
-        reading = None
-        if self._read_whole and TUNNEL in self._path.rec.devices:
-            reading = self._reading.at or 0.0
-        asked = (self._path.rec.next_retry(), reading, self._doubt_at, self._device_doubt_at, self._cadence.at)
-        return min(at for at in asked if at is not None)
+        asked = [self._path.rec.next_retry(), self._device_doubt_at]
+        if TUNNEL in self._path.rec.devices:  # else there is nothing to read, however long it is due
+            asked += [self._doubt_at, self._cadence.at, (self._reading.at or 0.0) if self._read_whole else None]
+        return min((at for at in asked if at is not None), default=None)
 
     def unready(self) -> str:
         """Whether the kernel was read since the last plan."""

@@ -15,6 +15,7 @@ from lease.tenure.events import Denied, Held, Lost, Renewed
 from overlay.cni.lists import CONFLIST
 from overlay.control.controller import CannotReconcile
 from overlay.control.inputs import Tunnel
+from overlay.control.schedule import Schedule
 from overlay.firewall import antispoof, guard
 from overlay.firewall.worker import Finished
 from overlay.kernel import events, netlink
@@ -258,6 +259,22 @@ def test_the_lease_is_claimed_held_lost_and_renewed(bench):
     assert "we lost 10.244.2.0/24" in bench.problems()["lease"]
 
 
+def test_a_lost_lease_is_told_until_there_is_another(bench):
+    """Whatever is claimed meanwhile: a claim is no lease."""
+    controller = bench.ownership()
+    schedule = Schedule([controller], bench.current, bench.health, bench.clock)
+    own = bench.current.inputs.own
+    schedule.handle(Held(own, "allocated"))
+    schedule.run_pass()
+    schedule.handle(Lost(own, "an older record"))
+    bench.current.set(**OTHER_MTU)
+    schedule.run_pass()
+    assert len(bench.claims.claims) == 2
+    assert "we lost 10.244.2.0/24" in bench.problems()["lease"]
+    schedule.handle(Held(own, "taken again"))
+    assert bench.problems() == {}
+
+
 def test_a_conflict_about_our_address_ends_the_agent_before_it_holds_anything(bench):
     controller = bench.ownership()
     for _ in range(2):
@@ -357,6 +374,33 @@ def test_what_goes_with_the_device_is_put_again_at_once(bench):
     assert bench.path.rec.differing() == 3
 
 
+def test_nothing_is_due_at_once_while_there_is_no_device(bench):
+    """A kernel that refuses to make it for an hour shall not cost a core."""
+    table, controller = bench.table(), bench.peers()
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9")]), "")
+    bench.reconcile(table)
+    bench.current.set(tunnels={4: Tunnel("flannel.1", 0, 1450, up=False)})
+    bench.clock.now = 3600.0
+    bench.reconcile(controller)
+    due = controller.due()
+    assert due is None or due > bench.clock.now
+
+
+def test_a_guard_that_is_off_remembers_nobody(bench):
+    controller = bench.guard()
+    bench.reconcile(controller)
+    list(controller.withdraw())
+    for number in range(5):
+        one = lease(f"10.244.{number + 9}.0/24", f"192.168.1.{number + 9}")
+        controller.guard.turn(None, one)
+        controller.guard.turn(one, None)
+    assert not controller.guard.has_changes()
+    assert controller.guard.next_change() is None
+    controller.guard.turn(None, lease("10.244.9.0/24", "192.168.1.9"))
+    bench.reconcile(controller)
+    assert len(bench.kernel.tables["ip", guard.table_name(1)]["vteps"]) == 1, "on again it lets in who is a peer"
+
+
 def test_a_device_that_the_kernel_does_not_know_is_doubted_after_a_while(bench):
     controller = bench.peers()
     bench.reconcile(bench.table()) if bench.path.has_unplanned() else bench.path.replace(Leases.of([]), "")
@@ -430,6 +474,7 @@ def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
     work = begun.pop()
     assert not bench.tell(controller, Finished("another", None, "")), "not its own"
     assert bench.tell(controller, Finished(name, None, "no such program"))
+    assert controller.unready() == "", "that is told as a problem, and keeps no pod from the node"
     with pytest.raises(CannotReconcile, match="no such program"):
         bench.reconcile(controller)
     bench.reconcile(controller)
