@@ -10,15 +10,14 @@ import json
 import re
 from typing import Any, NamedTuple, TypeVar
 
+from lease.families import FAMILIES, V4
 from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
 
 MAX_VNI = (1 << 24) - 1
 DEFAULT_PORT = 8472
 """The kernel's own default, which flannel gets by leaving the attribute out (drivers/net/vxlan/vxlan_core.c)."""
-OVERHEAD = {4: 50, 6: 70}
-"""Bytes VXLAN adds: outer IP header + UDP 8 + VXLAN 8 + inner Ethernet 14."""
-MIN_MTU = 68 + OVERHEAD[4]
-"""ETH_MIN_MTU of the device plus the overhead; the kernel refuses less with EINVAL."""
+MIN_MTU = 68 + V4.overhead
+"""ETH_MIN_MTU of the device plus the least overhead; the kernel refuses less with EINVAL."""
 
 _CIDR = re.compile(r"[0-9a-fA-F.:]+/[0-9]{1,3}")
 _MAC_PREFIX = re.compile(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{2}")
@@ -71,6 +70,11 @@ class VxlanConfig(NamedTuple):
     learning: bool = False
     mac_prefix: str = "0E-2A"
 
+    @property
+    def type(self) -> str:
+        """BackendType in records."""
+        return "vxlan"
+
 
 class NetworkConfig(NamedTuple):
     """What every node of the network agrees on."""
@@ -82,6 +86,11 @@ class NetworkConfig(NamedTuple):
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled."""
         return self.v4 if family == 4 else self.v6
+
+    @property
+    def pools(self) -> dict[int, Pool]:
+        """The subnets of the enabled families."""
+        return {family: pool for family in FAMILIES if (pool := self.pool(family)) is not None}
 
 
 class _Fields:

@@ -15,8 +15,9 @@ class Family(NamedTuple):
     number: 4 or 6, as in `Prefix.family`. bits, size: of an address. af: AF_INET or AF_INET6, as netlink and sockets number
     it. nft: nftables' name. nft_number: nftables' number (NFPROTO_IPV4, NFPROTO_IPV6). source_at, destination_at: where the
     addresses stand in the IP header, in bytes (RFC 791, RFC 8200). overhead: what VXLAN adds to a packet on an underlay of
-    this family: outer IP header, UDP 8, VXLAN 8, inner Ethernet 14. routes_die_silently: whether the kernel removes the
-    routes of a device that goes down or away without a notification (IPv4: net/ipv4/fib_frontend.c fib_disable_ip).
+    this family: outer IP header, UDP 8, VXLAN 8, inner Ethernet 14. has_broadcast: whether a link's first and last address
+    are no host's. routes_die_silently: whether the kernel removes the routes of a device that goes down or away without a
+    notification (IPv4: net/ipv4/fib_frontend.c fib_disable_ip).
     """
 
     number: int
@@ -27,7 +28,13 @@ class Family(NamedTuple):
     source_at: int
     destination_at: int
     overhead: int
+    has_broadcast: bool
     routes_die_silently: bool
+
+    @property
+    def text(self) -> str:
+        """Its name, as people write it."""
+        return f"IPv{self.number}"
 
     @property
     def size(self) -> int:
@@ -39,7 +46,7 @@ class Family(NamedTuple):
         return address.to_bytes(self.bits // 8, "big")
 
 
-V4 = Family(4, 32, socket.AF_INET, "ip", 2, 12, 16, 50, True)
-V6 = Family(6, 128, socket.AF_INET6, "ip6", 10, 8, 24, 70, False)
+V4 = Family(4, 32, socket.AF_INET, "ip", 2, 12, 16, 50, True, True)
+V6 = Family(6, 128, socket.AF_INET6, "ip6", 10, 8, 24, 70, False, False)
 FAMILIES = {4: V4, 6: V6}
 BY_AF = {family.af: family for family in FAMILIES.values()}

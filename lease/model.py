@@ -7,6 +7,7 @@ what `ipaddress` objects cost (docs/decisions.md, "Leases are tuples of integers
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 WIDTH = {4: 32, 6: 128}
@@ -83,9 +84,27 @@ class Lease(NamedTuple):
     modified: int
     handle: int
 
+    @classmethod
+    def of(cls, key: str, backend: str, ends: Iterable[Endpoint], node: str, created: int = 0, uid: int = 0) -> Lease:
+        """Of its parts, each in the place of its family, as a store gets it. uid: the handle of one on a Node."""
+        by_family = {end.subnet.family: end for end in ends}
+        return cls(key, backend, by_family.get(4), by_family.get(6), node, created, 0, uid)
+
     def endpoint(self, family: int) -> Endpoint | None:
         """The part of one family, 4 or 6."""
         return self.v4 if family == 4 else self.v6
+
+    @property
+    def ends(self) -> tuple[Endpoint, ...]:
+        """The parts it has."""
+        return tuple(end for end in (self.v4, self.v6) if end is not None)
+
+    @property
+    def first(self) -> Endpoint:
+        """The part by which its owner is known: of IPv4 where it has one, as in flannel's keys."""
+        end = self.v4 or self.v6
+        assert end is not None, "a record without any endpoint is refused when it is read"
+        return end
 
     def same_claim(self, other: Lease) -> bool:
         """Whether both say the same to a peer: all but revisions and the etcd lease."""
@@ -146,9 +165,9 @@ def mask(family: int, length: int) -> int:
     return ((1 << length) - 1) << (width - length)
 
 
-def around(address: int, length: int) -> Prefix:
-    """The IPv4 prefix of that length that holds an address."""
-    return Prefix(4, address & mask(4, length), length)
+def around(family: int, address: int, length: int) -> Prefix:
+    """The prefix of that length that holds an address."""
+    return Prefix(family, address & mask(family, length), length)
 
 
 def mac_text(mac: int) -> str:

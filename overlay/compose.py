@@ -9,7 +9,8 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lease.families import V4
+from lease.families import V4, Family
+from lease.model import Lease
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
 from overlay.cluster.ownership import Ownership
@@ -40,6 +41,10 @@ from overlay.settings.settings import Settings
 
 if TYPE_CHECKING:
     from lease.tenure.claim import Identity
+
+
+FAMILIES: tuple[Family, ...] = (V4,)
+"""Those that the agent has a datapath for; by the first a lease is found to be ours."""
 
 
 class Outside(NamedTuple):
@@ -73,60 +78,94 @@ class Composed(NamedTuple):
     """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not tell."""
 
 
+class _Shared(NamedTuple):
+    """What the controllers of all families are built with."""
+
+    outside: Outside
+    current: CurrentInputs
+    health: Health
+    owned: Owned
+    requests: RequestSocket
+    sets: NetfilterSocket
+    refusals: Refusals
+    own_key: Callable[[], str]
+    """The key of our record."""
+    leave: Callable[[int], None]
+    """Takes away what was made for a network that this node left."""
+
+
+class _OfFamily:
+    """The controllers of one family."""
+
+    def __init__(self, family: Family, shared: _Shared) -> None:
+        outside, current, health, owned, requests, sets, refusals, own_key, leave = shared
+        clock, post, links = outside.clock, outside.post, Links(family)
+        guard = Guard(family, sets, clock)
+        rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
+        self.path = Datapath(family, requests, clock, rng, refusals, (guard,))
+        self.underlay = UnderlaySource(current, family, requests, outside.store_hosts, outside.reconnect)
+        self.device = DeviceController(current, family, requests, links, DeviceLock(), health, owned, leave, clock)
+        self.bridges = BridgesController(current, family, links, owned, outside.bridges)
+        self.table = PeerTableController(current, family, self.path, own_key)
+        self.peers = PeersController(current, family, self.path, requests, health, clock, post, owned)
+        self.rest = (
+            GuardController(family, guard, sets, owned, health, clock),
+            self.peers,
+            NatController(family, post, health, owned),
+            ForwardController(family, post, health, owned, clock),
+            SysctlController(family, health, clock),
+            ReachController(family, requests, health, self.peers.a_peer, self.peers.refused),
+        )
+
+
 def compose(settings: Settings, outside: Outside) -> Composed:
     """All controllers of an agent. Raises OSError: no socket to the kernel."""
-    clock, post = outside.clock, outside.post
-    requests, sets, links = RequestSocket(), NetfilterSocket(), Links(V4)
-    current, health, owned = CurrentInputs(settings), Health(clock), Owned(settings)
-    rng, refusals = random.Random(), Refusals()  # noqa: S311 (spreads load, guards nothing)
-    guard = Guard(V4, sets, clock)
-    path = Datapath(V4, requests, clock, rng, refusals, (guard,))
+    clock, requests, sets = outside.clock, RequestSocket(), NetfilterSocket()
+    current, health, owned, refusals = CurrentInputs(settings), Health(clock), Owned(settings), Refusals()
 
-    guarding = GuardController(V4, guard, sets, owned, health, clock)
-    pods = PodsController(AntiSpoof(sets, requests, clock), sets, owned, clock)
-    nat = NatController(V4, post, health, owned)
-    forward = ForwardController(V4, post, health, owned, clock)
-
-    def leave(vni: int) -> None:
-        for each in (guarding, pods, nat, forward):
-            for _ in each.leave(vni):
+    def leave(network: int) -> None:
+        for controller in controllers:
+            for _ in controller.leave(network):
                 pass
 
-    device = DeviceController(current, V4, requests, links, DeviceLock(), health, owned, leave, clock)
+    shared = _Shared(outside, current, health, owned, requests, sets, refusals, lambda: ownership.key, leave)
+    each = [_OfFamily(family, shared) for family in FAMILIES]
+    first = each[0]
     ownership = Ownership(
-        current, health, clock, outside.identity_of, device.existing_mac, outside.stop, outside.give_up
-    )
-    table = PeerTableController(current, V4, path, lambda: ownership.key)
-    peers = PeersController(current, V4, path, requests, health, clock, post, owned)
-    bridges = BridgesController(current, V4, links, owned, outside.bridges)
-    network = NetworkConfigInput(current, health, outside.config_place)
+        current, FAMILIES[0], health, clock, outside.identity_of, first.device.existing_mac, outside.stop,
+        outside.give_up,
+    )  # fmt: skip
+    network = NetworkConfigInput(current, FAMILIES, health, outside.config_place)
+    paths = [of.path for of in each]
 
-    def planned() -> None:
-        peers.planned()
-        ownership.check_rivals()
+    def entered(lease: Lease) -> None:
+        for path in paths:
+            path.enter(lease)
 
-    table.planned = planned
-    ownership.displaced_record, ownership.refused_records = path.enter, peers.refused
+    for of in each:
+        of.table.planned = _both(of.peers.planned, ownership.check_rivals)
+    ownership.displaced_record = entered
+    ownership.refused_records = lambda: (lease for of in each for lease in of.peers.refused())
 
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
-        LinksSource(current, requests),
-        UnderlaySource(current, V4, requests, outside.store_hosts, outside.reconnect),
-        RecordsSource(current, health, path, ownership, network, refusals, outside.store_place),
+        LinksSource(current, FAMILIES, requests),
+        *(of.underlay for of in each),
+        RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place),
         ownership,
-        device,
-        bridges,
-        table,
-        guarding,
-        peers,
-        nat,
-        forward,
-        SysctlController(V4, health, clock),
-        ReachController(V4, requests, health, peers.a_peer, peers.refused),
-        pods,
-        CniController(current, V4, health, owned, clock, bridges.named),
+        *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
+        PodsController(FAMILIES[0], AntiSpoof(sets, requests, clock), sets, owned, clock),
+        CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def withdraw(settings: Settings, outside: Outside) -> Iterator[tuple[str, Iterator[str]]]:

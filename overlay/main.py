@@ -313,11 +313,11 @@ def prober() -> Callable[[int], Any]:
     def ask(address: int) -> Answer:
         requests = RequestSocket()
         try:
-            name = on_link_interface(address, requests.links(), requests.addresses(V4))
+            name = on_link_interface(V4, address, requests.links(), requests.addresses(V4))
             if name is None:
                 return Answer(False, None)
             by = probe(name, address)
-            gateway = (requests.lookup(V4, ANYWHERE) or (0, 0, 0))[2]
+            gateway = (requests.lookup(V4, ANYWHERE[V4.number]) or (0, 0, 0))[2]
             if by is not None and gateway not in (0, address) and probe(name, gateway) == by:
                 return Answer(False, None)
             return Answer(True, by)

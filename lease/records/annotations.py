@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from lease.families import FAMILIES
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, prefix
-from lease.records.codec import BadRecord, outer_source, vxlan_data
+from lease.records.codec import SOURCE_FAMILY, BadRecord, outer_source, vxlan_data
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
@@ -25,11 +26,11 @@ class Names(NamedTuple):
 
     managed: str
     backend_type: str
-    data: tuple[str, str]
-    """backend-data, backend-v6-data."""
-    public_ip: tuple[str, str]
-    overwrite: tuple[str, str]
-    node_public_ip: tuple[str, str]
+    data: Mapping[int, str]
+    """backend-data, backend-v6-data: by family, as the next three."""
+    public_ip: Mapping[int, str]
+    overwrite: Mapping[int, str]
+    node_public_ip: Mapping[int, str]
     source: str
     """Ours: the outer source of a node's frames, where it is not public-ip."""
 
@@ -48,18 +49,17 @@ class Names(NamedTuple):
         return cls(
             f"{lead}kube-subnet-manager",
             f"{lead}backend-type",
-            (f"{lead}backend-data", f"{lead}backend-v6-data"),
-            (f"{lead}public-ip", f"{lead}public-ipv6"),
-            (f"{lead}public-ip-overwrite", f"{lead}public-ipv6-overwrite"),
-            (f"{lead}node-public-ip", f"{lead}node-public-ipv6"),
+            {4: f"{lead}backend-data", 6: f"{lead}backend-v6-data"},
+            {4: f"{lead}public-ip", 6: f"{lead}public-ipv6"},
+            {4: f"{lead}public-ip-overwrite", 6: f"{lead}public-ipv6-overwrite"},
+            {4: f"{lead}node-public-ip", 6: f"{lead}node-public-ipv6"},
             f"{lead}overlay-source",
         )
 
     def read(self) -> tuple[str, ...]:
         """All names that say something to us."""
-        return (
-            self.managed, self.backend_type, *self.data, *self.public_ip, *self.overwrite, *self.node_public_ip, self.source,
-        )  # fmt: skip
+        by_family = (self.data, self.public_ip, self.overwrite, self.node_public_ip)
+        return (self.managed, self.backend_type, *(name for names in by_family for name in names.values()), self.source)
 
 
 class Hints(NamedTuple):
@@ -114,29 +114,31 @@ def decode_node(
     if annotations.get(names.managed) != "true":
         return None
     backend = annotations.get(names.backend_type, "")
-    ends: list[Endpoint | None] = []
-    for place, family in enumerate((4, 6)):
+    ends: list[Endpoint] = []
+    for family in FAMILIES:
         subnet = subnets.get(family)
-        public_ip = annotations.get(names.public_ip[place])
-        data = annotations.get(names.data[place])
+        public_ip = annotations.get(names.public_ip[family])
+        data = annotations.get(names.data[family])
         if subnet is None or public_ip is None:
-            ends.append(None)
             continue
         try:
             try:
                 address = ip_number(str(public_ip), family)
             except ValueError:
-                raise BadRecord(f"{names.public_ip[place]}: {public_ip!a:.80} must be an IPv{family} address") from None
-            vni, mac = _data(names.data[place], data) if backend == "vxlan" else (None, None)
-            source = outer_source(annotations.get(names.source), names.source, address) if family == 4 else 0
+                raise BadRecord(
+                    f"{names.public_ip[family]}: {public_ip!a:.80} must be an IPv{family} address"
+                ) from None
+            vni, mac = _data(names.data[family], data) if backend == "vxlan" else (None, None)
+            source = (
+                outer_source(annotations.get(names.source), names.source, address) if family == SOURCE_FAMILY else 0
+            )
             ends.append(Endpoint(subnet, address, vni, mac, source))
         except BadRecord:
-            if ends == [None] or family == 4:
-                raise
-            ends.append(None)  # what is wrong with its IPv6 costs no IPv4 peer
-    if ends == [None, None]:
-        raise BadRecord("it has no podCIDR yet" if not subnets else f"{names.public_ip[0]} is missing")
-    return Lease(name, backend[:32], ends[0], ends[1], name, created, 0, uid)
+            if not ends:
+                raise  # what is wrong with its IPv6 costs no IPv4 peer
+    if not ends:
+        raise BadRecord("it has no podCIDR yet" if not subnets else f"{names.public_ip[4]} is missing")
+    return Lease.of(name, backend[:32], ends, name, created, uid)
 
 
 def _data(name: str, text: str | None) -> tuple[int, int]:
@@ -155,14 +157,14 @@ def encode(lease: Lease, names: Names) -> dict[str, str | None]:
     flannel cuts its old MAC out of backend-data by text: compact, VNI first, nothing behind the MAC.
     """
     wanted: dict[str, str | None] = {names.managed: "true", names.backend_type: lease.backend}
-    for place, end in enumerate((lease.v4, lease.v6)):
-        data = None
+    for family in FAMILIES:
+        end, data = lease.endpoint(family), None
         if end is not None and end.mac is not None:
             data = json.dumps({"VNI": end.vni, "VtepMAC": mac_text(end.mac)}, separators=(",", ":"))
-        wanted[names.data[place]] = data
-        if place == 0:
-            wanted[names.source] = ip_text(4, end.source) if end is not None and end.source else None
-        wanted[names.public_ip[place]] = None if end is None else ip_text(4 if place == 0 else 6, end.public_ip)
+        wanted[names.data[family]] = data
+        if family == SOURCE_FAMILY:
+            wanted[names.source] = ip_text(family, end.source) if end is not None and end.source else None
+        wanted[names.public_ip[family]] = None if end is None else ip_text(family, end.public_ip)
     return wanted
 
 
@@ -178,6 +180,6 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
             faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; what it said before holds")
             return None
 
-    ipv6 = (name for name in (names.node_public_ip[1], names.overwrite[1]) if annotations.get(name))
+    ipv6 = (name for name in (names.node_public_ip[6], names.overwrite[6]) if annotations.get(name))
     faults += [f"annotation {name}: there is no IPv6 datapath yet; it is ignored" for name in ipv6]
-    return Hints(address(names.node_public_ip[0]), address(names.overwrite[0]), tuple(faults))
+    return Hints(address(names.node_public_ip[4]), address(names.overwrite[4]), tuple(faults))

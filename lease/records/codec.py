@@ -9,14 +9,22 @@ import json
 import re
 from typing import Any
 
-from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
+from lease.model import WIDTH, Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
 
 NODE_FIELD, SOURCE_FIELD = "OverlayNode", "OverlaySource"
 """The JSON fields of ours: the identity of the node, and the outer source of its frames where that is not PublicIP. flannel
 ignores unknown fields."""
+SOURCE_FAMILY = 4
+"""The only family that has an outer source: it is for NAT."""
+FIELDS = {4: ("PublicIP", "BackendData"), 6: ("PublicIPv6", "BackendV6Data")}
+"""flannel's names of them, by family."""
 MAX_VALUE = 16_384
 """Bytes of a value we read; a real one has some 200. What is longer is refused unread."""
 
+_KEY_BASE = {
+    4: re.compile(r"\A(\d{1,3}(?:\.\d{1,3}){3})-", re.ASCII),
+    6: re.compile(r"&([a-f\d:]+)-", re.ASCII),
+}
 _KEY = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-(\d{1,2})(?:&([a-f\d:]+)-(\d{1,3}))?", re.ASCII)
 
 
@@ -43,15 +51,40 @@ def decode_key(key: str) -> tuple[Prefix, Prefix | None]:
     return v4, _key_prefix(key, found[3], found[4], 6) if found[3] else None
 
 
+def key_subnet(key: str, family: int) -> Prefix | None:
+    """The subnet of one family that a key of etcd names, None where it names none."""
+    try:
+        v4, v6 = decode_key(key)
+    except BadRecord:
+        return None
+    return v4 if family == 4 else v6
+
+
+def key_range(key: str) -> tuple[bytes, bytes]:
+    """Where all keys of the same base lie, as etcd's key and range_end: 10.244.5.0-24, 10.244.5.0-25,
+    10.244.5.0-24&fd00:..-64 ('.' follows '-')."""
+    base = key.partition("-")[0].encode()
+    return base + b"-", base + b"."
+
+
+def key_base(key: str, family: int) -> int | None:
+    """The base address of one family that a key names, also one that is otherwise bad; None where there is none."""
+    found = _KEY_BASE[family].search(key)
+    try:
+        return ip_number(found[1], family) if found else None
+    except ValueError:
+        return None
+
+
 def _key_prefix(key: str, base: str, length: str, family: int) -> Prefix:
-    longest = 31 if family == 4 else 127
+    width = WIDTH[family]
     try:
         number, bits = ip_number(base, family), int(length)
     except ValueError as error:
         raise BadRecord(f"key {key[:80]!a}: {error}") from None
-    if not 1 <= bits <= longest:
-        raise BadRecord(f"key {key[:80]!a}: prefix length {bits} must be from 1 to {longest}")
-    if number & ((1 << ((32 if family == 4 else 128) - bits)) - 1):
+    if not 1 <= bits < width:
+        raise BadRecord(f"key {key[:80]!a}: prefix length {bits} must be from 1 to {width - 1}")
+    if number & ((1 << (width - bits)) - 1):
         raise BadRecord(f"key {key[:80]!a}: {base} has host bits beyond /{bits}")
     return Prefix(family, number, bits)
 
@@ -59,14 +92,14 @@ def _key_prefix(key: str, base: str, length: str, family: int) -> Prefix:
 def encode_value(lease: Lease) -> bytes:
     """A record's value, byte for byte as flannel writes it, with our own fields behind it where they say anything."""
     assert lease.v4 is not None, "an etcd record always has an IPv4 part (flannel's key needs one)"
+    ends = {family: lease.endpoint(family) for family in FIELDS}
     value: dict[str, Any] = {
-        "PublicIP": ip_text(4, lease.v4.public_ip),
-        "PublicIPv6": None if lease.v6 is None else ip_text(6, lease.v6.public_ip),
-        "BackendType": lease.backend,
+        FIELDS[family][0]: None if end is None else ip_text(family, end.public_ip) for family, end in ends.items()
     }
-    for name, end in (("BackendData", lease.v4), ("BackendV6Data", lease.v6)):
+    value["BackendType"] = lease.backend
+    for family, end in ends.items():
         if end is not None and end.mac is not None:
-            value[name] = {"VNI": end.vni, "VtepMAC": mac_text(end.mac)}
+            value[FIELDS[family][1]] = {"VNI": end.vni, "VtepMAC": mac_text(end.mac)}
     if lease.node:
         value[NODE_FIELD] = lease.node
     if lease.v4.source:
@@ -98,14 +131,15 @@ def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, ha
     node = fields.get(NODE_FIELD) or ""
     if not isinstance(backend, str) or not isinstance(node, str):
         raise BadRecord(f"BackendType and {NODE_FIELD} must be strings")
-    first = _endpoint(v4, fields, "PublicIP", "BackendData", backend)
+    first = _endpoint(v4, fields, backend)
     second = None
-    if v6 is not None and fields.get("PublicIPv6") is not None:
-        second = _endpoint(v6, fields, "PublicIPv6", "BackendV6Data", backend)
+    if v6 is not None and fields.get(FIELDS[6][0]) is not None:
+        second = _endpoint(v6, fields, backend)
     return Lease(key, backend[:32], first, second, node[:128], created, modified, handle)
 
 
-def _endpoint(subnet: Prefix, fields: dict[str, Any], ip_name: str, data_name: str, backend: str) -> Endpoint:
+def _endpoint(subnet: Prefix, fields: dict[str, Any], backend: str) -> Endpoint:
+    ip_name, data_name = FIELDS[subnet.family]
     text = fields.get(ip_name)
     if not isinstance(text, str):
         raise BadRecord(f"{ip_name}: missing; it must be an IPv{subnet.family} address")
@@ -115,7 +149,7 @@ def _endpoint(subnet: Prefix, fields: dict[str, Any], ip_name: str, data_name: s
         raise BadRecord(f"{ip_name}: {text[:60]!a} must be an IPv{subnet.family} address") from None
     if backend != "vxlan":
         return Endpoint(subnet, public_ip, None, None)
-    source = outer_source(fields.get(SOURCE_FIELD), SOURCE_FIELD, public_ip) if subnet.family == 4 else 0
+    source = outer_source(fields.get(SOURCE_FIELD), SOURCE_FIELD, public_ip) if subnet.family == SOURCE_FAMILY else 0
     return Endpoint(subnet, public_ip, *vxlan_data(fields.get(data_name), data_name), source)
 
 

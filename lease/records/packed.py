@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from socket import inet_pton
 from typing import Any
 
+from lease.families import Family
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import MAX_VALUE, encode_key
 
@@ -23,6 +24,8 @@ USUAL, NODE, GENERAL, NO_IPV4 = 0, 1, 2, 3
 """Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
 IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
 the head; one without an IPv4 endpoint."""
+HEAD_FAMILY = 4
+"""The family of the endpoint in the head."""
 FORM = HEAD.size - 1
 NUMBER = slice(0, 5)
 PUBLIC_IP = slice(5, 9)
@@ -47,6 +50,16 @@ _USUAL = re.compile(
 """Key and value with a blank between them. A VNI of eight digits is left to codec.py."""
 _HEAD_OF_BYTES = struct.Struct(">4sB4s6siQQqB")
 _NO_MAC = "00:00:00:00:00:00"
+
+
+def quick_number(packed: bytes, family: int) -> int | None:
+    """The subnet number of a record whose head alone says all that a table of peers of that family needs, else None."""
+    return int.from_bytes(packed[NUMBER], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
+
+
+def outer_source(packed: bytes, family: int) -> int | None:
+    """The only address that frames of a lease come from, where the head alone says it, else None."""
+    return int.from_bytes(packed[PUBLIC_IP], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
 
 
 def number(subnet: Prefix) -> int:
@@ -181,26 +194,37 @@ class Leases(Mapping[str, Lease]):
     def __contains__(self, key: object) -> bool:
         return key in self.packed
 
-    def having(self, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
+    def having(self, family: Family, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
         """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and
         maybe some others."""
-        address = public_ip.to_bytes(4, "big")
+        address = family.packed(public_ip)
         hardware = mac.to_bytes(6, "big") if mac is not None else b""
-        found = [p for p in self.packed.values() if p[PUBLIC_IP] == address or p[MAC] == hardware]
+        heads = family.number == HEAD_FAMILY
+        found = [
+            p
+            for p in self.packed.values()
+            if (p[PUBLIC_IP] == address or p[MAC] == hardware if heads else p[FORM] >= GENERAL)
+        ]
         for text in {text.encode() for text in nodes}:
             found += [p for p in self.packed.values() if text in p]
         return map(unpack, dict.fromkeys(found))
 
     def overlapping(self, subnet: Prefix) -> Iterator[Lease]:
-        """Those whose IPv4 subnet shares an address with this one."""
+        """Those whose subnet of that family shares an address with this one."""
         for packed in self.packed.values():
-            if packed[FORM] != NO_IPV4 and subnet_of(packed).overlaps(subnet):
-                yield unpack(packed)
+            if subnet.family == HEAD_FAMILY:
+                if packed[FORM] != NO_IPV4 and subnet_of(packed).overlaps(subnet):
+                    yield unpack(packed)
+            elif packed[FORM] >= GENERAL:
+                lease = unpack(packed)
+                end = lease.endpoint(subnet.family)
+                if end is not None and end.subnet.overlaps(subnet):
+                    yield lease
 
-    def unusual(self, length: int) -> Iterator[Lease]:
-        """Those whose subnet has another length, or whose key says more than their subnet."""
+    def unusual(self, family: int, length: int) -> Iterator[Lease]:
+        """Those that are not found by the key of a subnet of that length: it has another one, or the key says more."""
         for packed in self.packed.values():
-            if packed[LENGTH] != length or packed[FORM]:
+            if family != HEAD_FAMILY or packed[LENGTH] != length or packed[FORM]:
                 yield unpack(packed)
 
     def with_mac(self, mac: int) -> Iterator[Lease]:
@@ -209,7 +233,7 @@ class Leases(Mapping[str, Lease]):
         for packed in self.packed.values():
             if packed[MAC] == hardware or packed[FORM] >= GENERAL:
                 lease = unpack(packed)
-                if any(end is not None and end.mac == mac for end in (lease.v4, lease.v6)):
+                if any(end.mac == mac for end in lease.ends):
                     yield lease
 
     def without(self, key: str) -> dict[str, bytes]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lease.etcd.client import EtcdClient, EtcdSettings, rpc
-from lease.model import Lease, Refused, ip_text
-from lease.records.codec import BadRecord, decode_key, decode_lease, encode_value
+from lease.model import Lease, Refused
+from lease.records.codec import BadRecord, decode_key, decode_lease, encode_value, key_range
 from lease.records.packed import Leases, decode, pack
 from lease.store import (
     Change,
@@ -113,15 +113,13 @@ class EtcdStore:
             self._client.forget(stream, failed)
 
     def create(self, lease: Lease, ttl_s: int) -> Lease:
-        assert lease.v4 is not None
-        base = ip_text(4, lease.v4.subnet.base).encode()
+        first, after = key_range(lease.key)
         absent = rpc.Compare(
             result=rpc.Compare.EQUAL,
             target=rpc.Compare.CREATE,
             create_revision=0,
-            # every key of that base: 10.244.5.0-24, 10.244.5.0-25, 10.244.5.0-24&fd00:..-64 ('.' follows '-')
-            key=self._subnets + base + b"-",
-            range_end=self._subnets + base + b".",
+            key=self._subnets + first,
+            range_end=self._subnets + after,
         )
         handle = self._client.grant(ttl_s)
         key, value = self._subnets + lease.key.encode(), encode_value(lease)

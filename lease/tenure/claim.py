@@ -10,18 +10,16 @@ Identity alone proves nothing: cloned VMs and namespaces share machine-id and ho
 from __future__ import annotations
 
 import enum
-import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lease.config import NetworkConfig, Pool
-from lease.model import Endpoint, Lease, Prefix, around, ip_number
-from lease.records.codec import encode_key
+from lease.families import V4, Family
+from lease.model import Endpoint, Lease, Prefix, around
+from lease.records.codec import encode_key, key_base
 from lease.records.packed import Leases
 from lease.records.subnets import SubnetIndex
 from lease.store import Snapshot
-
-_BASE = re.compile(r"(\d{1,3}(?:\.\d{1,3}){3})-", re.ASCII)
 
 
 class Identity(NamedTuple):
@@ -69,7 +67,7 @@ class Answer(NamedTuple):
 
 
 Probe = Callable[[int], Answer]
-"""Asks the underlay who answers for an IPv4 address (ARP, about a second where nobody does)."""
+"""Asks the underlay who answers for an address (ARP, about a second where nobody does)."""
 
 
 class Claim(NamedTuple):
@@ -77,7 +75,8 @@ class Claim(NamedTuple):
 
     previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
     take_over: the operator said that the record of our address is ours; it counts for the first lease only.
-    local: the address that our frames leave by, 0 where it is the public IP.
+    local: the address that our frames leave by, 0 where it is the public IP. family: of all of these; by its part a record
+    is found to be ours.
     """
 
     config: NetworkConfig
@@ -88,17 +87,32 @@ class Claim(NamedTuple):
     take_over: bool = False
     avoid: tuple[Prefix, ...] = ()
     local: int = 0
+    family: Family = V4
+
+    def end(self, lease: Lease) -> Endpoint | None:
+        """The part of a record that is compared with this."""
+        return lease.endpoint(self.family.number)
+
+    def same_address(self, lease: Lease) -> bool:
+        """Whether a record has our public IP."""
+        end = self.end(lease)
+        return end is not None and end.public_ip == self.public_ip
 
     def endpoint(self, subnet: Prefix, public_ip: int, mac: int) -> Endpoint:
         """What peers are told of a subnet of ours."""
         source = 0 if self.local == public_ip else self.local
         return Endpoint(subnet, public_ip, self.config.backend.vni, mac, source)
 
+    def lease(self, key: str, end: Endpoint, node: str, created: int = 0, uid: int = 0) -> Lease:
+        """Our record, as it shall stand in the store."""
+        return Lease.of(key, self.config.backend.type, [end], node, created, uid)
+
     @property
     def pool(self) -> Pool:
-        """The IPv4 subnets; a config without them never becomes a claim."""
-        assert self.config.v4 is not None
-        return self.config.v4
+        """The subnets; a config that has none of the family never becomes a claim."""
+        pool = self.config.pool(self.family.number)
+        assert pool is not None
+        return pool
 
     def allows(self, subnet: Prefix) -> bool:
         """Whether this node may hold a subnet."""
@@ -115,26 +129,26 @@ class Kind(enum.Enum):
     """It holds our identity or MAC behind another public IP."""
 
 
-def find_own(leases: Leases, claim: Claim) -> list[tuple[Kind, Lease]]:
-    """The records that may be ours, the likeliest first. Pure."""
-    found: list[tuple[Kind, Lease]] = []
+def find_own(leases: Leases, claim: Claim) -> list[tuple[Kind, Lease, Endpoint]]:
+    """The records that may be ours with their part of the claim's family, the likeliest first. Pure."""
+    found: list[tuple[Kind, Lease, Endpoint]] = []
     texts = (f"{claim.identity.machine}/{claim.identity.name}/", claim.identity.name)
     # looked at before it is read: of many thousand records nearly none is ours
-    for lease in leases.having(claim.public_ip, claim.device_mac, tuple(text for text in texts if text.strip("/"))):
-        end = lease.v4
+    nodes = tuple(text for text in texts if text.strip("/"))
+    for lease in leases.having(claim.family, claim.public_ip, claim.device_mac, nodes):
+        end = claim.end(lease)
         if end is None:
             continue
         same_mac = claim.device_mac is not None and end.mac == claim.device_mac
         if end.public_ip == claim.public_ip:
-            found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease))
+            found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease, end))
         elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
-            found.append((Kind.MOVED, lease))
+            found.append((Kind.MOVED, lease, end))
 
-    def likely(item: tuple[Kind, Lease]) -> tuple[object, ...]:
-        kind, lease = item
+    def likely(item: tuple[Kind, Lease, Endpoint]) -> tuple[object, ...]:
+        kind, lease, end = item
         same = claim.identity.same_node(Identity.read(lease.node))
-        previous = lease.v4 is not None and lease.v4.subnet == claim.previous
-        return kind.value, not same, not previous, lease.created, lease.key
+        return kind.value, not same, end.subnet != claim.previous, lease.created, lease.key
 
     return sorted(found, key=likely)
 
@@ -150,24 +164,23 @@ class Occupied:
     """
 
     def __init__(self, snapshot: Snapshot, claim: Claim, without: str | None = None) -> None:
-        self._leases, self._without, self._length = snapshot.leases, without, claim.pool.length
-        self._others = SubnetIndex(4)
-        for lease in snapshot.leases.unusual(claim.pool.length):
-            if lease.v4 is not None and lease.key != without:
-                if usable(claim, lease.v4.subnet):
-                    self._others.add(lease.v4.subnet, lease.key)
+        self._leases, self._without, self._claim = snapshot.leases, without, claim
+        self._family, self._length = claim.family.number, claim.pool.length
+        self._others = SubnetIndex(self._family)
+        for lease in snapshot.leases.unusual(self._family, self._length):
+            end = claim.end(lease)
+            if end is not None and lease.key != without:
+                if usable(claim, end.subnet):
+                    self._others.add(end.subnet, lease.key)
                 else:
-                    self._block(lease.v4.subnet.base, lease.key)
+                    self._block(end.subnet.base, lease.key)
         for key in snapshot.refused:
-            found = _BASE.match(key)
-            if found and key != without:
-                try:
-                    self._block(ip_number(found[1], 4), key)
-                except ValueError:
-                    continue
+            base = key_base(key, self._family)
+            if base is not None and key != without:
+                self._block(base, key)
 
     def _block(self, base: int, key: str) -> None:
-        self._others.add(around(base, self._length), key)
+        self._others.add(around(self._family, base, self._length), key)
 
     def add(self, subnet: Prefix, why: str) -> None:
         """One more that cannot be had."""
@@ -181,10 +194,11 @@ class Occupied:
             if key in self._leases and key != self._without:
                 yield key
             return
-        for key, lease in self._leases.items():  # a subnet of an earlier config
-            plain = lease.v4 is not None and lease.v4.subnet.length == self._length and "&" not in key
-            if plain and key != self._without and lease.v4 is not None and lease.v4.subnet.overlaps(subnet):
-                yield key
+        for lease in self._leases.overlapping(subnet):  # ours is of an earlier config
+            end = self._claim.end(lease)
+            plain = end is not None and end.subnet.length == self._length and lease.key == encode_key(end.subnet)
+            if plain and lease.key != self._without:
+                yield lease.key
 
     def free(self, subnet: Prefix) -> bool:
         """Whether nobody claims an address of it."""
@@ -193,12 +207,14 @@ class Occupied:
 
 def earlier_overlap(snapshot: Snapshot, claim: Claim, own: Lease) -> Lease | None:
     """A record that overlaps ours and was there before it: then the subnet is not ours."""
-    assert own.v4 is not None
-    for key in Occupied(snapshot, claim, own.key).overlapping(own.v4.subnet):
+    ours = claim.end(own)
+    assert ours is not None
+    for key in Occupied(snapshot, claim, own.key).overlapping(ours.subnet):
         other = snapshot.leases.get(key)
-        if other is None or other.v4 is None or other.created >= own.created:
+        theirs = claim.end(other) if other is not None else None
+        if other is None or theirs is None or other.created >= own.created:
             continue
-        if usable(claim, other.v4.subnet) and other.v4.subnet.overlaps(own.v4.subnet):
+        if usable(claim, theirs.subnet) and theirs.subnet.overlaps(ours.subnet):
             return other
     return None
 

@@ -61,8 +61,8 @@ class Tenure:
                 if snapshot is None or (self.held is not None and snapshot.revision < self.held.modified):
                     snapshot = self._store.read()
                 events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
-                if self.held is not None and self.held.v4 is not None:
-                    self._mac_in_use = self.held.v4.mac
+                if self.held is not None:
+                    self._mac_in_use = self.held.first.mac
                 return events
             except (SubnetTaken, RecordChanged):
                 snapshot = None  # a lost race: look again
@@ -85,33 +85,31 @@ class Tenure:
     def _keep(self, claim: Claim, snapshot: Snapshot) -> list[TenureEvent]:
         held = self.held
         assert held is not None
-        assert held.v4 is not None
         there = snapshot.leases.get(held.key)
         if there is None:
             return self._restore(claim, snapshot, held)
-        assert there.v4 is not None
         theirs = Identity.read(there.node)
         foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
-        elsewhere = there.v4.public_ip not in (held.v4.public_ip, claim.public_ip)
-        if elsewhere and (there.v4.mac != held.v4.mac or foreign):
+        elsewhere = there.first.public_ip not in (held.first.public_ip, claim.public_ip)
+        if elsewhere and (there.first.mac != held.first.mac or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
             return [self._write_over(claim, snapshot, held, there)]
-        if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.v4.public_ip):
+        if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.first.public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
                 f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
                 " copy of the other's machine. Give it a machine-id and MACs of its own"
             )
-        if there.v4.mac != held.v4.mac and there.node != held.node:
-            if there.created != held.created or self._may_live(there.v4.public_ip):
+        if there.first.mac != held.first.mac and there.node != held.node:
+            if there.created != held.created or self._may_live(there.first.public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
             return [self._write_over(claim, snapshot, held, there)]  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
         self._remove_old(snapshot)
-        mac = self._mac(claim._replace(device_mac=held.v4.mac), snapshot, there)
-        wanted = self._lease(claim, there.v4.subnet, mac, there.key)
+        mac = self._mac(claim._replace(device_mac=held.first.mac), snapshot, there)
+        wanted = self._lease(claim, there.first.subnet, mac, there.key)
         if there.same_claim(wanted):
             self.held = there
             return [] if there.same_claim(held) else [Held(there, "as it stood")]
@@ -122,16 +120,17 @@ class Tenure:
         if elsewhere:
             self._against_twins.add(self._clock())
         method = "changed with this node" if there.same_claim(held) else "written again as it was"
-        robbed = mac != held.v4.mac and there.v4.mac == held.v4.mac
+        robbed = mac != held.first.mac and there.first.mac == held.first.mac
         if robbed:
-            rivals = (lease.key for lease in snapshot.leases.with_mac(held.v4.mac or 0) if lease.key != there.key)
-            method = f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.v4.mac or 0)}, too"
+            rivals = (lease.key for lease in snapshot.leases.with_mac(held.first.mac or 0) if lease.key != there.key)
+            method = (
+                f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.first.mac or 0)}, too"
+            )
         return [Held(self.held, method, warn=robbed)]
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
-        assert held.v4 is not None
-        wanted = self._lease(claim, held.v4.subnet, self._mac_left_to_us(snapshot, held), held.key)
+        wanted = self._lease(claim, held.first.subnet, self._mac_left_to_us(snapshot, held), held.key)
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
@@ -154,8 +153,7 @@ class Tenure:
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
-        assert held.v4 is not None
-        subnet = held.v4.subnet
+        subnet = held.first.subnet
         wanted = self._lease(claim, subnet, self._mac_left_to_us(snapshot, held), held.key)
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
@@ -172,12 +170,10 @@ class Tenure:
         own, method, warn = self._own(claim, snapshot)
         if isinstance(method, Denied):
             return [method]
-        if own is not None:
-            assert own.v4 is not None
-            if claim.allows(own.v4.subnet) and earlier_overlap(snapshot, claim, own) is None:
-                wanted = self._lease(claim, own.v4.subnet, self._mac(claim, snapshot, own), own.key)
-                self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
-                return [Held(self.held, method, warn)]
+        if own is not None and claim.allows(own.first.subnet) and earlier_overlap(snapshot, claim, own) is None:
+            wanted = self._lease(claim, own.first.subnet, self._mac(claim, snapshot, own), own.key)
+            self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
+            return [Held(self.held, method, warn)]
         taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
@@ -203,7 +199,7 @@ class Tenure:
         earlier = Leases.of(
             lease
             for lease in self._store.later_than(snapshot.revision).values()
-            if lease.v4 is not None and lease.v4.public_ip == claim.public_ip and lease.created < held.created
+            if claim.same_address(lease) and lease.created < held.created
         )
         _, method, _ = self._own(claim, snapshot._replace(leases=earlier)) if earlier else (None, "", False)
         if not isinstance(method, Denied):
@@ -227,20 +223,19 @@ class Tenure:
 
     def _own(self, claim: Claim, snapshot: Snapshot) -> tuple[Lease | None, str | Denied, bool]:
         """Our own record, how we know, and whether that is worth a warning; a Denied instead of that: a conflict."""
-        for kind, lease in find_own(snapshot.leases, claim):
-            assert lease.v4 is not None
+        for kind, lease, end in find_own(snapshot.leases, claim):
             theirs = Identity.read(lease.node)
-            if lease.key in self._given_up and lease.v4.public_ip != claim.public_ip:
+            if lease.key in self._given_up and end.public_ip != claim.public_ip:
                 continue
             if kind is Kind.SURE:
                 return lease, "kept: our public IP and our device's MAC", False
             if claim.take_over and kind is Kind.ADDRESS:
                 return lease, f"taken over from {_owner(lease)}, as the flag says", True
-            answer = self._probe(lease.v4.public_ip)
+            answer = self._probe(end.public_ip)
             if kind is Kind.MOVED:
-                surely = lease.v4.mac == claim.device_mac and claim.identity.same_link(theirs)
+                surely = end.mac == claim.device_mac and claim.identity.same_link(theirs)
                 if answer.by is None and (answer.can_tell or surely):
-                    old = ip_text(4, lease.v4.public_ip)
+                    old = ip_text(end.subnet.family, end.public_ip)
                     return lease, f"kept: ours from {old}, which nobody answers for any more", True
                 continue
             same = claim.identity.same_node(theirs)
@@ -273,8 +268,8 @@ class Tenure:
         """
         used = _MacsBefore(snapshot.leases, own)
         recorded = None
-        if own is not None and own.v4 is not None and claim.identity.same_link(Identity.read(own.node)):
-            recorded = own.v4.mac
+        if own is not None and claim.identity.same_link(Identity.read(own.node)):
+            recorded = own.first.mac
         for mac in (claim.device_mac, recorded):
             if mac is not None and mac not in used:
                 return mac
@@ -283,13 +278,13 @@ class Tenure:
     def _mac_left_to_us(self, snapshot: Snapshot, held: Lease) -> int:
         """The MAC for a record of ours that was gone or another's for a moment: ours, unless somebody else claims it, who is
         the first to have it now."""
-        mac = held.v4.mac if held.v4 is not None else None
+        mac = held.first.mac
         others = _MacsBefore(snapshot.leases, None)
         return mac if mac is not None and mac not in others else choose_mac(others, self._rng)
 
     def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
         end = claim.endpoint(subnet, claim.public_ip, mac)
-        return Lease(key, "vxlan", end, None, str(claim.identity), 0, 0, 0)
+        return claim.lease(key, end, str(claim.identity))
 
 
 class _MacsBefore:
@@ -332,14 +327,13 @@ def renew_every_s(granted_s: float) -> float:
 
 
 def _owner(lease: Lease) -> str:
-    assert lease.v4 is not None
-    end = lease.v4
+    end = lease.first
     mac = f", VTEP {mac_text(end.mac)}" if end.mac is not None else ""
-    return f"{Identity.read(lease.node).called()} at {ip_text(4, end.public_ip)}{mac}"
+    return f"{Identity.read(lease.node).called()} at {ip_text(end.subnet.family, end.public_ip)}{mac}"
 
 
 def _conflict(claim: Claim, lease: Lease, answer: Answer) -> str:
-    address = ip_text(4, claim.public_ip)
+    address = ip_text(claim.family.number, claim.public_ip)
     why = (
         f"{mac_text(answer.by)} answers for that address"
         if answer.by is not None

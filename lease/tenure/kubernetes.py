@@ -93,27 +93,27 @@ class NodeTenure:
             raise LeaseExpired(str(error)) from error
         if self._differing(self.held, view) or self._condition(view) is not None:
             raise LeaseExpired("our Node does not say what we wrote")
-        if self.held.v4 is not None and self._older_overlap(self.held.v4.subnet, view.created):
+        if self._older_overlap(self.held.first.subnet, view.created):
             raise LeaseExpired("an older Node has our podCIDR")
         return Renewed(None)
 
     def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:
-        if self.held is not None and self.held.v4 is not None and self.held.v4.subnet != view.subnets.get(4):
-            now = f"podCIDR {view.subnets[4]}" if 4 in view.subnets else "no podCIDR yet"
+        subnet = view.subnets.get(claim.family.number)
+        if self.held is not None and self.held.first.subnet != subnet:
+            now = f"podCIDR {subnet}" if subnet is not None else "no podCIDR yet"
             # owed at once: the device keeps the pods of it, whatever becomes of the rest
             self.unreported.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
-            self._last_mac, self.held = self.held.v4.mac, None
-        if (why := self._fault(claim, view)) is not None:
-            return self._deny(why)
-        if older := self._older_overlap(view.subnets[4], view.created):
+            self._last_mac, self.held = self.held.first.mac, None
+        if (why := self._fault(claim, view, subnet)) is not None or subnet is None:
+            return self._deny(why or "")
+        if older := self._older_overlap(subnet, view.created):
             return self._deny(
-                f"podCIDR {view.subnets[4]} of Node {self._name} overlaps that of Node {older}, which is older;"
+                f"podCIDR {subnet} of Node {self._name} overlaps that of Node {older}, which is older;"
                 f" delete Node {self._name} and let its kubelet register it again",
                 displaced=True,
             )
-        subnet = view.subnets[4]
         end = claim.endpoint(subnet, self._public_ip(claim, view), self._mac(claim, view))
-        lease = Lease(self._name, "vxlan", end, None, self._name, view.created, 0, uid_number(view.uid))
+        lease = claim.lease(self._name, end, self._name, view.created, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
             self._store.write(view.uid, differing, condition)
@@ -127,16 +127,17 @@ class NodeTenure:
         overwrite = hints(view.annotations, self._names).overwrite
         if overwrite is not None:
             return overwrite or claim.public_ip
-        if self.held is not None and self.held.v4 is not None:
-            return self.held.v4.public_ip
+        if self.held is not None:
+            return self.held.first.public_ip
+        family = claim.family.number
         try:
-            return ip_number(view.annotations.get(self._names.public_ip[0], ""), 4)
+            return ip_number(view.annotations.get(self._names.public_ip[family], ""), family)
         except ValueError:
             return claim.public_ip
 
-    def _fault(self, claim: Claim, view: NodeView) -> str | None:
-        """Why the Node's podCIDR cannot be our subnet, whatever the other Nodes have."""
-        network, subnet = claim.pool.network, view.subnets.get(4)
+    def _fault(self, claim: Claim, view: NodeView, subnet: Prefix | None) -> str | None:
+        """Why the Node's podCIDR of the claim's family cannot be our subnet, whatever the other Nodes have."""
+        network = claim.pool.network
         if view.fault:
             return f"Node {self._name}: {view.fault}"
         if not view.subnets:
@@ -146,7 +147,7 @@ class NodeTenure:
             )
         if subnet is None:
             only = ", ".join(str(there) for there in view.subnets.values())
-            return f"Node {self._name} has podCIDR {only} only, and there is no IPv6 datapath yet; it needs an IPv4 one"
+            return f"Node {self._name} has podCIDR {only} only; it needs one of {claim.family.text}, as Network {network} is"
         if not network.covers(subnet):
             return (
                 f"podCIDR {subnet} of Node {self._name} is outside Network {network}:"
@@ -188,8 +189,8 @@ class NodeTenure:
         def free(mac: int) -> bool:
             return all(other.created >= view.created for other in known.with_mac(mac))
 
-        held = self.held.v4.mac if self.held is not None and self.held.v4 is not None else self._last_mac
-        for mac in (held, claim.device_mac, self._published(view)):
+        held = self.held.first.mac if self.held is not None else self._last_mac
+        for mac in (held, claim.device_mac, self._published(claim, view)):
             if mac is not None and free(mac):
                 return mac
         while True:
@@ -197,9 +198,9 @@ class NodeTenure:
             if free(drawn):
                 return drawn
 
-    def _published(self, view: NodeView) -> int | None:
+    def _published(self, claim: Claim, view: NodeView) -> int | None:
         try:
-            return vxlan_data(json.loads(view.annotations.get(self._names.data[0], "")), "")[1]
+            return vxlan_data(json.loads(view.annotations.get(self._names.data[claim.family.number], "")), "")[1]
         except (BadRecord, ValueError, RecursionError):
             return None
 

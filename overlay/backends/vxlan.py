@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from lease.config import OVERHEAD, VxlanConfig
+from lease.config import VxlanConfig
 from lease.families import V4, V6, Family
 from lease.model import Endpoint, Prefix, ip_text, mac_text
 from overlay.backends.base import Backend, Bulk, Entry, Outer, PackedPeers, View
@@ -64,12 +64,12 @@ def vni_of(name: str) -> int | None:
 def device_mtu(config: VxlanConfig, underlay_mtu: int) -> tuple[int, str]:
     """The device's MTU, and why it is not the configured one ("" when it is)."""
     if config.mtu > underlay_mtu:
-        lowered = underlay_mtu - OVERHEAD[4]
+        lowered = underlay_mtu - V4.overhead
         return lowered, (
             f"MTU {config.mtu} of the network config is above the underlay's {underlay_mtu}; lowered to that"
             f" (device and pods: {lowered})"
         )
-    return (config.mtu or underlay_mtu) - OVERHEAD[4], ""
+    return (config.mtu or underlay_mtu) - V4.overhead, ""
 
 
 def replace_reason(wanted: DeviceSpec, found: DeviceFound) -> str | None:

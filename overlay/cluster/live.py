@@ -80,11 +80,10 @@ class LiveFiles(Source):
     def _refuse_taking_ours(self, live: Settings) -> None:
         """Raises SettingsError: the underlay would be where our pods are."""
         inputs = self._current.inputs
-        pool, end = inputs.pool(4), inputs.end(4)
-        if pool is None or end is None:
-            return
-        for there in underlay_within(pool.network, live.underlay_cidrs):
-            if there.overlaps(end.subnet):
-                raise SettingsError(
-                    f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"
-                )
+        for end in inputs.own.ends if inputs.own is not None else ():
+            pool = inputs.pool(end.subnet.family)
+            for there in underlay_within(pool.network, live.underlay_cidrs) if pool is not None else ():
+                if there.overlaps(end.subnet):
+                    raise SettingsError(
+                        f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"
+                    )

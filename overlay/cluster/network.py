@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lease.config import ConfigError, NetworkConfig, parse_config
+from lease.families import FAMILIES, Family
 from lease.model import Prefix
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
 from overlay.process.log import log
 
-UNBUILT = "needs an IPv6 datapath, which is not built yet; allowed is IPv4 alone"
-
 
 class NetworkConfigInput:
-    """It. place: where it stands, for messages."""
+    """It. families: those that this agent has a datapath for; place: where the config stands, for messages."""
 
-    def __init__(self, current: CurrentInputs, health: Health, place: str) -> None:
+    def __init__(self, current: CurrentInputs, families: Sequence[Family], health: Health, place: str) -> None:
         self._current, self._health, self._place = current, health, place
+        self._families = {family.number: family for family in families}
 
     def read(self, text: bytes | None) -> None:
         """It says this now; None: there is none."""
@@ -29,49 +29,63 @@ class NetworkConfigInput:
             return
         try:
             config = parse_config(text)
-            if config.v4 is None or config.v6 is not None:
-                raise ConfigError(f"{'EnableIPv4: false' if config.v4 is None else 'EnableIPv6: true'} {UNBUILT}")
+            self._refuse_other_families(config)
         except ConfigError as error:
             self._health.problem("config", f"{self._place}: {error}{keeps}", harmless=True)
             return
-        end = self._current.inputs.end(4)
-        if running is not None and end is not None and not self._fits(config, end.subnet):
-            drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
-            self._health.problem(
-                "config",
-                f"the new config ({config.v4}) does not hold our subnet {end.subnet}; the running config is kept:"
-                f" drain this node and {drain}",
-                harmless=True,
-            )
-            return
+        own = self._current.inputs.own
+        if running is not None and own is not None:
+            for end in own.ends:
+                if not self._fits(config, end.subnet):
+                    drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
+                    self._health.problem(
+                        "config",
+                        f"the new config ({_joined(config.pools.values())}) does not hold our subnet {end.subnet};"
+                        f" the running config is kept: drain this node and {drain}",
+                        harmless=True,
+                    )
+                    return
         if self._current.set(config=config):
-            log.info("config", network=str(config.v4.network), subnets=str(config.v4), **backend_fields(config))
+            networks = _joined(pool.network for pool in config.pools.values())
+            log.info("config", network=networks, subnets=_joined(config.pools.values()), **backend_fields(config))
         self._health.solved("config")
+
+    def _refuse_other_families(self, config: NetworkConfig) -> None:
+        """Raises ConfigError."""
+        for number in config.pools.keys() - self._families.keys():
+            text = FAMILIES[number].text
+            allowed = " and ".join(family.text for family in self._families.values())
+            raise ConfigError(
+                f"Enable{text}: true needs an {text} datapath, which is not built yet; allowed is {allowed} alone"
+            )
 
     def _fits(self, config: NetworkConfig, subnet: Prefix) -> bool:
         """Whether we may hold a subnet: on Kubernetes the cluster gave it, and SubnetLen, Min and Max are not asked."""
-        assert config.v4 is not None
-        kube = self._current.inputs.settings.kube
-        return config.v4.network.covers(subnet) if kube else config.v4.allows(subnet)
+        pool = config.pool(subnet.family)
+        if pool is None:
+            return False
+        return pool.network.covers(subnet) if self._current.inputs.settings.kube else pool.allows(subnet)
+
+
+def _joined(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def network_status(config: NetworkConfig | None) -> Mapping[str, object] | None:
     """For the status."""
     if config is None:
         return None
-    pools = (("ipv4", config.v4), ("ipv6", config.v6))
     return {
         "subnets": {
-            name: {
+            FAMILIES[family].text.lower(): {
                 "network": str(pool.network),
                 "length": pool.length,
                 "first": str(pool.subnet(0)),
                 "last": str(pool.subnet(pool.size - 1)),
             }
-            for name, pool in pools
-            if pool is not None
+            for family, pool in config.pools.items()
         },
-        "backend": {"type": "vxlan", **config.backend._asdict()},
+        "backend": {"type": config.backend.type, **config.backend._asdict()},
     }
 
 

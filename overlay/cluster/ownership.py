@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lease.config import NetworkConfig
+from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.store import Snapshot
 from lease.tenure.claim import Claim, Identity
@@ -45,6 +46,7 @@ class Ownership(Controller):
     def __init__(
         self,
         current: CurrentInputs,
+        family: Family,
         health: Health,
         clock: Callable[[], float],
         identity_of: Callable[[str], Identity] | None,
@@ -52,10 +54,10 @@ class Ownership(Controller):
         stop: Callable[[str], None],
         give_up: Callable[[], Iterator[str]] = lambda: iter(()),
     ) -> None:
-        """identity_of: of this node, given its underlay's MAC; None where nothing is claimed (uninstall). existing_mac: of
-        the device that is there. stop: ends the agent, with a reason. give_up: takes what the record says to others out
-        of the store (uninstall)."""
-        self._current, self._health, self._clock = current, health, clock
+        """family: of the subnet by which a lease is found to be ours. identity_of: of this node, given its underlay's MAC;
+        None where nothing is claimed (uninstall). existing_mac: of the device that is there. stop: ends the agent, with a
+        reason. give_up: takes what the record says to others out of the store (uninstall)."""
+        self._current, self._family, self._health, self._clock = current, family, health, clock
         self._identity_of, self._existing_mac, self._stop, self._give_up = identity_of, existing_mac, stop, give_up
         self.claimer: Claimer | None = None
         """Set before the loop runs."""
@@ -88,7 +90,7 @@ class Ownership(Controller):
 
     def wants(self, inputs: Inputs) -> object:
         """What it is claimed by."""
-        under = inputs.underlays.get(4)
+        under = inputs.underlays.get(self._family.number)
         if not inputs.listed:
             return Waiting("for the first list from the store")
         if inputs.config is None:
@@ -102,7 +104,7 @@ class Ownership(Controller):
         config, under, settings = wants
         assert self._identity_of is not None
         if self._earlier is None:
-            self._earlier = self._existing_mac(config), previous_subnet(settings.subnet_file)
+            self._earlier = self._existing_mac(config), previous_subnet(settings.subnet_file, self._family.number)
         mac, subnet = self._earlier
         claim = Claim(
             config,
@@ -111,8 +113,9 @@ class Ownership(Controller):
             self._identity_of(mac_text(under.mac)),
             subnet,
             settings.take_over,
-            _not_for_pods(config, under, settings),
+            _not_for_pods(self._family, config, under, settings),
             under.local,
+            self._family,
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
@@ -167,8 +170,9 @@ class Ownership(Controller):
         held = self.held
         if held is None:
             return
-        for ours, theirs in ((held.v4, lease.v4), (held.v6, lease.v6)):
-            if ours is None or theirs is None:
+        for ours in held.ends:
+            theirs = lease.endpoint(ours.subnet.family)
+            if theirs is None:
                 continue
             older = lease.created < held.created
             same_mac = theirs.mac is not None and theirs.mac == ours.mac
@@ -191,8 +195,7 @@ class Ownership(Controller):
     def _on_held(self, event: Held) -> bool:
         lease = event.lease
         tell = log.warning if event.warn else log.info
-        end = lease.v4 or lease.v6
-        assert end is not None
+        end = lease.first
         public_ip = ip_text(end.subnet.family, end.public_ip)
         tell("lease", subnet=str(end.subnet), public_ip=public_ip, method=event.method)
         before = self._at_our_key
@@ -212,12 +215,10 @@ class Ownership(Controller):
 
     def _on_lost(self, event: Lost) -> bool:
         self._displace()
-        end = event.lease.v4 or event.lease.v6
-        assert end is not None
         self._health.problem(
             self.name,
-            f"we lost {end.subnet}: {event.reason}. Pods that run here keep their addresses and their datapath on this"
-            " node until they are made again; another subnet is taken for new pods",
+            f"we lost {event.lease.first.subnet}: {event.reason}. Pods that run here keep their addresses and their datapath"
+            " on this node until they are made again; another subnet is taken for new pods",
         )
         return False
 
@@ -258,8 +259,7 @@ class Ownership(Controller):
         held = self.held
         if held is None:
             return {"lease": None}
-        end = held.v4 or held.v6
-        assert end is not None
+        end = held.first
         left = None if self._expires_at is None else max(0, round(self._expires_at - self._clock()))
         return {
             "lease": {
@@ -274,8 +274,9 @@ class Ownership(Controller):
         }
 
 
-def _not_for_pods(config: NetworkConfig, under: Underlay, settings: Settings) -> tuple[Prefix, ...]:
+def _not_for_pods(family: Family, config: NetworkConfig, under: Underlay, settings: Settings) -> tuple[Prefix, ...]:
     """What no subnet of ours may touch."""
-    assert config.v4 is not None
-    reserved = underlay_within(config.v4.network, settings.underlay_cidrs)
-    return (*under.on_link, Prefix(4, under.public_ip, 32), *reserved)
+    pool = config.pool(family.number)
+    assert pool is not None, "a config without the family is not taken"
+    reserved = underlay_within(pool.network, settings.underlay_cidrs)
+    return (*under.on_link, Prefix(family.number, under.public_ip, family.bits), *reserved)

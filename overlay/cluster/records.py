@@ -3,7 +3,7 @@ config, and what an operator wrote on our own Node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from lease.model import Lease, Refused
@@ -41,13 +41,13 @@ class RecordsSource(Source):
         self,
         current: CurrentInputs,
         health: Health,
-        peers: PeerRecords,
+        peers: Sequence[PeerRecords],
         ownership: Ownership,
         network: NetworkConfigInput,
         refusals: Refusals,
         place: Callable[[], str],
     ) -> None:
-        """place: the store and prefix, for messages."""
+        """peers: of each family; place: the store and prefix, for messages."""
         self._current, self._health, self._peers, self._ownership = current, health, peers, ownership
         self._network, self._refusals, self._place = network, refusals, place
         self._unreadable: dict[str, str] = {}
@@ -76,7 +76,8 @@ class RecordsSource(Source):
             self._refusals.tell(key, reason)
         self._current.set(listed=True)
         self._ownership.list_came(snapshot)
-        self._peers.replace(snapshot.leases, self._ownership.key)
+        for peers in self._peers:
+            peers.replace(snapshot.leases, self._ownership.key)
         self._ownership.check_rivals()
         return False
 
@@ -91,9 +92,10 @@ class RecordsSource(Source):
                 self._ownership.recheck()
             else:
                 self._on_change(change, records)
-        self._peers.change(records)
+        for peers in self._peers:
+            peers.change(records)
         for key, lease in records.items():
-            if lease is not None and self._peers.refused_of(key):
+            if lease is not None and any(peers.refused_of(key) for peers in self._peers):
                 self._ownership.check_rival(lease)
         return False
 

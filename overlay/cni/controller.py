@@ -95,7 +95,7 @@ class CniController(Controller):
         if wants.displaced:
             self._withdraw_list(path)
         self._listed = not wants.displaced and (self._listed or wants.may_stand)
-        old = lists.listed_subnet(path) if path and path not in self._written else None
+        old = lists.listed_subnet(path, wants.subnet.family) if path and path not in self._written else None
         stale = old is not None and old != wants.subnet
         if stale and (not self._listed or wants.fault):
             # one that an earlier life left for another subnet goes at once, before a pod gets an address of it
@@ -163,7 +163,7 @@ class CniController(Controller):
 def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> tuple[str, str]:
     """The network list, or ("", why cni-conf.json cannot be used)."""
     settings = inputs.settings
-    bridge = lists.bridge_name(subnet, addresses_by_name(inputs.links, inputs.addresses).items())
+    bridge = lists.bridge_name(subnet, addresses_by_name(inputs.links, inputs.addresses_of(subnet.family)).items())
     # only where host and agent surely see the same file: of a container's folders /run/flannel alone is the host's
     same_file = not settings.kube or settings.subnet_file == DEFAULT_SUBNET_FILE
     waits_for = settings.subnet_file if same_file else ""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from lease.model import Endpoint, Prefix, ip_text, mac_text, prefix
+from lease.model import WIDTH, Endpoint, Prefix, ip_text, mac_text, prefix
 from overlay.process.files import text_of
 
 CONFLIST = "10-flannel.conflist"
@@ -17,6 +17,7 @@ CONFLIST = "10-flannel.conflist"
 NETWORK_NAME = "cbr0"
 """flannel's network name: pods attached under it can still be detached."""
 
+_SUBNET_OF = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
 LEASE_FILE = "lease.json"
 """Below --run-dir: which record is ours, for `overlay release`."""
 
@@ -24,7 +25,7 @@ LEASE_FILE = "lease.json"
 def lease_file(key: str, end: Endpoint) -> str:
     """The content of LEASE_FILE."""
     assert end.mac is not None
-    fields = {"key": key, "public_ip": ip_text(4, end.public_ip), "vtep_mac": mac_text(end.mac)}
+    fields = {"key": key, "public_ip": ip_text(end.subnet.family, end.public_ip), "vtep_mac": mac_text(end.mac)}
     return json.dumps(fields) + "\n"
 
 
@@ -32,26 +33,26 @@ def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
     """The file as flannel writes it."""
     return (
         f"FLANNEL_NETWORK={network}\n"
-        f"FLANNEL_SUBNET={ip_text(4, subnet.base + 1)}/{subnet.length}\n"
+        f"FLANNEL_SUBNET={ip_text(subnet.family, subnet.base + 1)}/{subnet.length}\n"
         f"FLANNEL_MTU={mtu}\n"
         f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}\n"
     )
 
 
-def previous_subnet(path: str) -> Prefix | None:
-    """The subnet of an old subnet.env; None where there is none, or none that can be read."""
+def previous_subnet(path: str, family: int) -> Prefix | None:
+    """The subnet of a family in an old subnet.env; None where there is none, or none that can be read."""
     try:
         text = text_of(path)
     except OSError:
         return None
     for line in text.splitlines():
         name, _, value = line.strip().removeprefix("export ").partition("=")
-        if name.strip() == "FLANNEL_SUBNET":
+        if name.strip() == _SUBNET_OF[family]:
             try:
                 subnet = prefix(value.strip().strip("\"'"))
             except ValueError:
                 return None
-            return subnet if subnet.family == 4 and subnet.length < 32 else None
+            return subnet if subnet.family == family and subnet.length < WIDTH[family] else None
     return None
 
 
@@ -144,13 +145,13 @@ def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: 
     }
 
 
-def listed_subnet(path: str) -> Prefix | None:
-    """The IPv4 subnet that an existing network list gives addresses of, None where it names none."""
+def listed_subnet(path: str, family: int) -> Prefix | None:
+    """The subnet of a family that an existing network list gives addresses of, None where it names none."""
     try:
         for plugin in json.loads(text_of(path))["plugins"]:
             for group in (plugin.get("ipam") or {}).get("ranges") or []:
                 for each in group:
-                    if (found := prefix(each["subnet"])).family == 4:
+                    if (found := prefix(each["subnet"])).family == family:
                         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -75,6 +75,12 @@ class Controller:
         uninstalling, are this. Raises OSError."""
         return iter(())
 
+    def leave(self, network: int) -> Iterator[str]:
+        """Take away what was made for a network that this node is not in any more, by its number (backends: `network`);
+        each thing removed, as a line. Raises OSError."""
+        del network
+        return iter(())
+
     def status(self) -> Mapping[str, object]:
         """Its sections of the status, by name (api/status.py)."""
         return {}

@@ -66,7 +66,8 @@ class Inputs(NamedTuple):
     displaced: bool = False
     """The lease is lost, or its Node is gone, and there is no other yet: no pod may get an address of it."""
     links: Mapping[int, Link] = {}
-    addresses: Mapping[AddressKey, Address] = {}
+    addresses: Mapping[int, Mapping[AddressKey, Address]] = {}
+    """By family."""
     underlays: Mapping[int, Underlay] = {}
     """By family."""
     tunnels: Mapping[int, Tunnel] = {}
@@ -83,6 +84,10 @@ class Inputs(NamedTuple):
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled or not known."""
         return self.config.pool(family) if self.config is not None else None
+
+    def addresses_of(self, family: int) -> Mapping[AddressKey, Address]:
+        """This node's addresses of a family."""
+        return self.addresses.get(family, {})
 
     def end(self, family: int) -> Endpoint | None:
         """Our own endpoint of a family."""

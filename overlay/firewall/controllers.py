@@ -102,7 +102,7 @@ class GuardController(_TableController):
         if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         backend = inputs.config.backend
-        inside = interfaces_within(pool.network, inputs.addresses.values(), under)
+        inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
         return _GuardWants(guard.table(self._family, backend.vni, backend.port, pool.network), inside)
 
     def reconcile(self, wants: Any) -> bool:
@@ -176,10 +176,16 @@ class PodsController(_TableController):
     suffix = antispoof.SUFFIX
 
     def __init__(
-        self, pods: antispoof.AntiSpoof, sets: NetfilterSocket, owned: Owned, clock: Callable[[], float]
+        self,
+        family: Family,
+        pods: antispoof.AntiSpoof,
+        sets: NetfilterSocket,
+        owned: Owned,
+        clock: Callable[[], float],
     ) -> None:
+        """family: of the addresses by which a pod is known to be the network's; bound are those of both."""
         super().__init__(sets, owned, clock)
-        self._pods = pods
+        self._family, self._pods = family, pods
         self._ports: tuple[Any, ...] = ()
 
     def _table_of(self, vni: int) -> tuple[str, str]:
@@ -189,10 +195,11 @@ class PodsController(_TableController):
         """The table's form, and where pods' ports are."""
         if not inputs.settings.pod_antispoof:
             return None
-        pool = inputs.pool(4)
-        if inputs.config is None or pool is None or inputs.own is None or 4 not in inputs.tunnels:
+        number = self._family.number
+        pool = inputs.pool(number)
+        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
-        own = frozenset(each.address for each in inputs.addresses.values())
+        own = frozenset(each.address for each in inputs.addresses_of(number).values())
         table = antispoof.table(inputs.config.backend.vni)
         return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own)
 

@@ -7,14 +7,14 @@ named to the operator, and left alone.
 
 from __future__ import annotations
 
+from lease.families import Family
 from lease.model import Prefix
 from overlay.firewall import nat as masquerade
 from overlay.kernel.nftables import iptables
 from overlay.kernel.nftables import program as nft
 
-SHARED = ("ip", "filter", "FORWARD")
+SHARED_TABLE, SHARED_CHAIN = "filter", "FORWARD"
 """iptables' own chain, as its nftables variant has it."""
-SHARED_TABLE = "filter"
 
 
 def tag(table: str) -> str:
@@ -22,7 +22,7 @@ def tag(table: str) -> str:
     return f"{table} forward"
 
 
-def ensure(table: str, network: Prefix | None) -> tuple[list[str], str]:
+def ensure(family: Family, table: str, network: Prefix | None) -> tuple[list[str], str]:
     """Let forwarded packets of a network through (None: no rules of ours any more). What was done, for the log, and what
     an operator must mend, "" where nothing.
 
@@ -30,14 +30,14 @@ def ensure(table: str, network: Prefix | None) -> tuple[list[str], str]:
     """
     did: list[str] = []
     blocked: list[str] = []
-    for chain in nft.forward_chains():
+    for chain in nft.forward_chains(family.nft):
         drops = chain.policy == "drop"
-        if chain[:3] == SHARED:
+        if chain[:3] == (family.nft, SHARED_TABLE, SHARED_CHAIN):
             did += _in_nft(chain, tag(table), network if drops else None)
         elif drops and network is not None and not chain.table.startswith(masquerade.TABLE_PREFIX):
             blocked.append(str(chain))
     try:
-        did += _in_iptables(tag(table), network)
+        did += _in_iptables(family.number, tag(table), network)
     except iptables.NoProgram as missing:
         if network is not None:
             return did, f"the old iptables are in use on this node, and nobody can look at them: {missing.strerror}"
@@ -45,7 +45,7 @@ def ensure(table: str, network: Prefix | None) -> tuple[list[str], str]:
         return did, ""
     return did, (
         f"chain {', '.join(blocked)} drops what it does not accept, and the pods' traffic goes through it; if it does not"
-        f" accept that yet: nft add rule {blocked[0]} ip saddr {network} accept; the same with daddr"
+        f" accept that yet: nft add rule {blocked[0]} {family.nft} saddr {network} accept; the same with daddr"
     )
 
 
@@ -58,8 +58,8 @@ def _in_nft(chain: nft.Chain, comment: str, network: Prefix | None) -> list[str]
     return [_told(str(chain), network)]
 
 
-def _in_iptables(comment: str, network: Prefix | None) -> list[str]:
-    lines = iptables.forward_chain()
+def _in_iptables(family: int, comment: str, network: Prefix | None) -> list[str]:
+    lines = iptables.forward_chain(family)
     if lines is None:
         return []
     there = [line for line in lines if f'"{comment}"' in line]
@@ -67,7 +67,7 @@ def _in_iptables(comment: str, network: Prefix | None) -> list[str]:
     wanted = [iptables.accept_rule(direction, str(network), comment) for direction in ("-s", "-d")] if drops else []
     if there == wanted:
         return []
-    iptables.change_rules(there, wanted)
+    iptables.change_rules(family, there, wanted)
     return [_told("iptables-legacy FORWARD", network if drops else None)]
 
 
@@ -75,6 +75,6 @@ def _told(chain: str, network: Prefix | None) -> str:
     return f"{chain}: rules taken out" if network is None else f"{chain}, which drops by policy: {network} let through"
 
 
-def remove(table: str) -> list[str]:
+def remove(family: Family, table: str) -> list[str]:
     """Take our rules out of other people's chains. Raises KernelError."""
-    return ensure(table, None)[0]
+    return ensure(family, table, None)[0]

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 
-from lease.families import V4, Family
+from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mask
-from lease.records.packed import FORM, NODE, PUBLIC_IP, unpack
+from lease.records.packed import outer_source, unpack
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.socket import NetfilterSocket
@@ -123,10 +123,10 @@ class Guard:
     def load(self, packed: Iterable[bytes]) -> None:
         """These are the peers."""
         before, self._uses = self._uses, {}
-        uses = self._uses
+        uses, family = self._uses, self._family.number
         for each in packed:
-            if self._family is V4 and each[FORM] <= NODE:
-                address = int.from_bytes(each[PUBLIC_IP], "big")
+            address = outer_source(each, family)
+            if address is not None:
                 uses[address] = uses.get(address, 0) + 1
             else:
                 self._use(unpack(each))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lease.families import FAMILIES
 from lease.model import Prefix
 
 MARK = 0x4000
 """kube-proxy's masquerade mark; kube-proxy itself masquerades such packets."""
-MULTICAST = Prefix(4, 0xE0000000, 4)
+MULTICAST = {4: Prefix(4, 0xE0 << 24, 4), 6: Prefix(6, 0xFF << 120, 8)}
+"""By family (RFC 5771, RFC 4291)."""
 MIDDLE = 32768
 """Of the ports above and below VXLAN's the larger part is used."""
 TABLE_PREFIX = "overlay-"
@@ -37,6 +39,7 @@ def nat_table(
     port: VXLAN's. No masqueraded packet leaves from it: conntrack would take a peer's frames for the answers, and hand them
     to a pod.
     """
+    family, multicast = FAMILIES[network.family].nft, MULTICAST[network.family]
     chains: list[Rule] = []
     if masq:
         mark = _match({"&": [{"meta": {"key": "mark"}}, MARK]}, "==", MARK)
@@ -46,6 +49,7 @@ def nat_table(
         udp = _match({"meta": {"key": "l4proto"}}, "==", "udp")
         leave: Rule = {"return": None}
         chains += _chain(
+            family,
             name,
             "postrouting",
             {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"},
@@ -54,14 +58,15 @@ def nat_table(
                 ("pod to pod: never", [_from(subnet), _to(network), leave]),
                 ("pod to pod: never", [_from(network), _to(subnet), leave]),
                 ("to local pods: keep the client's address", [_from(network, "!="), _to(subnet), leave]),
-                ("pods to the world, never from VXLAN's port", [_from(network), _to(MULTICAST, "!="), udp, go_udp]),
-                ("pods to the world, multicast never", [_from(network), _to(MULTICAST, "!="), go]),
+                ("pods to the world, never from VXLAN's port", [_from(network), _to(multicast, "!="), udp, go_udp]),
+                ("pods to the world, multicast never", [_from(network), _to(multicast, "!="), go]),
                 ("the world to remote pods, the same", [_from(network, "!="), _to(network), udp, go_udp]),
                 ("the world to remote pods", [_from(network, "!="), _to(network), go]),
             ],
         )
     if forward:
         chains += _chain(
+            family,
             name,
             "forward",
             {"type": "filter", "hook": "forward", "prio": 0, "policy": "accept"},
@@ -70,7 +75,7 @@ def nat_table(
     if not chains:
         return []
     chains.sort(key=lambda item: "rule" in item)  # as nft lists: chains, then rules
-    return [{"table": {"family": "ip", "name": name}}, *chains]
+    return [{"table": {"family": family, "name": name}}, *chains]
 
 
 def accepts(network: Prefix) -> list[list[Rule]]:
@@ -78,10 +83,10 @@ def accepts(network: Prefix) -> list[list[Rule]]:
     return [[_from(network), {"accept": None}], [_to(network), {"accept": None}]]
 
 
-def _chain(table: str, name: str, hook: Rule, rules: list[tuple[str, list[Rule]]]) -> list[Rule]:
-    made: list[Rule] = [{"chain": {"family": "ip", "table": table, "name": name, **hook}}]
+def _chain(family: str, table: str, name: str, hook: Rule, rules: list[tuple[str, list[Rule]]]) -> list[Rule]:
+    made: list[Rule] = [{"chain": {"family": family, "table": table, "name": name, **hook}}]
     for comment, expr in rules:
-        made.append({"rule": {"family": "ip", "table": table, "chain": name, "expr": expr, "comment": comment}})
+        made.append({"rule": {"family": family, "table": table, "chain": name, "expr": expr, "comment": comment}})
     return made
 
 
@@ -99,4 +104,8 @@ def _to(where: Prefix, op: str = "==") -> Rule:
 
 def _address(field: str, where: Prefix, op: str) -> Rule:
     base, length = str(where).split("/")
-    return _match({"payload": {"protocol": "ip", "field": field}}, op, {"prefix": {"addr": base, "len": int(length)}})
+    return _match(
+        {"payload": {"protocol": FAMILIES[where.family].nft, "field": field}},
+        op,
+        {"prefix": {"addr": base, "len": int(length)}},
+    )

@@ -201,7 +201,7 @@ class ForwardController(_ByProgram):
         return super().reconcile(wants)
 
     def _work(self, wants: _ForwardWants) -> tuple[list[str], str]:
-        return forward.ensure(wants.name, wants.network)
+        return forward.ensure(self._family, wants.name, wants.network)
 
     def _done(self, result: tuple[list[str], str]) -> None:
         did, blocked = result
@@ -211,7 +211,7 @@ class ForwardController(_ByProgram):
 
     def leave(self, vni: int) -> Iterator[str]:
         """No rules of a network. Raises KernelError."""
-        yield from forward.remove(nat.table_name(vni))
+        yield from forward.remove(self._family, nat.table_name(vni))
 
     def withdraw(self) -> Iterator[str]:
         """Take our rules out of other people's chains."""

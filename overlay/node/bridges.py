@@ -74,7 +74,7 @@ class BridgesController(Controller):
             return Waiting("for a lease")
         tunnel = inputs.tunnels.get(number)
         return _Wants(
-            pool, end.subnet, inputs.settings.kube, inputs.links, inputs.addresses, under,
+            pool, end.subnet, inputs.settings.kube, inputs.links, inputs.addresses_of(number), under,
             tunnel.ifindex if tunnel is not None else 0, inputs.bridges, inputs.retained,
         )  # fmt: skip
 
@@ -123,7 +123,10 @@ class BridgesController(Controller):
         now = self._current.inputs
         self._current.set(
             links={number: link for number, link in now.links.items() if number != index},
-            addresses={key: a for key, a in now.addresses.items() if a.oif != index},
+            addresses={
+                family: {key: a for key, a in there.items() if a.oif != index}
+                for family, there in now.addresses.items()
+            },
         )
 
     def _clear_unfinished(self, wants: _Wants) -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lease.config import NetworkConfig
 from lease.families import Family
-from lease.model import Prefix, ip_text, mac_text
+from lease.model import WIDTH, Prefix, ip_text, mac_text
 from overlay.backends.vxlan import (
     DeviceFound,
     DeviceSpec,
@@ -111,19 +111,20 @@ def found(name: str, attributes: VxlanAttributes) -> DeviceFound:
 
 
 def ensure_address(links: Links, index: int, base: int, network: Prefix, there: Iterable[Address]) -> list[str]:
-    """The subnet's base /32 on the device, and no other address of the network. What was done, for the log.
+    """The subnet's base on the device, at full length, and no other address of the network. What was done, for the log.
 
     The new one comes before an old one goes: the last address of a device takes its routes with it, silently.
     """
     mine = [address for address in there if address.oif == index]
+    family, full = network.family, WIDTH[network.family]
     did = []
-    if not any(address.address == base and address.length == 32 for address in mine):
-        links.add_address(index, base, 32)
-        did.append(f"added {ip_text(4, base)}/32")
+    if not any(address.address == base and address.length == full for address in mine):
+        links.add_address(index, base, full)
+        did.append(f"added {ip_text(family, base)}/{full}")
     for address in mine:
-        if network.holds(address.address) and (address.address, address.length) != (base, 32):
+        if network.holds(address.address) and (address.address, address.length) != (base, full):
             links.remove_address(index, address.address, address.length)
-            did.append(f"removed {ip_text(4, address.address)}/{address.length}")
+            did.append(f"removed {ip_text(family, address.address)}/{address.length}")
     return did
 
 

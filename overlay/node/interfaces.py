@@ -62,7 +62,7 @@ def lost_subnets(
         if link.kind != "bridge" or link.ifindex not in inside or not is_bridge_name(link.name):
             continue
         mine = [a for a in addresses.values() if a.oif == link.ifindex]
-        subnets = [around(a.address, a.length) for a in mine]
+        subnets = [around(a.family, a.address, a.length) for a in mine]
         gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
         held = all(
             pool.network.covers(subnet) and subnet.length == own.length if any_place else pool.allows(subnet)

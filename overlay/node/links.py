@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lease.families import V4
+from lease.families import Family
 from overlay.control.controller import Handler, Source
 from overlay.control.inputs import CurrentInputs
 from overlay.kernel import events, netlink
@@ -17,8 +17,8 @@ class LinksSource(Source):
     name = "links"
     rechecked = True
 
-    def __init__(self, current: CurrentInputs, requests: netlink.RequestSocket) -> None:
-        self._current, self._requests = current, requests
+    def __init__(self, current: CurrentInputs, families: Sequence[Family], requests: netlink.RequestSocket) -> None:
+        self._current, self._families, self._requests = current, families, requests
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -31,6 +31,9 @@ class LinksSource(Source):
         """Read them. Raises KernelError."""
         del wants
         links = {link.ifindex: link for link in self._requests.links()}
-        addresses = {(a.oif, a.address, a.length): a for a in self._requests.addresses(V4)}
+        addresses = {
+            family.number: {(a.oif, a.address, a.length): a for a in self._requests.addresses(family)}
+            for family in self._families
+        }
         self._current.set(links=links, addresses=addresses)
         return False

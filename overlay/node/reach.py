@@ -54,7 +54,7 @@ class ReachController(Controller):
         if end is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         name = under.name if under is not None else "the underlay"
-        return _Wants(end.subnet, inputs.links, inputs.addresses, name, inputs.retained)
+        return _Wants(end.subnet, inputs.links, inputs.addresses_of(number), name, inputs.retained)
 
     def reconcile(self, wants: Any) -> bool:
         """Ask the kernel, and tell. Raises KernelError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from lease.families import Family
 from lease.model import around, ip_number, ip_text
 from overlay.control.controller import CannotReconcile
 from overlay.control.inputs import Underlay
@@ -17,8 +18,8 @@ from overlay.settings.settings import Settings
 
 Lookup = Callable[[int], tuple[int, int, int] | None]
 """Interface, source address and gateway by which the kernel reaches an address."""
-ANYWHERE = ip_number("192.0.2.1", 4)
-"""An address that only the default route reaches (TEST-NET-1, RFC 5737); nothing is sent."""
+ANYWHERE = {4: ip_number("192.0.2.1", 4), 6: ip_number("2001:db8::1", 6)}
+"""By family, an address that only the default route reaches (RFC 5737, RFC 3849); nothing is sent."""
 
 
 class UnderlayError(CannotReconcile):
@@ -26,9 +27,10 @@ class UnderlayError(CannotReconcile):
 
 
 class Interfaces:
-    """Links and addresses as last seen."""
+    """Links, and their addresses of one family, as last seen."""
 
-    def __init__(self, links: Iterable[Link], addresses: Iterable[Address]) -> None:
+    def __init__(self, family: Family, links: Iterable[Link], addresses: Iterable[Address]) -> None:
+        self.family = family
         self.links = {link.ifindex: link for link in links}
         self.addresses = list(addresses)
 
@@ -51,12 +53,12 @@ class Interfaces:
     def listed(self) -> str:
         """For a message: what there is."""
         parts = [
-            f"{link.name} {ip_text(4, address.address)}"
+            f"{link.name} {ip_text(address.family, address.address)}"
             for link in self.links.values()
             for address in self.of(link.ifindex)
             if not link.loopback
         ]
-        return ", ".join(parts) or "no interface with an IPv4 address"
+        return ", ".join(parts) or f"no interface with an {self.family.text} address"
 
 
 def choose(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> Underlay:
@@ -73,7 +75,9 @@ def choose(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: M
     if not local:
         addresses = there.of(link.ifindex)
         if not addresses:
-            raise UnderlayError(f"interface {link.name} ({reason}) has no IPv4 address; there is: {there.listed()}")
+            raise UnderlayError(
+                f"interface {link.name} ({reason}) has no {there.family.text} address; there is: {there.listed()}"
+            )
         local = addresses[0].address
     return _underlay(settings, there, link, local, reason)
 
@@ -86,17 +90,17 @@ def refresh(settings: Settings, current: Underlay, there: Interfaces) -> Underla
     return _underlay(settings, there, link, current.local, current.reason)
 
 
-def underlay_text(underlay: Underlay | None) -> str:
+def underlay_text(family: Family, underlay: Underlay | None) -> str:
     """For the log."""
     if underlay is None:
         return ""
-    address, public_ip = ip_text(4, underlay.local), ip_text(4, underlay.public_ip)
+    address, public_ip = ip_text(family.number, underlay.local), ip_text(family.number, underlay.public_ip)
     advertised = "" if public_ip == address else f", advertised as {public_ip}"
     return f"{underlay.name} {address} (MTU {underlay.mtu}){advertised}: {underlay.reason}"
 
 
 def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, reason: str) -> Underlay:
-    on_link = {around(item.address, item.length) for item in there.of(link.ifindex)}
+    on_link = {around(item.family, item.address, item.length) for item in there.of(link.ifindex)}
     return Underlay(
         link.name,
         link.ifindex,
@@ -128,7 +132,7 @@ def _chosen(
             f"the store's name {', '.join(unresolved)} does not resolve yet, so no route to it says which interface to"
             f" use; trying again (--iface says it at once); there is: {there.listed()}"
         )
-    found = lookup(ANYWHERE)
+    found = lookup(ANYWHERE[there.family.number])
     if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
         return link, found[1], "the default route leaves by it (the store is on this machine)"
     able = [
@@ -149,7 +153,7 @@ def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> tuple[Li
     for wanted in settings.iface:
         reason = f"--iface {wanted}"
         try:
-            address = ip_number(wanted, 4)
+            address = ip_number(wanted, there.family.number)
         except ValueError:
             if (link := there.named(wanted)) is not None:
                 return link, 0, reason
@@ -161,31 +165,31 @@ def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> tuple[Li
         reason = f"--iface-regex {pattern}"
         for link in there.links.values():
             for item in there.of(link.ifindex):
-                if expression.search(ip_text(4, item.address)):
+                if expression.search(ip_text(item.family, item.address)):
                     return link, item.address, reason
         for link in there.links.values():
             if expression.search(link.name):
                 return link, 0, reason
     if settings.iface_can_reach:
-        target = ip_text(4, settings.iface_can_reach)
+        target = ip_text(there.family.number, settings.iface_can_reach)
         found = lookup(settings.iface_can_reach)
         if found is not None and (by := there.links.get(found[0])) is not None:
             return by, found[1], f"--iface-can-reach {target}"
     asked = [f"--iface {name}" for name in settings.iface] + [f"--iface-regex {p}" for p in settings.iface_regex]
     if settings.iface_can_reach:
-        asked.append(f"--iface-can-reach {ip_text(4, settings.iface_can_reach)}")
+        asked.append(f"--iface-can-reach {ip_text(there.family.number, settings.iface_can_reach)}")
     raise UnderlayError(f"no interface matches {', '.join(asked)}; there is: {there.listed()}")
 
 
-def on_link_interface(address: int, links: Iterable[Link], addresses: Iterable[Address]) -> str | None:
+def on_link_interface(family: Family, address: int, links: Iterable[Link], addresses: Iterable[Address]) -> str | None:
     """The interface on whose link an address can be asked for by ARP: its own, else one whose prefix holds it."""
-    there = Interfaces(links, addresses)
+    there = Interfaces(family, links, addresses)
     best: tuple[bool, int, str] | None = None
     for item in there.addresses:
         link = there.links.get(item.oif)
-        if link is None or not link.arp or not link.up or not link.carrier or item.length > 30:
+        if link is None or not link.arp or not link.up or not link.carrier or item.length > there.family.bits - 2:
             continue
-        if around(item.address, item.length).holds(address):
+        if around(item.family, item.address, item.length).holds(address):
             candidate = (item.address == address, item.length, link.name)
             best = max(best, candidate) if best is not None else candidate
     return best[2] if best is not None else None

@@ -44,11 +44,11 @@ class UnderlaySource(Source):
 
     def wants(self, inputs: Inputs) -> object:
         """What it is chosen from."""
-        return _Wants(inputs.settings, inputs.links, inputs.addresses)
+        return _Wants(inputs.settings, inputs.links, inputs.addresses_of(self._family.number))
 
     def reconcile(self, wants: Any) -> bool:
         """Choose it. Raises UnderlayError, KernelError."""
-        there = choice.Interfaces(wants.links.values(), wants.addresses.values())
+        there = choice.Interfaces(self._family, wants.links.values(), wants.addresses.values())
         number = self._family.number
         before = self._current.inputs.underlays.get(number)
         same_flags = self._chosen_by is not None and self._chosen_by.public_ip == wants.settings.public_ip
@@ -61,7 +61,11 @@ class UnderlaySource(Source):
         if found == before:
             return False
         if before is None or found._replace(up=before.up) != before:
-            log.info("underlay", chosen=choice.underlay_text(found), was=choice.underlay_text(before) or None)
+            log.info(
+                "underlay",
+                chosen=choice.underlay_text(self._family, found),
+                was=choice.underlay_text(self._family, before) or None,
+            )
         self._current.set_family("underlays", number, found)
         if before is not None and before.local != found.local:
             self._moved()

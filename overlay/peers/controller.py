@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Lease
-from lease.records.packed import PUBLIC_IP
 from lease.store import Changes, Snapshot
 from lease.tenure.events import Held
 from overlay.control.controller import Controller, Handler, Waiting
@@ -63,7 +62,7 @@ class PeerTableController(Controller):
             self._family,
             inputs.own,
             under.on_link,
-            addresses_of(inputs.addresses.values(), under.ifindex),
+            addresses_of(inputs.addresses_of(number).values(), under.ifindex),
             inputs.retained,
             inputs.settings.underlay_cidrs,
             1 if inputs.settings.kube else 2,
@@ -280,8 +279,9 @@ class PeersController(Controller):
 
     def a_peer(self) -> int | None:
         """The public IP of some peer."""
-        peer = next(iter(self._path.table.packed.values()), None)
-        return int.from_bytes(peer[PUBLIC_IP], "big") if peer is not None else None
+        peer = next(self._path.table.accepted(), None)
+        end = peer.endpoint(self._family.number) if peer is not None else None
+        return end.public_ip if end is not None else None
 
     def refused(self) -> Iterator[Lease]:
         """The records that are not peers."""

@@ -77,7 +77,7 @@ class Datapath:
         self._family, self._requests, self._watchers = family, requests, watchers
         self._tables = TABLES[family.number]
         self.node: plan.Node | None = None
-        self.table = PeerTable(lambda _lease: "no lease of our own yet")
+        self.table = PeerTable(family, lambda _lease: "no lease of our own yet")
         self.rec = Reconciler(self._tables, NothingWanted(), requests, clock, rng)
         self.dumped = False
         self.conflicting: dict[RouteKey, Conflict] = {}
@@ -107,7 +107,9 @@ class Datapath:
         if records is None:
             records = self._unplanned if self._unplanned is not None else self.table.records()
         self._unplanned, self.node = None, node
-        self.table = PeerTable(lambda lease: plan.refusal(node, lease), plan.quick(node), self.table.listed)
+        self.table = PeerTable(
+            self._family, lambda lease: plan.refusal(node, lease), plan.quick(node), self.table.listed
+        )
         self.table.load(records, own)
         for watcher in self._watchers:
             watcher.load(self.table.packed.values())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lease.config import NetworkConfig
-from lease.families import FAMILIES, V4, Family
+from lease.families import FAMILIES, Family
 from lease.model import Endpoint, Lease, Prefix, ip_text, prefix
 from lease.records.packed import HEAD, NODE
 from overlay.backends.base import Backend, Entry, View
@@ -23,7 +23,7 @@ _UNUSABLE = {
 class Node(NamedTuple):
     """What plan needs to know of this node.
 
-    own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own IPv4 addresses.
+    own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own addresses.
     retained: subnets that it does not hold any more, but on which its pods still run.
     """
 
@@ -94,7 +94,7 @@ def refusal(node: Node, lease: Lease) -> str | None:
         return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {node.backend.type!a}"
     end = lease.endpoint(node.network.family)
     if end is None:
-        return "it has no IPv4 part, and there is no IPv6 datapath yet" if node.family is V4 else "it has no IPv6 part"
+        return f"it has no {node.family.text} part"
     return (
         _subnet_fault(node, end.subnet, end.public_ip) or _outer_fault(node, end) or node.backend.fault(node.end, end)
     )
@@ -175,7 +175,12 @@ def _outer_fault(node: Node, end: Endpoint) -> str | None:
     address = ip_text(family, end.public_ip)
     for there in node.on_link:
         short = there.length < node.family.bits - 1
-        if family == 4 and short and there.holds(end.public_ip) and end.public_ip in (there.base, there.last):
+        if (
+            node.family.has_broadcast
+            and short
+            and there.holds(end.public_ip)
+            and end.public_ip in (there.base, there.last)
+        ):
             return f"PublicIP {address} is the network or broadcast address of {there}"
     if end.public_ip == own.public_ip or end.public_ip in node.addresses:
         return f"PublicIP {address} is our own"

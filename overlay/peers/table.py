@@ -21,9 +21,10 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-from lease.model import WIDTH, Lease, Prefix, mac_text, mask
-from lease.records.codec import BadRecord, decode_key, encode_key
-from lease.records.packed import FORM, LENGTH, MAC, MODIFIED, NODE, USUAL, Leases, number, pack, unpack
+from lease.families import Family
+from lease.model import WIDTH, Endpoint, Lease, Prefix, mac_text, mask
+from lease.records.codec import key_subnet
+from lease.records.packed import FORM, LENGTH, MAC, MODIFIED, USUAL, Leases, number, pack, quick_number, unpack
 from lease.records.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -36,9 +37,10 @@ Turned = dict[str, tuple[Lease | None, Lease | None]]
 class _Claimants:
     """Those without fault that have one MAC, while one of them waits; who of them has it."""
 
-    __slots__ = ("ages", "by_ip", "owner", "waiting")
+    __slots__ = ("ages", "by_ip", "family", "owner", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, family: int) -> None:
+        self.family = family
         self.ages: list[tuple[int, int, str, int]] = []
         """Since when each has it, its own age, its key and public IP; in order."""
         self.by_ip: dict[int, set[str]] = {}
@@ -65,7 +67,9 @@ class _Claimants:
 
     def _place(self, since: int, lease: Lease) -> tuple[tuple[int, int, str, int], int, bool]:
         """Its age, where that stands or would stand, and whether it does."""
-        age = (since, *_age(lease), _public_ip(lease))
+        end = lease.endpoint(self.family)
+        assert end is not None, "a record without the family's part is refused by the judge"
+        age = (since, *_age(lease), end.public_ip)
         place = bisect.bisect_left(self.ages, age)
         return age, place, self.ages[place : place + 1] == [age]
 
@@ -93,9 +97,16 @@ class _Reasons(Mapping[str, str]):
 class PeerTable:
     """Records by key; those accepted, and the reason of each of the others."""
 
-    def __init__(self, judge: Judge, quick: QuickJudge = lambda _packed: False, listed: int | None = None) -> None:
-        """listed: the latest revision of the first list, where that is not the first that is loaded here."""
-        self._judge, self._quick, self.listed = judge, quick, listed
+    def __init__(
+        self,
+        family: Family,
+        judge: Judge,
+        quick: QuickJudge = lambda _packed: False,
+        listed: int | None = None,
+    ) -> None:
+        """family: of the peers; a record without that part is refused by the judge. listed: the latest revision of the
+        first list, where that is not the first that is loaded here."""
+        self._family, self._judge, self._quick, self.listed = family.number, judge, quick, listed
         self.packed: dict[int, bytes] = {}
         """The peers, by subnet number."""
         self.by_mac: dict[int, int | set[int]] = {}
@@ -111,8 +122,8 @@ class PeerTable:
         self._outdone: set[str] = set()
         """Refused since another address had their MAC first; these take no part in disputes about subnets."""
         self._numbers: dict[str, int] = {}
-        """Of peers whose key does not say it (Nodes, dual-stack records)."""
-        self._losers = SubnetIndex(4)
+        """Of peers whose key does not say it (Nodes)."""
+        self._losers = SubnetIndex(self._family)
         self._claimants: dict[int, _Claimants] = {}
         self._latest = listed or 0
         """The latest revision that a record had."""
@@ -140,7 +151,7 @@ class PeerTable:
     def reason(self, key: str) -> str:
         """Why a record is refused. Raises KeyError: it is not."""
         if key in self._outdone:
-            mac = _mac(self._waiting[key])
+            mac = self._mac(self._waiting[key])
             oldest = self._claimants[mac].ages[0][2]
             return f"VtepMAC {mac_text(mac)} is already used by {oldest}, which had it first"
         return self.reasons[key]
@@ -149,7 +160,7 @@ class PeerTable:
         """The peers in whose subnet a prefix lies."""
         for there in self._overlapping(prefix):
             lease = self.peer(there)
-            if lease.v4 is not None and lease.v4.subnet.covers(prefix):
+            if self._subnet(lease).covers(prefix):
                 yield lease
 
     def with_mac(self, mac: int) -> tuple[int, ...]:
@@ -188,7 +199,10 @@ class PeerTable:
         """Make these the records, by value, all but one."""
         change: dict[str, Lease | None] = {}
         for key, packed in leases.packed.items():
-            if key != without and self.packed.get(int.from_bytes(packed[:5], "big")) != packed:
+            if key == without:
+                continue
+            there = quick_number(packed, self._family)
+            if there is None or self.packed.get(there) != packed:
                 lease = unpack(packed)
                 if not self._has(lease):
                     change[key] = lease
@@ -211,10 +225,11 @@ class PeerTable:
         for key, packed in leases.packed.items():
             if key == without:
                 continue
-            there, mac = int.from_bytes(packed[:5], "big"), int.from_bytes(packed[MAC], "big")
+            there, mac = quick_number(packed, self._family), int.from_bytes(packed[MAC], "big")
             latest = max(latest, int.from_bytes(packed[MODIFIED], "big"))
-            quick = packed[FORM] <= NODE and (not self.lengths or packed[LENGTH] in self.lengths)
+            quick = there is not None and (not self.lengths or packed[LENGTH] in self.lengths)
             if quick and there not in self.packed and mac not in self.by_mac and self._quick(packed):
+                assert there is not None
                 self.packed[there] = packed
                 self.by_mac[mac] = there
                 self.lengths[packed[LENGTH]] += 1
@@ -236,7 +251,7 @@ class PeerTable:
             before[key] = old = self._peer(key)
             was = old or self._waiting.get(key)
             if was is not None:
-                entered.setdefault(_mac(was), [])
+                entered.setdefault(self._mac(was), [])
             if old is not None:
                 self._remove(old)
                 self._leave(old)
@@ -251,7 +266,7 @@ class PeerTable:
             reason = self._judge(lease)
             self._wait(lease, reason or "not judged yet", reason is not None)
             if reason is None:
-                entered.setdefault(_mac(lease), []).append(key)
+                entered.setdefault(self._mac(lease), []).append(key)
         for mac, keys in entered.items():
             pending |= self._settle_mac(mac, keys, before)
         self._settle(pending, before)
@@ -259,7 +274,7 @@ class PeerTable:
 
     def _dated(self, lease: Lease, was: Lease | None) -> Lease:
         """A record with the moment since which it has its MAC."""
-        same = was is not None and was.created == lease.created and _mac(was) == _mac(lease)
+        same = was is not None and was.created == lease.created and self._mac(was) == self._mac(lease)
         since = was.modified if was is not None and same else max(lease.modified, self._latest + 1)
         self._latest = max(self._latest, since)
         return lease if since == lease.modified else lease._replace(modified=since)
@@ -281,10 +296,10 @@ class PeerTable:
         for key in keys:
             peer = self._peer(key)
             lease = peer or self._waiting[key]
-            if _public_ip(lease) == owner:
+            if self._public_ip(lease) == owner:
                 if peer is None:
                     self._outdone.discard(key)
-                    self._losers.add(_subnet(lease), key)
+                    self._losers.add(self._subnet(lease), key)
                     pending.add(_age(lease))
                 continue
             if peer is not None:
@@ -293,7 +308,7 @@ class PeerTable:
                 self._wait(peer, "", faulty=False)
                 pending |= self._losers_after(peer)
             self._outdone.add(key)
-            self._losers.remove(_subnet(lease), key)
+            self._losers.remove(self._subnet(lease), key)
         return pending
 
     def _settle(self, pending: set[tuple[int, str]], before: dict[str, Lease | None]) -> None:
@@ -309,13 +324,13 @@ class PeerTable:
             rivals = self._rivals(lease)
             older = min((rival for rival in rivals if _age(rival) < _age(lease)), key=_age, default=None)
             if older is not None:
-                self.reasons[lease.key] = _overlap(lease, older)
+                self.reasons[lease.key] = self._overlap(lease, older)
                 continue
             before.setdefault(lease.key, None)
             for rival in rivals:  # younger: they lose their places, and those who lost to them may get one
                 before.setdefault(rival.key, rival)
                 self._remove(rival)
-                self._wait(rival, _overlap(rival, lease), faulty=False)
+                self._wait(rival, self._overlap(rival, lease), faulty=False)
                 for next_one in self._losers_after(rival) - queued:
                     heapq.heappush(heap, next_one)
                     queued.add(next_one)
@@ -324,22 +339,24 @@ class PeerTable:
 
     def _rivals(self, lease: Lease) -> list[Lease]:
         """The peers whose subnets overlap a record's."""
-        return [other for there in self._overlapping(_subnet(lease)) if (other := self.peer(there)).key != lease.key]
+        return [
+            other for there in self._overlapping(self._subnet(lease)) if (other := self.peer(there)).key != lease.key
+        ]
 
     def _losers_after(self, lease: Lease) -> set[tuple[int, str]]:
         """The records that lost their subnet, maybe to this one, and are younger."""
-        keys = self._losers.overlapping(_subnet(lease))
+        keys = self._losers.overlapping(self._subnet(lease))
         return {age for key in keys if (age := _age(self._waiting[key])) > _age(lease)}
 
     def _overlapping(self, subnet: Prefix) -> Iterator[int]:
         """The numbers of the peers that share an address with a subnet: one look-up for each length that occurs."""
         for length in list(self.lengths):
             if length <= subnet.length:
-                there = (subnet.base & mask(4, length)) << 8 | length
+                there = (subnet.base & mask(self._family, length)) << 8 | length
                 if there in self.packed:
                     yield there
             elif 1 << (length - subnet.length) < len(self.packed):
-                step = WIDTH[4] - length
+                step = WIDTH[self._family] - length
                 for place in range(1 << (length - subnet.length)):
                     there = (subnet.base + (place << step)) << 8 | length
                     if there in self.packed:
@@ -350,19 +367,19 @@ class PeerTable:
     # --- the two kinds of places ---------------------------------------------------------------------------------------
 
     def _insert(self, lease: Lease) -> None:
-        there, mac = number(_subnet(lease)), _mac(lease)
+        there, mac = number(self._subnet(lease)), self._mac(lease)
         self.packed[there] = pack(lease)
-        self.lengths[_subnet(lease).length] += 1
+        self.lengths[self._subnet(lease).length] += 1
         found = self.by_mac.setdefault(mac, there)
         if isinstance(found, set):
             found.add(there)
         elif found != there:
             self.by_mac[mac] = {found, there}
-        if lease.key != encode_key(_subnet(lease)):
+        if key_subnet(lease.key, self._family) != self._subnet(lease):
             self._numbers[lease.key] = there
 
     def _remove(self, lease: Lease) -> None:
-        there, length, mac = number(_subnet(lease)), _subnet(lease).length, _mac(lease)
+        there, length, mac = number(self._subnet(lease)), self._subnet(lease).length, self._mac(lease)
         del self.packed[there]
         self._numbers.pop(lease.key, None)
         self.lengths[length] -= 1
@@ -377,18 +394,18 @@ class PeerTable:
             del self.by_mac[mac]
 
     def _wait(self, lease: Lease, reason: str, faulty: bool) -> None:
-        key, mac = lease.key, _mac(lease)
+        key, mac = lease.key, self._mac(lease)
         self._waiting[key], self.reasons[key] = lease, reason
         if faulty:
             self._faulty.add(key)
             return
-        self._losers.add(_subnet(lease), key)
+        self._losers.add(self._subnet(lease), key)
         found = self._claimants.get(mac)
         if found is None:
-            found = self._claimants[mac] = _Claimants()
+            found = self._claimants[mac] = _Claimants(self._family)
             for peer in map(self.peer, self.with_mac(mac)):
                 found.enter(self._since(peer), peer)
-                found.owner = _public_ip(peer)  # all peers of a MAC have one
+                found.owner = self._public_ip(peer)  # all peers of a MAC have one
         found.enter(self._since(lease), lease)
         found.waiting.add(key)
 
@@ -400,25 +417,43 @@ class PeerTable:
             self._faulty.discard(key)
             return
         self._outdone.discard(key)
-        self._losers.remove(_subnet(lease), key)
-        found = self._claimants[_mac(lease)]
+        self._losers.remove(self._subnet(lease), key)
+        found = self._claimants[self._mac(lease)]
         found.waiting.discard(key)
         if not found.waiting:
-            del self._claimants[_mac(lease)]
+            del self._claimants[self._mac(lease)]
 
     def _leave(self, lease: Lease) -> None:
         """A record goes, or is another one now: it does not claim its MAC any more."""
-        found = self._claimants.get(_mac(lease))
+        found = self._claimants.get(self._mac(lease))
         if found is not None:
             found.leave(self._since(lease), lease)
+
+    def _end(self, lease: Lease) -> Endpoint:
+        end = lease.endpoint(self._family)
+        assert end is not None, "a record without the family's part is refused by the judge"
+        return end
+
+    def _subnet(self, lease: Lease) -> Prefix:
+        return self._end(lease).subnet
+
+    def _public_ip(self, lease: Lease) -> int:
+        return self._end(lease).public_ip
+
+    def _mac(self, lease: Lease) -> int:
+        """0 where it has none."""
+        end = lease.endpoint(self._family)
+        return (end.mac if end is not None else None) or 0
+
+    def _overlap(self, lease: Lease, winner: Lease) -> str:
+        return f"subnet {self._subnet(lease)} overlaps {winner.key}, which is older"
 
     def _accepted(self, key: str) -> int | None:
         """The number of the peer of a key, None where it has none."""
         there = self._numbers.get(key)
         if there is None:
-            try:
-                subnet, _ = decode_key(key)
-            except BadRecord:
+            subnet = key_subnet(key, self._family)
+            if subnet is None:
                 return None
             there = number(subnet)
         return there if there in self.packed and self.peer(there).key == key else None
@@ -430,21 +465,3 @@ class PeerTable:
 
 def _age(lease: Lease) -> tuple[int, str]:
     return lease.created, lease.key
-
-
-def _overlap(lease: Lease, winner: Lease) -> str:
-    return f"subnet {_subnet(lease)} overlaps {winner.key}, which is older"
-
-
-def _subnet(lease: Lease) -> Prefix:
-    assert lease.v4 is not None
-    return lease.v4.subnet
-
-
-def _mac(lease: Lease) -> int:
-    return (lease.v4.mac if lease.v4 is not None else None) or 0
-
-
-def _public_ip(lease: Lease) -> int:
-    assert lease.v4 is not None
-    return lease.v4.public_ip

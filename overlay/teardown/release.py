@@ -58,11 +58,11 @@ def _release(settings: Settings) -> str:
                 f"{store.place} has no record {key}: are these the agent's --etcd-endpoints and --etcd-prefix?"
                 f" If it expired, there is nothing to release (rm {file})"
             )
-        if lease.v4 is not None:
-            there = (ip_text(4, lease.v4.public_ip), mac_text(lease.v4.mac or 0))
-            if there != (public_ip, vtep_mac):
-                raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
-            store.remove(lease)
+        end = lease.first
+        there = (ip_text(end.subnet.family, end.public_ip), mac_text(end.mac or 0))
+        if there != (public_ip, vtep_mac):
+            raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
+        store.remove(lease)
         remove(str(file))
     except StoreUnavailable as error:
         raise ReleaseError(f"the store does not do it now: {error}") from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from lease.families import FAMILIES
 from lease.store import StoreError
 from lease.tenure.kubernetes import NodeTenure
 from overlay.api.serve import SOCKET_NAME
@@ -77,7 +78,7 @@ def _ours(settings: Settings, owned: Owned) -> bool:
     """By the marks, which a reboot takes away (they stand in /run), or by a network list that does without flannel's
     plugin, which outlives one."""
     conflist = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
-    listed = bool(settings.cni_conf_dir) and lists.listed_subnet(conflist) is not None
+    listed = bool(settings.cni_conf_dir) and any(lists.listed_subnet(conflist, family) for family in FAMILIES)
     return any(Path(mark).exists() for mark in _marks(settings)) or (listed and not owned.flannel_has_it())
 
 

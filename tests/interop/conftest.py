@@ -46,7 +46,7 @@ class Flanneld:
 
     def wait_ready(self) -> Flanneld:
         until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)
-        subnet = cni.previous_subnet(str(self.run_dir / "subnet.env"))
+        subnet = cni.previous_subnet(str(self.run_dir / "subnet.env"), 4)
         assert subnet is not None
         conflist = self.run_dir / "cni" / CONFLIST
         if not conflist.exists():

@@ -245,7 +245,7 @@ def test_many_subnets_of_one_mac_cost_what_they_cost_alone():
     """Hostile, or odd: the same VTEP in thousands of records. They are no dispute."""
     from overlay.peers.table import PeerTable
 
-    table = PeerTable(lambda _: None)
+    table = PeerTable(V4, lambda _: None)
     asked = 0
     real = PeerTable.peer
 

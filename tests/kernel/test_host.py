@@ -28,7 +28,7 @@ def host(inside) -> Iterator[Callable[[], Inputs]]:
     """The inputs of the namespace, with its links read and its underlay chosen."""
     requests = inside(RequestSocket)
     current = CurrentInputs(Settings(iface=("eth0",)))
-    links, underlay = LinksSource(current, requests), UnderlaySource(current, V4, requests, dict, lambda: None)
+    links, underlay = LinksSource(current, (V4,), requests), UnderlaySource(current, V4, requests, dict, lambda: None)
 
     def read() -> Inputs:
         links.reconcile(())
@@ -41,7 +41,7 @@ def host(inside) -> Iterator[Callable[[], Inputs]]:
 
 def lost(found: Inputs, kube: bool = False) -> dict[str, list[str]]:
     assert CONFIG.v4 is not None
-    there = lost_subnets(CONFIG.v4, OWN, kube, found.links, found.addresses, found.underlays[4])
+    there = lost_subnets(CONFIG.v4, OWN, kube, found.links, found.addresses_of(4), found.underlays[4])
     return {name: [str(subnet) for subnet in subnets] for name, subnets in there.items()}
 
 
@@ -68,8 +68,8 @@ def test_an_underlay_inside_the_network_is_not_a_way_of_pods_nor_is_its_deprecat
     index = bridge(inside, "cni0", "192.168.77.1")
     inside(deprecate)
     found = host()
-    assert any(a.deprecated for a in found.addresses.values())
-    assert interfaces_within(NETWORK, found.addresses.values(), found.underlays[4]) == {index}
+    assert any(a.deprecated for a in found.addresses_of(4).values())
+    assert interfaces_within(NETWORK, found.addresses_of(4).values(), found.underlays[4]) == {index}
 
 
 CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
@@ -116,5 +116,5 @@ def test_a_number_for_an_address_is_no_bridges(inside, host):
 
     inside(build)
     found = host()
-    assert ip_number("192.168.78.0", 4) in {a.address for a in found.addresses.values()}
+    assert ip_number("192.168.78.0", 4) in {a.address for a in found.addresses_of(4).values()}
     assert lost(found) == {}

@@ -80,7 +80,7 @@ class Bench:
         self.lock: Any = NoLock()
         self.claims, self.stopped = Claims(), []
         self.path = Datapath(V4, self.kernel, self.clock, random.Random(1))
-        self.network = NetworkConfigInput(self.current, self.health, "the store")
+        self.network = NetworkConfigInput(self.current, (V4,), self.health, "the store")
 
     def reconcile(self, controller: Controller) -> bool:
         """As the scheduler does, once."""
@@ -96,7 +96,7 @@ class Bench:
 
     # --- one of each
     def links(self) -> LinksSource:
-        return LinksSource(self.current, self.kernel)
+        return LinksSource(self.current, (V4,), self.kernel)
 
     def underlay(self) -> UnderlaySource:
         return UnderlaySource(self.current, V4, self.kernel, dict, lambda: self.posted.append("moved"))
@@ -119,7 +119,7 @@ class Bench:
 
     def ownership(self) -> Ownership:
         made = Ownership(
-            self.current, self.health, self.clock, lambda mac: Identity("m", "node1", mac), lambda _config: None,
+            self.current, V4, self.health, self.clock, lambda mac: Identity("m", "node1", mac), lambda _config: None,
             self.stopped.append,
         )  # fmt: skip
         made.claimer = self.claims
@@ -128,7 +128,9 @@ class Bench:
     def records(self) -> RecordsSource:
         own = self.ownership()
         own.held = self.current.inputs.own
-        return RecordsSource(self.current, self.health, self.path, own, self.network, Refusals(), lambda: "etcd there")
+        return RecordsSource(
+            self.current, self.health, [self.path], own, self.network, Refusals(), lambda: "etcd there"
+        )
 
     def table(self) -> PeerTableController:
         return PeerTableController(self.current, V4, self.path, lambda: "10.244.2.0-24")
@@ -144,7 +146,7 @@ class Bench:
 
     def pods(self) -> PodsController:
         made = antispoof.AntiSpoof(self.kernel, self.kernel, self.clock)
-        return PodsController(made, self.kernel, self.owned, self.clock)
+        return PodsController(V4, made, self.kernel, self.owned, self.clock)
 
     def nat(self) -> NatController:
         return NatController(V4, self.posted.append, self.health, self.owned)

@@ -23,7 +23,7 @@ def link(ifindex: int, name: str, kind: str = "", **more: Any) -> Link:
 
 
 def address(ifindex: int, text: str, length: int = 24) -> Address:
-    return Address(ifindex, ip_number(text, 4), length, 0, False, False, True)
+    return Address(4, ifindex, ip_number(text, 4), length, 0, False, False, True)
 
 
 class FakeKernel:
@@ -103,7 +103,7 @@ class FakeKernel:
 
     def add_address(self, index: int, address: int, length: int) -> None:
         self._asked(f"address {length}")
-        self.addresses_there.append(Address(index, address, length, 0, False, False, True))
+        self.addresses_there.append(Address(4, index, address, length, 0, False, False, True))
 
     # --- NetfilterSocket
     def has(self, family: str, name: str) -> bool:
@@ -173,7 +173,7 @@ def inputs(**more: Any) -> Inputs:
         lease("10.244.2.0/24", "192.168.1.2", "0a:00:00:00:00:02")._replace(created=0, modified=0),
         False,
         by_index([eth0, tunnel]),
-        {(a.oif, a.address, a.length): a for a in addresses},
+        {4: {(a.oif, a.address, a.length): a for a in addresses}},
         {4: underlay()},
         {4: Tunnel("flannel.1", 3, 1450)},
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lease.config import VxlanConfig
-from lease.families import V4
-from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from lease.families import V4, V6
+from lease.model import Endpoint, Lease, Prefix, ip_number, mac_number, prefix
 from overlay.backends.vxlan import backend_of
 from overlay.peers.plan import Node
 
@@ -19,6 +19,33 @@ def lease(
     number = mac_number(mac) if mac else (0x0A << 40) | address
     return Lease(
         subnet.replace("/", "-"), backend, Endpoint(where, address, vni, number), None, node, created, created, 0
+    )
+
+
+def widened(it: Prefix) -> Prefix:
+    """A prefix of IPv6 that lies to others as this one of IPv4 does."""
+    return Prefix(6, it.base << 96, it.length)
+
+
+def in_family(record: Lease, family: int) -> Lease:
+    """A record of IPv4, or the same for IPv6: its addresses are the first 32 bits there."""
+    end = record.first
+    if family == end.subnet.family:
+        return record
+    return record._replace(v4=None, v6=end._replace(subnet=widened(end.subnet), public_ip=end.public_ip << 96))
+
+
+def node_in(family: int) -> Node:
+    """`node` of IPv4, or the same for IPv6."""
+    here = node()
+    if family == 4:
+        return here
+    return here._replace(
+        network=widened(here.network),
+        backend=backend_of(VxlanConfig(), V6),
+        own=in_family(here.own, 6),
+        on_link=tuple(map(widened, here.on_link)),
+        addresses=frozenset(address << 96 for address in here.addresses),
     )
 
 

@@ -113,12 +113,12 @@ def test_pod_cidrs_in_every_order():
 
 
 def test_hints_of_an_operator():
-    notes = {NAMES.node_public_ip[0]: "192.168.1.7", NAMES.overwrite[0]: "203.0.113.5"}
+    notes = {NAMES.node_public_ip[4]: "192.168.1.7", NAMES.overwrite[4]: "203.0.113.5"}
     assert hints(notes, NAMES) == Hints(0xC0A80107, 0xCB007105)
-    bad = hints({NAMES.overwrite[0]: "fd00::1"}, NAMES)
+    bad = hints({NAMES.overwrite[4]: "fd00::1"}, NAMES)
     assert bad.overwrite is None
     assert "must be an IPv4 address" in bad.faults[0]
-    six = hints({NAMES.overwrite[1]: "fd00::1", NAMES.node_public_ip[1]: "fd00::2"}, NAMES)
+    six = hints({NAMES.overwrite[6]: "fd00::1", NAMES.node_public_ip[6]: "fd00::2"}, NAMES)
     assert [fault.split(": ")[1:] for fault in six.faults] == [["there is no IPv6 datapath yet; it is ignored"]] * 2
 
 
@@ -127,14 +127,14 @@ NOTES = st.fixed_dictionaries(
     optional={
         NAMES.managed: st.sampled_from(["true", "true", "true", "false", "True"]),
         NAMES.backend_type: st.sampled_from(["vxlan", "vxlan", "host-gw", ""]) | st.text(max_size=9),
-        NAMES.data[0]: st.sampled_from(['{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}', "null", "[]", "{", '{"VNI":true}'])
+        NAMES.data[4]: st.sampled_from(['{"VNI":1,"VtepMAC":"0a:00:00:00:00:01"}', "null", "[]", "{", '{"VNI":true}'])
         | st.text(max_size=60)
         | st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner) | st.dictionaries(
             st.sampled_from(["VNI", "VtepMAC", "x"]), inner)).map(json.dumps),
-        NAMES.public_ip[0]: st.sampled_from(["192.168.1.2", "fd00::1", "0.0.0.0", "192.168.001.2"]) | st.text(max_size=20),
-        NAMES.public_ip[1]: st.sampled_from(["fd00::1", "192.168.1.2"]) | st.text(max_size=20),
-        NAMES.overwrite[0]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
-        NAMES.node_public_ip[0]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
+        NAMES.public_ip[4]: st.sampled_from(["192.168.1.2", "fd00::1", "0.0.0.0", "192.168.001.2"]) | st.text(max_size=20),
+        NAMES.public_ip[6]: st.sampled_from(["fd00::1", "192.168.1.2"]) | st.text(max_size=20),
+        NAMES.overwrite[4]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
+        NAMES.node_public_ip[4]: st.sampled_from(["203.0.113.5"]) | st.text(max_size=20),
         NAMES.source: st.sampled_from(["192.168.1.3"]) | st.text(max_size=20),
     },
 )  # fmt: skip

@@ -85,12 +85,12 @@ def test_a_template_that_cannot_be_used_is_named(template, words):
 
 def test_an_old_list_tells_its_subnet(tmp_path):
     path = tmp_path / "list"
-    assert cni.listed_subnet(str(path)) is None
+    assert cni.listed_subnet(str(path), 4) is None
     path.write_text(PLAIN)
-    assert cni.listed_subnet(str(path)) == SUBNET
+    assert cni.listed_subnet(str(path), 4) == SUBNET
     for text in ("{", "[]", CNI_CONF, '{"plugins":[{"ipam":{"ranges":[[{"subnet":"x"}]]}}]}', '{"plugins":[1]}'):
         path.write_text(text)
-        assert cni.listed_subnet(str(path)) is None
+        assert cni.listed_subnet(str(path), 4) is None
 
 
 def test_plugins_are_put_where_the_host_has_none(tmp_path):

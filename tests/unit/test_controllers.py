@@ -56,7 +56,7 @@ def test_the_underlay_is_kept_while_its_address_is_there(bench):
     bench.reconcile(controller)
     assert (bench.current.inputs.underlays[4].mac, bench.posted) == (5, [])
     moved = address(2, "192.168.1.3")
-    bench.current.set(addresses={(2, moved.address, 24): moved})
+    bench.current.set(addresses={4: {(2, moved.address, 24): moved}})
     bench.reconcile(controller)
     assert bench.posted == ["moved"], "the store's connection is made anew"
     bench.current.set(addresses={})
@@ -130,7 +130,7 @@ def test_a_lost_subnet_is_kept_until_its_last_pod_is_gone(bench):
     bridge, port = link(8, "cni0", "bridge"), link(9, "veth9", "veth", master=8)
     gateway = address(8, "10.244.7.1")
     bench.kernel.there = by_index([bridge, port])
-    bench.current.set(links=bench.kernel.there, addresses={(8, gateway.address, 24): gateway})
+    bench.current.set(links=bench.kernel.there, addresses={4: {(8, gateway.address, 24): gateway}})
     bench.reconcile(controller)
     assert bench.current.inputs.bridges == {"cni0"}, "its bridge counts as ours"
     bench.reconcile(controller)
@@ -164,7 +164,7 @@ def test_routes_that_are_not_ours_to_put_back_are_told(bench):
     assert bench.problems() == {}
     gateway = address(8, "10.244.2.1")
     bench.current.set(
-        links=by_index([link(8, "cni0", "bridge")]), addresses={(8, gateway.address, 24): gateway}, **RETAINED
+        links=by_index([link(8, "cni0", "bridge")]), addresses={4: {(8, gateway.address, 24): gateway}}, **RETAINED
     )
     bench.kernel.ways[ip_number("192.168.1.9", 4)] = None
     bench.reconcile(controller)
@@ -465,7 +465,7 @@ def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
     loaded: list[Any] = []
     monkeypatch.setattr(program, "read_table", lambda _family, _name: loaded[-1] if loaded else [])
     monkeypatch.setattr(program, "load_table", lambda _family, _name, wanted: loaded.append(wanted))
-    monkeypatch.setattr("overlay.firewall.forward.ensure", lambda _name, _network: ([], "chain x drops"))
+    monkeypatch.setattr("overlay.firewall.forward.ensure", lambda _family, _name, _network: ([], "chain x drops"))
     controller = getattr(bench, name)()
     begun: list[Any] = []
     controller._worker.begin = begun.append

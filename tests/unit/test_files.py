@@ -36,7 +36,7 @@ def test_subnet_env_is_the_recorded_one(name, node):
 def test_the_previous_subnet_is_read_back(tmp_path):
     path = tmp_path / "subnet.env"
     path.write_text(cni.subnet_env(NETWORK, SUBNET, 1450, True))
-    assert cni.previous_subnet(str(path)) == SUBNET
+    assert cni.previous_subnet(str(path), 4) == SUBNET
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_the_previous_subnet_is_read_back(tmp_path):
 def test_a_broken_subnet_env_is_no_preference(tmp_path, content):
     path = tmp_path / "subnet.env"
     path.write_bytes(content.encode("latin1"))
-    assert cni.previous_subnet(str(path)) is None
+    assert cni.previous_subnet(str(path), 4) is None
 
 
 def test_no_subnet_env_is_no_preference(tmp_path):
-    assert cni.previous_subnet(str(tmp_path / "none")) is None
+    assert cni.previous_subnet(str(tmp_path / "none"), 4) is None
 
 
 def test_files_are_put_in_place_whole_with_flannels_modes(tmp_path):
@@ -205,8 +205,8 @@ def test_a_file_that_is_none_keeps_nobody_waiting(tmp_path, kind):
         return
     with pytest.raises(OSError):
         regular.content(str(path))
-    assert cni.previous_subnet(str(path)) is None
-    assert cni.listed_subnet(str(path)) is None
+    assert cni.previous_subnet(str(path), 4) is None
+    assert cni.listed_subnet(str(path), 4) is None
     assert not up_to_date(str(path), "")
     assert read(str(path)) is None
 

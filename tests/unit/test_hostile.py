@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lease.families import V4
 from lease.model import prefix
 from lease.records.codec import BadRecord, decode_lease
 from lease.records.packed import decode, unpack
@@ -45,7 +46,7 @@ def judge(key: str, value: bytes, table: PeerTable) -> str:
 
 @pytest.mark.parametrize(("name", "key", "value", "words"), HOSTILE, ids=[name for name, *_ in HOSTILE])
 def test_each_of_the_corpus_is_refused_with_its_reason_and_costs_nobody_else(name, key, value, words):
-    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table = PeerTable(V4, lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
     table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
     reason = judge(key, value, table)
     assert words in reason, name
@@ -57,7 +58,7 @@ def test_each_of_the_corpus_is_refused_with_its_reason_and_costs_nobody_else(nam
 @given(st.text(max_size=60) | st.sampled_from([key for _, key, _, _ in HOSTILE]), st.binary(max_size=300) | JSON)
 def test_any_record_is_a_peer_or_refused(key, value):
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table = PeerTable(V4, lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
     table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
     assert "\n" not in judge(key, data, table)
     assert GOOD_KEY in [lease.key for lease in table.accepted()]
@@ -82,7 +83,7 @@ RECORDS = st.lists(
 def test_any_records_beside_a_good_one(records):
     """Most have the usual form, so that they come as far as disputes: none younger costs the good one anything, and no two
     peers are ever in each other's way."""
-    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table = PeerTable(V4, lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
     table.put(decode_lease(GOOD_KEY, GOOD_VALUE, 5, 5, 5))
     for place, (key, public_ip, mac, vni, backend, created) in enumerate(records):
         if key == GOOD_KEY:
@@ -112,7 +113,7 @@ def test_any_records_beside_a_good_one(records):
     )
 )
 def test_any_fields_of_a_record(fields):
-    table = PeerTable(lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
+    table = PeerTable(V4, lambda lease: plan.refusal(NODE, lease), plan.quick(NODE))
     judge("10.244.9.0-24", json.dumps(fields).encode(), table)
     for lease in table.accepted():
         assert lease.v4.public_ip not in NODE.addresses
@@ -178,8 +179,8 @@ FILES = (
 def test_any_file_of_others(tmp_path_factory, data):
     path = tmp_path_factory.getbasetemp() / "file"
     path.write_bytes(data)
-    assert cni.previous_subnet(str(path)) is None or cni.previous_subnet(str(path)).family == 4
-    cni.listed_subnet(str(path))
+    assert cni.previous_subnet(str(path), 4) is None or cni.previous_subnet(str(path), 4).family == 4
+    cni.listed_subnet(str(path), 4)
     cni.names_plugin(str(path), "flannel")
     cni.bridges_in(data.decode(errors="replace"))
     try:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lease.families import V4
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import BadRecord, decode_lease, encode_key, encode_value
 from lease.records.packed import Leases, decode, number, pack, subnet_of, unpack
@@ -137,8 +138,8 @@ def test_what_is_asked_of_all():
     wide = made(0, key="10.0.0.0-16", v4=Endpoint(Prefix(4, 10 << 24, 16), 900, 1, 900))
     dual = made(7, key="10.0.7.0-24&fd00::-64", v6=Endpoint(Prefix(6, 0xFD << 120, 64), 5, 1, 77))
     leases = Leases.of([*(made(number_) for number_ in range(1, 6)), wide, dual])
-    assert {lease.key for lease in leases.unusual(24)} == {wide.key, dual.key}
-    assert [lease.key for lease in leases.having(3, 4, ("n5",))] == ["10.0.3.0-24", "10.0.4.0-24", "10.0.5.0-24"]
+    assert {lease.key for lease in leases.unusual(4, 24)} == {wide.key, dual.key}
+    assert [lease.key for lease in leases.having(V4, 3, 4, ("n5",))] == ["10.0.3.0-24", "10.0.4.0-24", "10.0.5.0-24"]
     assert [lease.key for lease in leases.with_mac(77)] == [dual.key]
     assert [lease.key for lease in leases.with_mac(2)] == ["10.0.2.0-24"]
     assert dict(leases) == {lease.key: lease for lease in leases.values()}

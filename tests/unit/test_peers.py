@@ -6,16 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lease.families import FAMILIES, V4
 from lease.model import Lease
 from lease.records.packed import Leases, number
 from overlay.peers.plan import quick, refusal
 from overlay.peers.table import PeerTable
-from tests.support.make import lease, node
+from tests.support.make import in_family, lease, node, node_in
 
 
-def table() -> PeerTable:
-    here = node()
-    return PeerTable(lambda record: refusal(here, record), quick(here))
+def table(family: int = 4) -> PeerTable:
+    here = node_in(family)
+    return PeerTable(FAMILIES[family], lambda record: refusal(here, record), quick(here))
 
 
 def accepted(of: PeerTable) -> set[str]:
@@ -75,7 +76,7 @@ def test_an_older_record_takes_no_mac_in_place(tells):
     it.drop(older.key)
     it.put(thief._replace(modified=11 * tells))
     assert accepted(it) == {good.key}, "nor when it goes and comes again"
-    again = PeerTable(it._judge, it._quick, it.listed)
+    again = PeerTable(V4, it._judge, it._quick, it.listed)
     again.load(it.records())
     assert accepted(again) == {good.key}, "nor when all is planned anew"
     it.put(older._replace(modified=12 * tells))
@@ -112,7 +113,7 @@ def test_thousands_of_records_with_one_mac_cost_no_more_than_a_look_at_each():
             for n in range(1, count)
         ]
 
-    it = PeerTable(judge)
+    it = PeerTable(V4, judge)
     it.load(Leases.of(many(4000)))
     assert len(accepted(it)) == 2000
     assert max(asked.values()) == 1
@@ -138,7 +139,7 @@ def test_thousands_in_dispute_may_go_at_once_oldest_first(kind):
         if kind.startswith("one subnet"):
             one = lease("10.244.8.0/24", "192.168.1.8", created=n)._replace(key=f"10.244.8.0-24&fd00:{n:x}::-64")
         there.append(one)
-    it = PeerTable(lambda record: refusal(node(), record))
+    it = PeerTable(V4, lambda record: refusal(node(), record))
     it.load(Leases.of(there))
     assert len(accepted(it)) == 1
     looks = Counter()
@@ -172,18 +173,18 @@ def test_a_change_says_what_was_and_what_is():
     assert it.drop("10.244.77.0-24") == {}
 
 
-def by_the_plain_rule(records: list[Lease], listed: int = 0) -> set[str]:
+def by_the_plain_rule(records: list[Lease], listed: int = 0, family: int = 4) -> set[str]:
     """In its plainest form: a MAC is the address's that had it first, all that was listed first at once; then, by age, each
     takes its subnet unless an accepted one is in the way."""
-    here = node()
+    here = node_in(family)
     sound = [record for record in records if refusal(here, record) is None]
     owner: dict[int, int] = {}
     for record in sorted(sound, key=lambda r: (r.modified if r.modified > listed else 0, r.created, r.key)):
-        owner.setdefault(record.v4.mac, record.v4.public_ip)
+        owner.setdefault(record.first.mac, record.first.public_ip)
     taken: list[Lease] = []
     for record in sorted(sound, key=lambda r: (r.created, r.key)):
-        free = not any(other.v4.subnet.overlaps(record.v4.subnet) for other in taken)
-        if owner[record.v4.mac] == record.v4.public_ip and free:
+        free = not any(other.first.subnet.overlaps(record.first.subnet) for other in taken)
+        if owner[record.first.mac] == record.first.public_ip and free:
             taken.append(record)
     return {record.key for record in taken}
 
@@ -204,24 +205,25 @@ steps = st.lists(
 )  # fmt: skip
 
 
-@given(st.lists(records, max_size=6), steps, st.booleans())
-def test_any_history_ends_where_the_plain_rule_says(first, history, tells):
+@given(st.lists(records, max_size=6), steps, st.booleans(), st.sampled_from([4, 6]))
+def test_any_history_ends_where_the_plain_rule_says(first, history, tells, family):
     """tells: the store says when a record changed (etcd; a Node does not)."""
-    it, now = table(), 10
-    there = {record.key: record._replace(modified=now * tells) for record in first}
+    it, now = table(family), 10
+    there = {record.key: in_family(record, family)._replace(modified=now * tells) for record in first}
     it.load(Leases.of(there.values()))
     since = dict.fromkeys(there, 0)  # in the order in which they came to have their MAC
     before = accepted(it)
     for what, batch in history:
         now += 1
         turned: dict = {}
-        batch = {record.key: record._replace(modified=now * tells) for record in batch}  # noqa: PLW2901
+        made = (in_family(record, family)._replace(modified=now * tells) for record in batch)
+        batch = {record.key: record for record in made}  # noqa: PLW2901
         old = dict(there)
         if what == "replace":
             there = batch
             turned = it.replace(Leases.of(there.values()))
         elif what == "plan":  # the node changed: all is judged anew, and what is known of MACs is kept
-            again = PeerTable(it._judge, it._quick, it.listed)
+            again = PeerTable(FAMILIES[family], it._judge, it._quick, it.listed)
             again.load(it.records())
             it = again
         elif what == "drop":
@@ -236,7 +238,7 @@ def test_any_history_ends_where_the_plain_rule_says(first, history, tells):
             turned = it.put(record)
         for place, (key, record) in enumerate(there.items()):
             was = old.get(key)
-            if was is None or was.created != record.created or was.v4.mac != record.v4.mac:
+            if was is None or was.created != record.created or was.first.mac != record.first.mac:
                 since[key] = now * 100 + place
         peers = accepted(it)
         if what != "plan":
@@ -253,20 +255,21 @@ def test_any_history_ends_where_the_plain_rule_says(first, history, tells):
                 it.listed,
                 since[key],
             )
-        assert peers == by_the_plain_rule(list(known.values()), it.listed or 0)
+        assert peers == by_the_plain_rule(list(known.values()), it.listed or 0, family)
         assert it.refused.keys() == there.keys() - peers
         assert all(it.refused.values())
         assert len(it) == len(there)
         consistent(it)
-        fresh = table()
+        fresh = table(family)
         fresh.load(Leases.of(there.values()))
-        assert accepted(fresh) == by_the_plain_rule([record._replace(modified=0) for record in there.values()])
+        at_first = [record._replace(modified=0) for record in there.values()]
+        assert accepted(fresh) == by_the_plain_rule(at_first, family=family)
         consistent(fresh)
 
 
 def consistent(it: PeerTable) -> None:
     """The ways to a peer agree."""
-    numbers = {number(peer.v4.subnet) for peer in it.accepted()}
+    numbers = {number(peer.first.subnet) for peer in it.accepted()}
     assert it.packed.keys() == numbers
     assert {there for mac in it.by_mac for there in it.with_mac(mac)} == numbers
     assert it.lengths == Counter(there & 255 for there in numbers)

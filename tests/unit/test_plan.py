@@ -92,7 +92,7 @@ GOOD = lease("10.244.9.0/24", "192.168.1.9")
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", vni=42), "VNI 42", id="another VNI"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend="host-gw"), "host-gw", id="another backend"),
         pytest.param(lease("10.244.9.0/24", "192.168.1.9", backend=""), "BackendType", id="udp's record without a type"),
-        pytest.param(Lease("k", "vxlan", None, None, "", 1, 1, 0), "IPv6", id="no IPv4 part"),
+        pytest.param(Lease("k", "vxlan", None, None, "", 1, 1, 0), "it has no IPv4 part", id="no IPv4 part"),
     ],
 )  # fmt: skip
 def test_refused_with_its_reason(record, words):

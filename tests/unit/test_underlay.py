@@ -2,6 +2,7 @@
 
 import pytest
 
+from lease.families import V4
 from lease.model import ip_number, prefix
 from overlay.kernel.route.entries import Address, Link
 from overlay.node.underlay import Interfaces, UnderlayError, choose, on_link_interface, refresh
@@ -17,7 +18,7 @@ def link(index: int, name: str, mtu: int = 1500, kind: str = "", loopback: bool 
 
 
 def address(oif: int, text: str, length: int = 24, **change) -> Address:
-    return Address(oif, ip(text), length, 0, False, False, True)._replace(**change)
+    return Address(4, oif, ip(text), length, 0, False, False, True)._replace(**change)
 
 
 LO, ETH0, ETH1, FLANNEL = (
@@ -27,6 +28,7 @@ LO, ETH0, ETH1, FLANNEL = (
     link(4, "flannel.1", 1450, "vxlan"),
 )
 THERE = Interfaces(
+    V4,
     [LO, ETH0, ETH1, FLANNEL],
     [
         address(1, "127.0.0.1", 8, scope=254), address(2, "10.0.2.15"), address(3, "192.168.1.77", secondary=True),
@@ -134,7 +136,7 @@ def test_of_several_addresses_the_public_one_is_the_source():
 
 
 def test_the_only_interface_is_taken_without_any_route():
-    there = Interfaces([LO, ETH1, FLANNEL], [address(3, "192.168.1.2"), address(4, "10.244.5.0", 32)])
+    there = Interfaces(V4, [LO, ETH1, FLANNEL], [address(3, "192.168.1.2"), address(4, "10.244.5.0", 32)])
     assert choose(Settings(), there, lambda _: None, STORE).name == "eth1"
 
 
@@ -163,17 +165,17 @@ def test_a_store_name_that_does_not_resolve_yet_is_waited_for():
 
 def test_an_interface_without_an_address():
     with pytest.raises(UnderlayError, match="no IPv4 address"):
-        choose(Settings(iface=("eth2",)), Interfaces([link(5, "eth2")], []), lambda _: None, {})
+        choose(Settings(iface=("eth2",)), Interfaces(V4, [link(5, "eth2")], []), lambda _: None, {})
 
 
 def test_the_choice_is_kept_while_its_address_stands():
     current = choose(Settings(), THERE, kernel, STORE)
-    wider = Interfaces([LO, ETH0, ETH1._replace(mtu=1400)], THERE.addresses)
+    wider = Interfaces(V4, [LO, ETH0, ETH1._replace(mtu=1400)], THERE.addresses)
     refreshed = refresh(Settings(), current, wider)
     assert refreshed is not None
     assert (refreshed.mtu, refreshed.local, refreshed.reason) == (1400, current.local, current.reason)
-    assert refresh(Settings(), current, Interfaces([ETH1], [address(3, "192.168.1.9")])) is None
-    assert refresh(Settings(), current, Interfaces([], [])) is None
+    assert refresh(Settings(), current, Interfaces(V4, [ETH1], [address(3, "192.168.1.9")])) is None
+    assert refresh(Settings(), current, Interfaces(V4, [], [])) is None
 
 
 @pytest.mark.parametrize(
@@ -188,4 +190,4 @@ def test_the_choice_is_kept_while_its_address_stands():
     ],
 )
 def test_where_an_address_can_be_asked_for(asked, expected):
-    assert on_link_interface(ip(asked), THERE.links.values(), THERE.addresses) == expected
+    assert on_link_interface(V4, ip(asked), THERE.links.values(), THERE.addresses) == expected

@@ -58,12 +58,12 @@ class Chain(NamedTuple):
         return f"{self.family} {self.table} {self.name}"
 
 
-def forward_chains() -> list[Chain]:
-    """The filter chains through which forwarded IPv4 packets go. Raises KernelError."""
+def forward_chains(family: str) -> list[Chain]:
+    """The filter chains through which forwarded packets of a family ("ip", "ip6") go. Raises KernelError."""
     return [
         Chain(item["family"], item["table"], item["name"], item.get("policy", "accept"))
         for item in _listed("chain", "chains")
-        if item.get("hook") == "forward" and item.get("type") == "filter" and item["family"] in ("ip", "inet")
+        if item.get("hook") == "forward" and item.get("type") == "filter" and item["family"] in (family, "inet")
     ]
 
 

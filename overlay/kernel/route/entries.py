@@ -111,8 +111,9 @@ class PodEnd(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An address of an interface. scope: rtnetlink's number, 0 global, 253 link, 254 host."""
+    """An address of an interface. family: 4 or 6; scope: rtnetlink's number, 0 global, 253 link, 254 host."""
 
+    family: int
     oif: int
     address: int
     length: int

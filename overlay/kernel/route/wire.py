@@ -385,6 +385,7 @@ def parse_address(family: Family, body: memoryview) -> Address | None:
     if IFA_FLAGS in attrs:
         flags = number(attrs[IFA_FLAGS])
     return Address(
+        family.number,
         index,
         _address(local),
         length,
