@@ -22,6 +22,7 @@ from overlay.backends.vxlan import Vxlan
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links
 from overlay.lab import netns, topology
 from tests.support.world import ROOT, World
@@ -67,7 +68,7 @@ def made_device(world: World, node: str) -> int:
         links = Links()
         lower = next(link.ifindex for link in RequestSocket().links() if link.name == "eth0")
         local = ip_number(topology.node_address(int(node.removeprefix("node"))), 4)
-        links.create("flannel.1", 1, 8472, local, lower, 1450, 0x0E2AFF000001, False, False)
+        links.create(VxlanDevice("flannel.1", 1, 8472, local, lower, 1450, 0x0E2AFF000001, False, False))
         there = links.read("flannel.1")
         assert there is not None
         links.set_up(there.ifindex)

@@ -13,6 +13,7 @@ from lease.families import Family
 from lease.model import Endpoint, Prefix
 from overlay.kernel.route.entries import RouteKey
 from overlay.kernel.route.fast import DumpMatcher
+from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.kernel.table import Table
 
 Entry = tuple[int, Any, Any]
@@ -27,11 +28,22 @@ class View(NamedTuple):
     on_link: tuple[Prefix, ...]
 
 
-class Outer(NamedTuple):
-    """What frames of peers look like on the underlay, for guard and nat. protocol: the IP protocol number; port: of UDP;
-    vni: what tells this network's frames from another's on the same port."""
+class Lower(NamedTuple):
+    """What carries the tunnel: the number of the interface, our address on it, its MTU."""
 
-    protocol: int
+    ifindex: int
+    address: int
+    mtu: int
+
+
+Device = VxlanDevice
+"""What the tunnel's device must be, of any backend that has one."""
+
+
+class Outer(NamedTuple):
+    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: what tells this network's
+    frames from another's on the same port."""
+
     port: int
     vni: int
 
@@ -69,12 +81,44 @@ class Bulk(Protocol):
         """For reading a dump, and notifications."""
 
 
+class TunnelDevice(Protocol):
+    """The device of a backend that encapsulates."""
+
+    @property
+    def kind(self) -> str:
+        """As rtnetlink says it (IFLA_INFO_KIND)."""
+
+    @property
+    def name(self) -> str:
+        """flannel's."""
+
+    def mtu(self, underlay_mtu: int) -> tuple[int, str]:
+        """The tunnel's MTU, and why it is not the configured one ("" when it is)."""
+
+    def device(self, lower: Lower, own: Endpoint) -> Device:
+        """What it must be for what we publish."""
+
+    def replace_reason(self, wanted: Device, found: VxlanAttributes) -> str | None:
+        """Why a device cannot be changed into the wanted one and must be made again; None where it can."""
+
+    def live_changes(self, wanted: Device, found: VxlanAttributes) -> dict[str, str]:
+        """What to change on a device that stays: attribute -> "old -> new" for people."""
+
+
 class Backend(Protocol):
     """How peers are reached. Backends are compared: equal ones give equal entries."""
 
     @property
     def type(self) -> str:
         """BackendType in records."""
+
+    @property
+    def network(self) -> int:
+        """The number that tells this network from another on one node: it names our tables and files."""
+
+    @property
+    def tunnel(self) -> TunnelDevice | None:
+        """The device; None: it needs none."""
 
     @property
     def tables(self) -> tuple[Table, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lease.model import Endpoint, Prefix
-from overlay.backends.base import Backend, Bulk, Entry, Outer, PackedPeers, View
+from overlay.backends.base import Backend, Bulk, Entry, Outer, PackedPeers, TunnelDevice, View
 from overlay.kernel.route import fast
 from overlay.kernel.route.entries import PROTOCOL, UNDERLAY, RouteKey, RouteValue
 from overlay.kernel.table import Table
@@ -24,6 +24,16 @@ class Direct(NamedTuple):
     def type(self) -> str:
         """As the inner one's."""
         return self.inner.type
+
+    @property
+    def network(self) -> int:
+        """As the inner one's."""
+        return self.inner.network
+
+    @property
+    def tunnel(self) -> TunnelDevice | None:
+        """The inner one's."""
+        return self.inner.tunnel
 
     @property
     def tables(self) -> tuple[Table, ...]:

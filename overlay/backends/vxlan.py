@@ -12,97 +12,88 @@ from typing import NamedTuple
 from lease.config import VxlanConfig
 from lease.families import V4, V6, Family
 from lease.model import Endpoint, Prefix, ip_text, mac_text
-from overlay.backends.base import Backend, Bulk, Entry, Outer, PackedPeers, View
-from overlay.backends.direct import Direct
+from overlay.backends.base import Bulk, Entry, Lower, Outer, PackedPeers, View
 from overlay.kernel.route import fast
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
 
-UDP = 17
-"""IP protocol number (RFC 768)."""
-BACKEND = "vxlan"
+KIND = "vxlan"
 
 
-class DeviceSpec(NamedTuple):
-    """What the vxlan device of this node must be. local: underlay address; lower: number of the underlay interface."""
-
-    name: str
-    vni: int
-    port: int
-    local: int
-    lower: int
-    mtu: int
-    mac: int
-    gbp: bool
-    learning: bool
-
-
-class DeviceFound(NamedTuple):
-    """A device of that name, as it is. spec.vni is -1 where it is no vxlan; checksums: it has udpcsum and no zero
-    checksum over IPv6; special: group, external or a port range of its own."""
-
-    ifindex: int
-    up: bool
-    kind: str
-    spec: DeviceSpec
-    checksums: bool
-    special: str
-
-
-def device_name(config: VxlanConfig) -> str:
-    """flannel's name of it."""
-    return f"flannel.{config.vni}"
-
-
-def vni_of(name: str) -> int | None:
-    """The VNI of a device by its name, None where that is not flannel's."""
-    found = re.fullmatch(r"flannel\.(\d{1,8})", name, re.ASCII)
+def network_of(device: str) -> int | None:
+    """The network (VNI) of a device by its name, None where that is not flannel's."""
+    found = re.fullmatch(r"flannel\.(\d{1,8})", device, re.ASCII)
     return int(found[1]) if found else None
 
 
-def device_mtu(config: VxlanConfig, underlay_mtu: int) -> tuple[int, str]:
-    """The device's MTU, and why it is not the configured one ("" when it is)."""
-    if config.mtu > underlay_mtu:
-        lowered = underlay_mtu - V4.overhead
-        return lowered, (
-            f"MTU {config.mtu} of the network config is above the underlay's {underlay_mtu}; lowered to that"
-            f" (device and pods: {lowered})"
-        )
-    return (config.mtu or underlay_mtu) - V4.overhead, ""
+class VxlanTunnel(NamedTuple):
+    """The device. family: of the underlay."""
 
+    config: VxlanConfig
+    family: Family
 
-def replace_reason(wanted: DeviceSpec, found: DeviceFound) -> str | None:
-    """Why the device cannot be changed into the wanted one and must be made again; None where it can."""
-    if found.kind != "vxlan":
-        return f"{wanted.name} is a {found.kind or 'device of another kind'}, not a vxlan"
-    for what, want, have in (
-        ("VNI", wanted.vni, found.spec.vni),
-        ("port", wanted.port, found.spec.port),
-        ("GBP", wanted.gbp, found.spec.gbp),
-    ):
-        if want != have:
-            return f"{what} is {have}, wanted {want}, and the kernel cannot change it"
-    if not found.checksums:
-        return "its UDP checksum flags are not the default, and the kernel cannot change them"
-    if found.special:
-        return f"it has {found.special}, which the kernel cannot take away"
-    return None
+    @property
+    def kind(self) -> str:
+        """A vxlan."""
+        return KIND
 
+    @property
+    def name(self) -> str:
+        """flannel's name of it."""
+        return f"flannel.{self.config.vni}"
 
-def live_changes(wanted: DeviceSpec, found: DeviceFound) -> dict[str, str]:
-    """What to change on a device that stays: attribute -> "old -> new" for people. Nothing is lost by any of these
-    but the MAC's, which takes the neighbours with it (and the kernel says so, for each)."""
-    have = found.spec
-    pairs = {
-        "local": (ip_text(4, have.local), ip_text(4, wanted.local)),
-        "lower": (str(have.lower), str(wanted.lower)),
-        "learning": (str(have.learning), str(wanted.learning)),
-        "mtu": (str(have.mtu), str(wanted.mtu)),
-        "mac": (mac_text(have.mac), mac_text(wanted.mac)),
-        "up": ("down" if not found.up else "up", "up"),
-    }
-    return {name: f"{old} -> {new}" for name, (old, new) in pairs.items() if old != new}
+    def mtu(self, underlay_mtu: int) -> tuple[int, str]:
+        """That of the underlay without the headers."""
+        configured, overhead = self.config.mtu, self.family.overhead
+        if configured > underlay_mtu:
+            lowered = underlay_mtu - overhead
+            return lowered, (
+                f"MTU {configured} of the network config is above the underlay's {underlay_mtu}; lowered to that"
+                f" (device and pods: {lowered})"
+            )
+        return (configured or underlay_mtu) - overhead, ""
+
+    def device(self, lower: Lower, own: Endpoint) -> VxlanDevice:
+        """A vxlan with the MAC that we publish."""
+        assert own.mac is not None, "a vxlan lease has a MAC"
+        config = self.config
+        return VxlanDevice(
+            self.name, config.vni, config.port, lower.address, lower.ifindex, self.mtu(lower.mtu)[0], own.mac,
+            config.gbp, config.learning,
+        )  # fmt: skip
+
+    def replace_reason(self, wanted: VxlanDevice, found: VxlanAttributes) -> str | None:
+        """By what the kernel cannot change (drivers/net/vxlan/vxlan_core.c vxlan_changelink)."""
+        if found.kind != KIND:
+            return f"{wanted.name} is a {found.kind or 'device of another kind'}, not a {KIND}"
+        for what, want, have in (
+            ("VNI", wanted.vni, found.vni),
+            ("port", wanted.port, found.port),
+            ("GBP", wanted.gbp, found.gbp),
+        ):
+            if want != have:
+                return f"{what} is {have}, wanted {want}, and the kernel cannot change it"
+        if not found.checksums:
+            return "its UDP checksum flags are not the default, and the kernel cannot change them"
+        if found.special:
+            return f"it has {found.special}, which the kernel cannot take away"
+        return None
+
+    def live_changes(self, wanted: VxlanDevice, found: VxlanAttributes) -> dict[str, str]:
+        """Nothing is lost by any of these but the MAC's, which takes the neighbours with it (and the kernel says so, for
+        each)."""
+        family = self.family.number
+        pairs = {
+            "local": (ip_text(family, found.local), ip_text(family, wanted.local)),
+            "lower": (str(found.lower), str(wanted.lower)),
+            "learning": (str(found.learning), str(wanted.learning)),
+            "mtu": (str(found.mtu), str(wanted.mtu)),
+            "mac": (mac_text(found.mac), mac_text(wanted.mac)),
+            "up": ("down" if not found.up else "up", "up"),
+        }
+        return {name: f"{old} -> {new}" for name, (old, new) in pairs.items() if old != new}
 
 
 class Vxlan(NamedTuple):
@@ -114,7 +105,17 @@ class Vxlan(NamedTuple):
     @property
     def type(self) -> str:
         """As flannel names it."""
-        return BACKEND
+        return self.config.type
+
+    @property
+    def network(self) -> int:
+        """The VNI."""
+        return self.config.vni
+
+    @property
+    def tunnel(self) -> VxlanTunnel:
+        """Of the same config."""
+        return VxlanTunnel(self.config, self.family)
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -162,7 +163,7 @@ class Vxlan(NamedTuple):
 
     def outer(self) -> Outer:
         """RFC 7348."""
-        return Outer(UDP, self.config.port, self.config.vni)
+        return Outer(self.config.port, self.config.vni)
 
     def bulk(self, view: View) -> Bulk | None:
         """Of IPv4."""
@@ -196,9 +197,3 @@ class _VxlanBulk:
         """Of the tunnel."""
         network, oif = self._view.network.base, oifs.get(TUNNEL, -1)
         return fast.DumpMatcher(peers.packed, peers.by_mac, tuple(peers.lengths), network, oif)
-
-
-def backend_of(config: VxlanConfig, family: Family) -> Backend:
-    """The backend that the network config names."""
-    made = Vxlan(config, family)
-    return Direct(made) if config.direct_routing else made

@@ -64,12 +64,12 @@ _NAME = 16
 """IFNAMSIZ."""
 
 
-def table_name(vni: int) -> str:
+def table_name(network: int) -> str:
     """The table of a network."""
-    return f"{TABLE_PREFIX}{vni}{SUFFIX}"
+    return f"{TABLE_PREFIX}{network}{SUFFIX}"
 
 
-def table(vni: int) -> nf_wire.Table:
+def table(network: int) -> nf_wire.Table:
     """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
     port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
     bound, bound6 = ((*port, nf_wire.found_in(SETS[number].ports)) for number in (4, 6))
@@ -107,7 +107,7 @@ def table(vni: int) -> nf_wire.Table:
     ]  # fmt: skip
     return nf_wire.Table(
         "bridge",
-        table_name(vni),
+        table_name(network),
         (
             *(nf_wire.Set(each.ports, nf_wire.IFACE_AND_NAME, 20) for each in SETS.values()),
             nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),

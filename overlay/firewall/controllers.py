@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Prefix
+from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
@@ -46,13 +47,13 @@ class _TableController(Controller):
         self._read_whole = True
         return True
 
-    def _table_of(self, vni: int) -> tuple[str, str]:
+    def _table_of(self, network: int) -> tuple[str, str]:
         """Family and name of a network's table."""
         raise NotImplementedError
 
-    def leave(self, vni: int) -> Iterator[str]:
+    def leave(self, network: int) -> Iterator[str]:
         """No table of a network. Raises KernelError."""
-        family, name = self._table_of(vni)
+        family, name = self._table_of(network)
         if self._sets.remove(family, name):
             yield f"nft table {family} {name}"
 
@@ -62,8 +63,8 @@ class _TableController(Controller):
         if wanted is not None and self._sets.remove(wanted.family, wanted.name):
             yield f"nft table {wanted.family} {wanted.name}"
         self._wanted = None
-        for vni in self._owned.vnis():
-            yield from self.leave(vni)
+        for network in self._owned.networks():
+            yield from self.leave(network)
 
 
 class _GuardWants(NamedTuple):
@@ -90,8 +91,8 @@ class GuardController(_TableController):
         self._family, self.guard, self._health = family, table, health
         self._name_senders_at = 0.0
 
-    def _table_of(self, vni: int) -> tuple[str, str]:
-        return self._family.nft, guard.table_name(vni)
+    def _table_of(self, network: int) -> tuple[str, str]:
+        return self._family.nft, guard.table_name(network)
 
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and the interfaces by which packets of pods come; its addresses are the peers'."""
@@ -101,9 +102,12 @@ class GuardController(_TableController):
         pool, under = inputs.pool(number), inputs.underlays.get(number)
         if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
-        backend = inputs.config.backend
+        backend = backend_of(inputs.config.backend, self._family)
+        outer = backend.outer()
+        if outer is None:
+            return None
         inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
-        return _GuardWants(guard.table(self._family, backend.vni, backend.port, pool.network), inside)
+        return _GuardWants(guard.table(self._family, backend.network, outer, pool.network), inside)
 
     def reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
@@ -188,8 +192,8 @@ class PodsController(_TableController):
         self._family, self._pods = family, pods
         self._ports: tuple[Any, ...] = ()
 
-    def _table_of(self, vni: int) -> tuple[str, str]:
-        return "bridge", antispoof.table_name(vni)
+    def _table_of(self, network: int) -> tuple[str, str]:
+        return "bridge", antispoof.table_name(network)
 
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and where pods' ports are."""
@@ -200,7 +204,7 @@ class PodsController(_TableController):
         if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         own = frozenset(each.address for each in inputs.addresses_of(number).values())
-        table = antispoof.table(inputs.config.backend.vni)
+        table = antispoof.table(backend_of(inputs.config.backend, self._family).network)
         return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own)
 
     def reconcile(self, wants: Any) -> bool:

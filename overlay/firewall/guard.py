@@ -16,6 +16,7 @@ from itertools import takewhile
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mask
 from lease.records.packed import outer_source, unpack
+from overlay.backends.base import Outer
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.socket import NetfilterSocket
@@ -35,13 +36,13 @@ _RAW = -300
 _UDP = b"\x11"
 
 
-def table_name(vni: int) -> str:
+def table_name(number: int) -> str:
     """The table of a network."""
-    return f"{TABLE_PREFIX}{vni}{SUFFIX}"
+    return f"{TABLE_PREFIX}{number}{SUFFIX}"
 
 
-def table(family: Family, vni: int, port: int, network: Prefix) -> nf_wire.Table:
-    """The form of the table.
+def table(family: Family, number: int, outer: Outer, network: Prefix) -> nf_wire.Table:
+    """The form of the table. number: of the network (Backend.network).
 
     A frame is told by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
     may use the port as well. Pods are told by the interface and by the network: nothing from them goes to the port of any
@@ -49,20 +50,20 @@ def table(family: Family, vni: int, port: int, network: Prefix) -> nf_wire.Table
     """
     to_port = (
         nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
-        nf_wire.load("transport", 2, 2), nf_wire.equal(port.to_bytes(2, "big")),
+        nf_wire.load("transport", 2, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
     )  # fmt: skip
     from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
     base, size = family.packed(network.base), family.size
     from_network = (*_within(family, family.source_at, network), nf_wire.equal(base))
     beyond = (*_within(family, family.destination_at, network), nf_wire.differ(base))
     stranger = (
-        *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(vni.to_bytes(3, "big")),
+        *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")),
         nf_wire.load("network", family.source_at, size), nf_wire.absent_from(VTEPS),
     )  # fmt: skip
     pods = nf_wire.count(FROM_PODS)
     return nf_wire.Table(
         family.nft,
-        table_name(vni),
+        table_name(number),
         (
             nf_wire.Set(VTEPS, nf_wire.ADDRESS[family.number], size),
             nf_wire.Set(POD_INTERFACES, nf_wire.IFACE_INDEX, 4),

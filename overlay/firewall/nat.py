@@ -21,9 +21,9 @@ TABLE_PREFIX = "overlay-"
 Rule = dict[str, Any]
 
 
-def table_name(vni: int) -> str:
+def table_name(network: int) -> str:
     """One table for each network on the node."""
-    return f"{TABLE_PREFIX}{vni}"
+    return f"{TABLE_PREFIX}{network}"
 
 
 def is_table_name(name: str) -> bool:
@@ -32,21 +32,21 @@ def is_table_name(name: str) -> bool:
 
 
 def nat_table(
-    name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool, port: int
+    name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool, port: int | None
 ) -> list[Rule]:
     """The table as `nft -j` lists it (without handles): chains and rules in order. [] when nothing is wanted.
 
-    port: VXLAN's. No masqueraded packet leaves from it: conntrack would take a peer's frames for the answers, and hand them
-    to a pod.
+    port: of the tunnel's UDP, None where it has none. No masqueraded packet leaves from it: conntrack would take a peer's
+    frames for the answers, and hand them to a pod.
     """
     family, multicast = FAMILIES[network.family].nft, MULTICAST[network.family]
     chains: list[Rule] = []
     if masq:
         mark = _match({"&": [{"meta": {"key": "mark"}}, MARK]}, "==", MARK)
         go: Rule = {"masquerade": {"flags": "fully-random"}} if fully_random else {"masquerade": None}
-        ports = {"port": {"range": [1024, port - 1] if port > MIDDLE else [port + 1, 65535]}}
-        go_udp: Rule = {"masquerade": {**ports, "flags": "fully-random"} if fully_random else ports}
-        udp = _match({"meta": {"key": "l4proto"}}, "==", "udp")
+        outwards = [_from(network), _to(multicast, "!=")]
+        inwards = [_from(network, "!="), _to(network)]
+        never_from_port = _udp_beside(port, fully_random) if port is not None else []
         leave: Rule = {"return": None}
         chains += _chain(
             family,
@@ -58,10 +58,10 @@ def nat_table(
                 ("pod to pod: never", [_from(subnet), _to(network), leave]),
                 ("pod to pod: never", [_from(network), _to(subnet), leave]),
                 ("to local pods: keep the client's address", [_from(network, "!="), _to(subnet), leave]),
-                ("pods to the world, never from VXLAN's port", [_from(network), _to(multicast, "!="), udp, go_udp]),
-                ("pods to the world, multicast never", [_from(network), _to(multicast, "!="), go]),
-                ("the world to remote pods, the same", [_from(network, "!="), _to(network), udp, go_udp]),
-                ("the world to remote pods", [_from(network, "!="), _to(network), go]),
+                *[("pods to the world, never from VXLAN's port", [*outwards, *rule]) for rule in never_from_port],
+                ("pods to the world, multicast never", [*outwards, go]),
+                *[("the world to remote pods, the same", [*inwards, *rule]) for rule in never_from_port],
+                ("the world to remote pods", [*inwards, go]),
             ],
         )
     if forward:
@@ -76,6 +76,13 @@ def nat_table(
         return []
     chains.sort(key=lambda item: "rule" in item)  # as nft lists: chains, then rules
     return [{"table": {"family": family, "name": name}}, *chains]
+
+
+def _udp_beside(port: int, fully_random: bool) -> list[list[Rule]]:
+    """What masquerades UDP to any other port than that."""
+    ports = {"port": {"range": [1024, port - 1] if port > MIDDLE else [port + 1, 65535]}}
+    masquerade: Rule = {"masquerade": {**ports, "flags": "fully-random"} if fully_random else ports}
+    return [[_match({"meta": {"key": "l4proto"}}, "==", "udp"), masquerade]]
 
 
 def accepts(network: Prefix) -> list[list[Rule]]:

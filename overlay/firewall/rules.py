@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Prefix
+from overlay.backends.choose import backend_of
 from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
@@ -109,11 +110,12 @@ class NatController(_ByProgram):
         pool, end = inputs.pool(number), inputs.end(number)
         if inputs.config is None or pool is None or end is None or number not in inputs.tunnels:
             return Waiting("for a lease")
-        backend, live = inputs.config.backend, inputs.settings
-        name = nat.table_name(backend.vni)
+        backend, live = backend_of(inputs.config.backend, self._family), inputs.settings
+        name, outer = nat.table_name(backend.network), backend.outer()
         table = nat.nat_table(
-            name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules, backend.port
-        )
+            name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules,
+            outer.port if outer is not None else None,
+        )  # fmt: skip
         return _NatWants(name, tuple(table))
 
     def _work(self, wants: _NatWants) -> tuple[int, str, list[str]]:
@@ -137,17 +139,17 @@ class NatController(_ByProgram):
         elif chains:
             log.info("nat", table=name, masquerade="postrouting" in chains, forward="forward" in chains)
 
-    def leave(self, vni: int) -> Iterator[str]:
+    def leave(self, network: int) -> Iterator[str]:
         """No table of a network. Raises KernelError."""
-        name = nat.table_name(vni)
+        name = nat.table_name(network)
         if program.read_table(self._family.nft, name):
             program.load_table(self._family.nft, name, [])
             yield f"nft table {self._family.nft} {name}"
 
     def withdraw(self) -> Iterator[str]:
         """Delete it."""
-        for vni in self._owned.vnis():
-            yield from self.leave(vni)
+        for network in self._owned.networks():
+            yield from self.leave(network)
 
     def counters(self) -> Mapping[str, int]:
         """How often it was put back."""
@@ -193,7 +195,7 @@ class ForwardController(_ByProgram):
         if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         network = pool.network if inputs.settings.forward_rules else None
-        return _ForwardWants(nat.table_name(inputs.config.backend.vni), network)
+        return _ForwardWants(nat.table_name(backend_of(inputs.config.backend, self._family).network), network)
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to look."""
@@ -209,11 +211,11 @@ class ForwardController(_ByProgram):
             log.info("forward", action=done)
         self._health.report("forward chain", blocked, harmless=True)
 
-    def leave(self, vni: int) -> Iterator[str]:
+    def leave(self, network: int) -> Iterator[str]:
         """No rules of a network. Raises KernelError."""
-        yield from forward.remove(self._family, nat.table_name(vni))
+        yield from forward.remove(self._family, nat.table_name(network))
 
     def withdraw(self) -> Iterator[str]:
         """Take our rules out of other people's chains."""
-        for vni in self._owned.vnis():
-            yield from self.leave(vni)
+        for network in self._owned.networks():
+            yield from self.leave(network)

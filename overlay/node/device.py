@@ -1,4 +1,4 @@
-"""This node's own vxlan device: adopted, changed live where the kernel can, made again only where it cannot."""
+"""This node's own tunnel device: adopted, changed live where the kernel can, made again only where it cannot."""
 
 from __future__ import annotations
 
@@ -8,22 +8,14 @@ from typing import Any, NamedTuple
 from lease.config import NetworkConfig
 from lease.families import Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
-from overlay.backends.vxlan import (
-    DeviceFound,
-    DeviceSpec,
-    device_mtu,
-    device_name,
-    live_changes,
-    replace_reason,
-    vni_of,
-)
+from overlay.backends.base import Device, Lower, TunnelDevice
+from overlay.backends.choose import backend_of, network_of, tunnel_devices
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
-from overlay.kernel.route.link_wire import VxlanAttributes
 from overlay.kernel.route.links import Links
 from overlay.node.owned import Owned
 from overlay.process.log import log
@@ -44,7 +36,7 @@ class Ensured(NamedTuple):
     why: str
 
 
-def ensure(links: Links, spec: DeviceSpec) -> Ensured:
+def ensure(links: Links, tunnel: TunnelDevice, wanted: Device) -> Ensured:
     """Make the device what it must be; it is up afterwards.
 
     Raises:
@@ -52,62 +44,30 @@ def ensure(links: Links, spec: DeviceSpec) -> Ensured:
     """
     did: dict[str, str] = {}
     why = ""
-    attributes = links.read(spec.name)
-    if attributes is not None and (reason := replace_reason(spec, found(spec.name, attributes))) is not None:
+    found = links.read(wanted.name)
+    if found is not None and (reason := tunnel.replace_reason(wanted, found)) is not None:
         why = reason
-        links.delete(attributes.ifindex)
-        attributes = None
-    made = attributes is None
-    if attributes is None:
-        links.create(
-            spec.name,
-            spec.vni,
-            spec.port,
-            spec.local,
-            spec.lower,
-            spec.mtu,
-            spec.mac,
-            spec.gbp,
-            spec.learning,
-        )
-        did["made"] = spec.name
-        attributes = links.read(spec.name)
-        if attributes is None:
-            raise KernelError(19, f"{spec.name} vanished while it was made")
-    changes = live_changes(spec, found(spec.name, attributes))
-    index = attributes.ifindex
-    if changes.keys() & {"local", "lower", "learning"}:
-        links.change_vxlan(index, spec.vni, spec.local, spec.lower, spec.learning)
+        links.delete(found.ifindex)
+        found = None
+    made = found is None
+    if found is None:
+        links.create(wanted)
+        did["made"] = wanted.name
+        found = links.read(wanted.name)
+        if found is None:
+            raise KernelError(19, f"{wanted.name} vanished while it was made")
+    changes = tunnel.live_changes(wanted, found)
+    index = found.ifindex
+    if changes.keys() - {"mtu", "mac", "up"}:
+        links.change(index, wanted)
     if "mtu" in changes:
-        links.set_mtu(index, spec.mtu)
+        links.set_mtu(index, wanted.mtu)
     if "mac" in changes:
-        links.set_mac(index, mac_text(spec.mac))
+        links.set_mac(index, mac_text(wanted.mac))
     if "up" in changes:
         links.set_up(index)
     did |= {name: change for name, change in changes.items() if not made}
     return Ensured(index, "up" in changes, made, did, why)
-
-
-def found(name: str, attributes: VxlanAttributes) -> DeviceFound:
-    """What rtnetlink showed, as the backend compares it."""
-    return DeviceFound(
-        attributes.ifindex,
-        attributes.up,
-        attributes.kind,
-        DeviceSpec(
-            name,
-            attributes.vni,
-            attributes.port,
-            attributes.local,
-            attributes.lower,
-            attributes.mtu,
-            attributes.mac,
-            attributes.gbp,
-            attributes.learning,
-        ),
-        attributes.checksums,
-        attributes.special,
-    )
 
 
 def ensure_address(links: Links, index: int, base: int, network: Prefix, there: Iterable[Address]) -> list[str]:
@@ -129,10 +89,11 @@ def ensure_address(links: Links, index: int, base: int, network: Prefix, there: 
 
 
 class _Wants(NamedTuple):
-    """spec: the device; lowered: why its MTU is not the configured one; base: its address; seen: it, as links were read
-    last: another look at it is due when that changes."""
+    """lowered: why its MTU is not the configured one; base: its address; seen: it, as links were read last: another look
+    at it is due when that changes."""
 
-    spec: DeviceSpec
+    tunnel: TunnelDevice
+    device: Device
     lowered: str
     base: int
     network: Prefix
@@ -157,11 +118,11 @@ class DeviceController(Controller):
         leave: Callable[[int], None],
         clock: Callable[[], float],
     ) -> None:
-        """leave: takes away what other controllers made for the network of a VNI, which this node left."""
+        """leave: takes away what other controllers made for a network, by its number, which this node left."""
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
-        self._spec: DeviceSpec | None = None
+        self._device: Device | None = None
         self._asks_again: float | None = None
         """When the lock is asked for again."""
         self._lost = 0
@@ -196,7 +157,7 @@ class DeviceController(Controller):
                 makes = tunnel.makes + event.gone
                 index = 0 if event.gone else tunnel.ifindex
                 self._tell(tunnel._replace(ifindex=index, up=False, rising=False, downs=tunnel.downs + 1, makes=makes))
-        return self._spec is not None and link.name == self._spec.name
+        return self._device is not None and link.name == self._device.name
 
     def _say_lost(self, tunnel: Tunnel, name: str, gone: bool) -> None:
         self._lost += tunnel.up  # a deletion is told as down, then as gone
@@ -217,42 +178,40 @@ class DeviceController(Controller):
             return Waiting("for an underlay")
         if end is None or end.mac is None:
             return Waiting("for a lease")
-        backend = inputs.config.backend
-        mtu, lowered = device_mtu(backend, under.mtu)
-        spec = DeviceSpec(
-            device_name(backend), backend.vni, backend.port, under.local, under.ifindex, mtu, end.mac,
-            backend.gbp, backend.learning,
-        )  # fmt: skip
-        seen = next((link for link in inputs.links.values() if link.name == spec.name), None)
-        return _Wants(spec, lowered, end.subnet.base, pool.network, seen)
+        tunnel = backend_of(inputs.config.backend, self._family).tunnel
+        if tunnel is None:
+            return None
+        device = tunnel.device(Lower(under.ifindex, under.local, under.mtu), end)
+        seen = next((link for link in inputs.links.values() if link.name == device.name), None)
+        return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen)
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises KernelError."""
-        spec: DeviceSpec = wants.spec
-        if not self._alone(spec.name):
+        device: Device = wants.device
+        if not self._alone(device.name):
             self._asks_again = self._clock() + LOCK_RETRY_S
             self._tell(None)
             return False
         self._asks_again = None
-        old = self._spec.name if self._spec is not None else self._owned.recorded_device()
-        ensured = ensure(self._links, spec)
+        old = self._device.name if self._device is not None else self._owned.recorded_device()
+        ensured = ensure(self._links, wants.tunnel, device)
         if ensured.did:
-            log.info("device", device=spec.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
+            log.info("device", device=device.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
         there = self._requests.addresses(self._family)
         if did := ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there):
-            log.info("device.address", device=spec.name, action=", ".join(did))
-        if old not in ("", spec.name):
+            log.info("device.address", device=device.name, action=", ".join(did))
+        if old not in ("", device.name):
             self._drop(old)
         before = self._tunnel
         if ensured.made and before.up and before.ifindex:
             self._say_lost(
-                before, spec.name, True
+                before, device.name, True
             )  # a refused entry may have told us before the kernel's own word came
         other = ensured.ifindex != before.ifindex
-        self._spec = spec
+        self._device = device
         self._tell(
             Tunnel(
-                spec.name, ensured.ifindex, spec.mtu,
+                device.name, ensured.ifindex, device.mtu,
                 rising=ensured.made or ensured.lost or (before.rising and not other),
                 downs=before.downs + ensured.lost,
                 makes=before.makes + ensured.made,
@@ -279,45 +238,46 @@ class DeviceController(Controller):
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
         """The MAC of the device that an earlier run or flannel left. Raises KernelError."""
-        there = self._links.read(device_name(config.backend))
-        return there.mac if there is not None and there.kind == "vxlan" else None
+        tunnel = backend_of(config.backend, self._family).tunnel
+        there = self._links.read(tunnel.name) if tunnel is not None else None
+        return there.mac if tunnel is not None and there is not None and there.kind == tunnel.kind else None
 
     def _drop(self, name: str) -> None:
-        """The device of an earlier VNI, ours since our own file names it, and what belongs to it. Raises OSError."""
-        vni = vni_of(name)
-        if vni is None:
+        """The device of an earlier network, ours since our own file names it, and what belongs to it. Raises OSError."""
+        network = network_of(name)
+        if network is None:
             log.warning("file.ignored", path=self._owned.device_file, reason=f"{name[:20]!a} is no device of ours")
             return
         there = self._links.read(name)
-        if there is not None and there.kind == "vxlan":
+        if there is not None and there.kind in tunnel_devices([network]).values():
             log.info("device.removed", device=name, reason="the VNI of the network config changed")
             self._links.delete(there.ifindex)
-        self._leave(vni)
+        self._leave(network)
 
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""
-        for vni in self._owned.vnis():
-            there = self._links.read(f"flannel.{vni}")
-            if there is not None and there.kind == "vxlan" and not self._owned.flannel_has_it():
+        for name, kind in tunnel_devices(self._owned.networks()).items():
+            there = self._links.read(name)
+            if there is not None and there.kind == kind and not self._owned.flannel_has_it():
                 self._links.delete(there.ifindex)
-                yield f"device flannel.{vni}, with its routes, neighbours and FDB"
+                yield f"device {name}, with its routes, neighbours and FDB"
 
     def status(self) -> Mapping[str, object]:
         """`device`."""
-        spec, under = self._spec, self._current.inputs.underlays.get(self._family.number)
-        if spec is None or under is None:
+        device, under = self._device, self._current.inputs.underlays.get(self._family.number)
+        if device is None or under is None:
             return {"device": None}
         tunnel = self._tunnel
         return {
             "device": {
-                "name": spec.name,
+                "name": device.name,
                 "index": tunnel.ifindex,
-                "mac": mac_text(spec.mac),
-                "vni": spec.vni,
-                "port": spec.port,
-                "local": ip_text(self._family.number, spec.local),
+                "mac": mac_text(device.mac),
+                "vni": device.vni,
+                "port": device.port,
+                "local": ip_text(self._family.number, device.local),
                 "lower": under.name,
-                "mtu": spec.mtu,
+                "mtu": device.mtu,
                 "ok": bool(tunnel.ifindex) and tunnel.up and self.name not in self._health.problems(),
             }
         }

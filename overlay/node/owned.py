@@ -8,7 +8,8 @@ from __future__ import annotations
 from contextlib import suppress
 
 from lease.config import ConfigError, parse_config
-from overlay.backends.vxlan import device_name, vni_of
+from lease.families import FAMILIES
+from overlay.backends.choose import backend_of, network_of
 from overlay.cni import lists
 from overlay.process.files import read, read_text
 from overlay.settings.settings import Settings
@@ -29,12 +30,13 @@ class Owned:
         """The device that the file names, "" where there is none."""
         return read_text(self.device_file)
 
-    def vnis(self) -> list[int]:
-        """The VNIs of our networks on this node."""
-        names = {self.recorded_device()}
+    def networks(self) -> list[int]:
+        """The numbers of our networks on this node."""
+        found = {network_of(self.recorded_device())}
         with suppress(ConfigError):
-            names.add(device_name(parse_config(read(self._settings.net_config_path) or b"").backend))
-        return sorted({vni for name in names if (vni := vni_of(name)) is not None})
+            config = parse_config(read(self._settings.net_config_path) or b"")
+            found |= {backend_of(config.backend, FAMILIES[family]).network for family in config.pools}
+        return sorted(network for network in found if network is not None)
 
     def flannel_has_it(self) -> bool:
         """Whether the node is flannel's (again): its network list names flannel's plugin. Then device, list, subnet.env,

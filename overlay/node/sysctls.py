@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
+from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
@@ -90,7 +91,9 @@ class SysctlController(Controller):
         if tunnel is None or under is None or inputs.config is None:
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges)
-        return _Wants(tunnel.name, under.name, inputs.config.backend.direct_routing, services)
+        return _Wants(
+            tunnel.name, under.name, backend_of(inputs.config.backend, self._family).reaches_directly, services
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""

@@ -10,6 +10,7 @@ from lease.families import Family
 from lease.model import Lease
 from lease.store import Changes, Snapshot
 from lease.tenure.events import Held
+from overlay.backends.choose import tunnel_devices
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
@@ -250,8 +251,8 @@ class PeersController(Controller):
         """Remove the routes of our protocol number, but those that go with the tunnel device."""
         dying = set()
         if not self._owned.flannel_has_it():
-            names = {f"flannel.{vni}" for vni in self._owned.vnis()}
-            dying = {link.ifindex for link in self._requests.links() if link.name in names and link.kind == "vxlan"}
+            kinds = tunnel_devices(self._owned.networks())
+            dying = {link.ifindex for link in self._requests.links() if kinds.get(link.name) == link.kind}
         routes = [
             route
             for route in self._requests.routes(self._family)

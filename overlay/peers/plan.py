@@ -10,7 +10,7 @@ from lease.families import FAMILIES, Family
 from lease.model import Endpoint, Lease, Prefix, ip_text, prefix
 from lease.records.packed import HEAD, NODE
 from overlay.backends.base import Backend, Entry, View
-from overlay.backends.vxlan import backend_of
+from overlay.backends.choose import backend_of
 from overlay.kernel.route.entries import RouteKey
 
 _UNUSABLE = {

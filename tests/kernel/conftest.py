@@ -13,6 +13,7 @@ from pyroute2 import IPRoute
 
 from lease.model import ip_number, mac_number
 from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links
 from overlay.lab import netns
 from tests.support.clock import Clock
@@ -40,7 +41,9 @@ def space() -> Iterator[str]:
             for link in ("eth0", "p0"):
                 ipr.link("set", index=ipr.link_lookup(ifname=link)[0], state="up")
         links = Links()
-        links.create("flannel.1", 1, 8472, ip_number("192.168.1.2", 4), lower, 1450, mac_number(MAC), False, False)
+        links.create(
+            VxlanDevice("flannel.1", 1, 8472, ip_number("192.168.1.2", 4), lower, 1450, mac_number(MAC), False, False)
+        )
         found = links.read("flannel.1")
         assert found is not None
         links.set_up(found.ifindex)

@@ -15,7 +15,7 @@ from lease.config import VxlanConfig
 from lease.families import V4
 from lease.model import Lease, prefix
 from lease.records.packed import Leases
-from overlay.backends.vxlan import backend_of
+from overlay.backends.choose import backend_of
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.fast import NEIGHBOURS, ROUTES

@@ -3,13 +3,15 @@
 import pytest
 from pyroute2 import IPRoute
 
+from lease.config import VxlanConfig
 from lease.families import V4
 from lease.model import ip_number, mac_number, prefix
-from overlay.backends.vxlan import DeviceSpec
+from overlay.backends.vxlan import Vxlan
 from overlay.firewall.nat import nat_table
 from overlay.kernel.arp import probe
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import program as nft
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links
 from overlay.lab import netns
 from overlay.node import device as tunnel
@@ -38,12 +40,15 @@ class InNamespace:
         return call
 
 
+TUNNEL = Vxlan(VxlanConfig(), V4).tunnel
+
+
 @pytest.fixture
 def links(inside):
     return InNamespace(inside)
 
 
-def spec(links, **change) -> DeviceSpec:
+def spec(links, **change) -> VxlanDevice:
     lower = links.read("eth0")
     fields = {
         "name": "flannel.1",
@@ -56,11 +61,11 @@ def spec(links, **change) -> DeviceSpec:
         "gbp": False,
         "learning": False,
     }
-    return DeviceSpec(**(fields | change))
+    return VxlanDevice(**(fields | change))
 
 
 def test_a_right_device_is_left_alone(links):
-    done = tunnel.ensure(links, spec(links))
+    done = tunnel.ensure(links, TUNNEL, spec(links))
     assert (done.did, done.lost, done.made) == ({}, False, False)
 
 
@@ -75,18 +80,18 @@ def test_a_right_device_is_left_alone(links):
 )
 def test_live_changes_keep_the_device(links, change, lost):
     before = links.read("flannel.1")
-    done = tunnel.ensure(links, spec(links, **change))
+    done = tunnel.ensure(links, TUNNEL, spec(links, **change))
     assert (done.ifindex, done.lost, done.made) == (before.ifindex, lost, False)
     after = links.read("flannel.1")
     for name, value in change.items():
         assert getattr(after, name) == value
-    assert tunnel.ensure(links, spec(links, **change)).did == {}
+    assert tunnel.ensure(links, TUNNEL, spec(links, **change)).did == {}
 
 
 @pytest.mark.parametrize(("change", "word"), [({"port": 4789}, "port"), ({"gbp": True}, "GBP")])
 def test_the_rest_makes_it_again_and_says_why(links, change, word):
     before = links.read("flannel.1")
-    done = tunnel.ensure(links, spec(links, **change))
+    done = tunnel.ensure(links, TUNNEL, spec(links, **change))
     assert done.made
     assert word in done.why
     assert done.ifindex != before.ifindex
@@ -119,14 +124,14 @@ def test_a_device_with_flags_the_kernel_cannot_change_is_made_again(links, insid
             check=True,
         )
     )
-    done = tunnel.ensure(links, spec(links))
+    done = tunnel.ensure(links, TUNNEL, spec(links))
     assert done.made
     assert done.why
 
 
 def test_an_mtu_the_underlay_does_not_bear_is_a_kernel_error_with_words(links):
     with pytest.raises(KernelError, match="MTU 1480"):
-        tunnel.ensure(links, spec(links, mtu=1480))
+        tunnel.ensure(links, TUNNEL, spec(links, mtu=1480))
 
 
 def test_the_base_address_comes_before_another_goes(links, inside):

@@ -12,7 +12,7 @@ from pyroute2 import IPRoute
 from lease.config import VxlanConfig
 from lease.families import V4, V6, Family
 from lease.model import Endpoint, Prefix, ip_number, ip_text, prefix
-from overlay.backends.base import Entry, View
+from overlay.backends.base import Entry, Outer, View
 from overlay.backends.vxlan import Vxlan
 from overlay.firewall import guard
 from overlay.firewall.guard import Guard
@@ -22,6 +22,7 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import TUNNEL, FdbValue, RouteValue
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links
 from overlay.kernel.table import Where
 from tests.support.wait import until
@@ -82,7 +83,9 @@ def world(request, inside):
             if family is V6:
                 ipr.addr("add", index=lower, address=local, prefixlen=64, flags=2)  # IFA_F_NODAD
         links = Links(family)
-        links.create(name, 9, 8473, ip_number(local, family.number), lower, 1430, 0x0E2A00000009, False, False)
+        links.create(
+            VxlanDevice(name, 9, 8473, ip_number(local, family.number), lower, 1430, 0x0E2A00000009, False, False)
+        )
         found = links.read(name)
         assert found is not None
         assert ip_text(family.number, found.local) == local
@@ -197,7 +200,7 @@ def test_the_guards_table_and_its_set(world):
     family = world.family
     sets = world.inside(NetfilterSocket)
     try:
-        wanted = guard.table(family, 9, 8473, world.network)
+        wanted = guard.table(family, 9, Outer(8473, 9), world.network)
         made = Guard(family, sets, lambda: 0.0)
         made.ensure(wanted)
         assert sets.is_formed(wanted)

@@ -11,6 +11,7 @@ import pytest
 from lease.families import V4
 from lease.model import Endpoint, Lease, ip_number, prefix
 from lease.records.packed import pack
+from overlay.backends.base import Outer
 from overlay.firewall import guard
 from overlay.firewall.guard import GRACE_S, Guard
 from overlay.kernel.netlink import KernelError
@@ -18,7 +19,7 @@ from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.route import wire
 
 NETWORK = prefix("10.244.0.0/14")
-TABLE = guard.table(V4, 7, 8472, NETWORK)
+TABLE = guard.table(V4, 7, Outer(8472, 7), NETWORK)
 
 
 def nft(*words: str) -> str:
@@ -196,7 +197,7 @@ def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made,
 def test_another_vni_takes_the_table_of_the_first_away(inside, made):
     made.load([pack(peer(1, "192.168.1.2"))])
     made.ensure(TABLE)
-    made.ensure(guard.table(V4, 8, 8472, NETWORK))
+    made.ensure(guard.table(V4, 8, Outer(8472, 8), NETWORK))
     assert "overlay-8-guard" in inside(lambda: nft("list", "tables"))
     assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
     made.ensure(TABLE)

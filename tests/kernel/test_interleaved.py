@@ -17,12 +17,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from lease.families import V4
 from lease.model import Lease, ip_number, ip_text, mac_text
 from lease.records.packed import Leases
+from overlay.backends.base import Outer
 from overlay.firewall import guard as guards
 from overlay.firewall.guard import GRACE_S, Guard
 from overlay.kernel.events import RouteSeen
 from overlay.kernel.netlink import KernelError, Refusal, RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links
 from overlay.peers.datapath import Datapath
 from overlay.peers.plan import entries
@@ -32,7 +34,7 @@ from tests.support.tunnel import TunnelNews
 from tests.unit.test_peers import by_the_plain_rule
 
 NODE = node()
-TABLE = guards.table(V4, 1, 8472, NODE.network)
+TABLE = guards.table(V4, 1, Outer(8472, 1), NODE.network)
 SUBNETS = [f"10.244.{number}.0/24" for number in range(8, 13)] + ["10.244.8.0/23", "10.244.9.128/25", "10.245.0.0/24"]
 RECORDS = st.lists(
     st.tuples(
@@ -96,7 +98,9 @@ def machine(space: str, inside: Callable[[Callable[[], Any]], Any]) -> type[Rule
             links = Links()
             try:
                 lower = next(link.ifindex for link in requests.links() if link.name == "eth0")
-                links.create(DEVICE, 1, 8472, ip_number("192.168.1.2", 4), lower, 1450, OWN_MAC, False, False)
+                links.create(
+                    VxlanDevice(DEVICE, 1, 8472, ip_number("192.168.1.2", 4), lower, 1450, OWN_MAC, False, False)
+                )
                 found = links.read(DEVICE)
                 assert found is not None
                 links.set_up(found.ifindex)

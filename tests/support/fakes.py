@@ -12,7 +12,7 @@ from lease.model import ip_number
 from overlay.control.inputs import Inputs, Underlay
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.entries import Address, FoundRoute, Link
-from overlay.kernel.route.link_wire import VxlanAttributes
+from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.settings.settings import Settings
 
 
@@ -80,9 +80,8 @@ class FakeKernel:
         self._asked(f"read {name}")
         return self.vxlans.get(name)
 
-    def create(
-        self, name: str, vni: int, port: int, local: int, lower: int, mtu: int, mac: int, gbp: bool, learning: bool
-    ) -> None:
+    def create(self, device: VxlanDevice) -> None:
+        name, vni, port, local, lower, mtu, mac, gbp, learning = device
         self._asked(f"create {name}")
         index = max(self.there, default=0) + 1
         self.vxlans[name] = VxlanAttributes(

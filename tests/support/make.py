@@ -5,7 +5,7 @@ from __future__ import annotations
 from lease.config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix, ip_number, mac_number, prefix
-from overlay.backends.vxlan import backend_of
+from overlay.backends.choose import backend_of
 from overlay.peers.plan import Node
 
 OWN_MAC = mac_number("0a:00:00:00:00:02")

@@ -11,7 +11,7 @@ from typing import Any
 from lease.config import parse_config
 from lease.families import V4
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
-from overlay.backends.vxlan import backend_of
+from overlay.backends.choose import backend_of
 from overlay.peers.plan import Node
 
 OWN_MAC, PEER_MAC = "0a:00:00:00:00:01", "0a:00:00:00:00:05"

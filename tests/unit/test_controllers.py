@@ -20,6 +20,7 @@ from overlay.firewall import antispoof, guard
 from overlay.firewall.worker import Finished
 from overlay.kernel import events, netlink
 from overlay.kernel.nftables import program
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.node import sysctls
 from overlay.node.underlay import UnderlayError
 from overlay.process.watched import FileText
@@ -104,7 +105,7 @@ def test_a_device_that_another_agent_keeps_is_left_to_it(bench):
 
 def test_the_device_of_an_earlier_vni_goes_with_all_that_was_made_for_it(bench):
     (bench.folder / "device").write_text("flannel.7")
-    bench.kernel.create("flannel.7", 7, 8472, 1, 2, 1450, 3, False, False)
+    bench.kernel.create(VxlanDevice("flannel.7", 7, 8472, 1, 2, 1450, 3, False, False))
     controller = bench.device()
     bench.reconcile(controller)
     assert "flannel.7" not in bench.kernel.vxlans

@@ -14,7 +14,8 @@ from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import encode_key
 from lease.records.packed import number, pack
 from overlay.backends.base import View
-from overlay.backends.vxlan import Vxlan, backend_of
+from overlay.backends.choose import backend_of
+from overlay.backends.vxlan import Vxlan
 from overlay.kernel.route import fast, wire
 from overlay.kernel.route.entries import TUNNEL, UNDERLAY
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES

@@ -10,8 +10,9 @@ import pytest
 
 from lease import regular
 from lease.config import parse_config
+from lease.families import V4
 from lease.model import prefix
-from overlay.backends.vxlan import device_mtu
+from overlay.backends.vxlan import Vxlan
 from overlay.cni import lists as cni
 from overlay.firewall.nat import nat_table
 from overlay.process.files import read, up_to_date, write_atomically
@@ -28,7 +29,7 @@ def test_subnet_env_is_the_recorded_one(name, node):
     fields = dict(line.split("=") for line in recorded.splitlines())
     config = parse_config(recording.config)
     assert config.v4 is not None
-    mtu, _ = device_mtu(config.backend, 1500)
+    mtu, _ = Vxlan(config.backend, V4).tunnel.mtu(1500)
     ours = cni.subnet_env(config.v4.network, prefix(fields["FLANNEL_SUBNET"]), mtu, fields["FLANNEL_IPMASQ"] == "true")
     assert ours == recorded
 

@@ -49,7 +49,9 @@ def normal(message: bytes, fixed: int) -> tuple:
     st.integers(68, 65535), st.integers(1, (1 << 48) - 1), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_a_vxlan_device_is_made(vni, port, local, lower, mtu, mac, gbp, learning):
-    ours = link_wire.vxlan_create(V4, 9, f"flannel.{vni}", vni, port, local, lower, mtu, mac, gbp, learning)
+    ours = link_wire.vxlan_create(
+        V4, 9, link_wire.VxlanDevice(f"flannel.{vni}", vni, port, local, lower, mtu, mac, gbp, learning)
+    )
     data = [
         ("IFLA_VXLAN_ID", vni), ("IFLA_VXLAN_PORT", port), ("IFLA_VXLAN_LOCAL", ip_text(4, local)),
         ("IFLA_VXLAN_LINK", lower), ("IFLA_VXLAN_LEARNING", int(learning)), *([("IFLA_VXLAN_GBP", True)] if gbp else []),

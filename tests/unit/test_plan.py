@@ -8,18 +8,12 @@ from lease.config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
 from lease.records.packed import pack
-from overlay.backends.base import View
-from overlay.backends.vxlan import (
-    DeviceFound,
-    DeviceSpec,
-    Vxlan,
-    backend_of,
-    device_mtu,
-    live_changes,
-    replace_reason,
-)
+from overlay.backends.base import Lower, View
+from overlay.backends.choose import backend_of
+from overlay.backends.vxlan import Vxlan
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
+from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.peers.plan import entries, quick, refusal
 from tests.support.make import lease, node
 
@@ -164,21 +158,27 @@ def test_a_subnet_our_pods_still_run_on_is_kept_from_its_new_owner():
     [(0, 1500, 1450, False), (1400, 1500, 1350, False), (9000, 1500, 1450, True), (1500, 1500, 1450, False)],
 )
 def test_mtu(configured, underlay, expected, told):
-    mtu, why = device_mtu(VxlanConfig(mtu=configured), underlay)
+    mtu, why = Vxlan(VxlanConfig(mtu=configured), V4).tunnel.mtu(underlay)
     assert mtu == expected
     assert bool(why) == told
 
 
-SPEC = DeviceSpec("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False, False)
+DEVICE = VxlanDevice("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False, False)
+PLAIN = Vxlan(VxlanConfig(), V4).tunnel
 
 
-def found(**change) -> DeviceFound:
-    names = DeviceSpec._fields
-    spec = DeviceSpec(
-        **({name: getattr(SPEC, name) for name in names} | {k: v for k, v in change.items() if k in names})
-    )
-    rest = {"ifindex": 4, "up": True, "kind": "vxlan", "checksums": True, "special": ""}
-    return DeviceFound(spec=spec, **(rest | {k: v for k, v in change.items() if k not in names}))
+def found(**change) -> VxlanAttributes:
+    return VxlanAttributes(
+        4, "vxlan", True, 1450, 5, 1, 8472, ip("192.168.1.2"), 2, False, False, checksums=True, special=""
+    )._replace(**change)
+
+
+def test_the_device_is_what_config_underlay_and_lease_say():
+    config = VxlanConfig(vni=7, port=4789, mtu=1400, gbp=True, learning=True)
+    for family, overhead in ((V4, 50), (V6, 70)):
+        made = Vxlan(config, family).tunnel.device(Lower(2, 99, 1500), lease("10.244.2.0/24", "192.168.1.2").first)
+        assert made == VxlanDevice("flannel.7", 7, 4789, 99, 2, 1400 - overhead, made.mac, True, True)
+        assert made.mac == lease("10.244.2.0/24", "192.168.1.2").first.mac
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def found(**change) -> DeviceFound:
     ],
 )
 def test_a_device_is_replaced_only_where_the_kernel_cannot_change_it(change, word):
-    reason = replace_reason(SPEC, found(**change))
+    reason = PLAIN.replace_reason(DEVICE, found(**change))
     assert reason is not None
     assert word in reason
 
@@ -211,8 +211,8 @@ def test_a_device_is_replaced_only_where_the_kernel_cannot_change_it(change, wor
     ],
 )
 def test_everything_else_is_changed_live(change, expected):
-    assert replace_reason(SPEC, found(**change)) is None
-    assert live_changes(SPEC, found(**change)).keys() == expected
+    assert PLAIN.replace_reason(DEVICE, found(**change)) is None
+    assert PLAIN.live_changes(DEVICE, found(**change)).keys() == expected
 
 
 @given(

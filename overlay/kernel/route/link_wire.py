@@ -25,6 +25,20 @@ _IFADDR = struct.Struct("=BBBBL")
 IFA_F_NODAD = 0x02
 
 
+class VxlanDevice(NamedTuple):
+    """What a vxlan device is made of. local: underlay address; lower: number of the underlay interface."""
+
+    name: str
+    vni: int
+    port: int
+    local: int
+    lower: int
+    mtu: int
+    mac: int
+    gbp: bool
+    learning: bool
+
+
 class VxlanAttributes(NamedTuple):
     """A device as rtnetlink shows it. For one that is no vxlan, vni and port are -1.
 
@@ -52,20 +66,9 @@ def link_by_name(seq: int, name: str) -> bytes:
     return wire.message(wire.RTM_GETLINK, 0, seq, body)
 
 
-def vxlan_create(
-    family: Family,
-    seq: int,
-    name: str,
-    vni: int,
-    port: int,
-    local: int,
-    lower: int,
-    mtu: int,
-    mac: int,
-    gbp: bool,
-    learning: bool,
-) -> bytes:
-    """RTM_NEWLINK of a vxlan device, down; one of that name must not be there."""
+def vxlan_create(family: Family, seq: int, device: VxlanDevice) -> bytes:
+    """RTM_NEWLINK of a vxlan device, down; one of that name must not be there. family: of its underlay."""
+    name, vni, port, local, lower, mtu, mac, gbp, learning = device
     data = [
         wire.attr(VXLAN_ID, struct.pack("=L", vni)),
         wire.attr(VXLAN_PORT, struct.pack(">H", port)),

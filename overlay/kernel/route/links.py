@@ -16,7 +16,7 @@ from lease.families import V4, Family
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import link_wire, wire
 from overlay.kernel.route.entries import Link
-from overlay.kernel.route.link_wire import VxlanAttributes
+from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 
 SYSCTL = "/proc/sys"
 _net = f"{SYSCTL}/net"
@@ -57,27 +57,24 @@ class Links:
             raise KernelError(error.errno, f"reading {name}: {error.strerror or error}") from error
         return link_wire.parse_vxlan(found)
 
-    def create(
-        self, name: str, vni: int, port: int, local: int, lower: int, mtu: int, mac: int, gbp: bool, learning: bool
-    ) -> None:
-        """Make a vxlan device, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
-        doing = f"making {name} (vni {vni}, port {port}, local {self._text(local)}, mtu {mtu})"
-        self._do(
-            doing,
-            lambda seq: link_wire.vxlan_create(
-                self._family, seq, name, vni, port, local, lower, mtu, mac, gbp, learning
-            ),
+    def create(self, device: VxlanDevice) -> None:
+        """Make it, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
+        doing = (
+            f"making {device.name} (vni {device.vni}, port {device.port}, local {self._text(device.local)},"
+            f" mtu {device.mtu})"
         )
+        self._do(doing, lambda seq: link_wire.vxlan_create(self._family, seq, device))
 
-    def change_vxlan(self, index: int, vni: int, local: int, lower: int, learning: bool) -> None:
-        """Change what a vxlan lets change; FDB and traffic stay. Raises KernelError."""
+    def change(self, index: int, device: VxlanDevice) -> None:
+        """Change what a device of its kind lets change; FDB and traffic stay. Raises KernelError."""
+        local = self._text(device.local)
         data = [
-            ("IFLA_VXLAN_ID", vni),
-            ("IFLA_VXLAN_LOCAL" if self._family is V4 else "IFLA_VXLAN_LOCAL6", self._text(local)),
-            ("IFLA_VXLAN_LINK", lower),
-            ("IFLA_VXLAN_LEARNING", int(learning)),
+            ("IFLA_VXLAN_ID", device.vni),
+            ("IFLA_VXLAN_LOCAL" if self._family is V4 else "IFLA_VXLAN_LOCAL6", local),
+            ("IFLA_VXLAN_LINK", device.lower),
+            ("IFLA_VXLAN_LEARNING", int(device.learning)),
         ]
-        self._link(f"changing the vxlan device to local {self._text(local)}", [_vxlan_info(data)], index)
+        self._link(f"changing the vxlan device to local {local}", [_vxlan_info(data)], index)
 
     def set_mtu(self, index: int, mtu: int) -> None:
         """Raises KernelError (EINVAL above what the lower device bears)."""
