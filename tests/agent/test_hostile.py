@@ -95,12 +95,12 @@ def test_the_corpus_on_kubernetes_costs_nobody_anything(kube_world):
     """Under traffic, and at a start among all of them; the last of them has a peer's MAC, and is older than that."""
     world, flag = kube_world, "--underlay-cidr=192.168.0.0/16"
     world.kube.peer("an-older-thief", "10.244.99.0/24", "192.168.1.99", "0a:00:00:00:00:99")
-    time.sleep(1.1)  # Nodes' times have seconds
+    world.next_second()
     one, two = (world.agent(world.node(number), flag).wait_ready() for number in (1, 2))
     until("the later thief is a peer", lambda: world.peers("node1") == 2)
     source, target = world.pod(one, "a"), world.pod(two, "a")
     before = world.kernel("node1")
-    time.sleep(1.1)
+    world.next_second()
     with world.stream(source, target) as stream:
         for place, (name, (notes, _)) in enumerate(NODES.items()):
             world.kube.node(name, f"10.244.{100 + place}.0/24", **(GOOD_NOTES | notes))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 
 import pytest
 import yaml
@@ -125,7 +124,7 @@ def test_a_node_made_again_with_another_pod_cidr_moves(kube_world):
 def test_overlapping_pod_cidrs_the_older_node_wins(kube_world):
     world = kube_world
     world.nodes(2)
-    time.sleep(1.1)  # a creationTimestamp has whole seconds
+    world.next_second()
     world.node(3, "10.244.2.0/24")
     late = world.agent("node3")
     until("the younger says why", lambda: "overlaps that of Node node2, which is older" in problems(late))
@@ -139,7 +138,7 @@ def test_a_younger_node_that_held_first_gives_no_more_addresses_out(kube_world):
     world = kube_world
     world.node(1)
     older = world.node(2, "10.244.9.0/24")
-    time.sleep(1.1)  # a creationTimestamp has whole seconds
+    world.next_second()
     younger = world.agent(world.node(3, "10.244.9.0/24")).wait_ready()
     conflist = younger.run_dir / "cni" / "10-flannel.conflist"
     until("it has a network list", conflist.exists)
@@ -220,7 +219,7 @@ def test_an_operator_chooses_and_replaces_the_public_ip(kube_world):
     assert world.device("node1").local == number("192.168.1.77"), "what stood before holds"
     world.kube.annotate("node1", public_ip_overwrite="203.0.113.555")
     until("a bad one is told, too", lambda: "203.0.113.555" in problems(agents[0]))
-    time.sleep(1.0)
+    world.settled(agents[0])
     assert world.kube.notes("node1")["public-ip"] == "203.0.113.5", "behind NAT all peers would lose the node"
     again = world.restart(agents[0]).wait_ready()
     assert world.kube.notes("node1")["public-ip"] == "203.0.113.5", "also after a restart"
@@ -411,7 +410,10 @@ def test_no_pod_is_made_in_a_subnet_that_a_new_node_may_not_get(kube_world):
     world.kube.delete("node1")
     world.kube.node("node1")
     until("the list is withdrawn", lambda: not conflist.exists(), 30)
-    time.sleep(2.5)  # the files are looked at each second
+    subnet_env = agent.run_dir / "subnet.env"
+    content = subnet_env.read_text()
+    subnet_env.write_text("altered")
+    until("the files were looked at again", lambda: subnet_env.read_text() == content)
     assert not conflist.exists()
     world.kube.patch("node1", {"spec": {"podCIDR": "10.244.8.0/24", "podCIDRs": ["10.244.8.0/24"]}})
     until("it is back, for the new one", lambda: "10.244.8.0/24" in conflist.read_text(), 30)
@@ -439,14 +441,16 @@ def test_a_config_map_that_vanishes_changes_nothing(kube_world):
     world = kube_world
     world.config_file("overlayd.json", {"ip-masq": True})
     agent = world.nodes(1)[0]
-    conflist = (agent.run_dir / "cni" / "10-flannel.conflist").read_text()
+    path = agent.run_dir / "cni" / "10-flannel.conflist"
+    conflist = path.read_text()
     assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
     for path in list(world.config_map.iterdir()):
         path.unlink()
     until("it is told", lambda: problems(agent).count("is gone") == 3)
-    time.sleep(2.5)  # the files are looked at each second
-    assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
-    assert (agent.run_dir / "cni" / "10-flannel.conflist").read_text() == conflist
+    path.write_text("altered")
+    until("the list is put back as it was", lambda: path.read_text() == conflist)
+    world.run("node1", "nft", "flush chain ip overlay-1 postrouting")
+    until("and the table", lambda: "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1"))
     assert agent.ready()
     world.config_file("overlayd.json", {"ip-masq": False})
     until(

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from pathlib import Path
 
@@ -135,7 +134,6 @@ def test_a_crash_of_the_lab_command_is_cleaned_up(name):
     running.wait()
     assert netns.existing(f"overlay-{name}-")
     overlay("lab", "down", "--name", name)
-    time.sleep(0.2)
     assert not netns.existing(f"overlay-{name}-")
     assert not Path(f"/run/overlay-lab/{name}").exists()
     mine = [pid for pid, words in command_lines() if f"/run/overlay-lab/{name}/".encode() in words]

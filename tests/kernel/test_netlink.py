@@ -5,7 +5,6 @@ import queue
 import struct
 import subprocess
 import threading
-import time
 
 import pytest
 from pyroute2 import IPRoute
@@ -27,7 +26,6 @@ from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.lab import netns
-from tests.support.wait import until
 
 BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009
 KEY = RouteKey(BASE, 24, 10)
@@ -188,12 +186,18 @@ def heard(inside, requests, monkeypatch):
     assert not died
 
 
-def drain(events) -> list:
-    time.sleep(0.15)
+def drain(events, inside) -> list:
+    """All that is told, up to a link that is made now: the kernel tells of one thing after the other."""
+
+    def make() -> None:
+        with IPRoute() as ipr:
+            ipr.link("add", ifname="mark", kind="dummy")
+
+    inside(make)
     found = []
-    while not events.empty():
-        found.append(events.get())
-    return found
+    while not (found and isinstance(found[-1], LinkSeen) and found[-1].link.name == "mark"):
+        found.append(events.get(timeout=10))
+    return found[:-1]
 
 
 def neighbour_events(told: list) -> list:
@@ -202,11 +206,11 @@ def neighbour_events(told: list) -> list:
     return [parse_event(message) for group in groups for data in group for message in wire.split(data)]
 
 
-def test_our_own_routes_and_neighbours_are_not_told_back(requests, heard):
+def test_our_own_routes_and_neighbours_are_not_told_back(requests, heard, inside):
     index = index_of(requests)
     first = requests.take_seqs(3)
     assert requests.execute(peer(first, index), first) == {}
-    told = drain(heard)
+    told = drain(heard, inside)
     assert [type(event) for event in told] == [NeighbourMessages], (
         "FDB events bear no sender; the others are filtered in the kernel"
     )
@@ -226,7 +230,7 @@ def test_what_others_do_is_told(requests, heard, inside):
             ipr.link("del", index=index)
 
     inside(others)
-    told = drain(heard)
+    told = drain(heard, inside)
     told += neighbour_events(told)
     kinds = [(type(event).__name__, getattr(event, "gone", None)) for event in told]
     for expected in (
@@ -261,7 +265,8 @@ def test_lost_events_are_told(requests, inside):
         first = requests.take_seqs(3)
         requests.execute(peer(first, index, n), first)
     monitor.start()
-    until("an overrun is told", lambda: any(isinstance(event, Overrun) for event in drain(events)))
+    while not isinstance(events.get(timeout=10), Overrun):
+        pass
     monitor.stop()
     monitor.join(5)
 

@@ -10,6 +10,7 @@ import pytest
 from lease.etcd.client import EtcdSettings
 from lease.stores.etcd import EtcdStore
 from tests.support.etcd import Etcd
+from tests.support.feed import Follower
 from tests.support.kube import Kube
 
 
@@ -70,3 +71,16 @@ def open_store():
     yield make
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def follow(open_store):
+    followers = []
+
+    def start(*endpoints: str, **more) -> Follower:
+        followers.append(Follower(open_store(*endpoints, **more)))
+        return followers[-1]
+
+    yield start
+    for follower in followers:
+        follower.stop()

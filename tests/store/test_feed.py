@@ -1,95 +1,19 @@
 """Whatever happens to etcd, the Feed ends up with what etcd says: no event lost, no busy loop."""
 
-import json
 import shutil
 import signal
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
 from lease.etcd import client as etcd_client
 from lease.model import Endpoint, Lease, prefix
-from lease.records.codec import encode_value
-from lease.store import Changes, ConfigText, Feed, Gone, Snapshot, StoreDown, StoreUnavailable, backoff_s
+from lease.store import Feed, Snapshot, StoreDown, StoreUnavailable, backoff_s
 from tests.support.etcd import Etcd, etcd_binary, free_port
-from tests.support.pki import authority, openssl, request
+from tests.support.feed import ROOT, b64, follows, put
 from tests.support.wait import until
-
-ROOT = "/coreos.com/network"
-
-
-def value(n: int, ip: int = 0) -> tuple[str, bytes]:
-    subnet = prefix(f"10.244.{n}.0/24")
-    key = f"10.244.{n}.0-24"
-    return key, encode_value(
-        Lease(key, "vxlan", Endpoint(subnet, ip or 0xC0A80100 + n, 1, 0x0A0000000000 + n), None, "", 0, 0, 0)
-    )
-
-
-class Follower:
-    """Applies what a Feed posts, as the agent does; its view is compared with the store."""
-
-    def __init__(self, store) -> None:
-        self.store = store
-        self.view: dict[str, bytes] = {}
-        self.config: bytes | None = None
-        self.events: list[object] = []
-        self.feed = Feed(store, self.take)
-        self.feed.start()
-
-    def take(self, event) -> None:
-        self.events.append(event)
-        if isinstance(event, Snapshot):
-            self.config = event.config
-            self.view = {key: encode_value(lease) for key, lease in event.leases.items()}
-        elif isinstance(event, Changes):
-            for change in event.changes:
-                if isinstance(change, Lease):
-                    self.view[change.key] = encode_value(change)
-                elif isinstance(change, Gone):
-                    self.view.pop(change.key, None)
-                elif isinstance(change, ConfigText):
-                    self.config = change.text
-
-    def count(self, kind) -> int:
-        return sum(isinstance(event, kind) for event in self.events)
-
-    def stop(self) -> None:
-        self.feed.stop()
-        self.store.close()
-        self.feed.join(10)
-        assert not self.feed.is_alive()
-
-
-@pytest.fixture
-def follow(open_store):
-    followers = []
-
-    def start(*endpoints: str, **more) -> Follower:
-        followers.append(Follower(open_store(*endpoints, **more)))
-        return followers[-1]
-
-    yield start
-    for follower in followers:
-        follower.stop()
-
-
-def put(etcd: Etcd, n: int, ip: int = 0) -> None:
-    key, data = value(n, ip)
-    etcd.put(f"{ROOT}/subnets/{key}", data)
-
-
-def agrees(follower: Follower, etcd: Etcd) -> bool:
-    there = {key.rpartition("/")[2]: kv["value"] for key, kv in etcd.get(f"{ROOT}/subnets/").items()}
-    return follower.view == there
-
-
-def follows(follower: Follower, etcd: Etcd, seconds: float = 25.0) -> None:
-    until("the follower has what etcd has", lambda: agrees(follower, etcd), seconds)
 
 
 def test_list_then_watch(etcd, follow):
@@ -288,97 +212,6 @@ def cluster(folder, size: int) -> list[Etcd]:
     return sorted(members, key=lambda member: member.folder)
 
 
-def test_user_and_password_without_tls_and_tokens_that_end(tmp_path, follow, open_store):
-    etcd = Etcd(tmp_path, flags=("--auth-token-ttl", "2"))
-    try:
-        put(etcd, 1)
-        for path, body in (
-            ("/v3/auth/user/add", {"name": "root", "password": "secret"}),
-            ("/v3/auth/role/add", {"name": "root"}),
-            ("/v3/auth/user/grant", {"user": "root", "role": "root"}),
-            ("/v3/auth/enable", {}),
-        ):
-            etcd.ask(path, body)
-        with pytest.raises(StoreUnavailable, match=r"(?i)user name is empty|permission"):
-            open_store(etcd.endpoint).read()
-        with pytest.raises(StoreUnavailable, match=r"(?i)authentication failed"):
-            open_store(etcd.endpoint, username="root", password="wrong").read()
-        store = open_store(etcd.endpoint, username="root", password="secret")
-        assert len(store.read().leases) == 1
-        token_ends(etcd)
-        made = store.create(decoded(2), 100)
-        assert store.keep_alive(made).left_s
-        follower = follow(etcd.endpoint, username="root", password="secret")
-        until("a record comes by the watch", lambda: len(follower.view) == 2)
-        token_ends(etcd)
-        store.create(decoded(3), 100)
-        until("and another after the token ended", lambda: len(follower.view) == 3)
-    finally:
-        etcd.close()
-
-
-def token_ends(etcd: Etcd) -> None:
-    """Wait until a token of now is one of before: those that were made earlier are, too."""
-    token = etcd.ask("/v3/auth/authenticate", {"name": "root", "password": "secret"})["token"]
-
-    def refused() -> bool:
-        request = urllib.request.Request(
-            f"{etcd.endpoint}/v3/kv/range", json.dumps({"key": "YQ=="}).encode(), {"Authorization": token}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return False
-        except urllib.error.HTTPError as error:
-            with error:
-                return True
-
-    # each use of a token prolongs it: asked seldom
-    until("the token has ended", refused, 20, 2.5)
-
-
-def decoded(n: int) -> Lease:
-    from lease.records.codec import decode_lease
-
-    return decode_lease(*value(n))
-
-
-def test_tls_with_and_without_a_client_certificate(tmp_path, open_store):
-    pki(tmp_path)
-    flags = ("--cert-file", f"{tmp_path}/server.crt", "--key-file", f"{tmp_path}/server.key")
-    etcd = Etcd(tmp_path / "one", flags=flags, scheme="https")
-    try:
-        ca = f"{tmp_path}/ca.crt"
-        assert open_store(etcd.endpoint, cafile=ca).read().leases == {}, "a CA file alone is enough"
-        with pytest.raises(StoreUnavailable):
-            open_store(etcd.endpoint).read()
-        with pytest.raises(StoreUnavailable):
-            open_store(etcd.endpoint.replace("https", "http")).read()
-    finally:
-        etcd.close()
-    etcd = Etcd(tmp_path / "two", flags=(*flags, "--client-cert-auth", "--trusted-ca-file", ca), scheme="https")
-    try:
-        with pytest.raises(StoreUnavailable):
-            open_store(etcd.endpoint, cafile=ca).read()
-        store = open_store(
-            etcd.endpoint, cafile=ca, certfile=f"{tmp_path}/client.crt", keyfile=f"{tmp_path}/client.key"
-        )
-        assert store.read().leases == {}
-    finally:
-        etcd.close()
-
-
-def pki(folder) -> None:
-    """A CA, a server and a client certificate."""
-    authority(folder)
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
-    for name in ("server", "client"):
-        request(folder, name)
-        signing = (
-            f"x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out {name}.crt -days 2 -extfile ext"
-        )
-        openssl(folder, signing)
-
-
 def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
     """Answers over 4 MiB, gRPC's default limit."""
     pad = b'","X":"' + b"x" * 900 + b'"}'
@@ -398,12 +231,6 @@ def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
             },
         )
     assert len(open_store(etcd.endpoint).read().leases) == 5000
-
-
-def b64(data) -> str:
-    import base64
-
-    return base64.b64encode(data.encode() if isinstance(data, str) else data).decode()
 
 
 def test_no_thread_or_descriptor_is_left_behind(etcd, open_store):
@@ -480,38 +307,3 @@ def test_backoff_grows_and_spreads():
     assert [round(backoff_s(n, 1.0), 1) for n in (1, 2, 3, 4)] == [0.2, 0.4, 0.8, 1.6]
     assert backoff_s(50, 1.0) == 15.0
     assert backoff_s(1, 0.5) == 0.1
-
-
-def test_the_least_privilege_that_operations_md_names_is_enough(tmp_path, open_store):
-    etcd = Etcd(tmp_path)
-    try:
-        etcd.put(f"{ROOT}/config", "{}")
-        rights = [(0, f"{ROOT}/", f"{ROOT}0"), (2, f"{ROOT}/subnets/", f"{ROOT}/subnets0")]
-        for path, body in (
-            ("/v3/auth/user/add", {"name": "root", "password": "r"}),
-            ("/v3/auth/role/add", {"name": "root"}),
-            ("/v3/auth/user/grant", {"user": "root", "role": "root"}),
-            ("/v3/auth/user/add", {"name": "overlay", "password": "secret"}),
-            ("/v3/auth/role/add", {"name": "overlay"}),
-            *(
-                (
-                    "/v3/auth/role/grant",
-                    {"name": "overlay", "perm": {"permType": kind, "key": b64(key), "range_end": b64(end)}},
-                )
-                for kind, key, end in rights
-            ),
-            ("/v3/auth/user/grant", {"user": "overlay", "role": "overlay"}),
-            ("/v3/auth/enable", {}),
-        ):
-            etcd.ask(path, body)
-        store = open_store(etcd.endpoint, username="overlay", password="secret")
-        made = store.create(decoded(2), 100)
-        assert store.read().leases == {made.key: made}
-        watching = store.watch(made.modified)
-        changed = store.change(made, made._replace(node="m/n/l"))
-        assert next(watching).changes == (changed,)
-        assert store.keep_alive(changed).left_s
-        store.remove(changed)
-        watching.close()
-    finally:
-        etcd.close()

@@ -345,6 +345,19 @@ class KubeWorld(World):
             f"--live-settings={where}/overlayd.json",
         ]  # fmt: skip
 
+    def settled(self, agent: Agent) -> None:
+        """As of World."""
+        self._marks += 1
+        name = f"mark-{self._marks}"
+        self.kube.peer(name, f"10.245.{self._marks}.0/24", "192.168.1.250", "0a:00:00:00:fa:fa")
+        until("a Node that came last is seen", lambda: name in agent.refused_records())
+        self.kube.delete(name)
+
+    def next_second(self) -> None:
+        """Wait until a Node that is made now is younger than all there are: a creationTimestamp has whole seconds."""
+        end = int(time.time()) + 1
+        until("the next second", lambda: time.time() >= end)
+
     def put_peer(self, number: int, **more: Any) -> None:
         """The Node of a peer that is none."""
         mac = made_up_peer(number)["BackendData"]["VtepMAC"]

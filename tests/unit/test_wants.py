@@ -10,15 +10,10 @@ from lease.config import parse_config
 from overlay.control.controller import Waiting
 from overlay.control.inputs import Inputs
 from overlay.settings.settings import Settings
-from tests.support.bench import OTHER_MTU, RETAINED, Bench
+from tests.support.bench import OTHER_MTU, RETAINED
 from tests.support.fakes import underlay
 
 OFF = None
-
-
-@pytest.fixture
-def bench(tmp_path) -> Bench:
-    return Bench(tmp_path)
 
 
 NOTHING: dict[str, Any] = {"config": None, "own": None, "underlays": {}, "tunnels": {}, "listed": False}

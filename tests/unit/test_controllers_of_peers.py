@@ -1,0 +1,119 @@
+"""Each controller of peers alone: which records are peers, and their entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lease.records.packed import Leases
+from overlay.control.inputs import Tunnel
+from overlay.firewall import guard
+from overlay.kernel import events, netlink
+from tests.support.bench import OTHER_MTU, RETAINED
+from tests.support.fakes import link
+from tests.support.make import lease
+
+
+def test_peers_are_planned_when_the_node_or_the_list_changes(bench):
+    controller, planned = bench.table(), []
+    controller.planned = lambda: planned.append(1)
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9"), lease("10.99.0.0/24", "192.168.1.8")]), "")
+    bench.reconcile(controller)
+    bench.reconcile(controller)
+    assert len(planned) == 1
+    assert [one.key for one in bench.path.table.accepted()] == ["10.244.9.0-24"]
+    assert "outside Network" in controller.status()["refused_records"]["10.99.0.0-24"]
+    bench.current.set(**OTHER_MTU)
+    bench.reconcile(controller)
+    assert len(planned) == 1, "that is nothing to peers"
+    bench.current.set(**RETAINED)
+    bench.reconcile(controller)
+    assert len(planned) == 2
+
+
+def test_peers_are_in_order_when_the_kernel_was_read_and_nothing_differs(bench, monkeypatch):
+    table, controller = bench.table(), bench.peers()
+    table.planned = controller.planned
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9")]), "")
+    bench.reconcile(table)
+    assert controller.unready() == "for the kernel to be read"
+    reads: list[int] = []
+
+    def read(_links: Any) -> bool:
+        reads.append(1)
+        if len(reads) == 1:
+            raise netlink.KernelError(1, "reading: refused")
+        bench.path.dumped = True
+        return False
+
+    monkeypatch.setattr(bench.path, "resync", read)
+    bench.reconcile(controller)
+    assert (bench.problems()["dump"], controller.unready()) == ("reading: refused", "for the kernel to be read")
+    bench.reconcile(controller)
+    assert len(reads) == 1, "it waits for its retry"
+    bench.clock.now = controller.due()
+    while bench.reconcile(controller):
+        pass
+    assert (controller.unready(), bench.problems()) == ("", {})
+    assert bench.current.inputs.synced
+    assert bench.path.rec.writes == {"put_neighbour": 1, "put_fdb": 1, "put_route": 1}
+
+
+def test_what_goes_with_the_device_is_put_again_at_once(bench):
+    table, controller = bench.table(), bench.peers()
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9")]), "")
+    bench.reconcile(table)
+    bench.path.dumped = True
+    controller._read_whole = False
+    bench.reconcile(controller)
+    while bench.reconcile(controller):
+        pass
+    assert bench.path.rec.differing() == 0
+    before = bench.current.inputs.tunnels[4]
+    bench.current.set(tunnels={4: before._replace(up=False, downs=1)})
+    assert bench.tell(controller, events.LinkSeen(link(3, "flannel.1", up=False), gone=False))
+    assert bench.path.rec.differing() == 2, "route and neighbour; the FDB stays"
+    bench.current.set(tunnels={4: Tunnel("flannel.1", 4, 1450, downs=1, makes=1)})
+    bench.tell(controller, events.LinkSeen(link(3, "flannel.1"), gone=True))
+    assert bench.path.rec.differing() == 3
+
+
+def test_nothing_is_due_at_once_while_there_is_no_device(bench):
+    """A kernel that refuses to make it for an hour shall not cost a core."""
+    table, controller = bench.table(), bench.peers()
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9")]), "")
+    bench.reconcile(table)
+    bench.current.set(tunnels={4: Tunnel("flannel.1", 0, 1450, up=False)})
+    bench.clock.now = 3600.0
+    bench.reconcile(controller)
+    due = controller.due()
+    assert due is None or due > bench.clock.now
+
+
+def test_a_guard_that_is_off_remembers_nobody(bench):
+    controller = bench.guard()
+    bench.reconcile(controller)
+    list(controller.withdraw())
+    for number in range(5):
+        one = lease(f"10.244.{number + 9}.0/24", f"192.168.1.{number + 9}")
+        controller.guard.turn(None, one)
+        controller.guard.turn(one, None)
+    assert not controller.guard.has_changes()
+    assert controller.guard.next_change() is None
+    controller.guard.turn(None, lease("10.244.9.0/24", "192.168.1.9"))
+    bench.reconcile(controller)
+    assert len(bench.kernel.tables["ip", guard.table_name(1)]["vteps"]) == 1, "on again it lets in who is a peer"
+
+
+def test_a_device_that_the_kernel_does_not_know_is_doubted_after_a_while(bench):
+    controller = bench.peers()
+    bench.reconcile(bench.table()) if bench.path.has_unplanned() else bench.path.replace(Leases.of([]), "")
+    bench.reconcile(bench.table())
+    bench.path.dumped, bench.path.rec.device_gone = True, True
+    controller._read_whole = False
+    controller.reconcile(controller.wants(bench.current.inputs))
+    bench.path.rec.device_gone = True
+    controller.reconcile(controller.wants(bench.current.inputs))
+    assert bench.posted == []
+    bench.clock.now = 2.1
+    controller.reconcile(controller.wants(bench.current.inputs))
+    assert bench.posted == [events.DeviceUnknown()]

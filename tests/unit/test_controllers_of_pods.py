@@ -1,0 +1,126 @@
+"""Each controller of the firewall and of the files that pods are made by, alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lease.model import ip_number
+from overlay.cni.lists import CONFLIST
+from overlay.control.controller import CannotReconcile
+from overlay.firewall import antispoof, guard
+from overlay.firewall.worker import Finished
+from overlay.kernel import events
+from overlay.kernel.nftables import program
+from tests.support.make import lease
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("guard", ("ip", guard.table_name(1))),
+        ("pods", ("bridge", antispoof.table_name(1))),
+    ],
+)
+def test_a_table_is_made_mended_left_and_withdrawn(bench, name, table):
+    controller = getattr(bench, name)()
+    bench.reconcile(controller)
+    assert set(bench.kernel.tables) == {table}
+    bench.kernel.tables.clear()
+    assert not bench.tell(controller, events.NftSeen("somebody's"))
+    assert bench.tell(controller, events.NftSeen(table[1]))
+    bench.reconcile(controller)
+    assert set(bench.kernel.tables) == {table}
+    assert controller.counters()[f"mended_{name}"] == 1
+    bench.kernel.tables["ip", "overlay-7-guard"] = bench.kernel.tables["bridge", "overlay-7-pods"] = {}
+    assert len(list(controller.leave(7))) == 1, "of an earlier network"
+    bench.kernel.tables.pop(("ip", "overlay-7-guard"), None)
+    bench.kernel.tables.pop(("bridge", "overlay-7-pods"), None)
+    assert list(controller.withdraw()) == [f"nft table {table[0]} {table[1]}"]
+    assert bench.kernel.tables == {}
+    bench.reconcile(controller)
+    assert set(bench.kernel.tables) == {table}, "switched on again"
+    bench.kernel.refuse = 1
+    bench.tell(controller, events.NftSeen(""))
+    with pytest.raises(OSError, match="refused"):
+        bench.reconcile(controller)
+
+
+def test_who_may_send_is_let_in_before_a_route_leads_there(bench):
+    controller = bench.guard()
+    bench.reconcile(controller)
+    controller.guard.turn(None, lease("10.244.9.0/24", "192.168.1.9"))
+    assert controller.due() == 0.0, "at once"
+    bench.reconcile(controller)
+    there = bench.kernel.tables["ip", guard.table_name(1)]["vteps"]
+    assert there == {ip_number("192.168.1.9", 4).to_bytes(4, "big")}
+
+
+@pytest.mark.parametrize("name", ["nat", "forward"])
+def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
+    loaded: list[Any] = []
+    monkeypatch.setattr(program, "read_table", lambda _family, _name: loaded[-1] if loaded else [])
+    monkeypatch.setattr(program, "load_table", lambda _family, _name, wanted: loaded.append(wanted))
+    monkeypatch.setattr("overlay.firewall.forward.ensure", lambda _family, _name, _network: ([], "chain x drops"))
+    controller = getattr(bench, name)()
+    begun: list[Any] = []
+    controller._worker.begin = begun.append
+    bench.reconcile(controller)
+    assert controller.unready() == f"for the {name} rules"
+    work = begun.pop()
+    assert not bench.tell(controller, Finished("another", None, "")), "not its own"
+    assert bench.tell(controller, Finished(name, None, "no such program"))
+    assert controller.unready() == "", "that is told as a problem, and keeps no pod from the node"
+    with pytest.raises(CannotReconcile, match="no such program"):
+        bench.reconcile(controller)
+    bench.reconcile(controller)
+    assert not bench.tell(controller, Finished(name, work(), ""))
+    assert (controller.completed, controller.unready()) == (True, "")
+    if name == "forward":
+        assert bench.problems() == {"forward chain": "chain x drops"}
+        bench.tell(controller, events.NftSeen("filter"))
+        assert controller.due() == 2.0, "kube-proxy writes there often"
+    else:
+        assert bench.tell(controller, events.NftSeen("overlay-1"))
+        assert loaded, "the table stands"
+
+
+# --- the files pods are made by
+
+
+def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
+    controller = bench.cni()
+    conflist = bench.folder / "cni" / CONFLIST
+    bench.reconcile(controller)
+    assert "FLANNEL_SUBNET=10.244.2.1/24" in (bench.folder / "subnet.env").read_text()
+    assert (bench.folder / "device").read_text() == "flannel.1"
+    assert not conflist.exists()
+    bench.current.set(synced=True)
+    bench.reconcile(controller)
+    assert conflist.exists()
+    assert bench.posted == ["cni0"]
+    conflist.write_text("somebody's")
+    bench.clock.now = 1.1
+    assert controller.due() == 0.0
+    bench.reconcile(controller)
+    assert controller.counters() == {"mended_file": 1}
+    bench.current.set(displaced=True, synced=False)
+    bench.reconcile(controller)
+    assert not conflist.exists()
+    bench.current.set(displaced=False, synced=True)
+    bench.reconcile(controller)
+    assert conflist.exists()
+    assert sorted(controller.withdraw()) == sorted([str(conflist), str(bench.folder / "subnet.env")])
+
+
+def test_a_template_that_cannot_be_used_is_told_and_all_else_written(bench):
+    controller = bench.cni()
+    bench.current.set(synced=True, cni_template=b"{")
+    bench.reconcile(controller)
+    assert "not JSON" in bench.problems()["cni"]
+    assert (bench.folder / "subnet.env").exists()
+    assert not (bench.folder / "cni" / CONFLIST).exists()
+    bench.current.set(cni_template=None)
+    bench.reconcile(controller)
+    assert bench.problems() == {}

@@ -1,0 +1,148 @@
+"""Each controller of the store's side alone: records, network config, lease, an operator's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lease.config import parse_config
+from lease.model import Refused, ip_number
+from lease.records.annotations import Hints
+from lease.records.packed import Leases
+from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
+from lease.tenure.events import Denied, Held, Lost, Renewed
+from overlay.control.schedule import Schedule
+from overlay.process.watched import FileText
+from tests.support.bench import CONFIG, OTHER_MTU
+from tests.support.make import lease
+
+
+def snapshot(*leases: Any, config: str | None = CONFIG, refused: dict[str, Refused] | None = None) -> Snapshot:
+    return Snapshot(1, config.encode() if config else None, Leases.of(leases), refused or {})
+
+
+def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
+    controller = bench.records()
+    bench.current.set(config=None, listed=False)
+    assert controller.unready() == "for the first list from the store"
+    bench.tell(controller, StoreDown("away"))
+    assert controller.unready().endswith(": away")
+    own, peer = bench.current.inputs.own, lease("10.244.9.0/24", "192.168.1.9")
+    bench.tell(controller, snapshot(own, peer, refused={"x": Refused("x", "bad", 0)}))
+    assert bench.current.inputs.config == parse_config(CONFIG)
+    assert bench.path.has_unplanned()
+    status = controller.status()
+    assert status["unreadable_records"] == {"x": "bad"}
+    assert status["store"] == {"type": "etcd", "address": "etcd there", "up": True, "error": ""}
+    bench.reconcile(bench.table())
+    assert [one.key for one in bench.path.table.accepted()] == [peer.key]
+    changes = (Gone("x"), Refused(peer.key, "JSON", 2), ConfigText(None))
+    bench.tell(controller, Changes(2, changes))
+    assert controller.status()["unreadable_records"] == {peer.key: "JSON"}
+    assert list(bench.path.table.accepted()) == []
+    assert "no network config" in bench.problems()["config"]
+    assert bench.claims.rechecks == 0
+    bench.tell(controller, Changes(3, (Gone(own.key),)))
+    assert bench.claims.rechecks == 1, "our own record is the tenure's to put back"
+
+
+def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
+    controller = bench.records()
+    bench.tell(controller, Changes(2, (Hints(public_ip=ip_number("192.168.1.5", 4), faults=("no address",)),)))
+    assert bench.current.inputs.settings.public_ip == ip_number("192.168.1.5", 4)
+    assert bench.problems()["annotations"] == "no address"
+    bench.tell(controller, Changes(3, (Hints(),)))
+    assert bench.current.inputs.settings.public_ip == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no network config at the store; waiting for it; the running config is kept"),
+        ("{", "the store: not JSON"),
+        ('{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}', "does not hold our subnet 10.244.2.0/24"),
+        ('{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}', "IPv6 datapath"),
+    ],
+)
+def test_a_network_config_that_cannot_be_used_is_told_and_the_running_one_kept(bench, text, words):
+    before = bench.current.inputs.config
+    bench.network.read(text.encode() if text else None)
+    assert words in bench.problems()["config"]
+    assert bench.current.inputs.config == before
+    bench.network.read(CONFIG.encode())
+    assert bench.problems() == {}
+
+
+def test_the_lease_is_claimed_held_lost_and_renewed(bench):
+    controller = bench.ownership()
+    own = bench.current.inputs.own._replace(created=3, modified=4, handle=5)
+    bench.current.set(own=None)
+    bench.reconcile(controller)
+    claim, _ = bench.claims.claims[-1]
+    assert (claim.public_ip, claim.identity.name) == (ip_number("192.168.1.2", 4), "node1")
+    assert controller.unready() == "for a lease"
+    bench.tell(controller, Denied("no subnet is free"))
+    assert bench.problems()["lease"] == "no subnet is free"
+    bench.tell(controller, Held(own, "allocated"))
+    assert bench.current.inputs.own == own._replace(created=0, modified=0, handle=0)
+    assert (controller.unready(), bench.problems()) == ("", {})
+    bench.tell(controller, Renewed(30.0))
+    assert controller.status()["lease"]["left_s"] == 30
+    bench.clock.now = 31.0
+    controller.judge_renewal()
+    assert "not renewed in time" in bench.problems()["renewal"]
+    bench.tell(controller, Renewed(None))
+    assert bench.problems() == {}
+    bench.current.set(synced=True)
+    bench.tell(controller, Lost(own, "an older record"))
+    assert (bench.current.inputs.displaced, bench.current.inputs.synced) == (True, False)
+    assert "we lost 10.244.2.0/24" in bench.problems()["lease"]
+
+
+def test_a_lost_lease_is_told_until_there_is_another(bench):
+    """Whatever is claimed meanwhile: a claim is no lease."""
+    controller = bench.ownership()
+    schedule = Schedule([controller], bench.current, bench.health, bench.clock)
+    own = bench.current.inputs.own
+    schedule.handle(Held(own, "allocated"))
+    schedule.run_pass()
+    schedule.handle(Lost(own, "an older record"))
+    bench.current.set(**OTHER_MTU)
+    schedule.run_pass()
+    assert len(bench.claims.claims) == 2
+    assert "we lost 10.244.2.0/24" in bench.problems()["lease"]
+    schedule.handle(Held(own, "taken again"))
+    assert bench.problems() == {}
+
+
+def test_a_conflict_about_our_address_ends_the_agent_before_it_holds_anything(bench):
+    controller = bench.ownership()
+    for _ in range(2):
+        bench.tell(controller, Denied("192.168.1.2 is another node's", conflict=True))
+    assert bench.stopped == ["192.168.1.2 is another node's"]
+
+
+def test_rivals_are_looked_at_where_they_are_older(bench):
+    controller = bench.ownership()
+    controller.held = bench.current.inputs.own._replace(created=10)
+    younger, older = (lease("10.244.2.0/24", "192.168.1.9", created=created) for created in (11, 9))
+    controller.check_rival(younger)
+    assert bench.claims.rechecks == 0
+    controller.check_rival(older)
+    assert bench.claims.rechecks == 1
+
+
+def test_files_of_an_operator_change_the_inputs_or_are_told(bench):
+    controller = bench.live()
+    bench.tell(controller, FileText("cni-conf", "/c", b"{}"))
+    assert bench.current.inputs.cni_template == b"{}"
+    bench.tell(controller, FileText("live", "/l", b'{"ip-masq": true, "log-level": "debug"}'))
+    assert bench.current.inputs.settings.ip_masq
+    assert bench.posted == ["debug"]
+    bench.tell(controller, FileText("live", "/l", b'{"iface": "eth1"}'))
+    assert "needs a restart" in bench.problems()["live-settings"]
+    assert bench.current.inputs.settings.ip_masq, "what ran is kept"
+    bench.tell(controller, FileText("cni-conf", "/c", None))
+    assert bench.problems()["file cni-conf"] == "/c is gone; what it said last is kept"
+    assert bench.current.inputs.cni_template == b"{}"

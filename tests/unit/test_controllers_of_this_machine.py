@@ -1,0 +1,154 @@
+"""Each controller of this machine alone: links, underlay, device, bridges, sysctls, routes."""
+
+from __future__ import annotations
+
+import pytest
+
+from lease.model import ip_number
+from lease.tenure.events import Held, Lost
+from overlay.cni.lists import CONFLIST
+from overlay.kernel import events
+from overlay.kernel.route.link_wire import VxlanDevice
+from overlay.node import sysctls
+from overlay.node.underlay import UnderlayError
+from tests.support.bench import RETAINED
+from tests.support.fakes import address, by_index, link
+from tests.support.make import lease
+
+
+def test_links_are_read_when_one_is_told(bench):
+    controller = bench.links()
+    bench.kernel.there[9] = link(9, "veth9")
+    assert bench.tell(controller, events.LinkSeen(link(9, "veth9"), gone=False))
+    bench.reconcile(controller)
+    assert bench.current.inputs.links == bench.kernel.there
+    bench.kernel.refuse = 1
+    with pytest.raises(OSError, match="links"):
+        bench.reconcile(controller)
+
+
+def test_the_underlay_is_kept_while_its_address_is_there(bench):
+    controller = bench.underlay()
+    bench.current.set(underlays={})
+    bench.reconcile(controller)
+    assert bench.current.inputs.underlays[4].local == ip_number("192.168.1.2", 4)
+    bench.current.set(links=by_index([link(2, "eth0", mac=5)]))
+    bench.reconcile(controller)
+    assert (bench.current.inputs.underlays[4].mac, bench.posted) == (5, [])
+    moved = address(2, "192.168.1.3")
+    bench.current.set(addresses={4: {(2, moved.address, 24): moved}})
+    bench.reconcile(controller)
+    assert bench.posted == ["moved"], "the store's connection is made anew"
+    bench.current.set(addresses={})
+    with pytest.raises(UnderlayError, match="no IPv4 address"):
+        bench.reconcile(controller)
+    assert bench.current.inputs.underlays[4].local == moved.address, "and what was chosen stays"
+
+
+def test_the_device_is_made_told_and_made_again(bench):
+    controller = bench.device()
+    bench.current.set(tunnels={})
+    bench.reconcile(controller)
+    tunnel = bench.current.inputs.tunnels[4]
+    assert (tunnel.name, tunnel.up, tunnel.rising, tunnel.makes) == ("flannel.1", True, True, 1)
+    assert [word for word in bench.kernel.done if word.startswith(("create", "up", "address"))] == [
+        "create flannel.1", f"up {tunnel.ifindex}", "address 32",
+    ]  # fmt: skip
+    there = bench.kernel.there[tunnel.ifindex]
+    bench.tell(controller, events.LinkSeen(there._replace(up=False), gone=False))
+    assert bench.current.inputs.tunnels[4] == tunnel, "how it was before we set it up"
+    bench.tell(controller, events.LinkSeen(there, gone=False))
+    assert bench.tell(controller, events.LinkSeen(there._replace(up=False), gone=False))
+    seen = bench.current.inputs.tunnels[4]
+    assert (seen.up, seen.rising, seen.downs, seen.makes) == (False, False, tunnel.downs + 1, 1)
+    bench.kernel.delete(tunnel.ifindex)
+    assert bench.tell(controller, events.LinkSeen(there, gone=True))
+    assert bench.current.inputs.tunnels[4].ifindex == 0
+    bench.reconcile(controller)
+    assert bench.current.inputs.tunnels[4].makes == 3
+    assert controller.counters() == {"mended_device": 1}, "one deletion, told twice"
+
+
+def test_a_device_that_another_agent_keeps_is_left_to_it(bench):
+    controller = bench.device()
+    bench.lock.other = 77
+    bench.reconcile(controller)
+    assert bench.current.inputs.tunnels == {}, "all that stands on it waits"
+    assert "pid 77" in bench.problems()["another agent"]
+    assert controller.due() == 1.0
+    bench.lock.other = None
+    bench.reconcile(controller)
+    assert bench.problems() == {}
+    assert bench.current.inputs.tunnels[4].name == "flannel.1"
+
+
+def test_the_device_of_an_earlier_vni_goes_with_all_that_was_made_for_it(bench):
+    (bench.folder / "device").write_text("flannel.7")
+    bench.kernel.create(VxlanDevice("flannel.7", 7, 8472, 1, 2, 1450, 3, False, False))
+    controller = bench.device()
+    bench.reconcile(controller)
+    assert "flannel.7" not in bench.kernel.vxlans
+    assert bench.posted == [7]
+
+
+def test_the_device_is_withdrawn_unless_flannel_has_the_node(bench):
+    (bench.folder / "device").write_text("flannel.1")
+    bench.reconcile(bench.device())
+    (bench.folder / "cni").mkdir()
+    (bench.folder / "cni" / CONFLIST).write_text('{"plugins":[{"type":"flannel"}]}')
+    assert list(bench.device().withdraw()) == []
+    (bench.folder / "cni" / CONFLIST).unlink()
+    assert list(bench.device().withdraw()) == ["device flannel.1, with its routes, neighbours and FDB"]
+    assert bench.kernel.vxlans == {}
+
+
+def test_a_lost_subnet_is_kept_until_its_last_pod_is_gone(bench):
+    controller = bench.bridges()
+    lost = lease("10.244.7.0/24", "192.168.1.2")
+    bench.tell(controller, Lost(lost, "older"))
+    assert [str(subnet) for subnet in bench.current.inputs.retained] == ["10.244.7.0/24"]
+    bridge, port = link(8, "cni0", "bridge"), link(9, "veth9", "veth", master=8)
+    gateway = address(8, "10.244.7.1")
+    bench.kernel.there = by_index([bridge, port])
+    bench.current.set(links=bench.kernel.there, addresses={4: {(8, gateway.address, 24): gateway}})
+    bench.reconcile(controller)
+    assert bench.current.inputs.bridges == {"cni0"}, "its bridge counts as ours"
+    bench.reconcile(controller)
+    assert bench.current.inputs.retained
+    bench.kernel.there = by_index([bridge])
+    bench.current.set(links=bench.kernel.there)
+    bench.reconcile(controller)
+    assert bench.current.inputs.retained == ()
+    assert bench.kernel.there == {}, "the bridge went, too"
+    bench.tell(controller, Lost(lost, "older"))
+    bench.tell(controller, Held(lost, "taken again"))
+    assert bench.current.inputs.retained == ()
+
+
+def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
+    there = {"net/ipv4/ip_forward": "0", "net/bridge/bridge-nf-call-iptables": "0"}
+    monkeypatch.setattr(sysctls, "read_sysctl", there.get)
+    monkeypatch.setattr(sysctls, "write_sysctl", there.__setitem__)
+    controller = bench.sysctl()
+    bench.reconcile(controller)
+    assert there["net/ipv4/ip_forward"] == "1"
+    assert controller.due() == sysctls.LOOK_S
+    bench.current.set(bridges=frozenset({"cni0"}), settings=bench.settings._replace(kube=True))
+    bench.reconcile(controller)
+    assert "bridge-nf-call-iptables is 0" in bench.problems()["bridge filter"]
+
+
+def test_routes_that_are_not_ours_to_put_back_are_told(bench):
+    controller = bench.reach()
+    bench.reconcile(controller)
+    assert bench.problems() == {}
+    gateway = address(8, "10.244.2.1")
+    bench.current.set(
+        links=by_index([link(8, "cni0", "bridge")]), addresses={4: {(8, gateway.address, 24): gateway}}, **RETAINED
+    )
+    bench.kernel.ways[ip_number("192.168.1.9", 4)] = None
+    bench.reconcile(controller)
+    found = bench.problems()
+    assert "no route leads 10.244.2.0/24 to cni0" in found["routes"]
+    assert "no route leads to 192.168.1.9, a peer" in found["routes"]
+    assert "10.244.77.0/24 is not ours any more (nobody holds it now)" in found["retained"]
