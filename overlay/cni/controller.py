@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -151,7 +150,7 @@ class CniController(Controller):
         settings = self._settings
         conflist = f"{settings.cni_conf_dir}/{lists.CONFLIST}" if settings.cni_conf_dir else ""
         for path in (conflist, settings.subnet_file):
-            if path and Path(path).exists():
+            if path and os.path.exists(path):
                 remove(path)
                 yield path
 

@@ -18,7 +18,7 @@ from overlay.settings.settings import Settings
 
 Lookup = Callable[[int], tuple[int, int, int] | None]
 """Interface, source address and gateway by which the kernel reaches an address."""
-ANYWHERE = {4: ip_number("192.0.2.1", 4), 6: ip_number("2001:db8::1", 6)}
+ANYWHERE = {4: ip_number("192.0.2.1", 4), 6: 0x20010DB8 << 96 | 1}
 """By family, an address that only the default route reaches (RFC 5737, RFC 3849); nothing is sent."""
 
 

@@ -15,7 +15,7 @@ from overlay.kernel.route.entries import RouteKey
 
 _UNUSABLE = {
     4: tuple(map(prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))),
-    6: tuple(map(prefix, ("::/16", "fe80::/10", "ff00::/8"))),
+    6: (Prefix(6, 0, 16), Prefix(6, 0xFE80 << 112, 10), Prefix(6, 0xFF << 120, 8)),  # ::/16, fe80::/10, ff00::/8
 }
 """Never an underlay address: this-network, loopback, multicast, reserved, mapped IPv4, link-local (RFC 6890)."""
 
