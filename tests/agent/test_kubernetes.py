@@ -441,14 +441,14 @@ def test_a_config_map_that_vanishes_changes_nothing(kube_world):
     world = kube_world
     world.config_file("overlayd.json", {"ip-masq": True})
     agent = world.nodes(1)[0]
-    path = agent.run_dir / "cni" / "10-flannel.conflist"
-    conflist = path.read_text()
+    conflist = agent.run_dir / "cni" / "10-flannel.conflist"
+    content = conflist.read_text()
     assert "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
     for path in list(world.config_map.iterdir()):
         path.unlink()
     until("it is told", lambda: problems(agent).count("is gone") == 3)
-    path.write_text("altered")
-    until("the list is put back as it was", lambda: path.read_text() == conflist)
+    conflist.write_text("altered")
+    until("the list is put back as it was", lambda: conflist.read_text() == content)
     world.run("node1", "nft", "flush chain ip overlay-1 postrouting")
     until("and the table", lambda: "masquerade" in world.run("node1", "nft", "list", "table", "ip", "overlay-1"))
     assert agent.ready()

@@ -16,7 +16,7 @@ from overlay.control.health import Health, Problem
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
 from overlay.main import StoreHosts
-from tests.agent.test_lease import release
+from tests.agent.test_lease_held import release
 from tests.support.wait import until
 from tests.support.world import ROOT
 
