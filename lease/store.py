@@ -170,7 +170,7 @@ class Feed(threading.Thread):
     """List, watch, and on any failure list again: the one place where a store's failures end.
 
     It always lists again, and never resumes a watch by revision: after a restore from a backup the same revisions mean
-    other things, and nothing a watch says would tell (docs/decisions.md).
+    other things, and nothing in a watch would show it (docs/decisions.md).
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class Composed(NamedTuple):
     health: Health
     ownership: Ownership
     ports: tuple[int, int]
-    """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not tell."""
+    """The netlink ports of our own requests (rtnetlink, nftables), whose echoes the monitors need not report."""
 
 
 class _Shared(NamedTuple):

@@ -55,14 +55,14 @@ def run(arguments: list[str]) -> int:
         return EXIT_STOPPED
     log.hold(settings.log_level, settings.log_format)
     for name in unknown_variables(os.environ):
-        log.warning("environment", variable=name, effect="unknown to us and ignored")
+        log.warning("environment", variable=name, effect="unknown variable, ignored")
     try:
-        return _held(settings)
+        return _run_locked(settings)
     finally:
         log.release()
 
 
-def _held(settings: Settings) -> int:
+def _run_locked(settings: Settings) -> int:
     """With the run directory held."""
     try:
         lock = hold(settings.run_dir)
@@ -219,7 +219,7 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
 
     store, names = node_store(settings)
     log.info("start", version=__version__, store=store.place, node=settings.node_name, config=settings.net_config_path)
-    tenure = NodeTenure(store, names, settings.node_name, settings.tell_condition, rng)
+    tenure = NodeTenure(store, names, settings.node_name, settings.set_condition, rng)
 
     def network_up(claimer: TenureThread) -> None:
         tenure.network_up = True  # and our Node is to say so
@@ -322,7 +322,7 @@ def prober() -> Callable[[int], Any]:
                 return Answer(False, None)
             return Answer(True, by)
         except (KernelError, OSError) as error:
-            log.warning("probe", error=str(error), effect="nobody can say who has that address")
+            log.warning("probe", error=str(error), effect="it is not known who has that address")
             return Answer(False, None)
         finally:
             requests.close()

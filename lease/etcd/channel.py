@@ -92,8 +92,8 @@ class Call:
         while len(half) >= 5:
             end = 5 + int.from_bytes(half[1:5], "big")
             if half[0] or end > LARGEST:
-                why = "a compressed message, which nobody asked for" if half[0] else f"a message of {end} bytes"
-                self._end("UNAVAILABLE", f"{why}: no gRPC of etcd's")
+                why = "a compressed message that was not requested" if half[0] else f"a message of {end} bytes"
+                self._end("UNAVAILABLE", f"{why}: not etcd's gRPC")
                 return
             if len(half) < end:
                 return
@@ -224,7 +224,7 @@ class Channel:
     def broken(self) -> str:
         """Why it can be used no more; "" while it can."""
         with self._turn:
-            self._look()
+            self._check_closed()
             return self._broken
 
     def _break(self, why: str) -> None:
@@ -258,7 +258,7 @@ class Channel:
         if timeout_s is not None:
             headers.append((b"grpc-timeout", b"%dm" % (timeout_s * 1000)))
         with self._turn:
-            self._look()
+            self._check_closed()
             if self._broken:
                 raise RpcError("UNAVAILABLE", self._broken)
             try:
@@ -284,11 +284,11 @@ class Channel:
                 self._flush()
                 if not data:
                     return
-                if len(part) == room and not self._until(lambda: self._room(call), deadline):
-                    self._break("takes nothing more")
+                if len(part) == room and not self._until(lambda: self._window(call), deadline):
+                    self._break("accepts no more data")
             raise call._ended or RpcError("UNKNOWN", "")
 
-    def _room(self, call: Call) -> bool:
+    def _window(self, call: Call) -> bool:
         return call._ended is not None or self._http.local_flow_control_window(call._number) > 0
 
     def _receive(self, call: Call, timeout_s: float) -> bytes | None:
@@ -339,7 +339,7 @@ class Channel:
                 self._take()
         return True
 
-    def _look(self) -> None:
+    def _check_closed(self) -> None:
         """Notice, before it is used, that the server closed it while nobody read."""
         if not self._reading and not self._broken:
             self._take()
@@ -399,11 +399,11 @@ class Channel:
                 if not _later(error):
                     self._break(_reason(error))
                 elif left <= 0 or not self._writable.poll(left * 1000):
-                    self._break(f"took nothing for {SEND_S:.0f} s")
+                    self._break(f"accepted no data for {SEND_S:.0f} s")
 
 
 def _later(error: OSError) -> bool:
-    """Nothing to read, or no room, just now. (TLS says it with errors of its own.)"""
+    """Nothing to read, or no space to write, just now. (TLS says it with errors of its own.)"""
     return isinstance(error, BlockingIOError) or type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
 
 

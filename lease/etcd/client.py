@@ -33,7 +33,7 @@ FIRST_ANSWER_S, ASKED_S = 4.0, 5.0
 _PROGRESS_REQUEST = b"\x1a\x00"
 """WatchRequest{progress_request{}}, which etcd3's old messages lack; answered at once since etcd 3.4."""
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "INTERNAL", "UNKNOWN", "UNIMPLEMENTED")
-"""Not had from this endpoint, or it is no etcd; CANCELLED: another thread gave the connection up."""
+"""Not available from this endpoint, or it is not etcd; CANCELLED: another thread gave the connection up."""
 
 
 class EtcdSettingsError(ValueError):
@@ -79,7 +79,7 @@ class WatchStream:
                     raise StoreUnavailable(f"{self._where}: the watch was closed by the server")
             except RpcError as error:
                 if error.code != "DEADLINE_EXCEEDED":
-                    raise StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}") from error
+                    raise StoreUnavailable(f"{self._where}: the watch ended: {_error_text(error)}") from error
                 if probed and answers_probes:
                     silent = PROBE_AFTER_S + PROBE_ANSWER_S
                     raise StoreUnavailable(f"{self._where}: silent for {silent:.0f} s") from error
@@ -98,7 +98,7 @@ class WatchStream:
         try:
             self._call.send(_PROGRESS_REQUEST)
         except RpcError as error:
-            raise StoreUnavailable(f"{self._where}: the watch ended: {_said(error)}") from error
+            raise StoreUnavailable(f"{self._where}: the watch ended: {_error_text(error)}") from error
 
     def cancel(self) -> None:
         """End it."""
@@ -159,7 +159,7 @@ class EtcdClient:
             except RpcError as error:
                 if error.code in _AWAY:
                     self._next_endpoint(endpoint)
-                raise StoreUnavailable(f"{endpoint}: {_said(error)}") from error
+                raise StoreUnavailable(f"{endpoint}: {_error_text(error)}") from error
             except GeneratorExit:
                 if call is not None:
                     call.cancel()
@@ -205,14 +205,14 @@ class EtcdClient:
             watch = rpc.WatchStub(channel).Watch
             call = watch.begin(create, metadata=[*metadata, ("hasleader", "true")], last=False)
         except RpcError as error:
-            raise StoreUnavailable(f"{self.endpoint}: {_said(error)}") from error
+            raise StoreUnavailable(f"{self.endpoint}: {_error_text(error)}") from error
 
         def ask() -> None:
             request = rpc.RangeRequest(key=key, limit=1, keys_only=True)
             try:
                 rpc.KVStub(channel).Range(request, ASKED_S, metadata)
             except RpcError as error:
-                raise StoreUnavailable(f"{self.endpoint}: silent, also when asked: {_said(error)}") from error
+                raise StoreUnavailable(f"{self.endpoint}: silent, also when asked: {_error_text(error)}") from error
 
         return WatchStream(watch, call, self.endpoint, ask)
 
@@ -257,7 +257,7 @@ class EtcdClient:
                     continue
                 if error.code == "NOT_FOUND" and "lease" in error.details:
                     raise LeaseExpired(error.details) from error
-                said.append(f"{endpoint}: {_said(error)}")
+                said.append(f"{endpoint}: {_error_text(error)}")
                 if error.code not in _AWAY:
                     break  # it did answer: another member would say the same
                 self._next_endpoint(endpoint)
@@ -315,7 +315,7 @@ def _token_is_old(error: RpcError) -> bool:
     return error.code == "UNAUTHENTICATED" or "auth: revision" in error.details
 
 
-def _said(error: RpcError) -> str:
+def _error_text(error: RpcError) -> str:
     return "no answer in time" if error.code == "DEADLINE_EXCEEDED" else str(error)[:240]
 
 

@@ -124,7 +124,7 @@ class KubeClient:
         """Raises KubeSettingsError when nothing says where the API is."""
         if not settings.api_url and not settings.kubeconfig and not os.environ.get(SERVICE_HOST):
             raise KubeSettingsError(
-                f"--kube-subnet-mgr: not in a pod ({SERVICE_HOST} is not set); say --kubeconfig-file or --kube-api-url"
+                f"--kube-subnet-mgr: not in a pod ({SERVICE_HOST} is not set); set --kubeconfig-file or --kube-api-url"
             )
         self._settings = settings
         self._lock, self._connecting = threading.Lock(), threading.Lock()
@@ -215,7 +215,7 @@ class KubeClient:
         try:
             return json.loads(response.data)
         except (ValueError, RecursionError) as error:
-            raise StoreUnavailable(f"{self.place}: answered with no JSON: {error}") from error
+            raise StoreUnavailable(f"{self.place}: answered with something that is not JSON: {error}") from error
 
     def _connected(self) -> Any:
         with self._connecting:

@@ -139,7 +139,7 @@ def node_of_json(item: Any, interesting: Collection[str]) -> NodeSeen:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} is no text")
+        raise TypeError(f"{value!r:.60} is not text")
     value.encode()  # half a surrogate pair cannot be asked for again
     return value
 

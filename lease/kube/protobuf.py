@@ -88,7 +88,7 @@ def _text(values: Sequence[bytes]) -> str:
 def unwrapped(data: bytes) -> bytes:
     """The object in runtime.Unknown, behind the four bytes. Raises ValueError."""
     if data[:4] != _MAGIC:
-        raise ValueError(f"no object of Kubernetes in protobuf: {data[:20]!r}")
+        raise ValueError(f"not a Kubernetes object in protobuf: {data[:20]!r}")
     raw: bytes = _one(_parse("Unknown", data[4:]).raw, b"")
     return raw
 

@@ -167,7 +167,7 @@ def answers_of(place: str) -> Iterator[None]:
     try:
         yield
     except MALFORMED as error:
-        raise StoreUnavailable(f"{place}: an answer that is none of this API's: {error!r}") from error
+        raise StoreUnavailable(f"{place}: not an answer of this API: {error!r}") from error
 
 
 def revision(version: str) -> int:

@@ -88,14 +88,14 @@ def node_subnets(pod_cidrs: Iterable[object]) -> dict[int, Prefix]:
     """spec.podCIDRs by family, in whatever order they stand; host bits are masked away, the first of a family counts.
 
     Raises:
-        BadRecord: one of them is no prefix.
+        BadRecord: one of them is not a prefix.
     """
     found: dict[int, Prefix] = {}
     for text in pod_cidrs:
         try:
             subnet = prefix(str(text))
         except ValueError:
-            raise BadRecord(f"podCIDR {str(text)[:60]!a} is no prefix") from None
+            raise BadRecord(f"podCIDR {str(text)[:60]!a} is not a prefix") from None
         found.setdefault(subnet.family, subnet)
     return found
 
@@ -177,7 +177,7 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
         try:
             return ip_number(text, 4) if text else 0
         except ValueError:
-            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; what it said before holds")
+            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; its previous value is kept")
             return None
 
     ipv6 = (name for name in (names.node_public_ip[6], names.overwrite[6]) if annotations.get(name))

@@ -158,15 +158,15 @@ class NodeStore:
                 if event.kind != "BOOKMARK":
                     self._observe(event.kind, event.node, changes, unknown)
             except MALFORMED as error:
-                raise StoreUnavailable(f"an event that is none ({error!r}); the list is read again") from error
+                raise StoreUnavailable(f"not a valid event ({error!r}); the list is read again") from error
             self._version = event.node.version
         with answers_of(self._client.place):
             for name, node in self._resolve(unknown).items():
                 self._put(name, node, changes)
-        told: list[Change] = list(changes.values())
+        reported: list[Change] = list(changes.values())
         if self._hints != hints_before or self._own in unknown:
-            told.append(self._hints)
-        return told
+            reported.append(self._hints)
+        return reported
 
     def _is_no_news(self, answer: Answer) -> bool:
         """Whether an event says of a Node what we know: nearly all are heartbeats of kubelets."""
@@ -234,7 +234,7 @@ class NodeStore:
 
     def _whole(self, name: str, version: str) -> Answer:
         """A Node as it was at a version or later: from the server's memory, in half the time that etcd takes. Another server
-        than the one that told us may lag behind."""
+        than the one that sent the event may lag behind."""
         try:
             return self._client.ask(f"{NODES}/{name}", {"resourceVersion": version}, WHOLE)
         except ApiError as error:
@@ -260,7 +260,7 @@ class NodeStore:
         return _Node(seen.uid, self._said(seen), seen.raw, subnets, made)
 
     def _said(self, seen: NodeSeen) -> int:
-        """Python's hash of texts, which is keyed: nobody can make two that are alike."""
+        """Python's hash of texts, which is keyed: nobody can make two equal ones."""
         return hash(tuple(seen.annotations.get(name) for name in self._interesting))
 
     def _probe(self) -> None:

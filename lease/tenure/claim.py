@@ -62,7 +62,7 @@ class Identity(NamedTuple):
 class Answer(NamedTuple):
     """What the underlay says about an address. by: the MAC that answered, None where nobody did."""
 
-    can_tell: bool
+    conclusive: bool
     by: int | None
 
 
@@ -133,7 +133,7 @@ def find_own(leases: Leases, claim: Claim) -> list[tuple[Kind, Lease, Endpoint]]
     """The records that may be ours with their part of the claim's family, the likeliest first. Pure."""
     found: list[tuple[Kind, Lease, Endpoint]] = []
     texts = (f"{claim.identity.machine}/{claim.identity.name}/", claim.identity.name)
-    # looked at before it is read: of many thousand records nearly none is ours
+    # checked before it is decoded: of many thousand records nearly none is ours
     nodes = tuple(text for text in texts if text.strip("/"))
     for lease in leases.having(claim.family, claim.public_ip, claim.device_mac, nodes):
         end = claim.end(lease)
@@ -183,7 +183,7 @@ class Occupied:
         self._others.add(around(self._family, base, self._length), key)
 
     def add(self, subnet: Prefix, why: str) -> None:
-        """One more that cannot be had."""
+        """One more that is not available."""
         self._others.add(subnet, why)
 
     def overlapping(self, subnet: Prefix) -> Iterator[str]:

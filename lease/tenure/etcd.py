@@ -18,7 +18,7 @@ from lease.tenure.events import Denied, Held, Lost, Renewed, TenureEvent
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
 MOST_REWRITES, REWRITES_S = 10, 60.0
-"""So often within so long we write over what a twin of ours wrote over ours; then one of the two must go."""
+"""So often within so long we write over what a copy of this node wrote over ours; then one of the two must give up."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
 
@@ -37,16 +37,16 @@ class Tenure:
         self._store, self._probe, self._ttl_s, self._rng, self._clock = store, probe, ttl_s, rng, clock
         self.held: Lease | None = None
         self.unreported: list[TenureEvent] = []
-        """What happened in a settling that the store then broke off: to be told all the same."""
+        """What happened in a settling that the store then broke off: to be reported all the same."""
         self._mac_in_use: int | None = None
         """Of a lease we held: the device keeps it when the subnet is lost."""
         self._to_remove: Lease | None = None
         """Our old record, which the new one replaced."""
-        self._against_others = _Often()
-        self._against_twins = _Often()
+        self._against_others = _Recent()
+        self._against_copies = _Recent()
         """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
         self._given_up: set[str] = set()
-        """Keys that a twin of ours writes over and over."""
+        """Keys that a copy of this node writes over and over."""
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened, [] when nothing had to be done.
@@ -95,7 +95,7 @@ class Tenure:
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
             return [self._write_over(claim, snapshot, held, there)]
-        if elsewhere and self._against_twins.often(self._clock()) and self._may_live(there.first.public_ip):
+        if elsewhere and self._against_copies.often(self._clock()) and self._may_live(there.first.public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
                 f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
@@ -112,13 +112,13 @@ class Tenure:
         wanted = self._lease(claim, there.first.subnet, mac, there.key)
         if there.same_claim(wanted):
             self.held = there
-            return [] if there.same_claim(held) else [Held(there, "as it stood")]
+            return [] if there.same_claim(held) else [Held(there, "unchanged")]
         if there.same_claim(held):
             self.held = self._store.change(there, wanted)
         else:  # somebody wrote it
             self.held = self._put_right(held, there.modified, wanted)
         if elsewhere:
-            self._against_twins.add(self._clock())
+            self._against_copies.add(self._clock())
         method = "changed with this node" if there.same_claim(held) else "written again as it was"
         robbed = mac != held.first.mac and there.first.mac == held.first.mac
         if robbed:
@@ -133,8 +133,8 @@ class Tenure:
         wanted = self._lease(claim, held.first.subnet, self._mac_left_to_us(snapshot, held), held.key)
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
-        again = ", as often lately: see who may write there" if self._against_others.often(self._clock()) else ""
-        return Held(self.held, f"written again: {_owner(there)} had written over it in place{again}", warn=True)
+        again = ", which happens often: check who may write there" if self._against_others.often(self._clock()) else ""
+        return Held(self.held, f"written again: {_owner(there)} had overwritten it{again}", warn=True)
 
     def _put_right(self, held: Lease, modified: int, wanted: Lease) -> Lease:
         """Our record as it should be, over what somebody wrote there: under our etcd lease, since theirs is not ours to
@@ -149,7 +149,7 @@ class Tenure:
     def _may_live(self, public_ip: int) -> bool:
         """Whether another machine may have an address."""
         answer = self._probe(public_ip)
-        return answer.by is not None or not answer.can_tell
+        return answer.by is not None or not answer.conclusive
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
@@ -234,12 +234,12 @@ class Tenure:
             answer = self._probe(end.public_ip)
             if kind is Kind.MOVED:
                 surely = end.mac == claim.device_mac and claim.identity.same_link(theirs)
-                if answer.by is None and (answer.can_tell or surely):
+                if answer.by is None and (answer.conclusive or surely):
                     old = ip_text(end.subnet.family, end.public_ip)
                     return lease, f"kept: ours from {old}, which nobody answers for any more", True
                 continue
             same = claim.identity.same_node(theirs)
-            if answer.by is not None or (not answer.can_tell and self._in_use(claim, lease, theirs)):
+            if answer.by is not None or (not answer.conclusive and self._in_use(claim, lease, theirs)):
                 return None, Denied(_conflict(claim, lease, answer), conflict=True), True
             if same:
                 return lease, "kept: our public IP and identity", False
@@ -302,7 +302,7 @@ class _MacsBefore:
         )
 
 
-class _Often:
+class _Recent:
     """The last times of something."""
 
     def __init__(self) -> None:

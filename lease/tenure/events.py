@@ -8,7 +8,7 @@ from lease.model import Lease
 
 
 class Held(NamedTuple):
-    """The lease is ours. method: how we came by it; warn: an operator should look."""
+    """The lease is ours. method: how we acquired it; warn: needs an operator's attention."""
 
     lease: Lease
     method: str

@@ -38,7 +38,7 @@ class Holder(Protocol):
 
 
 class TenureThread(threading.Thread):
-    """Turns a Holder: settles when the claim changes or somebody says look, renews in time, retries with backoff."""
+    """Turns a Holder: settles when the claim changes or a recheck is asked for, renews in time, retries with backoff."""
 
     def __init__(
         self,

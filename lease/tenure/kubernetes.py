@@ -47,10 +47,10 @@ class OwnNode(Protocol):
 class NodeTenure:
     """Makes Node and Claim agree. No thread; `TenureThread` turns it."""
 
-    def __init__(self, store: OwnNode, names: Names, node_name: str, tell_condition: bool, rng: random.Random) -> None:
-        """tell_condition: set NetworkUnavailable to False once `network_up`."""
+    def __init__(self, store: OwnNode, names: Names, node_name: str, set_condition: bool, rng: random.Random) -> None:
+        """set_condition: set NetworkUnavailable to False once `network_up`."""
         self._store, self._names, self._name, self._rng = store, names, node_name, rng
-        self._tell_condition = tell_condition
+        self._set_condition = set_condition
         self.network_up = False
         """The datapath is in place; set by the agent's main."""
         self.held: Lease | None = None
@@ -65,20 +65,20 @@ class NodeTenure:
         why = ""
         for _ in range(TRIES):
             try:
-                return self._told(self._settle(claim, self._store.own()))
+                return self._with_unreported(self._settle(claim, self._store.own()))
             except NodeGone as gone:
                 # its podCIDR is free, and a Node that comes back may get another
                 why = f"{gone}; is --node-name (NODE_NAME) right, and does its kubelet run?"
-                return self._told(self._deny(why, displaced=True))
+                return self._with_unreported(self._deny(why, displaced=True))
             except RecordChanged as changed:
                 why = str(changed)
             except ApiError as refused:
                 if refused.code not in REFUSED:
                     raise
-                return self._told(self._deny(str(refused)))
-        return self._told(self._deny(f"{why}; it changed {TRIES} times while it was written"))
+                return self._with_unreported(self._deny(str(refused)))
+        return self._with_unreported(self._deny(f"{why}; it changed {TRIES} times while it was written"))
 
-    def _told(self, events: list[TenureEvent]) -> list[TenureEvent]:
+    def _with_unreported(self, events: list[TenureEvent]) -> list[TenureEvent]:
         """These, after what happened in a settling that was broken off."""
         unreported, self.unreported = self.unreported, []
         return [*unreported, *events]
@@ -101,7 +101,7 @@ class NodeTenure:
         subnet = view.subnets.get(claim.family.number)
         if self.held is not None and self.held.first.subnet != subnet:
             now = f"podCIDR {subnet}" if subnet is not None else "no podCIDR yet"
-            # owed at once: the device keeps the pods of it, whatever becomes of the rest
+            # reported in any case: the device keeps the pods of it, whatever fails later
             self.unreported.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
             self._last_mac, self.held = self.held.first.mac, None
         if (why := self._fault(claim, view, subnet)) is not None or subnet is None:
@@ -170,7 +170,7 @@ class NodeTenure:
 
     def _condition(self, view: NodeView) -> dict[str, str] | None:
         """The condition to write; None where it stands or is not to be told (yet)."""
-        if not self._tell_condition or not self.network_up or view.unavailable == "False":
+        if not self._set_condition or not self.network_up or view.unavailable == "False":
             return None
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return {
@@ -210,7 +210,7 @@ class NodeTenure:
         nothing = Lease(self._name, "", None, None, "", 0, 0, 0)
         ours = [name for name in encode(nothing, self._names) if name in view.annotations]
         condition = None
-        if self._tell_condition and view.reason == REASON:
+        if self._set_condition and view.reason == REASON:
             condition = {"$patch": "delete", "type": UNAVAILABLE}
         if ours or condition is not None:
             self._store.write(view.uid, dict.fromkeys(ours), condition)

@@ -92,7 +92,7 @@ class Loop:
                 log.info("agent.stopped", reason=stop.reason, datapath="stays in place")
                 return stop.code
             more = self.run_pass()
-            self.health.turned()
+            self.health.pass_made()
             if not self._log_released and self._clock() - self._began > SILENT_S:
                 self._release_log()
 

@@ -20,12 +20,12 @@ def exposition(status: Status) -> str:
     store_up = found.get("store", {}).get("up", True)
     gauges = {
         "ready": ("1 when the lease is held and the kernel is as it should be", int(status.ready)),
-        "store_down": ("1 while the store is away", int(not store_up)),
+        "store_down": ("1 while the store is unavailable", int(not store_up)),
         "peers": ("peers accepted", len(found.get("peers", ()))),
         "refused_records": ("records that cannot be used; the status says why", len(refused)),
         "problems": ("what is wrong just now; the status says what", len(status.problems)),
         "differing_entries": ("kernel entries that are not as they should be", found.get("differing_entries", 0)),
-        "conflicting_routes": ("routes of others before ours", len(found.get("conflicting_routes", ()))),
+        "conflicting_routes": ("routes of others that are preferred to ours", len(found.get("conflicting_routes", ()))),
         "retained_subnets": (
             "subnets lost, on which pods of this node still run",
             len(found.get("retained_subnets", ())),

@@ -89,7 +89,7 @@ class _Handler(BaseRequestHandler):
         if method not in ("GET", "HEAD"):
             status, kind, body = text(405, "only GET")
         elif route is None:
-            status, kind, body = text(404, f"there is {', '.join(self.routes)}")
+            status, kind, body = text(404, f"available: {', '.join(self.routes)}")
         else:
             status, kind, body = route()
         data = body.encode()
@@ -111,11 +111,11 @@ class _Server(ThreadingMixIn, BaseServer):
         """In a thread of its own."""
         with self._changed:
             while len(self._open) >= MOST_AT_ONCE:
-                self._let_one_go()
+                self._evict_one()
             self._open[request] = 0.0
         super().process_request(request, client_address)
 
-    def _let_one_go(self) -> None:
+    def _evict_one(self) -> None:
         """Or wait a moment for the answers under way."""
         first = min(self._open, key=self._open.__getitem__)
         if (left := self._open[first] - time.monotonic()) > 0:
@@ -198,5 +198,5 @@ def ask_unix(path: str, route: str, timeout_s: float = 10.0) -> tuple[int, str]:
             data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
     if not head:
-        raise ConnectionResetError("it closed the connection without an answer: more ask at once than it serves")
+        raise ConnectionResetError("it closed the connection without an answer: too many requests at once")
     return int(head.split()[1]), body.decode()

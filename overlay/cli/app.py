@@ -16,7 +16,7 @@ from overlay.cli.status import status
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def app() -> None:
-    """Look at, try and mend a VXLAN overlay network."""
+    """Inspect, try out and repair a VXLAN overlay network."""
 
 
 @app.command(
@@ -44,7 +44,7 @@ def release(flags: tuple[str, ...]) -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,
 )
-@click.option("--force", is_flag=True, help="also where no agent left its mark in the run directory")
+@click.option("--force", is_flag=True, help="also where the run directory has no trace of an agent")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def uninstall(force: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
@@ -64,7 +64,7 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
     if removed:
         click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
     else:
-        click.echo(f"no agent of ours left anything in {settings.run_dir}; --force looks all the same", err=True)
+        click.echo(f"no trace of an agent in {settings.run_dir}; --force looks for its parts anyway", err=True)
 
 
 @app.command("install-cni")

@@ -33,12 +33,12 @@ def cluster() -> None:
 def prove(name: str, keep: bool, outage: float) -> None:
     """Bring it up, apply the manifest, show who reaches whom, then do to it what operators do.
 
-    Exit status: 0 all held, 1 something did not.
+    Exit status: 0 all checks passed, 1 one failed.
     """
     console = terminal.console()
     it, began = Cluster(name), time.monotonic()
 
-    def tell(line: str) -> None:
+    def progress(line: str) -> None:
         console.print(Text(f"{time.monotonic() - began:6.1f} s  {line}"))
 
     try:
@@ -46,16 +46,16 @@ def prove(name: str, keep: bool, outage: float) -> None:
             it.down()
             it.up(2, plugins=False)
             proof = Proof(it)
-            tell(f"{len(proof.names)} nodes are registered, none Ready: {', '.join(proof.names)}")
-            tell(proof.install())
+            progress(f"{len(proof.names)} nodes are registered, none Ready: {', '.join(proof.names)}")
+            progress(proof.install())
             pods = [end for end in proof.pods() if end.kind == "pod"]
-            tell(f"{len(pods)} pods run: {', '.join(f'{end.name} {end.address} on {end.node}' for end in pods)}")
+            progress(f"{len(pods)} pods run: {', '.join(f'{end.name} {end.address} on {end.node}' for end in pods)}")
             cells = proof.reach()
             for kinds in ("pod-pod", "node-pod", "pod-node"):
                 print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
-            tell(f"Service: {proof.service()}")
+            progress(f"Service: {proof.service()}")
             if keep:
-                tell(f"it stays up; try: overlay cluster kubectl --name {name} -- get pods -A -o wide")
+                progress(f"it stays up; try: overlay cluster kubectl --name {name} -- get pods -A -o wide")
                 return
             for step in (
                 proof.rolling_restart,
@@ -64,13 +64,13 @@ def prove(name: str, keep: bool, outage: float) -> None:
                 lambda: proof.outage(outage),
                 proof.uninstall,
             ):
-                tell(step())
+                progress(step())
             it.down()
-            tell("all held; the cluster is removed")
+            progress("all checks passed; the cluster is removed")
     except LabError as error:
-        tell(f"did not hold: {error}")
-        tell(f"it is left as it is; look at it: overlay cluster kubectl --name {name} -- get pods -A -o wide")
-        tell(f"logs: {it.folder}/*.log; remove it: overlay cluster down --name {name}")
+        progress(f"failed: {error}")
+        progress(f"it is left as it is; inspect it with: overlay cluster kubectl --name {name} -- get pods -A -o wide")
+        progress(f"logs: {it.folder}/*.log; remove it: overlay cluster down --name {name}")
         sys.exit(1)
 
 

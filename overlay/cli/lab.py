@@ -42,22 +42,22 @@ def lab() -> None:
 def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_flag: tuple[str, ...]) -> None:
     """Bring a lab up and prove that every pod reaches every other. It stays up.
 
-    A lab that stands is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
+    An existing lab is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
     """
-    with _working(name, as_json) as (found, tell):
+    with _working(name, as_json) as (found, progress):
         it = found
         if it.exists and not it.whole():
-            tell("removing what is left of an earlier lab")
-            it.down(tell)
+            progress("removing what is left of an earlier lab")
+            it.down(progress)
             it = Lab(name)
         if not it.exists:
-            it.up(nodes, pods, net_conf, list(agent_flag), tell)
+            it.up(nodes, pods, net_conf, list(agent_flag), progress)
         elif (len(it.nodes), it.net_conf, it.agent_flags) != (nodes, net_conf, list(agent_flag)):
             raise LabError(
-                f"a lab {name!r} of {len(it.nodes)} nodes stands already, made otherwise: `overlay lab down --name {name}`"
-                " first, or take another --name; `overlay lab matrix` shows the one that stands"
+                f"a lab {name!r} of {len(it.nodes)} nodes exists, with other options: `overlay lab down --name {name}`"
+                " first, or take another --name; `overlay lab matrix` shows the existing one"
             )
-        _prove(it, as_json, tell)
+        _prove(it, as_json, progress)
 
 
 @lab.command("status")
@@ -77,9 +77,9 @@ def status_(name: str, as_json: bool) -> None:
 @_JSON
 def matrix_(name: str, as_json: bool) -> None:
     """Every pair of pods, and pods with nodes, measured again."""
-    with _working(name, as_json) as (it, tell):
+    with _working(name, as_json) as (it, progress):
         _must_exist(it)
-        _prove(it, as_json, tell)
+        _prove(it, as_json, progress)
 
 
 @lab.command("exec", context_settings={"ignore_unknown_options": True})
@@ -101,9 +101,9 @@ def exec_(name: str, where: str, command: tuple[str, ...]) -> None:
 @click.option("--pods", type=click.IntRange(0, 200), default=2, show_default=True)
 def add_node(name: str, as_json: bool, pods: int) -> None:
     """One more node; the matrix is measured again."""
-    with _working(name, as_json) as (it, tell):
-        it.add_node(pods, tell)
-        _prove(it, as_json, tell)
+    with _working(name, as_json) as (it, progress):
+        it.add_node(pods, progress)
+        _prove(it, as_json, progress)
 
 
 @lab.command("remove-node")
@@ -111,18 +111,18 @@ def add_node(name: str, as_json: bool, pods: int) -> None:
 @click.argument("node")
 def remove_node(name: str, node: str) -> None:
     """Take a node away, and give up its lease."""
-    with _working(name, False) as (it, tell):
+    with _working(name, False) as (it, progress):
         _must_exist(it)
-        it.remove_node(node, tell)
+        it.remove_node(node, progress)
 
 
 @lab.command()
 @_NAME
 def down(name: str) -> None:
     """Remove the lab and all that a crash left of it."""
-    with _working(name, False) as (it, tell):
+    with _working(name, False) as (it, progress):
         was = it.exists
-        it.down(tell)
+        it.down(progress)
         click.echo(f"the lab {name!r} is gone" if was else f"there is no lab {name!r}", err=True)
 
 
@@ -159,9 +159,9 @@ def _statuses(it: Lab) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _prove(it: Lab, as_json: bool, tell: Callable[[str], None]) -> None:
+def _prove(it: Lab, as_json: bool, progress: Callable[[str], None]) -> None:
     """Show nodes, matrix and packet; end with their exit status."""
-    tell("measuring who reaches whom")
+    progress("measuring who reaches whom")
     cells = it.prove()
     packet, missed = _capture(it)
     statuses = _statuses(it)
@@ -269,7 +269,7 @@ def print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
     if len(targets) > WIDE:
         good = [cell.rtt_us for cell in cells if cell.ok and cell.rtt_us is not None]
         median = f", median {sorted(good)[len(good) // 2]:.0f} us" if good else ""
-        console.print(f"{title}: {len(good)} of {len(cells)} pairs hold{median} (--json has each)")
+        console.print(f"{title}: {len(good)} of {len(cells)} pairs reach each other{median} (--json has each)")
         return
     table = Table(title=title, title_justify="left")
     table.add_column("from \\ to")
@@ -291,7 +291,7 @@ def _cell_text(cell: Cell) -> Text:
 
 def _print_packet(console: Console, packet: Captured) -> None:
     table = Table(
-        title=f"one packet, caught leaving by {packet.interface} ({packet.length} bytes)", title_justify="left"
+        title=f"one packet, captured leaving by {packet.interface} ({packet.length} bytes)", title_justify="left"
     )
     for column in ("header", "from", "to", "what"):
         table.add_column(column)
@@ -312,7 +312,7 @@ def _print_verdict(console: Console, it: Lab, cells: list[Cell], holds: bool) ->
     elif not cells:
         console.print("[yellow]no pods, so nothing to measure[/]")
     else:
-        console.print(f"[red]{good} of {len(cells)} pairs hold[/]; look at: overlay lab status --name {it.name}")
+        console.print(f"[red]{good} of {len(cells)} pairs reach each other[/]; see overlay lab status --name {it.name}")
     command = sys.argv[0] if sys.argv[0].endswith("overlay") else "overlay"
     name = "" if it.name == "lab" else f" --name {it.name}"
     first = it.nodes[0].name if it.nodes else "node1"

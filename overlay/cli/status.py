@@ -82,7 +82,7 @@ def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         tries = f", refused {item['tries']} times: {item['error']}" if item["tries"] else ""
         yield f"{item['table']} {item['entry']}", f"{item['state']}{tries}"
     for route in found["conflicting_routes"]:
-        yield f"route {route_text(route)}", "not ours, and stands before ours"
+        yield f"route {route_text(route)}", "not ours, but preferred to ours"
     for subnet in found["retained_subnets"]:
         yield f"subnet {subnet}", "not ours any more; pods made before still use it here"
 
@@ -110,7 +110,7 @@ def _node(found: dict[str, Any]) -> Table:
     if device:
         rows["device"] = (
             f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
-            f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not in order)'}"
+            f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not as it should be)'}"
         )
     for row in ("mended", "dropped"):
         counts = {

@@ -15,7 +15,7 @@ from overlay.settings.settings import Settings, SettingsError, read_live
 
 
 class LiveFiles(Source):
-    """Them, as inputs. One that vanished says nothing: what it said last is kept. (A kubelet takes the ConfigMap away from a
+    """Them, as inputs. One that vanished says nothing: its last content is kept. (A kubelet takes the ConfigMap away from a
     container whose pod is deleted, before it ends it.)"""
 
     name = "live"
@@ -40,7 +40,7 @@ class LiveFiles(Source):
     def _on_file(self, event: FileText) -> bool:
         subject = f"file {event.what}"
         if event.text is None and event.what in self._seen:
-            words = f"{event.path} is gone; what it said last is kept"
+            words = f"{event.path} is gone; its last content is kept"
             self._health.problem(subject, words, harmless=True)
             return False
         if event.text is not None:
@@ -59,7 +59,7 @@ class LiveFiles(Source):
             live = self._at_start if event.text is None else read_live(event.text, self._at_start)
             self._refuse_taking_ours(live)
         except SettingsError as error:
-            words = f"{event.path}: {error}; what ran until now is kept"
+            words = f"{event.path}: {error}; the previous settings stay in effect"
             self._health.problem("live-settings", words, harmless=True)
             return
         self._health.solved("live-settings")

@@ -40,14 +40,14 @@ class NetworkConfigInput:
                     drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
                     self._health.problem(
                         "config",
-                        f"the new config ({_joined(config.pools.values())}) does not hold our subnet {end.subnet};"
+                        f"the new config ({_comma_list(config.pools.values())}) does not contain our subnet {end.subnet};"
                         f" the running config is kept: drain this node and {drain}",
                         harmless=True,
                     )
                     return
         if self._current.set(config=config):
-            networks = _joined(pool.network for pool in config.pools.values())
-            log.info("config", network=networks, subnets=_joined(config.pools.values()), **backend_fields(config))
+            networks = _comma_list(pool.network for pool in config.pools.values())
+            log.info("config", network=networks, subnets=_comma_list(config.pools.values()), **backend_fields(config))
         self._health.solved("config")
 
     def _refuse_other_families(self, config: NetworkConfig) -> None:
@@ -67,7 +67,7 @@ class NetworkConfigInput:
         return pool.network.covers(subnet) if self._current.inputs.settings.kube else pool.allows(subnet)
 
 
-def _joined(values: Iterable[object]) -> str:
+def _comma_list(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 

@@ -20,7 +20,7 @@ from overlay.process.log import log
 from overlay.settings.settings import Settings
 
 PUT_RIGHT_S = 60.0
-"""So long after our record was put right any other that claims our MAC is looked at."""
+"""So long after our record was put right any other record that claims our MAC is checked."""
 
 
 class Claimer(Protocol):
@@ -74,7 +74,7 @@ class Ownership(Controller):
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._expires_at: float | None = None
-        self._told_twins: set[str] = set()
+        self._logged_rivals: set[str] = set()
         """Records with our public IP that were logged."""
         self.displaced_record: Callable[[Lease], None] = lambda _lease: None
         """Called with the record at a key that was ours: it is somebody's like any other. Set before the loop runs."""
@@ -83,7 +83,7 @@ class Ownership(Controller):
 
     @property
     def handles(self) -> Mapping[type, Handler]:
-        """What the tenure's thread tells."""
+        """What the tenure's thread reports."""
         return {Held: self._on_held, Lost: self._on_lost, Denied: self._on_denied, Renewed: self._on_renewed}
 
     # --- asking
@@ -100,7 +100,7 @@ class Ownership(Controller):
         return _Wants(inputs.config, under._replace(up=True), inputs.settings)
 
     def reconcile(self, wants: Any) -> bool:
-        """Tell the tenure. Raises KernelError."""
+        """Pass it to the tenure. Raises KernelError."""
         config, under, settings = wants
         assert self._identity_of is not None
         if self._earlier is None:
@@ -156,7 +156,7 @@ class Ownership(Controller):
 
     def record_gone(self, key: str) -> None:
         """A record went."""
-        self._told_twins.discard(key)
+        self._logged_rivals.discard(key)
 
     # --- disputes
 
@@ -166,7 +166,7 @@ class Ownership(Controller):
             self.check_rival(lease)
 
     def check_rival(self, lease: Lease) -> None:
-        """Another record that is older than ours and has our subnet or MAC wins; one with our address is told."""
+        """Another record that is older than ours and has our subnet or MAC wins; one with our address is logged."""
         held = self.held
         if held is None:
             return
@@ -180,8 +180,8 @@ class Ownership(Controller):
                 same_mac and self._clock() < self._put_right_until
             ):
                 self.recheck()
-            if theirs.public_ip == ours.public_ip and theirs.mac != ours.mac and lease.key not in self._told_twins:
-                self._told_twins.add(lease.key)
+            if theirs.public_ip == ours.public_ip and theirs.mac != ours.mac and lease.key not in self._logged_rivals:
+                self._logged_rivals.add(lease.key)
                 log.warning(
                     "public_ip.claimed_twice",
                     public_ip=ip_text(ours.subnet.family, ours.public_ip),
@@ -194,10 +194,10 @@ class Ownership(Controller):
 
     def _on_held(self, event: Held) -> bool:
         lease = event.lease
-        tell = log.warning if event.warn else log.info
+        write_log = log.warning if event.warn else log.info
         end = lease.first
         public_ip = ip_text(end.subnet.family, end.public_ip)
-        tell("lease", subnet=str(end.subnet), public_ip=public_ip, method=event.method)
+        write_log("lease", subnet=str(end.subnet), public_ip=public_ip, method=event.method)
         before = self._at_our_key
         self.held, self._method, self._at_our_key, self._first_list = lease, event.method, lease, None
         if before is not None and before.key != lease.key:
@@ -247,7 +247,7 @@ class Ownership(Controller):
         """Whether it was renewed in time: asked at each pass."""
         if self._expires_at is not None and self._clock() >= self._expires_at:
             self._health.problem(
-                "renewal", "the lease was not renewed in time and may be given away: the store is away"
+                "renewal", "the lease was not renewed in time and may be given away: the store is unavailable"
             )
 
     def withdraw(self) -> Iterator[str]:

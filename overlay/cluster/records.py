@@ -68,12 +68,12 @@ class RecordsSource(Source):
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
         self._down = ""
         self._health.solved("store")
-        if not self._kube:  # there the config is a file, which has told it already
+        if not self._kube:  # there the config is a file, which was read already
             self._network.read(snapshot.config)
         self._on_hints(snapshot.hints)
         self._unreadable = {key: refused.reason for key, refused in snapshot.refused.items()}
         for key, reason in self._unreadable.items():
-            self._refusals.tell(key, reason)
+            self._refusals.report(key, reason)
         self._current.set(listed=True)
         self._ownership.list_came(snapshot)
         for peers in self._peers:
@@ -107,7 +107,7 @@ class RecordsSource(Source):
             self._ownership.record_gone(change.key)
         if isinstance(change, Refused):
             self._unreadable[change.key] = change.reason
-            self._refusals.tell(change.key, change.reason)
+            self._refusals.report(change.key, change.reason)
         if change.key == self._ownership.key:
             self._ownership.record_seen(lease)
         else:

@@ -22,8 +22,8 @@ from overlay.settings.settings import Settings
 
 Stamp = tuple[int, int, int]
 """Inode, time of the last write (ns) and size."""
-LOOK_S = 1.0
-"""Nobody tells of a file: each is looked at so often, which costs next to nothing."""
+CHECK_EVERY_S = 1.0
+"""No event reports a file: each is checked so often, which costs next to nothing."""
 
 
 class _Wants(NamedTuple):
@@ -89,7 +89,7 @@ class CniController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Write what differs. Raises OSError."""
-        self._next = self._clock() + LOOK_S
+        self._next = self._clock() + CHECK_EVERY_S
         path = wants.list_path
         if wants.displaced:
             self._withdraw_list(path)
@@ -133,13 +133,13 @@ class CniController(Controller):
                 log.info("file.written", path=path)
 
     def due(self) -> float | None:
-        """At once where a file is not the one that we saw last; else when they are looked at next."""
+        """At once where a file is not the one that we saw last; else when they are checked next."""
         now = self._clock()
         if now < self._next:
             return self._next
         if any(_stamp(path) != stamp for path, (_, stamp) in self._written.items()):
             return 0.0
-        self._next = now + LOOK_S
+        self._next = now + CHECK_EVERY_S
         return self._next
 
     def withdraw(self) -> Iterator[str]:

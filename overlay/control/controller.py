@@ -35,7 +35,7 @@ class Controller:
     yields: ClassVar[bool] = False
     """In the first seconds of a start it waits while a controller before it has more to do: peers come first."""
     rechecked: ClassVar[bool] = True
-    """Asked once a minute whatever was told: a lost event costs so long at most. False: `due` says when."""
+    """Asked once a minute whatever events came: a lost event costs so long at most. False: `due` says when."""
     harmless: ClassVar[bool] = False
     """With a problem of it pods' traffic is as it should be: an operator should see it, readiness does not wait for it."""
     answers_later: ClassVar[bool] = False
@@ -57,7 +57,7 @@ class Controller:
     def reconcile(self, wants: Any) -> bool:
         """Make it so: one bounded slice. Whether there is more to do at once.
 
-        Raises OSError (KernelError is one) or CannotReconcile: told as a problem of its name, and tried again with
+        Raises OSError (KernelError is one) or CannotReconcile: reported as a problem of its name, and retried with
         back-off.
         """
         raise NotImplementedError

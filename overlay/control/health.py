@@ -35,7 +35,7 @@ class Health:
         self._bad_since: float | None = None
         self._last_turn = clock()
 
-    def turned(self) -> None:
+    def pass_made(self) -> None:
         """The loop made a turn."""
         self._last_turn = self._clock()
 

@@ -10,13 +10,13 @@ from typing import Any
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs
-from overlay.kernel.netlink import words_of
+from overlay.kernel.netlink import error_text
 from overlay.process.log import log
 
 FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
 """After a refusal; twice as long after each that follows, up to the second."""
 RECHECK_S = 60.0
-"""How often all controllers are asked, whatever was told."""
+"""How often all controllers are asked, whatever events came."""
 PEERS_FIRST_S = 5.0
 """So long after the start the controllers that yield wait while others have more to do."""
 CHECK_SHARE = 4000
@@ -96,7 +96,7 @@ class _Slot:
         self.stale, self.more = True, False
         self.retry = Retry(clock)
 
-    def look(self, inputs: Inputs) -> None:
+    def update(self, inputs: Inputs) -> None:
         """What it wants, by the inputs of now."""
         if self.inputs is not inputs:
             wants = self.controller.wants(inputs)
@@ -160,7 +160,7 @@ class Schedule:
         return more or any(slot.inputs is not self._current.inputs for slot in self._slots)
 
     def _ask(self, slot: _Slot) -> bool:
-        slot.look(self._current.inputs)
+        slot.update(self._current.inputs)
         controller, wants = slot.controller, slot.wants
         if isinstance(wants, Waiting) or not all(map(self._is_done, controller.after)):
             return False
@@ -176,7 +176,7 @@ class Schedule:
                 slot.more = controller.reconcile(wants)
         except (OSError, CannotReconcile) as error:
             slot.retry.refused()
-            self._health.problem(controller.name, words_of(error), controller.harmless)
+            self._health.problem(controller.name, error_text(error), controller.harmless)
             return False
         slot.retry.succeeded()
         if wants is None or not controller.answers_later:

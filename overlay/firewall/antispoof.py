@@ -307,7 +307,7 @@ class AntiSpoof:
             raise refused
 
     def _bind_one(self, link: Link) -> float | None:
-        """Bind one port, as far as its pod is known. When it is to be looked at again, None: it is bound for good. Raises
+        """Bind one port, as far as its pod is known. When it is to be checked again, None: it is bound for good. Raises
         KernelError."""
         assert self._network is not None
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]

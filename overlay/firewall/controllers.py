@@ -225,7 +225,7 @@ class PodsController(_TableController):
         return False
 
     def due(self) -> float | None:
-        """When a pod is to be looked at again."""
+        """When a pod is to be checked again."""
         at = self._pods.next_bind()
         return self._cadence.at if at is None else min(at, self._cadence.at)
 

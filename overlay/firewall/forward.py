@@ -40,7 +40,7 @@ def ensure(family: Family, table: str, network: Prefix | None) -> tuple[list[str
         did += _in_iptables(family.number, tag(table), network)
     except iptables.NoProgram as missing:
         if network is not None:
-            return did, f"the old iptables are in use on this node, and nobody can look at them: {missing.strerror}"
+            return did, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}"
     if not blocked:
         return did, ""
     return did, (
@@ -55,7 +55,7 @@ def _in_nft(chain: nft.Chain, comment: str, network: Prefix | None) -> list[str]
     if [rule.get("expr") for rule in there] == wanted:
         return []
     nft.change_rules(chain, there, [{"expr": expr, "comment": comment} for expr in wanted])
-    return [_told(str(chain), network)]
+    return [_description(str(chain), network)]
 
 
 def _in_iptables(family: int, comment: str, network: Prefix | None) -> list[str]:
@@ -68,10 +68,10 @@ def _in_iptables(family: int, comment: str, network: Prefix | None) -> list[str]
     if there == wanted:
         return []
     iptables.change_rules(family, there, wanted)
-    return [_told("iptables-legacy FORWARD", network if drops else None)]
+    return [_description("iptables-legacy FORWARD", network if drops else None)]
 
 
-def _told(chain: str, network: Prefix | None) -> str:
+def _description(chain: str, network: Prefix | None) -> str:
     return f"{chain}: rules taken out" if network is None else f"{chain}, which drops by policy: {network} let through"
 
 

@@ -44,19 +44,19 @@ def table_name(number: int) -> str:
 def table(family: Family, number: int, outer: Outer, network: Prefix) -> nf_wire.Table:
     """The form of the table. number: of the network (Backend.network).
 
-    A frame is told by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
-    may use the port as well. Pods are told by the interface and by the network: nothing from them goes to the port of any
+    A frame is known by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
+    may use the port as well. Pods are known by the interface and by the network: nothing from them goes to the port of any
     node, whatever is in it; from pod to pod it may.
     """
     to_port = (
         nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
         nf_wire.load("transport", 2, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
     )  # fmt: skip
-    from_inside = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
+    from_pod_interfaces = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
     base, size = family.packed(network.base), family.size
     from_network = (*_within(family, family.source_at, network), nf_wire.equal(base))
     beyond = (*_within(family, family.destination_at, network), nf_wire.differ(base))
-    stranger = (
+    unknown_sender = (
         *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")),
         nf_wire.load("network", family.source_at, size), nf_wire.absent_from(VTEPS),
     )  # fmt: skip
@@ -75,13 +75,13 @@ def table(family: Family, number: int, outer: Outer, network: Prefix) -> nf_wire
             nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
         ),
         (
-            nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_inside, pods, nf_wire.DROP)),
+            nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_pod_interfaces, pods, nf_wire.DROP)),
             # a rule of its own: where the set is full it ends here
-            nf_wire.Rule("input", "who it was", (*stranger, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
+            nf_wire.Rule("input", "remember the sender", (*unknown_sender, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
             nf_wire.Rule(
-                "input", "VXLAN from no peer", (*stranger, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)
+                "input", "VXLAN from no peer", (*unknown_sender, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)
             ),
-            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_inside, *beyond, pods, nf_wire.DROP)),
+            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_pod_interfaces, *beyond, pods, nf_wire.DROP)),
             nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
         ),
     )  # fmt: skip
@@ -107,7 +107,7 @@ class Guard:
         """Interfaces of pods, None while nobody knows them: what was found stays."""
         self._there: set[int] = set()
         """What the set of the kernel has."""
-        self._inside_there: frozenset[int] = frozenset()
+        self._interfaces_found: frozenset[int] = frozenset()
         self._new: set[int] = set()
         self._leaving: dict[int, float] = {}
         """Addresses that no peer has any more, and until when they are let in; the first goes first."""
@@ -136,7 +136,7 @@ class Guard:
         for address in before.keys() - uses.keys():
             self._leaves(address)
 
-    def turn(self, was: Lease | None, now: Lease | None) -> None:
+    def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
         if now is not None:
             self._use(now)
@@ -186,36 +186,36 @@ class Guard:
         if not self._socket.is_formed(wanted):
             let_in, inside = self._let_in(), self._inside or frozenset()
             self._socket.replace(wanted, {VTEPS: self._keys(let_in), POD_INTERFACES: _numbers(inside)})
-            self._table, self._there, self._inside_there = wanted, let_in, inside
+            self._table, self._there, self._interfaces_found = wanted, let_in, inside
             self._new.clear()
             if before == wanted:
                 self.mended += 1
-            tell = log.warning if before == wanted else log.info
-            tell("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(let_in))
+            write_log = log.warning if before == wanted else log.info
+            write_log("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(let_in))
             return
         there = {int.from_bytes(key, "big") for key in self._socket.elements(wanted, wanted.sets[0])}
-        inside = self._read_inside(wanted)
-        if before == wanted and (there, inside) != (self._there, self._inside_there):
+        inside = self._read_interfaces(wanted)
+        if before == wanted and (there, inside) != (self._there, self._interfaces_found):
             self.mended += 1
-            missing = len(self._there - there) + len(self._inside_there - inside)
-            more = len(there - self._there) + len(inside - self._inside_there)
+            missing = len(self._there - there) + len(self._interfaces_found - inside)
+            more = len(there - self._there) + len(inside - self._interfaces_found)
             log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
-        self._table, self._there, self._inside_there = wanted, there, inside
+        self._table, self._there, self._interfaces_found = wanted, there, inside
         self._new = self._uses.keys() - there
         for address in there - self._uses.keys() - self._leaving.keys():
             self._leaves(address)
         self.apply()
 
-    def _read_inside(self, table: nf_wire.Table) -> frozenset[int]:
+    def _read_interfaces(self, table: nf_wire.Table) -> frozenset[int]:
         keys = self._socket.elements(table, table.sets[1])
         return frozenset(int.from_bytes(key, sys.byteorder) for key in keys)
 
     def begin_check(self, wanted: nf_wire.Table) -> None:
-        """Begin to look whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
+        """Begin to check whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
         if (
             self._table != wanted
             or not self._socket.is_formed(wanted)
-            or self._read_inside(wanted) != self._inside_there  # told of others' changes anyway: rare
+            or self._read_interfaces(wanted) != self._interfaces_found  # notified of others' changes anyway: rare
         ):
             self.ensure(wanted)
         elif self._check is None:
@@ -286,10 +286,10 @@ class Guard:
         self._new.clear()
         for address in gone:
             del self._leaving[address]
-        if self._inside is not None and self._inside != self._inside_there:
-            more, fewer = self._inside - self._inside_there, self._inside_there - self._inside
+        if self._inside is not None and self._inside != self._interfaces_found:
+            more, fewer = self._inside - self._interfaces_found, self._interfaces_found - self._inside
             self._socket.change(table, {POD_INTERFACES: _numbers(more)}, {POD_INTERFACES: _numbers(fewer)})
-            self._inside_there = self._inside
+            self._interfaces_found = self._inside
 
     def next_change(self) -> float | None:
         """When an address leaves, None: none does."""
@@ -302,7 +302,7 @@ class Guard:
         now = self._clock()
         return self._uses.keys() | {address for address, until in self._leaving.items() if until > now}
 
-    # --- what is told
+    # --- what is reported
 
     def dropped(self) -> Mapping[str, int]:
         """Packets that were refused, since the table was made: from unknown senders, from pods. Raises KernelError."""

@@ -22,7 +22,7 @@ from overlay.node.owned import Owned
 from overlay.process.log import log
 
 FORWARD_GAP_S = 2.0
-"""kube-proxy writes to the shared table, too: looked at a moment later, and once for all its changes of that time."""
+"""kube-proxy writes to the shared table, too: checked a moment later, and once for all its changes of that time."""
 
 
 class _ByProgram(Controller):
@@ -48,7 +48,7 @@ class _ByProgram(Controller):
             return False
         self._worker.ended()
         self._refused = event.refused
-        self.completed = True  # pods are not kept from a node whose nft is broken, which is told
+        self.completed = True  # pods are not kept from a node whose nft is broken, which is reported
         if not event.refused:
             self._health.solved(self.name)
             self._done(event.result)
@@ -172,7 +172,7 @@ class ForwardController(_ByProgram):
     ) -> None:
         super().__init__(post, health)
         self._family, self._owned, self._clock = family, owned, clock
-        self._look_at: float | None = None
+        self._check_at: float | None = None
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -181,12 +181,12 @@ class ForwardController(_ByProgram):
 
     def _on_nft(self, event: NftSeen) -> bool:
         if event.table == forward.SHARED_TABLE:
-            self._look_at = self._look_at or self._clock() + FORWARD_GAP_S
+            self._check_at = self._check_at or self._clock() + FORWARD_GAP_S
         return not event.table
 
     def due(self) -> float | None:
         """A moment after others wrote."""
-        return self._look_at
+        return self._check_at
 
     def wants(self, inputs: Inputs) -> object:
         """Whose packets are let through; None: nobody's by us."""
@@ -199,7 +199,7 @@ class ForwardController(_ByProgram):
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to look."""
-        self._look_at = None
+        self._check_at = None
         return super().reconcile(wants)
 
     def _work(self, wants: _ForwardWants) -> tuple[list[str], str]:

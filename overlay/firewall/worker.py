@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from overlay.kernel.netlink import words_of
+from overlay.kernel.netlink import error_text
 
 
 class Finished(NamedTuple):
@@ -32,7 +32,7 @@ class Worker:
         try:
             threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True).start()
         except RuntimeError as error:  # at the limit of what the container may have
-            self._post(Finished(self._name, None, words_of(error)))
+            self._post(Finished(self._name, None, error_text(error)))
 
     def ended(self) -> None:
         """The loop knows that it ended."""
@@ -42,4 +42,4 @@ class Worker:
         try:
             self._post(Finished(self._name, work(), ""))
         except Exception as error:  # a thread that ends without a word would never be asked again
-            self._post(Finished(self._name, None, words_of(error)))
+            self._post(Finished(self._name, None, error_text(error)))

@@ -1,4 +1,4 @@
-"""What the kernel tells of itself, as values: posted by the monitors, taken by the loop. Pure."""
+"""The kernel's notifications, as values: posted by the monitors, taken by the loop. Pure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FdbSeen(NamedTuple):
 
 class NeighbourMessages(NamedTuple):
     """Notifications of neighbours and FDB entries, not taken apart: a device that goes takes 40,000 with it, our own FDB
-    entries come back (they do not say whose doing they are), and a matcher sees at a glance what is no news."""
+    entries come back (they do not say whose doing they are), and a matcher recognises quickly what is no news."""
 
     messages: list[bytes]
 
@@ -66,7 +66,7 @@ class DeviceUnknown(NamedTuple):
 
 
 class Overrun(NamedTuple):
-    """Events were lost: only a dump tells the truth now."""
+    """Events were lost: only a dump is reliable now."""
 
 
 class NftSeen(NamedTuple):

@@ -35,7 +35,7 @@ class KernelError(OSError):
         return str(self.strerror)
 
 
-def words_of(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What was refused, and where: of a file its name stands first."""
     if isinstance(error, OSError) and not isinstance(error, KernelError) and error.filename:
         return f"{error.filename}: {error.strerror}"

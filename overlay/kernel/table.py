@@ -36,7 +36,7 @@ class Table:
     """An entry of another key (another metric) may serve the same peer: it is removed only after ours stands. Such
     entries lead traffic, so they are removed before all others."""
     watched: ClassVar[bool] = False
-    """Entries of others may stand before ours: an operator is told."""
+    """Entries of others may be preferred to ours: it is reported."""
     empty: ClassVar[tuple[int, ...]] = ()
     """What the kernel says to a dump where there is nothing at all."""
 

@@ -148,7 +148,7 @@ class Cluster:
         self.wait("the nodes' podCIDRs", lambda: len([n for n in self.nodes() if n["spec"].get("podCIDR")]) == nodes)
 
     def down(self) -> None:
-        """Remove everything that bears its name, also what a crashed `up` left. Nothing to do is no error."""
+        """Remove everything that has its name, also what a crashed `up` left. Nothing to do is no error."""
         keep = [process for key, process in self.started.items() if "kubelet" not in key]
         processes.end([process for key, process in self.started.items() if "kubelet" in key])
         until = time.monotonic() + 20
@@ -158,7 +158,7 @@ class Cluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > until:
-                raise LabError(f"processes that do not go: {sorted(found)}")
+                raise LabError(f"processes that do not end: {sorted(found)}")
             processes.end(keep)
             time.sleep(0.05)
         for name in netns.existing(f"overlay-{self.name}-"):

@@ -148,40 +148,40 @@ class Lab:
 
     # --- making it -----------------------------------------------------------------------------------------------------
 
-    def up(self, nodes: int, pods_each: int, net_conf: str, agent_flags: list[str], tell: Progress) -> None:
+    def up(self, nodes: int, pods_each: int, net_conf: str, agent_flags: list[str], progress: Progress) -> None:
         """Bring it up. Raises LabError; what was made by then stays for `down`."""
         parse_config(net_conf)
         pods.plugin_path()
         self.net_conf, self.agent_flags = net_conf, agent_flags
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save()
-        tell("underlay: bridge 192.168.1.0/24")
+        progress("underlay: bridge 192.168.1.0/24")
         topology.make_underlay(self.name)
-        tell("etcd")
+        progress("etcd")
         command = processes.etcd_command(self.folder, topology.GATEWAY)
         self.etcd = processes.start(topology.underlay_name(self.name), command, self.log("etcd"))
         self._save()
         self._put_config(net_conf)
         for number in range(1, nodes + 1):
-            self._make_node(number, tell)
-        self._wait_ready(self.nodes, tell)
-        self._attach(self.nodes, pods_each, tell)
+            self._make_node(number, progress)
+        self._wait_ready(self.nodes, progress)
+        self._attach(self.nodes, pods_each, progress)
 
-    def add_node(self, pods_each: int, tell: Progress) -> Node:
+    def add_node(self, pods_each: int, progress: Progress) -> Node:
         """One more node, with pods. Raises LabError."""
         self._must_be_whole()
         number = max((node.number for node in self.nodes), default=0) + 1
         if number > topology.MAX_NODES:
             raise LabError(f"192.168.1.0/24 has room for {topology.MAX_NODES} nodes")
-        node = self._make_node(number, tell)
-        self._wait_ready([node], tell)
-        self._attach([node], pods_each, tell)
+        node = self._make_node(number, progress)
+        self._wait_ready([node], progress)
+        self._attach([node], pods_each, progress)
         return node
 
-    def remove_node(self, name: str, tell: Progress) -> None:
+    def remove_node(self, name: str, progress: Progress) -> None:
         """Take a node away: its pods, its agent, its lease, its namespace. Raises LabError."""
         node = self.node(name)
-        tell(f"{name}: pods")
+        progress(f"{name}: pods")
         for pod in list(node.pods):
             with contextlib.suppress(LabError, OSError):  # a broken node is removed all the same
                 pods.detach(
@@ -190,23 +190,23 @@ class Lab:
                     topology.node_netns(self.name, pod),
                 )
             netns.delete(topology.node_netns(self.name, pod))
-        tell(f"{name}: agent")
+        progress(f"{name}: agent")
         agents = [node.agent] if node.agent is not None else []
         processes.end(agents + processes.leftovers(self.run_dir(node)))
-        tell(f"{name}: lease")
+        progress(f"{name}: lease")
         self._release(node)
         netns.delete(topology.node_netns(self.name, name))
         self.nodes.remove(node)
         self._save()
         shutil.rmtree(self.run_dir(node), ignore_errors=True)
 
-    def down(self, tell: Progress) -> None:
-        """Remove everything that bears its name, noted or not."""
-        tell("processes")
+    def down(self, progress: Progress) -> None:
+        """Remove everything that has its name, noted or not."""
+        progress("processes")
         noted = [node.agent for node in self.nodes if node.agent is not None]
         noted += [self.etcd] if self.etcd is not None else []
         processes.end(noted + processes.leftovers(self.folder))
-        tell("namespaces")
+        progress("namespaces")
         for name in netns.existing(f"overlay-{self.name}-"):
             netns.delete(name)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -241,9 +241,9 @@ class Lab:
 
     # --- its parts -----------------------------------------------------------------------------------------------------
 
-    def _make_node(self, number: int, tell: Progress) -> Node:
+    def _make_node(self, number: int, progress: Progress) -> Node:
         node = Node(f"node{number}", number)
-        tell(f"{node.name}: namespace, agent")
+        progress(f"{node.name}: namespace, agent")
         self.nodes.append(node)
         self._save()
         topology.make_node(self.name, node.name, number)
@@ -263,10 +263,10 @@ class Lab:
         self._save()
         return node
 
-    def _wait_ready(self, nodes: list[Node], tell: Progress) -> None:
+    def _wait_ready(self, nodes: list[Node], progress: Progress) -> None:
         until = time.monotonic() + READY_S
         for node in nodes:
-            tell(f"{node.name}: waiting for its agent to be ready")
+            progress(f"{node.name}: waiting for its agent to be ready")
             while (why := self._not_ready(node)) is not None:
                 if node.agent is None or not node.agent.alive() or time.monotonic() > until:
                     raise LabError(
@@ -288,7 +288,7 @@ class Lab:
             lines = []
         return lines[-1][:300] if lines else "(empty)"
 
-    def _attach(self, nodes: list[Node], pods_each: int, tell: Progress) -> None:
+    def _attach(self, nodes: list[Node], pods_each: int, progress: Progress) -> None:
         wanted = [(node, f"{node.name}-pod{i}") for node in nodes for i in range(1, pods_each + 1)]
         for node, pod in wanted:
             node.pods[pod] = ""
@@ -301,7 +301,7 @@ class Lab:
             conflist = self.run_dir(node) / "cni" / CONFLIST
             node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)
 
-        tell(f"{len(wanted)} pods by CNI")
+        progress(f"{len(wanted)} pods by CNI")
         with ThreadPoolExecutor(max_workers=4) as pool:
             list(pool.map(one, wanted))
         self._save()

@@ -1,6 +1,6 @@
 """What a cluster must show: the manifest as a user applies it, pods and a Service on it, and what is done to it later.
 
-Each step raises LabError with what did not hold, and returns what it saw, in words.
+Each step raises LabError with what failed, and returns what it saw, as text.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Proof:
         return found
 
     def reach(self) -> list[matrix.Cell]:
-        """The whole matrix. Raises LabError where a pair does not hold."""
+        """The whole matrix. Raises LabError where a pair does not reach each other."""
         ends = self.ends()
         addresses = {end.name: end.address for end in ends if end.kind == "node"}
 
@@ -114,7 +114,7 @@ class Proof:
         with matrix.Wires(ends) as wires:
             cells = wires.all(expected)
         if wrong := [f"{cell.source} -> {cell.target}: {cell.why}" for cell in cells if not cell.ok]:
-            raise LabError(f"{len(wrong)} of {len(cells)} pairs do not hold: {'; '.join(wrong[:5])}")
+            raise LabError(f"{len(wrong)} of {len(cells)} pairs do not reach each other: {'; '.join(wrong[:5])}")
         return cells
 
     def service(self) -> str:
@@ -191,7 +191,7 @@ class Proof:
         kubectl = self.cluster.kubectl
         kubectl("-n", NAMESPACE, "delete", "daemonset", "overlay", "--cascade=foreground")
         kubectl("apply", "-f", "-", input=manifest("uninstall.yaml"))
-        self.cluster.wait("no node bears our annotations", lambda: not any(map(self.notes, self.names)), 120)
+        self.cluster.wait("no node has our annotations", lambda: not any(map(self.notes, self.names)), 120)
         left = {name: found for name in self.names if (found := self.left_on(name))}
         if left:
             raise LabError(f"left behind: {left}")

@@ -81,7 +81,7 @@ class BridgesController(Controller):
     def reconcile(self, wants: Any) -> bool:
         """Find lost subnets, let go of those that no pod uses, remove bridges that nobody needs. Raises KernelError."""
         self._find(wants)
-        self._let_go(wants)
+        self._release_unused(wants)
         self._clear_unfinished(wants)
         return False
 
@@ -97,11 +97,11 @@ class BridgesController(Controller):
             log.warning("subnet.retained", subnet=str(subnet), reason="a bridge of pods on this node has its gateway")
         self._current.set(retained=(*known, *new))
 
-    def _let_go(self, wants: _Wants) -> None:
+    def _release_unused(self, wants: _Wants) -> None:
         for subnet in self._current.inputs.retained:
             if not self._still_used(subnet, wants):
                 self._current.set(retained=tuple(kept for kept in self._current.inputs.retained if kept != subnet))
-                log.info("subnet.let_go", subnet=str(subnet), reason="no pod of this node uses it any more")
+                log.info("subnet.released", subnet=str(subnet), reason="no pod of this node uses it any more")
 
     def _still_used(self, subnet: Prefix, wants: _Wants) -> bool:
         """Whether pods of this node use a subnet that it lost: while an interface other than the tunnel has an address of
@@ -137,7 +137,7 @@ class BridgesController(Controller):
             if ours and not link.mac and not ports_of(wants.links, link.ifindex):
                 self._io.delete(link.ifindex)
                 self._forget(link.ifindex)
-                log.info("bridge.removed", bridge=link.name, reason="a pod that could not be made left it unfinished")
+                log.info("bridge.removed", bridge=link.name, reason="left unfinished by a pod that could not be made")
 
     def withdraw(self) -> Iterator[str]:
         """Delete those that no pod uses."""

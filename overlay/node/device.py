@@ -22,7 +22,7 @@ from overlay.process.log import log
 from overlay.process.rundir import DeviceLock
 
 LOCK_RETRY_S = 1.0
-"""While another agent has the device: nobody tells when that ends."""
+"""While another agent has the device: no event reports when that ends."""
 
 
 class Ensured(NamedTuple):
@@ -142,7 +142,7 @@ class DeviceController(Controller):
     def _tunnel(self) -> Tunnel:
         return self._current.inputs.tunnels.get(self._family.number, _NO_TUNNEL)
 
-    def _tell(self, tunnel: Tunnel | None) -> None:
+    def _set(self, tunnel: Tunnel | None) -> None:
         self._current.set_family("tunnels", self._family.number, tunnel)
 
     def _on_link(self, event: LinkSeen) -> bool:
@@ -151,21 +151,21 @@ class DeviceController(Controller):
         tunnel, link = self._tunnel, event.link
         if link.ifindex == tunnel.ifindex:
             if not event.gone and link.up:
-                self._tell(tunnel._replace(rising=False))
+                self._set(tunnel._replace(rising=False))
             elif event.gone or not tunnel.rising:  # else: how it was before we set it up
-                self._say_lost(tunnel, link.name, event.gone)
+                self._note_lost(tunnel, link.name, event.gone)
                 makes = tunnel.makes + event.gone
                 index = 0 if event.gone else tunnel.ifindex
-                self._tell(tunnel._replace(ifindex=index, up=False, rising=False, downs=tunnel.downs + 1, makes=makes))
+                self._set(tunnel._replace(ifindex=index, up=False, rising=False, downs=tunnel.downs + 1, makes=makes))
         return self._device is not None and link.name == self._device.name
 
-    def _say_lost(self, tunnel: Tunnel, name: str, gone: bool) -> None:
-        self._lost += tunnel.up  # a deletion is told as down, then as gone
+    def _note_lost(self, tunnel: Tunnel, name: str, gone: bool) -> None:
+        self._lost += tunnel.up  # a deletion is reported as down, then as gone
         log.warning("device.gone" if gone else "device.down", device=name, effect="put back")
 
     def _on_overrun(self, _event: Overrun) -> bool:
         if self._tunnel is not _NO_TUNNEL:
-            self._tell(self._tunnel._replace(rising=False))
+            self._set(self._tunnel._replace(rising=False))
         return True
 
     def wants(self, inputs: Inputs) -> object:
@@ -190,7 +190,7 @@ class DeviceController(Controller):
         device: Device = wants.device
         if not self._alone(device.name):
             self._asks_again = self._clock() + LOCK_RETRY_S
-            self._tell(None)
+            self._set(None)
             return False
         self._asks_again = None
         old = self._device.name if self._device is not None else self._owned.recorded_device()
@@ -204,12 +204,12 @@ class DeviceController(Controller):
             self._drop(old)
         before = self._tunnel
         if ensured.made and before.up and before.ifindex:
-            self._say_lost(
+            self._note_lost(
                 before, device.name, True
-            )  # a refused entry may have told us before the kernel's own word came
+            )  # a refused entry may show it before the kernel's own notification
         other = ensured.ifindex != before.ifindex
         self._device = device
-        self._tell(
+        self._set(
             Tunnel(
                 device.name, ensured.ifindex, device.mtu,
                 rising=ensured.made or ensured.lost or (before.rising and not other),
@@ -225,9 +225,9 @@ class DeviceController(Controller):
         try:
             pid = self._lock.take(device)
         except OSError as error:
-            self._health.problem("another agent", f"nobody can tell whether one keeps {device}: {error.strerror}")
+            self._health.problem("another agent", f"it is not known whether one manages {device}: {error.strerror}")
             return False
-        who = f"another overlayd (pid {pid or '?'}) keeps {device} on this node"
+        who = f"another overlayd (pid {pid or '?'}) manages {device} on this node"
         words = f"{who}: this one waits until it ends; it should not have been started"
         self._health.report("another agent", "" if pid is None else words)
         return pid is None
@@ -246,7 +246,7 @@ class DeviceController(Controller):
         """The device of an earlier network, ours since our own file names it, and what belongs to it. Raises OSError."""
         network = network_of(name)
         if network is None:
-            log.warning("file.ignored", path=self._owned.device_file, reason=f"{name[:20]!a} is no device of ours")
+            log.warning("file.ignored", path=self._owned.device_file, reason=f"{name[:20]!a} is not one of our devices")
             return
         there = self._links.read(name)
         if there is not None and there.kind in tunnel_devices([network]).values():

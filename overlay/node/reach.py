@@ -24,7 +24,7 @@ class _Wants(NamedTuple):
 
 
 class ReachController(Controller):
-    """Tells what pods of one family suffer from; changes nothing."""
+    """Reports what pods of one family suffer from; changes nothing."""
 
     name = "reach"
     yields = True
@@ -48,7 +48,7 @@ class ReachController(Controller):
         return {RouteSeen: lambda event: event.route.protocol != PROTOCOL, Overrun: lambda _event: True}
 
     def wants(self, inputs: Inputs) -> object:
-        """From what it is told."""
+        """What it is checked against."""
         number = self._family.number
         end, under = inputs.end(number), inputs.underlays.get(number)
         if end is None or number not in inputs.tunnels:
@@ -57,7 +57,7 @@ class ReachController(Controller):
         return _Wants(end.subnet, inputs.links, inputs.addresses_of(number), name, inputs.retained)
 
     def reconcile(self, wants: Any) -> bool:
-        """Ask the kernel, and tell. Raises KernelError."""
+        """Ask the kernel, and report. Raises KernelError."""
         self._health.report("routes", self._missing(wants), harmless=True)
         retained = retained_text(wants.retained, self._refused()) if wants.retained else ""
         self._health.report("retained", retained, harmless=True)

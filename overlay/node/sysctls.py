@@ -15,8 +15,8 @@ from overlay.kernel.route.links import read_sysctl, write_sysctl
 from overlay.process.log import log
 
 LOOSE = "2"
-LOOK_S = 1.0
-"""The kernel tells of some of them only: all are read so often."""
+CHECK_EVERY_S = 1.0
+"""The kernel notifies of some of them only: all are read so often."""
 
 
 def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable[[str], str | None]) -> dict[str, str]:
@@ -97,7 +97,7 @@ class SysctlController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""
-        self._next = self._clock() + LOOK_S
+        self._next = self._clock() + CHECK_EVERY_S
         if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing):
             log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
         fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""

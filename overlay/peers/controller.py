@@ -16,7 +16,7 @@ from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.control.schedule import Cadence, Retry
 from overlay.kernel import events, netlink
-from overlay.kernel.netlink import words_of
+from overlay.kernel.netlink import error_text
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FoundRoute, RouteValue
 from overlay.node.interfaces import addresses_of
@@ -207,7 +207,7 @@ class PeersController(Controller):
         except OSError as error:  # the kernel's word, or no descriptor for a socket
             self._read_whole = True
             self._reading.refused()
-            self._health.problem("dump", words_of(error))
+            self._health.problem("dump", error_text(error))
             return False
         cadence.spent(time.thread_time() - began)
         if not more:
@@ -276,7 +276,7 @@ class PeersController(Controller):
                 if refusal.errno not in wire.ABSENT:
                     raise netlink.KernelError(refusal.errno, f"deleting our routes: {refusal}")
 
-    # --- what is told
+    # --- what is reported
 
     def a_peer(self) -> int | None:
         """The public IP of some peer."""

@@ -27,7 +27,7 @@ from overlay.peers.difference import Device
 from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
 from overlay.peers.resync import Resync
-from overlay.peers.table import PeerTable, Turned
+from overlay.peers.table import PeerChanges, PeerTable
 from overlay.peers.wanted import NothingWanted, Wanted
 from overlay.process.log import log
 
@@ -58,7 +58,7 @@ class PeerWatcher(Protocol):
     def load(self, packed: Iterable[bytes]) -> None:
         """These are all peers."""
 
-    def turn(self, was: Lease | None, now: Lease | None) -> None:
+    def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
 
 
@@ -91,8 +91,8 @@ class Datapath:
         """A resync that is under way."""
         self._tunnel: Tunnel | None = None
         """As it was when it was looked at last."""
-        self._told_mended: Counter[str] = Counter()
-        self._told_writes: Counter[str] = Counter()
+        self._logged_mended: Counter[str] = Counter()
+        self._logged_writes: Counter[str] = Counter()
 
     # --- wanted --------------------------------------------------------------------------------------------------------
 
@@ -113,15 +113,15 @@ class Datapath:
         self.table.load(records, own)
         for watcher in self._watchers:
             watcher.load(self.table.packed.values())
-        self._know_nothing()
+        self._forget_kernel()
         for key, reason in self.table.refused.items():
-            self.refusals.tell(key, reason)
+            self.refusals.report(key, reason)
         log.info("peers", wanted=len(self.table.packed), refused=len(self.table.refused))
 
-    def _know_nothing(self) -> None:
+    def _forget_kernel(self) -> None:
         assert self.node is not None
         self.end_resync()
-        self.rec.know_nothing(Wanted(self.node, self.table))
+        self.rec.forget(Wanted(self.node, self.table))
         self.dumped = False
 
     def replace(self, leases: Leases, own: str) -> None:
@@ -129,9 +129,9 @@ class Datapath:
         if self.node is None or self._unplanned is not None:
             self._unplanned = Leases(dict(leases.packed))  # the tenure's thread may be reading the other
             return
-        self._turn(self.table.replace(leases, own))
+        self._peers_changed(self.table.replace(leases, own))
         for key, reason in self.table.refused.items():
-            self.refusals.tell(key, reason)
+            self.refusals.report(key, reason)
 
     def enter(self, lease: Lease) -> None:
         """A record more, which was none of a peer: everything is planned anew."""
@@ -141,8 +141,8 @@ class Datapath:
 
     def put(self, lease: Lease) -> None:
         """A record came or changed."""
-        self._turn(self.table.put(lease))
-        self._tell(lease.key)
+        self._peers_changed(self.table.put(lease))
+        self._log_refusal(lease.key)
 
     def change(self, records: Mapping[str, Lease | None]) -> None:
         """What came, changed or went at once; None: went. Work that disputes make is done once for all of it."""
@@ -161,41 +161,41 @@ class Datapath:
             return
         if not records or self.node is None:
             return
-        self._turn(self.table.change(records))
+        self._peers_changed(self.table.change(records))
         for key in records:
-            self._tell(key)
+            self._log_refusal(key)
 
     def refused_of(self, key: str) -> bool:
         """Whether the record of a key is refused."""
         return key in self.table.refused
 
-    def _tell(self, key: str) -> None:
+    def _log_refusal(self, key: str) -> None:
         """Why a record that changed is refused, if it is."""
         if reason := self.table.refused.get(key):
-            self.refusals.tell(key, reason)
+            self.refusals.report(key, reason)
         else:
             self.refusals.forget(key)
 
     def drop(self, key: str) -> None:
         """A record went."""
         self.refusals.forget(key)
-        self._turn(self.table.drop(key))
+        self._peers_changed(self.table.drop(key))
 
-    def _turn(self, turned: Turned) -> None:
+    def _peers_changed(self, changes: PeerChanges) -> None:
         assert self.node is not None
         for watcher in self._watchers:
-            for was, now in turned.values():
-                watcher.turn(was, now)
-        for was, now in turned.values():
-            self._say_changed(was, now)
-        before = {entry for was, _ in turned.values() for entry in self._entries(was)}
-        after = {entry for _, now in turned.values() for entry in self._entries_now(now)}
+            for was, now in changes.values():
+                watcher.peer_changed(was, now)
+        for was, now in changes.values():
+            self._log_change(was, now)
+        before = {entry for was, _ in changes.values() for entry in self._entries(was)}
+        after = {entry for _, now in changes.values() for entry in self._entries_now(now)}
         for peer, entry in sorted(before - after, key=_by_kind):
             self.rec.unwant(peer, (entry,))
         for peer, entry in sorted(after - before, key=_by_kind):
             self.rec.want(peer, (entry,))
 
-    def _say_changed(self, was: Lease | None, now: Lease | None) -> None:
+    def _log_change(self, was: Lease | None, now: Lease | None) -> None:
         if was is None or now is None:
             return
         number = self._family.number
@@ -229,7 +229,7 @@ class Datapath:
     # --- found: events ---------------------------------------------------------------------------------------------------
 
     def _where(self, table: int) -> Where:
-        """By what entries of a table are told to be ours."""
+        """How entries of a table are recognised as ours."""
         roles = {device.ifindex: role for role, device in self.rec.devices.items()}
         network = (self.node.network.base, self.node.network.last) if self.node is not None else (0, 0)
         return Where(roles, network, lambda key: self.rec.wanted.value(table, key) is not None)
@@ -401,7 +401,7 @@ class Datapath:
         via = ip_text(number, route.via) if route.via else ""
         what = Conflict(str(prefix), via, device, route.key.metric, route.protocol)
         if route.key not in (self.conflicting if known is None else known):
-            log.warning("route.conflict", **what._asdict(), effect="not ours, so it stays; that subnet goes by it")
+            log.warning("route.conflict", **what._asdict(), effect="not ours, so kept; that subnet's traffic takes it")
         self.conflicting[route.key] = what
 
     # --- making them one ---------------------------------------------------------------------------------------------
@@ -410,13 +410,13 @@ class Datapath:
         """One slice. Whether there is more to do at once."""
         more, refused = self.rec.apply()
         for item in refused:
-            self._tell_failure(item)
+            self._log_failure(item)
         differing = self.rec.differing()
         if not more:
-            self._tell_done(differing)
+            self._log_done(differing)
         return more
 
-    def _tell_failure(self, item: Refused) -> None:
+    def _log_failure(self, item: Refused) -> None:
         if item.failure.count in TOLD_AT:
             log.warning(
                 "kernel.refused",
@@ -427,14 +427,14 @@ class Datapath:
                 effect="retried with back-off; the other entries go on",
             )
 
-    def _tell_done(self, differing: int) -> None:
-        if self.rec.mended == self._told_mended and self.rec.writes == self._told_writes:
+    def _log_done(self, differing: int) -> None:
+        if self.rec.mended == self._logged_mended and self.rec.writes == self._logged_writes:
             return
-        if mended := self.rec.mended - self._told_mended:
+        if mended := self.rec.mended - self._logged_mended:
             log.warning("kernel.mended", **mended, effect="put back as it should be")
-        if writes := self.rec.writes - self._told_writes:
+        if writes := self.rec.writes - self._logged_writes:
             log.info("kernel.reconciled", differing=differing, **writes)
-        self._told_mended, self._told_writes = self.rec.mended.copy(), self.rec.writes.copy()
+        self._logged_mended, self._logged_writes = self.rec.mended.copy(), self.rec.writes.copy()
 
     # --- for the status --------------------------------------------------------------------------------------------------
 

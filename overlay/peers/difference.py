@@ -109,7 +109,7 @@ class Difference:
 
     # --- what is wanted ------------------------------------------------------------------------------------------
 
-    def know_nothing(self, wanted: WantedEntries) -> None:
+    def forget(self, wanted: WantedEntries) -> None:
         """Everything of these peers is missing, and nothing is found, until a dump says otherwise."""
         self.wanted = wanted
         self._clear()
@@ -123,7 +123,7 @@ class Difference:
         for table, key, value in entries:
             was_missing = self._take_bit(peer, 1 << table)
             wanted = self.wanted.value(table, key)
-            if not was_missing:  # else a look may tell us that it is there
+            if not was_missing:  # else a resync may show that it is there
                 self.touch(table, key, peer)
                 if wanted != value:
                     self.extra[table][key] = value

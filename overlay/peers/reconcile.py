@@ -54,7 +54,7 @@ class Reconciler(Difference):
         self.writes: Counter[str] = Counter()
         """Messages the kernel accepted, by `put_route`, `remove_fdb`..."""
         self.in_doubt = False
-        """The kernel contradicted what we believed: only a dump tells."""
+        """The kernel contradicted what we believed: only a dump shows what is true."""
         self.device_gone = False
         """The kernel does not know the tunnel's device: the news of that is on its way to us, or was lost. Until then
         nothing is sent."""
@@ -62,9 +62,9 @@ class Reconciler(Difference):
         self._retries: list[tuple[float, int, int, Hashable]] = []
         self._tokens = 0
 
-    def know_nothing(self, wanted: WantedEntries) -> None:
+    def forget(self, wanted: WantedEntries) -> None:
         """As Difference; nothing waits any more."""
-        super().know_nothing(wanted)
+        super().forget(wanted)
         self._retries = []
 
     def differing(self) -> int:
@@ -124,7 +124,7 @@ class Reconciler(Difference):
             if seq - first >= SLICE:
                 break
             if not ready and not bits & ~self._needs_up and not bits & ~self.wanted.bits_on(peer, TUNNEL):
-                continue  # looked at without a thought: all 20,000 may wait for the device
+                continue  # skipped cheaply: all 20,000 may wait for the device
             whole = None if replaces else self.wanted.messages(peer, bits, seq, oifs)
             sent = bits
             if whole is None:

@@ -1,4 +1,4 @@
-"""Resync: the kernel's entries read whole, table by table, in slices, and told to the reconciler.
+"""Resync: the kernel's entries read whole, table by table, in slices, and passed to the reconciler.
 
 A dump of a changing kernel leaves out live entries and repeats others, without a word. So a key that an event or our own
 write touched since the dump began keeps what those said, and an absence counts only if a second dump agrees.
@@ -26,7 +26,7 @@ class Resync:
     """One reading of the kernel. Between its slices the loop does whatever has come."""
 
     def __init__(self, rec: Reconciler, where: Callable[[int], Where]) -> None:
-        """where: by what entries of a table are told to be ours."""
+        """where: how entries of a table are recognised as ours."""
         self._rec, self._where = rec, where
         self.foreign: list[Any] = []
         """Entries of watched tables that are not ours."""

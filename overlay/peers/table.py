@@ -30,7 +30,7 @@ from lease.records.subnets import SubnetIndex
 Judge = Callable[[Lease], str | None]
 QuickJudge = Callable[[bytes], bool]
 """Whether a packed record surely passes the judge."""
-Turned = dict[str, tuple[Lease | None, Lease | None]]
+PeerChanges = dict[str, tuple[Lease | None, Lease | None]]
 """What a change did to the peers, by key: the peer before and the peer now; None: not a peer."""
 
 
@@ -170,7 +170,7 @@ class PeerTable:
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
-    def put(self, lease: Lease) -> Turned:
+    def put(self, lease: Lease) -> PeerChanges:
         """Enter or replace a record."""
         there = self._accepted(lease.key)
         if there is not None:
@@ -182,7 +182,7 @@ class PeerTable:
                 return {}
         return self._change({lease.key: lease})
 
-    def change(self, records: Mapping[str, Lease | None]) -> Turned:
+    def change(self, records: Mapping[str, Lease | None]) -> PeerChanges:
         """Many at once: enter or replace them, None: take it out."""
         return self._change({key: lease for key, lease in records.items() if lease is None or not self._has(lease)})
 
@@ -191,11 +191,11 @@ class PeerTable:
         was = self._waiting.get(lease.key) or self._peer(lease.key)
         return was is not None and was.created == lease.created and was.same_claim(lease)
 
-    def drop(self, key: str) -> Turned:
+    def drop(self, key: str) -> PeerChanges:
         """Take a record out."""
         return self._change({key: None})
 
-    def replace(self, leases: Leases, without: str = "") -> Turned:
+    def replace(self, leases: Leases, without: str = "") -> PeerChanges:
         """Make these the records, by value, all but one."""
         change: dict[str, Lease | None] = {}
         for key, packed in leases.packed.items():
@@ -242,7 +242,7 @@ class PeerTable:
             self.listed = self._latest
         self._change(disputed, listed=True)
 
-    def _change(self, change: Mapping[str, Lease | None], listed: bool = False) -> Turned:
+    def _change(self, change: Mapping[str, Lease | None], listed: bool = False) -> PeerChanges:
         """listed: these are the first list."""
         before: dict[str, Lease | None] = {}
         pending: set[tuple[int, str]] = set()

@@ -42,13 +42,13 @@ BY_SUBMODULES = (
 )
 """Packages of which only submodules are used: a submodule is imported without the package, which runs when anything else
 is asked for."""
-HOMES = {("kubernetes.client", "Configuration"): "kubernetes.client.configuration"}
+SOURCES = {("kubernetes.client", "Configuration"): "kubernetes.client.configuration"}
 """What kubernetes.config takes from a deferred package, and where that has it from."""
 LATER = {
     ("kubernetes.client", "ApiClient"): "kubernetes.client.api_client",  # pydantic
     ("requests_oauthlib", "OAuth2Session"): "requests_oauthlib.oauth2_session",  # requests
 }
-"""As HOMES, of what kubernetes.config.kube_config only ever calls, and only for OpenID Connect: fetched at the first call.
+"""As SOURCES, of what kubernetes.config.kube_config only ever calls, and only for OpenID Connect: fetched at the first call.
 (Together 16 MiB.)"""
 WITHOUT = ("rich", "better_exceptions")
 """What structlog takes when it finds it, to print tracebacks; the agent prints none. (It costs 4 MiB and 60 ms.)"""
@@ -65,7 +65,7 @@ class _Deferred(ModuleType):
         # One lock for all, since a module that runs may ask for another: two locks could be taken in either order.
         with _lock:
             own = self.__dict__
-            if (home := HOMES.get((self.__name__, name))) is not None:
+            if (home := SOURCES.get((self.__name__, name))) is not None:
                 return getattr(importlib.import_module(home), name)
             if (home := LATER.get((self.__name__, name))) is not None:
                 return _Later(home, name)

@@ -58,7 +58,7 @@ class Log:
         self._say("info", event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        """An operator should look."""
+        """Needs an operator's attention."""
         self._say("warning", event, fields)
 
     def error(self, event: str, **fields: object) -> None:

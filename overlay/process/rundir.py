@@ -12,7 +12,7 @@ from typing import TextIO
 
 
 class RunDirError(Exception):
-    """It cannot be had: says who has it, or what is wrong with it."""
+    """It cannot be locked: says who has it, or what is wrong with it."""
 
 
 def hold(run_dir: str) -> TextIO:

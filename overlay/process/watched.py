@@ -1,4 +1,4 @@
-"""Files that an operator changes while we run (a mounted ConfigMap): looked at every second or two, told when they differ.
+"""Files that an operator changes while we run (a mounted ConfigMap): read every second or two, posted when they differ.
 
 A ConfigMap mounted as a directory changes by the rename of a link (kubelet's AtomicWriter), so files are read by path
 each time and compared by content; a subPath mount never changes.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from overlay.process.files import read
 
-LOOK_S = 1.5
+CHECK_EVERY_S = 1.5
 
 
 class FileText(NamedTuple):
@@ -30,7 +30,7 @@ class FileThread(threading.Thread):
         """files: what -> path."""
         super().__init__(name="files", daemon=True)
         self._files, self._post = files, post
-        self._told: dict[str, bytes | None] = {}
+        self._posted: dict[str, bytes | None] = {}
 
     def any(self) -> bool:
         """Whether there is a file to look at."""
@@ -40,11 +40,11 @@ class FileThread(threading.Thread):
         """Read all of them once."""
         for what, path in self._files.items():
             text = read(path)
-            if what not in self._told or self._told[what] != text:
-                self._told[what] = text
+            if what not in self._posted or self._posted[what] != text:
+                self._posted[what] = text
                 self._post(FileText(what, path, text))
 
     def run(self) -> None:
         waiting = threading.Event()
-        while not waiting.wait(LOOK_S):
+        while not waiting.wait(CHECK_EVERY_S):
             self.read_all()

@@ -162,7 +162,7 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     left = iter(arguments)
     for argument in left:
         if not argument.startswith("-") or argument in ("-", "--"):
-            raise FlagError(f"{argument!r} is no flag (booleans are written with =, like --ip-masq=false)")
+            raise FlagError(f"{argument!r} is not a flag (booleans are written with =, like --ip-masq=false)")
         name, equals, text = argument.removeprefix("-").removeprefix("-").partition("=")
         if name in HELP:
             given["help"] = True

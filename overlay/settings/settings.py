@@ -70,7 +70,7 @@ class Settings(NamedTuple):
     kubeconfig: str = ""
     annotation_prefix: str = DEFAULT_PREFIX
     net_config_path: str = "/etc/kube-flannel/net-conf.json"
-    tell_condition: bool = True
+    set_condition: bool = True
     live_settings: str = ""
     proc_sys_net: str = "/proc/sys/net"
     underlay_cidrs: tuple[Prefix, ...] = ()
@@ -176,7 +176,7 @@ def _value(flag: Flag, text: Any, where: str) -> Any:
         try:
             one.encode()
         except UnicodeEncodeError:  # bytes that are no UTF-8 come as surrogates (PEP 383)
-            raise SettingsError(f"{where}: what it was given is not UTF-8") from None
+            raise SettingsError(f"{where}: its value is not UTF-8") from None
     if flag.kind == "list":
         return tuple(text)
     if flag.kind == "int":
@@ -284,7 +284,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         kubeconfig=values["kubeconfig-file"],
         annotation_prefix=values["kube-annotation-prefix"],
         net_config_path=values["net-config-path"],
-        tell_condition=values["set-node-network-unavailable"],
+        set_condition=values["set-node-network-unavailable"],
         live_settings=values["live-settings"],
         proc_sys_net=values["proc-sys-net"].rstrip("/"),
         underlay_cidrs=_prefixes(values, "underlay-cidr"),

@@ -65,9 +65,9 @@ def _release(settings: Settings) -> str:
         store.remove(lease)
         remove(str(file))
     except StoreUnavailable as error:
-        raise ReleaseError(f"the store does not do it now: {error}") from error
+        raise ReleaseError(f"the store cannot do it now: {error}") from error
     except RecordChanged as error:
-        raise ReleaseError(f"{error}; look again") from error
+        raise ReleaseError(f"{error}; run it again") from error
     finally:
         store.close()
     return str(key)

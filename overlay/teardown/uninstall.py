@@ -41,7 +41,7 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
     owned = Owned(settings)
     if not force and not _ours(settings, owned):
         return
-    with _held(settings):
+    with _locked(settings):
         _begin(settings)
         failed: list[str] = []
         outside = Outside(
@@ -83,7 +83,7 @@ def _ours(settings: Settings, owned: Owned) -> bool:
 
 
 @contextmanager
-def _held(settings: Settings) -> Iterator[TextIO]:
+def _locked(settings: Settings) -> Iterator[TextIO]:
     file = hold(settings.run_dir)
     try:
         yield file
@@ -96,7 +96,7 @@ def _annotations(settings: Settings, owned: Owned) -> Iterator[str]:
         return  # a lease in etcd is given up by `overlay release`
     store, names = node_store(settings)
     try:
-        tenure = NodeTenure(store, names, settings.node_name, settings.tell_condition, random.Random())  # noqa: S311
+        tenure = NodeTenure(store, names, settings.node_name, settings.set_condition, random.Random())  # noqa: S311
         for name in tenure.withdraw():
             yield f"annotation {name} of Node {settings.node_name}"
     finally:

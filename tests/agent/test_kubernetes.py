@@ -163,7 +163,7 @@ def test_a_wider_network_is_taken_live(kube_world):
         assert "10.240.0.0/12" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
     assert stream.lost() == 0
     world.config(Network="10.99.0.0/16")
-    until("one that does not hold the podCIDR is refused", lambda: "does not hold our subnet" in problems(agents[0]))
+    until("one that does not hold the podCIDR is refused", lambda: "does not contain our subnet" in problems(agents[0]))
     assert "delete its Node" in problems(agents[0])
 
 

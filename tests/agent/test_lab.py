@@ -111,7 +111,7 @@ def test_the_matrix_fails_when_a_pair_does(name):
     finally:
         os.kill(lab.nodes[0].agent.pid, signal.SIGCONT)
     assert re.search(r"nothing arrived|no route|no way back", done.stdout)
-    assert "pairs hold" in done.stdout
+    assert "pairs reach each other; see" in done.stdout
     until("the agent mends it", lambda: overlay("lab", "matrix", "--name", name, check=None).returncode == 0, 40)
 
 

@@ -184,7 +184,7 @@ def test_readiness_goes_only_when_something_stays_wrong():
     assert health.problems()["device"] == Problem("still down", 1000.0, False), "since it began, not since it was told"
     now[0] = 16.0
     assert not health.judge("")
-    health.turned()
+    health.pass_made()
     assert "device: still down" in health.readiness()[1]
     health.solved("device")
     health.problem("mtu", "lowered", harmless=True)

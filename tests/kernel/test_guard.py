@@ -114,17 +114,17 @@ def test_an_address_that_leaves_is_given_its_time(inside, made, clock):
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
     assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
-    made.turn(one, None)
+    made.peer_changed(one, None)
     made.apply()
     assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
     assert made.next_change() == clock.now + GRACE_S
     clock.now += GRACE_S
     made.apply()
     assert inside(vteps) == ["192.168.1.3"]
-    made.turn(None, one)
-    made.turn(two, None)
+    made.peer_changed(None, one)
+    made.peer_changed(two, None)
     clock.now += GRACE_S - 1
-    made.turn(None, two)  # back in time
+    made.peer_changed(None, two)  # back in time
     clock.now += 2
     made.apply()
     assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
@@ -136,11 +136,11 @@ def test_an_address_of_two_peers_stays_for_the_other(inside, made, clock):
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
     assert inside(vteps) == ["192.168.1.2", "192.168.9.9"]
-    made.turn(one, None)
+    made.peer_changed(one, None)
     clock.now += GRACE_S
     made.apply()
     assert inside(vteps) == ["192.168.1.2", "192.168.9.9"]
-    made.turn(two, peer(2, "192.168.1.2"))
+    made.peer_changed(two, peer(2, "192.168.1.2"))
     clock.now += GRACE_S
     made.apply()
     assert inside(vteps) == ["192.168.1.2"]
@@ -165,8 +165,8 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
     made.load([pack(one), pack(two)])
     made.ensure(TABLE)
     inside(lambda: nft(f"delete element ip {TABLE.name} vteps {{ 192.168.1.2 }}"))
-    made.turn(one, None)
-    made.turn(None, peer(3, "192.168.1.4"))
+    made.peer_changed(one, None)
+    made.peer_changed(None, peer(3, "192.168.1.4"))
     clock.now += GRACE_S
     with pytest.raises(KernelError, match="ENOENT"):
         made.apply()
@@ -227,7 +227,7 @@ def test_a_check_in_slices_finds_what_no_event_told(inside, made, clock):
     assert "172.16.0.1" not in inside(vteps)
     made.begin_check(TABLE)
     assert inside(made.check_slice)
-    made.turn(peers[0], peer(1, "10.99.99.99"))
+    made.peer_changed(peers[0], peer(1, "10.99.99.99"))
     clock.now += GRACE_S
     made.apply()
     while inside(made.check_slice):

@@ -98,7 +98,7 @@ def pki(folder) -> None:
         openssl(folder, signing)
 
 
-def test_the_least_privilege_that_operations_md_names_is_enough(tmp_path, open_store):
+def test_the_least_privilege_that_etcd_md_names_is_enough(tmp_path, open_store):
     etcd = Etcd(tmp_path)
     try:
         etcd.put(f"{ROOT}/config", "{}")

@@ -108,7 +108,7 @@ def test_pod_cidrs_in_every_order():
         4: prefix("10.1.2.0/24"),
     }
     assert node_subnets([]) == {}
-    with pytest.raises(BadRecord, match="podCIDR 'x' is no prefix"):
+    with pytest.raises(BadRecord, match="podCIDR 'x' is not a prefix"):
         node_subnets(["x"])
 
 

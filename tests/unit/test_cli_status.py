@@ -28,7 +28,7 @@ def test_everything_that_is_not_as_it_should_be_is_listed():
         ("store", "no answer (datapath and peers stay as they are)"),
         ("record 10.244.8.0-24", "not used: [bold]not JSON[/]"),
         ("route 10.244.9.0/24 metric 10", "missing, refused 3 times: EPERM"),
-        ("route 10.244.9.0/26 to nowhere, or to several gateways metric 0 proto 3", "not ours, and stands before ours"),
+        ("route 10.244.9.0/26 to nowhere, or to several gateways metric 0 proto 3", "not ours, but preferred to ours"),
         ("subnet 10.244.7.0/24", "not ours any more; pods made before still use it here"),
     ]
 

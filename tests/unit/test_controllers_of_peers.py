@@ -95,11 +95,11 @@ def test_a_guard_that_is_off_remembers_nobody(bench):
     list(controller.withdraw())
     for number in range(5):
         one = lease(f"10.244.{number + 9}.0/24", f"192.168.1.{number + 9}")
-        controller.guard.turn(None, one)
-        controller.guard.turn(one, None)
+        controller.guard.peer_changed(None, one)
+        controller.guard.peer_changed(one, None)
     assert not controller.guard.has_changes()
     assert controller.guard.next_change() is None
-    controller.guard.turn(None, lease("10.244.9.0/24", "192.168.1.9"))
+    controller.guard.peer_changed(None, lease("10.244.9.0/24", "192.168.1.9"))
     bench.reconcile(controller)
     assert len(bench.kernel.tables["ip", guard.table_name(1)]["vteps"]) == 1, "on again it lets in who is a peer"
 

@@ -50,7 +50,7 @@ def test_a_table_is_made_mended_left_and_withdrawn(bench, name, table):
 def test_who_may_send_is_let_in_before_a_route_leads_there(bench):
     controller = bench.guard()
     bench.reconcile(controller)
-    controller.guard.turn(None, lease("10.244.9.0/24", "192.168.1.9"))
+    controller.guard.peer_changed(None, lease("10.244.9.0/24", "192.168.1.9"))
     assert controller.due() == 0.0, "at once"
     bench.reconcile(controller)
     there = bench.kernel.tables["ip", guard.table_name(1)]["vteps"]

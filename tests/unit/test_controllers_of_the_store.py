@@ -61,7 +61,7 @@ def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
     [
         (None, "no network config at the store; waiting for it; the running config is kept"),
         ("{", "the store: not JSON"),
-        ('{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}', "does not hold our subnet 10.244.2.0/24"),
+        ('{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}', "does not contain our subnet 10.244.2.0/24"),
         ('{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}', "IPv6 datapath"),
     ],
 )
@@ -144,5 +144,5 @@ def test_files_of_an_operator_change_the_inputs_or_are_told(bench):
     assert "needs a restart" in bench.problems()["live-settings"]
     assert bench.current.inputs.settings.ip_masq, "what ran is kept"
     bench.tell(controller, FileText("cni-conf", "/c", None))
-    assert bench.problems()["file cni-conf"] == "/c is gone; what it said last is kept"
+    assert bench.problems()["file cni-conf"] == "/c is gone; its last content is kept"
     assert bench.current.inputs.cni_template == b"{}"

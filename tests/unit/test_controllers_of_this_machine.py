@@ -132,7 +132,7 @@ def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
     controller = bench.sysctl()
     bench.reconcile(controller)
     assert there["net/ipv4/ip_forward"] == "1"
-    assert controller.due() == sysctls.LOOK_S
+    assert controller.due() == sysctls.CHECK_EVERY_S
     bench.current.set(bridges=frozenset({"cni0"}), settings=bench.settings._replace(kube=True))
     bench.reconcile(controller)
     assert "bridge-nf-call-iptables is 0" in bench.problems()["bridge filter"]

@@ -92,7 +92,7 @@ print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
 HOMES_ARE = """
 import importlib
 from overlay.process import defer
-for (package, name), home in {**defer.HOMES, **defer.LATER}.items():
+for (package, name), home in {**defer.SOURCES, **defer.LATER}.items():
     assert getattr(importlib.import_module(package), name) is getattr(importlib.import_module(home), name), name
 print("ok")
 """

@@ -68,7 +68,7 @@ def test_against_two_dicts(steps):
             rec.lose(NEIGHBOURS, key)
             found.pop(key, None)
         else:
-            rec.know_nothing(rec.wanted)
+            rec.forget(rec.wanted)
             found.clear()
         assert rec.found(NEIGHBOURS) == found
         assert rec.differing() == sum(wanted.get(k) != found.get(k) for k in wanted.keys() | found.keys())
@@ -176,7 +176,7 @@ def test_work_per_event_does_not_grow_with_the_peers():
     kernel, clock, rec = world()
     for n in range(5000):
         rec.wanted.of[n] = peer(n)
-    rec.know_nothing(rec.wanted)
+    rec.forget(rec.wanted)
     for kind in range(3):
         rec.agree(kind, range(5000))
     assert rec.differing() == 0

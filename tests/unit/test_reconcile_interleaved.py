@@ -106,7 +106,7 @@ class Interleaved(RuleBasedStateMachine):
 
     @rule()
     def planned_anew(self) -> None:
-        self.rec.know_nothing(self.rec.wanted)
+        self.rec.forget(self.rec.wanted)
         self.full_check()
 
     @rule(after=st.integers(0, 6))

@@ -67,7 +67,7 @@ def test_a_record_overwritten_in_place_by_another_node_is_written_again():
     [again] = world.settle()
     assert isinstance(again, Held)
     assert again.warn
-    assert "had written over it in place" in again.method
+    assert "had overwritten it" in again.method
     assert world.stored().same_claim(held)
     assert world.settle() == []
 
@@ -138,7 +138,7 @@ def test_a_subnet_is_not_given_up_to_one_who_writes_over_it_without_end():
         [again] = world.settle()
         assert isinstance(again, Held)
         assert world.stored().same_claim(held)
-    assert "see who may write there" in again.method
+    assert "check who may write there" in again.method
 
 
 def test_a_node_that_took_our_address_over_is_not_fought():

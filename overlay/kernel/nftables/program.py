@@ -107,4 +107,4 @@ def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "Error" in line), lines[-1] if lines else "failed without a word")
+    return next((line for line in lines if "Error" in line), lines[-1] if lines else "failed without a message")

@@ -124,7 +124,7 @@ class Address(NamedTuple):
 
 
 def route_role(route: FoundRoute, roles: Mapping[int, int], network: tuple[int, int]) -> int | None:
-    """The role of the device of a route that is ours; None for a route that is not: invariant 3 of the house.
+    """The role of the device of a route that is ours; None for a route that is not: invariant 3 of docs/architecture.md.
 
     Ours are the routes of our protocol number on the tunnel device, and elsewhere those into our network (first and
     last address): another agent, of another network, may share the underlay. And flannel's own form on the tunnel

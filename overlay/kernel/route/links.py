@@ -77,7 +77,7 @@ class Links:
         self._link(f"changing the vxlan device to local {local}", [_vxlan_info(data)], index)
 
     def set_mtu(self, index: int, mtu: int) -> None:
-        """Raises KernelError (EINVAL above what the lower device bears)."""
+        """Raises KernelError (EINVAL above what the lower device allows)."""
         self._link(f"setting MTU {mtu}", [("IFLA_MTU", mtu)], index)
 
     def set_mac(self, index: int, mac: str) -> None:
