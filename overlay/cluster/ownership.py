@@ -236,7 +236,8 @@ class Ownership(Controller):
 
     def _displace(self) -> None:
         """No new pod shall get an address of our subnet, until there is a lease again."""
-        self._current.set(displaced=True, synced=False)
+        count = self._current.inputs.displacements + 1
+        self._current.set(displaced=True, displacements=count, synced=False)
 
     def _on_renewed(self, event: Renewed) -> bool:
         self._expires_at = None if event.left_s is None else self._clock() + event.left_s

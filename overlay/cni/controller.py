@@ -1,5 +1,5 @@
 """The files that pods are made by, and those by which other programs and later runs know this node: subnet.env, the CNI
-network list, which device and which record are ours."""
+network list, which record is ours."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ CHECK_EVERY_S = 1.0
 
 class _Wants(NamedTuple):
     """files: content by path; the network list: its path ("": none is kept), its content, or why there is none that could
-    be used (fault). subnet: that of our lease. may_stand: the list may, since all peers are in the kernel."""
+    be used (fault). subnet: that of our lease. may_stand: the list may, since all peers are in the kernel. displaced,
+    displacements: by the inputs of these names."""
 
     files: tuple[tuple[str, str], ...]
     list_path: str
@@ -37,6 +38,7 @@ class _Wants(NamedTuple):
     subnet: Prefix
     may_stand: bool
     displaced: bool
+    displacements: int
 
 
 class CniController(Controller):
@@ -64,6 +66,8 @@ class CniController(Controller):
         """Files that hold what we want, as we wrote or found them, and what tells that they were touched since."""
         self._listed = False
         """The network list may stand."""
+        self._displacements = 0
+        """As they were when the list was withdrawn last."""
         self._next = 0.0
         self._mended = 0
 
@@ -77,21 +81,21 @@ class CniController(Controller):
             return Waiting("for the tunnel device")
         settings = inputs.settings
         files = (
-            (self._owned.device_file, tunnel.name),
             (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end)),
             (settings.subnet_file, lists.subnet_env(pool.network, end.subnet, tunnel.mtu, settings.ip_masq)),
         )
         if not settings.cni_conf_dir:
-            return _Wants(files, "", "", "", end.subnet, True, False)
+            return _Wants(files, "", "", "", end.subnet, True, False, 0)
         text, fault = _network_list(inputs, pool.network, end.subnet, tunnel.mtu)
         path = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
-        return _Wants(files, path, text, fault, end.subnet, inputs.synced, inputs.displaced)
+        return _Wants(files, path, text, fault, end.subnet, inputs.synced, inputs.displaced, inputs.displacements)
 
     def reconcile(self, wants: Any) -> bool:
         """Write what differs. Raises OSError."""
         self._next = self._clock() + CHECK_EVERY_S
         path = wants.list_path
-        if wants.displaced:
+        if wants.displaced or wants.displacements != self._displacements:
+            self._displacements, self._listed = wants.displacements, False
             self._withdraw_list(path)
         self._listed = not wants.displaced and (self._listed or wants.may_stand)
         old = lists.listed_subnet(path, wants.subnet.family) if path and path not in self._written else None

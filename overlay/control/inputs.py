@@ -80,6 +80,8 @@ class Inputs(NamedTuple):
     """flannel's cni-conf.json, where there is one."""
     synced: bool = False
     """All peers were in the kernel once, since we hold this lease."""
+    displacements: int = 0
+    """How often we were displaced: what ended before anybody was asked is seen by this."""
 
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled or not known."""

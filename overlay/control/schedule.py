@@ -47,6 +47,10 @@ class Retry:
         """It was done."""
         self.refusals, self.at = 0, None
 
+    def began(self) -> None:
+        """It is under way again; whether it is refused once more comes later."""
+        self.at = None
+
     def waits(self) -> bool:
         """Whether its time has not come."""
         return self.at is not None and self._clock() < self.at
@@ -109,7 +113,9 @@ class _Slot:
         return self.wants is not None and not isinstance(self.wants, Waiting)
 
     def due(self) -> float | None:
-        """When it is asked without an event; what was refused waits for its retry."""
+        """When it is asked without an event; what was refused waits for its retry, unless it cannot act now at all."""
+        if isinstance(self.wants, Waiting):
+            return None
         if self.retry.at is not None:
             return self.retry.at
         return self.controller.due() if self.acts else None
@@ -168,6 +174,8 @@ class Schedule:
         if not slot.stale and not slot.more and (at is None or at > self._clock()):
             return False
         slot.stale = slot.more = False
+        if controller.answers_later and controller.name not in self._health.problems():
+            slot.retry.succeeded()  # what was begun last
         try:
             if wants is None:
                 for line in controller.withdraw():
@@ -178,10 +186,13 @@ class Schedule:
             slot.retry.refused()
             self._health.problem(controller.name, error_text(error), controller.harmless)
             return False
-        slot.retry.succeeded()
-        if wants is None or not controller.answers_later:
-            controller.completed = True
+        if wants is not None and controller.answers_later:
+            slot.retry.began()
+            return slot.more
+        if slot.retry.refusals:  # a controller may have set a problem of its name itself
             self._health.solved(controller.name)
+        slot.retry.succeeded()
+        controller.completed = True
         return slot.more
 
     def _is_done(self, name: str) -> bool:

@@ -47,6 +47,18 @@ class _TableController(Controller):
         self._read_whole = True
         return True
 
+    def reconcile(self, wants: Any) -> bool:
+        """One slice. Raises KernelError; after any the kernel may have done what it did not answer to, or a check under way
+        is broken off, so the table is read whole."""
+        try:
+            return self._reconcile(wants)
+        except OSError:
+            self._read_whole = True
+            raise
+
+    def _reconcile(self, wants: Any) -> bool:
+        raise NotImplementedError
+
     def _table_of(self, network: int) -> tuple[str, str]:
         """Family and name of a network's table."""
         raise NotImplementedError
@@ -109,7 +121,7 @@ class GuardController(_TableController):
         inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
         return _GuardWants(guard.table(self._family, backend.network, outer, pool.network), inside)
 
-    def reconcile(self, wants: Any) -> bool:
+    def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
         table = wants.table
         self.guard.pods_behind(wants.inside)
@@ -207,7 +219,7 @@ class PodsController(_TableController):
         table = antispoof.table(backend_of(inputs.config.backend, self._family).network)
         return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own)
 
-    def reconcile(self, wants: Any) -> bool:
+    def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
         ports = (wants.links, wants.bridges, wants.own_addresses)
         if ports != self._ports:

@@ -13,6 +13,7 @@ from lease.model import Prefix
 from lease.tenure.events import Held, Lost
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
+from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.links import Links
 from overlay.node.interfaces import lost_subnets, ports_of
@@ -44,6 +45,8 @@ class BridgesController(Controller):
         """named: bridges that a network list of ours named, where that list is gone already (uninstall)."""
         self._current, self._family, self._owned, self._named = current, family, owned, frozenset(named)
         self._io = links
+        self._refused: KernelError | None = None
+        """What the kernel said to the last deletion that it refused, in the pass under way."""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -79,11 +82,26 @@ class BridgesController(Controller):
         )  # fmt: skip
 
     def reconcile(self, wants: Any) -> bool:
-        """Find lost subnets, let go of those that no pod uses, remove bridges that nobody needs. Raises KernelError."""
+        """Find lost subnets, let go of those that no pod uses, remove bridges that nobody needs. Raises KernelError, of one
+        bridge when all others are done."""
+        self._refused = None
         self._find(wants)
         self._release_unused(wants)
         self._clear_unfinished(wants)
+        if self._refused is not None:
+            raise self._refused
         return False
+
+    def _delete(self, link: Link, reason: str) -> bool:
+        """Whether it is gone."""
+        try:
+            self._io.delete(link.ifindex)
+        except KernelError as error:
+            self._refused = error
+            return False
+        self._forget(link.ifindex)
+        log.info("bridge.removed", bridge=link.name, reason=reason)
+        return True
 
     def _find(self, wants: _Wants) -> None:
         """Those that an earlier run lost are on their bridges yet."""
@@ -108,14 +126,12 @@ class BridgesController(Controller):
         it. A bridge of ours that lost its last port is removed: the bridge plugin never does that, and the connected route
         would keep the new owner's pods from us for ever."""
         used = False
+        reason = f"no pod uses it, and {subnet} is another node's now"
         for index in {a.oif for a in wants.addresses.values() if subnet.holds(a.address) and a.oif != wants.tunnel}:
             link, ours = wants.links.get(index), self._current.inputs.bridges
-            if link is None or link.kind != "bridge" or link.name not in ours or ports_of(wants.links, index):
+            empty = link is not None and link.kind == "bridge" and not ports_of(wants.links, index)
+            if link is None or not empty or link.name not in ours or not self._delete(link, reason):
                 used = True
-                continue
-            self._io.delete(index)
-            self._forget(index)
-            log.info("bridge.removed", bridge=link.name, reason=f"no pod uses it, and {subnet} is another node's now")
         return used
 
     def _forget(self, index: int) -> None:
@@ -135,9 +151,7 @@ class BridgesController(Controller):
         for link in wants.links.values():
             ours = link.kind == "bridge" and link.name in wants.bridges
             if ours and not link.mac and not ports_of(wants.links, link.ifindex):
-                self._io.delete(link.ifindex)
-                self._forget(link.ifindex)
-                log.info("bridge.removed", bridge=link.name, reason="left unfinished by a pod that could not be made")
+                self._delete(link, "left unfinished by a pod that could not be made")
 
     def withdraw(self) -> Iterator[str]:
         """Delete those that no pod uses."""

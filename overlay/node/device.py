@@ -18,6 +18,7 @@ from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.links import Links
 from overlay.node.owned import Owned
+from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock
 
@@ -186,7 +187,7 @@ class DeviceController(Controller):
         return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen)
 
     def reconcile(self, wants: Any) -> bool:
-        """Make it so; then it is an input for the others. Raises KernelError."""
+        """Make it so; then it is an input for the others. Raises OSError."""
         device: Device = wants.device
         if not self._alone(device.name):
             self._asks_again = self._clock() + LOCK_RETRY_S
@@ -202,6 +203,9 @@ class DeviceController(Controller):
             log.info("device.address", device=device.name, action=", ".join(did))
         if old not in ("", device.name):
             self._drop(old)
+        # by it a later run knows what is ours: before any table is made for this network
+        if not up_to_date(self._owned.device_file, device.name):
+            write_atomically(self._owned.device_file, device.name)
         before = self._tunnel
         if ensured.made and before.up and before.ifindex:
             self._note_lost(

@@ -194,7 +194,8 @@ class PeersController(Controller):
     def _read_slice(self) -> bool:
         """A slice of reading the kernel whole, where that is due or under way; whether there is more of it."""
         path, cadence, now = self._path, self._cadence, self._clock()
-        if (self._doubt_at is not None and now >= self._doubt_at) or now >= cadence.at:
+        due = now >= cadence.at and not path.resyncing()
+        if due or (self._doubt_at is not None and now >= self._doubt_at):
             self._doubt_at, self._read_whole = None, True
         if not path.resyncing():
             if not self._read_whole or self._reading.waits():

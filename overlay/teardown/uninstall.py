@@ -49,7 +49,11 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
             give_up=lambda: _annotations(settings, owned),
             bridges=tuple(read_text(f"{settings.run_dir}/{BEGUN}").split()),
         )
-        for name, removing in withdraw(settings, outside):
+        try:
+            withdrawing = list(withdraw(settings, outside))
+        except OSError as error:
+            raise UninstallError(f"cannot talk to the kernel: {error}; nothing was removed") from error
+        for name, removing in withdrawing:
             try:
                 yield from removing
             except (OSError, StoreError, ValueError) as error:

@@ -135,6 +135,9 @@ class FakeKernel:
         for name, keys in take.items():
             sets.setdefault(name, set()).difference_update(keys)
 
+    def close(self) -> None:
+        """Nothing to close."""
+
     def counted(self, table: Any, counter: str) -> int:
         del table, counter
         return 0

@@ -12,6 +12,7 @@ from overlay.control.controller import CannotReconcile
 from overlay.firewall import antispoof, guard
 from overlay.firewall.worker import Finished
 from overlay.kernel import events
+from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import program
 from tests.support.make import lease
 
@@ -57,6 +58,47 @@ def test_who_may_send_is_let_in_before_a_route_leads_there(bench):
     assert there == {ip_number("192.168.1.9", 4).to_bytes(4, "big")}
 
 
+def test_after_a_change_whose_answer_was_lost_the_set_is_read(bench, monkeypatch):
+    """Else the same change is sent for ever: what it takes away is gone, and the kernel refuses all of it."""
+    controller, change = bench.guard(), bench.kernel.change
+    monkeypatch.setattr(guard, "NetfilterSocket", lambda: bench.kernel)
+    first, second = lease("10.244.8.0/24", "192.168.1.8"), lease("10.244.9.0/24", "192.168.1.9")
+    controller.guard.peer_changed(None, first)
+    bench.reconcile(controller)
+    controller.guard.peer_changed(first, None)
+    bench.clock.now += guard.GRACE_S + 1
+
+    def strict(table, add, take, answered=False):
+        there = bench.kernel.tables[table.family, table.name]
+        if any(set(keys) - there.get(name, set()) for name, keys in take.items()):
+            raise KernelError(2, "no such element")
+        change(table, add, take)
+        if not answered:
+            raise KernelError(110, "no answer")
+
+    bench.kernel.change = strict
+    with pytest.raises(OSError, match="no answer"):
+        bench.reconcile(controller)
+    bench.kernel.change = lambda *more: strict(*more, answered=True)
+    controller.guard.peer_changed(None, second)
+    bench.reconcile(controller)
+    assert bench.kernel.tables["ip", guard.table_name(1)]["vteps"] == {second.first.public_ip.to_bytes(4, "big")}
+
+
+@pytest.mark.parametrize("name", ["guard", "pods"])
+def test_a_check_that_was_refused_is_made_again(bench, name):
+    controller = getattr(bench, name)()
+    bench.reconcile(controller)
+    bench.clock.now = controller.due() if name == "pods" else 61.0
+    bench.kernel.refuse = 1
+    with pytest.raises(OSError, match="refused"):
+        bench.reconcile(controller)
+    bench.kernel.refuse = 0
+    bench.kernel.tables.clear()
+    bench.reconcile(controller)
+    assert bench.kernel.tables, "it saw that the table is gone"
+
+
 @pytest.mark.parametrize("name", ["nat", "forward"])
 def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
     loaded: list[Any] = []
@@ -94,7 +136,6 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     conflist = bench.folder / "cni" / CONFLIST
     bench.reconcile(controller)
     assert "FLANNEL_SUBNET=10.244.2.1/24" in (bench.folder / "subnet.env").read_text()
-    assert (bench.folder / "device").read_text() == "flannel.1"
     assert not conflist.exists()
     bench.current.set(synced=True)
     bench.reconcile(controller)
@@ -111,6 +152,12 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     bench.current.set(displaced=False, synced=True)
     bench.reconcile(controller)
     assert conflist.exists()
+    bench.current.set(displacements=1, synced=False)
+    bench.reconcile(controller)
+    assert not conflist.exists(), "lost and held again before anybody was asked: the same"
+    assert not bench.current.inputs.displaced
+    bench.current.set(synced=True)
+    bench.reconcile(controller)
     assert sorted(controller.withdraw()) == sorted([str(conflist), str(bench.folder / "subnet.env")])
 
 

@@ -8,6 +8,7 @@ from lease.model import ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
 from overlay.kernel import events
+from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.node import sysctls
 from overlay.node.underlay import UnderlayError
@@ -100,6 +101,40 @@ def test_the_device_is_withdrawn_unless_flannel_has_the_node(bench):
     (bench.folder / "cni" / CONFLIST).unlink()
     assert list(bench.device().withdraw()) == ["device flannel.1, with its routes, neighbours and FDB"]
     assert bench.kernel.vxlans == {}
+
+
+def test_what_names_our_device_is_written_before_anything_is_made_for_its_network(bench):
+    """By it an agent that starts with the guard switched off finds a table that was left."""
+    bench.current.set(tunnels={})
+    bench.reconcile(bench.device())
+    assert (bench.folder / "device").read_text() == "flannel.1"
+    bench.reconcile(bench.guard())
+    assert list(bench.guard().withdraw()) == ["nft table ip overlay-1-guard"]
+
+
+def test_a_bridge_that_the_kernel_does_not_let_go_keeps_no_other(bench):
+    controller = bench.bridges()
+    bench.tell(controller, Lost(lease("10.244.7.0/24", "192.168.1.2"), "older"))
+    unfinished, empty = link(8, "cni0", "bridge", mac=0), link(9, "cni1", "bridge", mac=5)
+    gateway = address(9, "10.244.7.1")
+    bench.kernel.there = by_index([unfinished, empty])
+    bench.current.set(
+        links=dict(bench.kernel.there),
+        addresses={4: {(9, gateway.address, 24): gateway}},
+        bridges=frozenset({"cni0", "cni1"}),
+    )
+    delete = bench.kernel.delete
+
+    def busy(index: int) -> None:
+        if index == 9:
+            raise KernelError(16, "busy")
+        delete(index)
+
+    bench.kernel.delete = busy
+    with pytest.raises(OSError, match="busy"):
+        bench.reconcile(controller)
+    assert bench.kernel.there.keys() == {9}, "the other is gone"
+    assert bench.current.inputs.retained, "and its subnet is kept"
 
 
 def test_a_lost_subnet_is_kept_until_its_last_pod_is_gone(bench):

@@ -8,9 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay.kernel.route.entries import (
+    PROTOCOL,
     TUNNEL,
+    UNDERLAY,
     FdbValue,
     NeighbourValue,
+    RouteKey,
+    RouteValue,
 )
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.peers.difference import Device
@@ -215,6 +219,23 @@ def test_no_route_is_tried_while_the_device_is_down():
     del rec.devices[TUNNEL]
     rec.join(2, peer(2)[:1])
     assert rec.apply() == (False, [])
+
+
+@pytest.mark.parametrize(("role", "other"), [(TUNNEL, UNDERLAY), (UNDERLAY, TUNNEL)])
+def test_a_refused_entry_is_put_when_the_device_of_what_stood_in_its_place_goes(role, other):
+    """It was to replace an entry of the same key on another device."""
+    kernel, clock, rec = world()
+    key = RouteKey(10 << 24, 24, 2)
+    rec.devices[UNDERLAY] = Device(2, True)
+    rec.join(1, [(ROUTES, key, RouteValue(other, 5, False, PROTOCOL))])
+    rec.find(ROUTES, key, RouteValue(role, 7, True, PROTOCOL))
+    kernel.refuse[ROUTES, key] = errno.ENETUNREACH
+    rec.apply()
+    assert rec.failures
+    rec.device_lost(role, deleted=False)
+    kernel.refuse.clear()
+    settle(rec, clock)
+    assert rec.differing() == 0
 
 
 def test_a_device_that_is_gone_and_not_yet_told_of_refuses_nobody():

@@ -165,6 +165,84 @@ def test_a_refusal_is_a_problem_tried_again_later_and_less_often(world, error):
     assert world.schedule.next_due() == pytest.approx(world.clock.now + schedule.FIRST_RETRY_S), "it begins anew"
 
 
+class Ended(NamedTuple):
+    """The end of what `Later` began."""
+
+    refused: bool
+
+
+class Later(Controller):
+    """Begins only; the end is an event."""
+
+    name = "later"
+    answers_later = True
+
+    def __init__(self, health: Health) -> None:
+        self.health, self.begun, self.refused = health, 0, False
+
+    @property
+    def handles(self) -> dict[type, Any]:
+        return {Ended: self.ended}
+
+    def ended(self, event: Ended) -> bool:
+        self.refused = event.refused
+        if not event.refused:
+            self.health.solved(self.name)
+        return event.refused
+
+    def wants(self, inputs: Any) -> object:
+        return inputs.listed
+
+    def reconcile(self, wants: Any) -> bool:
+        del wants
+        if self.refused:
+            self.refused = False
+            raise CannotReconcile("no")
+        self.begun += 1
+        return False
+
+
+def test_what_is_refused_later_is_tried_again_less_and_less_often_too():
+    clock = Clock()
+    health = Health(clock)
+    later = Later(health)
+    world = Schedule([later], CurrentInputs(Settings()), health, clock)
+    world.run_pass()
+    for refusals in range(1, 8):
+        assert later.begun == refusals
+        world.handle(Ended(refused=True))
+        world.run_pass()
+        assert health.problems()["later"].text == "no"
+        assert world.next_due() == pytest.approx(clock.now + retry_delay_s(refusals))
+        clock.now = world.next_due()
+        world.run_pass()
+        assert world.next_due() > clock.now, "it is under way, and not asked again at once"
+    world.handle(Ended(refused=False))
+    world.run_pass()
+    assert health.problems() == {}
+    later.refused = True
+    clock.now += RECHECK_S
+    world.run_pass()
+    assert world.next_due() == pytest.approx(clock.now + schedule.FIRST_RETRY_S), "it begins anew"
+
+
+def test_what_was_refused_and_must_wait_now_is_not_asked_without_end(world):
+    world.toy.error = OSError(1, "no")
+    world.schedule.handle("node1")
+    world.turn()
+    world.current.set(listed=False)
+    world.turn()
+    world.clock.now += 30
+    assert world.schedule.next_due() > world.clock.now
+
+
+def test_a_problem_that_a_controller_set_itself_is_its_own_to_clear(world):
+    world.health.problem("toy", "something else")
+    world.schedule.handle("node1")
+    world.turn()
+    assert world.health.problems()["toy"].text == "something else"
+
+
 def test_news_ends_the_waiting_for_a_retry(world):
     world.toy.error = OSError(1, "no")
     world.schedule.handle("node1")
