@@ -36,7 +36,7 @@ class Lower(NamedTuple):
     mtu: int
 
 
-Device = VxlanDevice
+DeviceSpec = VxlanDevice
 """What the tunnel's device must be, of any backend that has one."""
 
 
@@ -95,13 +95,13 @@ class TunnelDevice(Protocol):
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """The tunnel's MTU, and why it is not the configured one ("" when it is)."""
 
-    def device(self, lower: Lower, own: Endpoint) -> Device:
+    def device(self, lower: Lower, own: Endpoint) -> DeviceSpec:
         """What it must be for what we publish."""
 
-    def replace_reason(self, wanted: Device, found: VxlanAttributes) -> str | None:
+    def replace_reason(self, wanted: DeviceSpec, found: VxlanAttributes) -> str | None:
         """Why a device cannot be changed into the wanted one and must be made again; None where it can."""
 
-    def live_changes(self, wanted: Device, found: VxlanAttributes) -> dict[str, str]:
+    def live_changes(self, wanted: DeviceSpec, found: VxlanAttributes) -> dict[str, str]:
         """What to change on a device that stays: attribute -> "old -> new" for people."""
 
 

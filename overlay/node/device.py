@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lease.config import NetworkConfig
 from lease.families import Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
-from overlay.backends.base import Device, Lower, TunnelDevice
+from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
 from overlay.backends.choose import backend_of, network_of, tunnel_devices
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
@@ -37,7 +37,7 @@ class Ensured(NamedTuple):
     why: str
 
 
-def ensure(links: Links, tunnel: TunnelDevice, wanted: Device) -> Ensured:
+def ensure(links: Links, tunnel: TunnelDevice, wanted: DeviceSpec) -> Ensured:
     """Make the device what it must be; it is up afterwards.
 
     Raises:
@@ -94,7 +94,7 @@ class _Wants(NamedTuple):
     at it is due when that changes."""
 
     tunnel: TunnelDevice
-    device: Device
+    device: DeviceSpec
     lowered: str
     base: int
     network: Prefix
@@ -123,7 +123,7 @@ class DeviceController(Controller):
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
-        self._device: Device | None = None
+        self._device: DeviceSpec | None = None
         self._asks_again: float | None = None
         """When the lock is asked for again."""
         self._lost = 0
@@ -188,7 +188,7 @@ class DeviceController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
-        device: Device = wants.device
+        device: DeviceSpec = wants.device
         if not self._alone(device.name):
             self._asks_again = self._clock() + LOCK_RETRY_S
             self._set(None)
