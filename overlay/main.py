@@ -167,7 +167,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
 
 
 def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[threading.Thread]:
-    """The thread that looks at the files an operator may change, when there is one to look at; each was read once."""
+    """The thread that reads the files an operator may change, where there are any; each was read once."""
     from overlay.process.watched import FileThread
 
     paths = {
@@ -187,7 +187,7 @@ def _died(thread: threading.Thread | None, error: BaseException | None) -> Any:
 
 
 def garbage_as_usual() -> None:
-    """The collector is off while we start (overlay/__main__.py): what stands then stays, and need never be looked at."""
+    """The collector is off while we start (overlay/__main__.py): what exists then stays, and need never be collected."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -333,7 +333,7 @@ def prober() -> Callable[[int], Any]:
 class StoreHosts:
     """The store's IPv4 addresses by the name they were given under, None for one that does not resolve (yet).
 
-    A resolver may take half a minute to say no, so names are looked up in a thread, and the loop asks what is known.
+    A resolver may take half a minute to say no, so names are resolved in a thread, and the loop asks what is known.
     """
 
     RETRY_S = 2.0

@@ -57,7 +57,7 @@ class RpcError(Exception):
 
 class _Http2(h2.connection.H2Connection):
     MAX_CLOSED_STREAMS = (
-        64  # remembered, so that a late frame is told from a wrong one; one per call, for ever, otherwise
+        64  # remembered, to distinguish a late frame from a wrong one; one per call, for ever, otherwise
     )
 
 

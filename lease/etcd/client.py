@@ -143,7 +143,7 @@ class EtcdClient:
 
     def pages(self, key: bytes, range_end: bytes, size: int, most: int) -> Iterator[Any]:
         """A range at one revision in pages of `size` keys, or larger ones where it would be more than `most`; the next is on
-        its way while one is looked at. Raises StoreUnavailable."""
+        its way while one is read. Raises StoreUnavailable."""
         page = self.range(key, range_end, size)
         revision, size = int(page.header.revision), max(size, -(-int(page.count) // most))
         while page.more and page.kvs:

@@ -22,7 +22,7 @@ def load() -> None:
     """Make `etcd3.etcdrpc` importable; a second call costs nothing.
 
     Raises:
-        ImportError: etcd3 is missing, or is not laid out as in 0.12: says what was looked for.
+        ImportError: etcd3 is missing, or is not laid out as in 0.12: says what was expected.
     """
     if f"etcd3.etcdrpc.{_FILES[-1]}_pb2" in sys.modules:
         return

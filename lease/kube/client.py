@@ -23,7 +23,7 @@ from lease.store import StoreUnavailable
 
 TIMEOUT_S = 10.0
 LARGEST_EVENT = 1 << 24
-"""Bytes; etcd stores no object above 1.5 MiB unless told so."""
+"""Bytes; etcd stores no object above 1.5 MiB unless configured to."""
 CREDENTIALS_S = 15.0
 """Longer than a silent watch is probed (see NodeStore): an event that comes then finds them ready."""
 AGENT = "overlayd"

@@ -115,7 +115,7 @@ def event(data: bytes, interesting: Collection[str]) -> Event:
 
 
 def summary(data: bytes) -> Summary | None:
-    """Of an event of a Node that changed, what tells whether anybody changed an annotation; None: of any other. Raises
+    """Of an event of a Node that changed, what shows whether anybody changed an annotation; None: of any other. Raises
     ValueError."""
     found = _parse("WatchEvent", data)
     if _one(found.type, b"") != b"MODIFIED":

@@ -1,6 +1,6 @@
 """Many leases in little memory: each packed into one bytes object, some 100 bytes instead of 700.
 
-A Lease is what all code speaks of; it is made when it is looked at. What is asked of all leases at once (who has this
+A Lease is what all code speaks of; it is made when it is read. What is asked of all leases at once (who has this
 address, this MAC) is answered on the packed form. `decode` reads flannel's usual record straight into it; anything else is
 codec.py's, and tests compare the two.
 """
@@ -172,7 +172,7 @@ def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -
 
 
 class Leases(Mapping[str, Lease]):
-    """Leases by key, packed. Not changed once it is told to others."""
+    """Leases by key, packed. Not changed once others have it."""
 
     def __init__(self, packed: dict[str, bytes] | None = None) -> None:
         self.packed: dict[str, bytes] = {} if packed is None else packed

@@ -9,7 +9,7 @@ from lease.config import Pool
 from lease.model import Prefix, mac_fault
 
 TRIES = 48
-"""Random looks before the range is walked from a random place: even at 90 % full all miss once in 150 starts."""
+"""Random tries before the range is walked from a random place: even at 90 % full all miss once in 150 starts."""
 
 
 class Taken(Protocol):

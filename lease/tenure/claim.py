@@ -99,7 +99,7 @@ class Claim(NamedTuple):
         return end is not None and end.public_ip == self.public_ip
 
     def endpoint(self, subnet: Prefix, public_ip: int, mac: int) -> Endpoint:
-        """What peers are told of a subnet of ours."""
+        """What peers read about a subnet of ours."""
         source = 0 if self.local == public_ip else self.local
         return Endpoint(subnet, public_ip, self.config.backend.vni, mac, source)
 
@@ -160,7 +160,7 @@ class Occupied:
     own base: the transaction that creates a record demands that no key of that base stands.
 
     Nearly all records have the config's own length and a key that says no more than their subnet: these are found by their
-    key, and only the others are put into an index. So 60,000 leases cost one quick look each, and a question two look-ups.
+    key, and only the others are put into an index. So 60,000 leases cost one quick check each, and a question two look-ups.
     """
 
     def __init__(self, snapshot: Snapshot, claim: Claim, without: str | None = None) -> None:

@@ -65,7 +65,7 @@ class Tenure:
                     self._mac_in_use = self.held.first.mac
                 return events
             except (SubnetTaken, RecordChanged):
-                snapshot = None  # a lost race: look again
+                snapshot = None  # a lost race: read again
             except _SubnetLost as lost:
                 assert self.held is not None
                 events.append(Lost(self.held, str(lost)))
@@ -193,7 +193,7 @@ class Tenure:
 
     def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
         """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
-        came later looks once more, and gives it back where the first lives."""
+        came later checks once more, and gives it back where the first lives."""
         held = self.held
         assert held is not None
         earlier = Leases.of(
@@ -257,14 +257,14 @@ class Tenure:
         if left is None or granted is None:
             return bool(lease.node)  # a reservation nobody came for yet is there to be taken
         if not lease.node:
-            return True  # flannel renews once in 23 h: while the record stands, nobody can tell
+            return True  # flannel renews once in 23 h: while the record exists, it is not known
         return left > granted - 2 * renew_every_s(granted)
 
     def _mac(self, claim: Claim, snapshot: Snapshot, own: Lease | None) -> int:
         """The device's MAC, else our record's, else a new one: never one that another record had before us.
 
         A record that another interface wrote lends us its subnet, never its MAC: its owner may live after all, and then
-        neither it nor the peers could tell the two apart.
+        neither it nor the peers could distinguish the two.
         """
         used = _MacsBefore(snapshot.leases, own)
         recorded = None

@@ -97,7 +97,7 @@ class TenureThread(threading.Thread):
             assert claim is not None
             wait_s = self._step(claim, snapshot, dirty)
             snapshot = None  # not held while we wait
-            with self._wake:  # a claim or look that came meanwhile has put it earlier
+            with self._wake:  # a claim or recheck that came meanwhile has put it earlier
                 if dirty:
                     self._last = self._clock()
                 self._due = min(self._due, self._clock() + wait_s)

@@ -169,7 +169,7 @@ class NodeTenure:
         return {name: text for name, text in encode(lease, self._names).items() if view.annotations.get(name) != text}
 
     def _condition(self, view: NodeView) -> dict[str, str] | None:
-        """The condition to write; None where it stands or is not to be told (yet)."""
+        """The condition to write; None where it is as it should be, or not to be written (yet)."""
         if not self._set_condition or not self.network_up or view.unavailable == "False":
             return None
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,7 +1,7 @@
 """The loop: take what is in the inbox, ask each controller, publish. It knows no feature by name.
 
 Everything is level-triggered: each pass asks what should be from the inputs as they are now and makes it so. An event only
-says that something is worth a look; a lost one costs time until the next check.
+says that something is to be checked; a lost one costs time until the next check.
 """
 
 from __future__ import annotations

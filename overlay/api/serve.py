@@ -175,7 +175,7 @@ def serve_unix(path: str, routes: Routes) -> UnixStreamServer:
 
 
 def _start(server: BaseServer, name: str) -> None:
-    # it is never shut down, so it need not look twice a second whether it was
+    # it is never shut down, so it need not check twice a second whether it was
     threading.Thread(target=server.serve_forever, args=(3600.0,), name=name, daemon=True).start()
 
 

@@ -41,7 +41,7 @@ DeviceSpec = VxlanDevice
 
 
 class Outer(NamedTuple):
-    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: what tells this network's
+    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: what distinguishes this network's
     frames from another's on the same port."""
 
     port: int
@@ -114,7 +114,7 @@ class Backend(Protocol):
 
     @property
     def network(self) -> int:
-        """The number that tells this network from another on one node: it names our tables and files."""
+        """The number of this network among those of one node: it names our tables and files."""
 
     @property
     def tunnel(self) -> TunnelDevice | None:

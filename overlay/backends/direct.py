@@ -104,7 +104,7 @@ class _DirectBulk:
         return fast.direct_message(seq + self._route, packed[:4], number & 255, packed[fast.PUBLIC_IP], metric, oif)
 
     def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher:
-        """The inner one's, told which peers are direct."""
+        """The inner one's, which then knows the peers that are direct."""
         made = self._inner.matcher(peers, oifs)
         made.set_direct(self.direct, oifs.get(UNDERLAY, -1))
         return made

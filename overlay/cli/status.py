@@ -71,7 +71,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
 
 
 def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """All that an operator should look at, as (what, why)."""
+    """All that needs an operator's attention, as (what, why)."""
     for problem in found["problems"]:
         yield problem["subject"], f"{problem['text']} (since {problem['since']})"
     if not found["store"]["up"]:

@@ -34,7 +34,7 @@ class LiveFiles(Source):
 
     @property
     def handles(self) -> Mapping[type, Handler]:
-        """What the thread that looks at files posts."""
+        """What the thread that reads files posts."""
         return {FileText: self._on_file}
 
     def _on_file(self, event: FileText) -> bool:

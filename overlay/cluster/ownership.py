@@ -70,7 +70,7 @@ class Ownership(Controller):
         self._first_list: Snapshot | None = None
         """Read before anything was held: it saves the tenure another."""
         self._earlier: tuple[int | None, Prefix | None] | None = None
-        """What an earlier run left: the device's MAC, and the subnet of subnet.env. None: not looked at yet."""
+        """What an earlier run left: the device's MAC, and the subnet of subnet.env. None: not read yet."""
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._expires_at: float | None = None

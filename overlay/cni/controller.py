@@ -58,12 +58,12 @@ class CniController(Controller):
         clock: Callable[[], float],
         named: Callable[[Iterable[str]], None],
     ) -> None:
-        """named: told the bridges that the network list attaches pods to."""
+        """named: given the bridges that the network list attaches pods to."""
         self._current, self._family, self._health, self._owned = current, family, health, owned
         self._clock, self._named = clock, named
         self._settings: Settings = current.inputs.settings
         self._written: dict[str, tuple[str, Stamp | None]] = {}
-        """Files that hold what we want, as we wrote or found them, and what tells that they were touched since."""
+        """Files that hold what we want, as we wrote or found them, and what shows that they were touched since."""
         self._listed = False
         """The network list may stand."""
         self._displacements = 0

@@ -36,7 +36,7 @@ class Underlay(NamedTuple):
 
 
 class Tunnel(NamedTuple):
-    """The tunnel device of a family, as its controller left it and events told since. ifindex: 0 while there is none.
+    """The tunnel device of a family, as its controller left it and events changed it since. ifindex: 0 while there is none.
 
     rising: we set it up, and the notification of that has not come: what older ones say is from before. downs, makes: how
     often its routes and neighbours, and how often also its FDB, were lost; a controller that remembers the counts it saw

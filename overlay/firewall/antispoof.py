@@ -45,7 +45,7 @@ SETS = {
     6: _Sets("ports6", "addresses6", nf_wire.IFACE_AND_IPV6),
 }
 ENDS = "ends"
-"""No rule asks it: the MACs of the node's ends, to tell whose bindings those are."""
+"""No rule asks it: the MACs of the node's ends, to know whose bindings those are."""
 SPOOFED = "spoofed"
 SETTLED_S = 5.0
 """After so long an interface has its link-local IPv6 address, too: it makes it when its link comes up, before it is given an
@@ -91,7 +91,7 @@ def table(network: int) -> nf_wire.Table:
              *not_its_own(load("network", 14, 4, True), SETS[4].addresses)),
         ),
         (
-            "an IPv6 source of another",  # one that looks whether an address is free has none yet
+            "an IPv6 source of another",  # one that checks whether an address is free has none yet
             (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), nf_wire.differ(_NOWHERE),
              *not_its_own(_source(V6), SETS[6].addresses)),
         ),
@@ -179,7 +179,7 @@ class AntiSpoof:
         """When each was first seen, by number and MAC."""
         self._bound: dict[int, Bound] = {}
         self._later: dict[int, bool] = {}
-        """Ports that are looked at once more, and whether their pods had no link-local IPv6 address yet."""
+        """Ports that are checked once more, and whether their pods had no link-local IPv6 address yet."""
         self._there: dict[str, set[bytes]] = {}
         """What the kernel's sets have."""
         self._network: Prefix | None = None

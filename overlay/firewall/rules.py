@@ -71,7 +71,7 @@ class _ByProgram(Controller):
         return "" if self.completed else f"for the {self.name} rules"
 
     def _work(self, wants: Any) -> Any:
-        """In the thread. Raises OSError, or anything: told as it says."""
+        """In the thread. Raises OSError, or anything: reported with its text."""
         raise NotImplementedError
 
     def _done(self, result: Any) -> None:
@@ -92,7 +92,7 @@ class NatController(_ByProgram):
         super().__init__(post, health)
         self._family, self._owned = family, owned
         self._loaded: tuple[program.Objects, program.Objects] | None = None
-        """What we loaded last, and how nft listed it then. Belongs to the thread that looks."""
+        """What we loaded last, and how nft listed it then. Belongs to the worker's thread."""
         self._mended = 0
 
     @property
@@ -198,7 +198,7 @@ class ForwardController(_ByProgram):
         return _ForwardWants(nat.table_name(backend_of(inputs.config.backend, self._family).network), network)
 
     def reconcile(self, wants: Any) -> bool:
-        """Begin to look."""
+        """Begin to check."""
         self._check_at = None
         return super().reconcile(wants)
 

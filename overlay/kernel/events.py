@@ -76,7 +76,7 @@ class NftSeen(NamedTuple):
 
 
 class SysctlSeen(NamedTuple):
-    """Somebody wrote a sysctl of IPv4 that the kernel tells of: forwarding, rp_filter."""
+    """Somebody wrote a sysctl of IPv4 that the kernel notifies of: forwarding, rp_filter."""
 
 
 KernelEvent = (

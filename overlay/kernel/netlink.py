@@ -81,7 +81,7 @@ class RequestSocket:
 
         The kernel takes them in order and answers each one that it refuses; an ACK is asked of an empty message behind them
         alone, since 20,000 ACKs cost as much as 20,000 messages. Where that one does not come, what was not refused counts
-        as refused with ETIMEDOUT: it is looked at again.
+        as refused with ETIMEDOUT: it is read again.
         """
         refused: dict[int, Refusal] = {}
         count = count or len(messages)
@@ -241,7 +241,7 @@ def exists(ifindex: int) -> bool:
 
 
 def _check_end(message: wire.Message) -> None:
-    """The end of a dump; an error may stand in it, and unread looks like an empty kernel. Raises KernelError."""
+    """The end of a dump; an error may stand in it, and an unread one would seem to be an empty kernel. Raises KernelError."""
     if (refusal := refusal_of(message)) is not None:
         raise KernelError(refusal.errno, f"reading from the kernel: {os.strerror(refusal.errno)}")
 

@@ -13,7 +13,7 @@ from overlay.kernel.route.entries import TUNNEL
 
 
 class Where(NamedTuple):
-    """By what it is told which entries are ours. roles: of devices, by interface number. network: first and last address of
+    """How it is known which entries are ours. roles: of devices, by interface number. network: first and last address of
     the pod network. is_wanted: whether an entry of a key is wanted."""
 
     roles: Mapping[int, int]

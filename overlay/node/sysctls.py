@@ -81,7 +81,7 @@ class SysctlController(Controller):
 
     @property
     def handles(self) -> Mapping[type, Handler]:
-        """What the kernel tells of them."""
+        """What the kernel notifies of them."""
         return {SysctlSeen: lambda _event: True, Overrun: lambda _event: True}
 
     def wants(self, inputs: Inputs) -> object:

@@ -29,7 +29,7 @@ DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
 """After a refusal that contradicts what we believe the kernel is read again: so long after the last time, or 20 times its
 cost."""
 DEVICE_DOUBT_S = 2.0
-"""The kernel says soon that a device went; where that got lost it is looked at after so long."""
+"""The kernel says soon that a device went; where that got lost it is checked after so long."""
 BATCH = 500
 """Routes removed at once."""
 
@@ -187,7 +187,7 @@ class PeersController(Controller):
             self._note_doubts()
         self._note_difference()
         if path.dumped and not wants.displaced and path.rec.settled():
-            # an entry that the kernel refuses (and is told and tried again) does not keep the whole node from its pods
+            # an entry that the kernel refuses (which is reported and retried) does not keep the whole node from its pods
             self._current.set(synced=True)
         return more
 

@@ -90,7 +90,7 @@ class Datapath:
         self._resync: Generator[None] | None = None
         """A resync that is under way."""
         self._tunnel: Tunnel | None = None
-        """As it was when it was looked at last."""
+        """As it was when it was checked last."""
         self._logged_mended: Counter[str] = Counter()
         self._logged_writes: Counter[str] = Counter()
 

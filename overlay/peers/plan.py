@@ -122,7 +122,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
             return False
-        if low <= public_ip <= high:  # the rare underlay inside Network is looked at with more care
+        if low <= public_ip <= high:  # the rare underlay inside Network is checked with more care
             return False
         for first, end in pods:  # outside Network, too: that of before
             if first <= public_ip <= end:

@@ -241,7 +241,7 @@ class Reconciler(Difference):
         return table.remove(seq, key, value, device.ifindex if device is not None else 0)
 
     def _failed(self, put: bool, table: int, key: Any, refusal: Refusal) -> Refused:
-        """After any refusal what we believe is in doubt: look again, and retry this key alone, later."""
+        """After any refusal what we believe is in doubt: read again, and retry this key alone, later."""
         now = self._clock()
         failure = self.failures.setdefault((table, key), Failure(refusal, now))
         failure.count += 1

@@ -50,7 +50,7 @@ class Log:
         """Lines that could not be written."""
 
     def debug(self, event: str, **fields: object) -> None:
-        """For whoever looks for a fault."""
+        """For debugging."""
         self._say("debug", event, fields)
 
     def info(self, event: str, **fields: object) -> None:

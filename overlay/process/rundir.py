@@ -49,7 +49,7 @@ class DeviceLock:
         """To those who have what we want, kept: nobody takes connections up, so that there can be but a few."""
 
     def take(self, device: str) -> int | None:
-        """Take it for good: None; or the pid of who has it (0: it cannot be told). Raises OSError."""
+        """Take it for good: None; or the pid of who has it (0: not known). Raises OSError."""
         if device in self._held:
             return None
         name = f"\0overlayd/{device}"

@@ -33,7 +33,7 @@ class FileThread(threading.Thread):
         self._posted: dict[str, bytes | None] = {}
 
     def any(self) -> bool:
-        """Whether there is a file to look at."""
+        """Whether there is a file to read."""
         return bool(self._files)
 
     def read_all(self) -> None:

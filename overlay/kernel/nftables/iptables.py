@@ -11,7 +11,7 @@ WAIT_S = "5"
 
 
 class NoProgram(KernelError):
-    """The old tables are in use here, and there is no program to look at them."""
+    """The old tables are in use here, and there is no program to read them."""
 
 
 def forward_chain(family: int) -> list[str] | None:

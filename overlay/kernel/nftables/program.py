@@ -1,4 +1,4 @@
-"""Load one nftables table of ours atomically, read it back; look at other people's forward chains. By the distribution's
+"""Load one nftables table of ours atomically, read it back; read other programs' forward chains. By the distribution's
 nft binary and its JSON."""
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class NetfilterSocket(RequestSocket):
         """Whether a table stands as it should, whatever is in its sets. Raises KernelError.
 
         Chains are asked by name, since the kernel dumps those of all tables, of which kube-proxy has thousands; that there
-        are none beside them is told by the number of things in the table.
+        are none beside them is known by the number of things in the table.
         """
         try:
             size = self._get(nf_wire.GETTABLE, table, "")

@@ -327,13 +327,13 @@ def _all_held(wanted: list[bytes], there: list[memoryview]) -> bool:
 
 
 def _holds(wanted: memoryview, there: memoryview) -> bool:
-    """Whether attributes are all there with these values, and lists as long as they should be; the kernel tells more of its
+    """Whether attributes are all there with these values, and lists as long as they should be; the kernel shows more of its
     own."""
-    asked, told = list(_walk(wanted)), [(kind & wire.KIND, data) for kind, data in _walk(there)]
+    wanted_attrs, found_attrs = list(_walk(wanted)), [(kind & wire.KIND, data) for kind, data in _walk(there)]
     if any(kind == _LIST_ELEM | wire.NESTED for kind, _ in asked):
-        same = len(asked) == len(told)
-        return same and all(_holds(one[1], other[1]) for one, other in zip(asked, told, strict=True))
-    values = dict(told)
+        same = len(wanted_attrs) == len(found_attrs)
+        return same and all(_holds(one[1], other[1]) for one, other in zip(wanted_attrs, found_attrs, strict=True))
+    values = dict(found_attrs)
     for kind, data in asked:
         value = values.get(kind & wire.KIND)
         if value is None or not (_holds(data, value) if kind & wire.NESTED else value == data):
