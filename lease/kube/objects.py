@@ -41,7 +41,7 @@ class NodeSeen(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What shows of most events that they change nothing for us: nobody changed an annotation of that Node. Fields as NodeSeen's."""
+    """What shows of most events that nobody changed an annotation of that Node. Fields as NodeSeen's."""
 
     name: str
     uid: str
@@ -80,7 +80,7 @@ class Answer(NamedTuple):
         return _forms().event(self.data, interesting) if self.protobuf else _event_of_json(self.data, interesting)
 
     def summary(self) -> Summary | None:
-        """What shows of most events that they change nothing for us, at a third of the cost; None: ask `event`. Raises as `page`."""
+        """What shows of most events that they are irrelevant, at a third of the cost; None: ask `event`. Raises as `page`."""
         return _forms().summary(self.data) if self.protobuf else None
 
     def node(self, interesting: Collection[str]) -> NodeSeen:

@@ -41,8 +41,8 @@ DeviceSpec = VxlanDevice
 
 
 class Outer(NamedTuple):
-    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: what distinguishes this network's
-    frames from another's on the same port."""
+    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: of this network's frames, not
+    of another's on the same port."""
 
     port: int
     vni: int

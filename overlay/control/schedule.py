@@ -57,8 +57,8 @@ class Retry:
 
 
 class Cadence:
-    """How often something is checked whose cost grows with the number of peers: once a minute, less often where it is
-    dear."""
+    """How often something is checked whose cost grows with the number of peers: once a minute, less often where it
+    is expensive."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -330,11 +330,11 @@ def _holds(wanted: memoryview, there: memoryview) -> bool:
     """Whether attributes are all there with these values, and lists as long as they should be; the kernel shows more of its
     own."""
     wanted_attrs, found_attrs = list(_walk(wanted)), [(kind & wire.KIND, data) for kind, data in _walk(there)]
-    if any(kind == _LIST_ELEM | wire.NESTED for kind, _ in asked):
+    if any(kind == _LIST_ELEM | wire.NESTED for kind, _ in wanted_attrs):
         same = len(wanted_attrs) == len(found_attrs)
         return same and all(_holds(one[1], other[1]) for one, other in zip(wanted_attrs, found_attrs, strict=True))
     values = dict(found_attrs)
-    for kind, data in asked:
+    for kind, data in wanted_attrs:
         value = values.get(kind & wire.KIND)
         if value is None or not (_holds(data, value) if kind & wire.NESTED else value == data):
             return False
