@@ -241,7 +241,7 @@ def exists(ifindex: int) -> bool:
 
 
 def _check_end(message: wire.Message) -> None:
-    """The end of a dump; an error may stand in it, unread it would seem to be an empty kernel. Raises KernelError."""
+    """The end of a dump; an error may stand in it, unread it seems an empty kernel. Raises KernelError."""
     if (refusal := refusal_of(message)) is not None:
         raise KernelError(refusal.errno, f"reading from the kernel: {os.strerror(refusal.errno)}")
 
