@@ -80,7 +80,7 @@ class Answer(NamedTuple):
         return _forms().event(self.data, interesting) if self.protobuf else _event_of_json(self.data, interesting)
 
     def summary(self) -> Summary | None:
-        """What shows of most events that they are irrelevant, at a third of the cost; None: ask `event`. Raises as `page`."""
+        """What shows most events to be irrelevant, at a third of the cost; None: ask `event`. Raises as `page`."""
         return _forms().summary(self.data) if self.protobuf else None
 
     def node(self, interesting: Collection[str]) -> NodeSeen:
