@@ -169,7 +169,7 @@ def test_the_matrix_names_an_end_that_lost_its_address(name):
 def test_a_lab_that_stands_is_not_remade_in_silence(name):
     overlay("lab", "up", "--name", name, "--nodes", "1", "--pods", "1")
     done = overlay("lab", "up", "--name", name, "--nodes", "2", "--pods", "1", check=1)
-    assert "stands already" in done.stderr
+    assert "exists, with other options" in done.stderr
     assert "--name" in done.stderr
 
 

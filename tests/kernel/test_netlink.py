@@ -186,16 +186,19 @@ def heard(inside, requests, monkeypatch):
     assert not died
 
 
+MARK = 1399
+
+
 def drain(events, inside) -> list:
-    """All that is told, up to a link that is made now: the kernel tells of one thing after the other."""
+    """All that comes before a change that is made now to eth0: the kernel notifies in order."""
 
     def make() -> None:
         with IPRoute() as ipr:
-            ipr.link("add", ifname="mark", kind="dummy")
+            ipr.link("set", index=ipr.link_lookup(ifname="eth0")[0], mtu=MARK)
 
     inside(make)
     found = []
-    while not (found and isinstance(found[-1], LinkSeen) and found[-1].link.name == "mark"):
+    while not (found and isinstance(found[-1], LinkSeen) and found[-1].link.mtu == MARK):
         found.append(events.get(timeout=10))
     return found[:-1]
 

@@ -99,7 +99,7 @@ def test_it_answers(client):
         pytest.param(OK, answer(), [("grpc-status", "9" * 5000)], "UNKNOWN", id="a status without end"),
         pytest.param(OK, answer(), [("grpc-status", "13"), ("grpc-message", "broken")], "broken", id="internal"),
         pytest.param([(":status", "404")], b"", [], "HTTP status 404", id="another server"),
-        pytest.param(OK, b"<html>not here</html>", DONE, "no gRPC", id="HTML"),
+        pytest.param(OK, b"<html>not here</html>", DONE, "not etcd's gRPC", id="HTML"),
         pytest.param(OK, b"\0\xff\xff\xff\xff", DONE, "4294967300 bytes", id="4 GiB"),
     ],
 )
