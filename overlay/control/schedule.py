@@ -97,28 +97,31 @@ class _Slot:
         self.controller = controller
         self.inputs: Inputs | None = None
         self.wants: Any = Waiting("for its first turn")
+        self.waits = True
+        """What it wants is to wait."""
         self.stale, self.more = True, False
         self.retry = Retry(clock)
+        self.after: list[_Slot] = []
+        """Those that come before it. Set when all are known."""
+        self._timed = type(controller).due is not Controller.due
 
     def update(self, inputs: Inputs) -> None:
         """What it wants, by the inputs of now."""
-        if self.inputs is not inputs:
-            wants = self.controller.wants(inputs)
-            self.stale = self.stale or wants != self.wants
-            self.inputs, self.wants = inputs, wants
-
-    @property
-    def acts(self) -> bool:
-        """Whether it has something that should be."""
-        return self.wants is not None and not isinstance(self.wants, Waiting)
+        wants = self.controller.wants(inputs)
+        self.stale = self.stale or wants != self.wants
+        self.inputs, self.wants, self.waits = inputs, wants, isinstance(wants, Waiting)
 
     def due(self) -> float | None:
         """When it is asked without an event; what was refused waits for its retry, unless it cannot act now at all."""
-        if isinstance(self.wants, Waiting):
-            return None
         if self.retry.at is not None:
-            return self.retry.at
-        return self.controller.due() if self.acts else None
+            return None if self.waits else self.retry.at
+        if not self._timed or self.waits or self.wants is None:
+            return None
+        return self.controller.due()
+
+    def may_act(self) -> bool:
+        """Whether it has something to do, and all that come before it are done."""
+        return not self.waits and all(slot.wants is None or slot.controller.completed for slot in self.after)
 
 
 class Schedule:
@@ -131,7 +134,9 @@ class Schedule:
         self._slots = [_Slot(controller, clock) for controller in controllers]
         names = [controller.name for controller in controllers]
         assert len(set(names)) == len(names), f"two controllers of one name: {names}"
-        self._by_name = {slot.controller.name: slot for slot in self._slots}
+        by_name = {slot.controller.name: slot for slot in self._slots}
+        for slot in self._slots:
+            slot.after = [by_name[name] for name in slot.controller.after]
         self._handlers: dict[type, list[tuple[_Slot, Callable[[Any], bool]]]] = {}
         for slot in self._slots:
             for event, handler in slot.controller.handles.items():
@@ -158,21 +163,20 @@ class Schedule:
             for slot in self._slots:
                 slot.stale = slot.stale or slot.controller.rechecked
         more = False
-        for slot in self._slots:
+        for slot in self._slots:  # at each event of a storm: what has no reason to be asked costs next to nothing
+            if slot.inputs is not self._current.inputs:
+                slot.update(self._current.inputs)
+            if not slot.stale and not slot.more and ((at := slot.due()) is None or at > now):
+                continue
             if slot.controller.yields and more and now < self._peers_first_until:
                 continue
-            more = self._ask(slot) or more
+            if slot.may_act():
+                more = self._ask(slot) or more
         # who stands earlier in the order may want something else by what a later one found
         return more or any(slot.inputs is not self._current.inputs for slot in self._slots)
 
     def _ask(self, slot: _Slot) -> bool:
-        slot.update(self._current.inputs)
         controller, wants = slot.controller, slot.wants
-        if isinstance(wants, Waiting) or not all(map(self._is_done, controller.after)):
-            return False
-        at = slot.due()
-        if not slot.stale and not slot.more and (at is None or at > self._clock()):
-            return False
         slot.stale = slot.more = False
         if controller.answers_later and controller.name not in self._health.problems():
             slot.retry.succeeded()  # what was begun last
@@ -195,15 +199,11 @@ class Schedule:
         controller.completed = True
         return slot.more
 
-    def _is_done(self, name: str) -> bool:
-        slot = self._by_name[name]
-        return slot.wants is None or slot.controller.completed
-
     def waiting(self) -> str:
         """Why the node is not ready: what the first controller that waits waits for; "" where none does."""
         for slot in self._slots:
-            if isinstance(slot.wants, Waiting):
-                return slot.wants.reason
+            if slot.waits:
+                return str(slot.wants.reason)
             if slot.wants is not None and (reason := slot.controller.unready()):
                 return reason
         return ""
@@ -214,5 +214,5 @@ class Schedule:
 
     def _due_times(self) -> Iterator[float]:
         for slot in self._slots:
-            if (at := slot.due()) is not None and all(map(self._is_done, slot.controller.after)):
+            if (at := slot.due()) is not None and slot.may_act():
                 yield at

@@ -96,13 +96,19 @@ class Agent:
         return dict(json.loads(body))
 
     def problems(self) -> dict[str, str]:
-        return {problem["subject"]: problem["text"] for problem in self.status()["problems"]}
+        return {problem["subject"]: problem["text"] for problem in self.problems()}
 
     def refused_records(self) -> dict[str, str]:
         return {record["key"]: record["reason"] for record in self.status()["refused_records"]}
 
     def network(self) -> str:
         return str(self.status()["network"]["subnets"]["ipv4"]["network"])
+
+    def problems(self) -> dict[str, str]:
+        return {problem["subject"]: problem["text"] for problem in self.status()["problems"]}
+
+    def refused_records(self) -> dict[str, str]:
+        return {record["key"]: record["reason"] for record in self.status()["refused_records"]}
 
     def ready(self) -> bool:
         return ask_unix(str(self.run_dir / SOCKET_NAME), "/readyz")[0] == 200
