@@ -23,9 +23,9 @@ CHECK_SHARE = 4000
 """What costs more with more peers is checked less often where that costs more: it may take a four-thousandth of the time."""
 
 
-def retry_delay_s(refusals: int) -> float:
-    """After so many refusals in a row, at least one."""
-    return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(refusals - 1, 9))
+def retry_delay_s(refusals: int, last_s: float = LAST_RETRY_S) -> float:
+    """After so many refusals in a row, at least one: 0.1 s, 0.2, 0.4 ... `last_s`."""
+    return min(last_s, FIRST_RETRY_S * 2.0 ** min(refusals - 1, 9))
 
 
 class Retry:

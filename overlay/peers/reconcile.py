@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+from overlay.control.schedule import retry_delay_s
 from overlay.kernel.netlink import Refusal
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import TUNNEL
@@ -20,7 +21,8 @@ from overlay.peers.difference import Difference, Failure, WantedEntries
 
 SLICE = 512
 """Messages in one batch, some 4 ms of the kernel's time."""
-RETRY_FIRST_S, RETRY_LAST_S = 0.1, 30.0
+RETRY_LAST_S = 30.0
+"""Of an entry: longer than of a controller, since there may be thousands."""
 
 
 class Requests(Protocol):
@@ -249,11 +251,7 @@ class Reconciler(Difference):
         self.in_doubt = self.in_doubt or failure.count == 1 or (put and refusal.errno == errno.EEXIST)
         self._tokens += 1
         failure.token = self._tokens
-        due = now + retry_delay_s(failure.count, self._rng.uniform(0.8, 1.2))
+        # the spread keeps 1,000 entries from being retried as one
+        due = now + retry_delay_s(failure.count, RETRY_LAST_S) * self._rng.uniform(0.8, 1.2)
         heapq.heappush(self._retries, (due, self._tokens, table, key))
         return Refused(table, key, failure)
-
-
-def retry_delay_s(failures: int, spread: float) -> float:
-    """0.1, 0.2, 0.4 ... 30 s; `spread` in 0.8..1.2 keeps 1,000 entries from being retried as one."""
-    return min(RETRY_LAST_S, RETRY_FIRST_S * 2.0 ** min(failures - 1, 9)) * spread

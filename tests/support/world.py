@@ -95,12 +95,6 @@ class Agent:
         assert code == 200, body
         return dict(json.loads(body))
 
-    def problems(self) -> dict[str, str]:
-        return {problem["subject"]: problem["text"] for problem in self.problems()}
-
-    def refused_records(self) -> dict[str, str]:
-        return {record["key"]: record["reason"] for record in self.status()["refused_records"]}
-
     def network(self) -> str:
         return str(self.status()["network"]["subnets"]["ipv4"]["network"])
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from overlay.control.schedule import retry_delay_s
 from overlay.kernel.route.entries import (
     PROTOCOL,
     TUNNEL,
@@ -18,7 +19,7 @@ from overlay.kernel.route.entries import (
 )
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.peers.difference import Device
-from overlay.peers.reconcile import SLICE, retry_delay_s
+from overlay.peers.reconcile import RETRY_LAST_S, SLICE
 from tests.support.model_kernel import IFINDEX, one, peer, settle, world
 
 
@@ -292,7 +293,7 @@ def test_an_absence_in_a_dump_counts_only_if_a_second_look_agrees():
 
 
 def test_backoff_grows_to_half_a_minute():
-    delays = [retry_delay_s(n, 1.0) for n in range(1, 14)]
+    delays = [retry_delay_s(n, RETRY_LAST_S) for n in range(1, 14)]
     assert delays[:4] == [0.1, 0.2, 0.4, 0.8]
     assert delays[-1] == 30.0
 
