@@ -95,8 +95,9 @@ class CniController(Controller):
         self._next = self._clock() + CHECK_EVERY_S
         path = wants.list_path
         if wants.displaced or wants.displacements != self._displacements:
-            self._displacements, self._listed = wants.displacements, False
-            self._withdraw_list(path)
+            self._listed = False
+            self._withdraw_list(path, wants.subnet)
+            self._displacements = wants.displacements
         self._listed = not wants.displaced and (self._listed or wants.may_stand)
         old = lists.listed_subnet(path, wants.subnet.family) if path and path not in self._written else None
         stale = old is not None and old != wants.subnet
@@ -112,11 +113,12 @@ class CniController(Controller):
         self._health.report("cni", fault)
         return False
 
-    def _withdraw_list(self, path: str) -> None:
-        """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease."""
-        if path and path in self._written:
-            del self._written[path]
+    def _withdraw_list(self, path: str, subnet: Prefix) -> None:
+        """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.
+        subnet: the one held last, whose list an earlier life may have left."""
+        if path and (path in self._written or lists.listed_subnet(path, subnet.family) == subnet):
             remove(path)
+            self._written.pop(path, None)
             log.warning("file.removed", path=path, reason="the subnet it gives addresses of may be another node's now")
 
     def _write(self, files: Iterable[tuple[str, str]]) -> None:

@@ -203,9 +203,6 @@ class DeviceController(Controller):
             log.info("device.address", device=device.name, action=", ".join(did))
         if old not in ("", device.name):
             self._drop(old)
-        # by it a later run knows what is ours: before any table is made for this network
-        if not up_to_date(self._owned.device_file, device.name):
-            write_atomically(self._owned.device_file, device.name)
         before = self._tunnel
         if ensured.made and before.up and before.ifindex:
             self._note_lost(
@@ -223,6 +220,9 @@ class DeviceController(Controller):
             )
         )  # fmt: skip
         self._health.report("mtu", wants.lowered, harmless=True)
+        # By it a later run knows what is ours: before any table is made for this network. A disk that is full costs no peer.
+        if not up_to_date(self._owned.device_file, device.name):
+            write_atomically(self._owned.device_file, device.name)
         return False
 
     def _alone(self, device: str) -> bool:

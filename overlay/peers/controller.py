@@ -82,12 +82,13 @@ class PeerTableController(Controller):
 
 
 class _Wants(NamedTuple):
-    """displaced: by the inputs of that name; it decides when all is in order again."""
+    """displaced, displacements: by the inputs of these names; after either it is to be said anew that all is in order."""
 
     tunnel: Tunnel
     underlay: int
     underlay_up: bool
     displaced: bool
+    displacements: int
 
 
 class PeersController(Controller):
@@ -172,7 +173,7 @@ class PeersController(Controller):
         tunnel, under = inputs.tunnels.get(number), inputs.underlays.get(number)
         if tunnel is None or under is None:
             return Waiting("for the tunnel device")
-        return _Wants(tunnel, under.ifindex, under.up, inputs.displaced)
+        return _Wants(tunnel, under.ifindex, under.up, inputs.displaced, inputs.displacements)
 
     def reconcile(self, wants: Any) -> bool:
         """One slice of reading the kernel, where that is due, and one of what differs."""
@@ -184,7 +185,7 @@ class PeersController(Controller):
         more = TUNNEL in path.rec.devices and self._read_slice()
         if path.dumped:
             more = path.apply() or more
-            self._note_doubts()
+        self._note_doubts()
         self._note_difference()
         if path.dumped and not wants.displaced and path.rec.settled():
             # an entry that the kernel refuses (which is reported and retried) does not keep the whole node from its pods

@@ -226,9 +226,9 @@ class Difference:
                 self._removals[number].pop(key, None)
                 self._unremovable[number].discard(key)
                 self.touch(number, key)
-                self._not_so(
-                    number, key
-                )  # where another was wanted of that key, and refused: nothing is in its way now
+                for peer in self.wanted.owners(number, key):
+                    if self.is_missing(peer, number):  # refused, maybe since this was in its way
+                        self._set(peer, number)
             self.touch_peers(number, self.wanted.peers())  # what a dump under way has read of them is from before
         if self.wanted.uniform():
             if role == TUNNEL:

@@ -122,7 +122,7 @@ class PeerTable:
         self._outdone: set[str] = set()
         """Refused since another address had their MAC first; these take no part in disputes about subnets."""
         self._numbers: dict[str, int] = {}
-        """Of peers whose key does not say it (Nodes)."""
+        """Of peers whose key does not say it (Nodes), or not cheaply (dual-stack records)."""
         self._losers = SubnetIndex(self._family)
         self._claimants: dict[int, _Claimants] = {}
         self._latest = listed or 0
@@ -375,7 +375,7 @@ class PeerTable:
             found.add(there)
         elif found != there:
             self.by_mac[mac] = {found, there}
-        if key_subnet(lease.key, self._family) != self._subnet(lease):
+        if "&" in lease.key or key_subnet(lease.key, self._family) != self._subnet(lease):
             self._numbers[lease.key] = there
 
     def _remove(self, lease: Lease) -> None:

@@ -89,6 +89,34 @@ def test_nothing_is_due_at_once_while_there_is_no_device(bench):
     assert due is None or due > bench.clock.now
 
 
+def test_a_reading_that_takes_longer_than_a_minute_is_not_begun_again_at_its_end(bench, monkeypatch):
+    controller = bench.peers()
+    bench.reconcile(bench.table())
+    monkeypatch.setattr(bench.path, "resyncing", lambda: True)
+    monkeypatch.setattr(bench.path, "resync", lambda _links: True)
+    bench.reconcile(controller)
+    controller._read_whole = False
+    bench.clock.now = 1000.0
+    monkeypatch.setattr(bench.path, "resync", lambda _links: False)
+    assert not bench.reconcile(controller)
+
+
+def test_a_doubt_about_the_device_does_not_turn_the_loop_while_the_kernel_is_not_read(bench):
+    """The device cannot be made again, and another plan came meanwhile."""
+    controller = bench.peers()
+    bench.reconcile(bench.table())
+    bench.path.dumped, bench.path.rec.device_gone = True, True
+    controller._read_whole = False
+    bench.reconcile(controller)
+    bench.path.dumped = False
+    bench.current.set(tunnels={4: Tunnel("flannel.1", 0, 1450, up=False, downs=1, makes=1)})
+    bench.clock.now = 30.0
+    for _ in range(3):
+        bench.reconcile(controller)
+    due = controller.due()
+    assert due is None or due > bench.clock.now
+
+
 def test_a_guard_that_is_off_remembers_nobody(bench):
     controller = bench.guard()
     bench.reconcile(controller)

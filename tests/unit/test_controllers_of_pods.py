@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from lease.model import ip_number
+from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
 from overlay.control.controller import CannotReconcile
+from overlay.control.schedule import Schedule
 from overlay.firewall import antispoof, guard
 from overlay.firewall.worker import Finished
 from overlay.kernel import events
@@ -159,6 +161,50 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     bench.current.set(synced=True)
     bench.reconcile(controller)
     assert sorted(controller.withdraw()) == sorted([str(conflist), str(bench.folder / "subnet.env")])
+
+
+def test_a_lease_lost_and_held_again_within_one_pass_brings_the_list_back(bench, monkeypatch):
+    """By the scheduler, with all that have a part in it."""
+    ownership, peers, cni = bench.ownership(), bench.peers(), bench.cni()
+    cni.after = ()
+    bench.reconcile(bench.table())
+    bench.path.dumped, peers._read_whole = True, False
+    monkeypatch.setattr(bench.path, "apply", lambda: False)
+    schedule = Schedule([ownership, peers, cni], bench.current, bench.health, bench.clock)
+
+    def settle() -> None:
+        while schedule.run_pass():
+            pass
+
+    settle()
+    conflist = bench.folder / "cni" / CONFLIST
+    before, held = conflist.stat().st_mtime_ns, bench.current.inputs.own
+    schedule.handle(Lost(held, "deleted"))
+    schedule.handle(Held(held, "taken again"))
+    assert not bench.current.inputs.synced
+    settle()
+    assert bench.current.inputs.synced
+    assert conflist.stat().st_mtime_ns != before, "it was away"
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["ours", "of an earlier life"])
+def test_a_list_that_cannot_be_removed_now_is_removed_later(bench, monkeypatch, left):
+    controller, conflist = bench.cni(), bench.folder / "cni" / CONFLIST
+    bench.current.set(synced=True)
+    bench.reconcile(controller)
+    controller = bench.cni() if left else controller
+    bench.current.set(displaced=True, displacements=1, synced=False)
+
+    def refused(path: str) -> None:
+        raise OSError(30, "Read-only file system", path)
+
+    with monkeypatch.context() as away:
+        away.setattr("overlay.cni.controller.remove", refused)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Read-only"):
+                bench.reconcile(controller)
+    bench.reconcile(controller)
+    assert not conflist.exists()
 
 
 def test_a_template_that_cannot_be_used_is_told_and_all_else_written(bench):

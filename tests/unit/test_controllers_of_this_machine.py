@@ -112,6 +112,19 @@ def test_what_names_our_device_is_written_before_anything_is_made_for_its_networ
     assert list(bench.guard().withdraw()) == ["nft table ip overlay-1-guard"]
 
 
+def test_a_full_disk_costs_no_peer(bench, monkeypatch):
+    bench.current.set(tunnels={})
+    controller = bench.device()
+
+    def full(path: str, content: str) -> None:
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr("overlay.node.device.write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        bench.reconcile(controller)
+    assert bench.current.inputs.tunnels[4].name == "flannel.1"
+
+
 def test_a_bridge_that_the_kernel_does_not_let_go_keeps_no_other(bench):
     controller = bench.bridges()
     bench.tell(controller, Lost(lease("10.244.7.0/24", "192.168.1.2"), "older"))
@@ -135,6 +148,9 @@ def test_a_bridge_that_the_kernel_does_not_let_go_keeps_no_other(bench):
         bench.reconcile(controller)
     assert bench.kernel.there.keys() == {9}, "the other is gone"
     assert bench.current.inputs.retained, "and its subnet is kept"
+    bench.kernel.delete = delete
+    bench.reconcile(controller)
+    assert (bench.kernel.there, bench.current.inputs.retained) == ({}, ())
 
 
 def test_a_lost_subnet_is_kept_until_its_last_pod_is_gone(bench):

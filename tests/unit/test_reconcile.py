@@ -239,6 +239,20 @@ def test_a_refused_entry_is_put_when_the_device_of_what_stood_in_its_place_goes(
     assert rec.differing() == 0
 
 
+def test_an_entry_that_stands_is_not_missing_when_the_device_of_a_second_one_goes():
+    """A resync saw the same key twice: ours, and another on the underlay."""
+    kernel, clock, rec = world()
+    rec.devices[UNDERLAY] = Device(2, True)
+    rec.join(1, peer(1))
+    settle(rec, clock)
+    (_, key, _) = peer(1)[ROUTES]
+    rec.find_second(ROUTES, key, RouteValue(UNDERLAY, 5, False, PROTOCOL))
+    sent = len(kernel.log)
+    rec.device_lost(UNDERLAY, deleted=False)
+    settle(rec, clock)
+    assert (rec.differing(), len(kernel.log)) == (0, sent)
+
+
 def test_a_device_that_is_gone_and_not_yet_told_of_refuses_nobody():
     kernel, clock, rec = world()
     for n in range(1000):

@@ -1,0 +1,20 @@
+"""What `overlay uninstall` says where it cannot begin; what it removes: tests/agent/test_process.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from overlay.settings.settings import Settings
+from overlay.teardown import uninstall
+
+
+def test_a_kernel_that_cannot_be_asked_is_one_line_and_nothing_is_removed(tmp_path, monkeypatch):
+    (tmp_path / "device").write_text("flannel.1")
+
+    def no_netlink(*_: object) -> None:
+        raise OSError(93, "Protocol not supported")
+
+    monkeypatch.setattr(uninstall, "withdraw", no_netlink)
+    with pytest.raises(uninstall.UninstallError, match=r"cannot talk to the kernel.*nothing was removed"):
+        list(uninstall.uninstall(Settings(run_dir=str(tmp_path), cni_conf_dir="")))
+    assert (tmp_path / "device").exists(), "it can be tried again"
