@@ -124,7 +124,7 @@ def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, ha
     try:
         fields = json.loads(value.decode())  # of bytes it would take UTF-16, which nobody else here reads
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"value is not JSON: {str(error)[:100]!a}") from None
+        raise BadRecord(f"value is not JSON: {ascii(str(error)[:100])[1:-1]}") from None
     if not isinstance(fields, dict):
         raise BadRecord("value is not a JSON object")
     backend = fields.get("BackendType") or ""
@@ -169,7 +169,8 @@ def outer_source(text: object, name: str, public_ip: int) -> int:
 def vxlan_data(data: object, name: str) -> tuple[int, int]:
     """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`. Raises BadRecord."""
     if not isinstance(data, dict):
-        raise BadRecord(f'{name}: missing; it must be an object like {{"VNI":1,"VtepMAC":"0e:.."}}')
+        there = "missing" if data is None else f"{str(data)[:40]!a}"
+        raise BadRecord(f'{name}: {there}; it must be an object like {{"VNI":1,"VtepMAC":"0e:.."}}')
     vni, text = data.get("VNI", 0), data.get("VtepMAC")
     if type(vni) is not int or not 0 <= vni < 1 << 24:
         raise BadRecord(f"{name}.VNI: {str(vni)[:40]!a} must be a whole number from 0 to 16777215")

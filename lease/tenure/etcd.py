@@ -119,7 +119,7 @@ class Tenure:
             self.held = self._put_right(held, there.modified, wanted)
         if elsewhere:
             self._against_copies.add(self._clock())
-        method = "changed with this node" if there.same_claim(held) else "written again as it was"
+        method = "written with what changed on this node" if there.same_claim(held) else "written again as it was"
         robbed = mac != held.first.mac and there.first.mac == held.first.mac
         if robbed:
             rivals = (lease.key for lease in snapshot.leases.with_mac(held.first.mac or 0) if lease.key != there.key)

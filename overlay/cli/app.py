@@ -16,7 +16,7 @@ from overlay.cli.status import status
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def app() -> None:
-    """Inspect, try out and repair a VXLAN overlay network."""
+    """Inspect, try out and remove a VXLAN overlay network."""
 
 
 @app.command(
@@ -63,6 +63,8 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
         raise click.ClickException(str(error)) from error
     if removed:
         click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
+    elif force:
+        click.echo("nothing of overlay was found on this node", err=True)
     else:
         click.echo(f"no trace of an agent in {settings.run_dir}; --force looks for its parts anyway", err=True)
 

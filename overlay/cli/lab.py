@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from lease.config import ConfigError
 from overlay.cli import terminal
+from overlay.cli.status import differences
 from overlay.lab import netns
 from overlay.lab.capture import Captured
 from overlay.lab.lab import DEFAULT_NET_CONF, Lab, locked
@@ -244,12 +246,11 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
     for line in it.broken():
         console.print(Text(line, style="red"))
     for name, found in statuses.items():
-        for subject, what in (found.get("problems") or {}).items():
-            console.print(Text(f"{name}: {subject}: {what}", style="red"))
-        if found.get("store_down"):
-            console.print(Text(f"{name}: store: {found['store_down']}", style="red"))
         if "error" in found:
             console.print(Text(found["error"], style="red"))
+            continue
+        for what, why in differences(found):
+            console.print(Text(f"{name}: {what}: {why}", style="red"))
 
 
 _TITLES = {
@@ -264,7 +265,7 @@ WIDE = 9
 def print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
     if not cells:
         return
-    targets = list(dict.fromkeys(cell.target for cell in cells))
+    targets = sorted({cell.target for cell in cells}, key=_by_number)
     title = _TITLES[kinds]
     if len(targets) > WIDE:
         good = [cell.rtt_us for cell in cells if cell.ok and cell.rtt_us is not None]
@@ -276,13 +277,19 @@ def print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
     for target in targets:
         table.add_column(target)
     by_pair = {(cell.source, cell.target): cell for cell in cells}
-    for source in dict.fromkeys(cell.source for cell in cells):
+    sources = sorted({cell.source for cell in cells}, key=_by_number)
+    for source in sources:
         row = []
         for target in targets:
             cell = by_pair.get((source, target))
             row.append(Text() if cell is None else _cell_text(cell))
         table.add_row(source, *row)
     console.print(table)
+
+
+def _by_number(name: str) -> list[int]:
+    """node10-pod1 behind node9-pod2."""
+    return [int(part) for part in re.findall(r"\d+", name)]
 
 
 def _cell_text(cell: Cell) -> Text:

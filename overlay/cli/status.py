@@ -52,7 +52,11 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     console.print(_node(found))
     peers = found["peers"]
     columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "missing")
-    table = Table(*(column.replace("_", " ") for column in columns), title=f"{len(peers)} peers", title_justify="left")
+    table = Table(
+        *(column.replace("_", " ") for column in columns),
+        title=f"{len(peers)} peer{'' if len(peers) == 1 else 's'}",
+        title_justify="left",
+    )
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
         words = {**peer, "missing": ", ".join(peer["missing"])}
         table.add_row(*(Text(words[column]) for column in columns), style="" if peer["ok"] else "red")
@@ -62,7 +66,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
         console.print(f"... and {len(peers) - PEERS_SHOWN} more: --all")
     wrong = list(differences(found))
     if not wrong:
-        console.print("everything is as it should be")
+        console.print("all that the agent manages is as it should be")
         return
     table = Table("what", "why", title="not as it should be", title_justify="left", style="red")
     for what, why in wrong:

@@ -81,6 +81,7 @@ class CniController(Controller):
             return Waiting("for the tunnel device")
         settings = inputs.settings
         files = (
+            (self._owned.device_file, tunnel.name),  # which node/device.py has written first
             (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end)),
             (settings.subnet_file, lists.subnet_env(pool.network, end.subnet, tunnel.mtu, settings.ip_masq)),
         )
@@ -162,7 +163,7 @@ class CniController(Controller):
 
     def counters(self) -> Mapping[str, int]:
         """How often a file was put back."""
-        return {"mended_file": self._mended} if self._mended else {}
+        return {"mended_file": self._mended}
 
 
 def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> tuple[str, str]:

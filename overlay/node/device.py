@@ -204,7 +204,7 @@ class DeviceController(Controller):
         if old not in ("", device.name):
             self._drop(old)
         before = self._tunnel
-        if ensured.made and before.up and before.ifindex:
+        if ensured.made and before.up and before.ifindex and before.name == device.name:
             self._note_lost(
                 before, device.name, True
             )  # a refused entry may show it before the kernel's own notification

@@ -32,7 +32,7 @@ def hold(run_dir: str) -> TextIO:
         file.seek(0)
         pid = file.read(20).strip() or "?"
         file.close()
-        raise RunDirError(f"--run-dir: {run_dir} is in use by another overlayd (pid {pid})") from None
+        raise RunDirError(f"--run-dir: {run_dir} is in use by overlayd (pid {pid})") from None
     with suppress(OSError):  # a full disk: the lock holds, it only does not say whose it is
         file.truncate(0)
         os.write(file.fileno(), f"{os.getpid()}\n".encode())

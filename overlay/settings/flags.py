@@ -186,7 +186,9 @@ def help_text(prog: str) -> str:
     lines = [f"usage: {prog} [--FLAG=VALUE ...]", "", "VXLAN overlay agent, compatible with flanneld.", ""]
     for flag in FLAGS:
         value = "" if flag.kind == "bool" else "=N" if flag.kind == "int" else "=VALUE"
-        default = "" if flag.kind in ("list", "bool") or flag.default == "" else f" ({flag.default})"
+        default = "" if flag.kind == "list" or flag.default == "" or flag.refuse else f" ({flag.default})"
+        if flag.kind == "bool":
+            default = default.lower()
         lines.append(f"  --{flag.name}{value}")
         lines.append(f"        {flag.text or f'refused: {flag.refuse}'}{default}")
     lines += ["", f"Each flag is also read from the environment: {variable('etcd-endpoints')} for --etcd-endpoints."]

@@ -151,7 +151,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         if type(value) is not kind or (isinstance(value, list) and not all(type(one) is str for one in value)):
             raise SettingsError(f"{name}: {str(value)[:60]!a} must be {words}")
         if name == "log-level" and value not in LOG_LEVELS:
-            raise SettingsError(f"log-level: {str(value)[:60]!a} must be {', '.join(LOG_LEVELS)}")
+            raise SettingsError(f"log-level: {str(value)[:60]!a} must be one of {', '.join(LOG_LEVELS)}")
         values[name] = value
     cidrs = _prefixes(values, "underlay-cidr") if "underlay-cidr" in values else settings.underlay_cidrs
     return settings._replace(
@@ -232,7 +232,7 @@ def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
         Names.of(values["kube-annotation-prefix"])
     except ValueError as error:
         raise SettingsError(f"--kube-annotation-prefix: {error}") from None
-    check("log-level", lambda level: level in LOG_LEVELS, ", ".join(LOG_LEVELS))
+    check("log-level", lambda level: level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")
     if "@" in values["etcd-endpoints"]:

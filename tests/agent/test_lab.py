@@ -79,11 +79,16 @@ def test_the_whole_tour(name):
 
     run_dir = Lab(name).run_dir(Lab(name).nodes[0])
     shown = overlay("status", "--run-dir", str(run_dir)).stdout
-    for word in ("ready", "yes", "10.244.", "flannel.1", "2 peers", "everything is as it should be"):
+    for word in ("ready", "yes", "10.244.", "flannel.1", "2 peers", "all that the agent manages is as it should be"):
         assert word in shown
     status = json.loads(overlay("status", "--run-dir", str(run_dir), "--json").stdout)
     assert status["ready"]
     assert status["differences"] == []
+
+    # a problem of one agent is named, and ends nothing
+    chain = "add table ip other; add chain ip other fw { type filter hook forward priority 0; policy drop; }"
+    overlay("lab", "exec", "--name", name, "node3", "nft", chain)
+    until("it is shown", lambda: "node3: forward chain: " in overlay("lab", "status", "--name", name).stdout)
 
     # a node whose agent is dead, and the truth about it
     lab = Lab(name)
