@@ -86,7 +86,7 @@ def test_the_whole_tour(name):
     assert status["differences"] == []
 
     # a problem of one agent is named, and ends nothing
-    chain = "add table ip other; add chain ip other fw { type filter hook forward priority 0; policy drop; }"
+    chain = "add table inet filter; add chain inet filter fw { type filter hook forward priority 0; policy drop; }"
     overlay("lab", "exec", "--name", name, "node3", "nft", chain)
     until("it is shown", lambda: "node3: forward chain: " in overlay("lab", "status", "--name", name).stdout)
 
