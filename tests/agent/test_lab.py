@@ -90,6 +90,8 @@ def test_the_whole_tour(name):
     overlay("lab", "exec", "--name", name, "node3", "nft", chain)
     until("it is shown", lambda: "node3: forward chain: " in overlay("lab", "status", "--name", name).stdout)
 
+    overlay("lab", "exec", "--name", name, "node3", "nft", "delete table inet filter")
+
     # a node whose agent is dead, and the truth about it
     lab = Lab(name)
     os.kill(lab.nodes[0].agent.pid, signal.SIGKILL)
