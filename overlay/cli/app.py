@@ -50,7 +50,7 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
     from overlay.process.rundir import RunDirError
     from overlay.settings.settings import SettingsError, read_settings
-    from overlay.teardown.uninstall import UninstallError
+    from overlay.teardown.uninstall import UninstallError, leased
     from overlay.teardown.uninstall import uninstall as remove
 
     try:
@@ -61,6 +61,12 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
             removed += 1
     except (SettingsError, UninstallError, RunDirError) as error:
         raise click.ClickException(str(error)) from error
+    if leased(settings):
+        click.echo(
+            "its lease is still in etcd, so other nodes go on sending here until it expires: `overlay release` with the"
+            " same flags gives it up",
+            err=True,
+        )
     if removed:
         click.echo("nothing of overlay is left on this node; pods that run here have no network any more", err=True)
     elif force:

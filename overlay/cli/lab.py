@@ -66,7 +66,7 @@ def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_fla
 @_NAME
 @_JSON
 def status_(name: str, as_json: bool) -> None:
-    """Nodes with lease, VTEP MAC and device. Exit status 0 only if every agent is ready."""
+    """Nodes with lease, VTEP MAC and device. Exit status 0 only if every agent is ready and all parts of the lab run."""
     with _working(name, as_json) as (it, _):
         _must_exist(it)
         statuses = _statuses(it)

@@ -60,10 +60,22 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
                 failed.append(f"{name}: {error}")
         if failed:
             raise UninstallError("; ".join(failed))
+        kept = {lease_file(settings)} if leased(settings) else set()
         for left in (*_marks(settings), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/lock"):
-            remove(left)
+            if left not in kept:
+                remove(left)
     with suppress(OSError):  # a mount point, or something that is not ours is in it
         Path(settings.run_dir).rmdir()
+
+
+def lease_file(settings: Settings) -> str:
+    """The file that says which record is ours."""
+    return f"{settings.run_dir}/{lists.LEASE_FILE}"
+
+
+def leased(settings: Settings) -> bool:
+    """Whether etcd may have a record of this node yet: `overlay release` gives it up, and needs the file."""
+    return not settings.kube and Path(lease_file(settings)).exists()
 
 
 def _begin(settings: Settings) -> None:
@@ -75,7 +87,7 @@ def _begin(settings: Settings) -> None:
 
 def _marks(settings: Settings) -> list[str]:
     """The files by which a later run knows that this node was ours, until all is done."""
-    return [f"{settings.run_dir}/{name}" for name in ("device", lists.LEASE_FILE, BEGUN)]
+    return [f"{settings.run_dir}/device", lease_file(settings), f"{settings.run_dir}/{BEGUN}"]
 
 
 def _ours(settings: Settings, owned: Owned) -> bool:
