@@ -96,7 +96,7 @@ class Answer(NamedTuple):
 
 
 def _forms() -> Any:
-    """The module protobuf, when the first such answer comes: 10 ms and 2 MiB."""
+    """The module protobuf, when the first such answer comes."""
     from lease.kube import protobuf
 
     return protobuf
