@@ -167,12 +167,12 @@ def _prove(it: Lab, as_json: bool, progress: Callable[[str], None]) -> None:
     cells = it.prove()
     packet, missed = _capture(it)
     statuses = _statuses(it)
-    holds = (
+    all_reach = (
         bool(cells) and all(cell.ok for cell in cells) and not missed and (packet is None or _encapsulated(it, packet))
     )
     if as_json:
         value = {
-            "holds": holds,
+            "all_reach": all_reach,
             "nodes": _node_values(it, statuses),
             "matrix": [dataclasses.asdict(cell) for cell in cells],
             "packet": dataclasses.asdict(packet) if packet is not None else None,
@@ -187,8 +187,8 @@ def _prove(it: Lab, as_json: bool, progress: Callable[[str], None]) -> None:
             _print_packet(console, packet)
         if missed:
             console.print(Text(missed, style="red"))
-        _print_verdict(console, it, cells, holds)
-    sys.exit(0 if holds else 1)
+        _print_verdict(console, it, cells, all_reach)
+    sys.exit(0 if all_reach else 1)
 
 
 def _capture(it: Lab) -> tuple[Captured | None, str]:
@@ -312,9 +312,9 @@ def _print_packet(console: Console, packet: Captured) -> None:
     console.print(table)
 
 
-def _print_verdict(console: Console, it: Lab, cells: list[Cell], holds: bool) -> None:
+def _print_verdict(console: Console, it: Lab, cells: list[Cell], all_reach: bool) -> None:
     good = sum(cell.ok for cell in cells)
-    if holds:
+    if all_reach:
         console.print(f"[green]all {good} pairs reach each other, each seen with its own address[/]")
     elif not cells:
         console.print("[yellow]no pods, so nothing to measure[/]")

@@ -174,7 +174,7 @@ class Proof:
         after = self.cluster.objects("node", name)[0]["spec"]["podCIDR"]
         self.cluster.wait(f"{other} has a route to it", lambda: after in self._routes(other), 60)
         self.reach()
-        return f"{name} was {before}, came back as {after}; the whole matrix holds"
+        return f"{name} was {before}, came back as {after}; every pair reaches each other"
 
     def outage(self, seconds: float) -> str:
         """The API server is away; pods' connections and the agents stay."""

@@ -53,7 +53,7 @@ def test_the_whole_tour(name):
     assert "..." in up.stderr, "progress"
 
     value = json.loads(overlay("lab", "matrix", "--name", name, "--json").stdout)
-    assert value["holds"]
+    assert value["all_reach"]
     assert len(value["matrix"]) == 30 + 18 + 18
     assert all(cell["ok"] and cell["rtt_us"] > 0 and cell["seen"] == cell["own"] for cell in value["matrix"])
     packet = value["packet"]
@@ -71,7 +71,7 @@ def test_the_whole_tour(name):
 
     grown = json.loads(overlay("lab", "add-node", "--name", name, "--json").stdout)
     assert len(grown["nodes"]) == 4
-    assert grown["holds"]
+    assert grown["all_reach"]
     overlay("lab", "remove-node", "--name", name, "node2")
     left = json.loads(overlay("lab", "status", "--name", name, "--json").stdout)
     assert [node["name"] for node in left["nodes"]] == ["node1", "node3", "node4"]
@@ -199,7 +199,7 @@ def test_with_masquerade_and_direct_routing(name):
         "--json",
     )
     value = json.loads(done.stdout)
-    assert value["holds"]
+    assert value["all_reach"]
     assert value["packet"] is None, "nothing is encapsulated"
     seen = {(cell["source"], cell["target"]): cell["seen"] for cell in value["matrix"]}
     assert seen["node1-pod1", "node2"] == "192.168.1.2", "masqueraded, as asked for"
