@@ -100,7 +100,7 @@ class Ownership(Controller):
         return _Wants(inputs.config, under._replace(up=True), inputs.settings)
 
     def reconcile(self, wants: Any) -> bool:
-        """Pass it to the tenure. Raises KernelError."""
+        """Pass it to the tenure. Raises KernelError, CannotReconcile."""
         config, under, settings = wants
         assert self._identity_of is not None
         if self._earlier is None:

@@ -10,7 +10,7 @@ from lease.families import Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
 from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
 from overlay.backends.choose import backend_of, network_of, tunnel_devices
-from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
@@ -241,8 +241,11 @@ class DeviceController(Controller):
         return self._asks_again
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
-        """The MAC of the device that an earlier run or flannel left. Raises KernelError."""
+        """The MAC of the device that an earlier run or flannel left. Raises KernelError; CannotReconcile while another agent
+        keeps that device: it has the lease that would be ours, too."""
         tunnel = backend_of(config.backend, self._family).tunnel
+        if tunnel is not None and not self._alone(tunnel.name):
+            raise CannotReconcile(f"another agent keeps {tunnel.name} on this node, and its lease")
         there = self._links.read(tunnel.name) if tunnel is not None else None
         return there.mac if tunnel is not None and there is not None and there.kind == tunnel.kind else None
 

@@ -7,6 +7,7 @@ import pytest
 from lease.model import ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
+from overlay.control.controller import CannotReconcile
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.link_wire import VxlanDevice
@@ -81,6 +82,17 @@ def test_a_device_that_another_agent_keeps_is_left_to_it(bench):
     bench.reconcile(controller)
     assert bench.problems() == {}
     assert bench.current.inputs.tunnels[4].name == "flannel.1"
+
+
+def test_nothing_is_claimed_while_another_agent_keeps_the_device(bench):
+    """Both would hold one record, and each put it right again and again."""
+    bench.lock.other = 77
+    with pytest.raises(CannotReconcile, match=r"another agent keeps flannel\.1"):
+        bench.device().existing_mac(bench.current.inputs.config)
+    assert "pid 77" in bench.problems()["another agent"]
+    bench.lock.other = None
+    assert bench.device().existing_mac(bench.current.inputs.config) is None
+    assert bench.problems() == {}
 
 
 def test_the_device_of_an_earlier_vni_goes_with_all_that_was_made_for_it(bench):
