@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 from lease.families import FAMILIES, V4
 from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
 
-MAX_VNI = (1 << 24) - 1
+MAX_VNI = 9_999_999
+"""24 bits are allowed (RFC 7348), and the device is named after it: flannel.N in the 15 characters of IFNAMSIZ."""
 DEFAULT_PORT = 8472
 """The kernel's own default, which flannel gets by leaving the attribute out (drivers/net/vxlan/vxlan_core.c)."""
 MIN_MTU = 68 + V4.overhead
@@ -45,6 +46,12 @@ class Pool(NamedTuple):
         """The subnet at a place of 0..size-1."""
         step = WIDTH[self.network.family] - self.length
         return Prefix(self.network.family, self.first + (index << step), self.length)
+
+    def touched_by(self, there: Prefix) -> int:
+        """How many of the subnets share an address with a prefix."""
+        step = WIDTH[self.network.family] - self.length
+        low, high = max(self.first, there.base >> step << step), min(self.last, there.last >> step << step)
+        return max(0, ((high - low) >> step) + 1) if there.family == self.network.family else 0
 
     def allows(self, subnet: Prefix) -> bool:
         """Whether a node may hold that subnet under this config."""
@@ -82,6 +89,8 @@ class NetworkConfig(NamedTuple):
     v4: Pool | None
     v6: Pool | None
     backend: VxlanConfig
+    ignored: tuple[str, ...] = ()
+    """What is wrong with parts that nothing uses, one line each."""
 
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled."""
@@ -142,15 +151,40 @@ def _read(value: object) -> NetworkConfig:
     fields.get("EnableNFTables", bool, False)  # accepted: our rules are nftables always
     if not with_v4 and not with_v6:
         raise ConfigError("EnableIPv4: false and EnableIPv6: false leave no network; enable one of them")
-    # Both families are validated when they are there, enabled or not: a typing error must not wait for the switch.
-    v4 = _pool(fields, 4) if with_v4 or fields.has("Network") else None
-    v6 = _pool(fields, 6) if with_v6 or fields.has("IPv6Network") else None
-    return NetworkConfig(v4 if with_v4 else None, v6 if with_v6 else None, _backend(fields))
+    pools: dict[int, Pool | None] = {4: None, 6: None}
+    ignored: list[str] = []
+    for family, enabled in ((4, with_v4), (6, with_v6)):
+        if enabled:
+            pools[family] = _pool(fields, family)
+        elif (fault := _fault_of_unused(fields, family)) is not None:
+            ignored.append(f"{fault} (ignored: EnableIPv{family} is false)")
+    return NetworkConfig(pools[4], pools[6], _backend(fields), tuple(ignored))
+
+
+def _fault_of_unused(fields: _Fields, family: int) -> str | None:
+    """What is wrong with the part of a family that is switched off: it stops nothing, but a typing error should not wait for
+    the switch. A whole address space (`::/0`, as k3s writes) means none."""
+    name = f"{_lead(family)}Network"
+    try:
+        if not fields.has(name) or prefix(fields.get(name, str, "")).length == 0:
+            return None
+    except (ConfigError, ValueError):
+        pass
+    try:
+        _pool(fields, family)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _lead(family: int) -> str:
+    """What the names of a family's fields begin with."""
+    return "" if family == 4 else "IPv6"
 
 
 def _pool(fields: _Fields, family: int) -> Pool:
     """The subnets of one family, with flannel's defaults: a first subnet left out, the last one included."""
-    lead, width = ("", 32) if family == 4 else ("IPv6", 128)
+    lead, width = _lead(family), WIDTH[family]
     longest, default_len = (30, 24) if family == 4 else (126, 64)
     network = _network(fields, f"{lead}Network", family)
     len_name = f"{lead}SubnetLen"
@@ -239,7 +273,7 @@ def _backend(fields: _Fields) -> VxlanConfig:
     if mtu:
         mtu = backend.whole("MTU", MIN_MTU, 65535, 0)
     return VxlanConfig(
-        vni=backend.whole("VNI", 0, MAX_VNI, 1),
+        vni=_vni(backend),
         port=backend.whole("Port", 0, 65535, 0) or DEFAULT_PORT,
         mtu=mtu,
         direct_routing=backend.get("DirectRouting", bool, False),
@@ -247,6 +281,17 @@ def _backend(fields: _Fields) -> VxlanConfig:
         learning=backend.get("Learning", bool, False),
         mac_prefix=mac_prefix,
     )
+
+
+def _vni(backend: _Fields) -> int:
+    vni = backend.get("VNI", int, 1)
+    if MAX_VNI < vni < 1 << 24:
+        name = f"flannel.{vni}"
+        raise ConfigError(
+            f"Backend.VNI: {vni} would name the device {name}, of {len(name)} characters, and Linux allows 15; allowed is 0"
+            f" to {MAX_VNI}"
+        )
+    return backend.whole("VNI", 0, MAX_VNI, 1)
 
 
 def _show(value: object) -> str:

@@ -50,7 +50,8 @@ class Prefix(NamedTuple):
 class Endpoint(NamedTuple):
     """What a node publishes for one family: its subnet, and the VTEP behind which that subnet lives.
 
-    public_ip: underlay address as a number. vni, mac: from BackendData; None where the backend has none.
+    public_ip: underlay address as a number. vni, mac: from BackendData; None where the backend has none, or the record says
+    no VNI: the network's then.
     source: the address its frames come from, where that is not its public IP (a node behind NAT, or with several addresses);
     else 0.
     """

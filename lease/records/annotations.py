@@ -141,7 +141,7 @@ def decode_node(
     return Lease.of(name, backend[:32], ends, name, created, uid)
 
 
-def _data(name: str, text: str | None) -> tuple[int, int]:
+def _data(name: str, text: str | None) -> tuple[int | None, int]:
     if text is None or len(text) > LONGEST:
         raise BadRecord(f"{name}: missing" if text is None else f"{name}: has {len(text)} bytes")
     try:

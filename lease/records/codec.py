@@ -99,7 +99,8 @@ def encode_value(lease: Lease) -> bytes:
     value["BackendType"] = lease.backend
     for family, end in ends.items():
         if end is not None and end.mac is not None:
-            value[FIELDS[family][1]] = {"VNI": end.vni, "VtepMAC": mac_text(end.mac)}
+            vni = {} if end.vni is None else {"VNI": end.vni}
+            value[FIELDS[family][1]] = {**vni, "VtepMAC": mac_text(end.mac)}
     if lease.node:
         value[NODE_FIELD] = lease.node
     if lease.v4.source:
@@ -166,13 +167,14 @@ def outer_source(text: object, name: str, public_ip: int) -> int:
     return 0 if address == public_ip else address
 
 
-def vxlan_data(data: object, name: str) -> tuple[int, int]:
-    """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`. Raises BadRecord."""
+def vxlan_data(data: object, name: str) -> tuple[int | None, int]:
+    """VNI and VTEP MAC of `{"VNI":1,"VtepMAC":"aa:.."}`; an absent VNI (older flannels, load balancers' Nodes) is None: the
+    network's. Raises BadRecord."""
     if not isinstance(data, dict):
         there = "missing" if data is None else f"{str(data)[:40]!a}"
         raise BadRecord(f'{name}: {there}; it must be an object like {{"VNI":1,"VtepMAC":"0e:.."}}')
-    vni, text = data.get("VNI", 0), data.get("VtepMAC")
-    if type(vni) is not int or not 0 <= vni < 1 << 24:
+    vni, text = data.get("VNI"), data.get("VtepMAC")
+    if vni is not None and (type(vni) is not int or not 0 <= vni < 1 << 24):
         raise BadRecord(f"{name}.VNI: {str(vni)[:40]!a} must be a whole number from 0 to 16777215")
     if not isinstance(text, str):
         raise BadRecord(f"{name}.VtepMAC: missing; it must be a MAC like 0e:2a:00:00:00:01")

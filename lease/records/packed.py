@@ -19,7 +19,7 @@ from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import MAX_VALUE, encode_key
 
 HEAD = struct.Struct(">IBI6siQQqB")
-"""Subnet base, its length, public IP, MAC, VNI (-1: no VTEP), created, modified, handle, form."""
+"""Subnet base, its length, public IP, MAC (0: none), VNI (-1: it says none), created, modified, handle, form."""
 USUAL, NODE, GENERAL, NO_IPV4 = 0, 1, 2, 3
 """Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
 IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
@@ -130,8 +130,7 @@ def unpack(packed: bytes) -> Lease:
     base, length, public_ip, mac, vni, created, modified, handle, form = HEAD.unpack_from(packed)
     v4 = None
     if form != NO_IPV4:
-        vtep = (None, None) if vni < 0 else (vni, int.from_bytes(mac, "big"))
-        v4 = Endpoint(Prefix(4, base, length), public_ip, *vtep)
+        v4 = Endpoint(Prefix(4, base, length), public_ip, None if vni < 0 else vni, int.from_bytes(mac, "big") or None)
     if form == USUAL:
         assert v4 is not None
         node = packed[HEAD.size :].decode("utf-8", "surrogatepass")

@@ -76,7 +76,7 @@ class Claim(NamedTuple):
     previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
     take_over: the operator said that the record of our address is ours; it counts for the first lease only.
     local: the address that our frames leave by, 0 where it is the public IP. family: of all of these; by its part a record
-    is found to be ours.
+    is found to be ours. interface: of the underlay, for messages.
     """
 
     config: NetworkConfig
@@ -88,6 +88,7 @@ class Claim(NamedTuple):
     avoid: tuple[Prefix, ...] = ()
     local: int = 0
     family: Family = V4
+    interface: str = ""
 
     def end(self, lease: Lease) -> Endpoint | None:
         """The part of a record that is compared with this."""

@@ -180,7 +180,7 @@ class Tenure:
         try:
             subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
         except RangeFull as full:
-            return [Denied(str(full))]
+            return [Denied(f"{full}{_because_of_underlay(claim)}")]
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
@@ -324,6 +324,19 @@ class _SubnetLost(Exception):
 def renew_every_s(granted_s: float) -> float:
     """How often a lease of that life is kept alive."""
     return min(RENEW_AT_LEAST_S, granted_s / 3)
+
+
+def _because_of_underlay(claim: Claim) -> str:
+    """What no subnet may touch is not taken by anybody: it is this node's own underlay."""
+    touched = {there: claim.pool.touched_by(there) for there in claim.avoid}
+    where, count = max(touched.items(), key=lambda item: item[1], default=(None, 0))
+    if not count:
+        return ""
+    interface = f" ({claim.interface})" if claim.interface else ""
+    return (
+        f". {count} of them touch this node's underlay {where}{interface}: choose a Network outside of it, or SubnetMin and"
+        " SubnetMax"
+    )
 
 
 def _owner(lease: Lease) -> str:

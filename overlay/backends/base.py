@@ -68,7 +68,7 @@ class Bulk(Protocol):
     """The fast way for packed peers, each by the number of its subnet (lease/records/packed.py)."""
 
     def usable(self, own: Endpoint) -> Callable[[int, bytes], bool]:
-        """Whether a peer of a VNI (-1: none) and MAC has surely no `fault`."""
+        """Whether a peer of a VNI (-1: it says none) and MAC has surely no `fault`."""
 
     def direct(self, packed: bytes) -> bool:
         """Whether a peer is reached without the tunnel."""

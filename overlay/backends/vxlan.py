@@ -138,7 +138,7 @@ class Vxlan(NamedTuple):
             return "BackendData has no VtepMAC"
         if peer.mac == own.mac:
             return f"VtepMAC {mac_text(peer.mac)} is our own"
-        if peer.vni != self.config.vni:
+        if peer.vni is not None and peer.vni != self.config.vni:
             return f"VNI {peer.vni} is not this network's {self.config.vni}"
         return None
 

@@ -48,6 +48,8 @@ class NetworkConfigInput:
         if self._current.set(config=config):
             networks = _comma_list(pool.network for pool in config.pools.values())
             log.info("config", network=networks, subnets=_comma_list(config.pools.values()), **backend_fields(config))
+            for fault in config.ignored:
+                log.warning("config.ignored", reason=fault)
         self._health.solved("config")
 
     def _refuse_other_families(self, config: NetworkConfig) -> None:

@@ -116,6 +116,7 @@ class Ownership(Controller):
             _not_for_pods(self._family, config, under, settings),
             under.local,
             self._family,
+            under.name,
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)

@@ -103,20 +103,40 @@ def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq:
         found = json.loads(template)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {str(error)[:100]}") from None
+    if isinstance(found, dict) and "plugins" not in found and isinstance(found.get("type"), str):
+        found = _as_list(found)
     plugins = found.get("plugins") if isinstance(found, dict) else None
     if not isinstance(plugins, list) or not all(isinstance(entry, dict) for entry in plugins):
         raise ValueError('"plugins" must be a list of objects, as in flannel\'s cni-conf.json')
-    ours = json.loads(plain)
-    made = [
-        _bridge(entry, ours["plugins"][0], network, mtu, ip_masq) if entry.get("type") == "flannel" else entry
-        for entry in plugins
-    ]
+    bridge = json.loads(plain)["plugins"][0]
+    made = [_rendered(entry, bridge, network, mtu, ip_masq) for entry in plugins]
     name = found.get("name") or NETWORK_NAME
     whole = {**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}
     try:
         return json.dumps(whole, indent=2) + "\n"
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _rendered(entry: Any, plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> Any:
+    if not isinstance(entry, dict):
+        return entry
+    if entry.get("type") == "flannel":
+        return _bridge(entry, plain, network, mtu, ip_masq)
+    delegates = entry.get("delegates")
+    if isinstance(delegates, list):  # multus
+        return {**entry, "delegates": [_rendered(each, plain, network, mtu, ip_masq) for each in delegates]}
+    if isinstance(entry.get("plugins"), list):  # a delegate may be a list itself
+        return {**entry, "plugins": [_rendered(each, plain, network, mtu, ip_masq) for each in entry["plugins"]]}
+    return entry
+
+
+def _as_list(single: dict[str, Any]) -> dict[str, Any]:
+    """A network configuration of one plugin as the list that it stands for (CNI specification, 1.0 "network configuration
+    lists"); a meta plugin's `delegates` (multus) are looked into."""
+    outer = ("name", "cniVersion", "disableCheck")
+    plugin = {key: value for key, value in single.items() if key not in outer}
+    return {**{key: single[key] for key in outer if key in single}, "plugins": [plugin]}
 
 
 def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> dict[str, Any]:

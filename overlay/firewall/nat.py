@@ -32,12 +32,19 @@ def is_table_name(name: str) -> bool:
 
 
 def nat_table(
-    name: str, network: Prefix, subnet: Prefix, masq: bool, fully_random: bool, forward: bool, port: int | None
+    name: str,
+    network: Prefix,
+    subnet: Prefix,
+    masq: bool,
+    fully_random: bool,
+    forward: bool,
+    port: int | None,
+    underlay: tuple[Prefix, ...] = (),
 ) -> list[Rule]:
     """The table as `nft -j` lists it (without handles): chains and rules in order. [] when nothing is wanted.
 
     port: of the tunnel's UDP, None where it has none. No masqueraded packet leaves from it: conntrack would take a peer's
-    frames for the answers, and hand them to a pod.
+    frames for the answers, and hand them to a pod. underlay: prefixes inside the network that are the nodes', not pods'.
     """
     family, multicast = FAMILIES[network.family].nft, MULTICAST[network.family]
     chains: list[Rule] = []
@@ -55,6 +62,11 @@ def nat_table(
             {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"},
             [
                 ("packets that kube-proxy masquerades itself", [mark, leave]),
+                *[
+                    ("pods to nodes with addresses of the network", [_from(subnet), _to(there), *rule])
+                    for there in underlay
+                    for rule in (*never_from_port, [go])
+                ],
                 ("pod to pod: never", [_from(subnet), _to(network), leave]),
                 ("pod to pod: never", [_from(network), _to(subnet), leave]),
                 ("to local pods: keep the client's address", [_from(network, "!="), _to(subnet), leave]),

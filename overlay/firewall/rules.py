@@ -112,9 +112,14 @@ class NatController(_ByProgram):
             return Waiting("for a lease")
         backend, live = backend_of(inputs.config.backend, self._family), inputs.settings
         name, outer = nat.table_name(backend.network), backend.outer()
+        under = inputs.underlays.get(number)
+        on_link = under.on_link if under is not None else ()
+        nodes = {
+            there for there in (*on_link, *live.underlay_cidrs) if there != pool.network and pool.network.covers(there)
+        }
         table = nat.nat_table(
             name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules,
-            outer.port if outer is not None else None,
+            outer.port if outer is not None else None, tuple(sorted(nodes)),
         )  # fmt: skip
         return _NatWants(name, tuple(table))
 

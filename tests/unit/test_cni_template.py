@@ -55,6 +55,27 @@ def test_what_an_operator_set_is_kept():
     assert found["plugins"][1] == other
 
 
+def test_report_8_one_plugin_alone_is_a_list_of_one():
+    single = {"name": "cbr0", "type": "flannel", "delegate": {"isDefaultGateway": True}}
+    assert render(single) == render(
+        {"name": "cbr0", "plugins": [{"type": "flannel", "delegate": {"isDefaultGateway": True}}]}
+    )
+    assert render({"type": "flannel", "cniVersion": "1.0.0"})["cniVersion"] == "1.0.0"
+    with pytest.raises(ValueError, match="must be a list"):
+        render({"name": "x"})
+
+
+def test_report_8_the_delegates_of_multus_are_looked_into():
+    flannel = {"type": "flannel", "delegate": {"hairpinMode": True}}
+    found = render({"name": "multus", "type": "multus", "delegates": [flannel, {"type": "macvlan"}]})
+    (multus,) = found["plugins"]
+    assert multus["type"] == "multus"
+    assert multus["delegates"] == [render({"plugins": [flannel]})["plugins"][0], {"type": "macvlan"}]
+    nested = render({"type": "multus", "delegates": [{"name": "cbr0", "plugins": [flannel]}]})
+    assert nested["plugins"][0]["delegates"][0]["plugins"][0]["type"] == "bridge"
+    assert render({"type": "multus", "delegates": "rubbish"})["plugins"][0]["delegates"] == "rubbish"
+
+
 def test_another_delegate_is_no_bridge():
     found = render({"plugins": [{"type": "flannel", "delegate": {"type": "ptp"}}]})["plugins"][0]
     assert found["type"] == "ptp"

@@ -90,6 +90,9 @@ def with_value(**change) -> bytes:
         pytest.param(with_value(BackendType=5), ["BackendType", "string"], id="BackendType a number"),
         pytest.param(with_value(BackendData=None), ["BackendData"], id="no BackendData"),
         pytest.param(with_value(BackendData={"VNI": 1}), ["VtepMAC", "missing"], id="no MAC"),
+        pytest.param(
+            with_value(BackendData={"VNI": 0, "VtepMAC": 5}), ["VtepMAC", "missing"], id="a MAC that is a number"
+        ),
         pytest.param(with_value(BackendData={"VNI": 1, "VtepMAC": "xx"}), ["VtepMAC"], id="MAC garbage"),
         pytest.param(
             with_value(BackendData={"VNI": 1, "VtepMAC": "01:00:5e:00:00:01"}), ["multicast"], id="MAC multicast"

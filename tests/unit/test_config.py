@@ -138,7 +138,7 @@ def test_a_missing_backend_is_vxlan_as_the_documentation_says():
         pytest.param({"Network": "10.0.0.0/16", "EnableIPv4": False}, ["EnableIPv4", "EnableIPv6"], id="no family"),
         pytest.param({"Network": "10.0.0.0/16", "EnableIPv6": True}, ["IPv6Network", "missing"], id="no IPv6 network"),
         pytest.param(
-            {"Network": "10.0.0.0/16", "IPv6Network": "rubbish"},
+            {"Network": "10.0.0.0/16", "EnableIPv6": True, "IPv6Network": "rubbish"},
             ["IPv6Network", "rubbish"],
             id="IPv6 is validated when it is off, too",
         ),
@@ -160,8 +160,13 @@ def test_a_missing_backend_is_vxlan_as_the_documentation_says():
         ),
         pytest.param(
             {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "VNI": 1 << 24}},
-            ["Backend.VNI", "16777215"],
+            ["Backend.VNI", "9999999"],
             id="VNI out of range",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "VNI": 10_000_000}},
+            ["Backend.VNI", "flannel.10000000", "16 characters", "15"],
+            id="a VNI whose device Linux cannot name",
         ),
         pytest.param(
             {"Network": "10.0.0.0/16", "Backend": {"Type": "vxlan", "MTU": 60}},
@@ -248,3 +253,29 @@ def test_every_subnet_of_a_pool_lies_in_the_network_and_is_allowed(length, data)
     assert network.covers(subnet)
     assert pool.allows(subnet)
     assert subnet != prefix(f"{ip_text(4, network.base)}/{subnet_len}"), "the first subnet is left out"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        pytest.param({"EnableIPv6": False, "IPv6Network": "::/0"}, [], id="k3s: none"),
+        pytest.param({"IPv6Network": "::/0"}, [], id="the same by default"),
+        pytest.param({"IPv6Network": ""}, ["IPv6Network: missing"], id="an empty one"),
+        pytest.param({"IPv6Network": "rubbish"}, ["IPv6Network", "rubbish"], id="a typing error"),
+        pytest.param({"IPv6Network": "fd00::/48", "IPv6SubnetLen": 200}, ["IPv6SubnetLen", "200"], id="another"),
+        pytest.param({"IPv6Network": 7}, ["IPv6Network", "string"], id="of another kind"),
+    ],
+)
+def test_report_1_a_family_that_is_switched_off_stops_nothing(fields, told):
+    config = parse(Network="10.42.0.0/16", Backend={"Type": "vxlan"}, **fields)
+    assert config.pools.keys() == {4}
+    assert len(config.ignored) == bool(told)
+    for word in told:
+        assert word in config.ignored[0]
+    assert all("EnableIPv6 is false" in fault for fault in config.ignored)
+
+
+def test_report_1_so_is_ipv4_in_a_network_of_ipv6():
+    config = parse(EnableIPv4=False, EnableIPv6=True, Network="0.0.0.0/0", IPv6Network="fd00::/56")
+    assert (config.pools.keys(), config.ignored) == ({6}, ())
+    assert "Network" in parse(EnableIPv4=False, EnableIPv6=True, Network="x", IPv6Network="fd00::/56").ignored[0]

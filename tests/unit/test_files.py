@@ -162,6 +162,19 @@ def test_masquerade_keeps_off_the_port_of_vxlan(port, kept):
     assert all(json.dumps(kept) in rule for rule in rules(table, "postrouting") if '"l4proto"' in rule)
 
 
+def test_report_9_an_underlay_inside_the_network_is_the_nodes_not_pods():
+    """Else a pod's packet to a node that has no route to pods (a router) has no way back."""
+    under = prefix("10.244.200.0/24")
+    every = rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True, 8472, (under,)), "postrouting")
+    to_nodes = [place for place, rule in enumerate(every) if "10.244.200.0" in rule]
+    never = next(place for place, rule in enumerate(every) if '"return"' in rule and "10.244.0.0" in rule)
+    assert len(to_nodes) == 2
+    assert max(to_nodes) < never, "before what is never masqueraded"
+    assert all("masquerade" in every[place] for place in to_nodes)
+    without = rules(nat_table("overlay-1", NETWORK, SUBNET, True, False, True, 8472), "postrouting")
+    assert [rule for place, rule in enumerate(every) if place not in to_nodes] == without
+
+
 def test_what_is_not_wanted_is_not_there():
     assert nat_table("overlay-1", NETWORK, SUBNET, False, True, False, 8472) == []
     assert rules(nat_table("overlay-1", NETWORK, SUBNET, False, True, True, 8472), "postrouting") == []

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lease.config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
-from lease.records.packed import pack
+from lease.records.packed import pack, unpack
 from overlay.backends.base import Lower, View
 from overlay.backends.choose import backend_of
 from overlay.backends.vxlan import Vxlan
@@ -145,6 +145,14 @@ def test_an_underlay_that_is_all_of_the_network_leaves_room_for_pods():
 
 def test_a_good_one_is_not():
     assert refusal(node(), GOOD) is None
+
+
+def test_report_2_a_record_without_a_vni_has_the_networks():
+    """Older flannels, and load balancers that publish Nodes without pods."""
+    silent = GOOD._replace(v4=GOOD.v4._replace(vni=None))
+    assert refusal(node(), silent) is None
+    assert unpack(pack(silent)) == silent
+    assert entries(node(), silent) == entries(node(), GOOD)
 
 
 def test_a_subnet_our_pods_still_run_on_is_kept_from_its_new_owner():

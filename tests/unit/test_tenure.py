@@ -12,6 +12,7 @@ from lease.tenure.etcd import Tenure
 from lease.tenure.events import Denied, Held, Lost
 from tests.support.tenure import (
     CLONE,
+    CONFIG,
     IP2,
     IP3,
     IP9,
@@ -263,6 +264,30 @@ def test_the_underlay_is_never_leased():
         world = World(config=config)
         claim = Claim(config, IP2, None, ME, prefix("192.168.1.0/24"), False, (prefix("192.168.1.0/24"),))
         assert only_held(world.tenure.settle(claim)).lease.key == "192.168.2.0-24"
+
+
+def test_report_9_a_network_that_the_underlay_takes_says_so():
+    config = parse_config('{"Network":"192.168.1.0/24","SubnetLen":26}')
+    claim = Claim(
+        config, IP2, None, ME, None, avoid=(prefix("192.168.1.0/24"), prefix("192.168.1.2/32")), interface="eth0"
+    )
+    (denied,) = World(config=config).tenure.settle(claim)
+    assert "3 of them touch this node's underlay 192.168.1.0/24 (eth0)" in denied.reason
+    far = claim._replace(avoid=(prefix("10.0.0.0/8"),))
+    world = World(config=config)
+    for base in (64, 128, 192):
+        world.put(lease(f"192.168.1.{base}/26", IP9 + base, 0x0A0000000000 + base))
+    (denied,) = world.tenure.settle(far)
+    assert "touch" not in denied.reason
+
+
+@pytest.mark.parametrize(
+    ("there", "count"),
+    [("10.244.0.0/16", 255), ("10.244.7.0/24", 1), ("10.244.7.9/32", 1), ("10.244.8.0/22", 4), ("10.244.0.0/24", 0),
+     ("10.245.0.0/16", 0), ("fd00::/8", 0), ("0.0.0.0/0", 255)],
+)  # fmt: skip
+def test_how_many_subnets_a_prefix_touches(there, count):
+    assert CONFIG.v4.touched_by(prefix(there)) == count
 
 
 @pytest.mark.parametrize("answer", [SOMEBODY, UNKNOWN], ids=["on-link", "behind NAT"])

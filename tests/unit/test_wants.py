@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lease.config import parse_config
+from lease.model import prefix
 from overlay.control.controller import Waiting
 from overlay.control.inputs import Inputs
 from overlay.settings.settings import Settings
@@ -60,6 +61,7 @@ def settings(**more: Any) -> dict[str, Any]:
 
 
 DIRECT = {"config": parse_config('{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","DirectRouting":true}}')}
+INSIDE = {"underlays": {4: underlay(on_link=(prefix("10.244.200.0/24"),))}}
 BRIDGE = {"bridges": frozenset({"cni0"})}
 
 
@@ -72,6 +74,7 @@ BRIDGE = {"bridges": frozenset({"cni0"})}
         pytest.param(DIRECT, {"ownership", "table", "sysctl"}, id="DirectRouting"),
         pytest.param(BRIDGE, {"bridges", "pods"}, id="a bridge of pods"),
         pytest.param({"synced": True}, {"cni"}, id="all peers are in the kernel"),
+        pytest.param(INSIDE, {"ownership", "bridges", "table"}, id="an underlay inside the network"),
         pytest.param({"displaced": True}, {"peers", "cni"}, id="the lease is lost"),
         pytest.param({"cni_template": b"{}"}, {"cni"}, id="cni-conf.json"),
     ],
@@ -83,6 +86,14 @@ def test_a_change_of_the_inputs_concerns_those_alone(bench, change, concerned):
     before, after = bench.current.inputs, bench.current.inputs._replace(**change)
     changed = {name for name in names if getattr(bench, name)().wants(before) != getattr(bench, name)().wants(after)}
     assert changed == concerned
+
+
+def test_report_9_masquerade_knows_the_underlay_inside_the_network(bench):
+    now = bench.current.inputs._replace(**settings(ip_masq=True))
+    inside, cidr = now._replace(**INSIDE), prefix("10.244.201.0/24")
+    assert "10.244.200.0" in str(bench.nat().wants(inside)) and "10.244.200.0" not in str(bench.nat().wants(now))
+    said = now._replace(**settings(ip_masq=True, underlay_cidrs=(cidr, prefix("192.168.0.0/16"))))
+    assert "10.244.201.0" in str(bench.nat().wants(said)) and "192.168.0.0" not in str(bench.nat().wants(said))
 
 
 @pytest.mark.parametrize(
