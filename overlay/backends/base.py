@@ -101,6 +101,9 @@ class TunnelDevice(Protocol):
     def replace_reason(self, wanted: DeviceSpec, found: VxlanAttributes) -> str | None:
         """Why a device cannot be changed into the wanted one and must be made again; None where it can."""
 
+    def conflict(self, wanted: DeviceSpec, name: str, other: VxlanAttributes) -> str | None:
+        """Why the kernel may refuse the wanted device beside another one of the node, and what to do; None: it does not."""
+
     def live_changes(self, wanted: DeviceSpec, found: VxlanAttributes) -> dict[str, str]:
         """What to change on a device that stays: attribute -> "old -> new" for people."""
 

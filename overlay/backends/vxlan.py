@@ -81,6 +81,24 @@ class VxlanTunnel(NamedTuple):
             return f"it has {found.special}, which the kernel cannot take away"
         return None
 
+    def conflict(self, wanted: VxlanDevice, name: str, other: VxlanAttributes) -> str | None:
+        """Two devices on one port must agree in how they use it, and no two may have one VNI there: EADDRINUSE, EEXIST
+        (drivers/net/vxlan/vxlan_core.c vxlan_find_sock, vxlan_vni_in_use)."""
+        if other.kind != KIND or other.port != wanted.port:
+            return None
+        if other.special or other.gbp != wanted.gbp:
+            how = other.special or ("GBP" if other.gbp else "no GBP")
+            return (
+                f"{name} has port {other.port} with {how}, which {wanted.name} cannot share: remove it (ip link del {name}),"
+                " or give this network another Backend.Port"
+            )
+        if other.vni == wanted.vni:
+            return (
+                f"{name} has VNI {other.vni} on port {other.port} already: remove it (ip link del {name}), or give this"
+                " network another Backend.VNI or Port"
+            )
+        return None
+
     def live_changes(self, wanted: VxlanDevice, found: VxlanAttributes) -> dict[str, str]:
         """Nothing is lost by any of these but the MAC's, which takes the neighbours with it (and the kernel says so, for
         each)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -195,7 +196,12 @@ class DeviceController(Controller):
             return False
         self._asks_again = None
         old = self._device.name if self._device is not None else self._owned.recorded_device()
-        ensured = ensure(self._links, wants.tunnel, device)
+        try:
+            ensured = ensure(self._links, wants.tunnel, device)
+        except KernelError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EEXIST):
+                raise
+            raise KernelError(error.errno, f"{error.strerror}{self._conflicts(wants.tunnel, device)}") from error
         if ensured.did:
             log.info("device", device=device.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
         there = self._requests.addresses(self._family)
@@ -224,6 +230,15 @@ class DeviceController(Controller):
         if not up_to_date(self._owned.device_file, device.name):
             write_atomically(self._owned.device_file, device.name)
         return False
+
+    def _conflicts(self, tunnel: TunnelDevice, wanted: DeviceSpec) -> str:
+        """Which devices are in the way of one that the kernel refused."""
+        found = []
+        for link in self._links.all():
+            other = self._links.read(link.name) if link.kind == tunnel.kind and link.name != wanted.name else None
+            if other is not None and (why := tunnel.conflict(wanted, link.name, other)) is not None:
+                found.append(why)
+        return "".join(f"; {why}" for why in found)
 
     def _alone(self, device: str) -> bool:
         try:

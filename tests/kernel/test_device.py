@@ -1,5 +1,8 @@
 """The device against the real kernel: what is changed live keeps everything, and ARP probes tell the truth."""
 
+import errno
+import subprocess
+
 import pytest
 from pyroute2 import IPRoute
 
@@ -127,6 +130,30 @@ def test_a_device_with_flags_the_kernel_cannot_change_is_made_again(links, insid
     done = tunnel.ensure(links, TUNNEL, spec(links))
     assert done.made
     assert done.why
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("external dstport 8473", ["vx9 has port 8473 with external", "ip link del vx9"]),
+        ("id 8 dstport 8473 gbp", ["vx9 has port 8473 with GBP"]),
+        ("id 7 dstport 8473", ["vx9 has VNI 7 on port 8473"]),
+    ],
+)
+def test_report_10_what_is_in_the_way_of_our_device_is_named(inside, links, form, words):
+    inside(lambda: subprocess.run(f"ip link add vx9 type vxlan {form} && ip link set vx9 up", shell=True, check=True))
+    wanted = spec(links, name="flannel.7", vni=7, port=8473)
+    with pytest.raises(KernelError) as refused:
+        tunnel.ensure(links, TUNNEL, wanted)
+    assert refused.value.errno in (errno.EADDRINUSE, errno.EEXIST)
+    (why,) = [
+        why
+        for link in links.all()
+        if link.name != wanted.name  # which stands, down: the port is taken when it is set up
+        and (why := TUNNEL.conflict(wanted, link.name, links.read(link.name))) is not None
+    ]
+    for word in words:
+        assert word in why
 
 
 def test_an_mtu_the_underlay_does_not_bear_is_a_kernel_error_with_words(links):

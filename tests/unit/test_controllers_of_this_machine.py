@@ -124,6 +124,19 @@ def test_what_names_our_device_is_written_before_anything_is_made_for_its_networ
     assert list(bench.guard().withdraw()) == ["nft table ip overlay-1-guard"]
 
 
+def test_report_10_a_refusal_of_the_device_names_the_one_in_its_way(bench):
+    bench.current.set(tunnels={})
+    bench.kernel.create(VxlanDevice("vx9", 1, 8472, 1, 2, 1450, 3, False, False))
+
+    def refused(device):
+        del device
+        raise KernelError(17, "making flannel.1: File exists")
+
+    bench.kernel.create = refused
+    with pytest.raises(OSError, match=r"making flannel\.1: File exists; vx9 has VNI 1 on port 8472 already: remove it"):
+        bench.reconcile(bench.device())
+
+
 def test_a_full_disk_costs_no_peer(bench, monkeypatch):
     bench.current.set(tunnels={})
     controller = bench.device()

@@ -181,6 +181,23 @@ def found(**change) -> VxlanAttributes:
     )._replace(**change)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"special": "external (collect metadata) mode"}, ["vx", "port 8472", "external", "ip link del vx"]),
+        ({"gbp": True, "vni": 9}, ["port 8472 with GBP", "Backend.Port"]),
+        ({}, ["VNI 1 on port 8472", "Backend.VNI"]),
+        ({"vni": 9}, None),
+        ({"port": 4789}, None),
+        ({"kind": "dummy"}, None),
+    ],
+)
+def test_report_10_a_device_in_the_way_is_named_with_what_to_do(change, words):
+    why = PLAIN.conflict(DEVICE, "vx", found(**change))
+    assert (why is None) == (words is None)
+    assert all(word in why for word in words or [])
+
+
 def test_the_device_is_what_config_underlay_and_lease_say():
     config = VxlanConfig(vni=7, port=4789, mtu=1400, gbp=True, learning=True)
     for family, overhead in ((V4, 50), (V6, 70)):
