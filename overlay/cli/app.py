@@ -13,6 +13,12 @@ from overlay.cli.lab import lab
 from overlay.cli.status import status
 
 
+class WrongFlag(click.ClickException):
+    """Of overlayd's flags."""
+
+    exit_code = 2
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def app() -> None:
@@ -36,7 +42,9 @@ def release(flags: tuple[str, ...]) -> None:
         click.echo(
             "device, routes, subnet.env and CNI list stay as they are; no pod should run here any more", err=True
         )
-    except (SettingsError, ReleaseError) as error:
+    except SettingsError as error:
+        raise WrongFlag(str(error)) from error
+    except ReleaseError as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -59,7 +67,9 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
         for line in remove(settings, force):
             click.echo(f"removed {line}")
             removed += 1
-    except (SettingsError, UninstallError, RunDirError) as error:
+    except SettingsError as error:
+        raise WrongFlag(str(error)) from error
+    except (UninstallError, RunDirError) as error:
         raise click.ClickException(str(error)) from error
     if leased(settings):
         click.echo(

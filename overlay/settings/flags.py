@@ -181,10 +181,48 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
     return given
 
 
+_ETCD = tuple(flag.name for flag in FLAGS if flag.name.startswith("etcd-"))
+_SAME_FLAGS = "It takes all flags and variables of overlayd; give those that the agent had (`overlayd --help` lists\nall). These matter:"
+_RELEASE = f"""\
+Give up this node's lease: its record in etcd is deleted, and other nodes stop sending here at once. Drain the node
+and stop overlayd first. Device, routes and files stay: `overlay uninstall` removes them, afterwards. On Kubernetes
+there is nothing to release. Exit status: 0 released, 1 not (the line says why), 2 a wrong flag.
+
+{_SAME_FLAGS}"""
+_UNINSTALL = f"""\
+Remove all that overlayd made on this node: device, routes, nftables tables and rules, CNI list, subnet.env, files, on
+Kubernetes the Node's annotations. RUNNING PODS LOSE THEIR NETWORK. Stop overlayd first; with etcd, `overlay release`
+comes before. What flannel has again is left to it. After a failure it can be run again. Exit status: 0 nothing is
+left, or nothing was there; 1 something could not be removed; 2 a wrong flag.
+
+  --force
+        also where the run directory has no trace of an agent
+
+{_SAME_FLAGS}"""
+_ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "overlay release": (_RELEASE, ("run-dir", *_ETCD)),
+    "overlay uninstall": (
+        _UNINSTALL,
+        (
+            "run-dir",
+            "cni-conf-dir",
+            "subnet-file",
+            "net-config-path",
+            "kube-subnet-mgr",
+            "kubeconfig-file",
+            "node-name",
+        ),
+    ),
+}
+"""Of the operator's commands that take the agent's flags: what they do, and which flags matter to them."""
+
+
 def help_text(prog: str) -> str:
     """What --help prints."""
-    lines = [f"usage: {prog} [--FLAG=VALUE ...]", "", "VXLAN overlay agent, compatible with flanneld.", ""]
-    for flag in FLAGS:
+    names = tuple(flag.name for flag in FLAGS)
+    about, shown = _ABOUT.get(prog, ("VXLAN overlay agent, compatible with flanneld.", names))
+    lines = [f"usage: {prog} [--FLAG=VALUE ...]", "", about, ""]
+    for flag in (flag for flag in FLAGS if flag.name in shown):
         value = "" if flag.kind == "bool" else "=N" if flag.kind == "int" else "=VALUE"
         default = "" if flag.kind == "list" or flag.default == "" or flag.refuse else f" ({flag.default})"
         if flag.kind == "bool":

@@ -186,3 +186,24 @@ def test_the_reference_is_made_from_the_flags():
         assert f"| `--{flag.name}`" in page, flag.name
     with pytest.raises(ValueError, match="lacks the lines"):
         rewritten("# a page")
+
+
+@pytest.mark.parametrize(
+    ("prog", "words", "none"),
+    [
+        ("overlayd", ["compatible with flanneld", "--vxlan-guard", "(true)", "(false)"], ["--force"]),
+        (
+            "overlay release",
+            ["Give up this node's lease", "--etcd-endpoints", "Exit status"],
+            ["--vxlan-guard", "--force"],
+        ),
+        ("overlay uninstall", ["LOSE THEIR NETWORK", "--force", "--run-dir", "Exit status"], ["--vxlan-guard"]),
+    ],
+)
+def test_help_says_what_the_command_does_and_what_matters_to_it(prog, words, none, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--help"], {}, prog)
+    assert ended.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words)
+    assert not any(word in shown for word in none)
