@@ -182,7 +182,9 @@ def parse(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 _ETCD = tuple(flag.name for flag in FLAGS if flag.name.startswith("etcd-"))
-_SAME_FLAGS = "It takes all flags and variables of overlayd; give those that the agent had (`overlayd --help` lists\nall). These matter:"
+_SAME_FLAGS = (
+    "It takes all flags and variables of overlayd (`overlayd --help`); give those that the agent had. These matter:"
+)
 _RELEASE = f"""\
 Give up this node's lease: its record in etcd is deleted, and other nodes stop sending here at once. Drain the node
 and stop overlayd first. Device, routes and files stay: `overlay uninstall` removes them, afterwards. On Kubernetes
