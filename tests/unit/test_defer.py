@@ -66,7 +66,8 @@ def test_every_deferred_module_exists(name):
 
 def test_an_agent_on_etcd_runs_none_of_them():
     found = json.loads(run(AGENT))
-    assert found["ran"] == []
+    # from Python 3.13 on dataclasses ask inspect for annotations, and h2's events are dataclasses
+    assert found["ran"] == (["inspect"] if sys.version_info >= (3, 13) else [])
     assert not {
         "kubernetes",
         "rich.console",
