@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from lease.families import FAMILIES, V4
@@ -165,11 +166,11 @@ def _fault_of_unused(fields: _Fields, family: int) -> str | None:
     """What is wrong with the part of a family that is switched off: it stops nothing, but a typing error should not wait for
     the switch. A whole address space (`::/0`, as k3s writes) means none."""
     name = f"{_lead(family)}Network"
-    try:
-        if not fields.has(name) or prefix(fields.get(name, str, "")).length == 0:
+    if not fields.has(name):
+        return None
+    with suppress(ValueError):  # what is no prefix is a fault, which _pool says
+        if prefix(fields.get(name, str, "")).length == 0:
             return None
-    except (ConfigError, ValueError):
-        pass
     try:
         _pool(fields, family)
     except ConfigError as error:

@@ -173,7 +173,7 @@ def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[th
     paths = {
         "net-conf": settings.net_config_path if settings.kube else "",
         "cni-conf": settings.cni_conf_template,
-        "live": settings.live_settings,
+        "live-settings": settings.live_settings,
     }
     files = FileThread({what: path for what, path in paths.items() if path}, inbox.put)
     files.read_all()

@@ -24,6 +24,7 @@ from lease.store import StoreUnavailable
 
 TIMEOUT_S = 10.0
 _CHUNK_LINE = 100
+"""The longest line with a chunk's length; extensions, which nobody uses, included."""
 LARGEST_EVENT = 1 << 24
 """Bytes; etcd stores no object above 1.5 MiB unless configured to."""
 CREDENTIALS_S = 15.0

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from lease.families import FAMILIES
-from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_text, prefix
-from lease.records.codec import SOURCE_FAMILY, BadRecord, outer_source, vxlan_data
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, prefix
+from lease.records.codec import SOURCE_FAMILY, BadRecord, backend_data, outer_source, vxlan_data
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
@@ -160,7 +160,7 @@ def encode(lease: Lease, names: Names) -> dict[str, str | None]:
     for family in FAMILIES:
         end, data = lease.endpoint(family), None
         if end is not None and end.mac is not None:
-            data = json.dumps({"VNI": end.vni, "VtepMAC": mac_text(end.mac)}, separators=(",", ":"))
+            data = json.dumps(backend_data(end.vni, end.mac), separators=(",", ":"))
         wanted[names.data[family]] = data
         if family == SOURCE_FAMILY:
             wanted[names.source] = ip_text(family, end.source) if end is not None and end.source else None

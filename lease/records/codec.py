@@ -99,8 +99,7 @@ def encode_value(lease: Lease) -> bytes:
     value["BackendType"] = lease.backend
     for family, end in ends.items():
         if end is not None and end.mac is not None:
-            vni = {} if end.vni is None else {"VNI": end.vni}
-            value[FIELDS[family][1]] = {**vni, "VtepMAC": mac_text(end.mac)}
+            value[FIELDS[family][1]] = backend_data(end.vni, end.mac)
     if lease.node:
         value[NODE_FIELD] = lease.node
     if lease.v4.source:
@@ -165,6 +164,11 @@ def outer_source(text: object, name: str, public_ip: int) -> int:
     if address < 0:
         raise BadRecord(f"{name}: {str(text)[:60]!a} must be an IPv4 address")
     return 0 if address == public_ip else address
+
+
+def backend_data(vni: int | None, mac: int) -> dict[str, int | str]:
+    """What `vxlan_data` reads."""
+    return {**({} if vni is None else {"VNI": vni}), "VtepMAC": mac_text(mac)}
 
 
 def vxlan_data(data: object, name: str) -> tuple[int | None, int]:

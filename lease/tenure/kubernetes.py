@@ -104,8 +104,9 @@ class NodeTenure:
             # reported in any case: the device keeps the pods of it, whatever fails later
             self.unreported.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
             self._last_mac, self.held = self.held.first.mac, None
-        if (why := self._fault(claim, view, subnet)) is not None or subnet is None:
-            return self._deny(why or "")
+        if (why := self._fault(claim, view, subnet)) is not None:
+            return self._deny(why)
+        assert subnet is not None, "that is a fault"
         if older := self._older_overlap(subnet, view.created):
             return self._deny(
                 f"podCIDR {subnet} of Node {self._name} overlaps that of Node {older}, which is older;"

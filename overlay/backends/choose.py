@@ -24,4 +24,4 @@ def network_of(device: str) -> int | None:
 
 def tunnel_devices(networks: Iterable[int]) -> dict[str, str]:
     """The names and kinds of the tunnel devices that these networks may have."""
-    return {f"flannel.{network}": vxlan.KIND for network in networks}
+    return {vxlan.device_name(network): vxlan.KIND for network in networks}

@@ -22,6 +22,11 @@ from overlay.kernel.table import Table
 KIND = "vxlan"
 
 
+def device_name(vni: int) -> str:
+    """flannel's name of the device."""
+    return f"flannel.{vni}"
+
+
 def network_of(device: str) -> int | None:
     """The network (VNI) of a device by its name, None where that is not flannel's."""
     found = re.fullmatch(r"flannel\.(\d{1,8})", device, re.ASCII)
@@ -42,7 +47,7 @@ class VxlanTunnel(NamedTuple):
     @property
     def name(self) -> str:
         """flannel's name of it."""
-        return f"flannel.{self.config.vni}"
+        return device_name(self.config.vni)
 
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""

@@ -13,9 +13,6 @@ from overlay.process.log import log
 from overlay.process.watched import FileText
 from overlay.settings.settings import Settings, SettingsError, read_live
 
-NAMES = {"live": "live-settings", "net-conf": "net-conf", "cni-conf": "cni-conf"}
-"""In the subjects of problems, by what the file is."""
-
 
 class LiveFiles(Source):
     """Them, as inputs. One that vanished says nothing: its last content is kept. (A kubelet takes the ConfigMap away from a
@@ -41,7 +38,7 @@ class LiveFiles(Source):
         return {FileText: self._on_file}
 
     def _on_file(self, event: FileText) -> bool:
-        subject = f"file {NAMES[event.what]}"
+        subject = f"file {event.what}"
         if event.text is None and event.what in self._seen:
             words = f"{event.path} is gone; its last content is kept"
             self._health.problem(subject, words, harmless=True)
@@ -53,7 +50,7 @@ class LiveFiles(Source):
             self._current.set(cni_template=event.text)
         elif event.what == "net-conf":
             self._network.read(event.text)
-        elif event.what == "live":
+        elif event.what == "live-settings":
             self._on_live(event)
         return False
 

@@ -19,6 +19,7 @@ from overlay.firewall.worker import Finished, Worker
 from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
+from overlay.peers.plan import underlay_within
 from overlay.process.log import log
 
 FORWARD_GAP_S = 2.0
@@ -114,9 +115,7 @@ class NatController(_ByProgram):
         name, outer = nat.table_name(backend.network), backend.outer()
         under = inputs.underlays.get(number)
         on_link = under.on_link if under is not None else ()
-        nodes = {
-            there for there in (*on_link, *live.underlay_cidrs) if there != pool.network and pool.network.covers(there)
-        }
+        nodes = set(underlay_within(pool.network, (*on_link, *live.underlay_cidrs)))
         table = nat.nat_table(
             name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules,
             outer.port if outer is not None else None, tuple(sorted(nodes)),

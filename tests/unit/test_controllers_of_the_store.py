@@ -137,10 +137,10 @@ def test_files_of_an_operator_change_the_inputs_or_are_told(bench):
     controller = bench.live()
     bench.tell(controller, FileText("cni-conf", "/c", b"{}"))
     assert bench.current.inputs.cni_template == b"{}"
-    bench.tell(controller, FileText("live", "/l", b'{"ip-masq": true, "log-level": "debug"}'))
+    bench.tell(controller, FileText("live-settings", "/l", b'{"ip-masq": true, "log-level": "debug"}'))
     assert bench.current.inputs.settings.ip_masq
     assert bench.posted == ["debug"]
-    bench.tell(controller, FileText("live", "/l", b'{"iface": "eth1"}'))
+    bench.tell(controller, FileText("live-settings", "/l", b'{"iface": "eth1"}'))
     assert "needs a restart" in bench.problems()["live-settings"]
     assert bench.current.inputs.settings.ip_masq, "what ran is kept"
     bench.tell(controller, FileText("cni-conf", "/c", None))
