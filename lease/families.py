@@ -32,6 +32,17 @@ class Family(NamedTuple):
     routes_die_silently: bool
 
     @property
+    def by_arp(self) -> bool:
+        """Whether neighbours are found by ARP (RFC 826), not by neighbour discovery (RFC 4861), which itself tells of an
+        address that two have."""
+        return self.number == 4
+
+    @property
+    def sysctl(self) -> str:
+        """Its folder below /proc/sys/net."""
+        return f"ipv{self.number}"
+
+    @property
     def text(self) -> str:
         """Its name, as people write it."""
         return f"IPv{self.number}"

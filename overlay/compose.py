@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease.families import V4, Family
 from lease.model import Lease
+from lease.tenure.claim import Answer
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
 from overlay.cluster.ownership import Ownership
 from overlay.cluster.records import RecordsSource
 from overlay.cni.controller import CniController, bridges_listed
+from overlay.cni.lists import recorded_public_ip
 from overlay.control.controller import Controller
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
@@ -28,15 +30,18 @@ from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.links import Links
 from overlay.node.bridges import BridgesController
 from overlay.node.device import DeviceController
+from overlay.node.duplicates import AddressController
 from overlay.node.links import LinksSource
 from overlay.node.owned import Owned
-from overlay.node.reach import ReachController
 from overlay.node.sysctls import SysctlController
 from overlay.node.underlay_source import UnderlaySource
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
 from overlay.process.rundir import DeviceLock
+from overlay.reach import ways
+from overlay.reach.controller import ReachController
+from overlay.reach.foreign_rules import ForeignRulesController
 from overlay.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -60,6 +65,8 @@ class Outside(NamedTuple):
     store_hosts: Callable[[], dict[str, int | None]] = dict
     reconnect: Callable[[], None] = lambda: None
     identity_of: Callable[[str], Identity] | None = None
+    who_answers: Callable[[int], Answer] = lambda _address: Answer(False, None)
+    """Who on the link answers for an address of the first family."""
     set_log_level: Callable[[str], None] = lambda _level: None
     give_up: Callable[[], Iterator[str]] = lambda: iter(())
     """Takes what our record says to others out of the store."""
@@ -103,7 +110,13 @@ class _OfFamily:
         guard = Guard(family, sets, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
         self.path = Datapath(family, requests, clock, rng, refusals, (guard,))
-        self.underlay = UnderlaySource(current, family, requests, outside.store_hosts, outside.reconnect)
+
+        def recorded(now: Settings) -> int:
+            return recorded_public_ip(now.run_dir, family.number)
+
+        self.underlay = UnderlaySource(
+            current, family, requests, outside.store_hosts, outside.reconnect, recorded
+        )  # fmt: skip
         self.device = DeviceController(current, family, requests, links, DeviceLock(), health, owned, leave, clock)
         self.bridges = BridgesController(current, family, links, owned, outside.bridges)
         self.table = PeerTableController(current, family, self.path, own_key)
@@ -114,8 +127,13 @@ class _OfFamily:
             NatController(family, post, health, owned),
             ForwardController(family, post, health, owned, clock),
             SysctlController(family, health, clock),
-            ReachController(family, requests, health, self.peers.a_peer, self.peers.refused),
+            AddressController(family, post, health, clock, outside.who_answers),
+            ReachController(family, requests, health, clock, self._some_peers, self.peers.refused),
+            ForeignRulesController(family, post, health, clock, self._some_peers),
         )
+
+    def _some_peers(self, place: int, count: int) -> list[ways.Peer]:
+        return [ways.Peer(*each) for each in self.peers.some(place, count)]
 
 
 def compose(settings: Settings, outside: Outside) -> Composed:
@@ -154,7 +172,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
-        PodsController(FAMILIES[0], AntiSpoof(sets, requests, clock), sets, owned, clock),
+        PodsController(FAMILIES[0], AntiSpoof(sets, requests, clock), sets, owned, health, clock),
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))

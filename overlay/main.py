@@ -128,6 +128,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         store_hosts=lambda: hosts.known,
         reconnect=store.reconnect,
         identity_of=identity(settings.node_name),
+        who_answers=prober(),
         set_log_level=log.set_level,
     )
     try:
@@ -317,8 +318,10 @@ def prober() -> Callable[[int], Any]:
             if name is None:
                 return Answer(False, None)
             by = probe(name, address)
-            gateway = (requests.lookup(V4, ANYWHERE[V4.number]) or (0, 0, 0))[2]
-            if by is not None and gateway not in (0, address) and probe(name, gateway) == by:
+            if by is not None and by in {link.mac for link in requests.links()}:
+                return Answer(True, None)  # another interface of ours on that link
+            way = requests.lookup(V4, ANYWHERE[V4.number])
+            if by is not None and way is not None and way.via not in (0, address) and probe(name, way.via) == by:
                 return Answer(False, None)
             return Answer(True, by)
         except (KernelError, OSError) as error:

@@ -21,11 +21,12 @@ Entry = tuple[int, Any, Any]
 
 
 class View(NamedTuple):
-    """What a backend needs to know of the network and of this node. on_link: prefixes of the underlay interface."""
+    """What a backend needs to know of the network and of this node. neighbours: prefixes of the underlay whose hosts can be
+    asked for by ARP."""
 
     family: Family
     network: Prefix
-    on_link: tuple[Prefix, ...]
+    neighbours: tuple[Prefix, ...]
 
 
 class Lower(NamedTuple):

@@ -55,8 +55,8 @@ class Direct(NamedTuple):
         return self.inner.fault(own, peer)
 
     def entries(self, view: View, peer: Endpoint) -> list[Entry]:
-        """A plain route where the peer is on the link."""
-        if not any(there.holds(peer.public_ip) for there in view.on_link):
+        """A plain route where the peer is a neighbour on the underlay's link."""
+        if not any(there.holds(peer.public_ip) for there in view.neighbours):
             return self.inner.entries(view, peer)
         value = RouteValue(UNDERLAY, peer.public_ip, False, PROTOCOL)
         return [(len(self.tables) - 1, self.route_key(view, peer.subnet), value)]
@@ -78,7 +78,7 @@ class Direct(NamedTuple):
 class _DirectBulk:
     def __init__(self, inner: Bulk, backend: Direct, view: View) -> None:
         self._inner, self._backend, self._view = inner, backend, view
-        self._ranges = [(there.base, there.last) for there in view.on_link]
+        self._ranges = [(there.base, there.last) for there in view.neighbours]
         self._route = len(backend.tables) - 1
 
     def usable(self, own: Endpoint) -> Callable[[int, bytes], bool]:

@@ -22,7 +22,7 @@ from overlay.cli.status import differences
 from overlay.lab import netns
 from overlay.lab.capture import Captured
 from overlay.lab.lab import DEFAULT_NET_CONF, Lab, locked
-from overlay.lab.matrix import Cell
+from overlay.lab.matrix import Cell, summary
 from overlay.lab.processes import LabError
 
 _NAME = click.option("--name", default="lab", show_default=True, help="which lab, where there are several")
@@ -175,6 +175,7 @@ def _prove(it: Lab, as_json: bool, progress: Callable[[str], None]) -> None:
             "all_reach": all_reach,
             "nodes": _node_values(it, statuses),
             "matrix": [dataclasses.asdict(cell) for cell in cells],
+            "summary": list(summary(cells, {end.name: end.node for end in it.ends()})),
             "packet": dataclasses.asdict(packet) if packet is not None else None,
         }
         click.echo(json.dumps(value, indent=2))
@@ -315,11 +316,17 @@ def _print_packet(console: Console, packet: Captured) -> None:
 def _print_verdict(console: Console, it: Lab, cells: list[Cell], all_reach: bool) -> None:
     good = sum(cell.ok for cell in cells)
     if all_reach:
-        console.print(f"[green]all {good} pairs reach each other, each seen with its own address[/]")
+        sizes = sorted({cell.size for cell in cells})
+        console.print(
+            f"[green]all {good} pairs reach each other, with packets of up to {sizes[-1]} bytes,"
+            " each seen with its own address[/]"
+        )
     elif not cells:
         console.print("[yellow]no pods, so nothing to measure[/]")
     else:
         console.print(f"[red]{good} of {len(cells)} pairs reach each other[/]; see overlay lab status --name {it.name}")
+        for line in summary(cells, {end.name: end.node for end in it.ends()}):
+            console.print(Text(line, style="red"))
     command = sys.argv[0] if sys.argv[0].endswith("overlay") else "overlay"
     name = "" if it.name == "lab" else f" --name {it.name}"
     first = it.nodes[0].name if it.nodes else "node1"

@@ -97,7 +97,7 @@ class Ownership(Controller):
             return Waiting("for a network config")
         if under is None:
             return Waiting("for an underlay")
-        return _Wants(inputs.config, under._replace(up=True), inputs.settings)
+        return _Wants(inputs.config, under._replace(up=True, carrier=True, neighbours=()), inputs.settings)
 
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""

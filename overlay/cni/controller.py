@@ -169,15 +169,19 @@ class CniController(Controller):
 def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> tuple[str, str]:
     """The network list, or ("", why cni-conf.json cannot be used)."""
     settings = inputs.settings
-    bridge = lists.bridge_name(subnet, addresses_by_name(inputs.links, inputs.addresses_of(subnet.family)).items())
+    there = addresses_by_name(inputs.links, inputs.addresses_of(subnet.family)).items()
+
+    def bridge_of(first: str) -> str:
+        return lists.bridge_name(subnet, there, first)
+
     # only where host and agent surely see the same file: of a container's folders /run/flannel alone is the host's
     same_file = not settings.kube or settings.subnet_file == DEFAULT_SUBNET_FILE
     waits_for = settings.subnet_file if same_file else ""
-    plain = lists.network_list(network, subnet, mtu, bridge, settings.cni_data_dir, waits_for)
+    plain = lists.network_list(network, subnet, mtu, bridge_of("cni0"), settings.cni_data_dir, waits_for)
     if inputs.cni_template is None:
         return plain, ""
     try:
-        return lists.render_list(inputs.cni_template, plain, network, mtu, settings.ip_masq), ""
+        return lists.render_list(inputs.cni_template, plain, network, mtu, settings.ip_masq, bridge_of), ""
     except ValueError as error:
         return "", str(error)
 

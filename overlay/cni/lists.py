@@ -6,10 +6,10 @@ Source: flannel pkg/subnet/subnet.go WriteSubnetFile (content, order, modes), it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from lease.model import WIDTH, Endpoint, Prefix, ip_text, mac_text, prefix
+from lease.model import WIDTH, Endpoint, Prefix, ip_number, ip_text, mac_text, prefix
 from overlay.process.files import text_of
 
 CONFLIST = "10-flannel.conflist"
@@ -27,6 +27,14 @@ def lease_file(key: str, end: Endpoint) -> str:
     assert end.mac is not None
     fields = {"key": key, "public_ip": ip_text(end.subnet.family, end.public_ip), "vtep_mac": mac_text(end.mac)}
     return json.dumps(fields) + "\n"
+
+
+def recorded_public_ip(run_dir: str, family: int) -> int:
+    """The public IP of LEASE_FILE, 0 where there is none of that family."""
+    try:
+        return ip_number(json.loads(text_of(f"{run_dir}/{LEASE_FILE}"))["public_ip"], family)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
@@ -90,11 +98,19 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
     return json.dumps({"name": NETWORK_NAME, "cniVersion": "0.3.1", "plugins": plugins}, indent=2) + "\n"
 
 
-def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq: bool) -> str:
+def render_list(
+    template: bytes,
+    plain: str,
+    network: Prefix,
+    mtu: int,
+    ip_masq: bool,
+    bridge_of: Callable[[str], str] = lambda name: name,
+) -> str:
     """flannel's cni-conf.json as a list that needs no flannel plugin: its entry of type flannel becomes bridge and
     host-local on our lease, its delegate's values kept; other entries stay as they are.
 
-    plain: what `network_list` makes, whose bridge and dataDir are taken. Source: the flannel CNI plugin, flannel_linux.go.
+    plain: what `network_list` makes, whose bridge and dataDir are taken. bridge_of: the bridge in place of one that the
+    delegate names (bridge_name). Source: the flannel CNI plugin, flannel_linux.go.
 
     Raises:
         ValueError: the template cannot be used; says where and what is allowed.
@@ -109,7 +125,8 @@ def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq:
     if not isinstance(plugins, list) or not all(isinstance(entry, dict) for entry in plugins):
         raise ValueError('"plugins" must be a list of objects, as in flannel\'s cni-conf.json')
     bridge = json.loads(plain)["plugins"][0]
-    made = [_rendered(entry, bridge, network, mtu, ip_masq) for entry in plugins]
+    ours = _Ours(bridge, network, mtu, ip_masq, bridge_of)
+    made = [_rendered(entry, ours) for entry in plugins]
     name = found.get("name") or NETWORK_NAME
     whole = {**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}
     try:
@@ -118,16 +135,26 @@ def render_list(template: bytes, plain: str, network: Prefix, mtu: int, ip_masq:
         raise ValueError("nested too deep") from None
 
 
-def _rendered(entry: Any, plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> Any:
+class _Ours(NamedTuple):
+    """What takes the place of an entry of type flannel: our own bridge entry, and what of our lease goes into it."""
+
+    plain: dict[str, Any]
+    network: Prefix
+    mtu: int
+    ip_masq: bool
+    bridge_of: Callable[[str], str]
+
+
+def _rendered(entry: Any, ours: _Ours) -> Any:
     if not isinstance(entry, dict):
         return entry
     if entry.get("type") == "flannel":
-        return _bridge(entry, plain, network, mtu, ip_masq)
+        return _bridge(entry, ours)
     delegates = entry.get("delegates")
     if isinstance(delegates, list):  # multus
-        return {**entry, "delegates": [_rendered(each, plain, network, mtu, ip_masq) for each in delegates]}
+        return {**entry, "delegates": [_rendered(each, ours) for each in delegates]}
     if isinstance(entry.get("plugins"), list):  # a delegate may be a list itself
-        return {**entry, "plugins": [_rendered(each, plain, network, mtu, ip_masq) for each in entry["plugins"]]}
+        return {**entry, "plugins": [_rendered(each, ours) for each in entry["plugins"]]}
     return entry
 
 
@@ -139,19 +166,22 @@ def _as_list(single: dict[str, Any]) -> dict[str, Any]:
     return {**{key: single[key] for key in outer if key in single}, "plugins": [plugin]}
 
 
-def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: int, ip_masq: bool) -> dict[str, Any]:
+def _bridge(entry: dict[str, Any], ours: _Ours) -> dict[str, Any]:
     delegate, ipam = entry.get("delegate") or {}, entry.get("ipam") or {}
     if not isinstance(delegate, dict) or not isinstance(ipam, dict):
         raise ValueError("delegate and ipam of the entry of type flannel must be objects")
     if wrong := {"name", "ipam"} & delegate.keys():
         raise ValueError(f"delegate.{min(wrong)}: not allowed (nor by flannel); ipam stands beside delegate")
-    routes = ipam.get("routes") or []
+    routes, plain = ipam.get("routes") or [], ours.plain
     if not isinstance(routes, list):
         raise ValueError("ipam.routes must be a list")
     kind = delegate.get("type", "bridge")
-    bridge = {"type": kind, "mtu": mtu, "ipMasq": not ip_masq}
+    bridge = {"type": kind, "mtu": ours.mtu, "ipMasq": not ours.ip_masq}
     if kind == "bridge":
         bridge |= {"bridge": plain["bridge"], "isGateway": True}
+    named = delegate.get("bridge")
+    if kind == "bridge" and isinstance(named, str) and named:
+        delegate = {**delegate, "bridge": ours.bridge_of(named)}
     return {
         **bridge,
         **delegate,
@@ -160,7 +190,7 @@ def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: 
             **ipam,
             "type": "host-local",
             "ranges": plain["ipam"]["ranges"],
-            "routes": [*routes, {"dst": str(network)}],
+            "routes": [*routes, {"dst": str(ours.network)}],
         },
     }
 
@@ -168,12 +198,12 @@ def _bridge(entry: dict[str, Any], plain: dict[str, Any], network: Prefix, mtu: 
 def listed_subnet(path: str, family: int) -> Prefix | None:
     """The subnet of a family that an existing network list gives addresses of, None where it names none."""
     try:
-        for plugin in json.loads(text_of(path))["plugins"]:
+        for plugin in _plugins(text_of(path)):
             for group in (plugin.get("ipam") or {}).get("ranges") or []:
                 for each in group:
                     if (found := prefix(each["subnet"])).family == family:
                         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return None
 
@@ -181,28 +211,42 @@ def listed_subnet(path: str, family: int) -> Prefix | None:
 def names_plugin(path: str, kind: str) -> bool:
     """Whether an existing network list names a plugin of that type."""
     try:
-        found = json.loads(text_of(path))
-        return any(plugin["type"] == kind for plugin in found["plugins"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return any(plugin.get("type") == kind for plugin in _plugins(text_of(path)))
+    except (OSError, ValueError):
         return False
 
 
 def bridges_in(content: str) -> set[str]:
     """The bridges that a network list attaches pods to."""
+    named = (plugin.get("bridge") for plugin in _plugins(content) if plugin.get("type") == "bridge")
+    return {name for name in named if isinstance(name, str) and name}
+
+
+def _plugins(content: str) -> list[dict[str, Any]]:
+    """All plugins of a list, those that others delegate to as well; [] of what is none."""
+    found: list[dict[str, Any]] = []
     try:
-        plugins = json.loads(content)["plugins"]
-        return {str(plugin["bridge"]) for plugin in plugins if plugin.get("type") == "bridge" and plugin.get("bridge")}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()
+        there = [json.loads(content)]
+    except (ValueError, RecursionError):
+        return []
+    while there:
+        each = there.pop(0)
+        if isinstance(each, dict):
+            found += [each] if "type" in each else []
+            for key in ("plugins", "delegates"):
+                there += each[key] if isinstance(each.get(key), list) else []
+    return found
 
 
-def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]]) -> str:
-    """The bridge for pods of a subnet: cni0, unless that one serves another subnet (its pods keep it).
+def bridge_name(subnet: Prefix, bridges: Iterable[tuple[str, frozenset[int]]], first: str = "cni0") -> str:
+    """The bridge for pods of a subnet: `first`, unless that one serves another subnet (its pods keep it).
 
-    bridges: the existing interfaces and their addresses. The bridge plugin refuses a bridge with another address.
+    bridges: the existing interfaces and their addresses. The bridge plugin refuses a bridge with another address ("already
+    has an IP address different from").
     """
     there = dict(bridges)
-    names = [f"cni{number}" for number in range(len(there) + 1)]
+    stem = "cni" if first == "cni0" else f"{first[:12]}-"  # IFNAMSIZ: 15 characters
+    names = [first, *(f"{stem}{number}" for number in range(1, len(there) + 2))]
     for name in names:
         if any(subnet.holds(address) for address in there.get(name, ())):
             return name

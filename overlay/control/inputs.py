@@ -20,8 +20,10 @@ AddressKey = tuple[int, int, int]
 
 
 class Underlay(NamedTuple):
-    """What carries the tunnel. local: the tunnel's source, always an address of the interface. public_ip: what we
-    advertise. on_link: the interface's prefixes. arp: whether neighbours there can be asked. up: the interface is."""
+    """What carries the tunnel: the interface by which the kernel sends from `local`. local: the tunnel's source, an address
+    of this node, mostly of the interface. public_ip: what we advertise. on_link: the interface's prefixes; neighbours: those
+    of them whose hosts are ARP neighbours. arp: whether neighbours there can be asked. up: the interface is. carrier: it has
+    one."""
 
     name: str
     ifindex: int
@@ -33,6 +35,8 @@ class Underlay(NamedTuple):
     arp: bool
     reason: str
     up: bool = True
+    carrier: bool = True
+    neighbours: tuple[Prefix, ...] = ()
 
 
 class Tunnel(NamedTuple):

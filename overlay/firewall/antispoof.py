@@ -171,6 +171,8 @@ class AntiSpoof:
         """MACs of the bridges: no pod's."""
         self._node_has: frozenset[int] = frozenset()
         """The node's own IPv4 addresses: no pod's either."""
+        self._bridge_names: set[str] = set()
+        self._other_ports: list[str] = []
         self._veths: list[Link] = []
         """The node's ends of all that are on a bridge."""
         self._ports: dict[int, Link] = {}
@@ -199,7 +201,10 @@ class AntiSpoof:
         self._node_has = frozenset(addresses)
         bridges_of = [link for link in every if link.kind == "bridge" and link.name in names]
         self._bridges, self._nodes = {link.ifindex for link in bridges_of}, {link.mac for link in bridges_of}
+        self._bridge_names = {link.name for link in bridges_of}
         self._veths = [link for link in every if link.master and link.netnsid >= 0]
+        others = (link for link in every if link.master in self._bridges and link.netnsid < 0)
+        self._other_ports = sorted(link.name for link in others)
         self._choose()
         there = {(index, link.name, link.mac) for index, link in self._ports.items()}
         if there != {(index, bound.name, bound.end) for index, bound in self._bound.items()}:
@@ -219,6 +224,14 @@ class AntiSpoof:
     def _binding(self, link: Link) -> Bound | None:
         bound = self._bound.get(link.ifindex)
         return bound if bound is not None and bound.is_of(link) else None
+
+    def covered(self) -> tuple[list[str], int]:
+        """The bridges whose ports are bound, by name, and how many ports are."""
+        return sorted(self._bridge_names), len(self._bound)
+
+    def unbindable(self) -> list[str]:
+        """Ports of pods' bridges that are no veth into another namespace: whose they are cannot be seen."""
+        return self._other_ports
 
     def next_bind(self) -> float | None:
         """When `bind` has something to do, None: it has not."""

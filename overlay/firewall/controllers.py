@@ -18,8 +18,11 @@ from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
-from overlay.node.interfaces import interfaces_within
+from overlay.node.interfaces import interfaces_within, without_bridge
 from overlay.node.owned import Owned
+
+NAMED = 3
+"""So many interfaces are named in a problem."""
 
 
 class _TableController(Controller):
@@ -177,11 +180,14 @@ class GuardController(_TableController):
 
 
 class _PodsWants(NamedTuple):
+    """beside: interfaces by which pods are attached, but by no bridge."""
+
     table: Table
     network: Prefix
     links: Mapping[int, Link]
     bridges: frozenset[str]
     own_addresses: frozenset[int]
+    beside: tuple[str, ...]
 
 
 class PodsController(_TableController):
@@ -197,11 +203,12 @@ class PodsController(_TableController):
         pods: antispoof.AntiSpoof,
         sets: NetfilterSocket,
         owned: Owned,
+        health: Health,
         clock: Callable[[], float],
     ) -> None:
         """family: of the addresses by which a pod is known to be the network's; bound are those of both."""
         super().__init__(sets, owned, clock)
-        self._family, self._pods = family, pods
+        self._family, self._pods, self._health = family, pods, health
         self._ports: tuple[Any, ...] = ()
 
     def _table_of(self, network: int) -> tuple[str, str]:
@@ -217,7 +224,10 @@ class PodsController(_TableController):
             return Waiting("for a lease")
         own = frozenset(each.address for each in inputs.addresses_of(number).values())
         table = antispoof.table(backend_of(inputs.config.backend, self._family).network)
-        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own)
+        addresses, under = inputs.addresses_of(number), inputs.underlays.get(number)
+        tunnel = inputs.tunnels[number].name
+        beside = without_bridge(pool.network, inputs.links, addresses, under, inputs.bridges, tunnel)
+        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own, beside)
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
@@ -225,6 +235,7 @@ class PodsController(_TableController):
         if ports != self._ports:
             self._ports = ports
             self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses)
+        self._health.report("unprotected", self._unprotected(wants), harmless=True)
         if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
             self._cadence.began()
             began = time.thread_time()
@@ -236,6 +247,20 @@ class PodsController(_TableController):
             self._pods.bind()
         return False
 
+    def _unprotected(self, wants: _PodsWants) -> str:
+        """Pods that are not kept to their own addresses."""
+        ports = self._pods.unbindable()
+        found = [f"behind {', '.join(wants.beside[:NAMED])} (no bridge)"] if wants.beside else []
+        found += [f"behind {', '.join(ports[:NAMED])} (no veth into another network namespace)"] if ports else []
+        return (
+            found and f"pods {' and '.join(found)} may send from any address: anti-spoofing knows ports of bridges"
+        ) or ""
+
+    def status(self) -> Mapping[str, object]:
+        """`antispoof`: the bridges whose ports are bound to their pods' addresses, and how many."""
+        bridges, ports = self._pods.covered()
+        return {"antispoof": {"bridges": bridges, "bound_ports": ports}}
+
     def due(self) -> float | None:
         """When a pod is to be checked again."""
         at = self._pods.next_bind()
@@ -245,6 +270,7 @@ class PodsController(_TableController):
         """Delete it, and forget what is bound: switched on again, it begins anew."""
         yield from super().withdraw()
         self._pods.forget()
+        self._health.solved("unprotected")
 
     def counters(self) -> Mapping[str, int]:
         """How often it was put back; what was dropped, {} where the kernel does not say."""

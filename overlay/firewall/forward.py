@@ -50,7 +50,7 @@ def ensure(family: Family, table: str, network: Prefix | None) -> tuple[list[str
 
 
 def _in_nft(chain: nft.Chain, comment: str, network: Prefix | None) -> list[str]:
-    there = [rule for rule in nft.rules_of(chain) if rule.get("comment") == comment]
+    there = [rule for rule in nft.rules_of(*chain[:3]) if rule.get("comment") == comment]
     wanted = [] if network is None else masquerade.accepts(network)
     if [rule.get("expr") for rule in there] == wanted:
         return []

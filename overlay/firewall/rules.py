@@ -1,6 +1,6 @@
 """The controllers of what the nft program writes: our nat and forward table, and our rules in other people's forward chains.
 
-They begin work in a thread (worker.py) and learn its end by an event.
+They work in a thread (control/background.py): the program takes seconds where a node has many rules.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from lease.families import Family
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
-from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
+from overlay.control.background import BackgroundController
+from overlay.control.controller import Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.firewall import forward, nat
-from overlay.firewall.worker import Finished, Worker
-from overlay.kernel.events import NftSeen, Overrun
+from overlay.kernel.events import NftSeen
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
 from overlay.peers.plan import underlay_within
@@ -26,65 +26,12 @@ FORWARD_GAP_S = 2.0
 """kube-proxy writes to the shared table, too: checked a moment later, and once for all its changes of that time."""
 
 
-class _ByProgram(Controller):
-    """A controller whose work is done by a Worker."""
-
-    yields = True
-    answers_later = True
-
-    def __init__(self, post: Callable[[Any], None], health: Health) -> None:
-        self._health = health
-        self._worker = Worker(self.name, post)
-        self._again = False
-        """Something came while the work was under way."""
-        self._refused = ""
-
-    @property
-    def handles(self) -> Mapping[type, Handler]:
-        """The end of the work."""
-        return {Finished: self._on_finished, Overrun: lambda _event: True}
-
-    def _on_finished(self, event: Finished) -> bool:
-        if event.name != self.name:
-            return False
-        self._worker.ended()
-        self._refused = event.refused
-        self.completed = True  # pods are not kept from a node whose nft is broken, which is reported
-        if not event.refused:
-            self._health.solved(self.name)
-            self._done(event.result)
-        again, self._again = self._again, False
-        return again or bool(event.refused)
-
-    def reconcile(self, wants: Any) -> bool:
-        """Begin, or say why what was begun was refused."""
-        if self._refused:
-            refused, self._refused = self._refused, ""
-            raise CannotReconcile(refused)
-        if self._worker.busy:
-            self._again = True
-        else:
-            self._worker.begin(lambda: self._work(wants))
-        return False
-
-    def unready(self) -> str:
-        """Whether it was done once."""
-        return "" if self.completed else f"for the {self.name} rules"
-
-    def _work(self, wants: Any) -> Any:
-        """In the thread. Raises OSError, or anything: reported with its text."""
-        raise NotImplementedError
-
-    def _done(self, result: Any) -> None:
-        """In the loop, when it was not refused."""
-
-
 class _NatWants(NamedTuple):
     name: str
     rules: tuple[Any, ...]
 
 
-class NatController(_ByProgram):
+class NatController(BackgroundController):
     """Our table of masquerade and forward rules, of one family."""
 
     name = "nat"
@@ -165,7 +112,7 @@ class _ForwardWants(NamedTuple):
     network: Prefix | None
 
 
-class ForwardController(_ByProgram):
+class ForwardController(BackgroundController):
     """Our rules in other people's forward chains, of one family, and what of those an operator must mend."""
 
     name = "forward"

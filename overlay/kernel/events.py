@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 from lease.families import V4, Family
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link
+from overlay.kernel.route.entries import RT_TABLE_MAIN, Address, FoundFdb, FoundNeighbour, FoundRoute, Link
+from overlay.kernel.route.lookup import RTM_DELRULE, RTM_NEWRULE
+
+_KERNELS_TABLES = (RT_TABLE_MAIN, 255)
+"""255 is local: it has routes of this node's own addresses."""
 
 
 class LinkSeen(NamedTuple):
@@ -69,6 +73,14 @@ class Overrun(NamedTuple):
     """Events were lost: only a dump is reliable now."""
 
 
+class RoutingSeen(NamedTuple):
+    """A routing rule, or a route of a table other than main, came or went: reported at most once a second."""
+
+
+class ForeignRulesSeen(NamedTuple):
+    """Somebody changed rules or chains of nftables that are none of ours: reported at most once a second."""
+
+
 class NftSeen(NamedTuple):
     """Somebody touched one of our nftables tables; "": events were lost, maybe one of these."""
 
@@ -80,7 +92,17 @@ class SysctlSeen(NamedTuple):
 
 
 KernelEvent = (
-    LinkSeen | AddressSeen | RouteSeen | NeighbourSeen | NeighbourMessages | FdbSeen | Overrun | NftSeen | SysctlSeen
+    LinkSeen
+    | AddressSeen
+    | RouteSeen
+    | RoutingSeen
+    | NeighbourSeen
+    | NeighbourMessages
+    | FdbSeen
+    | Overrun
+    | NftSeen
+    | ForeignRulesSeen
+    | SysctlSeen
 )
 
 
@@ -92,6 +114,8 @@ def parse_event(message: wire.Message, families: Sequence[Family] = (V4,)) -> Ke
         return None if body[0] == wire.AF_BRIDGE else LinkSeen(wire.parse_link(body), kind == wire.RTM_DELLINK)
     if kind == wire.RTM_NEWNETCONF:
         return SysctlSeen()
+    if kind in (RTM_NEWRULE, RTM_DELRULE):
+        return RoutingSeen()
     for family in families:
         event = _parse_event(message, family)
         if event is not None:
@@ -103,7 +127,9 @@ def _parse_event(message: wire.Message, family: Family) -> KernelEvent | None:
     kind, body, number = message.kind, message.body, family.number
     if kind in (wire.RTM_NEWROUTE, wire.RTM_DELROUTE):
         route = wire.parse_route(family, body)
-        return None if route is None else RouteSeen(route, kind == wire.RTM_DELROUTE, number)
+        if route is not None:
+            return RouteSeen(route, kind == wire.RTM_DELROUTE, number)
+        return RoutingSeen() if body[0] == family.af and body[4] not in _KERNELS_TABLES else None
     if kind in (wire.RTM_NEWNEIGH, wire.RTM_DELNEIGH):
         gone = kind == wire.RTM_DELNEIGH
         if body[0] == wire.AF_BRIDGE:

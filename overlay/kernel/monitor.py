@@ -7,24 +7,37 @@ import errno
 import socket
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable, Sequence
 
 from lease.families import V4, Family
-from overlay.kernel.events import KernelEvent, NeighbourMessages, NftSeen, Overrun, parse_event
+from overlay.kernel.events import (
+    ForeignRulesSeen,
+    KernelEvent,
+    NeighbourMessages,
+    NftSeen,
+    Overrun,
+    RoutingSeen,
+    parse_event,
+)
 from overlay.kernel.netlink import NETLINK_NETFILTER, NETLINK_ROUTE, RECV, SOL_NETLINK, netlink_socket
 from overlay.kernel.route import wire
 
 NETLINK_ADD_MEMBERSHIP = 1
 SO_ATTACH_FILTER = 26
 RTNLGRP_LINK, RTNLGRP_NEIGH = 1, 3
-GROUPS = {4: (5, 7, 24), 6: (9, 11, 25)}
-"""By family: RTNLGRP_IPV4_IFADDR, _ROUTE and _NETCONF, RTNLGRP_IPV6_IFADDR, _ROUTE and _NETCONF."""
+GROUPS = {4: (5, 7, 24, 8), 6: (9, 11, 25, 19)}
+"""By family: RTNLGRP_IPV4_IFADDR, _ROUTE, _NETCONF and _RULE, RTNLGRP_IPV6_IFADDR, _ROUTE, _NETCONF and _RULE."""
 NFNLGRP_NFTABLES = 7
 NFTA_TABLE = 1
 """The table's name is attribute 1 of each nftables message: table, chain, rule, set, set element, object."""
 MONITOR_BUFFER = 128 << 20
 """Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
+_RULES_OR_CHAINS = frozenset((0, 2, 3, 5, 6, 8))
+"""NFT_MSG_NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, DELRULE: not what sets have, which changes all day."""
+SELDOM_S = 1.0
+"""What others do all the time is reported so often at most."""
 _NFGENMSG = 4
 AT_ONCE = 512
 
@@ -69,13 +82,28 @@ class _Listener(threading.Thread):
         raise NotImplementedError
 
 
+class _Seldom:
+    """Lets something through once in SELDOM_S; who hears it looks a moment later, so nothing is missed."""
+
+    def __init__(self) -> None:
+        self._not_before = 0.0
+
+    def now(self) -> bool:
+        """Whether it may pass."""
+        now = time.monotonic()
+        if now < self._not_before:
+            return False
+        self._not_before = now + SELDOM_S
+        return True
+
+
 class Monitor(_Listener):
     """Turns rtnetlink's notifications into events."""
 
     def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Sequence[Family] = (V4,)) -> None:
         groups = [group for family in families for group in GROUPS[family.number]]
         super().__init__("monitor", NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_NEIGH, *groups), post)
-        self._families = families
+        self._families, self._seldom = families, _Seldom()
         _drop_echoes(self._socket, own_port)
 
     def _overrun(self) -> None:
@@ -86,8 +114,9 @@ class Monitor(_Listener):
             data = self._received_neighbours(data)
         for message in wire.split(data):
             event = parse_event(message, self._families)
-            if event is not None:
-                self._post(event)
+            if event is None or (isinstance(event, RoutingSeen) and not self._seldom.now()):
+                continue
+            self._post(event)
 
     def _received_neighbours(self, data: bytes) -> bytes:
         """All notifications of neighbours and FDB entries that wait, in one event; the first of another kind, if one came
@@ -122,17 +151,21 @@ class NftMonitor(_Listener):
         if own_port:
             _drop_echoes(self._socket, own_port)
         self._prefix, self._others = prefix.encode(), {other.encode() for other in others}
+        self._seldom = _Seldom()
 
     def _overrun(self) -> None:
         self._post(NftSeen(""))
 
     def _received(self, data: bytes) -> None:
-        touched = set()
+        touched, foreign = set(), False
         for message in wire.split(data):
             name = wire.attributes(message.body, _NFGENMSG).get(NFTA_TABLE)
             text = bytes(name).rstrip(b"\0") if name is not None else b""
             if name is not None and (text.startswith(self._prefix) or text in self._others):
                 touched.add(text.decode("utf-8", "replace"))
+            foreign |= not text.startswith(self._prefix) and message.kind & 0xFF in _RULES_OR_CHAINS
+        if foreign and self._seldom.now():
+            self._post(ForeignRulesSeen())
         for table in touched:
             self._post(NftSeen(table))
 

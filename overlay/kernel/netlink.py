@@ -11,9 +11,10 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lease.families import FAMILIES, Family
-from overlay.kernel.route import wire
+from overlay.kernel.route import lookup, wire
 from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
 from overlay.kernel.route.fast import Matched
+from overlay.kernel.route.lookup import AnyRoute, Packet, Rule, Way
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
@@ -155,17 +156,36 @@ class RequestSocket:
         except OSError as error:
             raise KernelError(error.errno or errno.EIO, f"reading from the kernel: {error.strerror}") from error
 
-    def lookup(self, family: Family, address: int) -> tuple[int, int, int] | None:
-        """Interface, source address and gateway by which the kernel reaches an address; None: no route."""
+    def way(self, family: Family, packet: Packet) -> Way:
+        """Where the kernel would send a packet, or (`error`) why nowhere. Raises KernelError."""
         seq = self.take_seqs(1)
         try:
-            for message in self._answers(wire.route_lookup(family, seq, address), seq, single=True):
-                return wire.parse_lookup(message.body)
+            for message in self._answers(lookup.route_lookup(family, seq, packet), seq, single=True):
+                return lookup.parse_lookup(message.body)
         except KernelError as error:
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES):
-                return None
+            if error.errno in lookup.NO_WAY:
+                return Way(0, 0, 0, 0, error.errno)
             raise
-        return None
+        return Way(0, 0, 0, 0, errno.ENETUNREACH)
+
+    def lookup(self, family: Family, address: int, source: int = 0, oif: int = 0) -> Way | None:
+        """By which way the kernel reaches an address; None: by none. Raises KernelError."""
+        found = self.way(family, Packet(address, source, oif=oif))
+        return None if found.error else found
+
+    def rules(self, family: Family) -> list[Rule]:
+        """All routing policy rules of a family, in the order in which they are asked. Raises KernelError."""
+        found = self.dump(partial(lookup.rule_dump, family), lookup.parse_rule)
+        return sorted(found, key=lambda rule: rule.priority)
+
+    def routes_of(self, family: Family, table: int) -> list[AnyRoute]:
+        """All routes of one table, of any type. Raises KernelError."""
+        try:
+            return self.dump(lambda seq: lookup.table_dump(family, seq, table), lookup.parse_any_route)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:  # no such table (yet)
+                return []
+            raise
 
     def _answers(self, request: bytes, seq: int, single: bool = False) -> Iterator[wire.Message]:
         try:

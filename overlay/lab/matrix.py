@@ -1,7 +1,9 @@
-"""Who reaches whom: one datagram there and one back between every two ends, with the source that the far side saw.
+"""Who reaches whom: small datagrams and full-size ones, there and back between every two ends, with the source that the far
+side saw.
 
 All sockets belong to this process; each was made inside the namespace of its end and stays there. So no program runs in
-the pods, and the time measured is the kernel's.
+the pods, and the time measured is the kernel's. All pairs are tried at once; what does not come back costs one wait. Packets
+are never fragmented (DF): one that is too large for its way fails, as TCP does.
 """
 
 from __future__ import annotations
@@ -10,12 +12,18 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from overlay.lab import netns
 
 TRIES, ANSWER_S = 3, 1.0
+AT_ONCE = 200
+"""Pairs under way at once: each has a socket."""
+IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_MTU = 10, 2, 14
+"""include/uapi/linux/in.h."""
+UDP_HEADERS = 28
+TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,7 @@ class Cell:
     own: str
     ok: bool
     why: str = ""
+    size: int = 0
 
 
 Expected = Callable[[End, End, str], str]
@@ -80,50 +89,177 @@ class Wires:
 
     def measure(self, source: End, target: End, expected: Expected = no_nat, answer_s: float = ANSWER_S) -> Cell:
         """One pair; the best of three round trips."""
-        kinds = f"{source.kind}-{target.kind}"
-        for end in (target, source):
-            if end.name in self._broken:
-                return Cell(source.name, target.name, kinds, None, "", "", False, self._broken[end.name])
-        listening = self._listening[target.name]
-        best: float | None = None
-        seen = own = ""
-        try:
-            sending = netns.inside(source.namespace, lambda: _connect(target, listening.getsockname()[1]))
-        except OSError as error:
-            return Cell(source.name, target.name, kinds, None, "", "", False, f"no route: {error.strerror}")
-        with sending:
-            own = sending.getsockname()[0]
-            for _ in range(TRIES):
-                took, saw = _round_trip(sending, listening, answer_s)
-                seen = saw or seen
-                if took is not None and (best is None or took < best):
-                    best = took
-                if took is None and best is None:
-                    break
-        wanted = expected(source, target, own)
-        why = "" if best is not None else ("no way back" if seen else "nothing arrived")
-        if best is not None and seen != wanted:
-            why = f"source rewritten: {wanted} became {seen}"
-        return Cell(source.name, target.name, kinds, best, seen, own, not why, why)
+        return self.measure_all([(source, target)], expected, answer_s)[0]
 
     def all(self, expected: Expected = no_nat, answer_s: float = ANSWER_S) -> list[Cell]:
         """Every pair of which at least one is a pod."""
-        return [
-            self.measure(source, target, expected, answer_s)
+        pairs = [
+            (source, target)
             for source in self.ends
             for target in self.ends
             if source is not target and "pod" in (source.kind, target.kind)
         ]
+        return self.measure_all(pairs, expected, answer_s)
+
+    def measure_all(self, pairs: list[tuple[End, End]], expected: Expected, answer_s: float) -> list[Cell]:
+        """Pairs, in their order."""
+        cells: list[Cell] = []
+        for start in range(0, len(pairs), AT_ONCE):
+            cells += self._at_once(pairs[start : start + AT_ONCE], expected, answer_s)
+        return cells
+
+    def _at_once(self, pairs: list[tuple[End, End]], expected: Expected, answer_s: float) -> list[Cell]:
+        attempts = [_Attempt(source, target) for source, target in pairs]
+        try:
+            for attempt in attempts:
+                self._prepare(attempt)
+            ready = [attempt for attempt in attempts if attempt.sending is not None]
+            _send_and_answer(ready, list(self._listening.values()), answer_s)
+            for attempt in ready:
+                if attempt.came_back == {False, True}:
+                    attempt.rtt_us = self._best(attempt, answer_s)
+            return [attempt.cell(expected) for attempt in attempts]
+        finally:
+            for attempt in attempts:
+                if attempt.sending is not None:
+                    attempt.sending.close()
+
+    def _prepare(self, attempt: _Attempt) -> None:
+        for end in (attempt.target, attempt.source):
+            if end.name in self._broken:
+                attempt.why = self._broken[end.name]
+                return
+        port = self._listening[attempt.target.name].getsockname()[1]
+        try:
+            attempt.sending = netns.inside(attempt.source.namespace, lambda: _connect(attempt.target, port))
+        except OSError as error:
+            attempt.why = f"no route: {error.strerror}"
+
+    def _best(self, attempt: _Attempt, answer_s: float) -> float | None:
+        """Round trips of a pair that surely reach, one behind the other."""
+        assert attempt.sending is not None
+        took = [_round_trip(attempt.sending, self._listening[attempt.target.name], answer_s)[0] for _ in range(TRIES)]
+        return min((each for each in took if each is not None), default=None)
+
+
+class _Attempt:
+    """A pair that is tried. Of the sets, False stands for the small datagram and True for the one of full size."""
+
+    def __init__(self, source: End, target: End) -> None:
+        self.source, self.target = source, target
+        self.sending: socket.socket | None = None
+        self.tokens = {False: os.urandom(TOKEN), True: os.urandom(TOKEN)}
+        self.arrived: set[bool] = set()
+        self.came_back: set[bool] = set()
+        self.refused = ""
+        self.size = 0
+        self.seen = self.why = ""
+        self.rtt_us: float | None = None
+
+    def send(self, full: bool) -> None:
+        """One datagram, with DF; of full size, it fills the MTU that the sender knows."""
+        assert self.sending is not None
+        data = self.tokens[full]
+        try:
+            if full:
+                self.size = self.sending.getsockopt(socket.IPPROTO_IP, IP_MTU)
+                data = data.ljust(self.size - UDP_HEADERS, b"\0")
+            self.sending.send(data)
+        except OSError as error:
+            self.refused = error.strerror or str(error)
+
+    def cell(self, expected: Expected) -> Cell:
+        """What came of it."""
+        kinds = f"{self.source.kind}-{self.target.kind}"
+        own = self.sending.getsockname()[0] if self.sending is not None else ""
+        wanted = expected(self.source, self.target, own)
+        if not self.why and self.came_back != {False, True}:
+            self.why = self._failure()
+        if not self.why and self.seen != wanted:
+            self.why = f"source rewritten: {wanted} became {self.seen}"
+        return Cell(
+            self.source.name, self.target.name, kinds, self.rtt_us, self.seen, own, not self.why, self.why, self.size
+        )
+
+    def _failure(self) -> str:
+        if False in self.came_back:
+            way = "arrive" if True not in self.arrived else "come back"
+            return f"full-size packets ({self.size} bytes, DF) do not {way}: an MTU on the way is smaller"
+        if self.arrived:
+            return "no way back"
+        return f"nothing arrived{f' ({self.refused})' if self.refused else ''}"
+
+
+def _send_and_answer(attempts: list[_Attempt], listening: list[socket.socket], answer_s: float) -> None:
+    """Send both datagrams of all, once more at half time where they did not come back, and answer what arrives."""
+    by_token = {token: (attempt, full) for attempt in attempts for full, token in attempt.tokens.items()}
+    poll, sockets = select.poll(), {}
+    for each in (*listening, *(attempt.sending for attempt in attempts if attempt.sending is not None)):
+        sockets[each.fileno()] = each
+        poll.register(each, select.POLLIN)
+    answering = set(listening)
+    began = time.monotonic()
+    for until in (began + answer_s / 2, began + answer_s):
+        open_ones = [attempt for attempt in attempts if attempt.came_back != {False, True}]
+        for attempt in open_ones:
+            for full in {False, True} - attempt.came_back:
+                attempt.send(full)
+        while (left := until - time.monotonic()) > 0 and any(a.came_back != {False, True} for a in open_ones):
+            for number, _ in poll.poll(left * 1000):
+                _take(sockets[number], by_token, sockets[number] in answering)
+
+
+def _take(on: socket.socket, by_token: dict[bytes, tuple[_Attempt, bool]], answers: bool) -> None:
+    try:
+        data, source = on.recvfrom(65535, socket.MSG_DONTWAIT)
+        attempt, full = by_token.get(data[:TOKEN], (None, False))
+        if attempt is None:
+            return
+        if not answers:
+            attempt.came_back.add(full)
+            return
+        attempt.arrived.add(full)
+        attempt.seen = source[0]
+        on.sendto(data, source)
+    except OSError:
+        return  # refused by an ICMP error of an earlier datagram, or the answer has no way
+
+
+def summary(cells: Iterable[Cell], node_of: dict[str, str]) -> Iterator[str]:
+    """What the failures have in common: `nobody reaches node2`. node_of: the node of each end, by the end's name."""
+    between = [cell for cell in cells if node_of[cell.source] != node_of[cell.target]]
+    nodes = sorted(set(node_of.values()))
+    for node in nodes:
+        to = [cell for cell in between if node_of[cell.target] == node]
+        out = [cell for cell in between if node_of[cell.source] == node]
+        if len(nodes) < 3:
+            to, out = [], []  # of two nodes both ends say the same
+        unreached, reaches_none = (bool(some) and not any(c.ok for c in some) for some in (to, out))
+        if unreached and reaches_none:
+            yield f"{node} is cut off: nobody reaches it, and it reaches nobody"
+        elif unreached:
+            yield f"nobody reaches {node}"
+        elif reaches_none:
+            yield f"{node} reaches nobody"
+    failed = [cell for cell in between if not cell.ok]
+    if failed and all("full-size" in cell.why for cell in failed):
+        yield "small packets pass everywhere: it is the MTU"
 
 
 def _listen(end: End) -> socket.socket:
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made = _socket()
     made.bind((end.address, 0))
     return made
 
 
-def _connect(target: End, port: int) -> socket.socket:
+def _socket() -> socket.socket:
     made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    made.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
+    return made
+
+
+def _connect(target: End, port: int) -> socket.socket:
+    made = _socket()
     try:
         made.connect((target.address, port))
     except OSError:

@@ -16,7 +16,7 @@ from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.links import Links
-from overlay.node.interfaces import lost_subnets, ports_of
+from overlay.node.interfaces import bridges_with_gateway, lost_subnets, ports_of
 from overlay.node.owned import Owned
 from overlay.process.log import log
 
@@ -34,7 +34,9 @@ class _Wants(NamedTuple):
 
 
 class BridgesController(Controller):
-    """Bridges of one family's pods. Their names come from the network list (`named`), and from what an earlier run left."""
+    """Bridges of one family's pods: those that have the gateway of a subnet of ours, and those that the network list names
+    (`named`). Those that the list names, or named in an earlier life (cni0, cni1...), are ours to delete; others (docker0)
+    never."""
 
     name = "bridge"
     harmless = True
@@ -43,8 +45,10 @@ class BridgesController(Controller):
         self, current: CurrentInputs, family: Family, links: Links, owned: Owned, named: Iterable[str] = ()
     ) -> None:
         """named: bridges that a network list of ours named, where that list is gone already (uninstall)."""
-        self._current, self._family, self._owned, self._named = current, family, owned, frozenset(named)
+        self._current, self._family, self._owned = current, family, owned
         self._io = links
+        self._listed = frozenset(named)
+        """Those that a network list of ours names, or named."""
         self._refused: KernelError | None = None
         """What the kernel said to the last deletion that it refused, in the pass under way."""
 
@@ -67,7 +71,15 @@ class BridgesController(Controller):
 
     def named(self, names: Iterable[str]) -> None:
         """A network list attaches pods to these."""
+        self._listed |= frozenset(names)
+        self._attached(names)
+
+    def _attached(self, names: Iterable[str]) -> None:
         self._current.set(bridges=self._current.inputs.bridges | frozenset(names))
+
+    def _ours(self, name: str) -> bool:
+        """Whether the bridge plugin made it by a list of ours, or of flannel's."""
+        return name in self._listed or (name.startswith("cni") and name[3:].isdecimal())
 
     def wants(self, inputs: Inputs) -> object:
         """All from which it follows which bridges are ours, and which are used."""
@@ -85,6 +97,7 @@ class BridgesController(Controller):
         """Find lost subnets, let go of those that no pod uses, remove bridges that nobody needs. Raises KernelError, of one
         bridge when all others are done."""
         self._refused = None
+        self._attached(bridges_with_gateway(wants.own, wants.links, wants.addresses))
         self._find(wants)
         self._release_unused(wants)
         self._clear_unfinished(wants)
@@ -108,7 +121,7 @@ class BridgesController(Controller):
         found = lost_subnets(wants.pool, wants.own, wants.any_place, wants.links, wants.addresses, wants.underlay)
         if not found:
             return
-        self.named(found)
+        self._attached(found)
         known = self._current.inputs.retained
         new = [subnet for subnets in found.values() for subnet in subnets if subnet not in known]
         for subnet in new:
@@ -128,9 +141,9 @@ class BridgesController(Controller):
         used = False
         reason = f"no pod uses it, and {subnet} is another node's now"
         for index in {a.oif for a in wants.addresses.values() if subnet.holds(a.address) and a.oif != wants.tunnel}:
-            link, ours = wants.links.get(index), self._current.inputs.bridges
+            link = wants.links.get(index)
             empty = link is not None and link.kind == "bridge" and not ports_of(wants.links, index)
-            if link is None or not empty or link.name not in ours or not self._delete(link, reason):
+            if link is None or not empty or not self._ours(link.name) or not self._delete(link, reason):
                 used = True
         return used
 
@@ -149,7 +162,7 @@ class BridgesController(Controller):
         """A pod whose making failed at its address (subnet.env was not there) leaves the bridge without port and MAC, and
         the bridge plugin then fails for ever: "could not set bridge's mac: invalid argument" (1.1.1)."""
         for link in wants.links.values():
-            ours = link.kind == "bridge" and link.name in wants.bridges
+            ours = link.kind == "bridge" and link.name in wants.bridges and self._ours(link.name)
             if ours and not link.mac and not ports_of(wants.links, link.ifindex):
                 self._delete(link, "left unfinished by a pod that could not be made")
 
@@ -157,10 +170,11 @@ class BridgesController(Controller):
         """Delete those that no pod uses."""
         if self._owned.flannel_has_it():
             return
-        names = self._named | self._current.inputs.bridges
+        names = self._listed | self._current.inputs.bridges
         found = self._io.all()
         for link in found:
-            if link.kind == "bridge" and link.name in names and not any(p.master == link.ifindex for p in found):
+            ours = link.kind == "bridge" and link.name in names and self._ours(link.name)
+            if ours and not any(p.master == link.ifindex for p in found):
                 self._io.delete(link.ifindex)
                 yield f"bridge {link.name}, which no pod uses"
 

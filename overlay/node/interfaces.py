@@ -38,9 +38,27 @@ def ports_of(links: Mapping[int, Link], bridge: int) -> int:
     return sum(link.master == bridge for link in links.values())
 
 
-def is_bridge_name(name: str) -> bool:
-    """Whether an interface is named as our network list and flannel's name a bridge for pods (cni0, cni1...)."""
-    return name.startswith("cni") and name[3:].isdecimal()
+def bridges_with_gateway(
+    subnet: Prefix, links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]
+) -> frozenset[str]:
+    """The bridges whose pods have a subnet: those that have its gateway, whoever made them (docker0 by mk-docker-opts)."""
+    holders = {a.oif for a in addresses.values() if a.address == subnet.base + 1}
+    return frozenset(link.name for link in links.values() if link.ifindex in holders and link.kind == "bridge")
+
+
+def without_bridge(
+    network: Prefix,
+    links: Mapping[int, Link],
+    addresses: Mapping[AddressKey, Address],
+    underlay: Underlay | None,
+    bridges: frozenset[str],
+    tunnel: str,
+) -> tuple[str, ...]:
+    """Interfaces by which pods of the network are attached without a bridge (the ptp plugin): they are known as such by an
+    address of it."""
+    inside = interfaces_within(network, addresses.values(), underlay)
+    found = (links[index].name for index in inside if index in links)
+    return tuple(sorted(name for name in found if name not in bridges and name != tunnel))
 
 
 def lost_subnets(
@@ -59,7 +77,7 @@ def lost_subnets(
     found: dict[str, list[Prefix]] = {}
     inside = interfaces_within(pool.network, addresses.values(), underlay)
     for link in links.values():
-        if link.kind != "bridge" or link.ifindex not in inside or not is_bridge_name(link.name):
+        if link.kind != "bridge" or link.ifindex not in inside:
             continue
         mine = [a for a in addresses.values() if a.oif == link.ifindex]
         subnets = [around(a.family, a.address, a.length) for a in mine]

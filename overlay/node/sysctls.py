@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -19,7 +19,9 @@ CHECK_EVERY_S = 1.0
 """The kernel notifies of some of them only: all are read so often."""
 
 
-def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable[[str], str | None]) -> dict[str, str]:
+def wanted_sysctls(
+    device: str, lower: str, direct_routing: bool, bridges: Iterable[str], read: Callable[[str], str | None]
+) -> dict[str, str]:
     """The sysctls that pods' traffic needs, those that are wrong only.
 
     rp_filter: with DirectRouting one side may send directly and the other through the tunnel; strict drops all of
@@ -32,7 +34,7 @@ def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable
         strict = "1" in (read("net/ipv4/conf/all/rp_filter"), read(f"net/ipv4/conf/{name}/rp_filter"))
         if strict and read(f"net/ipv4/conf/{name}/rp_filter") != LOOSE:
             wrong[f"net/ipv4/conf/{name}/rp_filter"] = LOOSE
-    for name in (device, lower) if direct_routing else (device,):
+    for name in (device, *bridges, lower) if direct_routing else (device, *bridges):
         if read(f"net/ipv4/conf/{name}/forwarding") == "0":
             wrong[f"net/ipv4/conf/{name}/forwarding"] = "1"
     if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
@@ -40,9 +42,9 @@ def wanted_sysctls(device: str, lower: str, direct_routing: bool, read: Callable
     return wrong
 
 
-def ensure_sysctls(device: str, lower: str, direct_routing: bool) -> dict[str, str]:
+def ensure_sysctls(device: str, lower: str, direct_routing: bool, bridges: Iterable[str]) -> dict[str, str]:
     """Set what is wrong; what was set. Raises KernelError."""
-    wrong = wanted_sysctls(device, lower, direct_routing, read_sysctl)
+    wrong = wanted_sysctls(device, lower, direct_routing, bridges, read_sysctl)
     for name, value in wrong.items():
         write_sysctl(name, value)
     return wrong
@@ -66,6 +68,7 @@ class _Wants(NamedTuple):
     device: str
     lower: str
     direct_routing: bool
+    bridges: tuple[str, ...]
     with_services: bool
 
 
@@ -91,14 +94,13 @@ class SysctlController(Controller):
         if tunnel is None or under is None or inputs.config is None:
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges)
-        return _Wants(
-            tunnel.name, under.name, backend_of(inputs.config.backend, self._family).reaches_directly, services
-        )
+        direct = backend_of(inputs.config.backend, self._family).reaches_directly
+        return _Wants(tunnel.name, under.name, direct, tuple(sorted(inputs.bridges)), services)
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""
         self._next = self._clock() + CHECK_EVERY_S
-        if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing):
+        if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges):
             log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
         fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
         self._health.report("bridge filter", fault, harmless=True)

@@ -1,4 +1,4 @@
-"""Which interface and address carry the tunnel, why, and whether that still holds. The kernel is asked by the caller.
+"""Which interface and address carry the tunnel, why, and whether that still holds. The kernel is asked by `Lookup`.
 
 Source of the order of choice: flannel pkg/ipmatch/match.go; the difference is the default: the interface that routes
 to the store, which is the one that surely reaches the other nodes' world, instead of the first default route.
@@ -7,17 +7,24 @@ to the store, which is the one that surely reaches the other nodes' world, inste
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 from lease.families import Family
-from lease.model import around, ip_number, ip_text
+from lease.model import Prefix, around, ip_number, ip_text
 from overlay.control.controller import CannotReconcile
 from overlay.control.inputs import Underlay
 from overlay.kernel.route.entries import Address, Link
+from overlay.kernel.route.lookup import Way
 from overlay.settings.settings import Settings
 
-Lookup = Callable[[int], tuple[int, int, int] | None]
-"""Interface, source address and gateway by which the kernel reaches an address."""
+
+class Lookup(Protocol):
+    """By which way the kernel reaches an address, None: by none. source: with that as sender's; oif: by that interface."""
+
+    def __call__(self, address: int, source: int = 0, oif: int = 0) -> Way | None: ...
+
+
 ANYWHERE = {4: ip_number("192.0.2.1", 4), 6: 0x20010DB8 << 96 | 1}
 """By family, an address that only the default route reaches (RFC 5737, RFC 3849); nothing is sent."""
 
@@ -35,9 +42,23 @@ class Interfaces:
         self.addresses = list(addresses)
 
     def of(self, index: int) -> list[Address]:
-        """An interface's addresses, the best first: global before link scope, lasting before temporary."""
+        """An interface's addresses, the best first: global before link scope, those with a prefix before those alone beside
+        them (a virtual IP that moves between machines is /32), lasting before temporary."""
         mine = [address for address in self.addresses if address.oif == index and not address.deprecated]
-        return sorted(mine, key=lambda a: (a.scope, a.secondary, not a.permanent))
+        return sorted(mine, key=lambda a: (a.scope, a.length == self.family.bits, a.secondary, not a.permanent))
+
+    def has(self, index: int, address: int) -> bool:
+        """Whether an interface has an address."""
+        return any(item.address == address for item in self.of(index))
+
+    def is_alone(self, index: int, address: int) -> bool:
+        """Whether an address of an interface has no prefix: it may be a virtual one, and says nothing of the link."""
+        return all(item.length == self.family.bits for item in self.of(index) if item.address == address)
+
+    def carries(self, link: Link) -> bool:
+        """Whether peers can be on the interface's own link, as far as its addresses tell."""
+        on_link = any(item.length < self.family.bits for item in self.of(link.ifindex))
+        return on_link and not link.loopback and link.kind != "dummy"
 
     def holder(self, address: int) -> Link | None:
         """The interface that has an address."""
@@ -61,33 +82,99 @@ class Interfaces:
         return ", ".join(parts) or f"no interface with an {self.family.text} address"
 
 
-def choose(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> Underlay:
+class _Found(NamedTuple):
+    """What flags or routes say. local: the address, 0: one of `among`, which are addresses of the interface, or () for all.
+    source: that by which the kernel sends to what was looked for, 0: unknown. fixed: an operator named the address."""
+
+    link: Link
+    reason: str
+    local: int = 0
+    among: tuple[int, ...] = ()
+    source: int = 0
+    fixed: bool = False
+
+
+class Choice(NamedTuple):
+    """underlay: the choice. lasting: it is the one that this node is known by from now on; else another is looked for at
+    each change (a /32 that no flag names: the interface's own address may come yet)."""
+
+    underlay: Underlay
+    lasting: bool
+
+
+def choose(
+    settings: Settings,
+    there: Interfaces,
+    lookup: Lookup,
+    store_hosts: Mapping[str, int | None],
+    recorded: int = 0,
+) -> Choice:
     """The underlay by flags, else by the route to the store.
 
-    store_hosts: the store's addresses by the name they were given under; None: it does not resolve yet.
+    store_hosts: the store's addresses by the name they were given under; None: it does not resolve yet. recorded: the
+    address that this node had last, which it keeps where several would do; 0: none.
 
     Raises:
         UnderlayError: nothing matches.
     """
-    link, local, reason = _chosen(settings, there, lookup, store_hosts)
-    if settings.public_ip and any(item.address == settings.public_ip for item in there.of(link.ifindex)):
-        local = settings.public_ip  # several addresses: the one we advertise is the one we send from
+    found = _chosen(settings, there, lookup, store_hosts)
+    index, fixed = found.link.ifindex, found.fixed
+    if settings.public_ip and there.has(index, settings.public_ip):
+        local, fixed = settings.public_ip, True  # several addresses: the one we advertise is the one we send from
+    elif found.local:
+        local = found.local
+    else:
+        source = found.source or _source(there, lookup, store_hosts, index)
+        local = _best(there, found, recorded, source)
     if not local:
-        addresses = there.of(link.ifindex)
-        if not addresses:
-            raise UnderlayError(
-                f"interface {link.name} ({reason}) has no {there.family.text} address; there is: {there.listed()}"
-            )
-        local = addresses[0].address
-    return _underlay(settings, there, link, local, reason)
+        raise UnderlayError(
+            f"interface {found.link.name} ({found.reason}) has no {there.family.text} address; there is: {there.listed()}"
+        )
+    made = _underlay(settings, there, found.link, local, found.reason, lookup, _targets(there, store_hosts))
+    holder = there.holder(local)
+    lasting = fixed or holder is None or not there.is_alone(holder.ifindex, local)
+    return Choice(made, lasting)
 
 
-def refresh(settings: Settings, current: Underlay, there: Interfaces) -> Underlay | None:
+def refresh(
+    settings: Settings, current: Underlay, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]
+) -> Underlay | None:
     """The same choice with today's MTU, number and prefixes; None when its interface or address is gone."""
-    link = there.named(current.name)
-    if link is None or all(item.address != current.local for item in there.of(link.ifindex)):
+    link, holder = there.named(current.name), there.holder(current.local)
+    if link is None or holder is None or not any(item.address == current.local for item in there.of(holder.ifindex)):
         return None
-    return _underlay(settings, there, link, current.local, current.reason)
+    if holder.ifindex != link.ifindex and there.carries(holder):
+        return None  # it moved to another interface
+    return _underlay(settings, there, holder, current.local, current.reason, lookup, _targets(there, store_hosts))
+
+
+def _targets(there: Interfaces, store_hosts: Mapping[str, int | None]) -> tuple[int, ...]:
+    """Addresses by whose routes it is seen how this node sends: the store's, where it is elsewhere, and any."""
+    local = {item.address for item in there.addresses}
+    known = (address for address in store_hosts.values() if address is not None and address not in local)
+    return (*known, ANYWHERE[there.family.number])
+
+
+def _source(there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None], index: int) -> int:
+    """The address of an interface from which the kernel sends by it; 0 where no route says."""
+    for target in _targets(there, store_hosts):
+        way = lookup(target, oif=index)
+        if way is not None and way.table and there.has(index, way.source):
+            return way.source
+    return 0
+
+
+def _best(there: Interfaces, found: _Found, recorded: int, source: int) -> int:
+    """Of an interface's addresses that may be taken: the recorded one, else the kernel's source, else the first; but a
+    recorded one without a prefix does not stand before one with it. 0: there is none."""
+    index = found.link.ifindex
+    able = [item.address for item in there.of(index) if not found.among or item.address in found.among]
+    if not able:
+        return 0
+    wide = any(not there.is_alone(index, address) for address in able)
+    if recorded in able and not (wide and there.is_alone(index, recorded)):
+        return recorded
+    return source if source in able else able[0]
 
 
 def underlay_text(family: Family, underlay: Underlay | None) -> str:
@@ -99,8 +186,17 @@ def underlay_text(family: Family, underlay: Underlay | None) -> str:
     return f"{underlay.name} {address} (MTU {underlay.mtu}){advertised}: {underlay.reason}"
 
 
-def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, reason: str) -> Underlay:
-    on_link = {around(item.family, item.address, item.length) for item in there.of(link.ifindex)}
+def _underlay(
+    settings: Settings,
+    there: Interfaces,
+    holder: Link,
+    local: int,
+    reason: str,
+    lookup: Lookup,
+    targets: tuple[int, ...],
+) -> Underlay:
+    link = _sends_by(there, holder, local, lookup, targets)
+    on_link = tuple(sorted({around(item.family, item.address, item.length) for item in there.of(link.ifindex)}))
     return Underlay(
         link.name,
         link.ifindex,
@@ -108,47 +204,81 @@ def _underlay(settings: Settings, there: Interfaces, link: Link, local: int, rea
         link.mac,
         local,
         settings.public_ip or local,
-        tuple(sorted(on_link)),
+        on_link,
         link.arp,
         reason,
         link.up,
+        link.carrier,
+        tuple(prefix for prefix in on_link if _asked_by_arp(there, link, prefix, lookup)),
     )
 
 
-def _chosen(
-    settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]
-) -> tuple[Link, int, str]:
-    """Interface, address (0: its best) and the reason."""
+def _sends_by(there: Interfaces, holder: Link, local: int, lookup: Lookup, targets: tuple[int, ...]) -> Link:
+    """The interface by which the kernel sends from an address: of one that stands on the loopback, on a dummy, or alone
+    on its interface, the routes say that. Its MTU and its state are those that count."""
+    if there.carries(holder):
+        return holder
+    for target in targets:
+        way = lookup(target, source=local)
+        link = there.links.get(way.oif) if way is not None else None
+        if link is not None and not link.loopback:
+            return link
+    return holder
+
+
+def _asked_by_arp(there: Interfaces, link: Link, on_link: Prefix, lookup: Lookup) -> bool:
+    """Whether hosts of a prefix are neighbours: the interface resolves addresses, and the kernel sends there without a
+    gateway."""
+    if not link.arp or on_link.length >= there.family.bits - 1:
+        return False
+    if not link.up:
+        return True  # its routes come back with it
+    local = {item.address for item in there.addresses}
+    probe = next((a for a in range(on_link.base + 1, on_link.last) if a not in local), None)
+    way = lookup(probe) if probe is not None else None
+    return way is not None and way.oif == link.ifindex and not way.via
+
+
+def _chosen(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> _Found:
+    """Interface and reason, and what they say of the address."""
     if settings.iface or settings.iface_regex or settings.iface_can_reach:
         return _by_flags(settings, there, lookup)
     if settings.public_ip and (holder := there.holder(settings.public_ip)) is not None:
-        return holder, settings.public_ip, "it holds --public-ip"
+        return _Found(holder, "it holds --public-ip", settings.public_ip, fixed=True)
     for name, address in store_hosts.items():
-        found = lookup(address) if address is not None else None
-        if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
-            return link, found[1], f"it routes to the store {name}"
+        way = lookup(address) if address is not None else None
+        if way is not None and (link := there.links.get(way.oif)) is not None and not link.loopback:
+            return _by_route(there, link, way, f"it routes to the store {name}")
     if unresolved := [name for name, address in store_hosts.items() if address is None]:
         raise UnderlayError(
             f"the store's name {', '.join(unresolved)} does not resolve yet, so no route to it says which interface to"
             f" use; trying again (--iface says it at once); there is: {there.listed()}"
         )
-    found = lookup(ANYWHERE[there.family.number])
-    if found is not None and (link := there.links.get(found[0])) is not None and not link.loopback:
-        return link, found[1], "the default route leaves by it (the store is on this machine)"
+    way = lookup(ANYWHERE[there.family.number])
+    if way is not None and (link := there.links.get(way.oif)) is not None and not link.loopback:
+        return _by_route(there, link, way, "the default route leaves by it (the store is on this machine)")
     able = [
         link
         for link in there.links.values()
         if link.arp and link.kind not in ("vxlan", "bridge") and any(a.scope == 0 for a in there.of(link.ifindex))
     ]
     if len(able) == 1:
-        return able[0], 0, "the only interface with an address (no route to the store, no default route)"
+        return _Found(able[0], "the only interface with an address (no route to the store, no default route)")
     raise UnderlayError(
         f"no route to the store ({', '.join(store_hosts)}) nor a default route says which"
         f" interface to use; say --iface; there is: {there.listed()}"
     )
 
 
-def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> tuple[Link, int, str]:
+def _by_route(there: Interfaces, link: Link, way: Way, reason: str) -> _Found:
+    """By a route: its source may be an address of another interface (one on the loopback)."""
+    if there.has(link.ifindex, way.source):
+        return _Found(link, reason, source=way.source)
+    holder = there.holder(way.source)
+    return _Found(link, reason) if holder is None else _Found(holder, reason, way.source)
+
+
+def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> _Found:
     """flannel's order: every --iface, then every --iface-regex, then --iface-can-reach."""
     for wanted in settings.iface:
         reason = f"--iface {wanted}"
@@ -156,25 +286,25 @@ def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> tuple[Li
             address = ip_number(wanted, there.family.number)
         except ValueError:
             if (link := there.named(wanted)) is not None:
-                return link, 0, reason
+                return _Found(link, reason)
             continue
         if (link := there.holder(address)) is not None:
-            return link, address, reason
+            return _Found(link, reason, address, fixed=True)
     for pattern in settings.iface_regex:
         expression = re.compile(pattern)
         reason = f"--iface-regex {pattern}"
         for link in there.links.values():
-            for item in there.of(link.ifindex):
-                if expression.search(ip_text(item.family, item.address)):
-                    return link, item.address, reason
+            texts = {item.address: ip_text(item.family, item.address) for item in there.of(link.ifindex)}
+            if among := tuple(address for address, text in texts.items() if expression.search(text)):
+                return _Found(link, reason, among=among)
         for link in there.links.values():
             if expression.search(link.name):
-                return link, 0, reason
+                return _Found(link, reason)
     if settings.iface_can_reach:
         target = ip_text(there.family.number, settings.iface_can_reach)
-        found = lookup(settings.iface_can_reach)
-        if found is not None and (by := there.links.get(found[0])) is not None:
-            return by, found[1], f"--iface-can-reach {target}"
+        way = lookup(settings.iface_can_reach)
+        if way is not None and (by := there.links.get(way.oif)) is not None:
+            return _by_route(there, by, way, f"--iface-can-reach {target}")
     asked = [f"--iface {name}" for name in settings.iface] + [f"--iface-regex {p}" for p in settings.iface_regex]
     if settings.iface_can_reach:
         asked.append(f"--iface-can-reach {ip_text(there.family.number, settings.iface_can_reach)}")

@@ -1,4 +1,4 @@
-"""The underlay as an input: chosen once, kept while its address is there, chosen again when it is not."""
+"""The underlay as an input: chosen once and kept while its address is there; while it is not, another stands in for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lease.families import Family
 from lease.model import ip_text, mac_text
 from overlay.control.controller import Source
-from overlay.control.inputs import AddressKey, CurrentInputs, Inputs
+from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.node import underlay as choice
@@ -36,11 +36,18 @@ class UnderlaySource(Source):
         requests: RequestSocket,
         store_hosts: Callable[[], dict[str, int | None]],
         moved: Callable[[], None],
+        recorded: Callable[[Settings], int] = lambda _settings: 0,
     ) -> None:
-        """store_hosts: as for underlay.choose. moved: called when our own address changed, for the store's connection."""
+        """store_hosts: as for underlay.choose. moved: called when our own address changed, for the store's connection.
+        recorded: the public IP that an earlier run left on record, 0: none."""
         self._current, self._family, self._requests = current, family, requests
         self._store_hosts, self._moved = store_hosts, moved
+        self._recorded_by = recorded
         self._chosen_by: Settings | None = None
+        self._lasting: Underlay | None = None
+        """The choice that this node is known by: back to it as soon as its address is there again."""
+        self._recorded: int | None = None
+        """Its address, or that of the first choice while none is lasting. None: not asked yet."""
 
     def wants(self, inputs: Inputs) -> object:
         """What it is chosen from."""
@@ -51,16 +58,23 @@ class UnderlaySource(Source):
         there = choice.Interfaces(self._family, wants.links.values(), wants.addresses.values())
         number = self._family.number
         before = self._current.inputs.underlays.get(number)
-        same_flags = self._chosen_by is not None and self._chosen_by.public_ip == wants.settings.public_ip
-        found = choice.refresh(wants.settings, before, there) if before is not None and same_flags else None
+        lookup, hosts = partial(self._requests.lookup, self._family), self._store_hosts()
+        if self._chosen_by is None or self._chosen_by.public_ip != wants.settings.public_ip:
+            self._lasting = None
+        if self._recorded is None:
+            self._recorded = self._recorded_by(wants.settings)
+        lasting = self._lasting
+        found = choice.refresh(wants.settings, lasting, there, lookup, hosts) if lasting is not None else None
         if found is None:
-            found = choice.choose(
-                wants.settings, there, partial(self._requests.lookup, self._family), self._store_hosts()
-            )
+            chosen = choice.choose(wants.settings, there, lookup, hosts, self._recorded)
+            found = chosen.underlay
+            self._recorded = self._recorded or found.local
+            if chosen.lasting and lasting is None:
+                self._lasting, self._recorded = found, found.local
         self._chosen_by = wants.settings
         if found == before:
             return False
-        if before is None or found._replace(up=before.up) != before:
+        if before is None or found._replace(up=before.up, carrier=before.carrier) != before:
             log.info(
                 "underlay",
                 chosen=choice.underlay_text(self._family, found),
@@ -86,6 +100,8 @@ class UnderlaySource(Source):
                 "mac": mac_text(under.mac),
                 "mtu": under.mtu,
                 "up": under.up,
+                "carrier": under.carrier,
+                "neighbours": [str(there) for there in under.neighbours],
                 "reason": under.reason,
             }
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
-from lease.model import Lease
+from lease.model import Lease, Prefix
 from lease.store import Changes, Snapshot
 from lease.tenure.events import Held
 from overlay.backends.choose import tunnel_devices
@@ -67,6 +67,7 @@ class PeerTableController(Controller):
             inputs.retained,
             inputs.settings.underlay_cidrs,
             1 if inputs.settings.kube else 2,
+            under.neighbours,
         )
 
     def reconcile(self, wants: Any) -> bool:
@@ -77,8 +78,19 @@ class PeerTableController(Controller):
         return False
 
     def status(self) -> Mapping[str, object]:
-        """`refused_records`."""
-        return {"refused_records": dict(self._path.table.refused)}
+        """`refused_records`; `direct_routing`: to whom plain routes lead, and why to nobody, "" where it is off."""
+        return {"refused_records": dict(self._path.table.refused), "direct_routing": self._direct_routing()}
+
+    def _direct_routing(self) -> str:
+        node, under = self._path.node, self._current.inputs.underlays.get(self._family.number)
+        if node is None or under is None or not node.backend.reaches_directly:
+            return ""
+        if node.neighbours:
+            return f"peers in {', '.join(map(str, node.neighbours))}, the neighbours on {under.name}"
+        why = (
+            "finds no neighbours by ARP" if not under.arp else "has no prefix whose hosts are reached without a gateway"
+        )
+        return f"no peer: {under.name} {why}, so all are reached by the tunnel"
 
 
 class _Wants(NamedTuple):
@@ -280,11 +292,9 @@ class PeersController(Controller):
 
     # --- what is reported
 
-    def a_peer(self) -> int | None:
-        """The public IP of some peer."""
-        peer = next(self._path.table.accepted(), None)
-        end = peer.endpoint(self._family.number) if peer is not None else None
-        return end.public_ip if end is not None else None
+    def some(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool]]:
+        """Subnet, public IP, and whether it is reached directly, of the peers from a place on whose entries stand."""
+        return self._path.some_peers(place, count)
 
     def refused(self) -> Iterator[Lease]:
         """The records that are not peers."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mac_text
-from lease.records.packed import Leases, number, pack
+from lease.records.packed import Leases, number, pack, unpack
 from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
 from overlay.kernel import events, netlink
@@ -446,6 +446,17 @@ class Datapath:
         peers = (*rec.pending, *rec.backing_off)
         missing = {peer: rec.pending.get(peer, 0) | rec.backing_off.get(peer, 0) for peer in peers}
         return Peers(self.node, tuple(self.table.packed.values()), missing)
+
+    def some_peers(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool]]:
+        """Subnet, public IP, and whether it is reached directly, of so many peers from a place in their order on; not of
+        those whose entries differ."""
+        if self.node is None:
+            return
+        for subnet, packed in islice(self.table.packed.items(), place, place + count):
+            lease = unpack(packed)
+            end = lease.endpoint(self._family.number)
+            if end is not None and subnet not in self.rec.pending and subnet not in self.rec.backing_off:
+                yield end.subnet, end.public_ip, len(plan.entries(self.node, lease)) == 1
 
     def differences(self) -> Iterator[dict[str, object]]:
         """The entries that are not as they should be, at most SHOWN."""

@@ -23,7 +23,8 @@ _UNUSABLE = {
 class Node(NamedTuple):
     """What plan needs to know of this node.
 
-    own: its lease. on_link: the prefixes of the underlay interface. addresses: all its own addresses.
+    own: its lease. on_link: the prefixes of the underlay interface; neighbours: those whose hosts are ARP neighbours.
+    addresses: all its own addresses.
     retained: subnets that it does not hold any more, but on which its pods still run.
     """
 
@@ -38,6 +39,7 @@ class Node(NamedTuple):
     widest: int = 2
     """A subnet is longer than Network by so many bits at least: a record cannot take half the cluster's traffic. On
     Kubernetes the cluster gave the subnets, and only all of Network is too much."""
+    neighbours: tuple[Prefix, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -76,16 +78,18 @@ def node_of(
     retained: tuple[Prefix, ...] = (),
     allowed: tuple[Prefix, ...] = (),
     widest: int = 2,
+    neighbours: tuple[Prefix, ...] = (),
 ) -> Node:
     """The Node of a config that has the family."""
     pool = config.pool(family.number)
     assert pool is not None
-    return Node(pool.network, backend_of(config.backend, family), own, on_link, addresses, retained, allowed, widest)
+    backend = backend_of(config.backend, family)
+    return Node(pool.network, backend, own, on_link, addresses, retained, allowed, widest, neighbours)
 
 
 def view(node: Node) -> View:
     """What the backend needs to know of it."""
-    return View(node.family, node.network, node.on_link)
+    return View(node.family, node.network, node.neighbours)
 
 
 def refusal(node: Node, lease: Lease) -> str | None:

@@ -191,7 +191,7 @@ def test_the_base_address_comes_before_another_goes(links, inside):
     ],
 )
 def test_sysctls(there, direct, wrong):
-    assert sysctls.wanted_sysctls("f", "e", direct, there.get) == wrong
+    assert sysctls.wanted_sysctls("f", "e", direct, ("b",), there.get) == wrong
 
 
 def test_arp_probes(space, inside):

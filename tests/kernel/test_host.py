@@ -89,8 +89,8 @@ CONFIG = parse_config('{"Network":"192.168.0.0/16","SubnetLen":24,"Backend":{"Ty
         ("cni0", "192.0.0.1", 8, []),  # over the whole network
         ("cni0", "172.17.0.1", 24, []),  # another network's
         ("cni0", "192.168.1.1", 24, []),  # the underlay's
-        ("cnix", "192.168.78.1", 24, []),
-        ("docker0", "192.168.78.1", 24, []),
+        ("cnix", "192.168.78.1", 24, ["192.168.78.0/24"]),  # by whatever name
+        ("docker0", "192.168.78.1", 24, ["192.168.78.0/24"]),
     ],
 )
 def test_a_lost_subnet_is_that_of_a_bridge_for_pods(inside, host, kube, name, address, length, expected):

@@ -9,7 +9,7 @@ import threading
 import pytest
 from pyroute2 import IPRoute
 
-from lease.families import V4
+from lease.families import V4, V6
 from lease.model import ip_number
 from overlay.kernel.events import (
     AddressSeen,
@@ -25,7 +25,9 @@ from overlay.kernel.monitor import Monitor
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.route.lookup import Packet, Way
 from overlay.lab import netns
+from overlay.reach import explain
 
 BASE, DST, MAC = ip_number("10.244.9.0", 4), ip_number("192.168.1.9", 4), 0x0E2A00000009
 KEY = RouteKey(BASE, 24, 10)
@@ -156,8 +158,37 @@ def test_a_bad_length_in_mid_batch_ends_in_a_refusal_not_in_a_hang(requests, mon
 
 def test_lookups(requests):
     index = index_of(requests, "eth0")
-    assert requests.lookup(V4, ip_number("192.168.1.77", 4)) == (index, ip_number("192.168.1.2", 4), 0)
+    assert requests.lookup(V4, ip_number("192.168.1.77", 4)) == Way(index, ip_number("192.168.1.2", 4), 0)
     assert requests.lookup(V4, ip_number("203.0.113.1", 4)) is None
+    assert requests.way(V4, Packet(ip_number("203.0.113.1", 4))).error == errno.ENETUNREACH
+    bound = requests.lookup(V4, ip_number("203.0.113.1", 4), oif=index)
+    assert bound is not None and bound.table == 0, "none matched: it is believed to be on the link"
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_rules_and_tables_of_others(requests, inside, family):
+    subnet, host = {4: ("10.9.0.0/16", "10.9.1.1"), 6: ("fd09::/32", "fd09::1")}[family.number]
+    six = "-6" if family.number == 6 else "-4"
+    inside(lambda: subprocess.run(
+        ["sh", "-ec", f"""ip {six} route add {subnet} dev eth0 table 52
+ip {six} route add blackhole {subnet} table 53
+ip {six} rule add pref 5270 lookup 52
+ip {six} rule add pref 6000 not fwmark 0x1/0xf iif eth0 lookup 53 suppress_prefixlength 0
+ip {six} rule add pref 10 to {subnet} fwmark 0x7 blackhole"""], check=True))  # fmt: skip
+    index, address = index_of(requests, "eth0"), ip_number(host, family.number)
+    found = {rule.priority: rule for rule in requests.rules(family)}
+    assert sorted(found) == list(found), "in the order in which they are asked"
+    assert explain.rule_text(family, found[5270]) == "from all lookup 52"
+    assert explain.rule_text(family, found[6000]) == "not from all fwmark 0x1/0xf iif eth0 lookup 53"
+    assert found[6000].suppress == 0
+    assert explain.rule_text(family, found[10]) == f"from all to {subnet} fwmark 0x7 blackhole"
+    (route,) = requests.routes_of(family, 52)
+    assert explain.route_text(family, route, {index: "eth0"}) == f"{subnet} dev eth0"
+    assert explain.route_text(family, requests.routes_of(family, 53)[0], {}) == f"blackhole {subnet}"
+    assert requests.routes_of(family, 99) == []
+    way = requests.way(family, Packet(address))
+    assert (way.oif, way.table, way.error) == (index, 52, 0)
+    assert requests.way(family, Packet(address, mark=7)).error == errno.EINVAL
 
 
 def test_links_and_addresses(requests):

@@ -25,12 +25,13 @@ from overlay.node.bridges import BridgesController
 from overlay.node.device import DeviceController
 from overlay.node.links import LinksSource
 from overlay.node.owned import Owned
-from overlay.node.reach import ReachController
 from overlay.node.sysctls import SysctlController
 from overlay.node.underlay_source import UnderlaySource
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
+from overlay.reach import ways
+from overlay.reach.controller import ReachController
 from overlay.settings.settings import Settings
 from tests.support.clock import Clock
 from tests.support.fakes import FakeKernel, inputs, underlay
@@ -146,7 +147,7 @@ class Bench:
 
     def pods(self) -> PodsController:
         made = antispoof.AntiSpoof(self.kernel, self.kernel, self.clock)
-        return PodsController(V4, made, self.kernel, self.owned, self.clock)
+        return PodsController(V4, made, self.kernel, self.owned, self.health, self.clock)
 
     def nat(self) -> NatController:
         return NatController(V4, self.posted.append, self.health, self.owned)
@@ -158,7 +159,8 @@ class Bench:
         return SysctlController(V4, self.health, self.clock)
 
     def reach(self) -> ReachController:
-        return ReachController(V4, self.kernel, self.health, lambda: ip_number("192.168.1.9", 4), list)
+        peer = ways.Peer(prefix("10.244.9.0/24"), ip_number("192.168.1.9", 4), False)
+        return ReachController(V4, self.kernel, self.health, self.clock, lambda place, _: [] if place else [peer], list)
 
     def cni(self) -> CniController:
         return CniController(self.current, V4, self.health, self.owned, self.clock, self.posted.extend)

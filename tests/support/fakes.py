@@ -13,6 +13,7 @@ from overlay.control.inputs import Inputs, Underlay
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.entries import Address, FoundRoute, Link
 from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.lookup import AnyRoute, Packet, Rule, Way
 from overlay.settings.settings import Settings
 
 
@@ -34,7 +35,7 @@ class FakeKernel:
         self.there: dict[int, Link] = {2: link(2, "eth0")}
         self.addresses_there: list[Address] = [address(2, "192.168.1.2")]
         self.routes_there: list[FoundRoute] = []
-        self.ways: dict[int, tuple[int, int, int] | None] = {}
+        self.ways: dict[int, Way | None] = {}
         self.vxlans: dict[str, VxlanAttributes] = {}
         self.tables: dict[tuple[str, str], dict[str, set[bytes]]] = {}
         self.done: list[str] = []
@@ -59,9 +60,22 @@ class FakeKernel:
         assert family is V4
         return list(self.routes_there)
 
-    def lookup(self, family: Any, address: int) -> tuple[int, int, int] | None:
+    def lookup(self, family: Any, address: int, source: int = 0, oif: int = 0) -> Way | None:
         assert family is V4
-        return self.ways.get(address, (2, ip_number("192.168.1.2", 4), 0))
+        del source
+        return self.ways.get(address, Way(oif or 2, ip_number("192.168.1.2", 4), 0))
+
+    def way(self, family: Any, packet: Packet) -> Way:
+        return self.lookup(family, packet.address) or Way(0, 0, 0, 0, errno.ENETUNREACH)
+
+    def rules(self, family: Any) -> list[Rule]:
+        assert family is V4
+        return []
+
+    def routes_of(self, family: Any, table: int) -> list[AnyRoute]:
+        del table
+        assert family is V4
+        return []
 
     def take_seqs(self, count: int) -> int:
         first, self._seq = self._seq + 1, self._seq + count + 1

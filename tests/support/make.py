@@ -45,6 +45,7 @@ def node_in(family: int) -> Node:
         backend=backend_of(VxlanConfig(), V6),
         own=in_family(here.own, 6),
         on_link=tuple(map(widened, here.on_link)),
+        neighbours=tuple(map(widened, here.neighbours)),
         addresses=frozenset(address << 96 for address in here.addresses),
     )
 
@@ -57,6 +58,7 @@ def node(**change) -> Node:
         "backend": backend_of(VxlanConfig(), V4),
         "own": own,
         "on_link": (prefix("192.168.1.0/24"),),
+        "neighbours": (prefix("192.168.1.0/24"),),
         "addresses": frozenset({ip_number("192.168.1.2", 4)}),
         "retained": (),
     }

@@ -9,10 +9,10 @@ import pytest
 from lease.model import ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
+from overlay.control.background import Finished
 from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
 from overlay.firewall import antispoof, guard
-from overlay.firewall.worker import Finished
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import program

@@ -11,10 +11,12 @@ from overlay.control.controller import CannotReconcile
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.link_wire import VxlanDevice
+from overlay.kernel.route.lookup import Way
 from overlay.node import sysctls
 from overlay.node.underlay import UnderlayError
+from overlay.reach.controller import AGAIN_S
 from tests.support.bench import RETAINED
-from tests.support.fakes import address, by_index, link
+from tests.support.fakes import address, by_index, link, underlay
 from tests.support.make import lease
 
 
@@ -215,16 +217,46 @@ def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
 
 
 def test_routes_that_are_not_ours_to_put_back_are_told(bench):
-    controller = bench.reach()
+    controller, peer, pod = bench.reach(), ip_number("192.168.1.9", 4), ip_number("10.244.9.2", 4)
+    bench.current.set(synced=True)
+    bench.kernel.ways[pod] = Way(3, 0, 0)
     bench.reconcile(controller)
     assert bench.problems() == {}
     gateway = address(8, "10.244.2.1")
     bench.current.set(
-        links=by_index([link(8, "cni0", "bridge")]), addresses={4: {(8, gateway.address, 24): gateway}}, **RETAINED
+        links=by_index([link(8, "cni0", "bridge"), link(2, "eth0"), link(3, "flannel.1", "vxlan")]),
+        addresses={4: {(8, gateway.address, 24): gateway}},
+        **RETAINED,
     )
-    bench.kernel.ways[ip_number("192.168.1.9", 4)] = None
+    bench.kernel.ways |= {peer: None, pod: Way(2, 0, ip_number("192.168.1.1", 4))}
     bench.reconcile(controller)
     found = bench.problems()
     assert "no route leads 10.244.2.0/24 to cni0" in found["routes"]
-    assert "no route leads to 192.168.1.9, a peer" in found["routes"]
     assert "10.244.77.0/24 is not ours any more (nobody holds it now)" in found["retained"]
+    assert "ways" not in found, "it may be a moment of somebody's change"
+    assert controller.due() == AGAIN_S
+    bench.clock.now += AGAIN_S
+    bench.reconcile(controller)
+    found = bench.problems()
+    for words in (
+        "packets of this node to 10.244.9.0/24 leave by eth0 via 192.168.1.1, not by flannel.1",
+        "packets of pods here to 10.244.9.0/24 leave by eth0",
+        "packets from 10.244.9.0/24 to pods here leave by eth0, not by cni0",
+        "packets of the tunnel to 10.244.9.0/24 go nowhere (no route)",
+    ):
+        assert words in found["ways"]
+    assert not bench.health.problems()["ways"].harmless
+    assert not bench.health.problems()["routes"].harmless
+    assert bench.health.problems()["retained"].harmless
+
+
+def test_an_underlay_without_carrier_is_told(bench):
+    controller = bench.reach()
+    for there, words in ((underlay(carrier=False), "has no carrier"), (underlay(up=False), "ip link set eth0 up")):
+        bench.current.set(underlays={4: there})
+        bench.reconcile(controller)
+        assert words in bench.problems()["carrier"]
+        assert not bench.health.problems()["carrier"].harmless
+    bench.current.set(underlays={4: underlay()})
+    bench.reconcile(controller)
+    assert bench.problems() == {}

@@ -1,12 +1,16 @@
-"""The FORWARD chain of the old iptables (ip_tables, not nftables), where a node still uses it: by iptables-legacy."""
+"""What iptables' programs say: the old tables (ip_tables, not nftables), where a node still uses them, by iptables-legacy;
+and those in nftables whose rules nft cannot write out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from overlay.kernel.netlink import KernelError
 
 _NAMES = {4: "/proc/self/net/ip_tables_names", 6: "/proc/self/net/ip6_tables_names"}
 """By family, the tables in use in this network namespace; the file is missing where the kernel has no ip_tables."""
 _PROGRAMS = {4: "iptables-legacy", 6: "ip6tables-legacy"}
+_NFT_PROGRAMS = {4: "iptables-nft", 6: "ip6tables-nft"}
 WAIT_S = "5"
 
 
@@ -19,13 +23,21 @@ def forward_chain(family: int) -> list[str] | None:
 
     Raises KernelError, NoProgram.
     """
+    return chain_lines(family, "filter", "FORWARD") if "filter" in legacy_tables(family) else None
+
+
+def legacy_tables(family: int) -> list[str]:
+    """The tables of the old iptables that are in use here."""
     try:
         with open(_NAMES[family], encoding="ascii") as file:
-            if "filter" not in file.read().split():
-                return None
+            return file.read().split()
     except OSError:
-        return None
-    return _run(family, "-S", "FORWARD").splitlines()
+        return []
+
+
+def chain_lines(family: int, table: str, chain: str, by_nft: bool = False) -> list[str]:
+    """A chain as `iptables -S` writes it, of the old tables or of those in nftables. Raises KernelError, NoProgram."""
+    return _run(family, "-t", table, "-S", chain, programs=_NFT_PROGRAMS if by_nft else _PROGRAMS).splitlines()
 
 
 def change_rules(family: int, remove: list[str], add: list[str]) -> None:
@@ -47,10 +59,10 @@ def _words(rule: str) -> list[str]:
     return [*before.split(), comment, *after.split()]
 
 
-def _run(family: int, *arguments: str) -> str:
+def _run(family: int, *arguments: str, programs: Mapping[int, str] = _PROGRAMS) -> str:
     import subprocess
 
-    program = _PROGRAMS[family]
+    program = programs[family]
     command = [program, "-w", WAIT_S, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

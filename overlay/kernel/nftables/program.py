@@ -47,29 +47,43 @@ def load_table(family: str, name: str, objects: Objects) -> None:
 
 
 class Chain(NamedTuple):
-    """A base chain at the forward hook."""
+    """A base chain. kind: `filter`, `nat`...; hook: `forward`..."""
 
     family: str
     table: str
     name: str
     policy: str
+    kind: str = "filter"
+    hook: str = "forward"
 
     def __str__(self) -> str:
         return f"{self.family} {self.table} {self.name}"
 
 
-def forward_chains(family: str) -> list[Chain]:
-    """The filter chains through which forwarded packets of a family ("ip", "ip6") go. Raises KernelError."""
+def base_chains(family: str) -> list[Chain]:
+    """All chains that see packets of a family ("ip", "ip6") by themselves. Raises KernelError."""
     return [
-        Chain(item["family"], item["table"], item["name"], item.get("policy", "accept"))
+        Chain(
+            item["family"],
+            item["table"],
+            item["name"],
+            item.get("policy", "accept"),
+            str(item.get("type")),
+            item["hook"],
+        )
         for item in _listed("chain", "chains")
-        if item.get("hook") == "forward" and item.get("type") == "filter" and item["family"] in (family, "inet")
+        if item.get("hook") and item["family"] in (family, "inet")
     ]
 
 
-def rules_of(chain: Chain) -> Objects:
-    """Its rules, with their handles. Raises KernelError."""
-    return _listed("rule", "chain", chain.family, chain.table, chain.name)
+def forward_chains(family: str) -> list[Chain]:
+    """The filter chains through which forwarded packets of a family ("ip", "ip6") go. Raises KernelError."""
+    return [chain for chain in base_chains(family) if chain.hook == "forward" and chain.kind == "filter"]
+
+
+def rules_of(family: str, table: str, chain: str) -> Objects:
+    """The rules of a chain, with their handles. Raises KernelError."""
+    return _listed("rule", "chain", family, table, chain)
 
 
 def change_rules(chain: Chain, remove: Objects, add: Objects) -> None:

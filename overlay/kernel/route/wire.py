@@ -85,7 +85,8 @@ def _forms(size: int) -> _Forms:
 
 
 _FORMS = {family.number: _forms(family.size) for family in FAMILIES.values()}
-_RTMSG = struct.Struct("=BBBBBBBBL")
+RTMSG = struct.Struct("=BBBBBBBBL")
+"""struct rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags."""
 _NDMSG = struct.Struct("=BBHlHBB")
 _IFINFO = struct.Struct("=BBHlLL")
 _IFADDR = struct.Struct("=BBBBL")
@@ -168,29 +169,29 @@ def _fdb(family: Family, kind: int, flags: int, seq: int, mac: int, value: FdbVa
 
 def route_dump(family: Family, seq: int) -> bytes:
     """All routes of the main table (strict checking filters in the kernel)."""
-    body = _RTMSG.pack(family.af, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + _ATTR.pack(8, RTA_TABLE)
-    return _request(RTM_GETROUTE, seq, body + struct.pack("=L", RT_TABLE_MAIN))
+    body = RTMSG.pack(family.af, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + _ATTR.pack(8, RTA_TABLE)
+    return dump_request(RTM_GETROUTE, seq, body + struct.pack("=L", RT_TABLE_MAIN))
 
 
 def neighbour_dump(family: Family, seq: int, oif: int) -> bytes:
     """The neighbours of one device."""
     body = _NDMSG.pack(family.af, 0, 0, 0, 0, 0, 0) + _ATTR.pack(8, NDA_IFINDEX)
-    return _request(RTM_GETNEIGH, seq, body + struct.pack("=L", oif))
+    return dump_request(RTM_GETNEIGH, seq, body + struct.pack("=L", oif))
 
 
 def fdb_dump(seq: int, oif: int) -> bytes:
     """The forwarding table of one vxlan device; here the device stands in the header."""
-    return _request(RTM_GETNEIGH, seq, _NDMSG.pack(AF_BRIDGE, 0, 0, oif, 0, 0, 0))
+    return dump_request(RTM_GETNEIGH, seq, _NDMSG.pack(AF_BRIDGE, 0, 0, oif, 0, 0, 0))
 
 
 def link_dump(seq: int) -> bytes:
     """All network interfaces."""
-    return _request(RTM_GETLINK, seq, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0, 0))
+    return dump_request(RTM_GETLINK, seq, _IFINFO.pack(AF_UNSPEC, 0, 0, 0, 0, 0))
 
 
 def address_dump(family: Family, seq: int) -> bytes:
     """All addresses of a family."""
-    return _request(RTM_GETADDR, seq, _IFADDR.pack(family.af, 0, 0, 0, 0))
+    return dump_request(RTM_GETADDR, seq, _IFADDR.pack(family.af, 0, 0, 0, 0))
 
 
 def link_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
@@ -203,7 +204,7 @@ def link_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
 def addresses_elsewhere(seq: int, netnsid: int, ifindex: int) -> bytes:
     """The addresses, of both families, of an interface of another namespace."""
     where = struct.pack("=HHl", 8, IFA_TARGET_NETNSID, netnsid)
-    return _request(RTM_GETADDR, seq, _IFADDR.pack(AF_UNSPEC, 0, 0, 0, ifindex) + where)
+    return dump_request(RTM_GETADDR, seq, _IFADDR.pack(AF_UNSPEC, 0, 0, 0, ifindex) + where)
 
 
 def parse_address_elsewhere(body: memoryview) -> tuple[int, int] | None:
@@ -214,24 +215,18 @@ def parse_address_elsewhere(body: memoryview) -> tuple[int, int] | None:
     return None if family is None or address is None else (family.number, int.from_bytes(address, "big"))
 
 
-def route_lookup(family: Family, seq: int, address: int) -> bytes:
-    """By which route the kernel would reach an address (`ip route get`)."""
-    body = _RTMSG.pack(family.af, family.bits, 0, 0, 0, 0, 0, 0, 0) + attr(RTA_DST, family.packed(address))
-    return _HEADER.pack(_HEADER.size + len(body), RTM_GETROUTE, NLM_F_REQUEST, seq, 0) + body
-
-
-def parse_lookup(body: memoryview) -> tuple[int, int, int]:
-    """The answer to route_lookup: interface, source address, gateway (0: on-link)."""
-    attrs = attributes(body, _RTMSG.size)
-    return number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_PREFSRC)), _address(attrs.get(RTA_GATEWAY))
-
-
 def end_mark(seq: int) -> bytes:
     """A message that does nothing but ask for an ACK (NLMSG_NOOP; net/netlink/af_netlink.c netlink_rcv_skb)."""
     return _HEADER.pack(_HEADER.size, NLMSG_NOOP, NLM_F_REQUEST | NLM_F_ACK, seq, 0)
 
 
-def _request(kind: int, seq: int, body: bytes) -> bytes:
+def request(kind: int, seq: int, body: bytes) -> bytes:
+    """A request that has one answer."""
+    return _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST, seq, 0) + body
+
+
+def dump_request(kind: int, seq: int, body: bytes) -> bytes:
+    """A request for all there is."""
     return _HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | NLM_F_DUMP, seq, 0) + body
 
 
@@ -295,24 +290,24 @@ def number(attr: memoryview | None) -> int:
     return 0 if attr is None else int.from_bytes(attr, sys.byteorder)
 
 
-def _address(attr: memoryview | None) -> int:
+def address_of(attr: memoryview | None) -> int:
     return 0 if attr is None else int.from_bytes(attr, "big")
 
 
 def parse_route(family: Family, body: memoryview) -> FoundRoute | None:
     """A unicast route of the main table; None for anything else."""
-    af, length, _, tos, table, protocol, scope, kind, flags = _RTMSG.unpack_from(body)
+    af, length, _, tos, table, protocol, scope, kind, flags = RTMSG.unpack_from(body)
     if af != family.af:
         return None
-    attrs = attributes(body, _RTMSG.size)
+    attrs = attributes(body, RTMSG.size)
     if (number(attrs[RTA_TABLE]) if RTA_TABLE in attrs else table) != RT_TABLE_MAIN:
         return None
     more: list[object] = []
     if scope != RT_SCOPE_UNIVERSE or kind != RTN_UNICAST or tos:
         more.append((_FORM, scope, kind, tos))
     more += [(kind, bytes(attrs[kind])) for kind in sorted(attrs.keys() - _KNOWN_ROUTE)]
-    key = RouteKey(_address(attrs.get(RTA_DST)), length, number(attrs.get(RTA_PRIORITY)))
-    return FoundRoute(key, number(attrs.get(RTA_OIF)), _address(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(more))
+    key = RouteKey(address_of(attrs.get(RTA_DST)), length, number(attrs.get(RTA_PRIORITY)))
+    return FoundRoute(key, number(attrs.get(RTA_OIF)), address_of(attrs.get(RTA_GATEWAY)), flags, protocol, tuple(more))
 
 
 def parse_neighbour(family: Family, body: memoryview) -> FoundNeighbour | None:
@@ -324,7 +319,7 @@ def parse_neighbour(family: Family, body: memoryview) -> FoundNeighbour | None:
     if NDA_DST not in attrs:
         return None
     more: tuple[object, ...] = (flags,) if flags & (NTF_ROUTER | NTF_EXT_LEARNED) else ()
-    return FoundNeighbour(oif, _address(attrs[NDA_DST]), _mac(attrs), state, more)
+    return FoundNeighbour(oif, address_of(attrs[NDA_DST]), _mac(attrs), state, more)
 
 
 def parse_fdb(family: Family, body: memoryview) -> FoundFdb | None:
@@ -340,7 +335,7 @@ def parse_fdb(family: Family, body: memoryview) -> FoundFdb | None:
     more = tuple((kind, bytes(attrs[kind])) for kind in (6, 7, NDA_IFINDEX, 13) if kind in attrs)
     if dst is not None and len(dst) != family.size:
         return FoundFdb(oif, mac, None, state, (*more, ("dst", bytes(dst))))
-    return FoundFdb(oif, mac, _address(dst) if dst is not None else None, state, more)
+    return FoundFdb(oif, mac, address_of(dst) if dst is not None else None, state, more)
 
 
 def _mac(attrs: dict[int, memoryview]) -> int | None:
@@ -387,7 +382,7 @@ def parse_address(family: Family, body: memoryview) -> Address | None:
     return Address(
         family.number,
         index,
-        _address(local),
+        address_of(local),
         length,
         scope,
         bool(flags & IFA_F_SECONDARY),

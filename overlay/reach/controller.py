@@ -1,0 +1,288 @@
+"""What the kernel would do with packets of our pods, as far as routes decide that which are not ours to put back."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from lease.model import Lease, Prefix, ip_text
+from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import AddressKey, Inputs, Underlay
+from overlay.control.schedule import RECHECK_S
+from overlay.kernel.events import Overrun, RouteSeen, RoutingSeen, SysctlSeen
+from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route.entries import PROTOCOL, Address, Link
+from overlay.kernel.route.links import read_sysctl
+from overlay.kernel.route.lookup import Way
+from overlay.node.interfaces import ports_of
+from overlay.reach import explain, ways
+
+ASKED_AT_ONCE = 256
+"""Peers a check: all where there are not more, else others each time."""
+AGAIN_S, SOON_S = 1.0, 0.2
+"""A fault is reported when it is there again a moment later; after an event others may follow."""
+SHARE = 50
+"""Events make a check no more often than that it takes a fiftieth of the time."""
+NAMED = 3
+"""So many peers are named, and the others counted."""
+
+
+class _Wants(NamedTuple):
+    """carrier: what is wrong with the underlay's link, "" where nothing; synced: peers' entries are in the kernel."""
+
+    network: Prefix
+    here: ways.Here
+    links: Mapping[int, Link]
+    addresses: Mapping[AddressKey, Address]
+    carrier: str
+    synced: bool
+    retained: tuple[Prefix, ...]
+
+
+class _Fault(NamedTuple):
+    """What is wrong with the way of one packet."""
+
+    question: ways.Question
+    way: Way
+    peer: ways.Peer
+
+
+class ReachController(Controller):
+    """Reports what pods of one family suffer from; changes nothing."""
+
+    name = "reach"
+    yields = True
+    harmless = True
+
+    def __init__(
+        self,
+        family: Family,
+        requests: RequestSocket,
+        health: Health,
+        clock: Callable[[], float],
+        some_peers: Callable[[int, int], list[ways.Peer]],
+        refused: Callable[[], Iterable[Lease]],
+    ) -> None:
+        """some_peers: so many peers whose entries stand, from a place in their order on; refused: the records that are not
+        peers."""
+        self._family, self._requests, self._health, self._clock = family, requests, health, clock
+        self._some_peers, self._refused = some_peers, refused
+        self._place = 0
+        self._seen: frozenset[tuple[str, int, int, int]] = frozenset()
+        """Kinds of faults found by the last check."""
+        self._asked_from: ways.Here | None = None
+        """What this node was when it was asked last."""
+        self._check_at = self._not_before = clock()
+        self.checked = 0
+        """Peers asked about so far."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """Routes and rules of others, and what forwards."""
+        return {
+            RouteSeen: lambda event: event.route.protocol != PROTOCOL and self._soon(),
+            RoutingSeen: lambda _event: self._soon(),
+            SysctlSeen: lambda _event: self._soon(),
+            Overrun: lambda _event: self._soon(),
+        }
+
+    def _soon(self) -> bool:
+        self._check_at = min(self._check_at, max(self._clock() + SOON_S, self._not_before))
+        return False
+
+    def wants(self, inputs: Inputs) -> object:
+        """What it is checked against."""
+        number = self._family.number
+        pool, end, under = inputs.pool(number), inputs.end(number), inputs.underlays.get(number)
+        tunnel = inputs.tunnels.get(number)
+        if pool is None or end is None or tunnel is None or under is None:
+            return Waiting("for a lease")
+        links, addresses = inputs.links, inputs.addresses_of(number)
+        bridges = ways.bridges_of(end.subnet, links, addresses)
+        here = ways.Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges)
+        synced = inputs.synced and tunnel.up and under.up
+        return _Wants(pool.network, here, links, addresses, _carrier(under), synced, inputs.retained)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Ask the kernel, and report. Raises KernelError."""
+        self._health.report("carrier", wants.carrier)
+        self._health.report("routes", self._missing(wants))
+        retained = retained_text(wants.retained, self._refused(), _idle(wants)) if wants.retained else ""
+        self._health.report("retained", retained, harmless=True)
+        if wants.synced and (wants.here != self._asked_from or self._clock() >= self._check_at):
+            began, self._check_at, self._asked_from = time.thread_time(), self._clock() + RECHECK_S, wants.here
+            self._check_ways(wants)
+            self._not_before = self._clock() + (time.thread_time() - began) * SHARE
+        return False
+
+    def due(self) -> float | None:
+        """Now and then, after an event, and to look a second time."""
+        return self._check_at
+
+    # --- the bridge of pods
+
+    def _missing(self, wants: _Wants) -> str:
+        """What of the node's own routes is missing, with what to do: the bridge's comes with its address."""
+        found, own, number = [], wants.here.own, self._family.number
+        for index in {a.oif for a in wants.addresses.values() if a.address == own.base + 1 and own.length < 31}:
+            link = wants.links.get(index)
+            if link is None or link.kind != "bridge":
+                continue
+            way = self._requests.lookup(self._family, own.base + 2)
+            if not link.up:
+                found.append(
+                    f"{link.name} is down, so nobody reaches the pods of this node: ip link set {link.name} up"
+                )
+            elif link.carrier and (way is None or way.oif != index):
+                gateway = ip_text(number, own.base + 1)
+                found.append(
+                    f"no route leads {own} to {link.name}, so nobody reaches the pods of this node:"
+                    f" ip route replace {own} dev {link.name} proto kernel scope link src {gateway}"
+                )
+        return "; ".join(found)
+
+    # --- ways to and from peers
+
+    def _check_ways(self, wants: _Wants) -> None:
+        """Report faults that were there at the last check, too: one alone may be a moment of somebody's change."""
+        here = wants.here
+        peers = self._some_peers(self._place, ASKED_AT_ONCE)
+        if not peers and self._place:
+            self._place = 0
+            peers = self._some_peers(0, ASKED_AT_ONCE)
+        if not self._seen:
+            self._place += ASKED_AT_ONCE
+        self.checked += len(peers)
+        faults = [
+            _Fault(question, way, peer)
+            for peer in peers
+            for question in ways.questions(here, peer)
+            if not ways.is_as_asked(question, way := self._requests.way(self._family, question.packet))
+        ]
+        kinds = frozenset(map(_kind, faults))
+        lasting = [fault for fault in faults if _kind(fault) in self._seen]
+        self._seen = kinds
+        if kinds:
+            self._check_at = self._clock() + AGAIN_S
+        names = {number: link.name for number, link in wants.links.items()}
+        if lasting or not faults:
+            self._health.report("ways", self._text(lasting, wants.network, names, len(peers)))
+        self._health.report("marks", self._marked(here, peers, wants.network, names) if peers else "", harmless=True)
+
+    def _text(self, faults: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:
+        groups: dict[tuple[str, int, int, int], list[_Fault]] = {}
+        for fault in faults:
+            groups.setdefault(_kind(fault), []).append(fault)
+        return "; ".join(self._about(group, network, names, asked) for group in groups.values())
+
+    def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:
+        question, way, _ = group[0]
+        subnets = list(dict.fromkeys(str(fault.peer.subnet) for fault in group))
+        peer = ", ".join(subnets[:NAMED])
+        if len(subnets) > NAMED:
+            peer += f" and {len(subnets) - NAMED} more of the {asked} peers asked about"
+        what = question.what.format(peer=peer)
+        if way.error or not way.oif:
+            happens = explain.refusal_text(way)
+        else:
+            happens = f"leave by {names.get(way.oif, way.oif)}"
+            if way.via:
+                happens += f" via {ip_text(self._family.number, way.via)}"
+            expected = names.get(question.oif)
+            happens += f", not by {expected}" if expected else ""
+        return f"{what} {happens}: {self._cause(question, way, network, names)}"
+
+    def _cause(self, question: ways.Question, way: Way, network: Prefix, names: Mapping[int, str]) -> str:
+        packet, conf = question.packet, f"net/{self._family.sysctl}/conf"
+        if way.error in (errno.EHOSTUNREACH, errno.EXDEV) and packet.iif:
+            name = names.get(packet.iif, "?")
+            if way.error == errno.EXDEV:
+                return f"sysctl -w {conf.replace('/', '.')}.{name}.rp_filter=2 (and see ip rule)"
+            if read_sysctl(f"{conf}/{name}/forwarding") == "0":
+                return f"forwarding is off on {name}: sysctl -w {conf.replace('/', '.')}.{name}.forwarding=1"
+        if question.what == ways.OUTER and not way.error:
+            lower = names.get(packet.oif, "the underlay")
+            address = ip_text(self._family.number, packet.address)
+            return f"no route by {lower} leads to {address}, its public IP: ip route get {address} oif {lower}"
+        rules = self._requests.rules(self._family)
+        found = explain.decision(
+            self._family, rules, lambda table: self._requests.routes_of(self._family, table), names, packet
+        )
+        return explain.cause(self._family, network, found, names)
+
+    def _marked(self, here: ways.Here, peers: list[ways.Peer], network: Prefix, names: Mapping[int, str]) -> str:
+        """Rules that lead marked packets elsewhere: whether a pod's packets get that mark is not known."""
+        peer, found = peers[0], []
+        for mark in {rule.mark: rule for rule in self._requests.rules(self._family) if rule.mask and not rule.invert}:
+            for question in ways.questions(here, peer):
+                if question.what not in (ways.OUT, ways.FORWARDED):
+                    continue
+                asked = question._replace(packet=question.packet._replace(mark=mark))
+                way = self._requests.way(self._family, asked.packet)
+                if ways.is_as_asked(asked, way) or names.get(way.oif) == "lo":  # a proxy of this node takes them
+                    continue
+                if not ways.is_as_asked(question, self._requests.way(self._family, question.packet)):
+                    continue  # without a mark, too
+                what = asked.what.format(peer=f"{peer.subnet} with mark {mark:#x}")
+                happens = explain.refusal_text(way) if way.error else f"leave by {names.get(way.oif, way.oif)}"
+                found.append(f"{what} {happens}: {self._cause(asked, way, network, names)}")
+                break
+        return "; ".join(found)
+
+    def status(self) -> Mapping[str, object]:
+        """`ways`: how many peers' ways were asked for since the start."""
+        return {"ways": {"peers_asked": self.checked}}
+
+
+def _kind(fault: _Fault) -> tuple[str, int, int, int]:
+    """Faults of one kind have one cause, as far as can be seen without looking for it."""
+    return fault.question.what, fault.way.oif, fault.way.table, fault.way.error
+
+
+def _carrier(underlay: Underlay) -> str:
+    if not underlay.up:
+        return f"{underlay.name}, which carries the tunnel, is down: ip link set {underlay.name} up"
+    if not underlay.carrier:
+        return f"{underlay.name}, which carries the tunnel, has no carrier: its cable, switch port or virtual network"
+    return ""
+
+
+def _idle(wants: _Wants) -> dict[Prefix, str]:
+    """The bridges without a pod that have the gateway of a retained subnet."""
+    found = {}
+    for address in wants.addresses.values():
+        link = wants.links.get(address.oif)
+        for subnet in wants.retained:
+            holds = link is not None and link.kind == "bridge" and subnet.holds(address.address)
+            if link is not None and holds and not ports_of(wants.links, link.ifindex):
+                found[subnet] = f"{ip_text(address.family, address.address)}/{address.length} dev {link.name}"
+    return found
+
+
+def retained_text(subnets: Iterable[Prefix], refused: Iterable[Lease], idle: Mapping[Prefix, str]) -> str:
+    """What pods on retained subnets suffer from, for the operator. refused: records, among them those of their owners;
+    idle: bridges of others that hold such a subnet though no pod uses it: address and device."""
+    records = list(refused)
+    return "; ".join(_about(subnet, records, idle.get(subnet, "")) for subnet in subnets)
+
+
+def _about(subnet: Prefix, refused: Iterable[Lease], idle: str) -> str:
+    whose = "nobody holds it now"
+    for lease in refused:
+        end = lease.endpoint(subnet.family)
+        if end is not None and end.subnet.overlaps(subnet):
+            whose = f"{lease.key} is {ip_text(subnet.family, end.public_ip)}'s"
+            break
+    if idle:
+        return (
+            f"{subnet} is not ours any more ({whose}), and a bridge that is not ours to delete has its gateway, which keeps"
+            f" the pods of its owner from this node: ip addr del {idle} (docker0: restart docker with the new subnet)"
+        )
+    return (
+        f"{subnet} is not ours any more ({whose}), and pods of this node run on it: no other node reaches them;"
+        " make them again (kubectl delete pod, or detach and attach)"
+    )

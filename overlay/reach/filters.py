@@ -1,0 +1,205 @@
+"""What other programs' rules do with the first packet of a connection between pods: as `nft -j` lists them. Pure.
+
+Source: libnftables-json(5). What cannot be said of every packet of a kind (a port, a mark, a named set) is `None`: a rule
+that asks it decides nothing here, and what follows an accept of that sort is not sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from lease.model import prefix
+from overlay.kernel.nftables.program import Chain
+
+Rule = dict[str, Any]
+RulesOf = Callable[[str, str, str], list[Rule]]
+"""The rules of a chain, by family, table and name."""
+DEPTH = 16
+"""The kernel's own bound on jumps (NFT_JUMP_STACK_SIZE)."""
+DROPS, ACCEPTS, MASQUERADES = ("drop", "reject"), ("accept",), ("masquerade", "snat")
+_SILENT = {"counter", "comment", "log", "notrack", "mangle"}
+"""Statements that decide nothing."""
+
+
+class Flow(NamedTuple):
+    """Packets of a kind. family: nftables'; iif, oif: names of interfaces, "" where there is none at that hook; protocol,
+    port: "" and 0: any."""
+
+    family: str
+    iif: str
+    oif: str
+    source: int
+    destination: int
+    protocol: str = ""
+    port: int = 0
+    what: str = ""
+    """For the operator."""
+
+
+class Verdict(NamedTuple):
+    """What a base chain does. action: `drop`, `masquerade`..., "accept"; rule: that which does, None: the policy; where: the
+    chain it stands in. sure: no rule before it that cannot be judged could have let the packet through."""
+
+    action: str
+    rule: Rule | None
+    where: str
+    sure: bool
+
+
+def judge(base: Chain, flow: Flow, rules_of: RulesOf) -> Verdict:
+    """What a base chain does with the packets of a flow."""
+    walk = _Walk(flow, rules_of)
+    found = walk.chain(base.family, base.table, base.name, 0)
+    if found is not None and found.action != "return":
+        return found
+    return Verdict(base.policy, None, str(base), not walk.maybe_accepted)
+
+
+class _Walk:
+    def __init__(self, flow: Flow, rules_of: RulesOf) -> None:
+        self._flow, self._rules_of = flow, rules_of
+        self.maybe_accepted = False
+
+    def chain(self, family: str, table: str, name: str, depth: int) -> Verdict | None:
+        """What a chain does; None: nothing."""
+        if depth > DEPTH:
+            return None
+        for rule in self._rules_of(family, table, name):
+            fits, verdicts = _read(rule.get("expr", ()), self._flow)
+            if fits is False:
+                continue
+            for kind, value in verdicts:
+                if kind == "unknown":
+                    self.maybe_accepted = True
+                elif kind in ("jump", "goto"):
+                    if fits is None:
+                        self.maybe_accepted = True  # what is behind it may accept
+                        continue
+                    found = self.chain(family, table, str(value), depth + 1)
+                    if found is not None and found.action != "return":
+                        return found
+                    if kind == "goto":
+                        return None
+                elif fits is None:
+                    self.maybe_accepted |= kind in (*ACCEPTS, "return")
+                else:
+                    return Verdict(kind, rule, f"{family} {table} {name}", not self.maybe_accepted)
+        return None
+
+
+def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tuple[str, Any]]]:
+    """Whether a rule is about a flow (None: about some of its packets), and what it does then."""
+    fits: bool | None = True
+    verdicts: list[tuple[str, Any]] = []
+    for expression in expressions:
+        if not isinstance(expression, dict) or not expression:
+            fits = None if fits else fits
+            continue
+        kind, value = next(iter(expression.items()))
+        if kind == "match":
+            answer = _match(value, flow)
+            fits = False if answer is False or fits is False else None if answer is None or fits is None else True
+        elif kind in (*DROPS, *ACCEPTS, *MASQUERADES, "return"):
+            verdicts.append((kind, None))
+        elif kind in ("jump", "goto"):
+            verdicts.append((kind, value["target"]))
+        elif kind == "xt":
+            name = str(value.get("name"))
+            if value.get("type") == "target":
+                action = name.lower()
+                verdicts.append((action if action in (*DROPS, *MASQUERADES) else "unknown", None))
+            elif name != "comment":
+                fits = None if fits else fits
+        elif kind not in _SILENT:
+            verdicts.append(("unknown", None))
+    return fits, verdicts
+
+
+def _match(match: dict[str, Any], flow: Flow) -> bool | None:
+    left, right, operator = match.get("left"), match.get("right"), match.get("op", "==")
+    answer = _holds(left, right, flow)
+    if answer is None or operator not in ("==", "!=", "in"):
+        return None
+    return not answer if operator == "!=" else answer
+
+
+def _holds(left: Any, right: Any, flow: Flow) -> bool | None:
+    if not isinstance(left, dict):
+        return None
+    kind, field = next(iter(left.items()))
+    key = field.get("key") if isinstance(field, dict) else None
+    if kind == "meta" and key in ("iifname", "iif", "oifname", "oif"):
+        name = flow.iif if key.startswith("iif") else flow.oif
+        return _any(right, lambda value: _name_fits(name, value))
+    if kind == "meta" and key == "nfproto":
+        return _any(right, lambda value: value == ("ipv6" if flow.family == "ip6" else "ipv4"))
+    if kind == "meta" and key in ("l4proto", "protocol") and flow.protocol:
+        return _any(right, lambda value: value == flow.protocol) if key == "l4proto" else None
+    if kind == "ct" and key == "state":
+        return _any(right, lambda value: value == "new")
+    if kind == "payload" and isinstance(field, dict):
+        return _payload(field, right, flow)
+    return None
+
+
+def _payload(field: dict[str, Any], right: Any, flow: Flow) -> bool | None:
+    protocol, name = field.get("protocol"), field.get("field")
+    if protocol in ("ip", "ip6") and name in ("saddr", "daddr"):
+        if protocol != flow.family:
+            return False
+        address = flow.source if name == "saddr" else flow.destination
+        return _any(right, lambda value: _address_fits(address, value))
+    if protocol in ("tcp", "udp", "th") and name == "dport" and flow.port:
+        if protocol not in ("th", flow.protocol):
+            return False
+        return _any(right, lambda value: _number_fits(flow.port, value))
+    if protocol in ("ip", "ip6") and name in ("protocol", "nexthdr") and flow.protocol:
+        return _any(right, lambda value: value == flow.protocol)
+    return None
+
+
+def _any(right: Any, fits: Callable[[Any], bool | None]) -> bool | None:
+    """Whether one of the values does; None where one cannot be judged and no other does."""
+    answers = [fits(value) for value in _values(right)]
+    if any(answers):
+        return True
+    return None if None in answers else False
+
+
+def _values(right: Any) -> Iterator[Any]:
+    if isinstance(right, dict) and "set" in right:
+        yield from right["set"] if isinstance(right["set"], list) else [right["set"]]
+    elif isinstance(right, list):
+        yield from right
+    else:
+        yield right
+
+
+def _name_fits(name: str, value: Any) -> bool | None:
+    if not isinstance(value, str) or value.startswith("@"):
+        return None
+    return name.startswith(value[:-1]) if value.endswith("*") else name == value
+
+
+def _address_fits(address: int, value: Any) -> bool | None:
+    try:
+        if isinstance(value, str) and not value.startswith("@"):
+            return prefix(value).holds(address)
+        if isinstance(value, dict) and "prefix" in value:
+            return prefix(f"{value['prefix']['addr']}/{value['prefix']['len']}").holds(address)
+        if isinstance(value, dict) and "range" in value:
+            first, last = (prefix(each).base for each in value["range"])
+            return first <= address <= last
+    except (ValueError, KeyError, TypeError):
+        return None
+    return None
+
+
+def _number_fits(number: int, value: Any) -> bool | None:
+    if isinstance(value, int):
+        return number == value
+    if isinstance(value, dict) and isinstance(value.get("range"), list):
+        first, last = value["range"]
+        return bool(first <= number <= last)
+    return None

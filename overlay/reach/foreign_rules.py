@@ -1,0 +1,252 @@
+"""Rules of other programs that drop pods' traffic or the tunnel's, or that masquerade what goes from pod to pod."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from lease.model import ip_text
+from overlay.backends.choose import backend_of
+from overlay.control.background import BackgroundController
+from overlay.control.controller import Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import Inputs
+from overlay.firewall.nat import TABLE_PREFIX
+from overlay.kernel.events import ForeignRulesSeen
+from overlay.kernel.netlink import KernelError
+from overlay.kernel.nftables import iptables, program
+from overlay.kernel.nftables.program import Chain
+from overlay.reach import filters, iptables_lines, ways
+from overlay.reach.filters import Flow, Rule, Verdict
+
+GAP_S, SHARE = 2.0, 50
+"""After a change, and a fiftieth of the time at most: kube-proxy changes its rules all day long."""
+CHECK_S, CHECK_LEGACY_S = 300.0, 60.0
+"""Without an event; of the old tables there are none."""
+PEERS = 2
+"""Whose traffic is tried: rules are about networks, seldom about one peer."""
+CHAINS = 64
+"""So many chains of others are read, at most."""
+_LEGACY = (("filter", "FORWARD", "filter", "forward"), ("filter", "INPUT", "filter", "input"),
+           ("filter", "OUTPUT", "filter", "output"), ("nat", "POSTROUTING", "nat", "postrouting"))  # fmt: skip
+
+
+class _Wants(NamedTuple):
+    """names: of the interfaces of `here`, by number; bridges: those by which pods are attached, by name; port: of the
+    tunnel's UDP, 0: it has none."""
+
+    here: ways.Here
+    names: tuple[tuple[int, str], ...]
+    bridges: tuple[str, ...]
+    port: int
+    synced: bool
+
+
+class ForeignRulesController(BackgroundController):
+    """Reads them, and reports; changes nothing. (firewall/forward.py sees to forward chains that drop by policy.)"""
+
+    name = "filters"
+    harmless = True
+
+    def __init__(
+        self,
+        family: Family,
+        post: Callable[[Any], None],
+        health: Health,
+        clock: Callable[[], float],
+        some_peers: Callable[[int, int], list[ways.Peer]],
+    ) -> None:
+        """some_peers: as of ReachController."""
+        super().__init__(post, health)
+        self._family, self._clock, self._some_peers = family, clock, some_peers
+        self._next = self._not_before = clock()
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """Somebody changed them."""
+        return {**super().handles, ForeignRulesSeen: lambda _event: self._soon()}
+
+    def _soon(self) -> bool:
+        self._next = min(self._next, max(self._clock() + GAP_S, self._not_before))
+        return False
+
+    def wants(self, inputs: Inputs) -> object:
+        """Whose packets are tried."""
+        number = self._family.number
+        pool, end, under = inputs.pool(number), inputs.end(number), inputs.underlays.get(number)
+        tunnel = inputs.tunnels.get(number)
+        if inputs.config is None or pool is None or end is None or tunnel is None or under is None:
+            return Waiting("for a lease")
+        outer = backend_of(inputs.config.backend, self._family).outer()
+        holders = ways.bridges_of(end.subnet, inputs.links, inputs.addresses_of(number))
+        here = ways.Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, holders)
+        names = {tunnel.ifindex: tunnel.name, under.ifindex: under.name}
+        bridges = tuple(inputs.links[index].name for index in holders) or tuple(sorted(inputs.bridges)) or ("cni0",)
+        port = outer.port if outer is not None else 0
+        return _Wants(here, tuple(sorted(names.items())), bridges, port, inputs.synced)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Begin to read."""
+        legacy = bool(iptables.legacy_tables(self._family.number))
+        self._next = self._clock() + (CHECK_LEGACY_S if legacy else CHECK_S)
+        if not wants.synced:
+            return False
+        flows = [flow for peer in self._some_peers(0, PEERS) for flow in flows_of(self._family, wants, peer)]
+        return super().reconcile(flows)
+
+    def _work(self, wants: list[Flow]) -> tuple[list[str], list[str], float]:
+        began = time.monotonic()
+        sure: dict[str, None] = {}
+        unsure: dict[str, None] = {}
+        for line, certain in _found(self._family, wants):
+            (sure if certain else unsure).setdefault(line)
+        return list(sure), [line for line in unsure if line not in sure], time.monotonic() - began
+
+    def _done(self, result: tuple[list[str], list[str], float]) -> None:
+        sure, unsure, cost = result
+        self._not_before = self._clock() + cost * SHARE
+        self._health.report("foreign rules", "; ".join(sure))
+        self._health.report("doubtful rules", "; ".join(unsure), harmless=True)
+
+    def due(self) -> float | None:
+        """After a change, and now and then."""
+        return self._next
+
+    def unready(self) -> str:
+        """Nothing waits for it."""
+        return ""
+
+    def withdraw(self) -> Iterator[str]:
+        """Nothing of it is anywhere but the report."""
+        return iter(())
+
+
+def flows_of(family: Family, wants: _Wants, peer: ways.Peer) -> Iterator[Flow]:
+    """The packets whose way through the filters matters: between pods here and a peer's, and those of the tunnel."""
+    names, here = dict(wants.names), wants.here
+    beyond = names[here.underlay if peer.direct else here.tunnel]
+    us, there = ways.a_pod(here.own), ways.a_pod(peer.subnet)
+    for bridge in wants.bridges:
+        yield Flow(family.nft, bridge, beyond, us, there, what=f"packets of pods here to {peer.subnet}")
+        yield Flow(family.nft, beyond, bridge, there, us, what=f"packets from {peer.subnet} to pods here")
+    if wants.port and not peer.direct:
+        lower, public_ip = names[here.underlay], ip_text(family.number, peer.public_ip)
+        udp = f"(UDP port {wants.port})"
+        yield Flow(
+            family.nft, lower, "", peer.public_ip, here.local, "udp", wants.port, f"the tunnel from {public_ip} {udp}"
+        )
+        yield Flow(
+            family.nft, "", lower, here.local, peer.public_ip, "udp", wants.port, f"the tunnel to {public_ip} {udp}"
+        )
+
+
+def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
+    """The hooks that a flow passes, and what is known of it there."""
+    if flow.iif:
+        yield "prerouting", flow._replace(oif="")
+    if flow.iif and flow.oif:
+        yield "forward", flow
+    elif flow.iif:
+        yield "input", flow
+    else:
+        yield "output", flow
+    if flow.oif:
+        yield "postrouting", flow
+
+
+def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, bool]]:
+    """What drops or masquerades them, one line each with what to do, and whether that is certain."""
+    reader = _Reader(family)
+    chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
+    legacy = [
+        Chain(_OLD, table, name, "accept", kind, hook)
+        for table, name, kind, hook in _LEGACY
+        if table in iptables.legacy_tables(family.number)
+    ]
+    for flow in flows:
+        for hook, seen in _hooks(flow):
+            for chain in chains + legacy:
+                if chain.hook != hook:
+                    continue
+                if chain.family == _OLD:
+                    chain = chain._replace(policy=reader.policy(chain))  # noqa: PLW2901
+                verdict = filters.judge(chain, seen, reader.rules)
+                if (line := _about(family, chain, seen, verdict)) is not None:
+                    yield line
+
+
+_OLD = "legacy"
+"""Stands for a family of nftables, of a chain that iptables-legacy shows."""
+
+
+def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, bool] | None:
+    inner = not flow.protocol
+    where = f"chain {verdict.where}".replace(f"chain {_OLD} ", "iptables-legacy chain ")
+    if chain.kind == "nat":
+        if not inner or verdict.action not in filters.MASQUERADES or not flow.oif:
+            return None
+        does = f"masquerades {flow.what}, so these see a node's address in place of the pod's"
+    elif verdict.action not in filters.DROPS:
+        return None
+    elif verdict.rule is None:
+        if chain.hook == "forward" or not verdict.sure:
+            return None  # forward chains that drop by policy are firewall/forward.py's
+        does = f"drops {flow.what} by its policy"
+    else:
+        does = f"drops {flow.what}"
+    rule = verdict.rule
+    if rule is None:
+        accept = "iptables-legacy -A INPUT" if chain.family == _OLD else f"nft add rule {chain}"
+        accept += f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
+        return f"{where} {does}: {accept}", True
+    tool = f"{'iptables' if family.number == 4 else 'ip6tables'}{'-legacy' if chain.family == _OLD else ''}"
+    table = verdict.where.split()[1]
+    if "text" in rule:
+        remove = f"{tool} -t {table} {rule['text'].replace('-A ', '-D ', 1)}"
+    else:
+        remove = f"nft delete rule {verdict.where} handle {rule.get('handle')}"
+    may = "" if verdict.sure else "may be what "
+    return f"{may}a rule of {where} {does}: {remove}, or an accept before it", verdict.sure
+
+
+class _Reader:
+    """Chains of others, each read once."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._read: dict[tuple[str, str, str], list[Rule]] = {}
+        self._policies: dict[tuple[str, str], str] = {}
+
+    def policy(self, chain: Chain) -> str:
+        """Of a chain of the old tables."""
+        self.rules(*chain[:3])
+        return self._policies.get((chain.table, chain.name), "accept")
+
+    def rules(self, family: str, table: str, name: str) -> list[Rule]:
+        """A chain's rules. Of a chain that went meanwhile, or one too many, none. Raises KernelError."""
+        key = family, table, name
+        if key not in self._read:
+            self._read[key] = self._rules(*key) if len(self._read) < CHAINS else []
+        return self._read[key]
+
+    def _rules(self, family: str, table: str, name: str) -> list[Rule]:
+        lines = partial(iptables.chain_lines, self._family.number, table, name)
+        try:
+            if family == _OLD:
+                there = lines()
+                self._policies[table, name] = iptables_lines.policy(there)
+                return iptables_lines.rules(there, self._family.nft)
+            found = program.rules_of(family, table, name)
+        except KernelError as error:
+            if "No such file" in str(error) or "No chain" in str(error):
+                return []
+            raise
+        if any(list(each) == ["xt"] for rule in found for each in rule.get("expr", ())):
+            try:
+                return iptables_lines.rules(lines(by_nft=True), self._family.nft)
+            except KernelError:
+                return found
+        return found

@@ -1,0 +1,82 @@
+"""Which packets the kernel is asked about, and what it should answer. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from lease.model import Prefix
+from overlay.control.inputs import AddressKey
+from overlay.kernel.route.entries import Address, Link
+from overlay.kernel.route.lookup import Packet, Way
+
+
+class Peer(NamedTuple):
+    """A peer as far as ways to it go. direct: by a plain route on the underlay, not by the tunnel."""
+
+    subnet: Prefix
+    public_ip: int
+    direct: bool
+
+
+class Here(NamedTuple):
+    """This node. tunnel, underlay: numbers of the interfaces; local: the tunnel's source; bridges: numbers of the
+    interfaces that have the gateway of our subnet, where packets of pods come from."""
+
+    own: Prefix
+    tunnel: int
+    underlay: int
+    local: int
+    bridges: tuple[int, ...]
+
+
+class Question(NamedTuple):
+    """packet: what is asked about. oif: by which interface it must go; 0: any that has a route. via: its gateway, None: any.
+    what: for the operator, with {peer} for the peer's subnet."""
+
+    packet: Packet
+    oif: int
+    via: int | None
+    what: str
+
+
+OUT, FORWARDED, BACK, OUTER = (
+    "packets of this node to {peer}",
+    "packets of pods here to {peer}",
+    "packets from {peer} to pods here",
+    "packets of the tunnel to {peer}",
+)
+
+
+def a_pod(subnet: Prefix) -> int:
+    """An address that a pod of a subnet can have: behind the gateway's."""
+    return min(subnet.base + 2, subnet.last)
+
+
+def bridges_of(own: Prefix, links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]) -> tuple[int, ...]:
+    """The interfaces that have the gateway of a subnet and a pod behind them: with none, routes by it may count as dead."""
+    if own.length >= 31 and own.family == 4:
+        return ()
+    holders = {a.oif for a in addresses.values() if a.address == own.base + 1}
+    return tuple(sorted(n for n in holders if n in links and links[n].up and links[n].carrier))
+
+
+def questions(here: Here, peer: Peer) -> Iterator[Question]:
+    """What is asked about a peer: both directions, as the node sends and as it forwards, and what carries them."""
+    there, us = a_pod(peer.subnet), a_pod(here.own)
+    oif, via = (here.underlay, peer.public_ip) if peer.direct else (here.tunnel, None)
+    yield Question(Packet(there), oif, via, OUT)
+    for bridge in here.bridges:
+        yield Question(Packet(there, us, iif=bridge), oif, via, FORWARDED)
+        yield Question(Packet(us, there, iif=oif), bridge, None, BACK)
+    if not peer.direct:
+        yield Question(Packet(peer.public_ip, here.local, oif=here.underlay), 0, None, OUTER)
+
+
+def is_as_asked(question: Question, way: Way) -> bool:
+    """Whether the kernel does what it should."""
+    if way.error:
+        return False
+    if not question.oif:
+        return way.table != 0
+    return way.oif == question.oif and question.via in (None, way.via)
