@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer clean
+.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test clean
 
 setup: $(STAMP)
 
@@ -23,7 +23,8 @@ lint: setup
 
 test: setup
 	.ci/kubernetes/build kube-apiserver
-	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults
+	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults \
+		--ignore=tests/kernels
 
 cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
 	.ci/cluster-setup
@@ -72,6 +73,19 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 
 newcomer: ## make lab and make test in a bare debootstrapped Debian (RELEASE=trixie for another): what .ci/setup forgets shows
 	.ci/newcomer $(RELEASE)
+
+KERNEL_TESTS := tests/kernel tests/kernels tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
+	tests/agent/test_antispoof.py tests/agent/test_reach.py
+NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
+
+kernels: setup ## what an agent does to the kernel, on Debian's 5.10, 6.1 and 6.12 under QEMU: table of docs/reliability.md (hours)
+	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
+	for it in 5.10 6.1 6.12; do .ci/kernel-run $$it build/kernels/$$it $(KERNEL_TESTS) -n 2; done; \
+	$(PY) -m tests.support.kernels docs/reliability.md build/kernels/*
+
+kernel-test: setup ## one of them: make kernel-test KERNEL=6.1 TESTS=tests/kernel
+	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
+	.ci/kernel-run $(or $(KERNEL),6.1) build/kernels/$(or $(KERNEL),6.1) $(or $(TESTS),tests/kernel) -n 2
 
 reference: setup ## docs/reference.md's table of flags, from the flags themselves
 	$(PY) -m overlay.cli.reference docs/reference.md

@@ -190,3 +190,11 @@ def mac_fault(mac: int) -> str | None:
     if mac >> 40 & 1:
         return "is a multicast address"
     return None
+
+
+NO_NODE = {
+    4: tuple(map(prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))),
+    6: (Prefix(6, 0, 16), Prefix(6, 0xFE80 << 112, 10), Prefix(6, 0xFF << 120, 8)),  # ::/16, fe80::/10, ff00::/8
+}
+"""By family, what is never a node's address: this-network, loopback, multicast, reserved, mapped IPv4, link-local (RFC
+6890)."""

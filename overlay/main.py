@@ -26,6 +26,7 @@ from overlay import __version__
 from overlay.api import serve
 from overlay.process.log import log
 from overlay.process.rundir import RunDirError, hold
+from overlay.settings.files import check_files
 from overlay.settings.settings import Settings, SettingsError, read_settings, unknown_variables
 from overlay.settings.stores import etcd_store, node_store
 
@@ -47,6 +48,8 @@ def run(arguments: list[str]) -> int:
     """Run an agent until a signal; the exit code."""
     try:
         settings, version_only = read_settings(arguments, os.environ)
+        if not version_only:
+            check_files(settings)
     except SettingsError as error:
         print(f"overlayd: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -50,3 +50,13 @@ def closing() -> Iterator[Callable[[Closes], Closes]]:
             return one
 
         yield keep
+
+
+def pytest_runtest_logreport(report):
+    """Each result at once, where OVERLAY_TEST_RESULTS names a file: a run on another kernel may be cut off."""
+    path = os.environ.get("OVERLAY_TEST_RESULTS")
+    if path and not os.environ.get("PYTEST_XDIST_WORKER") and (report.when == "call" or report.failed):
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(f"{report.nodeid} {report.when} {report.outcome} {report.duration:.1f}\n")
+            if report.failed:
+                out.write(f"{report.longreprtext}\n")

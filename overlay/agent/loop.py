@@ -7,6 +7,7 @@ says that something is to be checked; a lost one costs time until the next check
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,7 +90,7 @@ class Loop:
         while True:
             stop = self._take_in(0.0 if more else self._wait_s())
             if stop is not None:
-                log.info("agent.stopped", reason=stop.reason, datapath="stays in place")
+                (log.error if stop.code else log.info)("agent.stopped", reason=stop.reason, datapath="stays in place")
                 return stop.code
             more = self.run_pass()
             self.health.pass_made()
@@ -98,7 +99,10 @@ class Loop:
 
     def run_pass(self) -> bool:
         """Ask each controller once, and judge. Whether there is more to do at once."""
+        began = time.perf_counter()
         more = self._schedule.run_pass()
+        if log.debugging:
+            log.debug("pass", took_us=round((time.perf_counter() - began) * 1e6), more=more)
         log.sum_up()
         self.each_pass()
         waiting = self._schedule.waiting()

@@ -18,6 +18,9 @@ from overlay.control.inputs import CurrentInputs
 from overlay.peers.refusals import Refusals
 from overlay.process.log import log
 
+CUT = 300
+"""So many characters of what the store said stand in a debug line."""
+
 
 class PeerRecords(Protocol):
     """Who takes the records of others (peers.datapath.Datapath)."""
@@ -66,6 +69,9 @@ class RecordsSource(Source):
     def _on_snapshot(self, snapshot: Snapshot) -> bool:
         if self._down:
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
+        if log.debugging:
+            count, refused = len(snapshot.leases), len(snapshot.refused)
+            log.debug("store.list", records=count, unreadable=refused, config=str(snapshot.config)[:CUT])
         self._down = ""
         self._health.solved("store")
         if not self._kube:  # there the config is a file, which was read already
@@ -83,6 +89,9 @@ class RecordsSource(Source):
 
     def _on_changes(self, changes: Changes) -> bool:
         self._ownership.changes_came()
+        if log.debugging:
+            for change in changes.changes:
+                log.debug("store.change", what=str(change)[:CUT])
         records: dict[str, Lease | None] = {}
         for change in changes.changes:
             if isinstance(change, ConfigText):

@@ -37,6 +37,8 @@ class Underlay(NamedTuple):
     up: bool = True
     carrier: bool = True
     neighbours: tuple[Prefix, ...] = ()
+    vrf: int = 0
+    """The number of the VRF that the interface is in, 0: of none."""
 
 
 class Tunnel(NamedTuple):

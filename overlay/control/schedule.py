@@ -4,7 +4,8 @@ is over. What is refused is a problem of the controller's name until it is solve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from overlay.control.controller import CannotReconcile, Controller, Waiting
@@ -19,6 +20,8 @@ RECHECK_S = 60.0
 """How often all controllers are asked, whatever events came."""
 PEERS_FIRST_S = 5.0
 """So long after the start the controllers that yield wait while others have more to do."""
+SHOWN = 120
+"""So many characters of a value stand in a debug line."""
 CHECK_SHARE = 4000
 """What costs more with more peers is checked less often where that costs more: it may take a four-thousandth of the time."""
 
@@ -124,6 +127,22 @@ class _Slot:
         return not self.waits and all(slot.wants is None or slot.controller.completed for slot in self.after)
 
 
+def _short(wants: Any) -> str:
+    """For a debug line: what a controller wants, its longest fields cut."""
+    if wants is None:
+        return "nothing (switched off)"
+    if not hasattr(wants, "_asdict"):
+        return _cut(wants)
+    return " ".join(f"{name}={_cut(value)}" for name, value in wants._asdict().items())
+
+
+def _cut(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{len(value)} entries"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 class Schedule:
     """All controllers, in the order of dependence. Belongs to the owner thread."""
 
@@ -178,6 +197,19 @@ class Schedule:
     def _ask(self, slot: _Slot) -> bool:
         controller, wants = slot.controller, slot.wants
         slot.stale = slot.more = False
+        began = time.perf_counter()
+        try:
+            return self._ask_now(slot, controller, wants)
+        finally:
+            if log.debugging:
+                took, known = round((time.perf_counter() - began) * 1e6), self._health.problems().get(controller.name)
+                problem = known.text if known is not None else ""
+                wanted = _short(wants)
+                log.debug(
+                    "controller", name=controller.name, wants=wanted, took_us=took, more=slot.more, problem=problem
+                )
+
+    def _ask_now(self, slot: _Slot, controller: Controller, wants: Any) -> bool:
         if controller.answers_later and controller.name not in self._health.problems():
             slot.retry.succeeded()  # what was begun last
         try:

@@ -92,7 +92,7 @@ def ensure_address(links: Links, index: int, base: int, network: Prefix, there: 
 
 class _Wants(NamedTuple):
     """lowered: why its MTU is not the configured one; base: its address; seen: it, as links were read last: another look
-    at it is due when that changes."""
+    at it is due when that changes; vrf: the underlay's."""
 
     tunnel: TunnelDevice
     device: DeviceSpec
@@ -100,6 +100,7 @@ class _Wants(NamedTuple):
     base: int
     network: Prefix
     seen: Link | None
+    vrf: int
 
 
 class DeviceController(Controller):
@@ -125,6 +126,10 @@ class DeviceController(Controller):
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
         self._device: DeviceSpec | None = None
+        self._vrf: int | None = None
+        """The underlay's VRF when the device was made sure of last."""
+        self._base: int | None = None
+        """The address that it was given."""
         self._asks_again: float | None = None
         """When the lock is asked for again."""
         self._lost = 0
@@ -185,7 +190,7 @@ class DeviceController(Controller):
             return None
         device = tunnel.device(Lower(under.ifindex, under.local, under.mtu), end)
         seen = next((link for link in inputs.links.values() if link.name == device.name), None)
-        return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen)
+        return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen, under.vrf)
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
@@ -196,17 +201,30 @@ class DeviceController(Controller):
             return False
         self._asks_again = None
         old = self._device.name if self._device is not None else self._owned.recorded_device()
+        if self._vrf not in (None, wants.vrf) and self._tunnel.ifindex:
+            # its socket was bound to the VRF, or to none, when it came up (drivers/net/vxlan: vxlan_open)
+            log.info("device", device=device.name, reopened="the underlay's VRF changed")
+            self._links.set_down(self._tunnel.ifindex)
+        self._vrf = wants.vrf
         try:
             ensured = ensure(self._links, wants.tunnel, device)
         except KernelError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EEXIST):
                 raise
             raise KernelError(error.errno, f"{error.strerror}{self._conflicts(wants.tunnel, device)}") from error
+        # what is not as we left it, though we want the same, somebody altered (down and gone are counted by their events)
+        altered = device == self._device and not ensured.made and bool(ensured.did.keys() - {"up"})
+        write_log, event = (log.warning, "device.mended") if altered else (log.info, "device")
         if ensured.did:
-            log.info("device", device=device.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
+            write_log(event, device=device.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
         there = self._requests.addresses(self._family)
-        if did := ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there):
-            log.info("device.address", device=device.name, action=", ".join(did))
+        moved = ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there)
+        address_altered = device == self._device and wants.base == self._base and not ensured.made
+        if moved:
+            write_log = log.warning if address_altered else log.info
+            write_log("device.address", device=device.name, action=", ".join(moved))
+        self._lost += altered + bool(moved and address_altered)
+        self._base = wants.base
         if old not in ("", device.name):
             self._drop(old)
         before = self._tunnel

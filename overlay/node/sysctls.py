@@ -81,6 +81,9 @@ class SysctlController(Controller):
     def __init__(self, family: Family, health: Health, clock: Callable[[], float]) -> None:
         self._family, self._health, self._clock = family, health, clock
         self._next = 0.0
+        self._set: set[str] = set()
+        """Those that we set once: what is wrong again, somebody altered."""
+        self._mended = 0
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -101,7 +104,13 @@ class SysctlController(Controller):
         """Set what is wrong. Raises KernelError."""
         self._next = self._clock() + CHECK_EVERY_S
         if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges):
-            log.info("sysctl", **{name.replace("/", "."): value for name, value in did.items()})
+            names = ", ".join(f"{name.replace('/', '.')}={value}" for name, value in did.items())
+            if again := did.keys() & self._set:
+                self._mended += len(again)
+                log.warning("sysctl.mended", set=names, effect="put back as pods need it; does another program set it?")
+            else:
+                log.info("sysctl", set=names)
+            self._set |= did.keys()
         fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
         self._health.report("bridge filter", fault, harmless=True)
         return False
@@ -109,6 +118,10 @@ class SysctlController(Controller):
     def due(self) -> float | None:
         """Soon."""
         return self._next
+
+    def counters(self) -> Mapping[str, int]:
+        """How often one was put back."""
+        return {"mended_sysctl": self._mended}
 
     def withdraw(self) -> Iterator[str]:
         """They stay: others may need them by now, and nobody knows what they were."""

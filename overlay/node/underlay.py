@@ -210,6 +210,7 @@ def _underlay(
         link.up,
         link.carrier,
         tuple(prefix for prefix in on_link if _asked_by_arp(there, link, prefix, lookup)),
+        _vrf(there, link),
     )
 
 
@@ -235,8 +236,14 @@ def _asked_by_arp(there: Interfaces, link: Link, on_link: Prefix, lookup: Lookup
         return True  # its routes come back with it
     local = {item.address for item in there.addresses}
     probe = next((a for a in range(on_link.base + 1, on_link.last) if a not in local), None)
-    way = lookup(probe) if probe is not None else None
-    return way is not None and way.oif == link.ifindex and not way.via
+    by = link.ifindex if _vrf(there, link) else 0  # a VRF's routes are in a table of its own
+    way = lookup(probe, oif=by) if probe is not None else None
+    return way is not None and way.oif == link.ifindex and not way.via and way.table != 0
+
+
+def _vrf(there: Interfaces, link: Link) -> int:
+    master = there.links.get(link.master)
+    return master.ifindex if master is not None and master.kind == "vrf" else 0
 
 
 def _chosen(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> _Found:

@@ -6,13 +6,12 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from lease.families import Family
-from lease.model import Lease, Prefix, ip_text, mac_text
+from lease.model import Lease, Prefix, ip_text
 from lease.records.packed import Leases, number, pack, unpack
 from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
@@ -22,7 +21,7 @@ from overlay.kernel.route.entries import TUNNEL, UNDERLAY, FoundFdb, FoundNeighb
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Where
-from overlay.peers import plan
+from overlay.peers import plan, report
 from overlay.peers.difference import Device
 from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
@@ -91,8 +90,8 @@ class Datapath:
         """A resync that is under way."""
         self._tunnel: Tunnel | None = None
         """As it was when it was checked last."""
-        self._logged_mended: Counter[str] = Counter()
-        self._logged_writes: Counter[str] = Counter()
+        self._work = report.WorkLog(family, self._tables)
+        self.rec.observe = self._log_sent
 
     # --- wanted --------------------------------------------------------------------------------------------------------
 
@@ -186,28 +185,13 @@ class Datapath:
         for watcher in self._watchers:
             for was, now in changes.values():
                 watcher.peer_changed(was, now)
-        for was, now in changes.values():
-            self._log_change(was, now)
+        report.log_changes(self._family, changes)
         before = {entry for was, _ in changes.values() for entry in self._entries(was)}
         after = {entry for _, now in changes.values() for entry in self._entries_now(now)}
         for peer, entry in sorted(before - after, key=_by_kind):
             self.rec.unwant(peer, (entry,))
         for peer, entry in sorted(after - before, key=_by_kind):
             self.rec.want(peer, (entry,))
-
-    def _log_change(self, was: Lease | None, now: Lease | None) -> None:
-        if was is None or now is None:
-            return
-        number = self._family.number
-        before, after = was.endpoint(number), now.endpoint(number)
-        if before is not None and after is not None:
-            log.info(
-                "peer.changed",
-                subnet=str(after.subnet),
-                public_ip=ip_text(number, after.public_ip),
-                vtep_mac=mac_text(after.mac or 0),
-                was=f"{ip_text(number, before.public_ip)} {mac_text(before.mac or 0)}",
-            )
 
     def _entries(self, lease: Lease | None) -> list[tuple[int, Entry]]:
         """A peer's entries, each with its number."""
@@ -246,7 +230,8 @@ class Datapath:
             elif not event.gone:
                 self.rec.touch(ROUTES, route.key)
             self._foreign_since.add(route.key)
-            if event.gone and self.conflicting.pop(route.key, None) is not None:
+            if event.gone and (was := self.conflicting.pop(route.key, None)) is not None:
+                log.info("route.conflict_over", **was._asdict())
                 self.rec.retry_now(ROUTES)
             elif not event.gone:
                 self._watch_foreign(route, links)
@@ -383,6 +368,8 @@ class Datapath:
         for route in reading.foreign:
             if route.key not in since:
                 self._watch_foreign(route, links, before)
+        for key in before.keys() - self.conflicting.keys():
+            log.info("route.conflict_over", **before[key]._asdict())
         self.dumped = True
 
     def _watch_foreign(
@@ -416,6 +403,17 @@ class Datapath:
             self._log_done(differing)
         return more
 
+    def _log_sent(self, operation: str, table: int, key: Any, peer: int) -> None:
+        """At debug, each entry that is written or removed."""
+        lease = self._peer(peer)
+        end = lease.endpoint(self._family.number) if lease is not None else None
+        log.debug(
+            f"kernel.{operation}",
+            table=self._tables[table].name,
+            entry=self._tables[table].text(key),
+            peer=str(end.subnet) if end is not None else "",
+        )
+
     def _log_failure(self, item: Refused) -> None:
         if item.failure.count in TOLD_AT:
             log.warning(
@@ -428,13 +426,12 @@ class Datapath:
             )
 
     def _log_done(self, differing: int) -> None:
-        if self.rec.mended == self._logged_mended and self.rec.writes == self._logged_writes:
-            return
-        if mended := self.rec.mended - self._logged_mended:
-            log.warning("kernel.mended", **mended, effect="put back as it should be")
-        if writes := self.rec.writes - self._logged_writes:
-            log.info("kernel.reconciled", differing=differing, **writes)
-        self._logged_mended, self._logged_writes = self.rec.mended.copy(), self.rec.writes.copy()
+        rec = self.rec
+        self._work.write(rec.mended, rec.writes, rec.take_mended(), differing, self._peer)
+
+    def _peer(self, subnet: int) -> Lease | None:
+        packed = self.table.packed.get(subnet)
+        return None if packed is None else unpack(packed)
 
     # --- for the status --------------------------------------------------------------------------------------------------
 

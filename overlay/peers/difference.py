@@ -13,6 +13,9 @@ from overlay.kernel.netlink import Refusal
 from overlay.kernel.route.entries import TUNNEL
 from overlay.kernel.table import Table
 
+NAMED = 5
+"""Of entries that were put back, so many are remembered by name until somebody asks."""
+
 
 class WantedEntries(Protocol):
     """What shall be in the kernel (wanted.Wanted). A peer is a number, a table its place in the list of tables."""
@@ -90,6 +93,8 @@ class Difference:
         self.failures: dict[tuple[int, Hashable], Failure] = {}
         self.mended: Counter[str] = Counter()
         """Entries that somebody else changed or removed, by table."""
+        self._mended_last: list[tuple[int, int]] = []
+        """Table and peer of some of those, since they were taken last."""
         self.touched: Touched | None = None
         """While a dump is taken: what events or our own writes know better."""
         self._clear()
@@ -178,7 +183,17 @@ class Difference:
         """The kernel says that a peer's entry is gone which was as it should be, and of whose key nothing else is found."""
         self.touch_peers(table, (peer,))
         if self._set(peer, table):
-            self.mended[self.tables[table].name] += 1
+            self._count_mended(table, peer)
+
+    def take_mended(self) -> list[tuple[int, int]]:
+        """Table and peer of some entries that somebody else changed or removed, since the last call."""
+        taken, self._mended_last = self._mended_last, []
+        return taken
+
+    def _count_mended(self, table: int, peer: int) -> None:
+        self.mended[self.tables[table].name] += 1
+        if len(self._mended_last) < NAMED:
+            self._mended_last.append((table, peer))
 
     def agree(self, table: int, peers: Iterable[int]) -> None:
         """A dump shows these peers' entries as they should be."""
@@ -254,9 +269,9 @@ class Difference:
 
     def _lose_bits(self, peer: int, bits: int) -> None:
         there = self.pending.get(peer, 0) | self.backing_off.get(peer, 0)
-        for number, table in enumerate(self.tables):
+        for number in range(len(self.tables)):
             if bits & ~there & 1 << number:
-                self.mended[table.name] += 1
+                self._count_mended(number, peer)
         self.pending[peer] = self.pending.get(peer, 0) | bits
         if waiting := self.backing_off.pop(peer, 0):
             self.pending[peer] |= waiting
@@ -264,10 +279,9 @@ class Difference:
 
     def _not_so(self, table: int, key: Any) -> None:
         """The entry of a key is not as some peer wants it. News of a refused one ends its waiting."""
-        new = False
-        for peer in self.wanted.owners(table, key):
-            new |= self._set(peer, table)
-        self.mended[self.tables[table].name] += new
+        new = [peer for peer in self.wanted.owners(table, key) if self._set(peer, table)]
+        if new:
+            self._count_mended(table, new[0])
 
     def _set(self, peer: int, table: int) -> bool:
         """A peer's entry is missing, and to be put at once; whether that is new."""

@@ -7,17 +7,11 @@ from typing import NamedTuple
 
 from lease.config import NetworkConfig
 from lease.families import FAMILIES, Family
-from lease.model import Endpoint, Lease, Prefix, ip_text, prefix
+from lease.model import NO_NODE, Endpoint, Lease, Prefix, ip_text
 from lease.records.packed import HEAD, NODE
 from overlay.backends.base import Backend, Entry, View
 from overlay.backends.choose import backend_of
 from overlay.kernel.route.entries import RouteKey
-
-_UNUSABLE = {
-    4: tuple(map(prefix, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))),
-    6: (Prefix(6, 0, 16), Prefix(6, 0xFE80 << 112, 10), Prefix(6, 0xFF << 120, 8)),  # ::/16, fe80::/10, ff00::/8
-}
-"""Never an underlay address: this-network, loopback, multicast, reserved, mapped IPv4, link-local (RFC 6890)."""
 
 
 class Node(NamedTuple):
@@ -117,7 +111,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     bad = node.addresses | {own.public_ip, *ends}
     low, high = network.base, network.last
     allowed = [(there.base, there.last) for there in node.allowed]
-    reserved = {octet for there in _UNUSABLE[4] for octet in range(there.base >> 24, (there.last >> 24) + 1)}
+    reserved = {octet for there in NO_NODE[4] for octet in range(there.base >> 24, (there.last >> 24) + 1)}
 
     def passes(packed: bytes) -> bool:
         base, length, public_ip, mac, vni, _, _, _, form = HEAD.unpack_from(packed)
@@ -167,7 +161,7 @@ def _outer_fault(node: Node, end: Endpoint) -> str | None:
     own, family = node.end, node.network.family
     for name, outer in zip(("PublicIP", "OverlaySource"), end.outer_sources(), strict=False):
         text = f"{name} {ip_text(family, outer)}"
-        if any(bad.holds(outer) for bad in _UNUSABLE[family]):
+        if any(bad.holds(outer) for bad in NO_NODE[family]):
             return f"{text} cannot be a node's address"
         known = any(there.holds(outer) for there in (*node.kept, *node.on_link))
         if node.network.holds(outer) and not node.underlay_inside and not known:

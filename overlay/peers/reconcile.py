@@ -18,6 +18,7 @@ from overlay.kernel.route import wire
 from overlay.kernel.route.entries import TUNNEL
 from overlay.kernel.table import Table
 from overlay.peers.difference import Difference, Failure, WantedEntries
+from overlay.process.log import log
 
 SLICE = 512
 """Messages in one batch, some 4 ms of the kernel's time."""
@@ -60,6 +61,8 @@ class Reconciler(Difference):
         self.device_gone = False
         """The kernel does not know the tunnel's device: the news of that is on its way to us, or was lost. Until then
         nothing is sent."""
+        self.observe: Callable[[str, int, Any, int], None] | None = None
+        """Given each entry that is sent, at debug: put or remove, table, key, peer (0: of a removal, nobody's)."""
         self._needs_up = sum(1 << number for number, table in enumerate(tables) if table.needs_up)
         self._retries: list[tuple[float, int, int, Hashable]] = []
         self._tokens = 0
@@ -149,6 +152,8 @@ class Reconciler(Difference):
         return messages, sent
 
     def _send_puts(self, batch: _Puts) -> list[Refused]:
+        if self.observe is not None and log.debugging:
+            self._observe_puts(batch)
         refused = self._requests.execute(batch.messages, batch.first, len(batch.peers) * len(self.tables))
         plain = not refused and not self.failures and not any(self.extra)
         said: list[Refused] = []
@@ -168,6 +173,13 @@ class Reconciler(Difference):
             for number, touched in enumerate(self.touched.peers):
                 touched.update(peer for peer, bits in batch.peers if bits >> number & 1)
         return said
+
+    def _observe_puts(self, batch: _Puts) -> None:
+        assert self.observe is not None
+        for peer, bits in batch.peers:
+            for table, key, _ in self.wanted.entries(peer):
+                if bits >> table & 1:
+                    self.observe("put", table, key, peer)
 
     def _answered(self, peer: int, bits: int, place: int, refused: dict[int, Refusal]) -> list[Refused]:
         """What the kernel said to each of a peer's messages."""
@@ -217,6 +229,9 @@ class Reconciler(Difference):
         return bool(peer) and self.is_missing(peer, table)
 
     def _send_removals(self, removals: list[tuple[int, Any]]) -> list[Refused]:
+        if self.observe is not None and log.debugging:
+            for table, key in removals:
+                self.observe("remove", table, key, 0)
         first = self._requests.take_seqs(len(removals))
         messages = [self._removal(first + place, *item) for place, item in enumerate(removals)]
         refused = self._requests.execute(messages, first, len(messages))

@@ -36,4 +36,5 @@ class Refusals:
 
     def forget(self, key: str) -> None:
         """It is gone, or good now."""
-        self._reported.pop(key, None)
+        if (reason := self._reported.pop(key, None)) is not None:
+            log.info("record.refused_no_more", key=key, was=reason)

@@ -65,6 +65,11 @@ class Log:
         """It cannot go on like that."""
         self._say("error", event, fields)
 
+    @property
+    def debugging(self) -> bool:
+        """Whether debug lines are written: what makes one costly asks first."""
+        return self._threshold <= LEVELS["debug"]
+
     def hold(self, level: str, kind: str) -> None:
         """Keep lines of this level and above. kind: console (key=value), json, or auto: console on a terminal."""
         self.set_level(level)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lease.endpoint import LIKE, endpoint_parts
-from lease.model import Prefix, ip_number, prefix
+from lease.model import NO_NODE, Prefix, ip_number, prefix
 from lease.records.annotations import DEFAULT_PREFIX, Names
 from overlay.settings.flags import (
     DEFAULT_CNI_CONF_DIR,
@@ -36,6 +36,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 class SettingsError(ValueError):
     """A flag or variable is wrong: names it, its value and what is allowed."""
+
+
+LONGEST_NAME = 15
+"""Of an interface (IFNAMSIZ, include/uapi/linux/if.h)."""
 
 
 class Settings(NamedTuple):
@@ -234,6 +238,12 @@ def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
         raise SettingsError(f"--kube-annotation-prefix: {error}") from None
     check("log-level", lambda level: level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
     check("log-format", lambda kind: kind in ("auto", "console", "json"), "console, json or auto")
+    check("healthz-ip", _is_address, "an address, like 0.0.0.0 or ::")
+    for name in values["iface"]:
+        if len(name) > LONGEST_NAME and not _is_address(name):
+            raise SettingsError(
+                f"--iface: {name[:60]!r} must be an address, or a name of at most {LONGEST_NAME} characters"
+            )
     check("healthz-port", lambda port: 0 <= port <= 65535, "from 0 to 65535")
     if "@" in values["etcd-endpoints"]:
         raise SettingsError(
@@ -311,11 +321,25 @@ def _prefixes(values: Mapping[str, Any], name: str) -> tuple[Prefix, ...]:
     return tuple(found)
 
 
+def _is_address(text: str) -> bool:
+    for family in (4, 6):
+        try:
+            ip_number(text, family)
+        except ValueError:
+            continue
+        return True
+    return False
+
+
 def _address(values: Mapping[str, Any], name: str) -> int:
     text = values[name]
     if not text:
         return 0
     try:
-        return ip_number(text, 4)
+        found = ip_number(text, 4)
     except ValueError:
         raise SettingsError(f"--{name}: {text!r} must be an IPv4 address") from None
+    for there in NO_NODE[4]:
+        if there.holds(found):
+            raise SettingsError(f"--{name}: {text} is in {there}, where no node's address can be")
+    return found

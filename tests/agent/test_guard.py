@@ -52,6 +52,7 @@ class Listener:
 def send(namespace: str, source: str, target: str, data: bytes) -> None:
     def act() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)  # a subnet's .0 is one before 5.14
             sender.bind((source, 0))
             sender.sendto(data, (target, PORT))
 

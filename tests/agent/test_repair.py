@@ -314,3 +314,16 @@ def test_a_device_that_is_deleted_is_counted_and_told_each_time(world):
         until("it is whole again", lambda: world.peers("node1") == 1)
         until("it is counted", lambda count=count: one.status()["counters"]["mended_device"] == count)
     assert len(one.events("device.gone")) == 5
+
+
+def test_nothing_is_mended_at_rest(world):
+    """Kernels before 6.13 tell of each FDB entry twice, the second time without its destination."""
+    one, two = world.nodes(2)
+    for number in (9, 10):
+        world.put_peer(number)
+        for agent in (one, two):
+            world.settled(agent)
+    for agent in (one, two):
+        counters = agent.status()["counters"]
+        assert {name: count for name, count in counters.items() if name.startswith("mended") and count} == {}
+        assert counters["writes_put_fdb"] == 3, "each once"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+PATIENCE = float(os.environ.get("OVERLAY_TEST_PATIENCE", "1"))
+"""Every deadline so many times as long: for an emulated machine."""
 
 
 def until(what: str, check: Callable[[], T], seconds: float = 20.0, pause_s: float = 0.03) -> T:
     """The first true value of `check`; its last value stands in the failure."""
+    seconds *= PATIENCE
     end = time.monotonic() + seconds
     while True:
         try:

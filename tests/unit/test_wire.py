@@ -191,3 +191,12 @@ def test_which_fdb_entries_are_ours(found, ours):
 def test_the_end_of_a_batch_asks_for_an_ack_and_does_nothing():
     (found,) = wire.split(wire.end_mark(9))
     assert (found.kind, found.flags, found.seq, len(found.body)) == (1, 0x1 | 0x4, 9, 0)  # NLMSG_NOOP, REQUEST | ACK
+
+
+def test_what_rtnetlink_says_of_an_fdb_entry_beside_vxlan_is_no_news():
+    """Kernels before 6.13: a second notification with the MAC alone (rtnl_fdb_notify), recorded on 6.1."""
+    mac = wire.attr(wire.NDA_LLADDR, MAC.to_bytes(6, "big"))
+    header = struct.pack("=BBHlHBB", wire.AF_BRIDGE, 0, 0, 4, 0x80, wire.NTF_SELF, 0)
+    assert wire.parse_fdb(V4, memoryview(header + mac)) is None
+    cache = wire.attr(wire.NDA_CACHEINFO, bytes(16))
+    assert wire.parse_fdb(V4, memoryview(header + mac + cache)) == FoundFdb(4, MAC, None, 0x80, ())

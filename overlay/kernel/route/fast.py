@@ -139,7 +139,8 @@ class DumpMatcher:
         table = FDB if family == wire.AF_BRIDGE else NEIGHBOURS
         if message == wire.RTM_DELNEIGH:
             if table == FDB:
-                number = self._by_mac.get(int.from_bytes(key, "big"), 0) if mark == _MAC_MARK else 0
+                ours = mark == _MAC_MARK and len(data) == _FDB_SEEN_SIZE  # shorter: rtnetlink's own (wire.parse_fdb)
+                number = self._by_mac.get(int.from_bytes(key, "big"), 0) if ours else 0
                 return table, True, self._by_tunnel(number if isinstance(number, int) else 0)
             return table, True, self._by_tunnel(self._with_address(key[:4]) if mark == _DST_MARK else 0)
         if table == FDB:

@@ -88,9 +88,9 @@ def vxlan_create(family: Family, seq: int, device: VxlanDevice) -> bytes:
     return wire.message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
 
 
-def link_up(seq: int, index: int) -> bytes:
-    """RTM_NEWLINK that sets a link up."""
-    return wire.message(wire.RTM_NEWLINK, 0, seq, _IFINFO.pack(0, 0, 0, index, wire.IFF_UP, wire.IFF_UP))
+def link_up(seq: int, index: int, up: bool = True) -> bytes:
+    """RTM_NEWLINK that sets a link up, or down."""
+    return wire.message(wire.RTM_NEWLINK, 0, seq, _IFINFO.pack(0, 0, 0, index, wire.IFF_UP * up, wire.IFF_UP))
 
 
 def address_add(family: Family, seq: int, index: int, address: int, length: int) -> bytes:

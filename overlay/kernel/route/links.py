@@ -84,6 +84,10 @@ class Links:
         """Takes the device's neighbours with it. Raises KernelError."""
         self._link(f"setting MAC {mac}", [("IFLA_ADDRESS", mac)], index)
 
+    def set_down(self, index: int) -> None:
+        """Down: its routes and neighbours go with that. Raises KernelError."""
+        self._do("setting the device down", lambda seq: link_wire.link_up(seq, index, False))
+
     def set_up(self, index: int) -> None:
         """Raises KernelError."""
         self._do("setting the device up", lambda seq: link_wire.link_up(seq, index))

@@ -49,7 +49,7 @@ IFF_UP, IFF_LOOPBACK, IFF_NOARP, IFF_LOWER_UP = 0x1, 0x8, 0x80, 0x10000
 IFA_F_SECONDARY, IFA_F_DEPRECATED, IFA_F_PERMANENT = 0x01, 0x20, 0x80
 
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TABLE, RTA_PREF = 1, 4, 5, 6, 7, 12, 15, 20
-NDA_DST, NDA_LLADDR, NDA_IFINDEX = 1, 2, 8
+NDA_DST, NDA_LLADDR, NDA_CACHEINFO, NDA_IFINDEX = 1, 2, 3, 8
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
 IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
 IFLA_INFO_KIND = 1
@@ -323,13 +323,17 @@ def parse_neighbour(family: Family, body: memoryview) -> FoundNeighbour | None:
 
 
 def parse_fdb(family: Family, body: memoryview) -> FoundFdb | None:
-    """An entry of a vxlan's own FDB whose underlay is of a family; None for anything else (a bridge's FDB)."""
+    """An entry of a vxlan's own FDB whose underlay is of a family; None for anything else (a bridge's FDB).
+
+    Kernels before 6.13 tell of each add and delete by netlink twice: vxlan does, and then rtnetlink, which knows the MAC
+    alone (rtnl_fdb_notify). vxlan always says NDA_CACHEINFO (vxlan_fdb_info), rtnetlink never (nlmsg_populate_fdb_fill).
+    """
     af, _, _, oif, state, flags, _ = _NDMSG.unpack_from(body)
     if af != AF_BRIDGE or not flags & NTF_SELF:
         return None
     attrs = attributes(body, _NDMSG.size)
     mac, dst = _mac(attrs), attrs.get(NDA_DST)
-    if mac is None:
+    if mac is None or (dst is None and NDA_CACHEINFO not in attrs):
         return None
     # 6, 7, 8: NDA_PORT, NDA_VNI, NDA_IFINDEX of the entry itself; 13: NDA_NH_ID
     more = tuple((kind, bytes(attrs[kind])) for kind in (6, 7, NDA_IFINDEX, 13) if kind in attrs)

@@ -1,0 +1,87 @@
+"""What the log says of peers: who came, changed and went, and whose entries were put back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lease.families import Family
+from lease.model import Lease, ip_text, mac_text
+from overlay.kernel.table import Table
+from overlay.peers.status import node_name
+from overlay.peers.table import PeerChanges
+from overlay.process.log import log
+
+NAMED = 5
+"""So many are named in one line, and the others counted."""
+EACH = 10
+"""Of more at once one line speaks."""
+
+
+def log_changes(family: Family, changes: PeerChanges) -> None:
+    """A line for each peer that came, changed or went; one line for many."""
+    if len(changes) > EACH:
+        _log_many(family, changes)
+        return
+    for was, now in changes.values():
+        before, after = _fields(family, was), _fields(family, now)
+        if before is None and after is not None:
+            log.info("peer.added", **after)
+        elif after is None and before is not None:
+            log.info("peer.removed", **before)
+        elif before is not None and after is not None:
+            log.info("peer.changed", **after, was=f"{before['public_ip']} {before['vtep_mac']}")
+
+
+def _log_many(family: Family, changes: PeerChanges) -> None:
+    counts: Counter[str] = Counter()
+    for was, now in changes.values():
+        counts["removed" if now is None else "added" if was is None else "changed"] += 1
+    some = (_fields(family, now or was) for was, now in list(changes.values())[:NAMED])
+    names = [f"{each['subnet']} {each['public_ip']}" for each in some if each is not None]
+    log.info("peers.changed", **counts, first=", ".join(names))
+
+
+def _fields(family: Family, lease: Lease | None) -> dict[str, str] | None:
+    end = lease.endpoint(family.number) if lease is not None else None
+    if lease is None or end is None:
+        return None
+    return {
+        "subnet": str(end.subnet),
+        "public_ip": ip_text(family.number, end.public_ip),
+        "node": node_name(lease.node),
+        "vtep_mac": mac_text(end.mac or 0),
+    }
+
+
+class WorkLog:
+    """What was written to the kernel, and put back there, since the last line."""
+
+    def __init__(self, family: Family, tables: Sequence[Table]) -> None:
+        self._family, self._tables = family, tables
+        self._mended: Counter[str] = Counter()
+        self._writes: Counter[str] = Counter()
+
+    def write(
+        self,
+        mended: Counter[str],
+        writes: Counter[str],
+        whose: Iterable[tuple[int, int]],
+        differing: int,
+        peer: Callable[[int], Lease | None],
+    ) -> None:
+        """mended, writes: counted since the start; whose: table and peer of some that were put back; peer: by its number."""
+        if more := mended - self._mended:
+            entries = [self._entry(table, peer(number)) for table, number in whose]
+            rest = sum(more.values()) - len(entries)
+            text = ", ".join(entries) + (f" and {rest} more" if rest > 0 else "")
+            log.warning("kernel.mended", **more, entries=text, effect="put back as it should be")
+        if more := writes - self._writes:
+            log.info("kernel.reconciled", differing=differing, **more)
+        self._mended, self._writes = mended.copy(), writes.copy()
+
+    def _entry(self, table: int, lease: Lease | None) -> str:
+        fields: dict[str, Any] = _fields(self._family, lease) or {"subnet": "a peer that went", "node": ""}
+        name = f" ({fields['node']})" if fields["node"] else ""
+        return f"{self._tables[table].name} of {fields['subnet']}{name}"

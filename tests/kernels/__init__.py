@@ -1,0 +1,1 @@
+"""What only other kernels have: run by `make kernels`."""
