@@ -169,7 +169,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),
         *(of.underlay for of in each),
-        RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place),
+        RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
         PodsController(FAMILIES[0], AntiSpoof(sets, requests, clock), sets, owned, health, clock),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
+    from overlay.process.watched import FileThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 MACHINE_ID = "/etc/machine-id"
@@ -112,7 +113,7 @@ def _run(settings: Settings) -> int:
 
 def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
     from lease.tenure.keeper import TenureThread, boottime
-    from overlay.agent.loop import Loop, Stop
+    from overlay.agent.loop import Loop, Reload, Stop
     from overlay.compose import Outside, compose
     from overlay.firewall.forward import SHARED_TABLE
     from overlay.firewall.nat import TABLE_PREFIX
@@ -159,6 +160,18 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     ]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
+    signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
+
+    def reload() -> None:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        log.info("reload", files=", ".join(file for each in files for file in each.paths()) or "none are named")
+        for each in files:
+            each.read_now()
+        claimer.recheck()
+        notify("READY=1")
+
+    loop.reload = reload
+    loop.alive = watchdog(boottime)
     _serve(settings, loop)
     for thread in threads:
         thread.start()
@@ -170,7 +183,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         store.close()
 
 
-def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[threading.Thread]:
+def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[FileThread]:
     """The thread that reads the files an operator may change, where there are any; each was read once."""
     from overlay.process.watched import FileThread
 
@@ -245,10 +258,18 @@ def _serve(settings: Settings, loop: Loop) -> None:
         return serve.text(503, "the loop is stuck") if found is None else serve.as_json(200, found.json())
 
     def metrics() -> serve.Answer:
-        from overlay.api.metrics import CONTENT_TYPE, exposition
+        from overlay.agent.loop import PASS_BOUNDS_S
+        from overlay.api import process
+        from overlay.api.metrics import CONTENT_TYPE, Outside, Passes, exposition
+        from overlay.cni.lists import NETWORK_NAME
 
         found = loop.ask_status()
-        return serve.text(503, "the loop is stuck") if found is None else (200, CONTENT_TYPE, exposition(found))
+        if found is None:
+            return serve.text(503, "the loop is stuck")
+        device = (found.sections.get("device") or {}).get("name", "")
+        used = process.used_addresses(settings.cni_data_dir, NETWORK_NAME) if settings.cni_conf_dir else None
+        outside = Outside(process.process(), Passes(*loop.passes(), PASS_BOUNDS_S), process.traffic(device), used)
+        return 200, CONTENT_TYPE, exposition(found, outside)
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
     try:
@@ -275,6 +296,23 @@ def notify(state: str) -> None:
             connection.send(state.encode())
     except OSError as error:
         log.warning("notify", socket=path, error=str(error), effect="systemd does not learn that we are ready")
+
+
+def watchdog(clock: Callable[[], float]) -> Callable[[], None]:
+    """What tells systemd that the loop turns, at each turn that is due: twice in WATCHDOG_USEC (sd_watchdog_enabled(3))."""
+    try:
+        interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    except ValueError:
+        interval_s = 0.0
+    meant = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    due = [clock()]
+
+    def tell() -> None:
+        if (now := clock()) >= due[0]:
+            due[0] = now + interval_s
+            notify("WATCHDOG=1")
+
+    return tell if interval_s > 0 and meant else lambda: None
 
 
 def identity(node_name: str) -> Callable[[str], Any]:

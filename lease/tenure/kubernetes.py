@@ -205,14 +205,15 @@ class NodeTenure:
         except (BadRecord, ValueError, RecursionError):
             return None
 
-    def withdraw(self) -> list[str]:
-        """Take our annotations and condition off the Node; what was taken away. Raises RecordChanged, StoreUnavailable."""
+    def withdraw(self, dry_run: bool = False) -> list[str]:
+        """Take our annotations and condition off the Node; what was taken away (dry_run: would be). Raises RecordChanged,
+        StoreUnavailable."""
         view = self._store.own()
         nothing = Lease(self._name, "", None, None, "", 0, 0, 0)
         ours = [name for name in encode(nothing, self._names) if name in view.annotations]
         condition = None
         if self._set_condition and view.reason == REASON:
             condition = {"$patch": "delete", "type": UNAVAILABLE}
-        if ours or condition is not None:
+        if (ours or condition is not None) and not dry_run:
             self._store.write(view.uid, dict.fromkeys(ours), condition)
         return ours

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
+PASS_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
+"""Passes are counted by how long they took."""
 EVENTS_A_TURN = 20_000
 """So many are taken in before a pass is made, under whatever storm."""
 
@@ -32,6 +35,10 @@ class Stop(NamedTuple):
 
     reason: str
     code: int = 0
+
+
+class Reload(NamedTuple):
+    """Read the files again that an operator may have changed (SIGHUP)."""
 
 
 class Died(NamedTuple):
@@ -64,8 +71,14 @@ class Loop:
         """Called when the node is ready for the first time; set before `run`."""
         self.each_pass: Callable[[], None] = lambda: None
         """Called at the end of each pass; set before `run`."""
+        self.reload: Callable[[], None] = lambda: None
+        """Called for Reload; set before `run`."""
+        self.alive: Callable[[], None] = lambda: None
+        """Called at each turn; set before `run`."""
         self._began = clock()
         self._ever_ready = self._log_released = False
+        self._passes, self._passes_s = [0] * (len(PASS_BOUNDS_S) + 1), 0.0
+        """How many passes took how long, by PASS_BOUNDS_S, and seconds of all."""
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
@@ -82,6 +95,10 @@ class Loop:
         except queue.Empty:
             return None
 
+    def passes(self) -> tuple[tuple[int, ...], float]:
+        """How many passes took how long, by PASS_BOUNDS_S and one more; seconds of all."""
+        return tuple(self._passes), self._passes_s
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
@@ -94,6 +111,7 @@ class Loop:
                 return stop.code
             more = self.run_pass()
             self.health.pass_made()
+            self.alive()
             if not self._log_released and self._clock() - self._began > SILENT_S:
                 self._release_log()
 
@@ -101,8 +119,11 @@ class Loop:
         """Ask each controller once, and judge. Whether there is more to do at once."""
         began = time.perf_counter()
         more = self._schedule.run_pass()
+        took = time.perf_counter() - began
+        self._passes[bisect_left(PASS_BOUNDS_S, took)] += 1
+        self._passes_s += took
         if log.debugging:
-            log.debug("pass", took_us=round((time.perf_counter() - began) * 1e6), more=more)
+            log.debug("pass", took_us=round(took * 1e6), more=more)
         log.sum_up()
         self.each_pass()
         waiting = self._schedule.waiting()
@@ -135,7 +156,9 @@ class Loop:
             if isinstance(event, Died):
                 log.error("thread.died", thread=event.thread, error=repr(event.error))
                 return Stop(f"thread {event.thread} died", 1)
-            if isinstance(event, Asked):
+            if isinstance(event, Reload):
+                self.reload()
+            elif isinstance(event, Asked):
                 event.answer.put(self._status())
             else:
                 self._schedule.handle(event)

@@ -19,6 +19,12 @@ class WrongFlag(click.ClickException):
     exit_code = 2
 
 
+def _only_root() -> None:
+    """Raises ClickException."""
+    if os.geteuid() != 0:
+        raise click.ClickException("only root may do this: run it with sudo")
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def app() -> None:
@@ -29,8 +35,10 @@ def app() -> None:
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,
 )
+@click.option("--dry-run", is_flag=True, help="only say what would be released")
+@click.option("--yes", is_flag=True, help="do not ask")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def release(flags: tuple[str, ...]) -> None:
+def release(dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
     """Give up this node's lease (takes overlayd's flags and environment)."""
     from overlay.settings.settings import SettingsError, read_settings
     from overlay.teardown.release import ReleaseError
@@ -38,6 +46,13 @@ def release(flags: tuple[str, ...]) -> None:
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay release")
+        _only_root()
+        if dry_run:
+            click.echo(f"would release {give_up(settings, dry_run=True)}")
+            return
+        if not yes and sys.stdin.isatty():
+            key = give_up(settings, dry_run=True)
+            click.confirm(f"release {key}? Other nodes stop sending to this one at once", abort=True)
         click.echo(f"released {give_up(settings)}")
         click.echo(
             "device, routes, subnet.env and CNI list stay as they are; no pod should run here any more", err=True
@@ -53,8 +68,10 @@ def release(flags: tuple[str, ...]) -> None:
     add_help_option=False,
 )
 @click.option("--force", is_flag=True, help="also where the run directory has no trace of an agent")
+@click.option("--dry-run", is_flag=True, help="only say what would be removed")
+@click.option("--yes", is_flag=True, help="do not ask")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def uninstall(force: bool, flags: tuple[str, ...]) -> None:
+def uninstall(force: bool, dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
     from overlay.process.rundir import RunDirError
     from overlay.settings.settings import SettingsError, read_settings
@@ -63,10 +80,16 @@ def uninstall(force: bool, flags: tuple[str, ...]) -> None:
 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
+        _only_root()
+        if not dry_run and not yes and sys.stdin.isatty():
+            click.confirm("remove overlay from this node? Running pods lose their network", abort=True)
         removed = 0
-        for line in remove(settings, force):
-            click.echo(f"removed {line}")
+        for line in remove(settings, force, dry_run):
+            click.echo(f"{'would remove' if dry_run else 'removed'} {line}")
             removed += 1
+        if dry_run:
+            click.echo(f"nothing was removed ({removed} things would be)", err=True)
+            return
     except SettingsError as error:
         raise WrongFlag(str(error)) from error
     except (UninstallError, RunDirError) as error:

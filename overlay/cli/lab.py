@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lease.config import ConfigError
@@ -21,7 +20,7 @@ from overlay.cli import terminal
 from overlay.cli.status import differences
 from overlay.lab import netns
 from overlay.lab.capture import Captured
-from overlay.lab.lab import DEFAULT_NET_CONF, Lab, locked
+from overlay.lab.lab import DEFAULT_NET_CONF, Lab, existing_labs, locked
 from overlay.lab.matrix import Cell, summary
 from overlay.lab.processes import LabError
 
@@ -53,13 +52,34 @@ def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_fla
             it.down(progress)
             it = Lab(name)
         if not it.exists:
-            it.up(nodes, pods, net_conf, list(agent_flag), progress)
+            try:
+                it.up(nodes, pods, net_conf, list(agent_flag), progress)
+            except LabError as error:
+                left = (
+                    f"; what it made is left to look at: `overlay lab status --name {name}`;"
+                    f" `overlay lab down --name {name}` removes it"
+                )
+                raise LabError(f"{error}{left if it.exists else ''}") from error
         elif (len(it.nodes), it.net_conf, it.agent_flags) != (nodes, net_conf, list(agent_flag)):
             raise LabError(
                 f"a lab {name!r} of {len(it.nodes)} nodes exists, with other options: `overlay lab down --name {name}`"
                 " first, or take another --name; `overlay lab matrix` shows the existing one"
             )
         _prove(it, as_json, progress)
+
+
+@lab.command("list")
+def list_() -> None:
+    """All labs of this machine, and whether they are whole."""
+    found = existing_labs()
+    for name in found:
+        it = Lab(name)
+        broken = it.broken()
+        click.echo(
+            f"{name}: {len(it.nodes)} nodes, {f'broken ({broken[0]})' if broken else 'whole'}, files in {it.folder}"
+        )
+    if not found:
+        click.echo("there is no lab; `overlay lab up` makes one", err=True)
 
 
 @lab.command("status")
@@ -225,7 +245,8 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
     if as_json:
         click.echo(json.dumps({"whole": it.whole(), "nodes": _node_values(it, statuses)}, indent=2))
         return
-    table = Table(title=f"lab {it.name}: {len(it.nodes)} nodes", title_justify="left")
+    console = console or terminal.console()
+    table = terminal.table(console, title=f"lab {it.name}: {len(it.nodes)} nodes")
     for column in ("node", "underlay", "lease", "VTEP MAC", "device", "MTU", "peers", "ready", "pods"):
         table.add_column(column)
     for node in it.nodes:
@@ -242,7 +263,6 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
             "[green]yes[/]" if found.get("ready") else "[red]no[/]",
             " ".join(address or "?" for address in node.pods.values()),
         )
-    console = console or terminal.console()
     console.print(table)
     for line in it.broken():
         console.print(Text(line, style="red"))
@@ -273,7 +293,7 @@ def print_matrix(console: Console, kinds: str, cells: list[Cell]) -> None:
         median = f", median {sorted(good)[len(good) // 2]:.0f} us" if good else ""
         console.print(f"{title}: {len(good)} of {len(cells)} pairs reach each other{median} (--json has each)")
         return
-    table = Table(title=title, title_justify="left")
+    table = terminal.table(console, title=title)
     table.add_column("from \\ to")
     for target in targets:
         table.add_column(target)
@@ -298,9 +318,7 @@ def _cell_text(cell: Cell) -> Text:
 
 
 def _print_packet(console: Console, packet: Captured) -> None:
-    table = Table(
-        title=f"one packet, captured leaving by {packet.interface} ({packet.length} bytes)", title_justify="left"
-    )
+    table = terminal.table(console, title=f"one packet, captured leaving by {packet.interface} ({packet.length} bytes)")
     for column in ("header", "from", "to", "what"):
         table.add_column(column)
     table.add_row("outer Ethernet", *packet.outer_mac, "the underlay's interfaces")

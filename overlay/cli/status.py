@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,45 +18,74 @@ from overlay.cli import terminal
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 PEERS_SHOWN = 50
+WATCH_S = 2.0
+NO_AGENT = 3
+"""Exit status: a usage error is 2 (click's)."""
 
 
 @click.command()
 @click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
-@click.option("--json", "as_json", is_flag=True, help="everything, for scripts")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["wide", "json", "yaml"]),
+    help="wide: all peers, nothing cut; json, yaml: everything",
+)
+@click.option("--json", "as_json", is_flag=True, help="the same as -o json")
 @click.option("--all", "all_peers", is_flag=True, help=f"all peers, not the first {PEERS_SHOWN}")
-def status(run_dir: str, as_json: bool, all_peers: bool) -> None:
+@click.option("--watch", is_flag=True, help="again every two seconds, until ^C")
+def status(run_dir: str, output: str | None, as_json: bool, all_peers: bool, watch: bool) -> None:
     """This node's lease, device and peers, and all that is not as it should be.
 
-    Exit status: 0 the node is ready, 1 it is not, 2 no agent answers.
+    Exit status: 0 the node is ready, 1 it is not, 2 a wrong flag, 3 no agent answers.
     """
+    output = "json" if as_json else output
+    while True:
+        found = ask(run_dir)
+        if output == "json":
+            click.echo(json.dumps(found, indent=2))
+        elif output == "yaml":
+            import yaml  # type: ignore[import-untyped]
+
+            click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
+        else:
+            if watch and sys.stdout.isatty():
+                click.clear()
+            show(terminal.console(), found, all_peers or output == "wide")
+        if not watch:
+            sys.exit(0 if found["ready"] else 1)
+        time.sleep(WATCH_S)
+
+
+def ask(run_dir: str) -> dict[str, Any]:
+    """An agent's status. Where none answers, one line and the exit status for that."""
     where = f"{run_dir}/{SOCKET_NAME}"
     try:
         code, body = ask_unix(where, "/status")
+    except PermissionError:
+        click.echo(f"overlay status: {where} is root's alone: run it with sudo", err=True)
+        sys.exit(NO_AGENT)
     except OSError as error:
         click.echo(
             f"overlay status: no agent answers at {where} ({error.strerror or error}); does overlayd run?", err=True
         )
-        sys.exit(2)
+        sys.exit(NO_AGENT)
     if code != 200:
         click.echo(f"overlay status: {body.strip()}", err=True)
-        sys.exit(2)
-    found = json.loads(body)
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        show(terminal.console(), found, all_peers)
-    sys.exit(0 if found["ready"] else 1)
+        sys.exit(NO_AGENT)
+    found: dict[str, Any] = json.loads(body)
+    return found
 
 
 def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     """As tables. Others wrote some of the words: they are data (Text), never read as markup."""
-    console.print(_node(found))
+    console.print(_node(console, found))
     peers = found["peers"]
     columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "missing")
-    table = Table(
+    table = terminal.table(
+        console,
         *(column.replace("_", " ") for column in columns),
         title=f"{len(peers)} peer{'' if len(peers) == 1 else 's'}",
-        title_justify="left",
     )
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
         words = {**peer, "missing": ", ".join(peer["missing"])}
@@ -68,7 +98,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     if not wrong:
         console.print("all that the agent manages is as it should be")
         return
-    table = Table("what", "why", title="not as it should be", title_justify="left", style="red")
+    table = terminal.table(console, "what", "why", title="not as it should be", style="red")
     for what, why in wrong:
         table.add_row(Text(what), Text(why))
     console.print(table)
@@ -98,9 +128,9 @@ def route_text(route: dict[str, Any]) -> str:
     return f"{route['destination']}{via}{device} metric {route['metric']} proto {route['protocol']}"
 
 
-def _node(found: dict[str, Any]) -> Table:
+def _node(console: Console, found: dict[str, Any]) -> Table:
     title = f"overlayd {found['version']} {found['node_name']}".strip()
-    table = Table("", "", title=title, title_justify="left", show_header=False)
+    table = terminal.table(console, "", "", title=title, show_header=False)
     table.add_row("ready", Text("yes", style="green") if found["ready"] else Text("no", style="red"))
     lease, device, under = found["lease"], found["device"], found["underlay"]
     rows = {"store": found["store"]["address"], "underlay": "none chosen yet", "lease": "none"}
@@ -116,6 +146,8 @@ def _node(found: dict[str, Any]) -> Table:
             f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
             f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not as it should be)'}"
         )
+    if found.get("direct_routing"):
+        rows["direct routes"] = found["direct_routing"]
     for row in ("mended", "dropped"):
         counts = {
             name.removeprefix(f"{row}_"): n for name, n in found["counters"].items() if name.startswith(f"{row}_")

@@ -84,6 +84,7 @@ def network_status(config: NetworkConfig | None) -> Mapping[str, object] | None:
                 "length": pool.length,
                 "first": str(pool.subnet(0)),
                 "last": str(pool.subnet(pool.size - 1)),
+                "size": pool.size,
             }
             for family, pool in config.pools.items()
         },

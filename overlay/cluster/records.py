@@ -10,6 +10,7 @@ from lease.model import Lease, Refused
 from lease.records.annotations import Hints
 from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
+from lease.tenure.events import Renewed
 from overlay.cluster.network import NetworkConfigInput, network_status
 from overlay.cluster.ownership import Ownership
 from overlay.control.controller import Handler, Source
@@ -49,12 +50,15 @@ class RecordsSource(Source):
         network: NetworkConfigInput,
         refusals: Refusals,
         place: Callable[[], str],
+        clock: Callable[[], float],
     ) -> None:
         """peers: of each family; place: the store and prefix, for messages."""
         self._current, self._health, self._peers, self._ownership = current, health, peers, ownership
         self._network, self._refusals, self._place = network, refusals, place
         self._unreadable: dict[str, str] = {}
-        self._down = ""
+        self._contact = clock()
+        """When the store last said anything."""
+        self._clock, self._down = clock, ""
         self._kube = current.inputs.settings.kube
         self._flag_public_ip = current.inputs.settings.public_ip
         self._hints = Hints()
@@ -64,9 +68,19 @@ class RecordsSource(Source):
     @property
     def handles(self) -> Mapping[type, Handler]:
         """What the store's thread posts."""
-        return {Snapshot: self._on_snapshot, Changes: self._on_changes, StoreDown: self._on_down}
+        return {
+            Snapshot: self._on_snapshot,
+            Changes: self._on_changes,
+            StoreDown: self._on_down,
+            Renewed: lambda _event: self._touch(),
+        }
+
+    def _touch(self) -> bool:
+        self._contact = self._clock()
+        return False
 
     def _on_snapshot(self, snapshot: Snapshot) -> bool:
+        self._touch()
         if self._down:
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
         if log.debugging:
@@ -88,6 +102,7 @@ class RecordsSource(Source):
         return False
 
     def _on_changes(self, changes: Changes) -> bool:
+        self._touch()
         self._ownership.changes_came()
         if log.debugging:
             for change in changes.changes:
@@ -160,6 +175,7 @@ class RecordsSource(Source):
                 "address": self._place(),
                 "up": not self._down,
                 "error": self._down,
+                "contact_age_s": round(self._clock() - self._contact),
             },
             "network": network_status(self._current.inputs.config),
             "unreadable_records": dict(self._unreadable),

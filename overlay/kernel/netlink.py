@@ -15,6 +15,7 @@ from overlay.kernel.route import lookup, wire
 from overlay.kernel.route.entries import Address, FoundFdb, FoundNeighbour, FoundRoute, Link, PodEnd
 from overlay.kernel.route.fast import Matched
 from overlay.kernel.route.lookup import AnyRoute, Packet, Rule, Way
+from overlay.process.dry import dry
 
 NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 SOL_NETLINK = 270
@@ -84,6 +85,8 @@ class RequestSocket:
         alone, since 20,000 ACKs cost as much as 20,000 messages. Where that one does not come, what was not refused counts
         as refused with ETIMEDOUT: it is read again.
         """
+        if dry.run:
+            return {}
         refused: dict[int, Refusal] = {}
         count = count or len(messages)
         try:

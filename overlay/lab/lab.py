@@ -31,6 +31,7 @@ from overlay.process.files import write_atomically
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
 READY_S = 60.0
+NAME = re.compile(r"[a-z0-9]{1,16}")
 Progress = Callable[[str], None]
 
 
@@ -47,6 +48,18 @@ class Node:
     def address(self) -> str:
         """On the underlay."""
         return topology.node_address(self.number)
+
+
+def existing_labs() -> list[str]:
+    """The names of all labs of which anything is there."""
+    by_folder = {entry.name for entry in ROOT.iterdir() if entry.is_dir()} if ROOT.is_dir() else set()
+    suffix = "-underlay"
+    by_namespace = {
+        name.removeprefix("overlay-").removesuffix(suffix)
+        for name in netns.existing("overlay-")
+        if name.endswith(suffix) and NAME.fullmatch(name.removeprefix("overlay-").removesuffix(suffix))
+    }
+    return sorted(by_folder | by_namespace)
 
 
 class Lab:
@@ -378,7 +391,7 @@ class Lab:
 
 
 def _checked(name: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]{1,16}", name):
+    if not NAME.fullmatch(name):
         raise LabError(f"--name {name!r}: must be 1 to 16 lower-case letters and digits")
     return name
 

@@ -7,6 +7,7 @@ import os
 import stat
 
 from lease.regular import content as content_of
+from overlay.process.dry import dry
 
 
 def read_text(path: str) -> str:
@@ -38,6 +39,8 @@ def up_to_date(path: str, content: str) -> bool:
 def write_atomically(path: str, content: str) -> None:
     """Put a file in place whole: temporary name beside it, fsync, rename. 0644 whatever the umask, an existing file's
     mode kept, folders 0755: as flannel does. Raises OSError."""
+    if dry.run:
+        return
     folder, name = os.path.split(path)
     os.makedirs(folder, mode=0o755, exist_ok=True)
     try:
@@ -68,5 +71,7 @@ def write_atomically(path: str, content: str) -> None:
 
 def remove(path: str) -> None:
     """Remove a file; one that is gone is no error. Raises OSError."""
+    if dry.run:
+        return
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

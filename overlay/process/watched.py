@@ -31,6 +31,7 @@ class FileThread(threading.Thread):
         super().__init__(name="files", daemon=True)
         self._files, self._post = files, post
         self._posted: dict[str, bytes | None] = {}
+        self._wake = threading.Event()
 
     def any(self) -> bool:
         """Whether there is a file to read."""
@@ -45,6 +46,15 @@ class FileThread(threading.Thread):
                 self._post(FileText(what, path, text))
 
     def run(self) -> None:
-        waiting = threading.Event()
-        while not waiting.wait(CHECK_EVERY_S):
+        while True:
+            self._wake.wait(CHECK_EVERY_S)
+            self._wake.clear()
             self.read_all()
+
+    def paths(self) -> list[str]:
+        """The files that it reads."""
+        return list(self._files.values())
+
+    def read_now(self) -> None:
+        """Do not wait for the time. May be called from a signal handler."""
+        self._wake.set()

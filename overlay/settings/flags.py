@@ -188,17 +188,27 @@ _SAME_FLAGS = (
 _RELEASE = f"""\
 Give up this node's lease: its record in etcd is deleted, and other nodes stop sending here at once. Drain the node
 and stop overlayd first. Device, routes and files stay: `overlay uninstall` removes them, afterwards. On Kubernetes
-there is nothing to release. Exit status: 0 released, 1 not (the line says why), 2 a wrong flag.
+there is nothing to release. On a terminal it asks first. Exit status: 0 released, 1 not (the line says why), 2 a
+wrong flag.
+
+  --dry-run
+        only say which record would be deleted
+  --yes
+        do not ask
 
 {_SAME_FLAGS}"""
 _UNINSTALL = f"""\
 Remove all that overlayd made on this node: device, routes, nftables tables and rules, CNI list, subnet.env, files, on
 Kubernetes the Node's annotations. RUNNING PODS LOSE THEIR NETWORK. Stop overlayd first; with etcd, `overlay release`
-comes before. What flannel has again is left to it. After a failure it can be run again. Exit status: 0 nothing is
-left, or nothing was there; 1 something could not be removed; 2 a wrong flag.
+comes before. What flannel has again is left to it. After a failure it can be run again. On a terminal it asks first.
+Exit status: 0 nothing is left, or nothing was there; 1 something could not be removed; 2 a wrong flag.
 
   --force
         also where the run directory has no trace of an agent
+  --dry-run
+        only say what would be removed
+  --yes
+        do not ask
 
 {_SAME_FLAGS}"""
 _ABOUT: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -22,8 +22,8 @@ class NothingKnown(ReleaseError):
     """No agent of this run directory ever held a lease."""
 
 
-def release(settings: Settings) -> str:
-    """Delete the record that this node's agent held last; its key. The datapath stays as it is.
+def release(settings: Settings, dry_run: bool = False) -> str:
+    """Delete the record that this node's agent held last; its key. The datapath stays as it is. dry_run: delete nothing.
 
     Raises:
         ReleaseError: the agent still runs (it would take the lease again), none is known here, or the record is not
@@ -40,14 +40,18 @@ def release(settings: Settings) -> str:
     except RunDirError as error:
         raise ReleaseError(f"{error} and would take the lease again; stop it first") from error
     with lock:
-        return _release(settings)
+        return _release(settings, dry_run)
 
 
-def _release(settings: Settings) -> str:
+def _release(settings: Settings, dry_run: bool) -> str:
     file = Path(settings.run_dir) / LEASE_FILE
     try:
         ours = json.loads(file.read_text())
         key, public_ip, vtep_mac = ours["key"], ours["public_ip"], ours["vtep_mac"]
+    except FileNotFoundError as error:
+        raise NothingKnown(
+            f"no lease of this node is known: there is no {file}; was it released before, or is --run-dir not the agent's?"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise NothingKnown(f"no lease of this node is known: {file}: {error}; is --run-dir the agent's?") from error
     store = etcd_store(settings)
@@ -62,8 +66,9 @@ def _release(settings: Settings) -> str:
         there = (ip_text(end.subnet.family, end.public_ip), mac_text(end.mac or 0))
         if there != (public_ip, vtep_mac):
             raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
-        store.remove(lease)
-        remove(str(file))
+        if not dry_run:
+            store.remove(lease)
+            remove(str(file))
     except StoreUnavailable as error:
         raise ReleaseError(f"the store cannot do it now: {error}") from error
     except RecordChanged as error:

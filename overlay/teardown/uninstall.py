@@ -17,6 +17,7 @@ from overlay.cni import lists
 from overlay.cni.controller import bridges_listed
 from overlay.compose import Outside, withdraw
 from overlay.node.owned import Owned
+from overlay.process.dry import dry
 from overlay.process.files import read_text, remove, write_atomically
 from overlay.process.rundir import hold
 from overlay.settings.settings import Settings
@@ -29,15 +30,18 @@ class UninstallError(Exception):
     """Something of ours could not be removed; the rest is. One line each."""
 
 
-def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
+def uninstall(settings: Settings, force: bool = False, dry_run: bool = False) -> Iterator[str]:
     """Withdraw all controllers: the network list first (no new pod starts here), then kernel, what the node says to others,
     and files; each thing removed, as a line. Nothing at all where no agent of ours left its mark in the run directory; and
     where flannel has the node (the network list names its plugin), its device, list, subnet.env and annotations stay.
+
+    dry_run: nothing is removed, the lines say what would be (for the rest of this process's life).
 
     Raises:
         RunDirError: an agent still runs here; it would put everything back.
         UninstallError: after all else was done.
     """
+    dry.run = dry_run
     owned = Owned(settings)
     if not force and not _ours(settings, owned):
         return
@@ -64,6 +68,8 @@ def uninstall(settings: Settings, force: bool = False) -> Iterator[str]:
         for left in (*_marks(settings), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/lock"):
             if left not in kept:
                 remove(left)
+    if dry_run:
+        return
     with suppress(OSError):  # a mount point, or something that is not ours is in it
         Path(settings.run_dir).rmdir()
 
@@ -113,7 +119,7 @@ def _annotations(settings: Settings, owned: Owned) -> Iterator[str]:
     store, names = node_store(settings)
     try:
         tenure = NodeTenure(store, names, settings.node_name, settings.set_condition, random.Random())  # noqa: S311
-        for name in tenure.withdraw():
+        for name in tenure.withdraw(dry.run):
             yield f"annotation {name} of Node {settings.node_name}"
     finally:
         store.close()

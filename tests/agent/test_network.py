@@ -321,6 +321,48 @@ def test_systemd_is_told_when_it_is_ready(world, tmp_path):
         assert agent.ready()
 
 
+def test_sighup_reads_the_files_again_and_ends_nothing(world, tmp_path):
+    live = tmp_path / "live.json"
+    live.write_text("{}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(20)
+        agent = world.agent(
+            world.node(1), f"--live-settings={live}", environ={"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        ).wait_ready()
+        assert listening.recv(100) == b"READY=1"
+        live.write_text('{"log-level": "debug"}')
+        agent.process.send_signal(signal.SIGHUP)
+        assert listening.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+        assert listening.recv(100) == b"READY=1"
+    until("the new setting is in effect", lambda: agent.events("live_settings"), 10)
+    assert str(live) in agent.events("reload")[0]["files"]
+    until("at debug it says what it does", lambda: agent.events("controller") and agent.events("pass"), 10)
+    assert agent.process.poll() is None
+    assert agent.ready()
+
+
+def test_systemds_watchdog_is_told_while_the_loop_turns(world, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(20)
+        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
+        agent = world.agent(world.node(1), environ=environ)
+        assert [listening.recv(100) for _ in range(4)].count(b"WATCHDOG=1") >= 3
+        agent.process.send_signal(signal.SIGSTOP)
+        listening.settimeout(2.5)
+
+        def read_all() -> None:
+            while True:
+                listening.recv(100)
+
+        with pytest.raises(TimeoutError):
+            read_all()
+        agent.process.send_signal(signal.SIGCONT)
+        listening.settimeout(20)
+        assert listening.recv(100) == b"WATCHDOG=1"
+
+
 @pytest.mark.parametrize("masq", [False, True], ids=["control", "masquerade"])
 def test_what_a_node_sends_to_a_pod_elsewhere_comes_from_the_pod_network(world, masq):
     """flannel's A13: its rule for that stands behind one that takes all. From its underlay address the answer would go past the
@@ -385,10 +427,31 @@ def test_the_reference_names_all_that_status_and_metrics_say(world):
     said = {word for cell in re.findall(r"`([a-z0-9_.\[\]]+)`", page) for word in re.findall(r"[a-z0-9_]+", cell)}
     assert _names(status) - said == set()
     metrics = ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]
-    told = {
-        name.removeprefix("overlay_").removesuffix("_total") for name in re.findall(r"^# TYPE (\w+)", metrics, re.M)
-    }
-    assert {name for name in told if name not in said and f"overlay_{name}" not in said} == set()
+    assert {name for name in re.findall(r"^# TYPE (\w+)", metrics, re.M) if name not in said} == set()
     for problem in status["problems"]:
         assert set(problem) == {"subject", "text", "since", "keeps_unready"}
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", problem["since"])
+
+
+def test_a_dry_run_of_uninstall_and_release_removes_nothing_and_names_what_would_go(world):
+    one, _ = world.nodes(2, "--ip-masq")
+    world.pod(one, "a")
+    one.stop()
+
+    def everything() -> tuple:
+        left = sorted(str(path) for path in one.run_dir.rglob("*"))
+        rules = world.run("node1", "nft", "list", "tables")
+        return world.kernel("node1"), rules, left, world.records()
+
+    before = everything()
+    flags = one.command[one.command.index("-m") + 2 :]
+    command = (one.command[2], "-m", "overlay.cli.app")
+    said = world.run("node1", *command, "uninstall", "--dry-run", *flags)
+    lines = said.splitlines()
+    assert all(line.startswith("would remove ") for line in lines)
+    for part in ("device flannel.1", "10-flannel.conflist", "subnet.env", "nft table ip overlay-1"):
+        assert any(part in line for line in lines), part
+    assert world.run("node1", *command, "release", "--dry-run", *flags).startswith("would release 10.244.")
+    assert everything() == before
+    done = world.run("node1", *command, "uninstall", *flags)
+    assert [line.replace("removed", "would remove") for line in done.splitlines()] == lines, "it does what it said"

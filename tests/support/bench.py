@@ -130,7 +130,7 @@ class Bench:
         own = self.ownership()
         own.held = self.current.inputs.own
         return RecordsSource(
-            self.current, self.health, [self.path], own, self.network, Refusals(), lambda: "etcd there"
+            self.current, self.health, [self.path], own, self.network, Refusals(), lambda: "etcd there", self.clock
         )
 
     def table(self) -> PeerTableController:

@@ -34,7 +34,11 @@ def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
     assert bench.path.has_unplanned()
     status = controller.status()
     assert status["unreadable_records"] == {"x": "bad"}
-    assert status["store"] == {"type": "etcd", "address": "etcd there", "up": True, "error": ""}
+    assert status["store"] == {"type": "etcd", "address": "etcd there", "up": True, "error": "", "contact_age_s": 0}
+    bench.clock.now += 7
+    assert controller.status()["store"]["contact_age_s"] == 7
+    bench.tell(controller, Renewed(None))
+    assert controller.status()["store"]["contact_age_s"] == 0, "a renewal is word of the store, too"
     bench.reconcile(bench.table())
     assert [one.key for one in bench.path.table.accepted()] == [peer.key]
     changes = (Gone("x"), Refused(peer.key, "JSON", 2), ConfigText(None))

@@ -12,8 +12,6 @@ from lease.families import V4
 from lease.model import prefix
 from lease.records.codec import BadRecord, decode_lease
 from lease.records.packed import decode, unpack
-from overlay.api.metrics import exposition
-from overlay.api.status import Status
 from overlay.cni import lists as cni
 from overlay.peers import plan
 from overlay.peers.table import PeerTable
@@ -192,11 +190,3 @@ def test_any_file_of_others(tmp_path_factory, data):
         made.encode()
     except ValueError as error:
         assert "\n" not in str(error)
-
-
-def test_metrics_count_what_is_refused():
-    sections = {"unreadable_records": {"a": "bad"}, "refused_records": {"b": "bad"}}
-    status = Status("1", "node1", 1.0, True, {}, sections, {"dropped_from_unknown_senders": 3})
-    text = exposition(status)
-    assert "overlay_refused_records 2\n" in text
-    assert "overlay_dropped_from_unknown_senders_total 3\n" in text

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from overlay.kernel.netlink import KernelError
+from overlay.process.dry import dry
 
 _NAMES = {4: "/proc/self/net/ip_tables_names", 6: "/proc/self/net/ip6_tables_names"}
 """By family, the tables in use in this network namespace; the file is missing where the kernel has no ip_tables."""
@@ -42,6 +43,8 @@ def chain_lines(family: int, table: str, chain: str, by_nft: bool = False) -> li
 
 def change_rules(family: int, remove: list[str], add: list[str]) -> None:
     """Rules as `-S` writes them (`-A FORWARD ...`). Raises KernelError."""
+    if dry.run:
+        return
     for rule in remove:
         _run(family, *_words(rule.replace("-A ", "-D ", 1)))
     for rule in add:

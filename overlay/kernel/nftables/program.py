@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from overlay.kernel.netlink import KernelError
+from overlay.process.dry import dry
 
 if TYPE_CHECKING:
     import subprocess  # when it is needed: peers come first
@@ -109,6 +110,8 @@ def _listed(kind: str, *what: str) -> Objects:
 def _nft(arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
     import subprocess
 
+    if dry.run and text:
+        return subprocess.CompletedProcess(arguments, 0, "", "")
     try:
         return subprocess.run(
             ["nft", *arguments], input=text, capture_output=True, text=True, timeout=NFT_S, check=False

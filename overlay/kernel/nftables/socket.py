@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.route import wire
+from overlay.process.dry import dry
 
 TRIES = 5
 """Others may change nftables while we read; then it is read again."""
@@ -102,6 +103,8 @@ class NetfilterSocket(RequestSocket):
             raise KernelError(error.errno, f"reading nft table {table.family} {table.name}: {error}") from error
 
     def _commit(self, messages: list[nf_wire.Message], what: str) -> None:
+        if dry.run:
+            return
         first = self.take_seqs(len(messages) + 2)
         last = first + len(messages)
         try:
