@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -23,8 +23,9 @@ lint: setup
 
 test: setup
 	.ci/kubernetes/build kube-apiserver
+	.ci/promtool .venv/promtool
 	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults \
-		--ignore=tests/kernels
+		--ignore=tests/kernels --ignore=tests/chart
 
 cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
 	.ci/cluster-setup
@@ -73,6 +74,10 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 
 newcomer: ## make lab and make test in a bare debootstrapped Debian (RELEASE=trixie for another): what .ci/setup forgets shows
 	.ci/newcomer $(RELEASE)
+
+chart-test: setup ## the Helm chart rendered by the real helm and compared with the manifest (builds helm: Go, five minutes)
+	.ci/helm/build
+	$(PY) -m pytest tests/chart
 
 KERNEL_TESTS := tests/kernel tests/kernels tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
 	tests/agent/test_antispoof.py tests/agent/test_reach.py

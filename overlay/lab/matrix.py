@@ -227,7 +227,10 @@ def _take(on: socket.socket, by_token: dict[bytes, tuple[_Attempt, bool]], answe
 
 def summary(cells: Iterable[Cell], node_of: dict[str, str]) -> Iterator[str]:
     """What the failures have in common: `nobody reaches node2`. node_of: the node of each end, by the end's name."""
-    between = [cell for cell in cells if node_of[cell.source] != node_of[cell.target]]
+    every = list(cells)
+    # what goes between a pod and a node's own address passes the tunnel in one direction alone
+    able = [cell for cell in every if cell.kinds == "pod-pod"] or every
+    between = [cell for cell in able if node_of[cell.source] != node_of[cell.target]]
     nodes = sorted(set(node_of.values()))
     for node in nodes:
         to = [cell for cell in between if node_of[cell.target] == node]
