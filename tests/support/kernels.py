@@ -3,24 +3,29 @@ FOLDER...`, a folder for each kernel."""
 
 from __future__ import annotations
 
+import re
 import sys
-import xml.etree.ElementTree as ET
 from collections import Counter
 from pathlib import Path
 
+_RESULT = re.compile(r"(?P<test>tests/\S+::.+) (setup|call|teardown) (?P<outcome>passed|failed|skipped) [0-9.]+")
 BEGIN, END = "<!-- made by `make kernels`: begin -->", "<!-- made by `make kernels`: end -->"
 
 
 def rows(folder: Path) -> tuple[str, dict[str, Counter[str]]]:
-    """The kernel's version, and by file how many tests passed, failed or were skipped."""
+    """The kernel's version, and by file how many tests passed, failed or were skipped: as far as the run came."""
     release = (folder / "output.txt").read_text(errors="replace").splitlines()[0]
-    found: dict[str, Counter[str]] = {}
-    for case in ET.parse(folder / "junit.xml").iter("testcase"):
-        file = ".".join(case.get("classname", "").split(".")[:3])
-        failed = case.find("failure") is not None or case.find("error") is not None
-        outcome = "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
-        found.setdefault(file, Counter())[outcome] += 1
-    return release, found
+    if not (folder / "status").exists():
+        release += "; cut off by the time"
+    outcomes: dict[str, str] = {}
+    for line in (folder / "results.txt").read_text(errors="replace").splitlines():
+        found = _RESULT.fullmatch(line)
+        if found is not None and outcomes.get(found["test"]) != "failed":
+            outcomes[found["test"]] = found["outcome"]
+    counts: dict[str, Counter[str]] = {}
+    for test, outcome in outcomes.items():
+        counts.setdefault(test.partition("::")[0], Counter())[outcome] += 1
+    return release, counts
 
 
 def table(folders: list[Path]) -> str:
@@ -29,14 +34,14 @@ def table(folders: list[Path]) -> str:
     for folder in folders:
         try:
             columns.append((folder.name, *rows(folder)))
-        except (OSError, ET.ParseError, IndexError) as error:
-            columns.append((folder.name, f"not run to its end: {error}", {}))
+        except (OSError, IndexError) as error:
+            columns.append((folder.name, f"not run: {error}", {}))
     lines = [f"- {name}: `{release}`" for name, release, _ in columns]
     files = sorted({file for _, _, found in columns for file in found})
     lines += ["", f"| tests | {' | '.join(name for name, _, _ in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for file in files:
         cells = [_cell(found.get(file)) for _, _, found in columns]
-        lines.append(f"| {file.replace('.', '/')}.py | {' | '.join(cells)} |")
+        lines.append(f"| {file} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
