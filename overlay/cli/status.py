@@ -146,6 +146,9 @@ def _node(console: Console, found: dict[str, Any]) -> Table:
             f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
             f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not as it should be)'}"
         )
+    protection = (("VXLAN guard", found.get("guard")), ("pod anti-spoofing", found.get("antispoof")))
+    if off := [name for name, of in protection if of is not None and not of["on"]]:
+        rows["not in force"] = ", ".join(off)
     if found.get("direct_routing"):
         rows["direct routes"] = found["direct_routing"]
     for row in ("mended", "dropped"):

@@ -170,6 +170,10 @@ class GuardController(_TableController):
         self.guard.forget()
         self._health.solved("unknown senders")
 
+    def status(self) -> Mapping[str, object]:
+        """`guard`: whether it is in force."""
+        return {"guard": {"on": self._wanted is not None}}
+
     def counters(self) -> Mapping[str, int]:
         """How often it was put back; what was dropped, {} where the kernel does not say."""
         mended = {"mended_guard": self.guard.mended}
@@ -259,7 +263,7 @@ class PodsController(_TableController):
     def status(self) -> Mapping[str, object]:
         """`antispoof`: the bridges whose ports are bound to their pods' addresses, and how many."""
         bridges, ports = self._pods.covered()
-        return {"antispoof": {"bridges": bridges, "bound_ports": ports}}
+        return {"antispoof": {"on": self._wanted is not None, "bridges": bridges, "bound_ports": ports}}
 
     def due(self) -> float | None:
         """When a pod is to be checked again."""

@@ -73,12 +73,16 @@ class Overrun(NamedTuple):
     """Events were lost: only a dump is reliable now."""
 
 
+SELDOM_S = 1.0
+"""What others do all the time is reported so often at most: who hears it must look later than that, or misses the rest."""
+
+
 class RoutingSeen(NamedTuple):
-    """A routing rule, or a route of a table other than main, came or went: reported at most once a second."""
+    """A routing rule, or a route of a table other than main, came or went: reported once in SELDOM_S at most."""
 
 
 class ForeignRulesSeen(NamedTuple):
-    """Somebody changed rules or chains of nftables that are none of ours: reported at most once a second."""
+    """Somebody changed rules or chains of nftables that are none of ours: reported once in SELDOM_S at most."""
 
 
 class NftSeen(NamedTuple):

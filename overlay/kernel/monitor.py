@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from lease.families import V4, Family
 from overlay.kernel.events import (
+    SELDOM_S,
     ForeignRulesSeen,
     KernelEvent,
     NeighbourMessages,
@@ -36,8 +37,6 @@ MONITOR_BUFFER = 128 << 20
 """Bytes; an event costs about 1 KiB of it, so 128 MiB hold some 40,000 (only what waits is allocated)."""
 _RULES_OR_CHAINS = frozenset((0, 2, 3, 5, 6, 8))
 """NFT_MSG_NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, DELRULE: not what sets have, which changes all day."""
-SELDOM_S = 1.0
-"""What others do all the time is reported so often at most."""
 _NFGENMSG = 4
 AT_ONCE = 512
 

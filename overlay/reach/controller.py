@@ -13,7 +13,7 @@ from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import AddressKey, Inputs, Underlay
 from overlay.control.schedule import RECHECK_S
-from overlay.kernel.events import Overrun, RouteSeen, RoutingSeen, SysctlSeen
+from overlay.kernel.events import SELDOM_S, Overrun, RouteSeen, RoutingSeen, SysctlSeen
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, Address, Link
 from overlay.kernel.route.links import read_sysctl
@@ -23,8 +23,8 @@ from overlay.reach import explain, ways
 
 ASKED_AT_ONCE = 256
 """Peers a check: all where there are not more, else others each time."""
-AGAIN_S, SOON_S = 1.0, 0.2
-"""A fault is reported when it is there again a moment later; after an event others may follow."""
+AGAIN_S, SOON_S = 1.0, SELDOM_S + 0.2
+"""A fault is reported when it is there again a moment later; after an event others may follow, of which we do not hear."""
 SHARE = 50
 """Events make a check no more often than that it takes a fiftieth of the time."""
 NAMED = 3

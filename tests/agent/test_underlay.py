@@ -2,7 +2,7 @@
 
 import pytest
 
-from overlay.lab import matrix
+from overlay.lab import matrix, topology
 from tests.support.wait import until
 from tests.support.world import number
 
@@ -255,3 +255,18 @@ def test_learned_entries_are_the_kernels(world):
     )
     assert "02:00:00:00:00:99" in world.run("node1", "bridge", "fdb", "show", "dev", "flannel.1")
     assert "writes_remove_fdb" not in one.status()["counters"]
+
+
+@pytest.mark.parametrize("masq", [False, True], ids=["control", "masquerade"])
+def test_report_9_pods_reach_the_underlay_inside_the_network(world, masq):
+    """The network holds the nodes' own prefix: who is there is no pod, and hears from a node."""
+    world.config(Network="192.168.0.0/16", SubnetLen=24)
+    agents = world.nodes(2, f"--ip-masq={str(masq).lower()}")
+    assert all(str(agent.subnet()) != "192.168.1.0/24" for agent in agents)
+    pods = [world.pod(agent, "a") for agent in agents]
+    gateway = matrix.End("gateway", "node", topology.underlay_name(world.lab), topology.GATEWAY, "gateway")
+    with matrix.Wires([*pods, gateway]) as wires:
+        assert wires.measure(*pods).ok, "between pods never"
+        cell = wires.measure(pods[0], gateway, lambda *_: "192.168.1.2", 0.5)
+    assert cell.ok == masq, cell
+    assert cell.why == ("" if masq else "no way back")
