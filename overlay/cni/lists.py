@@ -232,7 +232,7 @@ def _plugins(content: str) -> list[dict[str, Any]]:
     while there:
         each = there.pop(0)
         if isinstance(each, dict):
-            found += [each] if "type" in each else []
+            found.append(each)
             for key in ("plugins", "delegates"):
                 there += each[key] if isinstance(each.get(key), list) else []
     return found

@@ -55,10 +55,10 @@ class Interfaces:
         """Whether an address of an interface has no prefix: it may be a virtual one, and says nothing of the link."""
         return all(item.length == self.family.bits for item in self.of(index) if item.address == address)
 
-    def carries(self, link: Link) -> bool:
-        """Whether peers can be on the interface's own link, as far as its addresses tell."""
-        on_link = any(item.length < self.family.bits for item in self.of(link.ifindex))
-        return on_link and not link.loopback and link.kind != "dummy"
+    @staticmethod
+    def carries(link: Link) -> bool:
+        """Whether packets can leave by the interface that has an address: by none of the node's inner ones."""
+        return not link.loopback and link.kind != "dummy"
 
     def holder(self, address: int) -> Link | None:
         """The interface that has an address."""
@@ -215,8 +215,8 @@ def _underlay(
 
 
 def _sends_by(there: Interfaces, holder: Link, local: int, lookup: Lookup, targets: tuple[int, ...]) -> Link:
-    """The interface by which the kernel sends from an address: of one that stands on the loopback, on a dummy, or alone
-    on its interface, the routes say that. Its MTU and its state are those that count."""
+    """The interface by which the kernel sends from an address: of one that stands on the loopback or on a dummy the routes
+    say that. Its MTU and its state are those that count."""
     if there.carries(holder):
         return holder
     for target in targets:

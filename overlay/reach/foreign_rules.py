@@ -26,6 +26,11 @@ GAP_S, SHARE = 2.0, 50
 """After a change, and a fiftieth of the time at most: kube-proxy changes its rules all day long."""
 CHECK_S, CHECK_LEGACY_S = 300.0, 60.0
 """Without an event; of the old tables there are none."""
+DROPS, MASQUERADES, DOUBTFUL = "foreign rules", "foreign masquerade", "doubtful rules"
+"""Subjects of problems; with the latter two pods reach each other, or may."""
+PLUGINS = "CNI-"
+"""Chains of the bridge plugin begin so: it masquerades where our own network list says ipMasq, as flannel's does without
+--ip-masq."""
 PEERS = 2
 """Whose traffic is tried: rules are about networks, seldom about one peer."""
 CHAINS = 64
@@ -97,19 +102,18 @@ class ForeignRulesController(BackgroundController):
         flows = [flow for peer in self._some_peers(0, PEERS) for flow in flows_of(self._family, wants, peer)]
         return super().reconcile(flows)
 
-    def _work(self, wants: list[Flow]) -> tuple[list[str], list[str], float]:
+    def _work(self, wants: list[Flow]) -> tuple[dict[str, dict[str, None]], float]:
         began = time.monotonic()
-        sure: dict[str, None] = {}
-        unsure: dict[str, None] = {}
-        for line, certain in _found(self._family, wants):
-            (sure if certain else unsure).setdefault(line)
-        return list(sure), [line for line in unsure if line not in sure], time.monotonic() - began
+        found: dict[str, dict[str, None]] = {subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL)}
+        for subject, line in _found(self._family, wants):
+            found[subject].setdefault(line)
+        return found, time.monotonic() - began
 
-    def _done(self, result: tuple[list[str], list[str], float]) -> None:
-        sure, unsure, cost = result
+    def _done(self, result: tuple[dict[str, dict[str, None]], float]) -> None:
+        found, cost = result
         self._not_before = self._clock() + cost * SHARE
-        self._health.report("foreign rules", "; ".join(sure))
-        self._health.report("doubtful rules", "; ".join(unsure), harmless=True)
+        for subject, lines in found.items():
+            self._health.report(subject, "; ".join(lines), harmless=subject != DROPS)
 
     def due(self) -> float | None:
         """After a change, and now and then."""
@@ -157,8 +161,8 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
         yield "postrouting", flow
 
 
-def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, bool]]:
-    """What drops or masquerades them, one line each with what to do, and whether that is certain."""
+def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str]]:
+    """What drops or masquerades them: the problem's subject, and one line with what to do."""
     reader = _Reader(family)
     chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
     legacy = [
@@ -182,11 +186,12 @@ _OLD = "legacy"
 """Stands for a family of nftables, of a chain that iptables-legacy shows."""
 
 
-def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, bool] | None:
+def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str] | None:
     inner = not flow.protocol
     where = f"chain {verdict.where}".replace(f"chain {_OLD} ", "iptables-legacy chain ")
     if chain.kind == "nat":
-        if not inner or verdict.action not in filters.MASQUERADES or not flow.oif:
+        by_plugin = verdict.where.split()[-1].startswith(PLUGINS)
+        if not inner or verdict.action not in filters.MASQUERADES or not flow.oif or by_plugin:
             return None
         does = f"masquerades {flow.what}, so these see a node's address in place of the pod's"
     elif verdict.action not in filters.DROPS:
@@ -201,7 +206,7 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
     if rule is None:
         accept = "iptables-legacy -A INPUT" if chain.family == _OLD else f"nft add rule {chain}"
         accept += f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
-        return f"{where} {does}: {accept}", True
+        return DROPS, f"{where} {does}: {accept}"
     tool = f"{'iptables' if family.number == 4 else 'ip6tables'}{'-legacy' if chain.family == _OLD else ''}"
     table = verdict.where.split()[1]
     if "text" in rule:
@@ -209,7 +214,8 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
     else:
         remove = f"nft delete rule {verdict.where} handle {rule.get('handle')}"
     may = "" if verdict.sure else "may be what "
-    return f"{may}a rule of {where} {does}: {remove}, or an accept before it", verdict.sure
+    subject = MASQUERADES if chain.kind == "nat" else DROPS
+    return subject if verdict.sure else DOUBTFUL, f"{may}a rule of {where} {does}: {remove}, or an accept before it"
 
 
 class _Reader:

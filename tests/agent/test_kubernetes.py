@@ -296,7 +296,7 @@ def test_an_api_server_that_is_away_frozen_or_killed_costs_nothing(kube_world):
         until("and found again", lambda: not any(agent.status()["store"]["error"] for agent in agents), 40)
         world.kube.stop(signal.SIGKILL)
         until("a killed one is noticed", lambda: all(agent.status()["store"]["error"] for agent in agents), 20)
-        assert all(agent.ready() for agent in agents)
+        assert all(agent.ready() for agent in agents), [agent.problems() for agent in agents]
         world.kube.start()
         world.kube.peer("other", "10.244.50.0/24", "192.168.1.99", "0a:00:00:00:00:50")
         until("what came since is seen", lambda: world.peers("node1") == 2, 40)

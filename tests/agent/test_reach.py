@@ -294,7 +294,7 @@ FILTERS = {
     ),
     "masquerade of what leaves by the tunnel": (
         ["iptables -t nat -A POSTROUTING -o flannel.1 -j MASQUERADE"],
-        "foreign rules", ["masquerades packets of pods here", "iptables -t nat -D POSTROUTING -o flannel.1 -j MASQUERADE"],
+        "foreign masquerade", ["masquerades packets of pods here", "iptables -t nat -D POSTROUTING -o flannel.1 -j MASQUERADE"],
         ["iptables -t nat -F POSTROUTING"],
     ),
 }  # fmt: skip

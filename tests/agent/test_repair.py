@@ -322,6 +322,7 @@ def test_nothing_is_mended_at_rest(world):
     for number in (9, 10):
         world.put_peer(number)
         for agent in (one, two):
+            until("it is in the kernel", lambda agent=agent, number=number: world.peers(agent.node) == number - 7)
             world.settled(agent)
     for agent in (one, two):
         counters = agent.status()["counters"]

@@ -279,6 +279,13 @@ def test_report_4_mtu_and_state_are_those_of_the_interface_by_which_the_kernel_s
     assert (refreshed.name, refreshed.mtu, refreshed.reason) == ("eth0", 1300, under.reason)
 
 
+def test_report_4_a_point_to_point_link_has_an_address_without_prefix_and_carries_all_the_same():
+    tunnel = link(7, "ip0", 1480)._replace(arp=False)
+    there = Interfaces(V4, [LO, ETH0, tunnel], [address(2, "192.168.1.2"), address(7, "10.99.0.2", 32)])
+    found = choose(Settings(iface=("ip0",)), there, by_eth0(ip("192.168.1.2")), STORE)
+    assert (found.name, found.mtu, found.local, found.neighbours) == ("ip0", 1480, ip("10.99.0.2"), ())
+
+
 def test_report_4_an_interface_with_a_prefix_carries_its_own_link():
     assert choose(Settings(iface=("eth1",)), THERE, kernel, {}).name == "eth1", (
         "though the default route leaves by eth0"
