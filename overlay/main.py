@@ -47,6 +47,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run an agent until a signal; the exit code."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to read again
     try:
         settings, version_only = read_settings(arguments, os.environ)
         if not version_only:
@@ -145,7 +146,10 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     made.ownership.claimer = claimer = TenureThread(side.tenure, inbox.put, side.renew_within_s)
     loop.each_pass = made.ownership.judge_renewal
 
+    up: list[bool] = []
+
     def started() -> None:
+        up.append(True)
         notify("READY=1")
         side.network_up(claimer)
         garbage_as_usual()
@@ -163,12 +167,14 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
 
     def reload() -> None:
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if up:  # before that systemd waits for the start
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         log.info("reload", files=", ".join(file for each in files for file in each.paths()) or "none are named")
         for each in files:
             each.read_now()
         claimer.recheck()
-        notify("READY=1")
+        if up:
+            notify("READY=1")
 
     loop.reload = reload
     loop.alive = watchdog(boottime)
@@ -350,7 +356,7 @@ def prober() -> Callable[[int], Any]:
     from lease.tenure.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
-    from overlay.node.underlay import ANYWHERE, on_link_interface
+    from overlay.node.underlay import on_link_interface
 
     def ask(address: int) -> Answer:
         requests = RequestSocket()
@@ -361,9 +367,8 @@ def prober() -> Callable[[int], Any]:
             by = probe(name, address)
             if by is not None and by in {link.mac for link in requests.links()}:
                 return Answer(True, None)  # another interface of ours on that link
-            way = requests.lookup(V4, ANYWHERE[V4.number])
-            if by is not None and way is not None and way.via not in (0, address) and probe(name, way.via) == by:
-                return Answer(False, None)
+            if by is not None and any(probe(name, other) == by for other in _others_on(requests, name, address)):
+                return Answer(False, None)  # it answers for whatever is asked
             return Answer(True, by)
         except (KernelError, OSError) as error:
             log.warning("probe", error=str(error), effect="it is not known who has that address")
@@ -372,6 +377,21 @@ def prober() -> Callable[[int], Any]:
             requests.close()
 
     return ask
+
+
+def _others_on(requests: Any, name: str, address: int) -> list[int]:
+    """Addresses on an interface's link for which a host that has only `address` does not answer: the router's, and the last
+    of the prefix."""
+    from lease.families import V4
+    from lease.model import around
+    from overlay.node.underlay import ANYWHERE
+
+    index = next((link.ifindex for link in requests.links() if link.name == name), 0)
+    way = requests.lookup(V4, ANYWHERE[V4.number], oif=index)
+    mine = [item for item in requests.addresses(V4) if item.oif == index]
+    lasts = [around(item.family, item.address, item.length).last - 1 for item in mine if item.length < V4.bits - 2]
+    local = {item.address for item in mine} | {0, address}
+    return [other for other in dict.fromkeys(((way.via if way is not None else 0), *lasts[:1])) if other not in local]
 
 
 class StoreHosts:

@@ -14,8 +14,8 @@ from overlay.control.controller import Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 
-CHECK_S, AGAIN_S = 600.0, 30.0
-"""Three broadcasts a check: seldom on a link of many nodes; soon again while somebody answers."""
+CHECK_S, AGAIN_S = 600.0, 5.0
+"""Three broadcasts a check: seldom on a link of many nodes; soon again after an answer, which must come twice to count."""
 
 
 class _Wants(NamedTuple):
@@ -28,6 +28,7 @@ class AddressController(BackgroundController):
     """Asks the link by ARP, and reports; changes nothing."""
 
     name = "address"
+    rechecked = False
 
     def __init__(
         self,
@@ -41,6 +42,8 @@ class AddressController(BackgroundController):
         super().__init__(post, health)
         self._family, self._clock, self._ask_link = family, clock, ask
         self._next = clock()
+        self._answered: tuple[_Wants, int | None] | None = None
+        """What was asked last, and who answered."""
 
     def wants(self, inputs: Inputs) -> object:
         """What is asked for; None where nobody can be asked."""
@@ -60,13 +63,14 @@ class AddressController(BackgroundController):
 
     def _done(self, result: tuple[_Wants, int | None]) -> None:
         asked, by = result
+        twice, self._answered = by is not None and (asked, by) == self._answered, (asked, by)
         if by is not None:
             self._next = min(self._next, self._clock() + AGAIN_S)
         address = ip_text(self._family.number, asked.address)
         self._health.report(
             "duplicate address",
             ""
-            if by is None
+            if by is None or not twice
             else f"{mac_text(by)} on the link of {asked.interface} answers for {address}, our address too: that machine gets"
             " traffic meant for this node; give one of the two another address, or name the right one of ours:"
             " --iface=ADDRESS",

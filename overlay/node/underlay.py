@@ -235,10 +235,13 @@ def _asked_by_arp(there: Interfaces, link: Link, on_link: Prefix, lookup: Lookup
     if not link.up:
         return True  # its routes come back with it
     local = {item.address for item in there.addresses}
-    probe = next((a for a in range(on_link.base + 1, on_link.last) if a not in local), None)
+    able = [a for a in range(on_link.base + 1, min(on_link.base + 9, on_link.last)) if a not in local][:1]
+    able += [a for a in ((on_link.base + on_link.last) // 2, on_link.last - 1) if a not in local and a not in able]
     by = link.ifindex if _vrf(there, link) else 0  # a VRF's routes are in a table of its own
-    way = lookup(probe, oif=by) if probe is not None else None
-    return way is not None and way.oif == link.ifindex and not way.via and way.table != 0
+    found = [lookup(address, oif=by) for address in able]
+    # one of them, the gateway's most likely, may have a route of its own
+    neighbours = [w for w in found if w is not None and w.oif == link.ifindex and not w.via and w.table != 0]
+    return bool(found) and 2 * len(neighbours) > len(found)
 
 
 def _vrf(there: Interfaces, link: Link) -> int:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import ip_text, mac_text
-from overlay.control.controller import Source
+from overlay.control.controller import Handler, Source
 from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
+from overlay.kernel.events import RouteSeen, RoutingSeen
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.node import underlay as choice
@@ -48,6 +49,11 @@ class UnderlaySource(Source):
         """The choice that this node is known by: back to it as soon as its address is there again."""
         self._recorded: int | None = None
         """Its address, or that of the first choice while none is lasting. None: not asked yet."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """News of routes by which it is seen how this node sends."""
+        return {RouteSeen: lambda event: event.route.key.length == 0, RoutingSeen: lambda _event: True}
 
     def wants(self, inputs: Inputs) -> object:
         """What it is chosen from."""

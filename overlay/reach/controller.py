@@ -27,6 +27,8 @@ AGAIN_S, SOON_S = 1.0, SELDOM_S + 0.2
 """A fault is reported when it is there again a moment later; after an event others may follow, of which we do not hear."""
 SHARE = 50
 """Events make a check no more often than that it takes a fiftieth of the time."""
+OWN_TABLES = (254, 255)
+"""main and local: where another one decides, that is what is reported (`ways`)."""
 NAMED = 3
 """So many peers are named, and the others counted."""
 
@@ -72,11 +74,15 @@ class ReachController(Controller):
         self._family, self._requests, self._health, self._clock = family, requests, health, clock
         self._some_peers, self._refused = some_peers, refused
         self._place = 0
-        self._seen: frozenset[tuple[str, int, int, int]] = frozenset()
-        """Kinds of faults found by the last check."""
+        self._seen: frozenset[tuple[object, ...]] = frozenset()
+        """Faults that the last check found."""
+        self._causes: dict[tuple[str, int, int, int], str] = {}
+        """By kind of fault, since the last news of routes: looking for one reads whole tables."""
         self._asked_from: ways.Here | None = None
         """What this node was when it was asked last."""
         self._check_at = self._not_before = clock()
+        self._forget_at = clock()
+        self._synced = False
         self.checked = 0
         """Peers asked about so far."""
 
@@ -91,6 +97,7 @@ class ReachController(Controller):
         }
 
     def _soon(self) -> bool:
+        self._causes.clear()
         self._check_at = min(self._check_at, max(self._clock() + SOON_S, self._not_before))
         return False
 
@@ -109,26 +116,34 @@ class ReachController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Ask the kernel, and report. Raises KernelError."""
+        self._synced = wants.synced
         self._health.report("carrier", wants.carrier)
         self._health.report("routes", self._missing(wants))
         retained = retained_text(wants.retained, self._refused(), _idle(wants)) if wants.retained else ""
         self._health.report("retained", retained, harmless=True)
         if wants.synced and (wants.here != self._asked_from or self._clock() >= self._check_at):
-            began, self._check_at, self._asked_from = time.thread_time(), self._clock() + RECHECK_S, wants.here
+            began = time.thread_time()
+            if wants.here != self._asked_from or self._clock() >= self._forget_at:
+                self._causes.clear()
+                self._forget_at = self._clock() + RECHECK_S
+            self._asked_from = wants.here
             self._check_ways(wants)
-            self._not_before = self._clock() + (time.thread_time() - began) * SHARE
+            spent = (time.thread_time() - began) * SHARE
+            self._not_before = self._clock() + spent
+            self._check_at = self._clock() + (max(AGAIN_S, spent) if self._seen else RECHECK_S)
         return False
 
     def due(self) -> float | None:
-        """Now and then, after an event, and to look a second time."""
-        return self._check_at
+        """Now and then, after an event, and to look a second time; never while there is nothing to ask about."""
+        return self._check_at if self._synced else None
 
     # --- the bridge of pods
 
     def _missing(self, wants: _Wants) -> str:
         """What of the node's own routes is missing, with what to do: the bridge's comes with its address."""
         found, own, number = [], wants.here.own, self._family.number
-        for index in {a.oif for a in wants.addresses.values() if a.address == own.base + 1 and own.length < 31}:
+        holders = {a.oif for a in wants.addresses.values() if a.address == own.base + 1 and own.length < 31}
+        for index in holders:
             link = wants.links.get(index)
             if link is None or link.kind != "bridge":
                 continue
@@ -137,7 +152,7 @@ class ReachController(Controller):
                 found.append(
                     f"{link.name} is down, so nobody reaches the pods of this node: ip link set {link.name} up"
                 )
-            elif link.carrier and (way is None or way.oif != index):
+            elif link.carrier and (way is None or (way.oif not in holders and way.table in OWN_TABLES)):
                 gateway = ip_text(number, own.base + 1)
                 found.append(
                     f"no route leads {own} to {link.name}, so nobody reaches the pods of this node:"
@@ -148,14 +163,10 @@ class ReachController(Controller):
     # --- ways to and from peers
 
     def _check_ways(self, wants: _Wants) -> None:
-        """Report faults that were there at the last check, too: one alone may be a moment of somebody's change."""
+        """Report faults that the last check of the same peers found, too: one alone may be a moment of somebody's change.
+        Other peers are asked about once these are well."""
         here = wants.here
         peers = self._some_peers(self._place, ASKED_AT_ONCE)
-        if not peers and self._place:
-            self._place = 0
-            peers = self._some_peers(0, ASKED_AT_ONCE)
-        if not self._seen:
-            self._place += ASKED_AT_ONCE
         self.checked += len(peers)
         faults = [
             _Fault(question, way, peer)
@@ -163,21 +174,28 @@ class ReachController(Controller):
             for question in ways.questions(here, peer)
             if not ways.is_as_asked(question, way := self._requests.way(self._family, question.packet))
         ]
-        kinds = frozenset(map(_kind, faults))
-        lasting = [fault for fault in faults if _kind(fault) in self._seen]
-        self._seen = kinds
-        if kinds:
-            self._check_at = self._clock() + AGAIN_S
+        lasting = [fault for fault in faults if _same(fault) in self._seen]
+        self._seen = frozenset(map(_same, faults))
         names = {number: link.name for number, link in wants.links.items()}
         if lasting or not faults:
-            self._health.report("ways", self._text(lasting, wants.network, names, len(peers)))
+            self._report(lasting, wants.network, names, len(peers))
         self._health.report("marks", self._marked(here, peers, wants.network, names) if peers else "", harmless=True)
+        if not faults:
+            more = len(peers) == ASKED_AT_ONCE or bool(self._some_peers(self._place + ASKED_AT_ONCE, 1))
+            self._place = self._place + ASKED_AT_ONCE if more else 0
 
-    def _text(self, faults: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:
+    def _report(self, faults: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> None:
         groups: dict[tuple[str, int, int, int], list[_Fault]] = {}
         for fault in faults:
             groups.setdefault(_kind(fault), []).append(fault)
-        return "; ".join(self._about(group, network, names, asked) for group in groups.values())
+        all_peers: list[str] = []
+        single: list[str] = []
+        for group in groups.values():
+            # an underlay address is what a record says: one that no route leads to is that peer's trouble alone
+            some = group[0].question.what == ways.OUTER and len({fault.peer for fault in group}) < asked
+            (single if some else all_peers).append(self._about(group, network, names, asked))
+        self._health.report("ways", "; ".join(all_peers))
+        self._health.report("ways to single peers", "; ".join(single), harmless=True)
 
     def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:
         question, way, _ = group[0]
@@ -194,7 +212,10 @@ class ReachController(Controller):
                 happens += f" via {ip_text(self._family.number, way.via)}"
             expected = names.get(question.oif)
             happens += f", not by {expected}" if expected else ""
-        return f"{what} {happens}: {self._cause(question, way, network, names)}"
+        kind = _kind(group[0])
+        if kind not in self._causes:
+            self._causes[kind] = self._cause(question, way, network, names)
+        return f"{what} {happens}: {self._causes[kind]}"
 
     def _cause(self, question: ways.Question, way: Way, network: Prefix, names: Mapping[int, str]) -> str:
         packet, conf = question.packet, f"net/{self._family.sysctl}/conf"
@@ -236,6 +257,11 @@ class ReachController(Controller):
     def status(self) -> Mapping[str, object]:
         """`ways`: how many peers' ways were asked for since the start."""
         return {"ways": {"peers_asked": self.checked}}
+
+
+def _same(fault: _Fault) -> tuple[object, ...]:
+    """What makes two faults of two checks the same."""
+    return (*_kind(fault), fault.peer)
 
 
 def _kind(fault: _Fault) -> tuple[str, int, int, int]:

@@ -130,6 +130,8 @@ def cause(family: Family, network: Prefix, found: Decision, names: Mapping[int, 
     ours_first = (
         f"ip rule add pref {rule.priority - 1} to {network} lookup main puts the pod network's routes before it"
     )
+    if rule.priority <= 1:  # 0 is that of the table local
+        ours_first = f"ip rule del pref {rule.priority}, or give it a higher number"
     if route is None:
         return f"{by} ends it; {ours_first}"
     text = f"{route_text(family, route, names)} of table {table_text(route.table)}"

@@ -1,6 +1,6 @@
 """What other programs' rules do with the first packet of a connection between pods: as `nft -j` lists them. Pure.
 
-Source: libnftables-json(5). What cannot be said of every packet of a kind (a port, a mark, a named set) is `None`: a rule
+Source: libnftables-json(5). What cannot be said of every packet of a kind (a port, a named set) is `None`: a rule
 that asks it decides nothing here, and what follows an accept of that sort is not sure.
 """
 
@@ -13,8 +13,8 @@ from lease.model import prefix
 from overlay.kernel.nftables.program import Chain
 
 Rule = dict[str, Any]
-RulesOf = Callable[[str, str, str], list[Rule]]
-"""The rules of a chain, by family, table and name."""
+RulesOf = Callable[[str, str, str], list[Rule] | None]
+"""The rules of a chain, by family, table and name; None where it could not be read."""
 DEPTH = 16
 """The kernel's own bound on jumps (NFT_JUMP_STACK_SIZE)."""
 DROPS, ACCEPTS, MASQUERADES = ("drop", "reject"), ("accept",), ("masquerade", "snat")
@@ -50,41 +50,59 @@ class Verdict(NamedTuple):
 def judge(base: Chain, flow: Flow, rules_of: RulesOf) -> Verdict:
     """What a base chain does with the packets of a flow."""
     walk = _Walk(flow, rules_of)
-    found = walk.chain(base.family, base.table, base.name, 0)
-    if found is not None and found.action != "return":
+    found = walk.chain(base.family, base.table, base.name, 0, False)
+    if found is not None and found.action in (*DROPS, *MASQUERADES):
         return found
-    return Verdict(base.policy, None, str(base), not walk.maybe_accepted)
+    policy = Verdict(base.policy, None, str(base), not walk.maybe_accepted)
+    if found is None and policy.action in DROPS and policy.sure:
+        return policy
+    return walk.doubtful or found or policy
 
 
 class _Walk:
     def __init__(self, flow: Flow, rules_of: RulesOf) -> None:
         self._flow, self._rules_of = flow, rules_of
         self.maybe_accepted = False
+        """Some packets of the flow may have been let through already."""
+        self.doubtful: Verdict | None = None
+        """The first that drops or masquerades some of them, maybe."""
 
-    def chain(self, family: str, table: str, name: str, depth: int) -> Verdict | None:
-        """What a chain does; None: nothing."""
-        if depth > DEPTH:
+    def chain(self, family: str, table: str, name: str, depth: int, doubt: bool) -> Verdict | None:
+        """What surely ends the way through a base chain; None: nothing does. doubt: packets may not come here."""
+        rules = self._rules_of(family, table, name) if depth <= DEPTH else None
+        if rules is None:
+            self.maybe_accepted = True  # it was not read
             return None
-        for rule in self._rules_of(family, table, name):
+        for rule in rules:
             fits, verdicts = _read(rule.get("expr", ()), self._flow)
             if fits is False:
                 continue
             for kind, value in verdicts:
+                unsure = doubt or fits is None
                 if kind == "unknown":
                     self.maybe_accepted = True
                 elif kind in ("jump", "goto"):
-                    if fits is None:
-                        self.maybe_accepted = True  # what is behind it may accept
-                        continue
-                    found = self.chain(family, table, str(value), depth + 1)
-                    if found is not None and found.action != "return":
+                    found = self.chain(family, table, str(value), depth + 1, unsure)
+                    if found is not None:
                         return found
-                    if kind == "goto":
+                    if kind == "goto" and fits:
                         return None
+                elif kind == "return":
+                    if fits:
+                        return None
+                    doubt = True  # of the rest of this chain
+                elif kind in ACCEPTS:
+                    if not unsure:
+                        return Verdict(kind, rule, f"{family} {table} {name}", not self.maybe_accepted)
+                    self.maybe_accepted = True
                 elif fits is None:
-                    self.maybe_accepted |= kind in (*ACCEPTS, "return")
+                    continue  # somebody forbids a port: no matter of ours
                 else:
-                    return Verdict(kind, rule, f"{family} {table} {name}", not self.maybe_accepted)
+                    verdict = Verdict(kind, rule, f"{family} {table} {name}", not (doubt or self.maybe_accepted))
+                    if not doubt:
+                        return verdict
+                    self.doubtful = self.doubtful or verdict
+                    return None
         return None
 
 
@@ -105,8 +123,9 @@ def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tup
         elif kind in ("jump", "goto"):
             verdicts.append((kind, value["target"]))
         elif kind == "xt":
-            name = str(value.get("name"))
-            if value.get("type") == "target":
+            known = value if isinstance(value, dict) else {}  # of older programs there is no more than that
+            name = str(known.get("name"))
+            if known.get("type") == "target":
                 action = name.lower()
                 verdicts.append((action if action in (*DROPS, *MASQUERADES) else "unknown", None))
             elif name != "comment":
@@ -138,9 +157,25 @@ def _holds(left: Any, right: Any, flow: Flow) -> bool | None:
         return _any(right, lambda value: value == flow.protocol) if key == "l4proto" else None
     if kind == "ct" and key == "state":
         return _any(right, lambda value: value == "new")
+    if kind == "ct" and key == "status":
+        return _any(right, lambda value: None if value not in ("dnat", "snat", "assured", "seen-reply") else False)
+    if kind == "meta" and key == "mark":
+        return _any(right, lambda value: value == 0 if isinstance(value, int) else None)
+    if kind == "&" and isinstance(field, list) and field[:1] == [{"meta": {"key": "mark"}}]:
+        return _any(right, lambda value: value == 0 if isinstance(value, int) else None)
+    if kind == "fib" and isinstance(field, dict) and field.get("result") == "type":
+        return _any(right, lambda value: _type_fits(flow, str(field.get("flags")), value))
     if kind == "payload" and isinstance(field, dict):
         return _payload(field, right, flow)
     return None
+
+
+def _type_fits(flow: Flow, flags: Any, value: Any) -> bool | None:
+    """Of an address: whether it is this node's. That of a pod is not."""
+    if value not in ("local", "unicast", "broadcast", "multicast", "anycast"):
+        return None
+    local = bool(flow.protocol) and bool(flow.iif if flags == "daddr" else not flow.iif)
+    return bool(value == ("local" if local else "unicast"))
 
 
 def _payload(field: dict[str, Any], right: Any, flow: Flow) -> bool | None:

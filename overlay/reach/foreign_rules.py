@@ -26,8 +26,8 @@ GAP_S, SHARE = 2.0, 50
 """After a change, and a fiftieth of the time at most: kube-proxy changes its rules all day long."""
 CHECK_S, CHECK_LEGACY_S = 300.0, 60.0
 """Without an event; of the old tables there are none."""
-DROPS, MASQUERADES, DOUBTFUL = "foreign rules", "foreign masquerade", "doubtful rules"
-"""Subjects of problems; with the latter two pods reach each other, or may."""
+DROPS, MASQUERADES, DOUBTFUL, UNREAD = "foreign rules", "foreign masquerade", "doubtful rules", "filters"
+"""Subjects of problems; with all but the first pods reach each other, or may."""
 PLUGINS = "CNI-"
 """Chains of the bridge plugin begin so: it masquerades where our own network list says ipMasq, as flannel's does without
 --ip-masq."""
@@ -55,6 +55,7 @@ class ForeignRulesController(BackgroundController):
 
     name = "filters"
     harmless = True
+    rechecked = False
 
     def __init__(
         self,
@@ -103,10 +104,15 @@ class ForeignRulesController(BackgroundController):
         return super().reconcile(flows)
 
     def _work(self, wants: list[Flow]) -> tuple[dict[str, dict[str, None]], float]:
+        """What cannot be read is reported, and read again when all is: a back-off would read a node's rules every two
+        seconds."""
         began = time.monotonic()
-        found: dict[str, dict[str, None]] = {subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL)}
-        for subject, line in _found(self._family, wants):
-            found[subject].setdefault(line)
+        found: dict[str, dict[str, None]] = {subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL, UNREAD)}
+        try:
+            for subject, line in _found(self._family, wants):
+                found[subject].setdefault(line)
+        except KernelError as error:
+            found[UNREAD].setdefault(f"rules of other programs are not checked: {error}")
         return found, time.monotonic() - began
 
     def _done(self, result: tuple[dict[str, dict[str, None]], float]) -> None:
@@ -175,9 +181,16 @@ def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str]]:
             for chain in chains + legacy:
                 if chain.hook != hook:
                     continue
-                if chain.family == _OLD:
-                    chain = chain._replace(policy=reader.policy(chain))  # noqa: PLW2901
-                verdict = filters.judge(chain, seen, reader.rules)
+                try:
+                    if chain.family == _OLD:
+                        chain = chain._replace(policy=reader.policy(chain))  # noqa: PLW2901
+                    verdict = filters.judge(chain, seen, reader.rules)
+                except iptables.NoProgram as missing:
+                    yield (
+                        UNREAD,
+                        f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}",
+                    )
+                    continue
                 if (line := _about(family, chain, seen, verdict)) is not None:
                     yield line
 
@@ -213,9 +226,10 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
         remove = f"{tool} -t {table} {rule['text'].replace('-A ', '-D ', 1)}"
     else:
         remove = f"nft delete rule {verdict.where} handle {rule.get('handle')}"
-    may = "" if verdict.sure else "may be what "
+    if not verdict.sure:  # it may be right as it is: no command against it
+        return DOUBTFUL, f"maybe a rule of {where} {does}; whether one before it lets them through cannot be seen"
     subject = MASQUERADES if chain.kind == "nat" else DROPS
-    return subject if verdict.sure else DOUBTFUL, f"{may}a rule of {where} {does}: {remove}, or an accept before it"
+    return subject, f"a rule of {where} {does}: {remove}, or an accept before it"
 
 
 class _Reader:
@@ -223,7 +237,7 @@ class _Reader:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._read: dict[tuple[str, str, str], list[Rule]] = {}
+        self._read: dict[tuple[str, str, str], list[Rule] | None] = {}
         self._policies: dict[tuple[str, str], str] = {}
 
     def policy(self, chain: Chain) -> str:
@@ -231,14 +245,14 @@ class _Reader:
         self.rules(*chain[:3])
         return self._policies.get((chain.table, chain.name), "accept")
 
-    def rules(self, family: str, table: str, name: str) -> list[Rule]:
-        """A chain's rules. Of a chain that went meanwhile, or one too many, none. Raises KernelError."""
+    def rules(self, family: str, table: str, name: str) -> list[Rule] | None:
+        """A chain's rules; None of one that went meanwhile, or of one too many. Raises KernelError."""
         key = family, table, name
         if key not in self._read:
-            self._read[key] = self._rules(*key) if len(self._read) < CHAINS else []
+            self._read[key] = self._rules(*key) if len(self._read) < CHAINS else None
         return self._read[key]
 
-    def _rules(self, family: str, table: str, name: str) -> list[Rule]:
+    def _rules(self, family: str, table: str, name: str) -> list[Rule] | None:
         lines = partial(iptables.chain_lines, self._family.number, table, name)
         try:
             if family == _OLD:
@@ -248,7 +262,7 @@ class _Reader:
             found = program.rules_of(family, table, name)
         except KernelError as error:
             if "No such file" in str(error) or "No chain" in str(error):
-                return []
+                return None
             raise
         if any(list(each) == ["xt"] for rule in found for each in rule.get("expr", ())):
             try:

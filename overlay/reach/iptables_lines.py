@@ -31,33 +31,37 @@ def policy(lines: list[str]) -> str:
 
 def _rule(line: str, protocol: str) -> dict[str, Any]:
     expr: list[dict[str, Any]] = []
-    negated = False
-    words = iter(_words(line)[2:])
-    for word in words:
+    try:
+        words = shlex.split(line)[2:]
+    except ValueError:  # no closing quote: it may do anything
+        return {"expr": [{"queue": None}], "text": line}
+    negated, at = False, 0
+    while at < len(words):
+        word, at = words[at], at + 1
         if word == "!":
             negated = True
             continue
+        values = []
+        while at < len(words) and not _is_option(words[at]):
+            values.append(words[at])
+            at += 1
         if word in ("-j", "-g"):  # what follows are the target's own options
-            expr += _target("jump" if word == "-j" else "goto", next(words, ""))
+            expr += _target("jump" if word == "-j" else "goto", values[0] if values else "")
             break
-        expr += _one(word, words, "!=" if negated else "==", protocol)
+        expr += _one(word, values, "!=" if negated else "==", protocol)
         negated = False
     return {"expr": expr, "text": line}
 
 
-def _words(line: str) -> list[str]:
-    try:
-        return shlex.split(line)
-    except ValueError:
-        return line.split()
+def _is_option(word: str) -> bool:
+    return word == "!" or (word.startswith("-") and not word[1:2].isdecimal())
 
 
-def _one(word: str, words: Any, op: str, protocol: str) -> list[dict[str, Any]]:
-    """What an option, with its value, stands for."""
-    if word == "-m":
-        next(words, "")
+def _one(word: str, values: list[str], op: str, protocol: str) -> list[dict[str, Any]]:
+    """What an option, with its values, stands for."""
+    value = values[0] if values else ""
+    if word in ("-m", "--comment"):
         return []
-    value = next(words, "")
     if word in _FIELDS:
         return [_match(op, {"payload": {"protocol": protocol, "field": _FIELDS[word]}}, value)]
     if word in _INTERFACES:
@@ -66,14 +70,25 @@ def _one(word: str, words: Any, op: str, protocol: str) -> list[dict[str, Any]]:
     if word == "-p":
         return [_match(op, {"meta": {"key": "l4proto"}}, value)]
     if word in ("--dport", "--dports"):
-        return [
-            _match(op, {"payload": {"protocol": "th", "field": "dport"}}, [_port(each) for each in value.split(",")])
-        ]
+        ports = [_port(each) for each in value.split(",")]
+        return [_match(op, {"payload": {"protocol": "th", "field": "dport"}}, ports)]
     if word in ("--ctstate", "--state"):
         return [_match(op, {"ct": {"key": "state"}}, value.lower().split(","))]
-    if word == "--comment":
-        return []
+    if word in ("--dst-type", "--src-type"):
+        flags = "daddr" if word == "--dst-type" else "saddr"
+        return [_match(op, {"fib": {"result": "type", "flags": flags}}, value.lower().split(","))]
+    if word == "--mark":
+        return [_mark(op, value)]
     return [_UNCLEAR]
+
+
+def _mark(op: str, value: str) -> dict[str, Any]:
+    mark, _, mask = value.partition("/")
+    try:
+        left = {"&": [{"meta": {"key": "mark"}}, int(mask, 0) if mask else 0xFFFFFFFF]}
+        return _match(op, left, int(mark, 0))
+    except ValueError:
+        return _UNCLEAR
 
 
 def _target(kind: str, name: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
 
 from lease.families import FAMILIES
 from lease.store import StoreError
@@ -105,12 +104,19 @@ def _ours(settings: Settings, owned: Owned) -> bool:
 
 
 @contextmanager
-def _locked(settings: Settings) -> Iterator[TextIO]:
+def _locked(settings: Settings) -> Iterator[None]:
+    """Nobody else works here. A dry run leaves no file and no folder where there was none."""
+    folder, lock = Path(settings.run_dir), Path(settings.run_dir) / "lock"
+    made_folder, made_lock = not folder.exists(), not lock.exists()
     file = hold(settings.run_dir)
     try:
-        yield file
+        yield
     finally:
         file.close()
+        if dry.run and made_lock:
+            lock.unlink(missing_ok=True)
+        if dry.run and made_folder:
+            folder.rmdir()
 
 
 def _annotations(settings: Settings, owned: Owned) -> Iterator[str]:

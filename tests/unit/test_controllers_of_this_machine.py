@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lease.model import ip_number
+from lease.families import V4
+from lease.model import Prefix, ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
 from overlay.control.controller import CannotReconcile
@@ -14,7 +15,8 @@ from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.lookup import Way
 from overlay.node import sysctls
 from overlay.node.underlay import UnderlayError
-from overlay.reach.controller import AGAIN_S
+from overlay.reach import ways
+from overlay.reach.controller import AGAIN_S, ReachController
 from tests.support.bench import RETAINED
 from tests.support.fakes import address, by_index, link, underlay
 from tests.support.make import lease
@@ -260,3 +262,39 @@ def test_an_underlay_without_carrier_is_told(bench):
     bench.current.set(underlays={4: underlay()})
     bench.reconcile(controller)
     assert bench.problems() == {}
+
+
+def test_nothing_is_asked_while_the_peers_are_not_in_the_kernel(bench):
+    """A time that is past would make the loop turn without end."""
+    controller = bench.reach()
+    for change in ({"synced": False}, {"synced": True, "underlays": {4: underlay(up=False)}}):
+        bench.current.set(**change)
+        bench.reconcile(controller)
+        assert controller.due() is None
+    bench.current.set(underlays={4: underlay()})
+    bench.kernel.ways[ip_number("10.244.9.2", 4)] = Way(3, 0, 0)
+    bench.reconcile(controller)
+    assert controller.due() > bench.clock.now
+
+
+@pytest.mark.parametrize("count", [3, 700])
+def test_a_record_whose_address_no_route_leads_to_is_that_peers_trouble_alone(bench, count):
+    bad = 2 if count == 3 else 300
+    peers = [
+        ways.Peer(Prefix(4, (10 << 24) + (n << 8), 24), ip_number("192.168.7.0", 4) + n, False) for n in range(count)
+    ]
+    controller = ReachController(V4, bench.kernel, bench.health, bench.clock, lambda at, n: peers[at : at + n], list)
+    bench.kernel.ways = {peer.subnet.base + 2: Way(3, 0, 0) for peer in peers} | {peers[bad].public_ip: None}
+    bench.current.set(synced=True)
+    for _ in range(8):
+        bench.reconcile(controller)
+        bench.clock.now = max(controller.due(), bench.clock.now)
+    found = bench.health.problems()
+    assert str(peers[bad].subnet) in found["ways to single peers"].text
+    assert found["ways to single peers"].harmless
+    assert "ways" not in found
+    bench.kernel.ways[peers[bad].subnet.base + 2] = Way(9, 0, 0)
+    for _ in range(4):
+        bench.reconcile(controller)
+        bench.clock.now = max(controller.due(), bench.clock.now)
+    assert str(peers[bad].subnet) in bench.problems()["ways"], "routes of others are another matter"

@@ -102,7 +102,7 @@ def test_jumps_come_back_and_gotos_do_not():
     assert judged([jump], [DROP], sub=[[ACCEPT]]) == ("accept", True)
     assert judged([goto], [DROP], sub=[[meta("iifname", "x"), DROP]]) == ("accept", True), "its policy"
     assert judged([meta("iifname", "x"), jump], [ACCEPT], sub=[[DROP]]) == ("accept", True)
-    assert judged([jump], sub=[[jump]]) == ("accept", True), "one without end is none in the kernel"
+    assert judged([jump], sub=[[jump]]) == ("accept", False), "one without end is none in the kernel"
 
 
 def test_ports_and_protocols_are_known_of_the_tunnels_packets():
@@ -128,6 +128,12 @@ def test_ports_and_protocols_are_known_of_the_tunnels_packets():
         ("-A FORWARD -p tcp -m tcp --dport 80 -j DROP", "accept"),
         ("-A FORWARD -m mark --mark 0x1/0x1 -j DROP", "accept"),
         ("-A FORWARD -j LOG --log-prefix x", "accept"),
+        ("-A FORWARD -m mark ! --mark 0x4000/0x4000 -j DROP", "drop"),
+        ("-A FORWARD -m set --match-set nodes src -j DROP", "accept"),
+        ("-A FORWARD -p tcp -m tcp --tcp-flags FIN,SYN SYN -j DROP", "accept"),
+        ("-A FORWARD -m socket --transparent -j DROP", "accept"),
+        ("-A FORWARD -m addrtype --dst-type LOCAL -j DROP", "accept"),
+        ("-A FORWARD -m addrtype ! --dst-type LOCAL -j DROP", "drop"),
         ("-A FORWARD -j MASQUERADE --random-fully", "masquerade"),
         ("-A FORWARD -j OTHER", "drop"),
         ("-A FORWARD -g OTHER", "drop"),
@@ -145,3 +151,68 @@ def test_lines_of_iptables(line, action):
 def test_a_policy_of_iptables():
     assert iptables_lines.policy(["-P INPUT DROP", "-A INPUT -j ACCEPT"]) == "drop"
     assert iptables_lines.policy(["-N OTHER"]) == "accept"
+
+
+def lines(*rules, flow=OUT, policy="accept", **chains):
+    """The same of lines of iptables."""
+    there = {"base": rules, **chains}
+    return filters.judge(
+        Chain("ip", "t", "base", policy), flow, lambda _f, _t, name: iptables_lines.rules(list(there[name]), "ip")
+    )
+
+
+def test_an_accept_whose_options_are_not_known_is_an_accept_all_the_same():
+    for option in ("-m set --match-set nodes src", "-m socket --transparent", "-m tcp --tcp-flags FIN,SYN SYN"):
+        found = lines(f"-A base {option} -j ACCEPT", "-A base -j DROP", flow=TUNNEL)
+        assert (found.action, found.sure) == ("drop", False), option
+
+
+def test_kube_proxys_masquerade_is_no_matter_of_pods():
+    found = lines(
+        "-A base -m comment --comment x -j KUBE-POSTROUTING",
+        **{"KUBE-POSTROUTING": ("-A K -m mark ! --mark 0x4000/0x4000 -j RETURN", "-A K -j MARK --set-xmark 0x4000/0x0",
+                                "-A K -m comment --comment x -j MASQUERADE --random-fully")},
+    )  # fmt: skip
+    assert found.action == "accept"
+    masked = match({"&": [{"meta": {"key": "mark"}}, 0x4000]}, 0x4000, "!=")
+    assert judged([masked, RETURN], [{"masquerade": None}])[0] == "accept"
+
+
+def test_ufw_with_and_without_the_tunnels_port():
+    chains = {
+        "ufw-before": ("-A x -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", "-A x -j ufw-not-local"),
+        "ufw-not-local": ("-A x -m addrtype --dst-type LOCAL -j RETURN", "-A x -m addrtype --dst-type MULTICAST -j RETURN",
+                          "-A x -m limit --limit 3/min --limit-burst 10 -j LOG", "-A x -j DROP"),
+        "ufw-user": ("-A x -p tcp -m tcp --dport 22 -j ACCEPT",),
+    }  # fmt: skip
+    base = ("-A base -j ufw-before", "-A base -j ufw-user")
+    found = lines(*base, flow=TUNNEL, policy="drop", **chains)
+    assert (found.action, found.rule, found.sure) == ("drop", None, True), "its policy"
+    allowed = {**chains, "ufw-user": (*chains["ufw-user"], "-A x -p udp -m udp --dport 8472 -j ACCEPT")}
+    assert lines(*base, flow=TUNNEL, policy="drop", **allowed).action == "accept"
+
+
+def test_firewalld_that_rejects_what_no_zone_lets_through():
+    dnat = match({"ct": {"key": "status"}}, "dnat", "in")
+    assert judged([dnat, ACCEPT], [{"reject": {"type": "icmpx"}}]) == ("reject", True)
+
+
+def test_a_chain_that_could_not_be_read_makes_nothing_sure():
+    jump = {"jump": {"target": "unread"}}
+
+    def rules_of(_family, _table, name):
+        return None if name == "unread" else [{"expr": [jump]}, {"expr": [DROP]}]
+
+    found = filters.judge(Chain("inet", "t", "base", "accept"), OUT, rules_of)
+    assert (found.action, found.sure) == ("drop", False)
+
+
+def test_an_extension_that_an_older_nft_does_not_describe():
+    assert judged([{"xt": None}, DROP])[0] == "accept"
+    assert judged([{"xt": None}, ACCEPT], [DROP]) == ("drop", False)
+
+
+def test_a_drop_behind_a_return_that_cannot_be_judged_is_doubtful_and_the_way_goes_on():
+    jump = {"jump": {"target": "sub"}}
+    assert judged([jump], sub=[[UNKNOWN, RETURN], [DROP]]) == ("drop", False)
+    assert judged([jump], [meta("iifname", "cni0"), DROP], sub=[[UNKNOWN, RETURN], [DROP]]) == ("drop", True)
