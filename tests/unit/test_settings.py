@@ -1,5 +1,6 @@
 """flanneld's flags and environment, with flanneld's meaning or a clear refusal."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from lease.endpoint import shown
 from lease.etcd.client import EtcdClient, EtcdSettings, EtcdSettingsError
 from lease.model import ip_number
 from overlay.cli.reference import rewritten
+from overlay.settings.files import check_files
 from overlay.settings.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
 
 FLANNELD = [
@@ -207,3 +209,54 @@ def test_help_says_what_the_command_does_and_what_matters_to_it(prog, words, non
     shown = capsys.readouterr().out
     assert all(word in shown for word in words)
     assert not any(word in shown for word in none)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--etcd-cafile=/nowhere/ca.pem"], "--etcd-cafile: /nowhere/ca.pem: No such file"),
+        (["--etcd-keyfile=/nowhere/key.pem"], "--etcd-keyfile: /nowhere/key.pem: No such file"),
+        (["--etcd-certfile=/etc/hostname"], "--etcd-certfile and --etcd-keyfile: give both"),
+        (
+            ["--kube-subnet-mgr", "--node-name=n", "--kubeconfig-file=/nowhere"],
+            "--kubeconfig-file: /nowhere: No such file",
+        ),
+        (["--run-dir=/etc/hostname"], "--run-dir: /etc/hostname must be a folder"),
+        (["--cni-conf-dir=/etc/hostname"], "--cni-conf-dir: /etc/hostname must be a folder"),
+        (["--subnet-file=/etc"], "--subnet-file: /etc is a folder"),
+        (["--proc-sys-net=/etc"], "--proc-sys-net: /etc has no ipv4"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(flags, words):
+    settings, _ = read_settings(flags, {})
+    with pytest.raises(SettingsError) as caught:
+        check_files(settings)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_may_come_later_are_waited_for():
+    settings, _ = read_settings(
+        ["--live-settings=/nowhere", "--cni-conf-template=/nowhere", "--net-config-path=/nowhere"], {}
+    )
+    check_files(settings)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--public-ip=0.0.0.0", "is in 0.0.0.0/8"),
+        ("--public-ip=127.0.0.1", "is in 127.0.0.0/8"),
+        ("--public-ip=224.0.0.1", "where no node's address can be"),
+        ("--iface-can-reach=0.0.0.0", "--iface-can-reach"),
+        ("--healthz-ip=foo", "--healthz-ip: 'foo' must be an address"),
+        ("--iface=a-name-that-is-too-long", "at most 15 characters"),
+    ],
+)
+def test_impossible_values_are_refused(flag, words):
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        read_settings([flag], {})
+
+
+def test_an_interface_may_be_named_by_a_long_address():
+    assert read_settings(["--iface=255.255.255.254", "--healthz-ip=::"], {})[0].iface == ("255.255.255.254",)
