@@ -19,6 +19,11 @@ class WrongFlag(click.ClickException):
     exit_code = 2
 
 
+def _on_terminal() -> bool:
+    """Whether somebody is there to be asked."""
+    return sys.stdin.isatty()
+
+
 def _only_root() -> None:
     """Raises ClickException."""
     if os.geteuid() != 0:
@@ -50,7 +55,7 @@ def release(dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
         if dry_run:
             click.echo(f"would release {give_up(settings, dry_run=True)}")
             return
-        if not yes and sys.stdin.isatty():
+        if not yes and _on_terminal():
             key = give_up(settings, dry_run=True)
             click.confirm(f"release {key}? Other nodes stop sending to this one at once", abort=True)
         click.echo(f"released {give_up(settings)}")
@@ -81,7 +86,7 @@ def uninstall(force: bool, dry_run: bool, yes: bool, flags: tuple[str, ...]) -> 
     try:
         settings, _ = read_settings(flags, os.environ, "overlay uninstall")
         _only_root()
-        if not dry_run and not yes and sys.stdin.isatty():
+        if not dry_run and not yes and _on_terminal():
             click.confirm("remove overlay from this node? Running pods lose their network", abort=True)
         removed = 0
         for line in remove(settings, force, dry_run):
