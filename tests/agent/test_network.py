@@ -13,7 +13,7 @@ import pytest
 from lease.model import mac_number, prefix
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.lab import matrix, netns, pods
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 from tests.support.world import ROOT, made_up_peer, number
 
 
@@ -315,7 +315,7 @@ def test_systemd_is_told_when_it_is_ready(world, tmp_path):
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "notify"))
-        listening.settimeout(20)
+        listening.settimeout(20 * PATIENCE)
         agent = world.agent(world.node(1), environ={"NOTIFY_SOCKET": str(tmp_path / "notify")})
         assert listening.recv(100) == b"READY=1"
         assert agent.ready()
@@ -326,7 +326,7 @@ def test_sighup_reads_the_files_again_and_ends_nothing(world, tmp_path):
     live.write_text("{}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "notify"))
-        listening.settimeout(20)
+        listening.settimeout(20 * PATIENCE)
         agent = world.agent(
             world.node(1), f"--live-settings={live}", environ={"NOTIFY_SOCKET": str(tmp_path / "notify")}
         ).wait_ready()
@@ -345,7 +345,7 @@ def test_sighup_reads_the_files_again_and_ends_nothing(world, tmp_path):
 def test_systemds_watchdog_is_told_while_the_loop_turns(world, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "notify"))
-        listening.settimeout(20)
+        listening.settimeout(20 * PATIENCE)
         environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
         agent = world.agent(world.node(1), environ=environ)
         assert [listening.recv(100) for _ in range(4)].count(b"WATCHDOG=1") >= 3
@@ -359,7 +359,7 @@ def test_systemds_watchdog_is_told_while_the_loop_turns(world, tmp_path):
         with pytest.raises(TimeoutError):
             read_all()
         agent.process.send_signal(signal.SIGCONT)
-        listening.settimeout(20)
+        listening.settimeout(20 * PATIENCE)
         assert listening.recv(100) == b"WATCHDOG=1"
 
 
