@@ -68,7 +68,7 @@ class Loop:
         self._current, self.health, self._inbox, self._clock = current, health, inbox, clock
         self._schedule = Schedule(controllers, current, health, clock)
         self.started: Callable[[], None] = lambda: None
-        """Called when the node is ready for the first time; set before `run`."""
+        """Called when our own work is done for the first time; set before `run`."""
         self.each_pass: Callable[[], None] = lambda: None
         """Called at the end of each pass; set before `run`."""
         self.reload: Callable[[], None] = lambda: None
@@ -76,7 +76,7 @@ class Loop:
         self.alive: Callable[[], None] = lambda: None
         """Called at each turn; set before `run`."""
         self._began = clock()
-        self._ever_ready = self._log_released = False
+        self._ever_started = self._log_released = False
         self._passes, self._passes_s = [0] * (len(PASS_BOUNDS_S) + 1), 0.0
         """How many passes took how long, by PASS_BOUNDS_S, and seconds of all."""
 
@@ -129,8 +129,9 @@ class Loop:
         waiting = self._schedule.waiting()
         if not self._log_released and not waiting and "kernel" not in self.health.problems():
             self._release_log()
-        if self.health.judge(waiting) and not self._ever_ready:
-            self._ever_ready = True
+        self.health.judge(waiting)
+        if not self._ever_started and self.health.in_place(waiting):
+            self._ever_started = True
             self.started()
         return more
 

@@ -16,11 +16,13 @@ STUCK_S = 20.0
 
 
 class Problem(NamedTuple):
-    """Something that is wrong. since: seconds since the epoch. harmless: pods' traffic is as it should be."""
+    """Something that is wrong. since: seconds since the epoch. harmless: pods' traffic is as it should be. outside: it is
+    not of our own work: a start does not wait for it."""
 
     text: str
     since: float
     harmless: bool
+    outside: bool = False
 
 
 class Health:
@@ -55,9 +57,9 @@ class Health:
         with self._lock:
             return dict(self._problems)
 
-    def problem(self, subject: str, text: str, harmless: bool = False) -> None:
+    def problem(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> None:
         """Something is wrong."""
-        if self.note(subject, text, harmless) != text:
+        if self.note(subject, text, harmless, outside) != text:
             log.warning("problem", subject=subject, what=text)
 
     def solved(self, subject: str) -> None:
@@ -65,10 +67,10 @@ class Health:
         if subject in self._problems and (was := self.note(subject, "")) is not None:
             log.info("problem.solved", subject=subject, was=was)
 
-    def report(self, subject: str, text: str, harmless: bool = False) -> None:
+    def report(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> None:
         """A problem, or ("") none any more."""
         if text:
-            self.problem(subject, text, harmless)
+            self.problem(subject, text, harmless, outside)
         else:
             self.solved(subject)
 
@@ -86,13 +88,18 @@ class Health:
             (log.info if ready else log.warning)("ready" if ready else "not_ready", reason=self.readiness()[1])
         return ready
 
-    def note(self, subject: str, text: str, harmless: bool = False) -> str | None:
+    def in_place(self, waiting: str) -> bool:
+        """Whether our own work is done: what others do to pods' traffic keeps a node from being ready, but no start (nor
+        what systemd starts after us) waits for it."""
+        return not waiting and all(each.harmless or each.outside for each in self._problems.values())
+
+    def note(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> str | None:
         """Set or ("") clear a problem without a log line; what stood there."""
         with self._lock:
             was = self._problems.get(subject)
             if text:
                 since = self._wall() if was is None else was.since
-                self._problems[subject] = Problem(text, since, harmless)
+                self._problems[subject] = Problem(text, since, harmless, outside)
             else:
                 self._problems.pop(subject, None)
         return None if was is None else was.text

@@ -74,6 +74,7 @@ class AddressController(BackgroundController):
             else f"{mac_text(by)} on the link of {asked.interface} answers for {address}, our address too: that machine gets"
             " traffic meant for this node; give one of the two another address, or name the right one of ours:"
             " --iface=ADDRESS",
+            outside=True,
         )
 
     def due(self) -> float | None:

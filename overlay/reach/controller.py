@@ -117,8 +117,8 @@ class ReachController(Controller):
     def reconcile(self, wants: Any) -> bool:
         """Ask the kernel, and report. Raises KernelError."""
         self._synced = wants.synced
-        self._health.report("carrier", wants.carrier)
-        self._health.report("routes", self._missing(wants))
+        self._health.report("carrier", wants.carrier, outside=True)
+        self._health.report("routes", self._missing(wants), outside=True)
         retained = retained_text(wants.retained, self._refused(), _idle(wants)) if wants.retained else ""
         self._health.report("retained", retained, harmless=True)
         if wants.synced and (wants.here != self._asked_from or self._clock() >= self._check_at):
@@ -194,7 +194,7 @@ class ReachController(Controller):
             # an underlay address is what a record says: one that no route leads to is that peer's trouble alone
             some = group[0].question.what == ways.OUTER and len({fault.peer for fault in group}) < asked
             (single if some else all_peers).append(self._about(group, network, names, asked))
-        self._health.report("ways", "; ".join(all_peers))
+        self._health.report("ways", "; ".join(all_peers), outside=True)
         self._health.report("ways to single peers", "; ".join(single), harmless=True)
 
     def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:

@@ -119,7 +119,7 @@ class ForeignRulesController(BackgroundController):
         found, cost = result
         self._not_before = self._clock() + cost * SHARE
         for subject, lines in found.items():
-            self._health.report(subject, "; ".join(lines), harmless=subject != DROPS)
+            self._health.report(subject, "; ".join(lines), harmless=subject != DROPS, outside=True)
 
     def due(self) -> float | None:
         """After a change, and now and then."""

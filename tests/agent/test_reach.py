@@ -82,7 +82,7 @@ def test_report_3_an_address_that_another_host_answers_for_is_told(world):
     one, two = world.nodes(2)
     world.run("node2", "ip", "addr", "add", "192.168.1.2/32", "dev", "eth0")
     one.stop()
-    again = world.restart(one).wait_ready()
+    again = world.restart(one)
     mac = world.run("node2", "ip", "-br", "link", "show", "eth0").split()[2]
     is_told(again, "duplicate address", "192.168.1.2", mac, "--iface")
     until("which is no small thing", lambda: not again.ready())

@@ -371,3 +371,15 @@ def test_the_loop_does_not_wait_for_a_first_event():
     loop.each_pass = lambda: inbox.put(Stop("after the first pass"))
     assert loop.run() == 0
     assert world.toy.asked == 1
+
+
+def test_a_start_waits_for_our_own_work_not_for_what_others_do():
+    health = Health(Clock())
+    health.problem("device", "refused")
+    assert not health.in_place("")
+    health.solved("device")
+    assert not health.in_place("for a lease")
+    health.problem("ways", "a rule of others", outside=True)
+    health.problem("mtu", "lowered", harmless=True)
+    assert health.in_place("")
+    assert not health.judge(""), "but the node is not ready"
