@@ -8,14 +8,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 400
-"""Where the output is no terminal: lines are not cut, nor folded."""
+WIDTH = 100_000
+"""Where the output is no terminal: lines are not folded."""
+
+
+class _Plain(Console):
+    """For a pipe: nothing is filled up to a width."""
+
+    def print(self, *objects: Any, **more: Any) -> None:
+        with self.capture() as captured:
+            super().print(*objects, **more)
+        for line in captured.get().splitlines():
+            self.file.write(line.rstrip() + "\n")
 
 
 def console(stderr: bool = False) -> Console:
     """A console that prints words as they are: no colours for numbers, no emoji, as which a part of a MAC can be read. On a
     terminal it has that one's width."""
-    return Console(stderr=stderr, highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return Console(stderr=stderr, highlight=False, emoji=False)
+    return _Plain(stderr=stderr, highlight=False, emoji=False, width=WIDTH)
 
 
 def table(to: Console, *columns: str, title: str, **more: Any) -> Table:

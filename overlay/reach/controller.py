@@ -188,16 +188,18 @@ class ReachController(Controller):
         groups: dict[tuple[str, int, int, int], list[_Fault]] = {}
         for fault in faults:
             groups.setdefault(_kind(fault), []).append(fault)
-        all_peers: list[str] = []
-        single: list[str] = []
+        all_peers: dict[str, list[str]] = {}
+        single: dict[str, list[str]] = {}
         for group in groups.values():
             # an underlay address is what a record says: one that no route leads to is that peer's trouble alone
             some = group[0].question.what == ways.OUTER and len({fault.peer for fault in group}) < asked
-            (single if some else all_peers).append(self._about(group, network, names, asked))
-        self._health.report("ways", "; ".join(all_peers), outside=True)
-        self._health.report("ways to single peers", "; ".join(single), harmless=True)
+            happens, cause = self._about(group, network, names, asked)
+            (single if some else all_peers).setdefault(cause, []).append(happens)
+        self._health.report("ways", _by_cause(all_peers), outside=True)
+        self._health.report("ways to single peers", _by_cause(single), harmless=True)
 
-    def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> str:
+    def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> tuple[str, str]:
+        """What happens, and why."""
         question, way, _ = group[0]
         subnets = list(dict.fromkeys(str(fault.peer.subnet) for fault in group))
         peer = ", ".join(subnets[:NAMED])
@@ -215,7 +217,7 @@ class ReachController(Controller):
         kind = _kind(group[0])
         if kind not in self._causes:
             self._causes[kind] = self._cause(question, way, network, names)
-        return f"{what} {happens}: {self._causes[kind]}"
+        return f"{what} {happens}", self._causes[kind]
 
     def _cause(self, question: ways.Question, way: Way, network: Prefix, names: Mapping[int, str]) -> str:
         packet, conf = question.packet, f"net/{self._family.sysctl}/conf"
@@ -267,6 +269,11 @@ def _same(fault: _Fault) -> tuple[object, ...]:
 def _kind(fault: _Fault) -> tuple[str, int, int, int]:
     """Faults of one kind have one cause, as far as can be seen without looking for it."""
     return fault.question.what, fault.way.oif, fault.way.table, fault.way.error
+
+
+def _by_cause(found: Mapping[str, list[str]]) -> str:
+    """One cause after the other, each once."""
+    return "; ".join(f"{', '.join(happens)}: {cause}" for cause, happens in found.items())
 
 
 def _carrier(underlay: Underlay) -> str:

@@ -16,7 +16,7 @@ FOUND = {
     "problems": [{"subject": "kernel", "text": "2 entries are not as they should be", "since": "2026-11-28T05:00:00Z", "keeps_unready": True}],
     "store": {"type": "etcd", "address": "etcd there", "up": False, "error": "no answer"},
     "network": {"subnets": {"ipv4": {"network": "10.244.0.0/16"}}}, "underlay": None, "lease": None, "device": None,
-    "peers": [PEER], "refused_records": [{"key": "10.244.8.0-24", "reason": "[bold]not JSON[/]"}, {"key": "k", "reason": "who can tell" + " and so on" * 12 + " of a long tale"}], "differing_entries": 2,
+    "peers": [PEER], "refused_records": [{"key": "10.244.8.0-24", "reason": "[bold]not JSON[/]"}, {"key": "k", "reason": "who can tell" + " and so on" * 99 + " of a long tale"}], "differing_entries": 2,
     "differences": [{"table": "route", "entry": "10.244.9.0/24 metric 10", "state": "missing", "error": "EPERM", "tries": 3}],
     "conflicting_routes": [{"destination": "10.244.9.0/26", "via": "", "device": "", "metric": 0, "protocol": 3}],
     "retained_subnets": ["10.244.7.0/24"], "counters": {"mended_route": 2, "dropped_spoofed": 0},
@@ -28,7 +28,7 @@ def test_everything_that_is_not_as_it_should_be_is_listed():
         ("kernel", "2 entries are not as they should be (since 2026-11-28T05:00:00Z)"),
         ("store", "no answer (datapath and peers stay as they are)"),
         ("record 10.244.8.0-24", "not used: [bold]not JSON[/]"),
-        ("record k", "not used: who can tell" + " and so on" * 12 + " of a long tale"),
+        ("record k", "not used: who can tell" + " and so on" * 99 + " of a long tale"),
         ("route 10.244.9.0/24 metric 10", "missing, refused 3 times: EPERM"),
         ("route 10.244.9.0/26 to nowhere, or to several gateways metric 0 proto 3", "not ours, but preferred to ours"),
         ("subnet 10.244.7.0/24", "not ours any more; pods made before still use it here"),
@@ -79,6 +79,7 @@ def test_piped_output_is_plain_columns(monkeypatch):
     assert not set(text) & set("│─┃━┌")
     (long,) = [line for line in text.splitlines() if "who can tell" in line]
     assert "of a long tale" in long, "nothing is folded"
+    assert all(line == line.rstrip() for line in text.splitlines()), "nor filled up"
 
 
 def test_everything_as_json_or_yaml(monkeypatch):

@@ -240,6 +240,7 @@ def test_routes_that_are_not_ours_to_put_back_are_told(bench):
     bench.clock.now += AGAIN_S
     bench.reconcile(controller)
     found = bench.problems()
+    assert found["ways"].count("ip route") == 1, "one cause, said once"
     for words in (
         "packets of this node to 10.244.9.0/24 leave by eth0 via 192.168.1.1, not by flannel.1",
         "packets of pods here to 10.244.9.0/24 leave by eth0",
