@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
+from pyroute2 import config as _config
 from pyroute2 import netns as _netns
 
 _T = TypeVar("_T")
 FOLDER = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
+_config.default_communicate_timeout = 30
+"""Seconds for the process that makes a namespace: pyroute2's two are too few on an emulated or crowded machine."""
 
 
 def path(name: str) -> str:
