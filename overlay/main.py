@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
+    from overlay.kernel.route.entries import Address
     from overlay.process.watched import FileThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -146,10 +147,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     made.ownership.claimer = claimer = TenureThread(side.tenure, inbox.put, side.renew_within_s)
     loop.each_pass = made.ownership.judge_renewal
 
-    up: list[bool] = []
-
     def started() -> None:
-        up.append(True)
         notify("READY=1")
         side.network_up(claimer)
         garbage_as_usual()
@@ -165,18 +163,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
     signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
-
-    def reload() -> None:
-        if up:  # before that systemd waits for the start
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        log.info("reload", files=", ".join(file for each in files for file in each.paths()) or "none are named")
-        for each in files:
-            each.read_now()
-        claimer.recheck()
-        if up:
-            notify("READY=1")
-
-    loop.reload = reload
+    loop.reload = lambda: _reload(files, claimer, loop.ever_started)
     loop.alive = watchdog(boottime)
     _serve(settings, loop)
     for thread in threads:
@@ -187,6 +174,18 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         feed.stop()
         claimer.stop()
         store.close()
+
+
+def _reload(files: list[FileThread], claimer: TenureThread, started: bool) -> None:
+    """SIGHUP. started: before that systemd waits for the start, and is told of nothing else."""
+    if started:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    log.info("reload", files=", ".join(file for each in files for file in each.paths()) or "none are named")
+    for each in files:
+        each.read_now()
+    claimer.recheck()
+    if started:
+        notify("READY=1")
 
 
 def _watched_files(settings: Settings, inbox: queue.SimpleQueue[Any]) -> list[FileThread]:
@@ -356,18 +355,22 @@ def prober() -> Callable[[int], Any]:
     from lease.tenure.claim import Answer
     from overlay.kernel.arp import probe
     from overlay.kernel.netlink import KernelError, RequestSocket
-    from overlay.node.underlay import on_link_interface
+    from overlay.node.underlay import ANYWHERE, on_link_interface
 
     def ask(address: int) -> Answer:
         requests = RequestSocket()
         try:
-            name = on_link_interface(V4, address, requests.links(), requests.addresses(V4))
+            links, addresses = requests.links(), requests.addresses(V4)
+            name = on_link_interface(V4, address, links, addresses)
             if name is None:
                 return Answer(False, None)
             by = probe(name, address)
-            if by is not None and by in {link.mac for link in requests.links()}:
-                return Answer(True, None)  # another interface of ours on that link
-            if by is not None and any(probe(name, other) == by for other in _others_on(requests, name, address)):
+            if by is None or by in {link.mac for link in links}:
+                return Answer(True, None)  # nobody, or another interface of ours on that link
+            index = next(link.ifindex for link in links if link.name == name)
+            way = requests.lookup(V4, ANYWHERE[V4.number], oif=index)
+            others = _others_on(index, addresses, address, way.via if way is not None else 0)
+            if any(probe(name, other) == by for other in others):
                 return Answer(False, None)  # it answers for whatever is asked
             return Answer(True, by)
         except (KernelError, OSError) as error:
@@ -379,19 +382,16 @@ def prober() -> Callable[[int], Any]:
     return ask
 
 
-def _others_on(requests: Any, name: str, address: int) -> list[int]:
-    """Addresses on an interface's link for which a host that has only `address` does not answer: the router's, and the last
-    of the prefix."""
+def _others_on(index: int, addresses: Iterable[Address], address: int, router: int) -> list[int]:
+    """Addresses on an interface's link for which a host that has only `address` does not answer: the router's (0: there is
+    none), and the last of the prefix."""
     from lease.families import V4
     from lease.model import around
-    from overlay.node.underlay import ANYWHERE
 
-    index = next((link.ifindex for link in requests.links() if link.name == name), 0)
-    way = requests.lookup(V4, ANYWHERE[V4.number], oif=index)
-    mine = [item for item in requests.addresses(V4) if item.oif == index]
+    mine = [item for item in addresses if item.oif == index]
     lasts = [around(item.family, item.address, item.length).last - 1 for item in mine if item.length < V4.bits - 2]
     local = {item.address for item in mine} | {0, address}
-    return [other for other in dict.fromkeys(((way.via if way is not None else 0), *lasts[:1])) if other not in local]
+    return [other for other in dict.fromkeys((router, *lasts[:1])) if other not in local]
 
 
 class StoreHosts:

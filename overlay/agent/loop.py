@@ -76,7 +76,8 @@ class Loop:
         self.alive: Callable[[], None] = lambda: None
         """Called at each turn; set before `run`."""
         self._began = clock()
-        self._ever_started = self._log_released = False
+        self.ever_started = self._log_released = False
+        """Whether `started` was called; whether the lines of the start were written."""
         self._passes, self._passes_s = [0] * (len(PASS_BOUNDS_S) + 1), 0.0
         """How many passes took how long, by PASS_BOUNDS_S, and seconds of all."""
 
@@ -130,8 +131,8 @@ class Loop:
         if not self._log_released and not waiting and "kernel" not in self.health.problems():
             self._release_log()
         self.health.judge(waiting)
-        if not self._ever_started and self.health.in_place(waiting):
-            self._ever_started = True
+        if not self.ever_started and self.health.in_place(waiting):
+            self.ever_started = True
             self.started()
         return more
 

@@ -89,10 +89,6 @@ class BackgroundController(Controller):
             self._worker.begin(lambda: self._work(wants))
         return False
 
-    def unready(self) -> str:
-        """Whether it was done once."""
-        return "" if self.completed else f"for the {self.name} rules"
-
     def _work(self, wants: Any) -> Any:
         """In the thread. Raises OSError, or anything: reported with its text."""
         raise NotImplementedError

@@ -195,21 +195,19 @@ class Schedule:
         return more or any(slot.inputs is not self._current.inputs for slot in self._slots)
 
     def _ask(self, slot: _Slot) -> bool:
+        if not log.debugging:
+            return self._ask_now(slot)
+        name, began = slot.controller.name, time.perf_counter()
+        try:
+            return self._ask_now(slot)
+        finally:
+            took, known = round((time.perf_counter() - began) * 1e6), self._health.problems().get(name)
+            problem = known.text if known is not None else ""
+            log.debug("controller", name=name, wants=_short(slot.wants), took_us=took, more=slot.more, problem=problem)
+
+    def _ask_now(self, slot: _Slot) -> bool:
         controller, wants = slot.controller, slot.wants
         slot.stale = slot.more = False
-        began = time.perf_counter()
-        try:
-            return self._ask_now(slot, controller, wants)
-        finally:
-            if log.debugging:
-                took, known = round((time.perf_counter() - began) * 1e6), self._health.problems().get(controller.name)
-                problem = known.text if known is not None else ""
-                wanted = _short(wants)
-                log.debug(
-                    "controller", name=controller.name, wants=wanted, took_us=took, more=slot.more, problem=problem
-                )
-
-    def _ask_now(self, slot: _Slot, controller: Controller, wants: Any) -> bool:
         if controller.answers_later and controller.name not in self._health.problems():
             slot.retry.succeeded()  # what was begun last
         try:

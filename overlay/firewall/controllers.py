@@ -256,9 +256,9 @@ class PodsController(_TableController):
         ports = self._pods.unbindable()
         found = [f"behind {', '.join(wants.beside[:NAMED])} (no bridge)"] if wants.beside else []
         found += [f"behind {', '.join(ports[:NAMED])} (no veth into another network namespace)"] if ports else []
-        return (
-            found and f"pods {' and '.join(found)} may send from any address: anti-spoofing knows ports of bridges"
-        ) or ""
+        if not found:
+            return ""
+        return f"pods {' and '.join(found)} may send from any address: anti-spoofing knows ports of bridges"
 
     def status(self) -> Mapping[str, object]:
         """`antispoof`: the bridges whose ports are bound to their pods' addresses, and how many."""

@@ -26,12 +26,20 @@ FORWARD_GAP_S = 2.0
 """kube-proxy writes to the shared table, too: checked a moment later, and once for all its changes of that time."""
 
 
+class _RulesController(BackgroundController):
+    """One whose rules pods need: a start waits until they were loaded once."""
+
+    def unready(self) -> str:
+        """Whether it was done once."""
+        return "" if self.completed else f"for the {self.name} rules"
+
+
 class _NatWants(NamedTuple):
     name: str
     rules: tuple[Any, ...]
 
 
-class NatController(BackgroundController):
+class NatController(_RulesController):
     """Our table of masquerade and forward rules, of one family."""
 
     name = "nat"
@@ -112,7 +120,7 @@ class _ForwardWants(NamedTuple):
     network: Prefix | None
 
 
-class ForwardController(BackgroundController):
+class ForwardController(_RulesController):
     """Our rules in other people's forward chains, of one family, and what of those an operator must mend."""
 
     name = "forward"

@@ -81,10 +81,6 @@ class AddressController(BackgroundController):
         """Now and then."""
         return self._next
 
-    def unready(self) -> str:
-        """Nothing waits for it."""
-        return ""
-
     def withdraw(self) -> Iterator[str]:
         """Nothing of it is anywhere but the report."""
         self._health.solved("duplicate address")

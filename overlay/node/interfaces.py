@@ -38,11 +38,16 @@ def ports_of(links: Mapping[int, Link], bridge: int) -> int:
     return sum(link.master == bridge for link in links.values())
 
 
+def gateway_holders(subnet: Prefix, addresses: Iterable[Address]) -> frozenset[int]:
+    """The interfaces that have the gateway of a subnet, by number: behind them are its pods."""
+    return frozenset(a.oif for a in addresses if a.address == subnet.base + 1)
+
+
 def bridges_with_gateway(
     subnet: Prefix, links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]
 ) -> frozenset[str]:
     """The bridges whose pods have a subnet: those that have its gateway, whoever made them (docker0 by mk-docker-opts)."""
-    holders = {a.oif for a in addresses.values() if a.address == subnet.base + 1}
+    holders = gateway_holders(subnet, addresses.values())
     return frozenset(link.name for link in links.values() if link.ifindex in holders and link.kind == "bridge")
 
 

@@ -141,7 +141,7 @@ def refresh(
 ) -> Underlay | None:
     """The same choice with today's MTU, number and prefixes; None when its interface or address is gone."""
     link, holder = there.named(current.name), there.holder(current.local)
-    if link is None or holder is None or not any(item.address == current.local for item in there.of(holder.ifindex)):
+    if link is None or holder is None or not there.has(holder.ifindex, current.local):
         return None
     if holder.ifindex != link.ifindex and there.carries(holder):
         return None  # it moved to another interface

@@ -427,7 +427,8 @@ class Datapath:
 
     def _log_done(self, differing: int) -> None:
         rec = self.rec
-        self._work.write(rec.mended, rec.writes, rec.take_mended(), differing, self._peer)
+        if self._work.has_news(rec.mended, rec.writes):
+            self._work.write(rec.mended, rec.writes, rec.take_mended(), differing, self._peer)
 
     def _peer(self, subnet: int) -> Lease | None:
         packed = self.table.packed.get(subnet)

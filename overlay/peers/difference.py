@@ -14,7 +14,7 @@ from overlay.kernel.route.entries import TUNNEL
 from overlay.kernel.table import Table
 
 NAMED = 5
-"""Of entries that were put back, so many are remembered by name until somebody asks."""
+"""So many peers are named in one log line, and the others counted: of more entries put back no name is remembered."""
 
 
 class WantedEntries(Protocol):

@@ -61,7 +61,7 @@ class Reconciler(Difference):
         self.device_gone = False
         """The kernel does not know the tunnel's device: the news of that is on its way to us, or was lost. Until then
         nothing is sent."""
-        self.observe: Callable[[str, int, Any, int], None] | None = None
+        self.observe: Callable[[str, int, Any, int], None] = lambda *_: None
         """Given each entry that is sent, at debug: put or remove, table, key, peer (0: of a removal, nobody's)."""
         self._needs_up = sum(1 << number for number, table in enumerate(tables) if table.needs_up)
         self._retries: list[tuple[float, int, int, Hashable]] = []
@@ -152,7 +152,7 @@ class Reconciler(Difference):
         return messages, sent
 
     def _send_puts(self, batch: _Puts) -> list[Refused]:
-        if self.observe is not None and log.debugging:
+        if log.debugging:
             self._observe_puts(batch)
         refused = self._requests.execute(batch.messages, batch.first, len(batch.peers) * len(self.tables))
         plain = not refused and not self.failures and not any(self.extra)
@@ -175,7 +175,6 @@ class Reconciler(Difference):
         return said
 
     def _observe_puts(self, batch: _Puts) -> None:
-        assert self.observe is not None
         for peer, bits in batch.peers:
             for table, key, _ in self.wanted.entries(peer):
                 if bits >> table & 1:
@@ -229,7 +228,7 @@ class Reconciler(Difference):
         return bool(peer) and self.is_missing(peer, table)
 
     def _send_removals(self, removals: list[tuple[int, Any]]) -> list[Refused]:
-        if self.observe is not None and log.debugging:
+        if log.debugging:
             for table, key in removals:
                 self.observe("remove", table, key, 0)
         first = self._requests.take_seqs(len(removals))

@@ -9,12 +9,11 @@ from typing import Any
 from lease.families import Family
 from lease.model import Lease, ip_text, mac_text
 from overlay.kernel.table import Table
+from overlay.peers.difference import NAMED
 from overlay.peers.status import node_name
 from overlay.peers.table import PeerChanges
 from overlay.process.log import log
 
-NAMED = 5
-"""So many are named in one line, and the others counted."""
 EACH = 10
 """Of more at once one line speaks."""
 
@@ -62,6 +61,10 @@ class WorkLog:
         self._family, self._tables = family, tables
         self._mended: Counter[str] = Counter()
         self._writes: Counter[str] = Counter()
+
+    def has_news(self, mended: Counter[str], writes: Counter[str]) -> bool:
+        """Whether `write` would say anything: asked at each pass, of which few write."""
+        return mended != self._mended or writes != self._writes
 
     def write(
         self,

@@ -18,7 +18,7 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, Address, Link
 from overlay.kernel.route.links import read_sysctl
 from overlay.kernel.route.lookup import Way
-from overlay.node.interfaces import ports_of
+from overlay.node.interfaces import gateway_holders, ports_of
 from overlay.reach import explain, ways
 
 ASKED_AT_ONCE = 256
@@ -104,15 +104,12 @@ class ReachController(Controller):
     def wants(self, inputs: Inputs) -> object:
         """What it is checked against."""
         number = self._family.number
-        pool, end, under = inputs.pool(number), inputs.end(number), inputs.underlays.get(number)
-        tunnel = inputs.tunnels.get(number)
-        if pool is None or end is None or tunnel is None or under is None:
+        here, pool = ways.here_of(inputs, number), inputs.pool(number)
+        if here is None or pool is None:
             return Waiting("for a lease")
-        links, addresses = inputs.links, inputs.addresses_of(number)
-        bridges = ways.bridges_of(end.subnet, links, addresses)
-        here = ways.Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges)
-        synced = inputs.synced and tunnel.up and under.up
-        return _Wants(pool.network, here, links, addresses, _carrier(under), synced, inputs.retained)
+        under, addresses = inputs.underlays[number], inputs.addresses_of(number)
+        synced = inputs.synced and inputs.tunnels[number].up and under.up
+        return _Wants(pool.network, here, inputs.links, addresses, _carrier(under), synced, inputs.retained)
 
     def reconcile(self, wants: Any) -> bool:
         """Ask the kernel, and report. Raises KernelError."""
@@ -142,7 +139,7 @@ class ReachController(Controller):
     def _missing(self, wants: _Wants) -> str:
         """What of the node's own routes is missing, with what to do: the bridge's comes with its address."""
         found, own, number = [], wants.here.own, self._family.number
-        holders = {a.oif for a in wants.addresses.values() if a.address == own.base + 1 and own.length < 31}
+        holders = gateway_holders(own, wants.addresses.values()) if own.length < 31 else ()
         for index in holders:
             link = wants.links.get(index)
             if link is None or link.kind != "bridge":

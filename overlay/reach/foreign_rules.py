@@ -35,8 +35,10 @@ PEERS = 2
 """Whose traffic is tried: rules are about networks, seldom about one peer."""
 CHAINS = 64
 """So many chains of others are read, at most."""
-_LEGACY = (("filter", "FORWARD", "filter", "forward"), ("filter", "INPUT", "filter", "input"),
-           ("filter", "OUTPUT", "filter", "output"), ("nat", "POSTROUTING", "nat", "postrouting"))  # fmt: skip
+_LEGACY = {"filter": ("FORWARD", "INPUT", "OUTPUT"), "nat": ("POSTROUTING",)}
+"""Base chains of the old tables; each table's kind is its name, each chain's hook too."""
+_OLD = "legacy"
+"""Stands for a family of nftables, of a chain that iptables-legacy shows."""
 
 
 class _Wants(NamedTuple):
@@ -44,7 +46,7 @@ class _Wants(NamedTuple):
     tunnel's UDP, 0: it has none."""
 
     here: ways.Here
-    names: tuple[tuple[int, str], ...]
+    names: Mapping[int, str]
     bridges: tuple[str, ...]
     port: int
     synced: bool
@@ -82,17 +84,14 @@ class ForeignRulesController(BackgroundController):
     def wants(self, inputs: Inputs) -> object:
         """Whose packets are tried."""
         number = self._family.number
-        pool, end, under = inputs.pool(number), inputs.end(number), inputs.underlays.get(number)
-        tunnel = inputs.tunnels.get(number)
-        if inputs.config is None or pool is None or end is None or tunnel is None or under is None:
+        here = ways.here_of(inputs, number)
+        if inputs.config is None or here is None:
             return Waiting("for a lease")
         outer = backend_of(inputs.config.backend, self._family).outer()
-        holders = ways.bridges_of(end.subnet, inputs.links, inputs.addresses_of(number))
-        here = ways.Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, holders)
-        names = {tunnel.ifindex: tunnel.name, under.ifindex: under.name}
-        bridges = tuple(inputs.links[index].name for index in holders) or tuple(sorted(inputs.bridges)) or ("cni0",)
-        port = outer.port if outer is not None else 0
-        return _Wants(here, tuple(sorted(names.items())), bridges, port, inputs.synced)
+        names = {here.tunnel: inputs.tunnels[number].name, here.underlay: inputs.underlays[number].name}
+        attached = tuple(inputs.links[index].name for index in here.bridges)
+        bridges = attached or tuple(sorted(inputs.bridges)) or ("cni0",)
+        return _Wants(here, names, bridges, outer.port if outer is not None else 0, inputs.synced)
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to read."""
@@ -125,18 +124,10 @@ class ForeignRulesController(BackgroundController):
         """After a change, and now and then."""
         return self._next
 
-    def unready(self) -> str:
-        """Nothing waits for it."""
-        return ""
-
-    def withdraw(self) -> Iterator[str]:
-        """Nothing of it is anywhere but the report."""
-        return iter(())
-
 
 def flows_of(family: Family, wants: _Wants, peer: ways.Peer) -> Iterator[Flow]:
     """The packets whose way through the filters matters: between pods here and a peer's, and those of the tunnel."""
-    names, here = dict(wants.names), wants.here
+    names, here = wants.names, wants.here
     beyond = names[here.underlay if peer.direct else here.tunnel]
     us, there = ways.a_pod(here.own), ways.a_pod(peer.subnet)
     for bridge in wants.bridges:
@@ -171,32 +162,20 @@ def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str]]:
     """What drops or masquerades them: the problem's subject, and one line with what to do."""
     reader = _Reader(family)
     chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
-    legacy = [
-        Chain(_OLD, table, name, "accept", kind, hook)
-        for table, name, kind, hook in _LEGACY
-        if table in iptables.legacy_tables(family.number)
-    ]
+    try:
+        chains += reader.legacy() if flows else []
+    except iptables.NoProgram as missing:
+        yield UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}"
+    except KernelError as error:  # nft's are judged all the same
+        yield UNREAD, f"rules of other programs are not checked: {error}"
     for flow in flows:
         for hook, seen in _hooks(flow):
-            for chain in chains + legacy:
+            for chain in chains:
                 if chain.hook != hook:
                     continue
-                try:
-                    if chain.family == _OLD:
-                        chain = chain._replace(policy=reader.policy(chain))  # noqa: PLW2901
-                    verdict = filters.judge(chain, seen, reader.rules)
-                except iptables.NoProgram as missing:
-                    yield (
-                        UNREAD,
-                        f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}",
-                    )
-                    continue
+                verdict = filters.judge(chain, seen, reader.rules)
                 if (line := _about(family, chain, seen, verdict)) is not None:
                     yield line
-
-
-_OLD = "legacy"
-"""Stands for a family of nftables, of a chain that iptables-legacy shows."""
 
 
 def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str] | None:
@@ -216,6 +195,8 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
     else:
         does = f"drops {flow.what}"
     rule = verdict.rule
+    if not verdict.sure:  # it may be right as it is: no command against it
+        return DOUBTFUL, f"maybe a rule of {where} {does}; whether one before it lets them through cannot be seen"
     if rule is None:
         accept = "iptables-legacy -A INPUT" if chain.family == _OLD else f"nft add rule {chain}"
         accept += f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
@@ -226,8 +207,6 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
         remove = f"{tool} -t {table} {rule['text'].replace('-A ', '-D ', 1)}"
     else:
         remove = f"nft delete rule {verdict.where} handle {rule.get('handle')}"
-    if not verdict.sure:  # it may be right as it is: no command against it
-        return DOUBTFUL, f"maybe a rule of {where} {does}; whether one before it lets them through cannot be seen"
     subject = MASQUERADES if chain.kind == "nat" else DROPS
     return subject, f"a rule of {where} {does}: {remove}, or an accept before it"
 
@@ -238,12 +217,16 @@ class _Reader:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._read: dict[tuple[str, str, str], list[Rule] | None] = {}
-        self._policies: dict[tuple[str, str], str] = {}
 
-    def policy(self, chain: Chain) -> str:
-        """Of a chain of the old tables."""
-        self.rules(*chain[:3])
-        return self._policies.get((chain.table, chain.name), "accept")
+    def legacy(self) -> list[Chain]:
+        """The base chains of the old tables that are in use. Raises KernelError, NoProgram."""
+        found = []
+        for table in iptables.legacy_tables(self._family.number):
+            for name in _LEGACY.get(table, ()):
+                lines = iptables.chain_lines(self._family.number, table, name)
+                self._read[_OLD, table, name] = iptables_lines.rules(lines, self._family.nft)
+                found.append(Chain(_OLD, table, name, iptables_lines.policy(lines), table, name.lower()))
+        return found
 
     def rules(self, family: str, table: str, name: str) -> list[Rule] | None:
         """A chain's rules; None of one that went meanwhile, or of one too many. Raises KernelError."""
@@ -256,9 +239,7 @@ class _Reader:
         lines = partial(iptables.chain_lines, self._family.number, table, name)
         try:
             if family == _OLD:
-                there = lines()
-                self._policies[table, name] = iptables_lines.policy(there)
-                return iptables_lines.rules(there, self._family.nft)
+                return iptables_lines.rules(lines(), self._family.nft)
             found = program.rules_of(family, table, name)
         except KernelError as error:
             if "No such file" in str(error) or "No chain" in str(error):

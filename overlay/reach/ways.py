@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from lease.model import Prefix
-from overlay.control.inputs import AddressKey
+from overlay.control.inputs import AddressKey, Inputs
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.lookup import Packet, Way
+from overlay.node.interfaces import gateway_holders
 
 
 class Peer(NamedTuple):
@@ -57,8 +58,17 @@ def bridges_of(own: Prefix, links: Mapping[int, Link], addresses: Mapping[Addres
     """The interfaces that have the gateway of a subnet and a pod behind them: with none, routes by it may count as dead."""
     if own.length >= 31 and own.family == 4:
         return ()
-    holders = {a.oif for a in addresses.values() if a.address == own.base + 1}
+    holders = gateway_holders(own, addresses.values())
     return tuple(sorted(n for n in holders if n in links and links[n].up and links[n].carrier))
+
+
+def here_of(inputs: Inputs, family: int) -> Here | None:
+    """This node, for a family; None while that is not known."""
+    end, under, tunnel = inputs.end(family), inputs.underlays.get(family), inputs.tunnels.get(family)
+    if inputs.pool(family) is None or end is None or tunnel is None or under is None:
+        return None
+    bridges = bridges_of(end.subnet, inputs.links, inputs.addresses_of(family))
+    return Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges)
 
 
 def questions(here: Here, peer: Peer) -> Iterator[Question]:

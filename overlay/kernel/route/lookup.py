@@ -14,7 +14,7 @@ from overlay.kernel.route import wire
 from overlay.kernel.route.entries import RT_TABLE_MAIN
 
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
-RTA_SRC, RTA_IIF, RTA_MULTIPATH, RTA_MARK = 2, 3, 9, 16
+RTA_SRC, RTA_IIF, RTA_MARK = 2, 3, 16
 RTM_F_LOOKUP_TABLE = 0x1000
 _FLAGS = {4: RTM_F_LOOKUP_TABLE, 6: 0}
 """By family: IPv6 always says the table, and refuses the flag (net/ipv6/route.c inet6_rtm_valid_getroute_req)."""
@@ -22,9 +22,9 @@ FRA_DST, FRA_SRC, FRA_IIFNAME, FRA_PRIORITY, FRA_FWMARK = 1, 2, 3, 6, 10
 FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_FWMASK, FRA_OIFNAME, FRA_L3MDEV = 14, 15, 16, 17, 19
 _OTHER_SELECTORS = {12, 20, 22, 23, 24}
 """FRA_TUN_ID, FRA_UID_RANGE, FRA_IP_PROTO, FRA_SPORT_RANGE, FRA_DPORT_RANGE: of these we cannot say whether they match."""
-FR_ACT_TO_TBL, FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT = 1, 6, 7, 8
+FR_ACT_TO_TBL, FR_ACT_UNREACHABLE = 1, 7
 FIB_RULE_INVERT = 2
-RTN_UNICAST, RTN_LOCAL, RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 1, 2, 6, 7, 8, 9
+RTN_UNICAST, RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 1, 6, 7, 8, 9
 TYPES = {RTN_BLACKHOLE: "blackhole", RTN_UNREACHABLE: "unreachable", RTN_PROHIBIT: "prohibit", RTN_THROW: "throw"}
 """Of routes that lead nowhere, as `ip route` writes them; of rules the same numbers mean the same."""
 TABLES = {253: "default", RT_TABLE_MAIN: "main", 255: "local"}
