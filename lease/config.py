@@ -108,6 +108,7 @@ class _Fields:
 
     def __init__(self, where: str, value: dict[str, Any]) -> None:
         self._where = where
+        self._names = list(value)
         self._values = {key.lower(): item for key, item in value.items() if item is not None}
 
     def get(self, name: str, kind: type[_T], default: _T) -> _T:
@@ -125,8 +126,24 @@ class _Fields:
     def has(self, name: str) -> bool:
         return name.lower() in self._values
 
+    def unknown(self, known: frozenset[str]) -> list[str]:
+        """A line for each name that is none of those."""
+        return [
+            f"{self._where}{_cut(name)}: no such field (ignored)" for name in self._names if name.lower() not in known
+        ]
+
 
 _KINDS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a string", dict: "an object {...}"}
+
+
+_FIELDS = frozenset(
+    name.lower()
+    for name in (
+        *("EnableIPv4", "EnableIPv6", "EnableNFTables", "Backend"),
+        *(f"{lead}{name}" for lead in ("", "IPv6") for name in ("Network", "SubnetLen", "SubnetMin", "SubnetMax")),
+    )
+)
+_BACKEND_FIELDS = frozenset(("type", "vni", "port", "mtu", "directrouting", "gbp", "learning", "macprefix"))
 
 
 def parse_config(text: str | bytes) -> NetworkConfig:
@@ -159,6 +176,8 @@ def _read(value: object) -> NetworkConfig:
             pools[family] = _pool(fields, family)
         elif (fault := _fault_of_unused(fields, family)) is not None:
             ignored.append(f"{fault} (ignored: EnableIPv{family} is false)")
+    ignored += fields.unknown(_FIELDS)
+    ignored += _Fields("Backend.", fields.get("Backend", dict, {})).unknown(_BACKEND_FIELDS)
     return NetworkConfig(pools[4], pools[6], _backend(fields), tuple(ignored))
 
 
@@ -297,5 +316,9 @@ def _vni(backend: _Fields) -> int:
 
 def _show(value: object) -> str:
     """A value for a message: recognisable, never longer than a line."""
-    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return _cut(json.dumps(value, ensure_ascii=True, default=repr))
+
+
+def _cut(text: str) -> str:
+    text = ascii(text)[1:-1] if not text.isascii() or not text.isprintable() else text
     return text if len(text) <= 60 else text[:57] + "..."

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,7 @@ from lease.model import ip_number
 from overlay import __version__
 from overlay.api import serve
 from overlay.process.log import log
-from overlay.process.rundir import RunDirError, hold
+from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
 from overlay.settings.files import check_files
 from overlay.settings.settings import Settings, SettingsError, read_settings, unknown_variables
 from overlay.settings.stores import etcd_store, node_store
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
-    from overlay.kernel.route.entries import Address
     from overlay.process.watched import FileThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+KEPT_EVERY_S, KEPT_AGAIN_S = 1.0, 60.0
 MACHINE_ID = "/etc/machine-id"
 
 
@@ -71,8 +71,8 @@ def run(arguments: list[str]) -> int:
 def _run_locked(settings: Settings) -> int:
     """With the run directory held."""
     try:
-        lock = hold(settings.run_dir)
-        code = _run(settings)
+        held = RunDir(settings.run_dir)
+        code = _run(settings, held)
     except SettingsError as error:
         _refuse(error)
         return EXIT_USAGE
@@ -82,7 +82,7 @@ def _run_locked(settings: Settings) -> int:
     except Exception as error:  # a bug: say where, leave the datapath, let the supervisor start us again
         log.error("crashed", error=repr(error), where=traceback.format_exc().strip().replace("\n", " | "))
         return EXIT_FAILED
-    lock.close()
+    held.close()
     return code
 
 
@@ -99,7 +99,7 @@ SWITCH_S = 0.001
 """A thread that has an event waits so long at most for one that computes (of CPython's 5 ms some three add up)."""
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings, held: RunDir) -> int:
     from lease.store import Feed
 
     sys.setswitchinterval(SWITCH_S)
@@ -110,10 +110,10 @@ def _run(settings: Settings) -> int:
     # The list is on its way while the other half of the agent is being imported.
     feed = Feed(side.store, inbox.put)
     feed.start()
-    return _agent(settings, side, feed, inbox)
+    return _agent(settings, held, side, feed, inbox)
 
 
-def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
+def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
     from lease.tenure.keeper import TenureThread, boottime
     from overlay.agent.loop import Loop, Reload, Stop
     from overlay.compose import Outside, compose
@@ -134,7 +134,7 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         store_hosts=lambda: hosts.known,
         reconnect=store.reconnect,
         identity_of=identity(settings.node_name),
-        who_answers=prober(),
+        who_answers=_who_answers,
         set_log_level=log.set_level,
     )
     try:
@@ -164,8 +164,14 @@ def _agent(settings: Settings, side: _StoreSide, feed: Feed, inbox: queue.Simple
         signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
     signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
     loop.reload = lambda: _reload(files, claimer, loop.ever_started)
-    loop.alive = watchdog(boottime)
-    _serve(settings, loop)
+    server = _serve(settings, loop)
+    tell_systemd, keep = watchdog(boottime), keeping(held, server, boottime)
+
+    def alive() -> None:
+        tell_systemd()
+        keep()
+
+    loop.alive = alive
     for thread in threads:
         thread.start()
     try:
@@ -215,6 +221,12 @@ def garbage_as_usual() -> None:
     gc.enable()
 
 
+def _who_answers(address: int) -> Any:
+    from overlay.node.prober import who_answers  # with all that it needs of the kernel, when it is asked
+
+    return who_answers(address)
+
+
 class _StoreSide(NamedTuple):
     """What one kind of store brings along."""
 
@@ -232,7 +244,7 @@ def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
 
     store = etcd_store(settings)
     log.info("start", version=__version__, etcd=",".join(settings.etcd_endpoints), prefix=settings.etcd_prefix)
-    tenure = Tenure(store, prober(), settings.lease_ttl_s, rng)
+    tenure = Tenure(store, _who_answers, settings.lease_ttl_s, rng)
     return _StoreSide(store, tenure, settings.renew_within_s, settings.etcd_endpoints, lambda _claimer: None)
 
 
@@ -250,7 +262,7 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
 
 
-def _serve(settings: Settings, loop: Loop) -> None:
+def _serve(settings: Settings, loop: Loop) -> serve.UnixServer:
     def healthz() -> serve.Answer:
         return serve.text(200, "overlayd is running") if loop.health.healthy() else serve.text(503, "the loop is stuck")
 
@@ -278,7 +290,7 @@ def _serve(settings: Settings, loop: Loop) -> None:
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
     try:
-        serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
+        server = serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
     except OSError as error:
         raise _CannotStart(f"--run-dir: {settings.run_dir}/{serve.SOCKET_NAME}: {error}") from error
     if settings.healthz_port:
@@ -288,6 +300,28 @@ def _serve(settings: Settings, loop: Loop) -> None:
         except OSError as error:
             where = f"{settings.healthz_ip}:{settings.healthz_port}"
             raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
+    return server
+
+
+def keeping(held: RunDir, server: serve.UnixServer, clock: Callable[[], float]) -> Callable[[], None]:
+    """What puts the files of the run directory back that a living agent holds open, where somebody removed them: looked
+    at at each turn, once a second."""
+    due = [clock()]
+
+    def keep() -> None:
+        if (now := clock()) < due[0]:
+            return
+        due[0] = now + KEPT_EVERY_S
+        try:
+            again = [name for name, of in ((LOCK_NAME, held), (serve.SOCKET_NAME, server)) if of.keep()]
+        except OSError as error:
+            due[0] = now + KEPT_AGAIN_S
+            log.warning("file.lost", path=held.path, error=str(error), effect="`overlay` does not reach this agent")
+            return
+        for name in again:
+            log.warning("file.mended", path=f"{held.path}/{name}", effect="somebody removed or replaced it")
+
+    return keep
 
 
 def notify(state: str) -> None:
@@ -343,55 +377,6 @@ def _sha256(data: bytes) -> str:
         with suppress(ImportError):
             return str(import_module(name).sha256(data).hexdigest())
     raise ImportError("no SHA-256 in this Python")
-
-
-def prober() -> Callable[[int], Any]:
-    """Who answers for an address: by ARP on the interface to which it is on-link; cannot tell where it is not.
-
-    Nor where the router answers: in some clouds, and with proxy ARP, it does so for every address of the link, our own
-    among them.
-    """
-    from lease.families import V4
-    from lease.tenure.claim import Answer
-    from overlay.kernel.arp import probe
-    from overlay.kernel.netlink import KernelError, RequestSocket
-    from overlay.node.underlay import ANYWHERE, on_link_interface
-
-    def ask(address: int) -> Answer:
-        requests = RequestSocket()
-        try:
-            links, addresses = requests.links(), requests.addresses(V4)
-            name = on_link_interface(V4, address, links, addresses)
-            if name is None:
-                return Answer(False, None)
-            by = probe(name, address)
-            if by is None or by in {link.mac for link in links}:
-                return Answer(True, None)  # nobody, or another interface of ours on that link
-            index = next(link.ifindex for link in links if link.name == name)
-            way = requests.lookup(V4, ANYWHERE[V4.number], oif=index)
-            others = _others_on(index, addresses, address, way.via if way is not None else 0)
-            if any(probe(name, other) == by for other in others):
-                return Answer(False, None)  # it answers for whatever is asked
-            return Answer(True, by)
-        except (KernelError, OSError) as error:
-            log.warning("probe", error=str(error), effect="it is not known who has that address")
-            return Answer(False, None)
-        finally:
-            requests.close()
-
-    return ask
-
-
-def _others_on(index: int, addresses: Iterable[Address], address: int, router: int) -> list[int]:
-    """Addresses on an interface's link for which a host that has only `address` does not answer: the router's (0: there is
-    none), and the last of the prefix."""
-    from lease.families import V4
-    from lease.model import around
-
-    mine = [item for item in addresses if item.oif == index]
-    lasts = [around(item.family, item.address, item.length).last - 1 for item in mine if item.length < V4.bits - 2]
-    local = {item.address for item in mine} | {0, address}
-    return [other for other in dict.fromkeys((router, *lasts[:1])) if other not in local]
 
 
 class StoreHosts:

@@ -24,6 +24,8 @@ MOST_AT_ONCE = 16
 within SLOW_S; where there is none, the new one waits for that: who asks at once is served."""
 SLOW_S = 1.0
 SAME_FOR_S = 0.5
+NO_ROOM_S = 0.2
+"""Where a connection cannot be taken up, for want of descriptors, it waits, and so does the server."""
 REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 Answer = tuple[int, str, str]
 """HTTP status, content type, body."""
@@ -107,6 +109,27 @@ class _Server(ThreadingMixIn, BaseServer):
         self._open: dict[socket.socket, float] = {}
         """Connections that are served, the oldest first, and until when each may stay where others want its place."""
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Until the process ends."""
+        del poll_interval
+        while True:
+            self.serve_next()
+
+    def serve_next(self) -> None:
+        """Wait for one connection, and serve it in a thread of its own."""
+        listening: socket.socket = self.socket  # type: ignore[attr-defined]
+        try:
+            request, address = listening.accept()
+        except OSError:
+            if listening is self.socket:  # type: ignore[attr-defined]
+                time.sleep(NO_ROOM_S)  # it still waits to be taken up, so that accepting would fail again at once
+            return
+        try:
+            self.process_request(request, address)
+        except Exception:
+            self.handle_error(request, address)
+            self.shutdown_request(request)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """In a thread of its own."""
         with self._changed:
@@ -149,8 +172,49 @@ class _TcpServer(_Server, TCPServer):
     pass
 
 
-class _UnixServer(_Server, UnixStreamServer):
-    pass
+class UnixServer(_Server, UnixStreamServer):
+    """On a Unix socket that root alone may use."""
+
+    _inode = 0
+
+    def server_bind(self) -> None:
+        """Also where a crash left one."""
+        _bind_for_root(self.socket, str(self.server_address))
+
+    def keep(self) -> bool:
+        """Listen at the path again where it was removed or replaced; whether it was. Raises OSError."""
+        path = str(self.server_address)
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_ino == self._inode:
+                return False
+        made, before = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), self.socket
+        try:
+            _bind_for_root(made, path)
+            made.listen(self.request_queue_size)
+            self._inode = os.stat(path).st_ino
+        except OSError:
+            made.close()
+            raise
+        self.socket = made
+        with contextlib.suppress(OSError):
+            before.shutdown(socket.SHUT_RDWR)  # the thread that waits there is to wait at the new one
+        before.close()
+        return True
+
+    def server_activate(self) -> None:
+        """Listen."""
+        super().server_activate()
+        self._inode = os.stat(str(self.server_address)).st_ino
+
+
+def _bind_for_root(made: socket.socket, path: str) -> None:
+    """Under a name of its own first: whoever sees it at its path sees its mode."""
+    temporary = f"{path}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    made.bind(temporary)
+    os.chmod(temporary, 0o600)
+    os.rename(temporary, path)
 
 
 def _handler(routes: Routes) -> type[_Handler]:
@@ -164,19 +228,15 @@ def serve_tcp(host: str, port: int, routes: Routes) -> TCPServer:
     return server
 
 
-def serve_unix(path: str, routes: Routes) -> UnixStreamServer:
+def serve_unix(path: str, routes: Routes) -> UnixServer:
     """Serve on a Unix socket that root alone may use; one left over by a crash is replaced. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    server = _UnixServer(path, _handler(routes))
-    os.chmod(path, 0o600)
+    server = UnixServer(path, _handler(routes))
     _start(server, "status")
     return server
 
 
 def _start(server: BaseServer, name: str) -> None:
-    # it is never shut down, so it need not check twice a second whether it was
-    threading.Thread(target=server.serve_forever, args=(3600.0,), name=name, daemon=True).start()
+    threading.Thread(target=server.serve_forever, name=name, daemon=True).start()
 
 
 def ask_unix(path: str, route: str, timeout_s: float = 10.0) -> tuple[int, str]:

@@ -140,6 +140,16 @@ def remove_node(name: str, node: str) -> None:
 
 @lab.command()
 @_NAME
+@click.argument("node")
+def restart(name: str, node: str) -> None:
+    """End a node's agent, if it runs, and start it again; pods keep their network meanwhile."""
+    with _working(name, False) as (it, progress):
+        _must_exist(it)
+        it.restart(node, progress)
+
+
+@lab.command()
+@_NAME
 def down(name: str) -> None:
     """Remove the lab and all that a crash left of it."""
     with _working(name, False) as (it, progress):

@@ -108,7 +108,7 @@ def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """All that needs an operator's attention, as (what, why)."""
     for problem in found["problems"]:
         yield problem["subject"], f"{problem['text']} (since {problem['since']})"
-    if not found["store"]["up"]:
+    if not found["store"]["up"] and "store" not in {problem["subject"] for problem in found["problems"]}:
         yield "store", f"{found['store']['error']} (datapath and peers stay as they are)"
     for record in found["refused_records"]:
         yield f"record {record['key']}", f"not used: {record['reason']}"

@@ -157,15 +157,13 @@ class RecordsSource(Source):
                 effect="retried; datapath and peers stay as they are",
             )
         self._down = down.reason
-        if self._current.inputs.config is None:
+        if self._current.inputs.config is None or not self._current.inputs.listed:
             self._health.problem("store", down.reason, harmless=True)
         return False
 
     def unready(self) -> str:
         """Whether the first list is in."""
-        if self._current.inputs.listed:
-            return ""
-        return f"for the first list from the store{': ' + self._down if self._down else ''}"
+        return "" if self._current.inputs.listed else "for the first list from the store"
 
     def status(self) -> Mapping[str, object]:
         """`store`, `network`, and of `refused_records` those that cannot be read."""

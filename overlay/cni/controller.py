@@ -46,6 +46,7 @@ class CniController(Controller):
     of a subnet that is not ours any more."""
 
     name = "files"
+    reports = ("cni", "cni order")
     after = ("nat", "forward")
     yields = True
 
@@ -66,6 +67,8 @@ class CniController(Controller):
         """Files that hold what we want, as we wrote or found them, and what shows that they were touched since."""
         self._listed = False
         """The network list may stand."""
+        self._folder: Stamp | None = None
+        """What shows that a list came or went."""
         self._displacements = 0
         """As they were when the list was withdrawn last."""
         self._next = 0.0
@@ -112,6 +115,10 @@ class CniController(Controller):
             self._write(((path, wants.list_text),))
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
+        self._folder = _stamp(os.path.dirname(path)) if path else None  # before it is read
+        other = lists.preferred(os.path.dirname(path), wants.subnet) if path in self._written else ""
+        # only the kubelet's runtime goes by the names of files
+        self._health.report("cni order", _order(path, other), harmless=not self._settings.kube, outside=True)
         return False
 
     def _withdraw_list(self, path: str, subnet: Prefix) -> None:
@@ -145,6 +152,8 @@ class CniController(Controller):
         if now < self._next:
             return self._next
         if any(_stamp(path) != stamp for path, (_, stamp) in self._written.items()):
+            return 0.0
+        if self._folder is not None and _stamp(self._settings.cni_conf_dir) != self._folder:
             return 0.0
         self._next = now + CHECK_EVERY_S
         return self._next
@@ -184,6 +193,16 @@ def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> 
         return lists.render_list(inputs.cni_template, plain, network, mtu, settings.ip_masq, bridge_of), ""
     except ValueError as error:
         return "", str(error)
+
+
+def _order(path: str, other: str) -> str:
+    """What it means that the runtime takes another file."""
+    folder, name = os.path.split(path)
+    if not other:
+        return ""
+    return (
+        f"{folder}/{other} comes before {name}, so that pods are made by it, not in our subnet: remove it, or rename it"
+    )
 
 
 def _stamp(path: str) -> Stamp | None:

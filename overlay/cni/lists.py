@@ -6,6 +6,7 @@ Source: flannel pkg/subnet/subnet.go WriteSubnetFile (content, order, modes), it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -214,6 +215,25 @@ def names_plugin(path: str, kind: str) -> bool:
         return any(plugin.get("type") == kind for plugin in _plugins(text_of(path)))
     except (OSError, ValueError):
         return False
+
+
+def preferred(folder: str, subnet: Prefix) -> str:
+    """The file by which a container runtime makes pods in place of our list, "" where there is none: it takes the first by
+    name (libcni's ConfFiles, containerd, CRI-O). One that ends in flannel's plugin, in our subnet or in our list by
+    multus is as good as ours. Raises OSError."""
+    for name in sorted(os.listdir(folder)):
+        if name == CONFLIST:
+            return ""
+        if not name.endswith((".conf", ".conflist", ".json")):
+            continue
+        path = f"{folder}/{name}"
+        try:
+            kinds = {plugin.get("type") for plugin in _plugins(text_of(path))} - {None}
+        except OSError:
+            continue
+        if kinds and not kinds & {"flannel", "multus", "multus-shim"} and listed_subnet(path, subnet.family) != subnet:
+            return name
+    return ""
 
 
 def bridges_in(content: str) -> set[str]:

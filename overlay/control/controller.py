@@ -42,6 +42,9 @@ class Controller:
     """`reconcile` only begins; the end is an event, and the controller itself then says `completed` and clears its
     problem."""
 
+    reports: ClassVar[tuple[str, ...]] = ()
+    """Other subjects of its problems: what it found before says nothing any more once it waits, or is switched off."""
+
     completed: bool = False
     """It has reconciled once. Set by the scheduler, but where it answers later."""
 

@@ -114,6 +114,11 @@ class _Slot:
         self.stale = self.stale or wants != self.wants
         self.inputs, self.wants, self.waits = inputs, wants, isinstance(wants, Waiting)
 
+    @property
+    def asked(self) -> bool:
+        """Whether it has something to see to."""
+        return not self.waits and self.wants is not None
+
     def due(self) -> float | None:
         """When it is asked without an event; what was refused waits for its retry, unless it cannot act now at all."""
         if self.retry.at is not None:
@@ -184,7 +189,11 @@ class Schedule:
         more = False
         for slot in self._slots:  # at each event of a storm: what has no reason to be asked costs next to nothing
             if slot.inputs is not self._current.inputs:
+                asked = slot.asked
                 slot.update(self._current.inputs)
+                if asked and not slot.asked:
+                    for subject in slot.controller.reports:
+                        self._health.solved(subject)
             if not slot.stale and not slot.more and ((at := slot.due()) is None or at > now):
                 continue
             if slot.controller.yields and more and now < self._peers_first_until:

@@ -198,6 +198,7 @@ class PodsController(_TableController):
     """That each pod sends from its own addresses."""
 
     name = "pods"
+    reports = ("unprotected",)
     yields = True
     suffix = antispoof.SUFFIX
 

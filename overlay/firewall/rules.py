@@ -124,6 +124,7 @@ class ForwardController(_RulesController):
     """Our rules in other people's forward chains, of one family, and what of those an operator must mend."""
 
     name = "forward"
+    reports = ("forward chain",)
     harmless = True
 
     def __init__(

@@ -27,6 +27,7 @@ from overlay.lab import matrix, netns, pods, processes, topology
 from overlay.lab.capture import Captured, capture
 from overlay.lab.processes import LabError, Process
 from overlay.process.files import write_atomically
+from overlay.process.rundir import MODE
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
@@ -204,14 +205,21 @@ class Lab:
                 )
             netns.delete(topology.node_netns(self.name, pod))
         progress(f"{name}: agent")
-        agents = [node.agent] if node.agent is not None else []
-        processes.end(agents + processes.leftovers(self.run_dir(node)))
+        self._end_agent(node)
         progress(f"{name}: lease")
         self._release(node)
         netns.delete(topology.node_netns(self.name, name))
         self.nodes.remove(node)
         self._save()
         shutil.rmtree(self.run_dir(node), ignore_errors=True)
+
+    def restart(self, name: str, progress: Progress) -> None:
+        """End a node's agent, if it runs, and start it as `up` did; its pods stay as they are. Raises LabError."""
+        node = self.node(name)
+        progress(f"{name}: agent")
+        self._end_agent(node)
+        self._start_agent(node)
+        self._wait_ready([node], progress)
 
     def down(self, progress: Progress) -> None:
         """Remove everything that has its name, noted or not."""
@@ -260,6 +268,10 @@ class Lab:
         self.nodes.append(node)
         self._save()
         topology.make_node(self.name, node.name, number)
+        self._start_agent(node)
+        return node
+
+    def _start_agent(self, node: Node) -> None:
         run_dir = self.run_dir(node)
         run_dir.mkdir(exist_ok=True)
         command = [
@@ -274,7 +286,10 @@ class Lab:
         ]
         node.agent = processes.start(topology.node_netns(self.name, node.name), command, self.log(node.name))
         self._save()
-        return node
+
+    def _end_agent(self, node: Node) -> None:
+        agents = [node.agent] if node.agent is not None else []
+        processes.end(agents + processes.leftovers(self.run_dir(node)))
 
     def _wait_ready(self, nodes: list[Node], progress: Progress) -> None:
         until = time.monotonic() + READY_S
@@ -401,8 +416,10 @@ def locked(name: str) -> Iterator[None]:
     """One command at a time for one lab. Raises LabError."""
     if os.geteuid() != 0:
         raise LabError("the lab makes network namespaces: run it as root")
-    with open(f"/run/overlay-lab-{_checked(name)}.lock", "w") as file:
+    path = f"/run/overlay-lab-{_checked(name)}.lock"
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE), "w") as file:
         try:
+            os.fchmod(file.fileno(), MODE)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise LabError(f"another `overlay lab` command works on the lab {name!r}; wait for it") from error
@@ -410,4 +427,4 @@ def locked(name: str) -> Iterator[None]:
             yield
         finally:
             if not (ROOT / name).exists():
-                Path(file.name).unlink(missing_ok=True)
+                Path(path).unlink(missing_ok=True)

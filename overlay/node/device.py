@@ -21,7 +21,7 @@ from overlay.kernel.route.links import Links
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
-from overlay.process.rundir import DeviceLock
+from overlay.process.rundir import DeviceLock, Holder
 
 LOCK_RETRY_S = 1.0
 """While another agent has the device: no event reports when that ends."""
@@ -267,6 +267,8 @@ class DeviceController(Controller):
         who = f"another overlayd (pid {pid or '?'}) manages {device} on this node"
         words = f"{who}: this one waits until it ends; it should not have been started"
         self._health.report("another agent", "" if pid is None else words)
+        squatter = self._lock.squatters.get(device)
+        self._health.report("device lock", _squatted(device, squatter) if squatter is not None else "", harmless=True)
         return pid is None
 
     def due(self) -> float | None:
@@ -325,6 +327,14 @@ class DeviceController(Controller):
     def counters(self) -> Mapping[str, int]:
         """How often it was put back."""
         return {"mended_device": self._lost}
+
+
+def _squatted(device: str, holder: Holder) -> str:
+    who = f"uid {holder.uid}, pid {holder.pid}" if holder.uid >= 0 else "who listens to nobody: ss -xlp"
+    return (
+        f"a process that is no agent ({who}) has bound overlayd's names for {device}: end it; until then this agent runs,"
+        " and a second one on the same device would not be noticed"
+    )
 
 
 _NO_TUNNEL = Tunnel("", 0, 0, up=False)

@@ -28,6 +28,7 @@ class AddressController(BackgroundController):
     """Asks the link by ARP, and reports; changes nothing."""
 
     name = "address"
+    reports = ("duplicate address",)
     rechecked = False
 
     def __init__(

@@ -76,6 +76,7 @@ class SysctlController(Controller):
     """Them, for one family."""
 
     name = "sysctl"
+    reports = ("bridge filter",)
     yields = True
 
     def __init__(self, family: Family, health: Health, clock: Callable[[], float]) -> None:

@@ -57,6 +57,7 @@ class ReachController(Controller):
     """Reports what pods of one family suffer from; changes nothing."""
 
     name = "reach"
+    reports = ("carrier", "routes", "retained", "ways", "ways to single peers", "marks")
     yields = True
     harmless = True
 
@@ -237,16 +238,19 @@ class ReachController(Controller):
     def _marked(self, here: ways.Here, peers: list[ways.Peer], network: Prefix, names: Mapping[int, str]) -> str:
         """Rules that lead marked packets elsewhere: whether a pod's packets get that mark is not known."""
         peer, found = peers[0], []
-        for mark in {rule.mark: rule for rule in self._requests.rules(self._family) if rule.mask and not rule.invert}:
-            for question in ways.questions(here, peer):
-                if question.what not in (ways.OUT, ways.FORWARDED):
-                    continue
+        marks = {rule.mark: rule for rule in self._requests.rules(self._family) if rule.mask and not rule.invert}
+        sound = [  # without a mark
+            question
+            for question in (ways.questions(here, peer) if marks else ())
+            if question.what in (ways.OUT, ways.FORWARDED)
+            and ways.is_as_asked(question, self._requests.way(self._family, question.packet))
+        ]
+        for mark in marks:
+            for question in sound:
                 asked = question._replace(packet=question.packet._replace(mark=mark))
                 way = self._requests.way(self._family, asked.packet)
                 if ways.is_as_asked(asked, way) or names.get(way.oif) == "lo":  # a proxy of this node takes them
                     continue
-                if not ways.is_as_asked(question, self._requests.way(self._family, question.packet)):
-                    continue  # without a mark, too
                 what = asked.what.format(peer=f"{peer.subnet} with mark {mark:#x}")
                 happens = explain.refusal_text(way) if way.error else f"leave by {names.get(way.oif, way.oif)}"
                 found.append(f"{what} {happens}: {self._cause(asked, way, network, names)}")

@@ -56,6 +56,7 @@ class ForeignRulesController(BackgroundController):
     """Reads them, and reports; changes nothing. (firewall/forward.py sees to forward chains that drop by policy.)"""
 
     name = "filters"
+    reports = (DROPS, MASQUERADES, DOUBTFUL, UNREAD)
     harmless = True
     rechecked = False
 

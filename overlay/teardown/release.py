@@ -9,7 +9,7 @@ from lease.model import ip_text, mac_text
 from lease.store import RecordChanged, StoreUnavailable
 from overlay.cni.lists import LEASE_FILE
 from overlay.process.files import remove
-from overlay.process.rundir import RunDirError, hold
+from overlay.process.rundir import RunDir, RunDirError
 from overlay.settings.settings import Settings
 from overlay.settings.stores import etcd_store
 
@@ -36,10 +36,10 @@ def release(settings: Settings, dry_run: bool = False) -> str:
     if not Path(settings.run_dir).is_dir():
         raise NothingKnown(f"no lease of this node is known: there is no {settings.run_dir}; is --run-dir the agent's?")
     try:
-        lock = hold(settings.run_dir)
+        held = RunDir(settings.run_dir)
     except RunDirError as error:
         raise ReleaseError(f"{error} and would take the lease again; stop it first") from error
-    with lock:
+    with held:
         return _release(settings, dry_run)
 
 

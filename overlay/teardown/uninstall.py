@@ -18,7 +18,7 @@ from overlay.compose import Outside, withdraw
 from overlay.node.owned import Owned
 from overlay.process.dry import dry
 from overlay.process.files import read_text, remove, write_atomically
-from overlay.process.rundir import hold
+from overlay.process.rundir import LOCK_NAME, RunDir
 from overlay.settings.settings import Settings
 from overlay.settings.stores import node_store
 
@@ -64,7 +64,7 @@ def uninstall(settings: Settings, force: bool = False, dry_run: bool = False) ->
         if failed:
             raise UninstallError("; ".join(failed))
         kept = {lease_file(settings)} if leased(settings) else set()
-        for left in (*_marks(settings), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/lock"):
+        for left in (*_marks(settings), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/{LOCK_NAME}"):
             if left not in kept:
                 remove(left)
     if dry_run:
@@ -106,13 +106,13 @@ def _ours(settings: Settings, owned: Owned) -> bool:
 @contextmanager
 def _locked(settings: Settings) -> Iterator[None]:
     """Nobody else works here. A dry run leaves no file and no folder where there was none."""
-    folder, lock = Path(settings.run_dir), Path(settings.run_dir) / "lock"
+    folder, lock = Path(settings.run_dir), Path(settings.run_dir) / LOCK_NAME
     made_folder, made_lock = not folder.exists(), not lock.exists()
-    file = hold(settings.run_dir)
+    held = RunDir(settings.run_dir)
     try:
         yield
     finally:
-        file.close()
+        held.close()
         if dry.run and made_lock:
             lock.unlink(missing_ok=True)
         if dry.run and made_folder:

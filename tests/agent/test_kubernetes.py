@@ -105,6 +105,17 @@ def test_a_node_made_again_under_one_name(kube_world):
     until("the new Node has its condition", lambda: unavailable(world, "node2") == "False", 30)
 
 
+def test_a_list_that_comes_before_ours_is_a_problem(kube_world):
+    world = kube_world
+    agent = world.nodes(1)[0]
+    until("there is a network list", (agent.run_dir / "cni" / "10-flannel.conflist").exists)
+    other = agent.run_dir / "cni" / "05-other.conf"
+    other.write_text('{"name": "other", "type": "bridge"}')
+    until("it is named", lambda: "05-other.conf comes before" in problems(agent))
+    other.unlink()
+    until("and forgotten", lambda: "05-other" not in problems(agent))
+
+
 def test_a_node_made_again_with_another_pod_cidr_moves(kube_world):
     world = kube_world
     agents = world.nodes(2)
@@ -160,7 +171,8 @@ def test_a_wider_network_is_taken_live(kube_world):
             until("the status has it", lambda agent=agent: agent.network() == "10.240.0.0/12")
             until("and the kernel", lambda agent=agent: not agent.status()["differences"] and agent.ready())
             until("and the files", lambda agent=agent: "10.240.0.0/12" in (agent.run_dir / "subnet.env").read_text())
-        assert "10.240.0.0/12" in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
+        table = ("nft", "list", "table", "ip", "overlay-1")
+        until("and the masquerade, by a program", lambda: "10.240.0.0/12" in world.run("node1", *table))
     assert stream.lost() == 0
     world.config(Network="10.99.0.0/16")
     until("one that does not hold the podCIDR is refused", lambda: "does not contain our subnet" in problems(agents[0]))

@@ -115,6 +115,11 @@ def test_the_whole_tour(name):
     assert "does not answer" in broken.stdout
     assert "no agent answers" in overlay("status", "--run-dir", str(run_dir), check=3).stderr
     overlay("lab", "matrix", "--name", name)  # the data path needs no agent
+    assert "there is no node9" in overlay("lab", "restart", "--name", name, "node9", check=1).stderr
+    overlay("lab", "restart", "--name", name, "node1")
+    assert Lab(name).whole()
+    os.kill(Lab(name).nodes[0].agent.pid, signal.SIGKILL)
+    until("it is gone again", lambda: not Lab(name).whole())
     overlay("lab", "up", "--name", name, "--nodes", "1", "--pods", "1")  # what is left is replaced
     assert len(Lab(name).nodes) == 1
 

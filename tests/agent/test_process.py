@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,10 +13,12 @@ import time
 import pytest
 
 from lease.tenure.claim import Identity
+from overlay.api.serve import SOCKET_NAME
 from overlay.control.health import Health, Problem
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
 from overlay.main import StoreHosts
+from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
 from tests.agent.test_lease_held import release
 from tests.support.wait import until
 from tests.support.world import ROOT
@@ -204,3 +207,19 @@ def test_no_usable_machine_id_is_no_identity(machine, tmp_path, monkeypatch):
     assert len(known.machine) == 16
     assert "3d1219c7" not in str(known), "the machine-id itself is confidential"
     assert netns.path("x") == "/run/netns/x"
+
+
+def test_what_an_agent_is_reached_by_comes_back(world):
+    """Its socket, its lock, the whole run directory: somebody cleaned up."""
+    one = world.agent(world.node(1)).wait_ready()
+    for name in (SOCKET_NAME, LOCK_NAME):
+        (one.run_dir / name).unlink()
+        until(f"{name} is back", (one.run_dir / name).exists)
+    until("it answers", one.ready)
+    with pytest.raises(RunDirError, match=f"in use by overlayd \\(pid {one.process.pid}\\)"):
+        RunDir(str(one.run_dir))
+    for name in ("device", "lease.json", "subnet.env"):
+        assert (one.run_dir / name).exists(), name
+    shutil.rmtree(one.run_dir)
+    until("all is back", lambda: all((one.run_dir / name).exists() for name in (SOCKET_NAME, LOCK_NAME, "lease.json")))
+    until("it answers again", one.ready)

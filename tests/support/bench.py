@@ -30,6 +30,7 @@ from overlay.node.underlay_source import UnderlaySource
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
+from overlay.process.rundir import Holder
 from overlay.reach import ways
 from overlay.reach.controller import ReachController
 from overlay.settings.settings import Settings
@@ -45,6 +46,9 @@ class NoLock:
     """A DeviceLock; `other` is the pid of whoever has the device."""
 
     other: int | None = None
+
+    def __init__(self) -> None:
+        self.squatters: dict[str, Holder] = {}
 
     def take(self, device: str) -> int | None:
         del device

@@ -169,3 +169,23 @@ def test_live_settings_are_laid_over_the_flags():
 def test_live_settings_that_cannot_be_are_named(text, words):
     with pytest.raises(SettingsError, match=words):
         read_live(text, settings())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "preferred"),
+    [
+        ("05-bridge.conf", {"name": "b", "type": "bridge"}, True),
+        ("05-bridge.conflist", {"name": "b", "plugins": [{"type": "bridge"}, {"type": "portmap"}]}, True),
+        ("05-bridge.json", {"name": "b", "type": "ptp"}, True),
+        ("11-bridge.conf", {"name": "b", "type": "bridge"}, False),
+        ("05-bridge.bak", {"name": "b", "type": "bridge"}, False),
+        ("05-rubbish.conf", "{", False),  # no runtime takes it
+        ("00-multus.conf", {"name": "m", "type": "multus", "delegates": []}, False),
+        ("05-flannel.conflist", {"name": "cbr0", "plugins": [{"type": "flannel"}]}, False),  # by subnet.env, ours
+        ("05-own.conflist", json.loads(PLAIN), False),
+    ],
+)
+def test_a_list_that_a_runtime_takes_before_ours(tmp_path, name, content, preferred):
+    (tmp_path / cni.CONFLIST).write_text(PLAIN)
+    (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    assert cni.preferred(str(tmp_path), SUBNET) == (name if preferred else "")

@@ -279,3 +279,16 @@ def test_report_1_so_is_ipv4_in_a_network_of_ipv6():
     config = parse(EnableIPv4=False, EnableIPv6=True, Network="0.0.0.0/0", IPv6Network="fd00::/56")
     assert (config.pools.keys(), config.ignored) == ({6}, ())
     assert "Network" in parse(EnableIPv4=False, EnableIPv6=True, Network="x", IPv6Network="fd00::/56").ignored[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"Subnetlen": 25, "backend": {"type": "vxlan", "vni": 2}}, []),  # names count in any case, as to Go
+        ({"SubnetLenght": 25}, ["SubnetLenght: no such field (ignored)"]),
+        ({"Backend": {"Type": "vxlan", "DirectRoute": True}}, ["Backend.DirectRoute: no such field (ignored)"]),
+        ({"a\nb" + "c" * 100: 1}, ["a\\nb" + "c" * 53 + "...: no such field (ignored)"]),
+    ],
+)
+def test_a_field_that_nobody_reads_is_told(fields, told):
+    assert list(parse(Network="10.244.0.0/16", **fields).ignored) == told

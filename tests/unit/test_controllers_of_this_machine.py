@@ -15,6 +15,7 @@ from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.lookup import Way
 from overlay.node import sysctls
 from overlay.node.underlay import UnderlayError
+from overlay.process.rundir import Holder
 from overlay.reach import ways
 from overlay.reach.controller import AGAIN_S, ReachController
 from tests.support.bench import RETAINED
@@ -83,9 +84,14 @@ def test_a_device_that_another_agent_keeps_is_left_to_it(bench):
     assert "pid 77" in bench.problems()["another agent"]
     assert controller.due() == 1.0
     bench.lock.other = None
+    bench.lock.squatters["flannel.1"] = Holder(4242, 1000)
+    bench.reconcile(controller)
+    assert bench.problems().keys() == {"device lock"}, "it waits for an agent alone"
+    assert "uid 1000, pid 4242" in bench.problems()["device lock"]
+    assert bench.current.inputs.tunnels[4].name == "flannel.1"
+    del bench.lock.squatters["flannel.1"]
     bench.reconcile(controller)
     assert bench.problems() == {}
-    assert bench.current.inputs.tunnels[4].name == "flannel.1"
 
 
 def test_nothing_is_claimed_while_another_agent_keeps_the_device(bench):

@@ -123,6 +123,22 @@ def test_it_is_asked_when_what_it_wants_changed_and_not_else(world):
     assert (world.toy.asked, world.kernel) == (2, {"toy": "node2"})
 
 
+@pytest.mark.parametrize(
+    "now", [{"listed": False}, {"settings": Settings(node_name="")}], ids=["it waits again", "it is switched off"]
+)
+def test_what_was_found_says_nothing_any_more_once_nobody_looks(world, now):
+    world.toy.reports = ("toy's finding",)
+    world.schedule.handle("node1")
+    world.turn()
+    world.health.problem("toy's finding", "a stone")
+    world.schedule.handle("node2")
+    world.turn()
+    assert "toy's finding" in world.health.problems()
+    world.current.set(**now)
+    world.turn()
+    assert world.health.problems() == {}
+
+
 def test_an_event_of_its_own_its_time_and_the_minute_ask_it(world):
     world.schedule.handle("node1")
     world.turn()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import socket
 import socketserver
 import threading
@@ -109,3 +111,37 @@ def test_a_door_that_closes_without_a_word_is_an_error_to_who_asked(tmp_path):
         with pytest.raises(OSError, match=r"without an answer|reset|Broken pipe"):
             serve.ask_unix(path, "/healthz")
         closer.join()
+
+
+def test_a_socket_that_somebody_removed_comes_back(tmp_path):
+    """In place, with no thread nor descriptor more, however often."""
+    path = tmp_path / "s"
+    server = serve.serve_unix(str(path), {"/healthz": lambda: serve.text(200, "ok")})
+    _SERVERS.append(server)
+    assert not server.keep()
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        path.unlink()
+        assert server.keep()
+        assert serve.ask_unix(str(path), "/healthz") == (200, "ok\n")
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert not server.keep()
+    until("no thread more", lambda: threading.active_count() == threads)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_where_no_descriptor_is_left_nothing_spins(tmp_path, monkeypatch):
+    """A connection waits to be taken up, so that asking whether one waits returns at once."""
+    server = serve.UnixServer(str(tmp_path / "s"), socketserver.BaseRequestHandler)
+    slept: list[float] = []
+    monkeypatch.setattr(serve.time, "sleep", slept.append)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as waits:
+        waits.connect(str(tmp_path / "s"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            server.serve_next()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    server.server_close()
+    assert slept == [serve.NO_ROOM_S]
