@@ -72,6 +72,8 @@ class Outside(NamedTuple):
     """Takes what our record says to others out of the store."""
     bridges: tuple[str, ...] = ()
     """Bridges that a network list of ours named, where that is gone already."""
+    networks: tuple[int, ...] = ()
+    """Numbers of networks that are ours though no file says so."""
 
 
 class Composed(NamedTuple):
@@ -139,7 +141,12 @@ class _OfFamily:
 def compose(settings: Settings, outside: Outside) -> Composed:
     """All controllers of an agent. Raises OSError: no socket to the kernel."""
     clock, requests, sets = outside.clock, RequestSocket(), NetfilterSocket()
-    current, health, owned, refusals = CurrentInputs(settings), Health(clock), Owned(settings), Refusals()
+    current, health, owned, refusals = (
+        CurrentInputs(settings),
+        Health(clock),
+        Owned(settings, outside.networks),
+        Refusals(),
+    )
 
     def leave(network: int) -> None:
         for controller in controllers:

@@ -292,7 +292,8 @@ def _serve(settings: Settings, loop: Loop) -> serve.UnixServer:
     try:
         server = serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
     except OSError as error:
-        raise _CannotStart(f"--run-dir: {settings.run_dir}/{serve.SOCKET_NAME}: {error}") from error
+        where = f"{settings.run_dir}/{serve.SOCKET_NAME}"
+        raise _CannotStart(f"--run-dir: {where}: {error.strerror or error}") from error
     if settings.healthz_port:
         try:
             often = {**routes, "/metrics": serve.same_for_a_moment(metrics)}  # anybody may ask there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -23,6 +24,8 @@ MOST_AT_ONCE = 16
 """Connections of one server. Where one more comes, the oldest goes that has not asked yet, or has not taken its answer
 within SLOW_S; where there is none, the new one waits for that: who asks at once is served."""
 SLOW_S = 1.0
+LONGEST_PATH = 108
+"""sizeof(sun_path), with its end (unix(7))."""
 SAME_FOR_S = 0.5
 NO_ROOM_S = 0.2
 """Where a connection cannot be taken up, for want of descriptors, it waits, and so does the server."""
@@ -209,10 +212,16 @@ class UnixServer(_Server, UnixStreamServer):
 
 def _bind_for_root(made: socket.socket, path: str) -> None:
     """Under a name of its own first: whoever sees it at its path sees its mode."""
+    if len(os.fsencode(path)) >= LONGEST_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"a Unix socket's path has {LONGEST_PATH - 1} bytes at most", path)
     temporary = f"{path}.new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
-    made.bind(temporary)
+    folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        made.bind(f"/proc/self/fd/{folder}/{os.path.basename(temporary)}")  # which may be too long otherwise
+    finally:
+        os.close(folder)
     os.chmod(temporary, 0o600)
     os.rename(temporary, path)
 

@@ -73,10 +73,11 @@ def release(dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
     add_help_option=False,
 )
 @click.option("--force", is_flag=True, help="also where the run directory has no trace of an agent")
+@click.option("--vni", type=click.IntRange(0), help="with --force: which network, where there is more than one")
 @click.option("--dry-run", is_flag=True, help="only say what would be removed")
 @click.option("--yes", is_flag=True, help="do not ask")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def uninstall(force: bool, dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
+def uninstall(force: bool, vni: int | None, dry_run: bool, yes: bool, flags: tuple[str, ...]) -> None:
     """Take everything of ours off this node (takes overlayd's flags and environment). Running pods lose their network."""
     from overlay.process.rundir import RunDirError
     from overlay.settings.settings import SettingsError, read_settings
@@ -89,7 +90,7 @@ def uninstall(force: bool, dry_run: bool, yes: bool, flags: tuple[str, ...]) -> 
         if not dry_run and not yes and _on_terminal():
             click.confirm("remove overlay from this node? Running pods lose their network", abort=True)
         removed = 0
-        for line in remove(settings, force, dry_run):
+        for line in remove(settings, force, dry_run, vni):
             click.echo(f"{'would remove' if dry_run else 'removed'} {line}")
             removed += 1
         if dry_run:

@@ -83,9 +83,10 @@ class CniController(Controller):
         if tunnel is None:
             return Waiting("for the tunnel device")
         settings = inputs.settings
+        networks = [each.network for each in inputs.config.pools.values()] if inputs.config is not None else []
         files = (
             (self._owned.device_file, tunnel.name),  # which node/device.py has written first
-            (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end)),
+            (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end, networks)),
             (settings.subnet_file, lists.subnet_env(pool.network, end.subnet, tunnel.mtu, settings.ip_masq)),
         )
         if not settings.cni_conf_dir:

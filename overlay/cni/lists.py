@@ -23,11 +23,24 @@ LEASE_FILE = "lease.json"
 """Below --run-dir: which record is ours, for `overlay release`."""
 
 
-def lease_file(key: str, end: Endpoint) -> str:
+def lease_file(key: str, end: Endpoint, networks: Iterable[Prefix]) -> str:
     """The content of LEASE_FILE."""
     assert end.mac is not None
-    fields = {"key": key, "public_ip": ip_text(end.subnet.family, end.public_ip), "vtep_mac": mac_text(end.mac)}
+    fields = {
+        "key": key,
+        "public_ip": ip_text(end.subnet.family, end.public_ip),
+        "vtep_mac": mac_text(end.mac),
+        "networks": [str(network) for network in networks],
+    }
     return json.dumps(fields) + "\n"
+
+
+def recorded_networks(run_dir: str) -> list[Prefix]:
+    """The networks of LEASE_FILE, [] where it names none."""
+    try:
+        return [prefix(text) for text in json.loads(text_of(f"{run_dir}/{LEASE_FILE}"))["networks"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []
 
 
 def recorded_public_ip(run_dir: str, family: int) -> int:

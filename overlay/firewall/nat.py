@@ -6,6 +6,7 @@ pod, and compares kube-proxy's mark whole instead of as a mask (docs/compatibili
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lease.families import FAMILIES
@@ -19,11 +20,18 @@ MIDDLE = 32768
 """Of the ports above and below VXLAN's the larger part is used."""
 TABLE_PREFIX = "overlay-"
 Rule = dict[str, Any]
+_OURS = re.compile(rf"{TABLE_PREFIX}([0-9]{{1,8}})(-[a-z]+)?")
 
 
 def table_name(network: int) -> str:
     """One table for each network on the node."""
     return f"{TABLE_PREFIX}{network}"
+
+
+def network_of(name: str) -> int | None:
+    """The network whose table (this one, or another of ours) has that name, None where it is no name of ours."""
+    found = _OURS.fullmatch(name)
+    return int(found[1]) if found is not None else None
 
 
 def is_table_name(name: str) -> bool:

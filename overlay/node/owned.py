@@ -5,10 +5,12 @@ What uninstalls, and what takes an earlier network's things away, asks here; nam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 
 from lease.config import ConfigError, parse_config
 from lease.families import FAMILIES
+from lease.model import Prefix
 from overlay.backends.choose import backend_of, network_of
 from overlay.cni import lists
 from overlay.process.files import read, read_text
@@ -18,8 +20,9 @@ from overlay.settings.settings import Settings
 class Owned:
     """The traces of ours on this node, in files."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, named: Iterable[int] = ()) -> None:
+        """named: numbers of networks that are known to be ours without a trace."""
+        self._settings, self._named = settings, tuple(named)
 
     @property
     def device_file(self) -> str:
@@ -32,11 +35,19 @@ class Owned:
 
     def networks(self) -> list[int]:
         """The numbers of our networks on this node."""
-        found = {network_of(self.recorded_device())}
+        found = {network_of(self.recorded_device()), *self._named}
         with suppress(ConfigError):
             config = parse_config(read(self._settings.net_config_path) or b"")
             found |= {backend_of(config.backend, FAMILIES[family]).network for family in config.pools}
         return sorted(network for network in found if network is not None)
+
+    def prefixes(self, family: int) -> list[Prefix]:
+        """The pod networks of a family that this node is or was in."""
+        found = {network for network in lists.recorded_networks(self._settings.run_dir) if network.family == family}
+        with suppress(ConfigError):
+            pool = parse_config(read(self._settings.net_config_path) or b"").pool(family)
+            found |= {pool.network} if pool is not None else set()
+        return sorted(found)
 
     def flannel_has_it(self) -> bool:
         """Whether the node is flannel's (again): its network list names flannel's plugin. Then device, list, subnet.env,

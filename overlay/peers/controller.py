@@ -262,19 +262,30 @@ class PeersController(Controller):
     # --- taking away
 
     def withdraw(self) -> Iterator[str]:
-        """Remove the routes of our protocol number, but those that go with the tunnel device."""
-        dying = set()
-        if not self._owned.flannel_has_it():
-            kinds = tunnel_devices(self._owned.networks())
-            dying = {link.ifindex for link in self._requests.links() if kinds.get(link.name) == link.kind}
-        routes = [
+        """Remove the routes of our protocol number that are this network's, but those that go with the tunnel device:
+        another network's agent may have its own on this node. Raises ValueError where it is not known whose they are."""
+        kinds = tunnel_devices(self._owned.networks())
+        tunnels = {link.ifindex for link in self._requests.links() if kinds.get(link.name) == link.kind}
+        dying = set() if self._owned.flannel_has_it() else tunnels
+        networks = self._owned.prefixes(self._family.number)
+        left = [
             route
             for route in self._requests.routes(self._family)
             if route.protocol == PROTOCOL and route.oif not in dying
         ]
+        routes = [
+            route
+            for route in left
+            if route.oif in tunnels or any(network.holds(route.key.base) for network in networks)
+        ]
         if routes:
             self._remove(routes)
             yield f"{len(routes)} routes of ours"
+        if left and not networks:
+            raise ValueError(
+                f"{len(left)} routes are ours, or another network's on this node, of which nothing here says which:"
+                f" ip -{self._family.number} route show proto {PROTOCOL}"
+            )
 
     def _remove(self, routes: list[FoundRoute]) -> None:
         for start in range(0, len(routes), BATCH):

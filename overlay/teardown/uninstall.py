@@ -15,6 +15,9 @@ from overlay.api.serve import SOCKET_NAME
 from overlay.cni import lists
 from overlay.cni.controller import bridges_listed
 from overlay.compose import Outside, withdraw
+from overlay.firewall import nat
+from overlay.kernel.netlink import KernelError
+from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
 from overlay.process.dry import dry
 from overlay.process.files import read_text, remove, write_atomically
@@ -29,28 +32,34 @@ class UninstallError(Exception):
     """Something of ours could not be removed; the rest is. One line each."""
 
 
-def uninstall(settings: Settings, force: bool = False, dry_run: bool = False) -> Iterator[str]:
+def uninstall(
+    settings: Settings, force: bool = False, dry_run: bool = False, network: int | None = None
+) -> Iterator[str]:
     """Withdraw all controllers: the network list first (no new pod starts here), then kernel, what the node says to others,
     and files; each thing removed, as a line. Nothing at all where no agent of ours left its mark in the run directory; and
     where flannel has the node (the network list names its plugin), its device, list, subnet.env and annotations stay.
 
+    force: also without a mark; where no file names the network then (network: its number, of a vxlan its VNI), the one whose
+    nftables tables stand here is taken.
     dry_run: nothing is removed, the lines say what would be (for the rest of this process's life).
 
     Raises:
         RunDirError: an agent still runs here; it would put everything back.
-        UninstallError: after all else was done.
+        UninstallError: after all else was done; or there are several networks to choose from, and nothing was.
     """
     dry.run = dry_run
     owned = Owned(settings)
     if not force and not _ours(settings, owned):
         return
     with _locked(settings):
+        networks = _networks(owned, force, network)
         _begin(settings)
         failed: list[str] = []
         outside = Outside(
             clock=time.monotonic,
             give_up=lambda: _annotations(settings, owned),
             bridges=tuple(read_text(f"{settings.run_dir}/{BEGUN}").split()),
+            networks=networks,
         )
         try:
             withdrawing = list(withdraw(settings, outside))
@@ -71,6 +80,25 @@ def uninstall(settings: Settings, force: bool = False, dry_run: bool = False) ->
         return
     with suppress(OSError):  # a mount point, or something that is not ours is in it
         Path(settings.run_dir).rmdir()
+
+
+def _networks(owned: Owned, force: bool, network: int | None) -> tuple[int, ...]:
+    """The networks that no file names. Raises UninstallError."""
+    if network is not None:
+        return (network,)
+    if not force or owned.networks():
+        return ()
+    try:
+        found = {number for _, name in program.tables() if (number := nat.network_of(name)) is not None}
+    except KernelError as error:
+        raise UninstallError(f"no file names this node's network, and its tables cannot be read: {error}") from error
+    if len(found) > 1:
+        numbers = ", ".join(map(str, sorted(found)))
+        raise UninstallError(
+            f"there are tables of several networks (VNI {numbers}) on this node, and no file says which is meant: --vni;"
+            " nothing was removed"
+        )
+    return tuple(found)
 
 
 def lease_file(settings: Settings) -> str:

@@ -1,5 +1,7 @@
 """The underlay changes, the config changes: followed live, and nothing lost that need not be."""
 
+import shutil
+
 import pytest
 
 from overlay.lab import matrix, topology
@@ -215,6 +217,30 @@ def test_two_networks_on_one_node_leave_each_other_alone(world):
     until("back", lambda: routes() == before)
     assert one.ready()
     assert firsts[0].ready()
+
+    def uninstall(agent, *more: str) -> str:
+        flags = agent.command[agent.command.index("-m") + 2 :]
+        return world.run(agent.node, agent.command[2], "-m", "overlay.cli.app", "uninstall", *more, *flags)
+
+    one.stop()
+    assert "device flannel.1" in uninstall(one)
+    left = "".join(line for line in before.splitlines(keepends=True) if "10.50." in line)
+    assert left.count("\n") == 1
+    assert routes() == left, "the other network's direct route is no business of this one"
+    assert firsts[0].status()["counters"].get("mended_route", 0) == 0
+    for agent in (two, firsts[1]):
+        agent.stop()
+        shutil.rmtree(agent.run_dir)
+    with pytest.raises(AssertionError, match=r"several networks \(VNI 1, 2\).*--vni; nothing was removed"):
+        uninstall(two, "--force")
+    for agent, flags, device in ((two, ("--vni=1",), "flannel.1"), (firsts[1], (), "flannel.2")):
+        assert device in world.run("node2", "ip", "link")
+        with pytest.raises(
+            AssertionError, match=rf"(?s)removed device {device}.*1 routes are .*of which nothing here says"
+        ):
+            uninstall(agent, "--force", *flags)
+        assert device not in world.run("node2", "ip", "link")
+    assert "overlay-" not in world.run("node2", "nft", "list", "tables")
 
 
 def test_a_flap_of_the_underlay_too_short_to_see_brings_direct_routes_back(world):

@@ -145,3 +145,12 @@ def test_where_no_descriptor_is_left_nothing_spins(tmp_path, monkeypatch):
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     server.server_close()
     assert slept == [serve.NO_ROOM_S]
+
+
+def test_a_path_that_a_unix_socket_just_can_have(tmp_path):
+    folder = tmp_path / ("x" * (serve.LONGEST_PATH - 1 - len(str(tmp_path)) - len("//s")))
+    folder.mkdir()
+    _SERVERS.append(serve.serve_unix(f"{folder}/s", {"/healthz": lambda: serve.text(200, "ok")}))
+    assert serve.ask_unix(f"{folder}/s", "/healthz") == (200, "ok\n")
+    with pytest.raises(OSError, match="107 bytes at most"):
+        serve.serve_unix(f"{folder}/ss", {})

@@ -47,6 +47,11 @@ def load_table(family: str, name: str, objects: Objects) -> None:
         raise KernelError(5, f"nft: loading table {family} {name}: {_last_line(done.stderr)}")
 
 
+def tables() -> list[tuple[str, str]]:
+    """Family and name of each table. Raises KernelError."""
+    return [(item["family"], item["name"]) for item in _listed("table", "tables")]
+
+
 class Chain(NamedTuple):
     """A base chain. kind: `filter`, `nat`...; hook: `forward`..."""
 
