@@ -18,7 +18,7 @@ def done(monkeypatch) -> list[str]:
         found.append(f"release dry_run={dry_run}")
         return "10.244.1.0-24"
 
-    def remove(_settings, force: bool = False, dry_run: bool = False):
+    def remove(_settings, force: bool = False, dry_run: bool = False, network: int | None = None):
         found.append(f"uninstall force={force} dry_run={dry_run}")
         yield "device flannel.1"
 
