@@ -18,8 +18,9 @@ from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
-from overlay.node.interfaces import interfaces_within, without_bridge
+from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, without_bridge
 from overlay.node.owned import Owned
+from overlay.peers.plan import underlay_within
 
 NAMED = 3
 """So many interfaces are named in a problem."""
@@ -83,8 +84,15 @@ class _TableController(Controller):
 
 
 class _GuardWants(NamedTuple):
+    """inside, elsewhere: interfaces, by number; on_link: where peers may be reached without the tunnel; shared: the other
+    VXLAN devices on our port."""
+
     table: Table
     inside: frozenset[int]
+    elsewhere: frozenset[int]
+    on_link: tuple[Prefix, ...]
+    direct: int
+    shared: tuple[str, ...]
 
 
 class GuardController(_TableController):
@@ -92,6 +100,7 @@ class GuardController(_TableController):
 
     name = "guard"
     suffix = guard.SUFFIX
+    reports = ("shared port",)
 
     def __init__(
         self,
@@ -114,20 +123,31 @@ class GuardController(_TableController):
         if not inputs.settings.vxlan_guard:
             return None
         number = self._family.number
-        pool, under = inputs.pool(number), inputs.underlays.get(number)
-        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+        pool, under, end = inputs.pool(number), inputs.underlays.get(number), inputs.end(number)
+        tunnel = inputs.tunnels.get(number)
+        if inputs.config is None or pool is None or end is None or tunnel is None:
             return Waiting("for a lease")
         backend = backend_of(inputs.config.backend, self._family)
         outer = backend.outer()
         if outer is None:
             return None
         inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
-        return _GuardWants(guard.table(self._family, backend.network, outer, pool.network), inside)
+        elsewhere = interfaces_elsewhere(inputs.links, inside, inputs.bridges, under, tunnel.name)
+        on_link = under.on_link if under is not None else ()
+        nodes = underlay_within(pool.network, (*on_link, *inputs.settings.underlay_cidrs))
+        links = inputs.links.values()
+        shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel.name))
+        direct = pool.length if backend.reaches_directly else 0
+        here = guard.Where(pool.network, end.subnet, tunnel.name, tuple(sorted(set(nodes))), not shared, direct)
+        table = guard.table(self._family, backend.network, outer, here)
+        return _GuardWants(table, inside, elsewhere, on_link if direct else (), direct, shared)
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
         table = wants.table
-        self.guard.pods_behind(wants.inside)
+        self.guard.attached(wants.inside, wants.elsewhere)
+        self.guard.reached_directly(wants.direct, wants.on_link)
+        self._health.report("shared port", _shared(wants.shared), harmless=True)
         if self._read_whole or table != self._wanted:
             self.guard.ensure(table)
             self._read_whole, self._wanted = False, table
@@ -181,6 +201,15 @@ class GuardController(_TableController):
             return {**mended, **{f"dropped_{who}": count for who, count in self.guard.dropped().items()}}
         except OSError:
             return mended
+
+
+def _shared(devices: tuple[str, ...]) -> str:
+    if not devices:
+        return ""
+    return (
+        f"{', '.join(devices)} uses the tunnel's UDP port as well, so that its frames must be let through, and who sends one"
+        " with a frame of ours behind it in one datagram (UDP_SEGMENT) gets that one through: give each network its own Port"
+    )
 
 
 class _PodsWants(NamedTuple):

@@ -1,4 +1,5 @@
-"""Who may send VXLAN to this node: the addresses of peers, as a set in an nftables table of its own.
+"""Who may send VXLAN to this node, the addresses of peers, as a set in an nftables table of its own; and that nobody comes
+into the pod network beside the tunnel.
 
 The kernel asks the set before it decapsulates. The table is separate from the nat table, so that nobody pays for listing
 20,000 addresses, and made and kept by netlink: it is in place before the first route of a peer. What is wanted is derived
@@ -11,29 +12,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import takewhile
+from typing import NamedTuple
 
 from lease.families import Family
-from lease.model import Lease, Prefix, ip_text, mask
+from lease.model import Endpoint, Lease, Prefix, ip_text, mask
 from lease.records.packed import outer_source, unpack
 from overlay.backends.base import Outer
+from overlay.firewall.let_in import LetIn
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.process.log import log
 
-GRACE_S = 60.0
-"""An address that no peer has any more is still let in for so long: what is under way, a node that comes back."""
 MOST_INTERRUPTED = 5
 """So many checks in a row may be spoilt by others' changes of nftables (and our own) before one is made in one go."""
 UNKNOWN_S, MOST_UNKNOWN = 600, 64
 """Of senders that are refused so many are remembered, for so long, to be named to the operator."""
 SUFFIX = "-guard"
-VTEPS, POD_INTERFACES, UNKNOWN_SENDERS = "vteps", "pod_interfaces", "unknown_senders"
-FROM_UNKNOWN, FROM_PODS = "from_unknown_senders", "from_pods"
-_NF_INET_LOCAL_IN, _NF_INET_FORWARD = 1, 2
-_RAW = -300
+VTEPS, DIRECT, POD_INTERFACES, ELSEWHERE = "vteps", "direct_subnets", "pod_interfaces", "elsewhere"
+UNKNOWN_SENDERS = "unknown_senders"
+FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE = "from_unknown_senders", "from_pods", "forwarded", "beside_the_tunnel"
+_NF_INET_PRE_ROUTING, _NF_INET_LOCAL_IN, _NF_INET_FORWARD, _NF_INET_POST_ROUTING = 0, 1, 2, 4
+_RAW, _AFTER_SRCNAT = -300, 300
+_LOOPBACK = (1).to_bytes(4, sys.byteorder)
+"""LOOPBACK_IFINDEX (include/net/flow.h): of each network namespace's lo."""
 _UDP = b"\x11"
+_IFNAMSIZ = 16
+MOST_KEYS = 4096
+"""A peer's subnet that is larger than the network's are stands for so many of them at most."""
 
 
 def table_name(number: int) -> str:
@@ -41,56 +47,119 @@ def table_name(number: int) -> str:
     return f"{TABLE_PREFIX}{number}{SUFFIX}"
 
 
-def table(family: Family, number: int, outer: Outer, network: Prefix) -> nf_wire.Table:
+class Where(NamedTuple):
+    """What of this node the form of the table depends on. own: our subnet; tunnel: the device's name; nodes: prefixes inside
+    the network that are the nodes', not pods'; alone: no other VXLAN device of this node uses the port; direct: the length
+    of subnets where peers may be reached without the tunnel, 0 where none is."""
+
+    network: Prefix
+    own: Prefix
+    tunnel: str
+    nodes: tuple[Prefix, ...] = ()
+    alone: bool = True
+    direct: int = 0
+
+
+def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Table:
     """The form of the table. number: of the network (Backend.network).
 
-    A frame is known by its port and VNI (RFC 7348, 5: the VNI is bytes 4 to 6 behind the UDP header), since another network
-    may use the port as well. Pods are known by the interface and by the network: nothing from them goes to the port of any
-    node, whatever is in it; from pod to pod it may.
+    A frame is known by its port; by its VNI as well (RFC 7348, 5: bytes 4 to 6 behind the UDP header) where another network
+    uses the port, though that of the first frame says nothing of those behind it: with UDP segmentation offload a datagram
+    has many (udp(7), UDP_SEGMENT), and the kernel takes them apart only when it decapsulates.
     """
+    network = here.network
     to_port = (
         nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
         nf_wire.load("transport", 2, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
     )  # fmt: skip
-    from_pod_interfaces = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
-    base, size = family.packed(network.base), family.size
-    from_network = (*_within(family, family.source_at, network), nf_wire.equal(base))
-    beyond = (*_within(family, family.destination_at, network), nf_wire.differ(base))
-    unknown_sender = (
-        *to_port, nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")),
-        nf_wire.load("network", family.source_at, size), nf_wire.absent_from(VTEPS),
+    from_port = (
+        nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
+        nf_wire.load("transport", 0, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
+        nf_wire.load("transport", 2, 2), nf_wire.differ(outer.port.to_bytes(2, "big")),
     )  # fmt: skip
-    pods = nf_wire.count(FROM_PODS)
+    from_pod_interfaces = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
+    source, destination, size = family.source_at, family.destination_at, family.size
+    to_peer = (nf_wire.load("network", destination, size), nf_wire.found_in(VTEPS))
+    from_network, beyond = _in(family, source, network), _in(family, destination, network, nf_wire.differ)
+    our_vni = () if here.alone else (nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")))
+    unknown_sender = (*to_port, *our_vni, nf_wire.load("network", source, size), nf_wire.absent_from(VTEPS))
+    pods, forwarded = nf_wire.count(FROM_PODS), nf_wire.count(FORWARDED)
+    rules = (
+        *_beside_the_tunnel(family, here),
+        nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_pod_interfaces, pods, nf_wire.DROP)),
+        # a rule of its own: where the set is full it ends here
+        nf_wire.Rule("input", "remember the sender", (*unknown_sender, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
+        nf_wire.Rule("input", "VXLAN from no peer", (*unknown_sender, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)),
+        nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_pod_interfaces, *beyond, pods, nf_wire.DROP)),
+        nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
+        nf_wire.Rule("forward", "VXLAN of others to a peer", (*to_port, *to_peer, forwarded, nf_wire.DROP)),
+        # behind whatever masquerades: conntrack would take the peer's frames for the answers
+        nf_wire.Rule("postrouting", "from VXLAN's port to a peer", (*from_port, *to_peer, forwarded, nf_wire.DROP)),
+    )  # fmt: skip
+    address = nf_wire.ADDRESS[family.number]
     return nf_wire.Table(
         family.nft,
         table_name(number),
         (
-            nf_wire.Set(VTEPS, nf_wire.ADDRESS[family.number], size),
+            nf_wire.Set(VTEPS, address, size),
+            *((nf_wire.Set(DIRECT, address, size),) if here.direct else ()),
             nf_wire.Set(POD_INTERFACES, nf_wire.IFACE_INDEX, 4),
-            nf_wire.Set(UNKNOWN_SENDERS, nf_wire.ADDRESS[family.number], size, UNKNOWN_S, MOST_UNKNOWN),
+            nf_wire.Set(ELSEWHERE, nf_wire.IFACE_INDEX, 4),
+            nf_wire.Set(UNKNOWN_SENDERS, address, size, UNKNOWN_S, MOST_UNKNOWN),
         ),
-        (FROM_UNKNOWN, FROM_PODS),
+        (FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE),
         (
+            nf_wire.Chain("prerouting", _NF_INET_PRE_ROUTING, _RAW),
             nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
             nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
+            nf_wire.Chain("postrouting", _NF_INET_POST_ROUTING, _AFTER_SRCNAT),
         ),
-        (
-            nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_pod_interfaces, pods, nf_wire.DROP)),
-            # a rule of its own: where the set is full it ends here
-            nf_wire.Rule("input", "remember the sender", (*unknown_sender, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
-            nf_wire.Rule(
-                "input", "VXLAN from no peer", (*unknown_sender, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)
-            ),
-            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_pod_interfaces, *beyond, pods, nf_wire.DROP)),
-            nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
+        rules,
+    )
+
+
+def _beside_the_tunnel(family: Family, here: Where) -> tuple[nf_wire.Rule, nf_wire.Rule]:
+    """What comes in plain IP from addresses of pods to such: of other nodes' pods by no other way than the tunnel (or from
+    peers that may be reached without it), of our own by no interface that they are not behind."""
+    source, destination = family.source_at, family.destination_at
+    within = (
+        *_in(family, destination, here.network),
+        *(
+            part
+            for nodes in here.nodes
+            for at in (source, destination)
+            for part in _in(family, at, nodes, nf_wire.differ)
         ),
+    )
+    direct = (
+        nf_wire.load("network", source, family.size),
+        nf_wire.masked(family.packed(mask(family.number, here.direct))), nf_wire.absent_from(DIRECT),
+    ) if here.direct else ()  # fmt: skip
+    drop = nf_wire.count(BESIDE), nf_wire.DROP
+    name = here.tunnel.encode().ljust(_IFNAMSIZ, b"\0")
+    others = (
+        *_in(family, source, here.network), *_in(family, source, here.own, nf_wire.differ), *within,
+        nf_wire.meta(nf_wire.META_IIFNAME), nf_wire.differ(name),
+        nf_wire.meta(nf_wire.META_IIF), nf_wire.differ(_LOOPBACK), nf_wire.absent_from(POD_INTERFACES),
+        *direct, *drop,
     )  # fmt: skip
+    ours = (
+        *_in(family, source, here.own), *within, nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(ELSEWHERE), *drop,
+    )  # fmt: skip
+    return (
+        nf_wire.Rule("prerouting", "other nodes' pods beside the tunnel", others),
+        nf_wire.Rule("prerouting", "pods of this node from elsewhere", ours),
+    )
 
 
-def _within(family: Family, offset: int, network: Prefix) -> tuple[bytes, bytes]:
+def _in(
+    family: Family, offset: int, there: Prefix, compare: Callable[[bytes], bytes] = nf_wire.equal
+) -> tuple[bytes, bytes, bytes]:
+    """An address of the packet lies in a prefix; with `differ`: it does not."""
     return (
         nf_wire.load("network", offset, family.size),
-        nf_wire.masked(family.packed(mask(family.number, network.length))),
+        nf_wire.masked(family.packed(mask(family.number, there.length))),
+        compare(family.packed(there.base)),
     )
 
 
@@ -98,22 +167,19 @@ class Guard:
     """The table of this node's network."""
 
     def __init__(self, family: Family, sets: NetfilterSocket, clock: Callable[[], float]) -> None:
-        self._family, self._socket, self._clock = family, sets, clock
+        self._family, self._socket = family, sets
         self._table: nf_wire.Table | None = None
         """What stands, or should stand; None until the network is known."""
-        self._uses: dict[int, int] = {}
-        """Addresses of peers; by how many of them each is used."""
-        self._inside: frozenset[int] | None = None
-        """Interfaces of pods, None while nobody knows them: what was found stays."""
-        self._there: set[int] = set()
-        """What the set of the kernel has."""
-        self._interfaces_found: frozenset[int] = frozenset()
-        self._new: set[int] = set()
-        self._leaving: dict[int, float] = {}
-        """Addresses that no peer has any more, and until when they are let in; the first goes first."""
+        self._let_in = {VTEPS: LetIn(clock), DIRECT: LetIn(clock)}
+        """By the set's name."""
+        self._packed: Iterable[bytes] = ()
+        """All peers, as they are at any time."""
+        self._direct: tuple[int, tuple[Prefix, ...]] = (0, ())
+        """The length of subnets, and the prefixes of those peers that may be reached without the tunnel."""
+        self._interfaces: dict[str, frozenset[int]] = {}
+        """By the set's name; none is known before `attached`."""
+        self._interfaces_found: dict[str, frozenset[int]] = {}
         self._check: Iterator[None] | None = None
-        self._touched: set[int] = set()
-        """Addresses that changed since the check under way began."""
         self._interrupted = 0
         """How many checks in a row saw nftables change."""
         self.mended = 0
@@ -122,60 +188,66 @@ class Guard:
     # --- what is wanted
 
     def load(self, packed: Iterable[bytes]) -> None:
-        """These are the peers."""
-        before, self._uses = self._uses, {}
-        uses, family = self._uses, self._family.number
+        """These are the peers: what is given shows them later, too."""
+        self._packed = packed
+        uses: dict[int, int] = {}
+        family = self._family.number
         for each in packed:
             address = outer_source(each, family)
             if address is not None:
                 uses[address] = uses.get(address, 0) + 1
-            else:
-                self._use(unpack(each))
-        if self._table is not None:
-            self._new |= uses.keys() - self._there
-        for address in before.keys() - uses.keys():
-            self._leaves(address)
+                continue
+            end = unpack(each).endpoint(family)
+            for source in end.outer_sources() if end is not None else ():
+                uses[source] = uses.get(source, 0) + 1
+        self._let_in[VTEPS].load(uses)
+        self._load_direct()
 
     def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
-        if now is not None:
-            self._use(now)
-        end = was.endpoint(self._family.number) if was is not None else None
-        if end is None:
-            return
-        for address in end.outer_sources():
-            left = self._uses.get(address, 0) - 1
-            if left > 0:
-                self._uses[address] = left
-            elif self._uses.pop(address, None) is not None:
-                self._leaves(address)
+        before, after = (lease.endpoint(self._family.number) if lease is not None else None for lease in (was, now))
+        if after is not None:
+            self._let_in[VTEPS].use(after.outer_sources())
+            self._let_in[DIRECT].use(self._direct_keys(after))
+        if before is not None:
+            self._let_in[VTEPS].leave(before.outer_sources())
+            self._let_in[DIRECT].leave(self._direct_keys(before))
 
-    def _leaves(self, address: int) -> None:
-        if self._table is None:  # there is nobody to let go of; `ensure` begins with those of then
-            return
-        self._leaving.pop(address, None)
-        self._leaving[address] = self._clock() + GRACE_S
+    def reached_directly(self, length: int, on_link: tuple[Prefix, ...]) -> None:
+        """Peers with public IPs of these prefixes may be reached without the tunnel; the length of the network's subnets.
+        0: none is."""
+        direct = (length, on_link if length else ())
+        if direct != self._direct:
+            self._direct = direct
+            self._load_direct()
 
-    def _use(self, lease: Lease) -> None:
-        end = lease.endpoint(self._family.number)
-        if end is None:
-            return
-        for address in end.outer_sources():
-            self._uses[address] = self._uses.get(address, 0) + 1
-            if self._table is not None and address not in self._there:
-                self._new.add(address)
+    def _load_direct(self) -> None:
+        uses: dict[int, int] = {}
+        for each in self._packed if self._direct[0] else ():
+            end = unpack(each).endpoint(self._family.number)
+            for key in self._direct_keys(end) if end is not None else ():
+                uses[key] = uses.get(key, 0) + 1
+        self._let_in[DIRECT].load(uses)
+
+    def _direct_keys(self, end: Endpoint) -> tuple[int, ...]:
+        """What the rule looks for: the network's subnets that a peer's is, or is in, or is made of."""
+        length, on_link = self._direct
+        if not length or not any(there.holds(end.public_ip) for there in on_link):
+            return ()
+        first, step = end.subnet.base & mask(self._family.number, length), 1 << (self._family.bits - length)
+        return tuple(range(first, max(end.subnet.last, first) + 1, step))[:MOST_KEYS]
 
     # --- making it so
 
-    def pods_behind(self, interfaces: frozenset[int]) -> None:
-        """The interfaces by which packets of pods come: the tunnel, bridges."""
-        self._inside = interfaces
+    def attached(self, inside: frozenset[int], elsewhere: frozenset[int]) -> None:
+        """The interfaces by which packets of pods come (the tunnel, bridges), and those by which none of ours does."""
+        self._interfaces = {POD_INTERFACES: inside, ELSEWHERE: elsewhere}
 
     def forget(self) -> None:
         """The table is gone."""
         self._table, self._check = None, None
-        self._new.clear()
-        self._leaving.clear()
+        for each in self._let_in.values():
+            each.forget()
 
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
@@ -184,31 +256,53 @@ class Guard:
             self._table = None
             self._socket.remove(before.family, before.name)
         if not self._socket.is_formed(wanted):
-            let_in, inside = self._let_in(), self._inside or frozenset()
-            self._socket.replace(wanted, {VTEPS: self._keys(let_in), POD_INTERFACES: _numbers(inside)})
-            self._table, self._there, self._interfaces_found = wanted, let_in, inside
-            self._new.clear()
-            if before == wanted:
-                self.mended += 1
-            write_log = log.warning if before == wanted else log.info
-            write_log("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(let_in))
+            self._make(wanted, before)
             return
-        there = {int.from_bytes(key, "big") for key in self._socket.elements(wanted, wanted.sets[0])}
-        inside = self._read_interfaces(wanted)
-        if before == wanted and (there, inside) != (self._there, self._interfaces_found):
-            self.mended += 1
-            missing = len(self._there - there) + len(self._interfaces_found - inside)
-            more = len(there - self._there) + len(inside - self._interfaces_found)
-            log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
-        self._table, self._there, self._interfaces_found = wanted, there, inside
-        self._new = self._uses.keys() - there
-        for address in there - self._uses.keys() - self._leaving.keys():
-            self._leaves(address)
+        found = {name: self._read(wanted, name) for name in self._names(wanted)}
+        interfaces = self._read_interfaces(wanted)
+        if before == wanted:
+            believed = {name: self._let_in[name].there for name in found}
+            if found != believed or interfaces != self._interfaces_found:
+                self.mended += 1
+                pairs = [(believed[name], found[name]) for name in found]
+                pairs += [({*self._interfaces_found.get(name, ())}, {*there}) for name, there in interfaces.items()]
+                missing, more = sum(len(one - two) for one, two in pairs), sum(len(two - one) for one, two in pairs)
+                log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
+        self._table, self._interfaces_found = wanted, interfaces
+        for name, keys in found.items():
+            self._let_in[name].found(keys)
         self.apply()
 
-    def _read_interfaces(self, table: nf_wire.Table) -> frozenset[int]:
-        keys = self._socket.elements(table, table.sets[1])
-        return frozenset(int.from_bytes(key, sys.byteorder) for key in keys)
+    def _make(self, wanted: nf_wire.Table, before: nf_wire.Table | None) -> None:
+        keys = {name: self._let_in[name].wanted() for name in self._names(wanted)}
+        interfaces = {name: self._interfaces.get(name, frozenset()) for name in (POD_INTERFACES, ELSEWHERE)}
+        elements = {name: self._keys(those) for name, those in keys.items()}
+        self._socket.replace(wanted, {**elements, **{name: _numbers(those) for name, those in interfaces.items()}})
+        self._table, self._interfaces_found = wanted, interfaces
+        for name, each in self._let_in.items():
+            if name in keys:
+                each.made(keys[name])
+            else:
+                each.forget()
+        if before == wanted:
+            self.mended += 1
+        write_log = log.warning if before == wanted else log.info
+        write_log("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(keys[VTEPS]))
+
+    def _names(self, table: nf_wire.Table) -> list[str]:
+        """The sets of peers' keys that a table has."""
+        return [each.name for each in table.sets if each.name in self._let_in]
+
+    def _read(self, table: nf_wire.Table, name: str) -> set[int]:
+        return {int.from_bytes(key, "big") for key in self._socket.elements(table, _set(table, name))}
+
+    def _read_interfaces(self, table: nf_wire.Table) -> dict[str, frozenset[int]]:
+        return {
+            name: frozenset(
+                int.from_bytes(key, sys.byteorder) for key in self._socket.elements(table, _set(table, name))
+            )
+            for name in (POD_INTERFACES, ELSEWHERE)
+        }
 
     def begin_check(self, wanted: nf_wire.Table) -> None:
         """Begin to check whether the table is as we believe; `check_slice` goes on. Raises KernelError."""
@@ -219,19 +313,20 @@ class Guard:
         ):
             self.ensure(wanted)
         elif self._check is None:
-            self._touched.clear()
+            for each in self._let_in.values():
+                each.check_begins()
             self._check = self._checking(wanted)
 
     def has_changes(self) -> bool:
-        """Whether `apply` has addresses to let in at once."""
-        return bool(self._new)
+        """Whether `apply` has keys to let in at once."""
+        return any(each.has_changes() for each in self._let_in.values())
 
     def checking(self) -> bool:
         """Whether a check is under way."""
         return self._check is not None
 
     def check_slice(self) -> bool:
-        """Some 2,000 addresses of a check that is under way; whether there is more of it. Raises KernelError."""
+        """Some 2,000 keys of a check that is under way; whether there is more of it. Raises KernelError."""
         if self._check is None:
             return False
         try:
@@ -244,14 +339,15 @@ class Guard:
         return self.checking()
 
     def _checking(self, table: nf_wire.Table) -> Iterator[None]:
-        found: set[int] = set()
+        found: dict[str, set[int]] = {name: set() for name in self._names(table)}
         interrupted = False
         asking = NetfilterSocket()  # its own, since peers change the set meanwhile
         try:
-            for keys, changed in asking.element_slices(table, table.sets[0]):
-                found.update([int.from_bytes(key, "big") for key in keys])
-                interrupted |= changed
-                yield
+            for name, there in found.items():
+                for keys, changed in asking.element_slices(table, _set(table, name)):
+                    there.update([int.from_bytes(key, "big") for key in keys])
+                    interrupted |= changed
+                    yield
         finally:
             asking.close()
         if self._table != table:
@@ -262,60 +358,54 @@ class Guard:
             self.ensure(table)
         elif not interrupted:
             yield
-            missing, more = self._there - found - self._touched, found - self._there - self._touched
-            if missing or more:
+            altered = [self._let_in[name].altered(there) for name, there in found.items()]  # each ends its check
+            if any(altered):
                 self.ensure(table)
 
     def apply(self) -> None:
-        """Bring the set to what it should be, by what changed. Raises KernelError."""
+        """Bring the sets to what they should be, by what changed. Raises KernelError."""
         table = self._table
         if table is None:
-            self._new.clear()
-            self._leaving.clear()
+            for each in self._let_in.values():
+                each.forget()
             return
-        now = self._clock()
-        gone = [address for address, _ in takewhile(lambda item: item[1] <= now, self._leaving.items())]
-        take = [address for address in gone if address in self._there and address not in self._uses]
-        add = [address for address in self._new if address in self._uses and address not in self._there]
-        if add or take:  # with work in proportion to these alone
-            self._socket.change(table, {VTEPS: self._keys(add)}, {VTEPS: self._keys(take)})
-            self._there.update(add)
-            self._there.difference_update(take)
-            if self._check is not None:
-                self._touched.update(add, take)
-        self._new.clear()
-        for address in gone:
-            del self._leaving[address]
-        if self._inside is not None and self._inside != self._interfaces_found:
-            more, fewer = self._inside - self._interfaces_found, self._interfaces_found - self._inside
-            self._socket.change(table, {POD_INTERFACES: _numbers(more)}, {POD_INTERFACES: _numbers(fewer)})
-            self._interfaces_found = self._inside
+        for name in self._names(table):
+            add, take, gone = self._let_in[name].changes()
+            if add or take:
+                self._socket.change(table, {name: self._keys(add)}, {name: self._keys(take)})
+            self._let_in[name].changed(add, take, gone)
+        for name, wanted in self._interfaces.items():
+            there = self._interfaces_found.get(name, frozenset())
+            if wanted != there:
+                self._socket.change(table, {name: _numbers(wanted - there)}, {name: _numbers(there - wanted)})
+                self._interfaces_found[name] = wanted
 
     def next_change(self) -> float | None:
-        """When an address leaves, None: none does."""
-        return next(iter(self._leaving.values()), None)
+        """When a key leaves, None: none does."""
+        return min((at for each in self._let_in.values() if (at := each.next_change()) is not None), default=None)
 
-    def _keys(self, addresses: Iterable[int]) -> list[bytes]:
-        return [self._family.packed(address) for address in addresses]
-
-    def _let_in(self) -> set[int]:
-        now = self._clock()
-        return self._uses.keys() | {address for address, until in self._leaving.items() if until > now}
+    def _keys(self, keys: Iterable[int]) -> list[bytes]:
+        return [self._family.packed(key) for key in keys]
 
     # --- what is reported
 
     def dropped(self) -> Mapping[str, int]:
-        """Packets that were refused, since the table was made: from unknown senders, from pods. Raises KernelError."""
+        """Packets that were refused, since the table was made, by the counter's name. Raises KernelError."""
         table = self._table
         return {} if table is None else {name: self._socket.counted(table, name) for name in table.counters}
 
     def unknown_senders(self) -> list[str]:
-        """Who sent frames of our VNI in the last minutes, and is no peer now either. Raises KernelError."""
+        """Who sent frames to our port in the last minutes, and is no peer now either. Raises KernelError."""
         if self._table is None:
             return []
-        keys = self._socket.elements(self._table, self._table.sets[2])
+        keys = self._socket.elements(self._table, _set(self._table, UNKNOWN_SENDERS))
         senders = [int.from_bytes(key, "big") for key in sorted(keys)]
-        return [ip_text(self._family.number, address) for address in senders if address not in self._uses]
+        uses = self._let_in[VTEPS].uses
+        return [ip_text(self._family.number, address) for address in senders if address not in uses]
+
+
+def _set(table: nf_wire.Table, name: str) -> nf_wire.Set:
+    return next(each for each in table.sets if each.name == name)
 
 
 def _numbers(indexes: Iterable[int]) -> list[bytes]:

@@ -23,6 +23,25 @@ def interfaces_within(network: Prefix, addresses: Iterable[Address], underlay: U
     )
 
 
+_OF_PODS = ("veth", "netkit")
+"""Kinds of interfaces by which pods are attached without a bridge, also by other programs than ours (Calico)."""
+
+
+def interfaces_elsewhere(
+    links: Mapping[int, Link], inside: frozenset[int], bridges: frozenset[str], underlay: Underlay | None, tunnel: str
+) -> frozenset[int]:
+    """The interfaces behind which no pod of this node is, by number: the underlay, other hardware, VPNs, others' bridges."""
+    lower = underlay.ifindex if underlay is not None else 0
+    return frozenset(
+        index
+        for index, link in links.items()
+        if index == lower
+        or not (
+            index in inside or link.loopback or link.name in bridges or link.name == tunnel or link.kind in _OF_PODS
+        )
+    )
+
+
 def addresses_of(addresses: Iterable[Address], ifindex: int) -> frozenset[int]:
     """All addresses of an interface."""
     return frozenset(a.address for a in addresses if a.oif == ifindex)

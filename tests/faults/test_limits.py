@@ -338,7 +338,7 @@ def test_a_refused_change_of_the_guard_does_not_spin(scene):
     world, switch = scene.world, scene.world.folder / "refuse"
     scene.begin()
     scene.agents[0].stop()
-    program = "import overlay.firewall.guard\noverlay.firewall.guard.GRACE_S = 1.0\n" + REFUSING.format(
+    program = "import overlay.firewall.let_in\noverlay.firewall.let_in.GRACE_S = 1.0\n" + REFUSING.format(
         switch=str(switch), code=errno.EPERM
     )
     scene.agents[0] = world.agent("node1", "--node-name=node1", run_dir="node1", program=program).wait_ready()

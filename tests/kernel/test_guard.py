@@ -13,13 +13,15 @@ from lease.model import Endpoint, Lease, ip_number, prefix
 from lease.records.packed import pack
 from overlay.backends.base import Outer
 from overlay.firewall import guard
-from overlay.firewall.guard import GRACE_S, Guard
+from overlay.firewall.guard import Guard
+from overlay.firewall.let_in import GRACE_S
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.route import wire
 
 NETWORK = prefix("10.244.0.0/14")
-TABLE = guard.table(V4, 7, Outer(8472, 7), NETWORK)
+HERE = guard.Where(NETWORK, prefix("10.244.200.0/24"), "flannel.7", alone=False)
+TABLE = guard.table(V4, 7, Outer(8472, 7), HERE)
 
 
 def nft(*words: str) -> str:
@@ -54,8 +56,69 @@ def test_nft_lists_what_is_meant(inside, sets):
         "type filter hook input priority raw; policy accept; udp dport 8472 iif @pod_interfaces",
         'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps counter name "from_unknown_senders" drop comment "VXLAN from no peer"',
         'udp dport 8472 ip saddr 10.244.0.0/14 ip daddr != 10.244.0.0/14 counter name "from_pods" drop',
+        'udp dport 8472 ip daddr @vteps counter name "forwarded" drop comment "VXLAN of others to a peer"',
+        "type filter hook postrouting priority 300; policy accept; udp sport 8472 udp dport != 8472 ip daddr @vteps",
+        'ip saddr 10.244.0.0/14 ip saddr != 10.244.200.0/24 ip daddr 10.244.0.0/14 iifname != "flannel.7" iif != "lo"',
+        'iif != "lo" iif != @pod_interfaces counter name "beside_the_tunnel" drop',
+        'ip saddr 10.244.200.0/24 ip daddr 10.244.0.0/14 iif @elsewhere counter name "beside_the_tunnel" drop',
     ):
         assert words in text
+
+
+def test_the_form_follows_where_the_node_is(inside, sets):
+    here = HERE._replace(nodes=(prefix("10.246.0.0/16"),), alone=True, direct=24)
+    table = guard.table(V4, 7, Outer(8472, 7), here)
+    inside(lambda: sets.replace(table, {guard.DIRECT: [b"\x0a\xf4\x05\0"]}))
+    assert sets.is_formed(table)
+    assert not sets.is_formed(TABLE)
+    text = " ".join(inside(lambda: nft("-s", "list", "table", "ip", TABLE.name)).split())
+    nodes = "ip saddr != 10.246.0.0/16 ip daddr != 10.246.0.0/16"
+    for words in (
+        'udp dport 8472 ip saddr != @vteps counter name "from_unknown_senders" drop comment "VXLAN from no peer"',
+        "set direct_subnets { type ipv4_addr elements = { 10.244.5.0 } }",
+        f'ip daddr 10.244.0.0/14 {nodes} iifname != "flannel.7" iif != "lo" iif != @pod_interfaces',
+        'iif != @pod_interfaces ip saddr & 255.255.255.0 != @direct_subnets counter name "beside_the_tunnel" drop',
+        f"ip saddr 10.244.200.0/24 ip daddr 10.244.0.0/14 {nodes} iif @elsewhere",
+    ):
+        assert words in text, text
+
+
+def test_subnets_of_peers_that_may_be_reached_directly(inside, made, clock):
+    """Those with a public IP on the link; of another length, by the network's."""
+    here = HERE._replace(direct=24)
+    table = guard.table(V4, 7, Outer(8472, 7), here)
+
+    def direct() -> list[str]:
+        return sorted(
+            json.loads(nft("-j", "list", "set", "ip", TABLE.name, guard.DIRECT))["nftables"][1]["set"].get("elem", [])
+        )
+
+    there, away = peer(1, "192.168.1.2"), peer(2, "172.16.0.3")
+    wide = there._replace(v4=there.v4._replace(subnet=prefix("10.244.4.0/23")), key="w")
+    narrow = there._replace(v4=there.v4._replace(subnet=prefix("10.244.9.128/25")), key="n")
+    peers = [pack(there), pack(away), pack(wide)]
+    made.load(peers)
+    made.reached_directly(24, (prefix("192.168.1.0/24"),))
+    made.ensure(table)
+    assert inside(direct) == ["10.244.1.0", "10.244.4.0", "10.244.5.0"]
+    made.peer_changed(None, narrow)
+    made.apply()
+    assert inside(direct) == ["10.244.1.0", "10.244.4.0", "10.244.5.0", "10.244.9.0"]
+    made.peer_changed(wide, None)
+    peers.remove(pack(wide))
+    peers.append(pack(narrow))
+    clock.now += GRACE_S
+    made.apply()
+    assert inside(direct) == ["10.244.1.0", "10.244.9.0"]
+    made.reached_directly(24, (prefix("172.16.0.0/12"),))
+    clock.now += GRACE_S
+    made.apply()
+    assert inside(direct) == ["10.244.2.0"]
+    assert inside(vteps) == ["172.16.0.3", "192.168.1.2"]
+    made.reached_directly(0, ())
+    made.ensure(TABLE)
+    assert not made.has_changes()
+    assert made.next_change() is None, "of a set that is gone nothing is due"
 
 
 def test_every_alteration_of_the_form_is_seen(inside, sets):
@@ -178,7 +241,7 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
 @pytest.mark.parametrize("command", ["flush set ip TABLE pod_interfaces", "add element ip TABLE pod_interfaces { 1 }"])
 def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, sets, command):
     made.load([])
-    made.pods_behind(frozenset({2, 3}))
+    made.attached(frozenset({2, 3}), frozenset())
     made.ensure(TABLE)
     made.begin_check(TABLE)
 
@@ -197,7 +260,7 @@ def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made,
 def test_another_vni_takes_the_table_of_the_first_away(inside, made):
     made.load([pack(peer(1, "192.168.1.2"))])
     made.ensure(TABLE)
-    made.ensure(guard.table(V4, 8, Outer(8472, 8), NETWORK))
+    made.ensure(guard.table(V4, 8, Outer(8472, 8), HERE))
     assert "overlay-8-guard" in inside(lambda: nft("list", "tables"))
     assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
     made.ensure(TABLE)

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from lease.families import V4
-from lease.model import Lease, ip_number, ip_text, mac_text
+from lease.model import Lease, ip_number, ip_text, mac_text, prefix
 from lease.records.packed import Leases
 from overlay.backends.base import Outer
 from overlay.firewall import guard as guards
-from overlay.firewall.guard import GRACE_S, Guard
+from overlay.firewall.guard import Guard
+from overlay.firewall.let_in import GRACE_S
 from overlay.kernel.events import RouteSeen
 from overlay.kernel.netlink import KernelError, Refusal, RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
@@ -34,7 +35,7 @@ from tests.support.tunnel import TunnelNews
 from tests.unit.test_peers import by_the_plain_rule
 
 NODE = node()
-TABLE = guards.table(V4, 1, Outer(8472, 1), NODE.network)
+TABLE = guards.table(V4, 1, Outer(8472, 1), guards.Where(NODE.network, prefix("10.244.250.0/24"), "flannel.1"))
 SUBNETS = [f"10.244.{number}.0/24" for number in range(8, 13)] + ["10.244.8.0/23", "10.244.9.128/25", "10.245.0.0/24"]
 RECORDS = st.lists(
     st.tuples(

@@ -12,7 +12,7 @@ from overlay.cni.lists import CONFLIST
 from overlay.control.background import Finished
 from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
-from overlay.firewall import antispoof, guard
+from overlay.firewall import antispoof, guard, let_in
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import program
@@ -68,7 +68,7 @@ def test_after_a_change_whose_answer_was_lost_the_set_is_read(bench, monkeypatch
     controller.guard.peer_changed(None, first)
     bench.reconcile(controller)
     controller.guard.peer_changed(first, None)
-    bench.clock.now += guard.GRACE_S + 1
+    bench.clock.now += let_in.GRACE_S + 1
 
     def strict(table, add, take, answered=False):
         there = bench.kernel.tables[table.family, table.name]

@@ -86,7 +86,8 @@ class FoundFdb(NamedTuple):
 class Link(NamedTuple):
     """A network interface. kind: `vxlan`, `veth`, ... or "" for hardware. arp: whether it resolves by ARP. master: the
     number of the bridge it is a port of, 0 where of none. peer, netnsid: of a veth whose other end is in another network
-    namespace the number of that end there, and our number of that namespace; else 0 and -1."""
+    namespace the number of that end there, and our number of that namespace; else 0 and -1. port: of a vxlan device its UDP
+    port, else 0."""
 
     ifindex: int
     name: str
@@ -100,6 +101,7 @@ class Link(NamedTuple):
     master: int = 0
     peer: int = 0
     netnsid: int = -1
+    port: int = 0
 
 
 class PodEnd(NamedTuple):

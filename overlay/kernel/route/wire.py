@@ -52,7 +52,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TAB
 NDA_DST, NDA_LLADDR, NDA_CACHEINFO, NDA_IFINDEX = 1, 2, 3, 8
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
 IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
-IFLA_INFO_KIND = 1
+IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_PORT = 1, 2, 15
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 
 NESTED, KIND = 0x8000, 0x3FFF
@@ -351,9 +351,12 @@ def parse_link(body: memoryview) -> Link:
     """A network interface."""
     _, _, _, index, flags, _ = _IFINFO.unpack_from(body)
     attrs = attributes(body, _IFINFO.size)
-    kind = ""
-    if (info := attrs.get(IFLA_LINKINFO)) is not None and (name := attributes(info, 0).get(IFLA_INFO_KIND)) is not None:
+    kind, port = "", 0
+    info = attributes(attrs[IFLA_LINKINFO], 0) if IFLA_LINKINFO in attrs else {}
+    if (name := info.get(IFLA_INFO_KIND)) is not None:
         kind = bytes(name).rstrip(b"\0").decode("ascii", "replace")
+    if kind == "vxlan" and (data := info.get(IFLA_INFO_DATA)) is not None:
+        port = int.from_bytes(attributes(data, 0).get(IFLA_VXLAN_PORT, b""), "big")
     name = attrs.get(IFLA_IFNAME)
     mac, netnsid = attrs.get(IFLA_ADDRESS), attrs.get(IFLA_LINK_NETNSID)
     return Link(
@@ -369,6 +372,7 @@ def parse_link(body: memoryview) -> Link:
         number(attrs.get(IFLA_MASTER)),
         number(attrs.get(IFLA_LINK)) if netnsid is not None else 0,
         int.from_bytes(netnsid, sys.byteorder, signed=True) if netnsid is not None else -1,
+        port,
     )
 
 
