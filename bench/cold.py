@@ -116,11 +116,11 @@ def flannels_way(world: World, count: int, row: Row) -> None:
     node = rig.fresh_node(world)
     index = made_device(world, node)
     client = EtcdClient(EtcdSettings((world.etcd.endpoint,)))
-    netns.inside(topology.underlay_name(world.lab), lambda: client.range(b"x"))  # the connection stays
+    netns.inside(topology.underlay_name(world.lab), lambda: next(client.pages(b"x", b"", 1, 1)))  # the connection stays
 
     def run() -> None:
-        found = client.range(f"{ROOT}/subnets/".encode(), f"{ROOT}/subnets0".encode())
-        for kv in found.kvs:
+        pages = client.pages(f"{ROOT}/subnets/".encode(), f"{ROOT}/subnets0".encode(), count, 1)
+        for kv in (kv for page in pages for kv in page.kvs):
             client.time_to_live(kv.lease)
         netns.inside(world.namespace(node), lambda: one_by_one(count, index))
 

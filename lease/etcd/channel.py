@@ -41,8 +41,10 @@ _WINDOW = (1 << 31) - 1
 _CHUNK = 1 << 18
 _RESETS = {0x7: "UNAVAILABLE", 0x8: "CANCELLED", 0xB: "RESOURCE_EXHAUSTED", 0xC: "PERMISSION_DENIED"}
 """HTTP/2's error codes (RFC 9113, 7) as gRPC maps them; any other is INTERNAL."""
-LARGEST = 1 << 28
-"""Bytes of an answer; a page of 1,000 records has 0.3 MB, and etcd's own limit of a request is 1.5 MB."""
+LARGEST = 1 << 25
+"""Bytes of an answer, where a call does not say less; etcd's own limit of a request is 1.5 MB."""
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+"""What a call ends with whose answer is longer than it may be, here or (gRPC's own limits) on the way."""
 
 Metadata = Iterable[tuple[str, str]]
 
@@ -64,8 +66,8 @@ class _Http2(h2.connection.H2Connection):
 class Call:
     """One stream of a connection."""
 
-    def __init__(self, channel: Channel, number: int) -> None:
-        self.channel, self._number = channel, number
+    def __init__(self, channel: Channel, number: int, largest: int) -> None:
+        self.channel, self._number, self._largest = channel, number, largest
         self._inbox: deque[bytes] = deque()
         self._half = bytearray()
         self._answered = False
@@ -88,12 +90,17 @@ class Call:
     def _take(self, data: bytes) -> None:
         """Bytes of the stream: length-prefixed messages."""
         half = self._half
+        if self._ended is not None:  # what is still under way is not kept
+            half.clear()
+            return
         half += data
         while len(half) >= 5:
             end = 5 + int.from_bytes(half[1:5], "big")
-            if half[0] or end > LARGEST:
-                why = "a compressed message that was not requested" if half[0] else f"a message of {end} bytes"
-                self._end("UNAVAILABLE", f"{why}: not etcd's gRPC")
+            if half[0]:
+                self._end("UNAVAILABLE", "a compressed message that was not requested: not etcd's gRPC")
+                return
+            if end > self._largest:
+                self._end(TOO_LARGE, f"a message of {end} bytes; at most {self._largest} are taken")
                 return
             if len(half) < end:
                 return
@@ -122,9 +129,9 @@ class Method:
     ) -> None:
         self._channel, self._path, self._encode, self._decode = channel, path.encode(), encode, decode
 
-    def __call__(self, request: Any, timeout: float, metadata: Metadata = ()) -> Any:
+    def __call__(self, request: Any, timeout: float, metadata: Metadata = (), largest: int = LARGEST) -> Any:
         """One request, one answer. Raises RpcError."""
-        return self.result(self.begin(request, timeout, metadata), timeout)
+        return self.result(self.begin(request, timeout, metadata, largest=largest), timeout)
 
     def first(self, request: Any, timeout: float, metadata: Metadata = ()) -> Any:
         """One request on a stream that stays open, and its first answer; the stream is ended then. (etcd's grpc-proxy gives
@@ -135,9 +142,17 @@ class Method:
         finally:
             call.cancel()
 
-    def begin(self, request: Any, timeout: float | None = None, metadata: Metadata = (), last: bool = True) -> Call:
-        """Send a request, not waiting for an answer. last: the only one of this call. Raises RpcError."""
-        call = self._channel._open(self._path, timeout, metadata)
+    def begin(
+        self,
+        request: Any,
+        timeout: float | None = None,
+        metadata: Metadata = (),
+        last: bool = True,
+        largest: int = LARGEST,
+    ) -> Call:
+        """Send a request, not waiting for an answer. last: the only one of this call; largest: an answer's bytes. Raises
+        RpcError."""
+        call = self._channel._open(self._path, timeout, metadata, largest)
         call.send(self._encode(request), last)
         return call
 
@@ -244,7 +259,7 @@ class Channel:
 
     # --- for Call and Method -----------------------------------------------------------------------------------------
 
-    def _open(self, path: bytes, timeout_s: float | None, metadata: Metadata) -> Call:
+    def _open(self, path: bytes, timeout_s: float | None, metadata: Metadata, largest: int) -> Call:
         headers = [
             (b":method", b"POST"),
             (b":scheme", self._scheme.encode()),
@@ -266,7 +281,7 @@ class Channel:
                 self._http.send_headers(number, headers)
             except h2.exceptions.H2Error as error:
                 raise RpcError("RESOURCE_EXHAUSTED", _reason(error)) from error
-            call = self._calls[number] = Call(self, number)
+            call = self._calls[number] = Call(self, number, largest)
             return call
 
     def _send(self, call: Call, data: bytes, last: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease.endpoint import LIKE, endpoint_parts, shown
 from lease.etcd import protobuf as etcd_protobuf
-from lease.etcd.channel import Call, Channel, Method, RpcError
+from lease.etcd.channel import TOO_LARGE, Call, Channel, Method, RpcError
 from lease.store import LeaseExpired, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ __all__ = ["EtcdClient", "EtcdSettings", "EtcdSettingsError", "rpc"]
 
 CALL_S, LIST_S = 5.0, 12.0
 """Deadlines: of one call, and of a list (100,000 records take some 2 s)."""
+LARGEST_PAGE, SMALLER = 1 << 22, 4
+"""Bytes of a page of a list, of which 1,000 records have 0.3 million; one that has more is asked for again, with so many
+times fewer keys."""
 PROBE_AFTER_S, PROBE_ANSWER_S = 5.0, 9.0
 """A watch silent for the first is probed, and given up when that is not answered within the second: 14 s in all."""
 FIRST_ANSWER_S, ASKED_S = 4.0, 5.0
@@ -132,30 +135,26 @@ class EtcdClient:
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    def range(self, key: bytes, range_end: bytes = b"", limit: int = 0, revision: int = 0, later_than: int = 0) -> Any:
-        """One linearizable range request. limit: of keys, 0 for all; revision: as of then, 0 for now; later_than: only keys
-        written after that revision."""
+    def pages(self, key: bytes, range_end: bytes, size: int, most: int, later_than: int = 0) -> Iterator[Any]:
+        """A range at one revision, linearizable, in pages of `size` keys, or larger ones where it would be more than `most`;
+        smaller ones where a page has more than LARGEST_PAGE bytes. The next is on its way while one is read. A key whose
+        value is larger than that comes with LARGEST_PAGE zero bytes in its place. later_than: only keys written after that
+        revision. Raises StoreUnavailable."""
         request = rpc.RangeRequest(
-            key=key, range_end=range_end, limit=limit, revision=revision,
-            min_mod_revision=later_than + 1 if later_than else 0,
-        )  # fmt: skip
-        return self._call(lambda channel: rpc.KVStub(channel).Range, request, LIST_S)
-
-    def pages(self, key: bytes, range_end: bytes, size: int, most: int) -> Iterator[Any]:
-        """A range at one revision in pages of `size` keys, or larger ones where it would be more than `most`; the next is on
-        its way while one is read. Raises StoreUnavailable."""
-        page = self.range(key, range_end, size)
-        revision, size = int(page.header.revision), max(size, -(-int(page.count) // most))
+            key=key, range_end=range_end, limit=size, min_mod_revision=later_than + 1 if later_than else 0
+        )
+        page = self._call(self._first_page, request, LIST_S)
+        request.revision, usual = int(page.header.revision), max(size, -(-int(page.count) // most))
         while page.more and page.kvs:
-            start = page.kvs[-1].key + b"\0"
-            request = rpc.RangeRequest(key=start, range_end=range_end, limit=size, revision=revision)
+            request.key = page.kvs[-1].key + b"\0"
+            request.limit = usual if request.limit >= size else min(size, 2 * request.limit)
             endpoint, call = self.endpoint, None
             try:
                 channel, metadata = self._connected()
                 method = rpc.KVStub(channel).Range
-                call = method.begin(request, LIST_S, metadata)
+                call = method.begin(request, LIST_S, metadata, largest=LARGEST_PAGE)
                 yield page
-                page = method.result(call, LIST_S)
+                page = self._page(method, request, metadata, call)
             except RpcError as error:
                 if error.code in _AWAY:
                     self._next_endpoint(endpoint)
@@ -165,6 +164,36 @@ class EtcdClient:
                     call.cancel()
                 raise
         yield page
+
+    def _first_page(self, channel: Channel) -> Callable[..., Any]:
+        method = rpc.KVStub(channel).Range
+        return lambda request, _timeout_s, metadata: self._page(method, request, metadata)
+
+    def _page(self, method: Method, request: Any, metadata: list[tuple[str, str]], call: Call | None = None) -> Any:
+        """The page that is requested (call: it is on its way), or as much of it as fits. Raises RpcError."""
+        while True:
+            try:
+                if call is not None:
+                    return method.result(call, LIST_S)
+                return method(request, LIST_S, metadata, largest=LARGEST_PAGE)
+            except RpcError as error:
+                if error.code != TOO_LARGE:
+                    raise
+            call = None
+            if request.limit == 1:
+                return self._without_value(method, request, metadata)
+            request.limit = max(1, request.limit // SMALLER)
+
+    def _without_value(self, method: Method, request: Any, metadata: list[tuple[str, str]]) -> Any:
+        try:
+            page = method(_without_values(request), LIST_S, metadata)
+        except RpcError as error:
+            if error.code == TOO_LARGE:  # no single key is so long: this is no etcd
+                raise RpcError("UNAVAILABLE", error.details) from error
+            raise
+        for kv in page.kvs:
+            kv.value = bytes(LARGEST_PAGE)
+        return page
 
     def txn(self, compare: list[Any], success: list[Any], failure: list[Any] | None = None) -> Any:
         """One transaction."""
@@ -308,6 +337,13 @@ class EtcdClient:
             channel, self._channel = self._channel, None
         if channel is not None:  # a watch that ran over it ends too: its owner lists and watches again
             channel.give_up("given up")
+
+
+def _without_values(request: Any) -> Any:
+    made = rpc.RangeRequest()
+    made.CopyFrom(request)
+    made.keys_only = True
+    return made
 
 
 def _token_is_old(error: RpcError) -> bool:

@@ -68,8 +68,8 @@ class EtcdStore:
         return Snapshot(revision, config, Leases(leases), refused)
 
     def later_than(self, revision: int) -> Leases:
-        answer = self._client.range(self._subnets, self._subnets[:-1] + b"0", later_than=revision)
-        return Leases.of(item for kv in answer.kvs if isinstance(item := self._decode(kv), Lease))
+        pages = self._client.pages(self._subnets, self._subnets[:-1] + b"0", PAGE, PAGES, later_than=revision)
+        return Leases.of(item for page in pages for kv in page.kvs if isinstance(item := self._decode(kv), Lease))
 
     def _take_usual(self, kvs: Iterable[Any], leases: dict[str, bytes]) -> list[Any]:
         """Enter the records that have flannel's usual form; the others."""

@@ -17,7 +17,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = Mapping[str, str]
 _ENTRIES = ("route", "neighbour", "fdb")
 _MENDED = (*_ENTRIES, "device", "nat", "guard", "pods", "file", "sysctl")
-_DROPPED = {"from_unknown_senders": "unknown_sender", "from_pods": "from_pod", "spoofed": "spoofed"}
+_DROPPED = {
+    "from_unknown_senders": "unknown_sender",
+    "from_pods": "from_pod",
+    "forwarded": "forwarded",
+    "beside_the_tunnel": "beside_the_tunnel",
+    "spoofed": "spoofed",
+}
 REASONS = (
     ("overlaps", "overlap"), ("PublicIP", "public_ip"), ("OverlaySource", "public_ip"), ("VtepMAC", "vtep_mac"),
     ("MAC", "vtep_mac"), ("VNI", "vni"), ("BackendType", "backend"), ("subnet", "subnet"),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -231,6 +232,54 @@ def test_more_records_than_one_grpc_message_used_to_hold(etcd, open_store):
             },
         )
     assert len(open_store(etcd.endpoint).read().leases) == 5000
+
+
+def test_records_that_are_huge_cost_a_refusal_each_and_no_memory(etcd, open_store):
+    """Eighty of 300 kB among good ones: pages of fewer keys, until they fit; what came is not kept."""
+    for n in range(1, 41):
+        put(etcd, n)
+    huge = b'{"PublicIP":"192.168.1.2","X":"' + b"x" * 300_000 + b'"}'
+    for n in range(80):
+        etcd.put(f"{ROOT}/subnets/10.245.{n}.0-24", huge)
+    put(etcd, 250)
+    store = open_store(etcd.endpoint)
+    before, pages = store.read(), []
+    largest = etcd_client.LARGEST_PAGE
+    real = etcd_client.EtcdClient.pages
+
+    def counted(self, *arguments, **more):
+        for page in real(self, *arguments, **more):
+            pages.append(page.ByteSize())
+            yield page
+
+    etcd_client.EtcdClient.pages = counted
+    tracemalloc.start()
+    try:
+        found = store.read()
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        etcd_client.EtcdClient.pages = real
+    assert len(found.leases) == len(before.leases) == 41
+    assert len(found.refused) == 80
+    assert {refused.reason for refused in found.refused.values()} == {
+        "value has 300033 bytes; a record has at most 16384"
+    }
+    assert max(pages) <= largest
+    assert 6 <= len(pages) <= 40
+    assert peak < 6 * largest
+    assert kept < largest / 4
+    assert len(store.later_than(0)) == 41
+
+
+def test_a_value_larger_than_a_page_is_refused_alone(etcd, open_store, monkeypatch):
+    monkeypatch.setattr(etcd_client, "LARGEST_PAGE", 100_000)
+    put(etcd, 1)
+    etcd.put(f"{ROOT}/subnets/10.244.2.0-24", b"x" * 200_000)
+    put(etcd, 3)
+    found = open_store(etcd.endpoint).read()
+    assert sorted(found.leases) == ["10.244.1.0-24", "10.244.3.0-24"]
+    assert "at most 16384" in found.refused["10.244.2.0-24"].reason
 
 
 def test_no_thread_or_descriptor_is_left_behind(etcd, open_store):
