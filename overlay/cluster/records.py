@@ -19,6 +19,8 @@ from overlay.control.inputs import CurrentInputs
 from overlay.peers.refusals import Refusals
 from overlay.process.log import log
 
+STALE_S = 120.0
+"""Where the store gave no list for so long, joins and leaves are missed, and the node is not ready."""
 CUT = 300
 """So many characters of what the store said stand in a debug line."""
 
@@ -59,6 +61,9 @@ class RecordsSource(Source):
         self._contact = clock()
         """When the store last said anything."""
         self._clock, self._down = clock, ""
+        self._down_since: float | None = None
+        self._stale = False
+        """That was reported."""
         self._kube = current.inputs.settings.kube
         self._flag_public_ip = current.inputs.settings.public_ip
         self._hints = Hints()
@@ -86,7 +91,7 @@ class RecordsSource(Source):
         if log.debugging:
             count, refused = len(snapshot.leases), len(snapshot.refused)
             log.debug("store.list", records=count, unreadable=refused, config=str(snapshot.config)[:CUT])
-        self._down = ""
+        self._down, self._down_since, self._stale = "", None, False
         self._health.solved("store")
         if not self._kube:  # there the config is a file, which was read already
             self._network.read(snapshot.config)
@@ -157,9 +162,29 @@ class RecordsSource(Source):
                 effect="retried; datapath and peers stay as they are",
             )
         self._down = down.reason
-        if self._current.inputs.config is None or not self._current.inputs.listed:
-            self._health.problem("store", down.reason, harmless=True)
+        if self._down_since is None:
+            self._down_since = self._clock()
+        self._report()
         return False
+
+    def _report(self) -> None:
+        since = self._down_since
+        if since is not None and self._clock() >= since + STALE_S:
+            self._stale = True
+            missed = f"no list for {STALE_S / 60:.0f} minutes, so that who joins or leaves is not seen"
+            self._health.problem("store", f"{missed}: {self._down}", outside=True)
+        elif self._down and (self._current.inputs.config is None or not self._current.inputs.listed):
+            self._health.problem("store", self._down, harmless=True)
+
+    def reconcile(self, wants: object) -> bool:
+        """The list is older than it should be."""
+        del wants
+        self._report()
+        return False
+
+    def due(self) -> float | None:
+        """When it is."""
+        return None if self._down_since is None or self._stale else self._down_since + STALE_S
 
     def unready(self) -> str:
         """Whether the first list is in."""

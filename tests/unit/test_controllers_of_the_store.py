@@ -12,6 +12,7 @@ from lease.records.annotations import Hints
 from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from lease.tenure.events import Denied, Held, Lost, Renewed
+from overlay.cluster.records import STALE_S
 from overlay.control.schedule import Schedule
 from overlay.process.watched import FileText
 from tests.support.bench import CONFIG, OTHER_MTU
@@ -20,6 +21,27 @@ from tests.support.make import lease
 
 def snapshot(*leases: Any, config: str | None = CONFIG, refused: dict[str, Refused] | None = None) -> Snapshot:
     return Snapshot(1, config.encode() if config else None, Leases.of(leases), refused or {})
+
+
+def test_a_list_that_is_older_than_it_should_be_ends_readiness(bench):
+    """The store answers nothing that could be used, or nothing at all; a short while of that is no news."""
+    controller = bench.records()
+    assert controller.due() is None
+    bench.tell(controller, StoreDown("a message of 298853315 bytes"))
+    assert (bench.problems(), controller.due()) == ({}, bench.clock.now + STALE_S)
+    bench.clock.now += STALE_S - 1
+    bench.tell(controller, StoreDown("too many"))
+    bench.reconcile(controller)
+    assert bench.problems() == {}
+    bench.clock.now += 1
+    bench.reconcile(controller)
+    assert bench.problems() == {"store": "no list for 2 minutes, so that who joins or leaves is not seen: too many"}
+    assert not bench.health.problems()["store"].harmless
+    assert controller.due() is None
+    bench.tell(controller, StoreDown("away"))
+    assert bench.problems()["store"].endswith("seen: away")
+    bench.tell(controller, snapshot(bench.current.inputs.own))
+    assert (bench.problems(), controller.due()) == ({}, None)
 
 
 def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
