@@ -13,16 +13,21 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import urllib3
 
 from lease.endpoint import shown
+from lease.kube import answer
 from lease.kube.objects import MALFORMED, PROTOBUF, Answer
 from lease.store import StoreUnavailable
 
-TIMEOUT_S = 10.0
+TIMEOUT_S, ANSWER_S = 10.0, 20.0
+"""Until a server says something (more), and for an answer as a whole."""
+_REFUSAL = 16_384
+"""Bytes of a refusal that are read."""
 _CHUNK_LINE = 100
 """The longest line with a chunk's length; extensions, which nobody uses, included."""
 LARGEST_EVENT = 1 << 24
@@ -193,22 +198,22 @@ class KubeClient:
 
     def get(self, path: str) -> Any:
         """A JSON answer. Raises ApiError, StoreUnavailable."""
-        return self._json(self._request("GET", path, {}, {"Accept": "application/json"}, None, TIMEOUT_S, preload=True))
+        return self._json(self._whole("GET", path, {}, {"Accept": "application/json"}, None, TIMEOUT_S).data)
 
     def ask(self, path: str, query: Mapping[str, str | int], accept: str, timeout_s: float = TIMEOUT_S) -> Answer:
-        """An answer in one of the forms accepted. Raises ApiError, StoreUnavailable."""
-        response = self._request("GET", path, query, {"Accept": accept}, None, timeout_s, preload=True)
-        return Answer(response.data, _is_protobuf(response))
+        """An answer in one of the forms accepted. Raises ApiError, AnswerTooLarge, StoreUnavailable."""
+        return self._whole("GET", path, query, {"Accept": accept}, None, timeout_s)
 
     def patch(self, path: str, body: object) -> Any:
         """A strategic merge patch. Raises ApiError, StoreUnavailable."""
         headers = {"Accept": "application/json", "Content-Type": "application/strategic-merge-patch+json"}
-        return self._json(self._request("PATCH", path, {}, headers, json.dumps(body), TIMEOUT_S, preload=True))
+        return self._json(self._whole("PATCH", path, {}, headers, json.dumps(body), TIMEOUT_S).data)
 
     def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
         """Open a watch: the answer must begin in time, what follows may take as long as it likes (who waits for it must
         doubt it). Raises ApiError, StoreUnavailable."""
-        response = self._request("GET", path, query, {"Accept": accept}, None, TIMEOUT_S, preload=False)
+        with self._limited(ANSWER_S):
+            response = self._request("GET", path, query, {"Accept": accept}, None, TIMEOUT_S)
         sock = getattr(getattr(response, "connection", None), "sock", None)
         if sock is not None:
             sock.settimeout(None)
@@ -224,9 +229,29 @@ class KubeClient:
         self._ending = True
         self.reconnect()
 
+    def _whole(
+        self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
+        read_s: float,
+    ) -> Answer:  # fmt: skip
+        """With its body. A larger answer than may be is an AnswerTooLarge."""
+        with self._limited(min(ANSWER_S, 2 * read_s)):
+            response = self._request(method, path, query, headers, body, read_s)
+            return Answer(answer.whole(response), _is_protobuf(response))
+
+    @contextmanager
+    def _limited(self, seconds: float) -> Iterator[None]:
+        """What does not end in time, or breaks within an answer, is a store that is away."""
+        try:
+            with answer.within(seconds):
+                yield
+        except answer.AnswerTooLarge:
+            raise
+        except (answer.AnswerRefused, urllib3.exceptions.HTTPError, OSError) as error:
+            raise StoreUnavailable(f"{self.place}: {_words(error)}") from error
+
     def _request(
         self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
-        read_s: float, preload: bool,
+        read_s: float,
     ) -> urllib3.BaseHTTPResponse:  # fmt: skip
         if self._ending:
             raise StoreUnavailable("the agent is stopping")
@@ -234,7 +259,7 @@ class KubeClient:
         url = f"{api.configuration.host.rstrip('/')}{path}{'?' if query else ''}{urlencode(query)}"
         try:
             response: urllib3.BaseHTTPResponse = api.pool_manager.urlopen(
-                method, url, headers={**self._credentials(api), **headers}, body=body, preload_content=preload,
+                method, url, headers={**self._credentials(api), **headers}, body=body, preload_content=False,
                 retries=False, redirect=False, timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -242,9 +267,10 @@ class KubeClient:
         except Exception as error:  # the client's own: a token file that is missing or empty just now
             self.reconnect()
             raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
+        answer.check_form(response)
         if response.status // 100 == 2:
             return response
-        message, about = _refusal(response, preload)
+        message, about = _refusal(response)
         if response.status == 401:
             self.reconnect()  # the token may have been rotated: read everything again
         raise ApiError(
@@ -262,9 +288,9 @@ class KubeClient:
             self._kept = api, headers, now + CREDENTIALS_S
         return headers
 
-    def _json(self, response: urllib3.BaseHTTPResponse) -> Any:
+    def _json(self, data: bytes) -> Any:
         try:
-            return json.loads(response.data)
+            return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise StoreUnavailable(f"{self.place}: answered with something that is not JSON: {error}") from error
 
@@ -300,7 +326,9 @@ class KubeClient:
             made.host = settings.api_url
         made.socket_options = _KEEPALIVE
         made.retries = None
-        return RESTClientObject(made)
+        rest = RESTClientObject(made)
+        rest.pool_manager.pool_classes_by_scheme = answer.POOLS
+        return rest
 
     def _drop(self) -> None:
         if self._api is not None:
@@ -315,13 +343,16 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _refusal(response: urllib3.BaseHTTPResponse, preload: bool) -> tuple[str, str]:
+def _refusal(response: urllib3.BaseHTTPResponse) -> tuple[str, str]:
     """A Status's message, and what it says was not found: `nodes/node1`."""
+    data = b""
     try:
-        data = response.data if preload else response.read(4096)
+        data = response.read(_REFUSAL, decode_content=False)
         message, about = Answer(data, _is_protobuf(response)).refusal()
     except (*MALFORMED, OSError, urllib3.exceptions.HTTPError):
         message = about = ""
-    finally:
+    if len(data) < _REFUSAL:
         response.release_conn()
+    else:
+        response.close()  # the rest of it would be taken for the next answer
     return " ".join(message.split())[:300] or response.reason or "", about

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from lease.kube.answer import AnswerTooLarge
 from lease.kube.client import ApiError, KubeClient, Stream
 from lease.kube.objects import MALFORMED, Answer
 from lease.store import StoreUnavailable
@@ -27,6 +28,8 @@ MANY_PER_S, PAUSE_S, WAITED_S = 50, 0.1, 0.0005
 """When so many events come, they are read in lumps: a wake for each would cost more than the events."""
 PAGE = 100
 """Objects asked for at once: what a page takes is never given back, and larger ones are no faster."""
+SMALLER = 4
+"""So many times fewer are asked for where a page is too large."""
 JSON = "application/json"
 
 
@@ -54,12 +57,21 @@ class Watch:
     def pages(self, accept: str, limit: int, decode: Callable[[Answer], _P]) -> Iterator[_P]:
         """A list, page by page. Without a resourceVersion: with it, `limit` would be ignored. Raises StoreUnavailable."""
         query: dict[str, str | int] = {"limit": limit}
+        at_once = limit
         while True:
-            with answers_of(self._client.place):
-                page = decode(self._client.ask(self._path, query, accept))
+            query["limit"] = at_once
+            try:
+                with answers_of(self._client.place):
+                    page = decode(self._client.ask(self._path, query, accept))
+            except AnswerTooLarge as error:
+                if at_once == 1:
+                    raise StoreUnavailable(f"{self._client.place}: {error}") from error
+                at_once = max(1, at_once // SMALLER)
+                continue
             yield page
             if not page.token:
                 return
+            at_once = min(limit, 2 * at_once)
             query["continue"] = page.token
 
     def events(self, version: str, accept: str) -> Iterator[list[Answer]]:
