@@ -22,6 +22,9 @@ from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, wit
 from overlay.node.owned import Owned
 from overlay.peers.plan import underlay_within
 
+DIRECT_S = 3600.0
+"""Peers may come without the tunnel for so long after the network config says so no more: it reaches nodes one by one, and
+one whose agent does not run sends as it did."""
 NAMED = 3
 """So many interfaces are named in a problem."""
 
@@ -84,14 +87,17 @@ class _TableController(Controller):
 
 
 class _GuardWants(NamedTuple):
-    """inside, elsewhere: interfaces, by number; on_link: where peers may be reached without the tunnel; shared: the other
-    VXLAN devices on our port."""
+    """table, direct_table: while peers come by the tunnel alone, and while some may come without it; direct: they may, by
+    the network config; length: of the network's subnets; inside, elsewhere: interfaces, by number; on_link: where peers may
+    be reached without the tunnel; shared: the other VXLAN devices on our port."""
 
     table: Table
+    direct_table: Table
     inside: frozenset[int]
     elsewhere: frozenset[int]
     on_link: tuple[Prefix, ...]
-    direct: int
+    direct: bool
+    length: int
     shared: tuple[str, ...]
 
 
@@ -114,6 +120,8 @@ class GuardController(_TableController):
         super().__init__(sets, owned, clock)
         self._family, self.guard, self._health = family, table, health
         self._name_senders_at = 0.0
+        self._direct_until: float | None = None
+        """Peers may come without the tunnel; None: not known yet."""
 
     def _table_of(self, network: int) -> tuple[str, str]:
         return self._family.nft, guard.table_name(network)
@@ -137,16 +145,22 @@ class GuardController(_TableController):
         nodes = underlay_within(pool.network, (*on_link, *inputs.settings.underlay_cidrs))
         links = inputs.links.values()
         shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel.name))
-        direct = pool.length if backend.reaches_directly else 0
-        here = guard.Where(pool.network, end.subnet, tunnel.name, tuple(sorted(set(nodes))), not shared, direct)
-        table = guard.table(self._family, backend.network, outer, here)
-        return _GuardWants(table, inside, elsewhere, on_link if direct else (), direct, shared)
+        here = guard.Where(pool.network, end.subnet, tunnel.name, tuple(sorted(set(nodes))), not shared)
+        tunnel_only = guard.table(self._family, backend.network, outer, here)
+        with_direct = guard.table(self._family, backend.network, outer, here._replace(direct=pool.length))
+        direct = backend.reaches_directly
+        return _GuardWants(tunnel_only, with_direct, inside, elsewhere, on_link, direct, pool.length, shared)
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
-        table = wants.table
+        now = self._clock()
+        if wants.direct or (self._direct_until is None and self.guard.lets_in_directly(wants.direct_table)):
+            self._direct_until = now + DIRECT_S
+        self._direct_until = self._direct_until or now
+        directly = now < self._direct_until
+        table = wants.direct_table if directly else wants.table
         self.guard.attached(wants.inside, wants.elsewhere)
-        self.guard.reached_directly(wants.direct, wants.on_link)
+        self.guard.reached_directly(wants.length if directly else 0, wants.on_link)
         self._health.report("shared port", _shared(wants.shared), harmless=True)
         if self._read_whole or table != self._wanted:
             self.guard.ensure(table)
@@ -181,7 +195,9 @@ class GuardController(_TableController):
         """When a peer came, or an address leaves."""
         if self.guard.has_changes():
             return 0.0
-        asked = (self.guard.next_change(), self._cadence.at, self._name_senders_at)
+        until = self._direct_until
+        direct_ends = until if until is not None and until > self._clock() else None
+        asked = (self.guard.next_change(), self._cadence.at, self._name_senders_at, direct_ends)
         return min(at for at in asked if at is not None)
 
     def withdraw(self) -> Iterator[str]:

@@ -221,6 +221,10 @@ class Guard:
             self._direct = direct
             self._load_direct()
 
+    def lets_in_directly(self, table: nf_wire.Table) -> bool:
+        """Whether an agent before us let peers in without the tunnel. Raises KernelError."""
+        return bool(self._socket.elements(table, _set(table, DIRECT)))
+
     def _load_direct(self) -> None:
         uses: dict[int, int] = {}
         for each in self._packed if self._direct[0] else ():

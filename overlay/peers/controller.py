@@ -30,6 +30,9 @@ DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
 cost."""
 DEVICE_DOUBT_S = 2.0
 """The kernel says soon that a device went; where that got lost it is checked after so long."""
+KNOWN_AFTER_S, KNOWN_AFTER_KUBE_S = 2.0, 150.0
+"""A change of the network config is known on all nodes after so long: by a watch of etcd, by the kubelets' ConfigMaps (each
+minute, and a cache)."""
 BATCH = 500
 """Routes removed at once."""
 
@@ -40,8 +43,18 @@ class PeerTableController(Controller):
     name = "records"
     rechecked = False
 
-    def __init__(self, current: CurrentInputs, family: Family, path: Datapath, own_key: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        current: CurrentInputs,
+        family: Family,
+        path: Datapath,
+        own_key: Callable[[], str],
+        clock: Callable[[], float],
+    ) -> None:
         self._current, self._family, self._path, self._own_key = current, family, path, own_key
+        self._clock = clock
+        self._directly_from: float | None = None
+        """DirectRouting was switched on: peers are reached so from then on."""
         self.planned: Callable[[], None] = lambda: None
         """Called after each plan. Set before the loop runs."""
 
@@ -72,10 +85,30 @@ class PeerTableController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Plan anew when anything but single records changed."""
+        wants = self._until_peers_know(wants)
         if wants != self._path.node or self._path.has_unplanned():
             self._path.plan(wants, self._own_key())
             self.planned()
         return False
+
+    def _until_peers_know(self, node: plan.Node) -> plan.Node:
+        """A network config that switches DirectRouting on reaches nodes one after the other, and none takes packets from
+        outside the tunnel before it knows."""
+        before = self._path.node
+        if not node.backend.reaches_directly:
+            self._directly_from = None
+            return node
+        if before is not None and not before.backend.reaches_directly:
+            kube = self._current.inputs.settings.kube
+            self._directly_from = self._clock() + (KNOWN_AFTER_KUBE_S if kube else KNOWN_AFTER_S)
+        if self._directly_from is None or self._clock() >= self._directly_from:
+            self._directly_from = None
+            return node
+        return node._replace(neighbours=())
+
+    def due(self) -> float | None:
+        """When peers know."""
+        return self._directly_from
 
     def status(self) -> Mapping[str, object]:
         """`refused_records`; `direct_routing`: to whom plain routes lead, and why to nobody, "" where it is off."""
@@ -85,6 +118,8 @@ class PeerTableController(Controller):
         node, under = self._path.node, self._current.inputs.underlays.get(self._family.number)
         if node is None or under is None or not node.backend.reaches_directly:
             return ""
+        if self._directly_from is not None:
+            return "no peer yet: it was switched on a moment ago, which others must know first"
         if node.neighbours:
             return f"peers in {', '.join(map(str, node.neighbours))}, the neighbours on {under.name}"
         why = (

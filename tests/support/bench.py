@@ -138,7 +138,7 @@ class Bench:
         )
 
     def table(self) -> PeerTableController:
-        return PeerTableController(self.current, V4, self.path, lambda: "10.244.2.0-24")
+        return PeerTableController(self.current, V4, self.path, lambda: "10.244.2.0-24", self.clock)
 
     def peers(self) -> PeersController:
         return PeersController(

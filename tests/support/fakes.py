@@ -38,6 +38,8 @@ class FakeKernel:
         self.ways: dict[int, Way | None] = {}
         self.vxlans: dict[str, VxlanAttributes] = {}
         self.tables: dict[tuple[str, str], dict[str, set[bytes]]] = {}
+        self.forms: dict[tuple[str, str], Any] = {}
+        """Of tables that were made here."""
         self.done: list[str] = []
         self.port = 1
         self._seq = 0
@@ -128,10 +130,12 @@ class FakeKernel:
 
     def is_formed(self, table: Any) -> bool:
         self._asked(f"look at {table.name}")
-        return (table.family, table.name) in self.tables
+        key = (table.family, table.name)
+        return key in self.tables and self.forms.get(key, table) == table
 
     def replace(self, table: Any, elements: Any) -> None:
         self._asked(f"make {table.name}")
+        self.forms[table.family, table.name] = table
         self.tables[table.family, table.name] = {name: set(keys) for name, keys in elements.items()}
 
     def elements(self, table: Any, one: Any) -> list[bytes]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lease.model import prefix
 from lease.records.packed import Leases
 from overlay.control.inputs import Tunnel
 from overlay.firewall import guard
+from overlay.firewall.controllers import DIRECT_S
 from overlay.kernel import events, netlink
 from tests.support.bench import OTHER_MTU, RETAINED
 from tests.support.fakes import link
@@ -145,3 +147,48 @@ def test_a_device_that_the_kernel_does_not_know_is_doubted_after_a_while(bench):
     bench.clock.now = 2.1
     controller.reconcile(controller.wants(bench.current.inputs))
     assert bench.posted == [events.DeviceUnknown()]
+
+
+def test_peers_may_come_without_the_tunnel_for_an_hour_after_the_config_ended_that(bench):
+    """It reaches nodes one by one. Also where the agent is a new one, by what the table has."""
+    direct = bench.current.inputs.config
+    direct = direct._replace(backend=direct.backend._replace(direct_routing=True))
+    tunnel = bench.current.inputs.config
+
+    def lets_in() -> bool:
+        return guard.DIRECT in bench.kernel.tables["ip", guard.table_name(1)]
+
+    controller = bench.guard()
+    bench.reconcile(controller)
+    assert not lets_in()
+    bench.current.set(config=direct)
+    bench.reconcile(controller)
+    assert lets_in()
+    bench.current.set(config=tunnel)
+    bench.clock.now += 1
+    bench.reconcile(controller)
+    assert lets_in()
+    bench.clock.now += DIRECT_S
+    bench.reconcile(controller)
+    assert not lets_in()
+
+
+def test_direct_routes_wait_until_others_may_know(bench):
+    """Of a config that changes under a running network; at a start there is nothing to wait for."""
+    tunnel = bench.current.inputs.config
+    direct = tunnel._replace(backend=tunnel.backend._replace(direct_routing=True))
+    near = bench.current.inputs.underlays[4]._replace(neighbours=(prefix("192.168.1.0/24"),))
+    bench.current.set(config=direct, underlays={4: near})
+    controller = bench.table()
+    bench.reconcile(controller)
+    assert bench.path.node.neighbours == near.neighbours
+    bench.current.set(config=tunnel)
+    bench.reconcile(controller)
+    bench.current.set(config=direct)
+    bench.reconcile(controller)
+    assert bench.path.node.neighbours == ()
+    assert "a moment ago" in controller.status()["direct_routing"]
+    bench.clock.now = controller.due()
+    bench.reconcile(controller)
+    assert bench.path.node.neighbours == near.neighbours
+    assert controller.due() is None
