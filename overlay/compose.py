@@ -18,6 +18,7 @@ from overlay.cluster.ownership import Ownership
 from overlay.cluster.records import RecordsSource
 from overlay.cni.controller import CniController, bridges_listed
 from overlay.cni.lists import recorded_public_ip
+from overlay.cni.results import CniResults
 from overlay.control.controller import Controller
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
@@ -172,6 +173,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     ownership.displaced_record = entered
     ownership.refused_records = lambda: (lease for of in each for lease in of.peers.refused())
 
+    pods = AntiSpoof(sets, requests, clock, CniResults(settings.cni_results_dir).of)
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),
@@ -179,7 +181,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
-        PodsController(FAMILIES[0], AntiSpoof(sets, requests, clock), sets, owned, health, clock),
+        PodsController(FAMILIES[0], pods, sets, owned, health, clock),
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))

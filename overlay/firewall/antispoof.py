@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES, V4, V6, Family
 from lease.model import Prefix, ip_text
+from overlay.cni.results import CniResult
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import wire as nf_wire
@@ -53,6 +54,8 @@ IPv4 address, but for one whose other end comes up later."""
 FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
 """A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
 HURRIED_S = 30.0
+MOST = 4
+"""Addresses of a family that a pod may show: CNI's result says which it was given, where that can be read."""
 _OF_ADDRESS = 0x0A58 << 32
 """Older bridge plugins give an interface this MAC, with its IPv4 address behind (hwaddr.PrivateMACPrefix)."""
 _NF_BR_PRE_ROUTING, _EARLY = 0, -300
@@ -163,14 +166,25 @@ class Bound(NamedTuple):
 class AntiSpoof:
     """The table of this node's pods."""
 
-    def __init__(self, sets: NetfilterSocket, requests: RequestSocket, clock: Callable[[], float]) -> None:
-        self._sets, self._requests, self._clock = sets, requests, clock
+    def __init__(
+        self,
+        sets: NetfilterSocket,
+        requests: RequestSocket,
+        clock: Callable[[], float],
+        results: Callable[[str, int], CniResult | None] = lambda _interface, _mac: None,
+    ) -> None:
+        """results: what CNI gave to the pod behind a node's end, by its name and MAC."""
+        self._sets, self._requests, self._clock, self._results = sets, requests, clock, results
         self._table: nf_wire.Table | None = None
         self._bridges: set[int] = set()
         self._nodes: set[int] = set()
         """MACs of the bridges: no pod's."""
         self._node_has: frozenset[int] = frozenset()
         """The node's own IPv4 addresses: no pod's either."""
+        self._subnets: Mapping[int, tuple[Prefix, ...]] = {}
+        """Of bridges, by number: pods have addresses of these alone."""
+        self._disputes: dict[int, list[str]] = {}
+        """By port: what its pod has that is not taken for its own."""
         self._bridge_names: set[str] = set()
         self._other_ports: list[str] = []
         self._veths: list[Link] = []
@@ -190,15 +204,21 @@ class AntiSpoof:
         self._next: float | None = None
         self.mended = 0
 
-    def ports(self, links: Iterable[Link], bridges: Iterable[str], addresses: Iterable[int] = ()) -> None:
-        """The links of this node, the names of the bridges that pods are attached to, and the node's own addresses; while
-        nobody knows those bridges, all stays as it was found. What is bound stays so on another bridge, too: that of a
-        subnet which this node lost."""
+    def ports(
+        self,
+        links: Iterable[Link],
+        bridges: Iterable[str],
+        addresses: Iterable[int] = (),
+        subnets: Mapping[int, tuple[Prefix, ...]] | None = None,
+    ) -> None:
+        """The links of this node, the names of the bridges that pods are attached to, the node's own addresses, and the
+        prefixes of these by the number of their interface; while nobody knows those bridges, all stays as it was found.
+        What is bound stays so on another bridge, too: that of a subnet which this node lost."""
         every, names = list(links), set(bridges)
         if not names:
             return
         self._known = True
-        self._node_has = frozenset(addresses)
+        self._node_has, self._subnets = frozenset(addresses), subnets or {}
         bridges_of = [link for link in every if link.kind == "bridge" and link.name in names]
         self._bridges, self._nodes = {link.ifindex for link in bridges_of}, {link.mac for link in bridges_of}
         self._bridge_names = {link.name for link in bridges_of}
@@ -220,6 +240,7 @@ class AntiSpoof:
         now = self._clock()
         self._seen = {key: self._seen.get(key, now) for key in map(_key, self._ports.values())}
         self._later = {index: value for index, value in self._later.items() if index in self._ports}
+        self._disputes = {index: lines for index, lines in self._disputes.items() if index in self._ports}
 
     def _binding(self, link: Link) -> Bound | None:
         bound = self._bound.get(link.ifindex)
@@ -228,6 +249,10 @@ class AntiSpoof:
     def covered(self) -> tuple[list[str], int]:
         """The bridges whose ports are bound, by name, and how many ports are."""
         return sorted(self._bridge_names), len(self._bound)
+
+    def disputes(self) -> list[str]:
+        """Pods that have what is not taken for their own, a line each."""
+        return [line for lines in self._disputes.values() for line in lines]
 
     def unbindable(self) -> list[str]:
         """Ports of pods' bridges that are no veth into another namespace: whose they are cannot be seen."""
@@ -335,22 +360,26 @@ class AntiSpoof:
             return None
         others = [other for port, other in self._bound.items() if port != index]
         if bound is None:
-            if not self._own(end):
+            if not self._own(link, end):
                 return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
             bound = self._first(link, end, others)
         elif not bound.of(4):  # all it had was another port's: is it still?
-            bound = bound.with_addresses(4, self._free(4, self._own(end), others))
+            bound = bound.with_addresses(4, self._free(4, self._own(link, end), others))
+            if bound.of(4):
+                self._disputes.pop(index, None)
         if 6 not in bound.addresses:
             # and those that its interface makes of its MAC (RFC 4291, appendix A)
             made = map(_link_local_of, bound.macs)
-            bound = bound.with_addresses(6, self._free(6, (*end.addresses[6], *made), others))
+            bound = bound.with_addresses(6, self._free(6, (*self._a_few(link, 6, end.addresses[6]), *made), others))
             self._later[index] = not any(map(_is_link_local, end.addresses[6]))
         elif index in self._later and now >= settled:
             # a plugin behind the bridge's may have given it another MAC (tuning)
             bound = bound._replace(macs=bound.macs | self._free_macs({end.mac}, others))
             if self._later.pop(index):
-                more = self._free(6, filter(_is_link_local, end.addresses[6]), others)
+                more = self._free(6, self._a_few(link, 6, filter(_is_link_local, end.addresses[6])), others)
                 bound = bound.with_addresses(6, bound.of(6) | more)
+            if self._results(link.name, link.mac) is not None:  # written when all plugins are done
+                bound = bound.with_addresses(4, self._free(4, self._own(link, end), others))
         self._bound[index] = bound
         if not bound.of(4):
             return now + LATER_LOOKS_S
@@ -358,13 +387,17 @@ class AntiSpoof:
 
     def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
-        own = self._own(end)
+        own = self._own(link, end)
         free = self._free(4, own, others)
         for address in own - free:
+            whose = next((f"{other.name}'s" for other in others if address in other.of(4)), "the node's")
             log.warning(
-                "pods.address_taken", interface=link.name, address=ip_text(4, address),
-                effect="it is another pod's, or the node's; this one may not send from it",
+                "pods.address_taken", interface=link.name, address=ip_text(4, address), whose=whose,
+                effect="this one may not send from it",
             )  # fmt: skip
+            self._disputes.setdefault(link.ifindex, []).append(
+                f"{self._pod(link)} has {ip_text(4, address)}, which is {whose}, and may not send from it"
+            )
         macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in own)), others)
         return Bound(link.name, link.mac, macs, {4: free})
 
@@ -376,10 +409,43 @@ class AntiSpoof:
     def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
         return frozenset(macs).difference(self._nodes, *(other.macs for other in others))
 
-    def _own(self, end: PodEnd) -> frozenset[int]:
-        """The addresses of a pod that are of the network."""
-        assert self._network is not None
-        return frozenset(address for address in end.addresses[4] if self._network.holds(address))
+    def _own(self, link: Link, end: PodEnd) -> frozenset[int]:
+        """The addresses of a pod that are of the network: those that CNI gave it; where nothing says, a few that it shows,
+        of its bridge's subnets."""
+        network = self._network
+        assert network is not None
+        given = self._results(link.name, link.mac)
+        if given is not None and (mine := frozenset(filter(network.holds, given.addresses[4]))):
+            return mine
+        subnets = self._subnets.get(link.master, ())
+        shown = [
+            address
+            for address in end.addresses[4]
+            if network.holds(address) and (not subnets or any(there.holds(address) for there in subnets))
+        ]
+        return frozenset(self._a_few(link, 4, shown))
+
+    def _a_few(self, link: Link, family: int, addresses: Iterable[int]) -> list[int]:
+        """What is believed of what a pod shows: it may have given itself any number."""
+        shown = sorted(addresses)
+        if len(shown) > MOST:
+            line = (
+                f"{self._pod(link)} shows {len(shown)} addresses of {FAMILIES[family].text}, of which {MOST} are taken for"
+                " its own: what runs in it that gives itself addresses?"
+            )
+            lines = self._disputes.setdefault(link.ifindex, [])
+            if not any(
+                each.startswith(line[: line.index(" shows ")]) and FAMILIES[family].text in each for each in lines
+            ):
+                log.warning("pods.too_many_addresses", interface=link.name, shown=len(shown), taken=MOST)
+                lines.append(line)
+        return shown[:MOST]
+
+    def _pod(self, link: Link) -> str:
+        given = self._results(link.name, link.mac)
+        return (
+            f"the pod {given.pod} ({link.name})" if given is not None and given.pod else f"the pod behind {link.name}"
+        )
 
     def _elements(self) -> dict[str, set[bytes]]:
         names = (MACS, ENDS, *(name for sets in SETS.values() for name in sets[:2]))

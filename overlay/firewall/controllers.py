@@ -18,7 +18,7 @@ from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
-from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, without_bridge
+from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, subnets_of, without_bridge
 from overlay.node.owned import Owned
 from overlay.peers.plan import underlay_within
 
@@ -229,12 +229,13 @@ def _shared(devices: tuple[str, ...]) -> str:
 
 
 class _PodsWants(NamedTuple):
-    """beside: interfaces by which pods are attached, but by no bridge."""
+    """subnets: of interfaces, by number; beside: interfaces by which pods are attached, but by no bridge."""
 
     table: Table
     network: Prefix
     links: Mapping[int, Link]
     bridges: frozenset[str]
+    subnets: Mapping[int, tuple[Prefix, ...]]
     own_addresses: frozenset[int]
     beside: tuple[str, ...]
 
@@ -243,7 +244,7 @@ class PodsController(_TableController):
     """That each pod sends from its own addresses."""
 
     name = "pods"
-    reports = ("unprotected",)
+    reports = ("unprotected", "pod addresses")
     yields = True
     suffix = antispoof.SUFFIX
 
@@ -277,14 +278,15 @@ class PodsController(_TableController):
         addresses, under = inputs.addresses_of(number), inputs.underlays.get(number)
         tunnel = inputs.tunnels[number].name
         beside = without_bridge(pool.network, inputs.links, addresses, under, inputs.bridges, tunnel)
-        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, own, beside)
+        subnets = subnets_of(addresses.values())
+        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, subnets, own, beside)
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
-        ports = (wants.links, wants.bridges, wants.own_addresses)
+        ports = (wants.links, wants.bridges, wants.own_addresses, wants.subnets)
         if ports != self._ports:
             self._ports = ports
-            self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses)
+            self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses, wants.subnets)
         self._health.report("unprotected", self._unprotected(wants), harmless=True)
         if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
             self._cadence.began()
@@ -295,6 +297,9 @@ class PodsController(_TableController):
             self._read_whole, self._wanted = False, wants.table
         elif (at := self._pods.next_bind()) is not None and at <= self._clock():
             self._pods.bind()
+        told = self._pods.disputes()
+        more = f"; and {len(told) - NAMED} more" if len(told) > NAMED else ""
+        self._health.report("pod addresses", "; ".join(told[:NAMED]) + more, harmless=True)
         return False
 
     def _unprotected(self, wants: _PodsWants) -> str:
@@ -320,7 +325,8 @@ class PodsController(_TableController):
         """Delete it, and forget what is bound: switched on again, it begins anew."""
         yield from super().withdraw()
         self._pods.forget()
-        self._health.solved("unprotected")
+        for subject in self.reports:
+            self._health.solved(subject)
 
     def counters(self) -> Mapping[str, int]:
         """How often it was put back; what was dropped, {} where the kernel does not say."""

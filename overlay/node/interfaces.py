@@ -47,6 +47,14 @@ def addresses_of(addresses: Iterable[Address], ifindex: int) -> frozenset[int]:
     return frozenset(a.address for a in addresses if a.oif == ifindex)
 
 
+def subnets_of(addresses: Iterable[Address]) -> dict[int, tuple[Prefix, ...]]:
+    """The prefixes of the addresses of each interface, by number."""
+    found: dict[int, list[Prefix]] = {}
+    for each in addresses:
+        found.setdefault(each.oif, []).append(around(each.family, each.address, each.length))
+    return {index: tuple(sorted(prefixes)) for index, prefixes in found.items()}
+
+
 def addresses_by_name(links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]) -> dict[str, frozenset[int]]:
     """Each interface's addresses, by its name."""
     return {link.name: addresses_of(addresses.values(), link.ifindex) for link in links.values()}

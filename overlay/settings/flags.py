@@ -100,6 +100,7 @@ FLAGS = (
     Flag("log_backtrace_at", "str", "", "", "use --log-level"),
     Flag("run-dir", "str", DEFAULT_RUN_DIR, "all else that the agent writes; one agent each", ours=True),
     Flag("cni-conf-dir", "str", DEFAULT_CNI_CONF_DIR, "where the CNI network list is written; empty = none", ours=True),
+    Flag("cni-results-dir", "str", "/var/lib/cni/results", "where CNI's library keeps what pods were given", ours=True),
     Flag("cni-data-dir", "str", "", "dataDir of host-local in that list; empty = the plugin's own", ours=True),
     Flag(
         "cni-conf-template",

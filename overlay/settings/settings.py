@@ -67,6 +67,7 @@ class Settings(NamedTuple):
     run_dir: str = DEFAULT_RUN_DIR
     cni_conf_dir: str = DEFAULT_CNI_CONF_DIR
     cni_data_dir: str = ""
+    cni_results_dir: str = "/var/lib/cni/results"
     cni_conf_template: str = ""
     node_name: str = ""
     kube: bool = False
@@ -218,7 +219,7 @@ def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise SettingsError(f"--iface-regex: {pattern[:60]!r} is not a regular expression: {error}") from None
-    for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net"):
+    for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net", "cni-results-dir"):
         check(name, os.path.isabs, "an absolute path")
     for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings"):
         check(name, lambda path: not path or os.path.isabs(path), "an absolute path, or empty")
@@ -287,6 +288,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         run_dir=values["run-dir"],
         cni_conf_dir=values["cni-conf-dir"],
         cni_data_dir=values["cni-data-dir"],
+        cni_results_dir=values["cni-results-dir"],
         cni_conf_template=values["cni-conf-template"],
         node_name=values["node-name"],
         kube=values["kube-subnet-mgr"],

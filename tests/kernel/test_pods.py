@@ -8,6 +8,7 @@ from ipaddress import IPv6Address
 import pytest
 
 from lease.model import ip_number, prefix
+from overlay.cni.results import CniResult
 from overlay.firewall import antispoof
 from overlay.firewall.antispoof import AntiSpoof
 from overlay.kernel.netlink import KernelError
@@ -237,3 +238,70 @@ def test_bindings_of_before_are_kept_whatever_is_told_first(made, sets, pods, cl
     again.ports([BRIDGE, port(5, 1)], ["cni0"])
     again.bind()
     assert addresses(sets) == {(5, 5)}
+
+
+SUBNET = prefix("10.244.9.0/24")
+
+
+def many(*last: int, outside: int = 0) -> PodEnd:
+    """10.244.9.x, and so many of another node's subnet."""
+    own = frozenset(SUBNET.base + each for each in last)
+    others = frozenset(ip_number(f"10.244.77.{each}", 4) for each in range(1, outside + 1))
+    return PodEnd(0x0A0000000001, {4: own | others, 6: frozenset()})
+
+
+def test_a_pod_that_shows_many_addresses_gets_a_few_of_its_bridges_subnet(sets, pods, made):
+    """Made while no agent ran, and it gave itself all that it could."""
+    pods.ends = {5: many(*range(2, 200), outside=50), 6: many(250), 7: many(3)}
+    pods.ends[6], pods.ends[7] = (pods.ends[each]._replace(mac=each) for each in (6, 7))
+    made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"], (), {BRIDGE.ifindex: (SUBNET,)})
+    made.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 2), (5, 3), (5, 4), (5, 5), (6, 250)}
+    many_of_them, taken = made.disputes()
+    assert "the pod behind veth5 shows 198 addresses of IPv4, of which 4" in many_of_them
+    assert taken == "the pod behind veth7 has 10.244.9.3, which is veth5's, and may not send from it"
+    # it goes, and what it kept is the other's
+    made.ports([BRIDGE, port(6, 2), port(7, 3)], ["cni0"], (), {BRIDGE.ifindex: (SUBNET,)})
+    made.bind()
+    assert addresses(sets) == {(6, 250), (7, 3)}
+    assert made.disputes() == []
+
+
+def test_link_local_addresses_are_bounded_too(sets, pods, made, clock):
+    first = frozenset((0xFE80 << 112) + each for each in range(1, 2800))
+    pods.ends = {5: many(2)._replace(addresses={4: many(2).addresses[4], 6: first})}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE, NETWORK)
+    clock.now += antispoof.SETTLED_S
+    made.bind()
+    there = sets.elements(TABLE, next(each for each in TABLE.sets if each.name == antispoof.SETS[6].addresses))
+    assert len(there) <= antispoof.MOST + 2, "and those of its MAC"
+    assert "2799 addresses of IPv6" in made.disputes()[0]
+
+
+def test_cnis_own_word_counts_before_what_a_pod_shows(sets, pods, clock):
+    """Whatever it gives itself, and whatever it hides (gVisor)."""
+    given = {("veth5", 1): CniResult(1, {4: frozenset({SUBNET.base + 9}), 6: frozenset()}, "shop/web-1")}
+    made = AntiSpoof(sets, pods, clock, lambda name, mac: given.get((name, mac)))
+    pods.ends = {5: many(7, 8, 9), 6: many()._replace(mac=6), 7: many(9)._replace(mac=7)}
+    made.ports([BRIDGE, port(5, 1), port(6, 2), port(7, 3)], ["cni0"], (), {BRIDGE.ifindex: (SUBNET,)})
+    made.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 9)}
+    given["veth6", 2] = CniResult(2, {4: frozenset({SUBNET.base + 6}), 6: frozenset()}, "shop/web-2")
+    given["veth7", 3] = CniResult(3, {4: frozenset({SUBNET.base + 9}), 6: frozenset()}, "shop/web-3")
+    clock.now += antispoof.LATER_LOOKS_S
+    made.bind()
+    assert addresses(sets) == {(5, 9), (6, 6)}
+
+
+def test_a_pod_that_was_bound_before_cni_had_done_keeps_what_that_says(sets, pods, clock):
+    given: dict[tuple[str, int], CniResult] = {}
+    made = AntiSpoof(sets, pods, clock, lambda name, mac: given.get((name, mac)))
+    pods.ends = {5: many(7, 8)}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"], (), {BRIDGE.ifindex: (SUBNET,)})
+    made.ensure(TABLE, NETWORK)
+    assert addresses(sets) == {(5, 7), (5, 8)}
+    given["veth5", 1] = CniResult(1, {4: frozenset({SUBNET.base + 8}), 6: frozenset()}, "")
+    clock.now += antispoof.SETTLED_S
+    made.bind()
+    assert addresses(sets) == {(5, 8)}
