@@ -30,7 +30,7 @@ DOUBT_GAP_S, DOUBT_SHARE = 0.5, 20
 cost."""
 DEVICE_DOUBT_S = 2.0
 """The kernel says soon that a device went; where that got lost it is checked after so long."""
-KNOWN_AFTER_S, KNOWN_AFTER_KUBE_S = 2.0, 150.0
+KNOWN_AFTER_S, KNOWN_AFTER_KUBE_S = 2.0, 90.0
 """A change of the network config is known on all nodes after so long: by a watch of etcd, by the kubelets' ConfigMaps (each
 minute, and a cache)."""
 BATCH = 500

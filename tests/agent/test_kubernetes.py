@@ -240,9 +240,20 @@ def test_an_operator_chooses_and_replaces_the_public_ip(kube_world):
     until("and nothing is wrong", lambda: problems(again) == "{}")
 
 
+SOON_DIRECT = """
+import overlay.main, overlay.peers.controller
+overlay.peers.controller.KNOWN_AFTER_KUBE_S = 2.0  # a file of the test is no kubelet's
+overlay.main.main()
+"""
+
+
 def test_a_changed_config_map_takes_effect_while_pods_talk(kube_world):
     world = kube_world
-    agents = world.nodes(2, "--ip-masq")
+    names = [world.node(1), world.node(2)]
+    agents = [world.agent(name, f"--node-name={name}", "--ip-masq", program=SOON_DIRECT) for name in names]
+    for agent in agents:
+        agent.wait_ready()
+        until("it has its peer", lambda agent=agent: agent.status()["peers"] and not agent.status()["differences"])
     pods = [world.pod(agent, "pod") for agent in agents]
     table = lambda: world.run("node1", "nft", "list", "table", "ip", "overlay-1")  # noqa: E731
     assert "masquerade" in table()
