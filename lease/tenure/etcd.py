@@ -111,6 +111,11 @@ class Tenure:
         mac = self._mac(claim._replace(device_mac=held.first.mac), snapshot, there)
         wanted = self._lease(claim, there.first.subnet, mac, there.key)
         if there.same_claim(wanted):
+            if held.handle not in (0, there.handle):
+                # under none it would stay for ever when this node is gone, under somebody's it goes when he likes
+                self.held = self._put_right(held, there.modified, wanted)
+                under = "that of somebody else" if there.handle else "none"
+                return [Held(self.held, f"written again: its etcd lease was {under}", warn=True)]
             self.held = there
             return [] if there.same_claim(held) else [Held(there, "unchanged")]
         if there.same_claim(held):

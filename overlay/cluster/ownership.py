@@ -74,6 +74,8 @@ class Ownership(Controller):
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._expires_at: float | None = None
+        self._expired = False
+        """It certainly did, and new pods are kept from it."""
         self._logged_rivals: set[str] = set()
         """Records with our public IP that were logged."""
         self.displaced_record: Callable[[Lease], None] = lambda _lease: None
@@ -152,7 +154,8 @@ class Ownership(Controller):
     def record_seen(self, lease: Lease | None) -> None:
         """What stands at our key; None: nothing that can be read."""
         self._at_our_key = lease
-        if self.held is not None and (lease is None or not lease.same_claim(self.held)):
+        held = self.held
+        if held is not None and (lease is None or not lease.same_claim(held) or lease.handle != held.handle):
             self.recheck()
 
     def record_gone(self, key: str) -> None:
@@ -203,6 +206,7 @@ class Ownership(Controller):
         self.held, self._method, self._at_our_key, self._first_list = lease, event.method, lease, None
         if before is not None and before.key != lease.key:
             self.displaced_record(before)
+        self._expired = False
         own = lease._replace(created=0, modified=0, handle=0)
         was = self._current.inputs.own
         self._current.set(own=own, displaced=False)
@@ -243,14 +247,23 @@ class Ownership(Controller):
     def _on_renewed(self, event: Renewed) -> bool:
         self._expires_at = None if event.left_s is None else self._clock() + event.left_s
         self._health.solved("renewal")
+        if self._expired:
+            self._expired = False
+            self._current.set(displaced=False)
         return False
 
     def judge_renewal(self) -> None:
         """Whether it was renewed in time: asked at each pass."""
-        if self._expires_at is not None and self._clock() >= self._expires_at:
-            self._health.problem(
-                "renewal", "the lease was not renewed in time and may be given away: the store is unavailable"
-            )
+        if self._expires_at is None or self._clock() < self._expires_at:
+            return
+        self._health.problem(
+            "renewal",
+            "the lease was not renewed in time and may be given away: the store is unavailable; no new pod gets an address"
+            " of it",
+        )
+        if not self._expired:
+            self._expired = True
+            self._displace()
 
     def withdraw(self) -> Iterator[str]:
         """Take what the record says to others out of the store."""

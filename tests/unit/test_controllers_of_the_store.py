@@ -119,8 +119,17 @@ def test_the_lease_is_claimed_held_lost_and_renewed(bench):
     bench.clock.now = 31.0
     controller.judge_renewal()
     assert "not renewed in time" in bench.problems()["renewal"]
+    assert bench.current.inputs.displaced, "no new pod gets an address of it"
+    displacements = bench.current.inputs.displacements
+    controller.judge_renewal()
+    assert bench.current.inputs.displacements == displacements, "that is said once"
     bench.tell(controller, Renewed(None))
-    assert bench.problems() == {}
+    assert (bench.problems(), bench.current.inputs.displaced) == ({}, False)
+    asked = len(bench.claims.claims)
+    bench.tell(controller, Renewed(30.0))
+    controller.record_seen(own._replace(handle=0))
+    assert bench.claims.rechecks == 1, "the etcd lease under it is another"
+    assert len(bench.claims.claims) == asked
     bench.current.set(synced=True)
     bench.tell(controller, Lost(own, "an older record"))
     assert (bench.current.inputs.displaced, bench.current.inputs.synced) == (True, False)

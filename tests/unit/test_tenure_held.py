@@ -47,6 +47,18 @@ def test_a_deleted_record_is_taken_again():
     assert world.stored().same_claim(held)
 
 
+@pytest.mark.parametrize("left", [None, 500])
+def test_our_record_put_again_under_another_etcd_lease_or_none_is_put_back_under_ours(left):
+    world, held = running()
+    assert held.handle
+    assert world.put(held, left).handle != held.handle
+    again = only_held(world.settle())
+    assert again.warn
+    assert again.lease.same_claim(held)
+    assert world.stored().handle == held.handle
+    assert world.settle() == []
+
+
 def test_a_subnet_given_to_another_is_lost_and_another_taken():
     world, held = running()
     world.store.delete(held.key)
