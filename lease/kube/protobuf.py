@@ -198,7 +198,7 @@ def _pair(data: bytes, at: int, end: int) -> tuple[str, bytes]:
     for number, start, to in _fields(data, at, end):
         if number == 1:
             key = data[start:to]
-        else:
+        elif number == 2:
             value = data[start:to]
     return key.decode("utf-8", "replace"), value
 

@@ -220,6 +220,13 @@ def field(number: int, value: bytes) -> bytes:
     return bytes([number << 3 | 2, len(value)]) + value
 
 
+def test_a_field_that_an_annotation_does_not_have_is_no_value_of_it():
+    note = field(12, field(1, NOTES[1].encode()) + field(2, b"x") + field(3, b"y"))
+    meta = field(1, b"n") + field(5, b"u") + field(6, b"7") + note
+    page = Answer(b"k8s\0" + field(2, field(1, field(2, b"9")) + field(2, field(1, meta))), True).page(NOTES)
+    assert page.nodes[0].annotations == {NOTES[1]: "x"}
+
+
 def test_an_annotation_that_is_no_text_costs_nobody_else():
     """Kubernetes does not check the values of annotations: one Node must not end the list of all agents."""
     note = field(12, field(1, NOTES[1].encode()) + field(2, b"\xff\xfe"))
