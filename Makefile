@@ -80,7 +80,7 @@ chart-test: setup ## the Helm chart rendered by the real helm and compared with 
 	$(PY) -m pytest tests/chart
 
 KERNEL_TESTS := tests/kernel tests/kernels tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
-	tests/agent/test_antispoof.py tests/agent/test_reach.py
+	tests/agent/test_antispoof.py tests/agent/test_other_doors.py tests/agent/test_reach.py
 NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
 
 kernels: setup ## what an agent does to the kernel, on Debian's 5.10, 6.1 and 6.12 under QEMU: table of docs/reliability.md (hours)

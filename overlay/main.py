@@ -315,7 +315,7 @@ def keeping(held: RunDir, server: serve.UnixServer, clock: Callable[[], float]) 
         due[0] = now + KEPT_EVERY_S
         try:
             again = [name for name, of in ((LOCK_NAME, held), (serve.SOCKET_NAME, server)) if of.keep()]
-        except OSError as error:
+        except (OSError, RunDirError) as error:  # a full disk, or another agent that was faster
             due[0] = now + KEPT_AGAIN_S
             log.warning("file.lost", path=held.path, error=str(error), effect="`overlay` does not reach this agent")
             return

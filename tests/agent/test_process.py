@@ -17,7 +17,7 @@ from overlay.api.serve import SOCKET_NAME
 from overlay.control.health import Health, Problem
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
-from overlay.main import StoreHosts
+from overlay.main import StoreHosts, keeping
 from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
 from tests.agent.test_lease_held import release
 from tests.support.wait import until
@@ -207,6 +207,26 @@ def test_no_usable_machine_id_is_no_identity(machine, tmp_path, monkeypatch):
     assert len(known.machine) == 16
     assert "3d1219c7" not in str(known), "the machine-id itself is confidential"
     assert netns.path("x") == "/run/netns/x"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunDirError("in use by overlayd (pid 7)")])
+def test_what_cannot_be_put_back_ends_nobody(error):
+    class Kept:
+        path, tries, now = "/run/x", 0, 0.0
+
+        def keep(self) -> bool:
+            self.tries += 1
+            raise error
+
+    kept = Kept()
+    keep = keeping(kept, kept, lambda: kept.now)
+    for _ in range(10):
+        keep()
+        kept.now += 1.0
+    assert kept.tries == 1, "and is tried again in a while"
+    kept.now += 60.0
+    keep()
+    assert kept.tries == 2
 
 
 def test_what_an_agent_is_reached_by_comes_back(world):
