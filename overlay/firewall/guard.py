@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from lease.families import Family
@@ -60,6 +61,7 @@ class Where(NamedTuple):
     direct: int = 0
 
 
+@lru_cache(maxsize=4)  # half a millisecond, and it is wanted at each change of the inputs
 def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Table:
     """The form of the table. number: of the network (Backend.network).
 
