@@ -62,7 +62,7 @@ def test_a_frame_behind_one_of_another_network(world, listener, guarded):
     assert there.hears(b"behind") != guarded
     if not guarded:
         return
-    assert dropped(agent, "from_unknown_senders") == 1
+    assert dropped(agent, "from_unknown_senders") in (1, 2), "5.10 takes it apart on the way"
     # a peer's datagram is taken apart as ever
     send_segments(world.namespace("node2"), "192.168.1.3", "192.168.1.2", frames[1:] * 2)
     assert there.hears(b"behind")
