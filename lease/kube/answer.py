@@ -12,12 +12,14 @@ from typing import Any
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from lease.store import StoreUnavailable
+
 LARGEST_ANSWER = 1 << 24
 """Bytes; a page of a hundred Nodes has some hundred thousand, the largest object 1.5 million (etcd's limit)."""
 _CHUNK = 1 << 16
 
 
-class AnswerRefused(Exception):
+class AnswerRefused(StoreUnavailable):
     """It is too long, came too slowly, or is in a form that was not asked for."""
 
 
@@ -32,6 +34,12 @@ class _Request:
         self.sock: socket.socket | None = None
         """What it goes by; the connection forgets it where an answer ends with it."""
         self.expired = False
+
+    def sent_by(self, sock: socket.socket | None) -> None:
+        """It goes by that socket; its time may be up already (credentials, or a connection, took so long)."""
+        self.sock = sock
+        if self.expired:
+            self.end()
 
     def end(self) -> None:
         """Its time is up; from another thread."""
@@ -52,14 +60,14 @@ class _Connection(HTTPConnection):
     def request(self, *arguments: Any, **more: Any) -> None:
         """Known to the deadline."""
         super().request(*arguments, **more)
-        _of_this_thread.request.sock = self.sock
+        _of_this_thread.request.sent_by(self.sock)
 
 
 class _TlsConnection(HTTPSConnection):
     def request(self, *arguments: Any, **more: Any) -> None:
         """Known to the deadline."""
         super().request(*arguments, **more)
-        _of_this_thread.request.sock = self.sock
+        _of_this_thread.request.sent_by(self.sock)
 
 
 class _Pool(urllib3.HTTPConnectionPool):

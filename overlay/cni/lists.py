@@ -241,7 +241,7 @@ def preferred(folder: str, subnet: Prefix) -> str:
             continue
         path = f"{folder}/{name}"
         try:
-            kinds = {plugin.get("type") for plugin in _plugins(text_of(path))} - {None}
+            kinds = {kind for plugin in _plugins(text_of(path)) if isinstance(kind := plugin.get("type"), str)}
         except OSError:
             continue
         if kinds and not kinds & {"flannel", "multus", "multus-shim"} and listed_subnet(path, subnet.family) != subnet:

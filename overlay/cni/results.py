@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lease.model import ip_number, mac_number
@@ -40,9 +41,13 @@ class CniResults:
     def _refresh(self) -> None:
         try:
             with os.scandir(self._folder) as entries:
-                there = {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries}
+                names = [entry.name for entry in entries]
         except OSError:
-            there = {}
+            names = []
+        there: dict[str, int] = {}
+        for name in names:
+            with suppress(OSError):  # it went meanwhile
+                there[name] = os.lstat(f"{self._folder}/{name}").st_mtime_ns
         self._read = {name: known for name, known in self._read.items() if name in there}
         for name, written in there.items():
             if name not in self._read or self._read[name][0] != written:

@@ -241,7 +241,7 @@ class Guard:
         if not length or not any(there.holds(end.public_ip) for there in on_link):
             return ()
         first, step = end.subnet.base & mask(self._family.number, length), 1 << (self._family.bits - length)
-        return tuple(range(first, max(end.subnet.last, first) + 1, step))[:MOST_KEYS]
+        return tuple(range(first, max(end.subnet.last, first) + 1, step)[:MOST_KEYS])  # cut before it is made
 
     # --- making it so
 
@@ -275,8 +275,11 @@ class Guard:
                 missing, more = sum(len(one - two) for one, two in pairs), sum(len(two - one) for one, two in pairs)
                 log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
         self._table, self._interfaces_found = wanted, interfaces
-        for name, keys in found.items():
-            self._let_in[name].found(keys)
+        for name, each in self._let_in.items():
+            if name in found:
+                each.found(found[name])
+            else:
+                each.forget()
         self.apply()
 
     def _make(self, wanted: nf_wire.Table, before: nf_wire.Table | None) -> None:

@@ -316,10 +316,10 @@ class PeersController(Controller):
         if routes:
             self._remove(routes)
             yield f"{len(routes)} routes of ours"
-        if left and not networks:
+        if len(left) > len(routes) and not networks:
             raise ValueError(
-                f"{len(left)} routes are ours, or another network's on this node, of which nothing here says which:"
-                f" ip -{self._family.number} route show proto {PROTOCOL}"
+                f"{len(left) - len(routes)} routes are ours, or another network's on this node, of which nothing here says"
+                f" which: ip -{self._family.number} route show proto {PROTOCOL}"
             )
 
     def _remove(self, routes: list[FoundRoute]) -> None:

@@ -297,3 +297,11 @@ def test_a_check_in_slices_finds_what_no_event_told(inside, made, clock):
         made.apply()
     assert made.mended == 1
     assert "10.99.99.99" in inside(vteps)
+
+
+def test_a_huge_subnet_of_a_peer_stands_for_so_many_keys_and_no_more(made):
+    """A record may name any length; it is refused as a peer elsewhere."""
+    made.reached_directly(30, (prefix("192.168.1.0/24"),))
+    one = peer(1, "192.168.1.2")
+    wide = one.v4._replace(subnet=prefix("0.0.0.0/1"))
+    assert len(made._direct_keys(wide)) == guard.MOST_KEYS

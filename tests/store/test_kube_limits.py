@@ -151,8 +151,9 @@ def test_a_compressed_answer_is_taken_for_none(server, api, call):
 def test_an_answer_has_a_size(server, api, monkeypatch):
     monkeypatch.setattr(answer, "LARGEST_ANSWER", 1 << 20)
     server.say = whole(b" " * (1 << 20) + b"{}")
-    with pytest.raises(answer.AnswerTooLarge):
+    with pytest.raises(answer.AnswerTooLarge) as refused:
         api.get("/x")
+    assert isinstance(refused.value, StoreUnavailable), "whoever asks for no page takes it for a store that is away"
     server.say = whole(b" " * ((1 << 20) - 2) + b"{}")
     assert api.get("/x") == {}
 

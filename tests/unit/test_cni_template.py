@@ -179,6 +179,8 @@ def test_live_settings_that_cannot_be_are_named(text, words):
         ("05-bridge.json", {"name": "b", "type": "ptp"}, True),
         ("11-bridge.conf", {"name": "b", "type": "bridge"}, False),
         ("05-bridge.bak", {"name": "b", "type": "bridge"}, False),
+        ("05-odd.conf", {"type": []}, False),
+        ("05-odd.conflist", {"plugins": [{"type": {}}]}, False),
         ("05-rubbish.conf", "{", False),  # no runtime takes it
         ("00-multus.conf", {"name": "m", "type": "multus", "delegates": []}, False),
         ("05-flannel.conflist", {"name": "cbr0", "plugins": [{"type": "flannel"}]}, False),  # by subnet.env, ours
