@@ -176,9 +176,10 @@ def _read(value: object) -> NetworkConfig:
             pools[family] = _pool(fields, family)
         elif (fault := _fault_of_unused(fields, family)) is not None:
             ignored.append(f"{fault} (ignored: EnableIPv{family} is false)")
+    backend = _Fields("Backend.", fields.get("Backend", dict, {})) if fields.has("Backend") else None
     ignored += fields.unknown(_FIELDS)
-    ignored += _Fields("Backend.", fields.get("Backend", dict, {})).unknown(_BACKEND_FIELDS)
-    return NetworkConfig(pools[4], pools[6], _backend(fields), tuple(ignored))
+    ignored += backend.unknown(_BACKEND_FIELDS) if backend is not None else ()
+    return NetworkConfig(pools[4], pools[6], _backend(backend), tuple(ignored))
 
 
 def _fault_of_unused(fields: _Fields, family: int) -> str | None:
@@ -277,12 +278,10 @@ def _boundary(fields: _Fields, name: str, network: Prefix, length: int, default:
     return address
 
 
-def _backend(fields: _Fields) -> VxlanConfig:
+def _backend(backend: _Fields | None) -> VxlanConfig:
     """The Backend object; absent means vxlan, as flannel's documentation says (its code takes udp)."""
-    if not fields.has("Backend"):
+    if backend is None:
         return VxlanConfig()
-    value = fields.get("Backend", dict, {})
-    backend = _Fields("Backend.", value)
     kind = backend.get("Type", str, "")
     if kind.lower() != "vxlan":
         raise ConfigError(f"Backend.Type: {_show(kind)} is not supported; allowed is 'vxlan'")

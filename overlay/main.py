@@ -115,7 +115,7 @@ def _run(settings: Settings, held: RunDir) -> int:
 
 def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
     from lease.tenure.keeper import TenureThread, boottime
-    from overlay.agent.loop import Loop, Reload, Stop
+    from overlay.agent.loop import Loop, Stop
     from overlay.compose import Outside, compose
     from overlay.firewall.forward import SHARED_TABLE
     from overlay.firewall.nat import TABLE_PREFIX
@@ -160,9 +160,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         claimer,
         *files,
     ]
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
-    signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
+    _post_signals(inbox)
     loop.reload = lambda: _reload(files, claimer, loop.ever_started)
     server = _serve(settings, loop)
     tell_systemd, keep = watchdog(boottime), keeping(held, server, boottime)
@@ -180,6 +178,15 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         feed.stop()
         claimer.stop()
         store.close()
+
+
+def _post_signals(inbox: queue.SimpleQueue[Any]) -> None:
+    """Signals are events like others: the loop ends, or reads files again."""
+    from overlay.agent.loop import Reload, Stop
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _frame: inbox.put(Stop(signal.Signals(got).name)))
+    signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
 
 
 def _reload(files: list[FileThread], claimer: TenureThread, started: bool) -> None:

@@ -185,12 +185,15 @@ class EtcdClient:
             request.limit = max(1, request.limit // SMALLER)
 
     def _without_value(self, method: Method, request: Any, metadata: list[tuple[str, str]]) -> Any:
+        request.keys_only = True
         try:
-            page = method(_without_values(request), LIST_S, metadata)
+            page = method(request, LIST_S, metadata)
         except RpcError as error:
             if error.code == TOO_LARGE:  # no single key is so long: this is no etcd
                 raise RpcError("UNAVAILABLE", error.details) from error
             raise
+        finally:
+            request.keys_only = False
         for kv in page.kvs:
             kv.value = bytes(LARGEST_PAGE)
         return page
@@ -337,13 +340,6 @@ class EtcdClient:
             channel, self._channel = self._channel, None
         if channel is not None:  # a watch that ran over it ends too: its owner lists and watches again
             channel.give_up("given up")
-
-
-def _without_values(request: Any) -> Any:
-    made = rpc.RangeRequest()
-    made.CopyFrom(request)
-    made.keys_only = True
-    return made
 
 
 def _token_is_old(error: RpcError) -> bool:

@@ -116,10 +116,11 @@ class CniController(Controller):
             self._write(((path, wants.list_text),))
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
-        self._folder = _stamp(os.path.dirname(path)) if path else None  # before it is read
-        other = lists.preferred(os.path.dirname(path), wants.subnet) if path in self._written else ""
+        folder = self._settings.cni_conf_dir
+        self._folder = _stamp(folder) if path else None  # before it is read
+        other = lists.preferred(folder, wants.subnet) if path in self._written else ""
         # only the kubelet's runtime goes by the names of files
-        self._health.report("cni order", _order(path, other), harmless=not self._settings.kube, outside=True)
+        self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
         return False
 
     def _withdraw_list(self, path: str, subnet: Prefix) -> None:
@@ -196,13 +197,13 @@ def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> 
         return "", str(error)
 
 
-def _order(path: str, other: str) -> str:
+def _order(folder: str, other: str) -> str:
     """What it means that the runtime takes another file."""
-    folder, name = os.path.split(path)
     if not other:
         return ""
     return (
-        f"{folder}/{other} comes before {name}, so that pods are made by it, not in our subnet: remove it, or rename it"
+        f"{folder}/{other} comes before {lists.CONFLIST}, so that pods are made by it, not in our subnet: remove it, or"
+        " rename it"
     )
 
 

@@ -35,19 +35,28 @@ def lease_file(key: str, end: Endpoint, networks: Iterable[Prefix]) -> str:
     return json.dumps(fields) + "\n"
 
 
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a field of LEASE_FILE may end with, whatever somebody made of the file."""
+
+
+def _recorded(run_dir: str, name: str) -> Any:
+    """A field of LEASE_FILE. Raises one of _UNUSABLE."""
+    return json.loads(text_of(f"{run_dir}/{LEASE_FILE}"))[name]
+
+
 def recorded_networks(run_dir: str) -> list[Prefix]:
     """The networks of LEASE_FILE, [] where it names none."""
     try:
-        return [prefix(text) for text in json.loads(text_of(f"{run_dir}/{LEASE_FILE}"))["networks"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [prefix(text) for text in _recorded(run_dir, "networks")]
+    except _UNUSABLE:
         return []
 
 
 def recorded_public_ip(run_dir: str, family: int) -> int:
     """The public IP of LEASE_FILE, 0 where there is none of that family."""
     try:
-        return ip_number(json.loads(text_of(f"{run_dir}/{LEASE_FILE}"))["public_ip"], family)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ip_number(_recorded(run_dir, "public_ip"), family)
+    except _UNUSABLE:
         return 0
 
 

@@ -183,8 +183,8 @@ class AntiSpoof:
         """The node's own IPv4 addresses: no pod's either."""
         self._subnets: Mapping[int, tuple[Prefix, ...]] = {}
         """Of bridges, by number: pods have addresses of these alone."""
-        self._disputes: dict[int, list[str]] = {}
-        """By port: what its pod has that is not taken for its own."""
+        self._disputes: dict[int, dict[tuple[int, int], str]] = {}
+        """By port: what its pod has that is not taken for its own, by family and address (0: more than a few)."""
         self._bridge_names: set[str] = set()
         self._other_ports: list[str] = []
         self._veths: list[Link] = []
@@ -252,7 +252,7 @@ class AntiSpoof:
 
     def disputes(self) -> list[str]:
         """Pods that have what is not taken for their own, a line each."""
-        return [line for lines in self._disputes.values() for line in lines]
+        return [line for lines in self._disputes.values() for line in lines.values()]
 
     def unbindable(self) -> list[str]:
         """Ports of pods' bridges that are no veth into another namespace: whose they are cannot be seen."""
@@ -360,9 +360,10 @@ class AntiSpoof:
             return None
         others = [other for port, other in self._bound.items() if port != index]
         if bound is None:
-            if not self._own(link, end):
+            own = self._own(link, end)
+            if not own:
                 return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
-            bound = self._first(link, end, others)
+            bound = self._first(link, end, own, others)
         elif not bound.of(4):  # all it had was another port's: is it still?
             bound = bound.with_addresses(4, self._free(4, self._own(link, end), others))
             if bound.of(4):
@@ -385,9 +386,8 @@ class AntiSpoof:
             return now + LATER_LOOKS_S
         return settled if index in self._later and now < settled else None
 
-    def _first(self, link: Link, end: PodEnd, others: list[Bound]) -> Bound:
+    def _first(self, link: Link, end: PodEnd, own: frozenset[int], others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
-        own = self._own(link, end)
         free = self._free(4, own, others)
         for address in own - free:
             whose = next((f"{other.name}'s" for other in others if address in other.of(4)), "the node's")
@@ -395,7 +395,7 @@ class AntiSpoof:
                 "pods.address_taken", interface=link.name, address=ip_text(4, address), whose=whose,
                 effect="this one may not send from it",
             )  # fmt: skip
-            self._disputes.setdefault(link.ifindex, []).append(
+            self._disputes.setdefault(link.ifindex, {})[4, address] = (
                 f"{self._pod(link)} has {ip_text(4, address)}, which is {whose}, and may not send from it"
             )
         macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in own)), others)
@@ -428,17 +428,14 @@ class AntiSpoof:
     def _a_few(self, link: Link, family: int, addresses: Iterable[int]) -> list[int]:
         """What is believed of what a pod shows: it may have given itself any number."""
         shown = sorted(addresses)
-        if len(shown) > MOST:
-            line = (
+        lines = self._disputes.get(link.ifindex, {})
+        if len(shown) > MOST and (family, 0) not in lines:
+            log.warning("pods.too_many_addresses", interface=link.name, shown=len(shown), taken=MOST)
+            self._disputes[link.ifindex] = lines
+            lines[family, 0] = (
                 f"{self._pod(link)} shows {len(shown)} addresses of {FAMILIES[family].text}, of which {MOST} are taken for"
                 " its own: what runs in it that gives itself addresses?"
             )
-            lines = self._disputes.setdefault(link.ifindex, [])
-            if not any(
-                each.startswith(line[: line.index(" shows ")]) and FAMILIES[family].text in each for each in lines
-            ):
-                log.warning("pods.too_many_addresses", interface=link.name, shown=len(shown), taken=MOST)
-                lines.append(line)
         return shown[:MOST]
 
     def _pod(self, link: Link) -> str:

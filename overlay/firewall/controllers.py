@@ -20,7 +20,7 @@ from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
 from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, subnets_of, without_bridge
 from overlay.node.owned import Owned
-from overlay.peers.plan import underlay_within
+from overlay.peers.plan import nodes_within
 
 DIRECT_S = 3600.0
 """Peers may come without the tunnel for so long after the network config says so no more: it reaches nodes one by one, and
@@ -142,10 +142,10 @@ class GuardController(_TableController):
         inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
         elsewhere = interfaces_elsewhere(inputs.links, inside, inputs.bridges, under, tunnel.name)
         on_link = under.on_link if under is not None else ()
-        nodes = underlay_within(pool.network, (*on_link, *inputs.settings.underlay_cidrs))
+        nodes = nodes_within(pool.network, under, inputs.settings.underlay_cidrs)
         links = inputs.links.values()
         shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel.name))
-        here = guard.Where(pool.network, end.subnet, tunnel.name, tuple(sorted(set(nodes))), not shared)
+        here = guard.Where(pool.network, end.subnet, tunnel.name, nodes, not shared)
         tunnel_only = guard.table(self._family, backend.network, outer, here)
         with_direct = guard.table(self._family, backend.network, outer, here._replace(direct=pool.length))
         direct = backend.reaches_directly

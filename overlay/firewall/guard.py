@@ -192,18 +192,18 @@ class Guard:
     def load(self, packed: Iterable[bytes]) -> None:
         """These are the peers: what is given shows them later, too."""
         self._packed = packed
-        uses: dict[int, int] = {}
+        self._let_in[VTEPS].load(self._sources())
+        self._load_direct()
+
+    def _sources(self) -> Iterator[int]:
+        """The addresses that frames of all peers come from."""
         family = self._family.number
-        for each in packed:
+        for each in self._packed:
             address = outer_source(each, family)
             if address is not None:
-                uses[address] = uses.get(address, 0) + 1
-                continue
-            end = unpack(each).endpoint(family)
-            for source in end.outer_sources() if end is not None else ():
-                uses[source] = uses.get(source, 0) + 1
-        self._let_in[VTEPS].load(uses)
-        self._load_direct()
+                yield address
+            elif (end := unpack(each).endpoint(family)) is not None:
+                yield from end.outer_sources()
 
     def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
@@ -228,12 +228,8 @@ class Guard:
         return bool(self._socket.elements(table, _set(table, DIRECT)))
 
     def _load_direct(self) -> None:
-        uses: dict[int, int] = {}
-        for each in self._packed if self._direct[0] else ():
-            end = unpack(each).endpoint(self._family.number)
-            for key in self._direct_keys(end) if end is not None else ():
-                uses[key] = uses.get(key, 0) + 1
-        self._let_in[DIRECT].load(uses)
+        ends = (unpack(each).endpoint(self._family.number) for each in (self._packed if self._direct[0] else ()))
+        self._let_in[DIRECT].load(key for end in ends if end is not None for key in self._direct_keys(end))
 
     def _direct_keys(self, end: Endpoint) -> tuple[int, ...]:
         """What the rule looks for: the network's subnets that a peer's is, or is in, or is made of."""
@@ -275,11 +271,9 @@ class Guard:
                 missing, more = sum(len(one - two) for one, two in pairs), sum(len(two - one) for one, two in pairs)
                 log.warning("guard.mended", table=wanted.name, missing=missing, more=more)
         self._table, self._interfaces_found = wanted, interfaces
-        for name, each in self._let_in.items():
-            if name in found:
-                each.found(found[name])
-            else:
-                each.forget()
+        self._forget_absent(wanted)
+        for name, keys in found.items():
+            self._let_in[name].found(keys)
         self.apply()
 
     def _make(self, wanted: nf_wire.Table, before: nf_wire.Table | None) -> None:
@@ -288,15 +282,18 @@ class Guard:
         elements = {name: self._keys(those) for name, those in keys.items()}
         self._socket.replace(wanted, {**elements, **{name: _numbers(those) for name, those in interfaces.items()}})
         self._table, self._interfaces_found = wanted, interfaces
-        for name, each in self._let_in.items():
-            if name in keys:
-                each.made(keys[name])
-            else:
-                each.forget()
+        self._forget_absent(wanted)
+        for name, those in keys.items():
+            self._let_in[name].made(those)
         if before == wanted:
             self.mended += 1
         write_log = log.warning if before == wanted else log.info
         write_log("guard.mended" if before == wanted else "guard", table=wanted.name, addresses=len(keys[VTEPS]))
+
+    def _forget_absent(self, table: nf_wire.Table) -> None:
+        """Of a set that a table does not have nothing is due."""
+        for name in self._let_in.keys() - {*self._names(table)}:
+            self._let_in[name].forget()
 
     def _names(self, table: nf_wire.Table) -> list[str]:
         """The sets of peers' keys that a table has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 
@@ -27,12 +28,12 @@ class LetIn:
 
     # --- what is wanted
 
-    def load(self, uses: dict[int, int]) -> None:
-        """These are the keys of all peers, and by how many each is used."""
-        before, self.uses = self.uses, uses
+    def load(self, keys: Iterable[int]) -> None:
+        """These are the keys of all peers, one after the other."""
+        before, self.uses = self.uses, Counter(keys)
         if self._stands:
-            self._new |= uses.keys() - self.there
-        for key in before.keys() - uses.keys():
+            self._new |= self.uses.keys() - self.there
+        for key in before.keys() - self.uses.keys():
             self._leaves(key)
 
     def use(self, keys: Iterable[int]) -> None:

@@ -19,7 +19,7 @@ from overlay.firewall import forward, nat
 from overlay.kernel.events import NftSeen
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
-from overlay.peers.plan import underlay_within
+from overlay.peers.plan import nodes_within
 from overlay.process.log import log
 
 FORWARD_GAP_S = 2.0
@@ -68,12 +68,10 @@ class NatController(_RulesController):
             return Waiting("for a lease")
         backend, live = backend_of(inputs.config.backend, self._family), inputs.settings
         name, outer = nat.table_name(backend.network), backend.outer()
-        under = inputs.underlays.get(number)
-        on_link = under.on_link if under is not None else ()
-        nodes = set(underlay_within(pool.network, (*on_link, *live.underlay_cidrs)))
+        nodes = nodes_within(pool.network, inputs.underlays.get(number), live.underlay_cidrs)
         table = nat.nat_table(
             name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules,
-            outer.port if outer is not None else None, tuple(sorted(nodes)),
+            outer.port if outer is not None else None, nodes,
         )  # fmt: skip
         return _NatWants(name, tuple(table))
 

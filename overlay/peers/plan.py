@@ -11,6 +11,7 @@ from lease.model import NO_NODE, Endpoint, Lease, Prefix, ip_text
 from lease.records.packed import HEAD, NODE
 from overlay.backends.base import Backend, Entry, View
 from overlay.backends.choose import backend_of
+from overlay.control.inputs import Underlay
 from overlay.kernel.route.entries import RouteKey
 
 
@@ -61,6 +62,12 @@ class Node(NamedTuple):
 def underlay_within(network: Prefix, cidrs: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
     """What --underlay-cidr takes from Network: no pod can have a node's address."""
     return tuple(there for there in cidrs if there != network and network.covers(there))
+
+
+def nodes_within(network: Prefix, under: Underlay | None, cidrs: tuple[Prefix, ...]) -> tuple[Prefix, ...]:
+    """The prefixes inside Network that are the nodes', not pods': the underlay's own, and --underlay-cidr's; in order."""
+    on_link = under.on_link if under is not None else ()
+    return tuple(sorted(set(underlay_within(network, (*on_link, *cidrs)))))
 
 
 def node_of(
