@@ -11,6 +11,8 @@ import struct
 from contextlib import suppress
 from typing import NamedTuple
 
+from overlay.kernel.unix_sockets import listener_uid
+
 LOCK_NAME = "lock"
 MODE = 0o600
 """Whoever may open a file, if only to read it, may lock it (flock(2))."""
@@ -157,13 +159,22 @@ class DeviceLock:
             asking.connect(name)
         except OSError as error:
             asking.close()
-            return Holder(0, -1) if error.errno == errno.EAGAIN else None
+            return _holder_unasked(name) if error.errno == errno.EAGAIN else None
         found = _peer(asking)
         if _is_agent(found):
             self._others[name] = asking
         else:
             asking.close()
         return found
+
+
+def _holder_unasked(name: str) -> Holder:
+    """Who listens where no connection can be had: anybody may have filled an agent's backlog."""
+    try:
+        uid = listener_uid(name)
+    except OSError:
+        uid = None
+    return Holder(0, -1 if uid is None else uid)
 
 
 def _is_agent(holder: Holder) -> bool:

@@ -103,6 +103,39 @@ def test_who_is_not_root_keeps_no_agent_waiting(closing, backlog):
     assert other.take(device) is None
 
 
+CROWD = """
+import socket, sys
+held = []
+while True:
+    made = socket.socket(socket.AF_UNIX)
+    made.setblocking(False)
+    try:
+        made.connect("\\0overlayd/" + sys.argv[1])
+    except BlockingIOError:
+        break
+    held.append(made)
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_an_agent_whose_backlog_others_fill_is_noticed_all_the_same(closing):
+    device = f"overlay-test-{uuid.uuid4().hex}"
+    first, second = closing(DeviceLock()), closing(DeviceLock())
+    assert first.take(device) is None
+    command = [ANYBODYS_PYTHON, "-c", CROWD, device]
+    with subprocess.Popen(
+        command, cwd="/", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, user=NOBODY, group=NOBODY
+    ) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 1
+        assert second.take(device) == 0, "who it is cannot be asked"
+        process.kill()
+    assert second.take(device) == 0, "they stay there, though who made them ended"
+    first.close()
+    assert second.take(device) is None
+
+
 def test_who_has_all_names_is_said(closing):
     device = f"overlay-test-{uuid.uuid4().hex}"
     lock = closing(DeviceLock())
