@@ -122,7 +122,7 @@ class _OfFamily:
         )  # fmt: skip
         self.device = DeviceController(current, family, requests, links, DeviceLock(), health, owned, leave, clock)
         self.bridges = BridgesController(current, family, links, owned, outside.bridges)
-        self.table = PeerTableController(current, family, self.path, own_key, clock)
+        self.table = PeerTableController(current, family, self.path, own_key, clock, lambda: requests.routes(family))
         self.peers = PeersController(current, family, self.path, requests, health, clock, post, owned)
         self.rest = (
             GuardController(family, guard, sets, owned, health, clock),

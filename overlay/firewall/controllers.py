@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -18,7 +18,7 @@ from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
-from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, subnets_of, without_bridge
+from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, pod_veths, subnets_of, without_bridge
 from overlay.node.owned import Owned
 from overlay.peers.plan import nodes_within
 
@@ -88,13 +88,12 @@ class _TableController(Controller):
 
 class _GuardWants(NamedTuple):
     """table, direct_table: while peers come by the tunnel alone, and while some may come without it; direct: they may, by
-    the network config; length: of the network's subnets; inside, elsewhere: interfaces, by number; on_link: where peers may
-    be reached without the tunnel; shared: the other VXLAN devices on our port."""
+    the network config; length: of the network's subnets; interfaces: of the guard's sets, by number; on_link: where peers
+    may be reached without the tunnel; shared: the other VXLAN devices on our port."""
 
     table: Table
     direct_table: Table
-    inside: frozenset[int]
-    elsewhere: frozenset[int]
+    interfaces: Mapping[str, frozenset[int]]
     on_link: tuple[Prefix, ...]
     direct: bool
     length: int
@@ -106,7 +105,7 @@ class GuardController(_TableController):
 
     name = "guard"
     suffix = guard.SUFFIX
-    reports = ("shared port",)
+    reports = ("shared port", "unknown senders", "beside the tunnel")
 
     def __init__(
         self,
@@ -139,9 +138,11 @@ class GuardController(_TableController):
         outer = backend.outer()
         if outer is None:
             return None
-        inside = interfaces_within(pool.network, inputs.addresses_of(number).values(), under)
-        elsewhere = interfaces_elsewhere(inputs.links, inside, inputs.bridges, under, tunnel.name)
-        on_link = under.on_link if under is not None else ()
+        addresses = inputs.addresses_of(number).values()
+        inside, veths = interfaces_within(pool.network, addresses, under), pod_veths(inputs.links, addresses, under)
+        elsewhere = interfaces_elsewhere(inputs.links, inside | veths, inputs.bridges, under, tunnel.name)
+        interfaces = {guard.POD_INTERFACES: inside, guard.POD_VETHS: veths, guard.ELSEWHERE: elsewhere}
+        on_link = (*(under.on_link if under is not None else ()), *inputs.settings.underlay_cidrs)
         nodes = nodes_within(pool.network, under, inputs.settings.underlay_cidrs)
         links = inputs.links.values()
         shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel.name))
@@ -149,7 +150,7 @@ class GuardController(_TableController):
         tunnel_only = guard.table(self._family, backend.network, outer, here)
         with_direct = guard.table(self._family, backend.network, outer, here._replace(direct=pool.length))
         direct = backend.reaches_directly
-        return _GuardWants(tunnel_only, with_direct, inside, elsewhere, on_link, direct, pool.length, shared)
+        return _GuardWants(tunnel_only, with_direct, interfaces, on_link, direct, pool.length, shared)
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else what changed, and a slice of a check that is under way. Raises KernelError."""
@@ -159,7 +160,7 @@ class GuardController(_TableController):
         self._direct_until = self._direct_until or now
         directly = now < self._direct_until
         table = wants.direct_table if directly else wants.table
-        self.guard.attached(wants.inside, wants.elsewhere)
+        self.guard.attached(wants.interfaces)
         self.guard.reached_directly(wants.length if directly else 0, wants.on_link)
         self._health.report("shared port", _shared(wants.shared), harmless=True)
         if self._read_whole or table != self._wanted:
@@ -177,10 +178,10 @@ class GuardController(_TableController):
         self.guard.apply()
         if self._clock() >= self._name_senders_at:
             self._name_senders_at = self._clock() + RECHECK_S
-            self._name_senders()
+            self._name_senders(wants.direct)
         return self.guard.checking()
 
-    def _name_senders(self) -> None:
+    def _name_senders(self, direct: bool) -> None:
         there = ", ".join(self.guard.unknown_senders())
         self._health.report(
             "unknown senders",
@@ -190,6 +191,7 @@ class GuardController(_TableController):
             " --vxlan-guard=false here",
             harmless=True,
         )
+        self._health.report("beside the tunnel", _beside(self.guard.sources_beside(), direct), harmless=True)
 
     def due(self) -> float | None:
         """When a peer came, or an address leaves."""
@@ -204,7 +206,8 @@ class GuardController(_TableController):
         """Delete it, and forget what it had."""
         yield from super().withdraw()
         self.guard.forget()
-        self._health.solved("unknown senders")
+        for subject in self.reports:
+            self._health.solved(subject)
 
     def status(self) -> Mapping[str, object]:
         """`guard`: whether it is in force."""
@@ -217,6 +220,22 @@ class GuardController(_TableController):
             return {**mended, **{f"dropped_{who}": count for who, count in self.guard.dropped().items()}}
         except OSError:
             return mended
+
+
+def _beside(sources: Sequence[str], direct: bool) -> str:
+    if not sources:
+        return ""
+    named = ", ".join(sources[:NAMED]) + (f" and {len(sources) - NAMED} more" if len(sources) > NAMED else "")
+    why = (
+        "the nodes' addresses on the link may have prefixes of different length, so that one sends directly to another that"
+        " sees no neighbour in it: give all one length, or name all their addresses by --underlay-cidr here"
+        if direct
+        else "a node may have DirectRouting on, which this network config does not say"
+    )
+    return (
+        f"packets of pods' addresses ({named}) come beside the tunnel, and are dropped: somebody forges them, or {why};"
+        " or --vxlan-guard=false here"
+    )
 
 
 def _shared(devices: tuple[str, ...]) -> str:

@@ -28,10 +28,11 @@ from overlay.process.log import log
 MOST_INTERRUPTED = 5
 """So many checks in a row may be spoilt by others' changes of nftables (and our own) before one is made in one go."""
 UNKNOWN_S, MOST_UNKNOWN = 600, 64
-"""Of senders that are refused so many are remembered, for so long, to be named to the operator."""
+"""Of addresses that are refused so many are remembered, for so long, to be named to the operator."""
 SUFFIX = "-guard"
-VTEPS, DIRECT, POD_INTERFACES, ELSEWHERE = "vteps", "direct_subnets", "pod_interfaces", "elsewhere"
-UNKNOWN_SENDERS = "unknown_senders"
+VTEPS, DIRECT = "vteps", "direct_subnets"
+POD_INTERFACES, POD_VETHS, ELSEWHERE = "pod_interfaces", "pod_veths", "elsewhere"
+UNKNOWN_SENDERS, BESIDE_SOURCES = "unknown_senders", "beside_sources"
 FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE = "from_unknown_senders", "from_pods", "forwarded", "beside_the_tunnel"
 _NF_INET_PRE_ROUTING, _NF_INET_LOCAL_IN, _NF_INET_FORWARD, _NF_INET_POST_ROUTING = 0, 1, 2, 4
 _RAW, _AFTER_SRCNAT = -300, 300
@@ -39,6 +40,9 @@ _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 """LOOPBACK_IFINDEX (include/net/flow.h): of each network namespace's lo."""
 _UDP = b"\x11"
 _IFNAMSIZ = 16
+_REFUSE_SENDER, _REFUSE_BESIDE = nf_wire.goto("unknown"), nf_wire.goto("beside")
+INTERFACES = (POD_INTERFACES, POD_VETHS, ELSEWHERE)
+"""The sets of interfaces."""
 MOST_KEYS = 4096
 """A peer's subnet that is larger than the network's are stands for so many of them at most."""
 
@@ -84,14 +88,17 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
     to_peer = (nf_wire.load("network", destination, size), nf_wire.found_in(VTEPS))
     from_network, beyond = _in(family, source, network), _in(family, destination, network, nf_wire.differ)
     our_vni = () if here.alone else (nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")))
-    unknown_sender = (*to_port, *our_vni, nf_wire.load("network", source, size), nf_wire.absent_from(VTEPS))
     pods, forwarded = nf_wire.count(FROM_PODS), nf_wire.count(FORWARDED)
     rules = (
         *_beside_the_tunnel(family, here),
         nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_pod_interfaces, pods, nf_wire.DROP)),
-        # a rule of its own: where the set is full it ends here
-        nf_wire.Rule("input", "remember the sender", (*unknown_sender, nf_wire.remember(UNKNOWN_SENDERS, UNKNOWN_S))),
-        nf_wire.Rule("input", "VXLAN from no peer", (*unknown_sender, nf_wire.count(FROM_UNKNOWN), nf_wire.DROP)),
+        nf_wire.Rule(
+            "input",
+            "VXLAN from no peer",
+            (*to_port, *our_vni, nf_wire.load("network", source, size), nf_wire.absent_from(VTEPS), _REFUSE_SENDER),
+        ),
+        *_refusal("unknown", UNKNOWN_SENDERS, FROM_UNKNOWN, (source, size)),
+        *_refusal("beside", BESIDE_SOURCES, BESIDE, (source, size)),
         nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_pod_interfaces, *beyond, pods, nf_wire.DROP)),
         nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
         nf_wire.Rule("forward", "VXLAN of others to a peer", (*to_port, *to_peer, forwarded, nf_wire.DROP)),
@@ -105,9 +112,9 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
         (
             nf_wire.Set(VTEPS, address, size),
             *((nf_wire.Set(DIRECT, address, size),) if here.direct else ()),
-            nf_wire.Set(POD_INTERFACES, nf_wire.IFACE_INDEX, 4),
-            nf_wire.Set(ELSEWHERE, nf_wire.IFACE_INDEX, 4),
+            *(nf_wire.Set(name, nf_wire.IFACE_INDEX, 4) for name in INTERFACES),
             nf_wire.Set(UNKNOWN_SENDERS, address, size, UNKNOWN_S, MOST_UNKNOWN),
+            nf_wire.Set(BESIDE_SOURCES, address, size, UNKNOWN_S, MOST_UNKNOWN),
         ),
         (FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE),
         (
@@ -115,14 +122,27 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
             nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
             nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
             nf_wire.Chain("postrouting", _NF_INET_POST_ROUTING, _AFTER_SRCNAT),
+            nf_wire.Chain("unknown"),
+            nf_wire.Chain("beside"),
         ),
         rules,
     )
 
 
+def _refusal(chain: str, memory: str, counter: str, source: tuple[int, int]) -> tuple[nf_wire.Rule, nf_wire.Rule]:
+    """The rules of a chain that refuses a packet, and remembers its source while the set has room: where it has none the
+    rule ends, so that is one of its own."""
+    remember = (nf_wire.load("network", *source), nf_wire.remember(memory, UNKNOWN_S))
+    return (
+        nf_wire.Rule(chain, "remember the sender", remember),
+        nf_wire.Rule(chain, "refuse", (nf_wire.count(counter), nf_wire.DROP)),
+    )
+
+
 def _beside_the_tunnel(family: Family, here: Where) -> tuple[nf_wire.Rule, nf_wire.Rule]:
     """What comes in plain IP from addresses of pods to such: of other nodes' pods by no other way than the tunnel (or from
-    peers that may be reached without it), of our own by no interface that they are not behind."""
+    peers that may be reached without it), of our own by no interface that they are not behind. A veth of a pod that another
+    program attached counts as neither: its pod may have an address of a subnet that this node lost."""
     source, destination = family.source_at, family.destination_at
     within = (
         *_in(family, destination, here.network),
@@ -137,16 +157,15 @@ def _beside_the_tunnel(family: Family, here: Where) -> tuple[nf_wire.Rule, nf_wi
         nf_wire.load("network", source, family.size),
         nf_wire.masked(family.packed(mask(family.number, here.direct))), nf_wire.absent_from(DIRECT),
     ) if here.direct else ()  # fmt: skip
-    drop = nf_wire.count(BESIDE), nf_wire.DROP
     name = here.tunnel.encode().ljust(_IFNAMSIZ, b"\0")
     others = (
         *_in(family, source, here.network), *_in(family, source, here.own, nf_wire.differ), *within,
         nf_wire.meta(nf_wire.META_IIFNAME), nf_wire.differ(name),
         nf_wire.meta(nf_wire.META_IIF), nf_wire.differ(_LOOPBACK), nf_wire.absent_from(POD_INTERFACES),
-        *direct, *drop,
+        nf_wire.absent_from(POD_VETHS), *direct, _REFUSE_BESIDE,
     )  # fmt: skip
     ours = (
-        *_in(family, source, here.own), *within, nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(ELSEWHERE), *drop,
+        *_in(family, source, here.own), *within, nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(ELSEWHERE), _REFUSE_BESIDE,
     )  # fmt: skip
     return (
         nf_wire.Rule("prerouting", "other nodes' pods beside the tunnel", others),
@@ -241,9 +260,10 @@ class Guard:
 
     # --- making it so
 
-    def attached(self, inside: frozenset[int], elsewhere: frozenset[int]) -> None:
-        """The interfaces by which packets of pods come (the tunnel, bridges), and those by which none of ours does."""
-        self._interfaces = {POD_INTERFACES: inside, ELSEWHERE: elsewhere}
+    def attached(self, interfaces: Mapping[str, frozenset[int]]) -> None:
+        """The interfaces by which packets of pods come (the tunnel, bridges), those by which such of other programs may, and
+        those by which none of ours does: by the names in INTERFACES."""
+        self._interfaces = dict(interfaces)
 
     def forget(self) -> None:
         """The table is gone."""
@@ -278,7 +298,7 @@ class Guard:
 
     def _make(self, wanted: nf_wire.Table, before: nf_wire.Table | None) -> None:
         keys = {name: self._let_in[name].wanted() for name in self._names(wanted)}
-        interfaces = {name: self._interfaces.get(name, frozenset()) for name in (POD_INTERFACES, ELSEWHERE)}
+        interfaces = {name: self._interfaces.get(name, frozenset()) for name in INTERFACES}
         elements = {name: self._keys(those) for name, those in keys.items()}
         self._socket.replace(wanted, {**elements, **{name: _numbers(those) for name, those in interfaces.items()}})
         self._table, self._interfaces_found = wanted, interfaces
@@ -307,7 +327,7 @@ class Guard:
             name: frozenset(
                 int.from_bytes(key, sys.byteorder) for key in self._socket.elements(table, _set(table, name))
             )
-            for name in (POD_INTERFACES, ELSEWHERE)
+            for name in INTERFACES
         }
 
     def begin_check(self, wanted: nf_wire.Table) -> None:
@@ -402,12 +422,23 @@ class Guard:
 
     def unknown_senders(self) -> list[str]:
         """Who sent frames to our port in the last minutes, and is no peer now either. Raises KernelError."""
+        uses = self._let_in[VTEPS].uses
+        return [
+            ip_text(self._family.number, address)
+            for address in self._remembered(UNKNOWN_SENDERS)
+            if address not in uses
+        ]
+
+    def sources_beside(self) -> list[str]:
+        """The addresses of pods in whose name plain packets came beside the tunnel lately. Raises KernelError."""
+        return [ip_text(self._family.number, address) for address in self._remembered(BESIDE_SOURCES)]
+
+    def _remembered(self, name: str) -> list[int]:
         if self._table is None:
             return []
-        keys = self._socket.elements(self._table, _set(self._table, UNKNOWN_SENDERS))
-        senders = [int.from_bytes(key, "big") for key in sorted(keys)]
-        uses = self._let_in[VTEPS].uses
-        return [ip_text(self._family.number, address) for address in senders if address not in uses]
+        return [
+            int.from_bytes(key, "big") for key in sorted(self._socket.elements(self._table, _set(self._table, name)))
+        ]
 
 
 def _set(table: nf_wire.Table, name: str) -> nf_wire.Set:

@@ -27,18 +27,26 @@ _OF_PODS = ("veth", "netkit")
 """Kinds of interfaces by which pods are attached without a bridge, also by other programs than ours (Calico)."""
 
 
+def pod_veths(links: Mapping[int, Link], addresses: Iterable[Address], underlay: Underlay | None) -> frozenset[int]:
+    """Interfaces, by number, by which another program (Calico) may have attached pods, and ports of bridges like them:
+    without an address, which one that carries this node's own traffic has."""
+    lower = underlay.ifindex if underlay is not None else 0
+    with_address = {each.oif for each in addresses}
+    return frozenset(
+        index for index, link in links.items() if link.kind in _OF_PODS and index != lower and index not in with_address
+    )
+
+
 def interfaces_elsewhere(
     links: Mapping[int, Link], inside: frozenset[int], bridges: frozenset[str], underlay: Underlay | None, tunnel: str
 ) -> frozenset[int]:
-    """The interfaces behind which no pod of this node is, by number: the underlay, other hardware, VPNs, others' bridges."""
+    """The interfaces behind which no pod of this node is, by number: the underlay, other hardware, VPNs, others' bridges.
+    inside: those that pods are or may be behind."""
     lower = underlay.ifindex if underlay is not None else 0
     return frozenset(
         index
         for index, link in links.items()
-        if index == lower
-        or not (
-            index in inside or link.loopback or link.name in bridges or link.name == tunnel or link.kind in _OF_PODS
-        )
+        if index == lower or not (index in inside or link.loopback or link.name in bridges or link.name == tunnel)
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -50,9 +50,11 @@ class PeerTableController(Controller):
         path: Datapath,
         own_key: Callable[[], str],
         clock: Callable[[], float],
+        routes: Callable[[], Iterable[FoundRoute]],
     ) -> None:
+        """routes: the kernel's, of the main table. own_key: of our record."""
         self._current, self._family, self._path, self._own_key = current, family, path, own_key
-        self._clock = clock
+        self._clock, self._routes = clock, routes
         self._directly_from: float | None = None
         """DirectRouting was switched on: peers are reached so from then on."""
         self.planned: Callable[[], None] = lambda: None
@@ -84,7 +86,7 @@ class PeerTableController(Controller):
         )
 
     def reconcile(self, wants: Any) -> bool:
-        """Plan anew when anything but single records changed."""
+        """Plan anew when anything but single records changed. Raises KernelError."""
         wants = self._until_peers_know(wants)
         if wants != self._path.node or self._path.has_unplanned():
             self._path.plan(wants, self._own_key())
@@ -93,18 +95,23 @@ class PeerTableController(Controller):
 
     def _until_peers_know(self, node: plan.Node) -> plan.Node:
         """A network config that switches DirectRouting on reaches nodes one after the other, and none takes packets from
-        outside the tunnel before it knows."""
+        outside the tunnel before it knows. An agent that starts may have come with that config. Raises KernelError."""
         before = self._path.node
         if not node.backend.reaches_directly:
             self._directly_from = None
             return node
-        if before is not None and not before.backend.reaches_directly:
+        if self._only_by_tunnel(node) if before is None else not before.backend.reaches_directly:
             kube = self._current.inputs.settings.kube
             self._directly_from = self._clock() + (KNOWN_AFTER_KUBE_S if kube else KNOWN_AFTER_S)
         if self._directly_from is None or self._clock() >= self._directly_from:
             self._directly_from = None
             return node
         return node._replace(neighbours=())
+
+    def _only_by_tunnel(self, node: plan.Node) -> bool:
+        """Whether an agent before us, or flannel, sent to peers by the tunnel alone. Raises KernelError."""
+        gateways = {route.via for route in self._routes() if node.network.holds(route.key.base)} - {0}
+        return bool(gateways) and not any(there.holds(via) for there in node.neighbours for via in gateways)
 
     def due(self) -> float | None:
         """When peers know."""

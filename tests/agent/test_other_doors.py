@@ -150,6 +150,58 @@ def test_peers_that_are_reached_directly_may_come_so(world, listener):
     del second
 
 
+def test_a_neighbour_that_sees_the_link_wider_is_named(world, listener):
+    """It sends directly to a node that finds no neighbour in it, and so does not take that."""
+    world.config(Backend={"Type": "vxlan", "DirectRouting": True})
+    for number in (1, 2):
+        world.node(number)
+    world.run("node1", "ip", "addr", "add", "192.168.1.2/32", "dev", "eth0")
+    world.run("node1", "ip", "addr", "del", "192.168.1.2/24", "dev", "eth0")
+    world.run("node1", "ip", "route", "add", "192.168.1.0/24", "dev", "eth0")
+    for name in ("all", "eth0"):
+        world.run("node1", "sysctl", "-qw", f"net.ipv4.conf.{name}.rp_filter=0")
+    agents = [world.agent(f"node{n}", f"--node-name=node{n}", "--iface=eth0").wait_ready() for n in (1, 2)]
+    until("they have their peer", lambda: all(len(agent.status()["peers"]) == 1 for agent in agents))
+    assert [agent.status()["peers"][0]["path"] for agent in agents] == ["vxlan", "direct"]
+    pods = [world.pod(agent, "pod") for agent in agents]
+    there = listener(pods[0])
+    netns.inside(pods[1].namespace, lambda: _say(pods[1].address, 1234, pods[0].address, UDP_PORT, b"beside"))
+    assert not there.hears(b"beside")
+    assert dropped(agents[0], "beside_the_tunnel") == 1
+    told = until("it is named", lambda: agents[0].problems().get("beside the tunnel"), 40)
+    assert pods[1].address in told
+    assert "--underlay-cidr" in told
+    assert agents[0].ready()
+    agents[0].stop()
+    world.agent("node1", "--node-name=node1", "--iface=eth0", "--underlay-cidr=192.168.1.0/24").wait_ready()
+    netns.inside(pods[1].namespace, lambda: _say(pods[1].address, 1234, pods[0].address, UDP_PORT, b"expected"))
+    assert there.hears(b"expected")
+
+
+def test_a_pod_that_another_program_attached_keeps_a_subnet_that_the_node_lost(world, listener):
+    """Calico beside flannel: a veth without an address, on no bridge, from which nobody tells the subnet."""
+    (_agent, _), (pod, _) = two_nodes(world, True)
+    there = listener(pod)
+    name = world.namespace("node1-theirs")
+    netns.create(name)
+    for words in (
+        f"ip link add cali1 address 02:00:00:00:00:01 type veth peer name eth0 netns {name}",
+        "ip link set cali1 up",
+        "ip route add 10.244.254.5 dev cali1",
+    ):
+        world.run("node1", *words.split())
+    for words in (
+        "ip addr add 10.244.254.5/32 dev eth0",
+        "ip link set eth0 up",
+        "ip route add 169.254.1.1 dev eth0",
+        "ip neigh add 169.254.1.1 dev eth0 lladdr 02:00:00:00:00:01",
+        "ip route add default via 169.254.1.1",
+    ):
+        world.run("node1-theirs", *words.split())
+    netns.inside(str(name), lambda: _say("10.244.254.5", 1234, pod.address, UDP_PORT, b"of ours once"))
+    assert there.hears(b"of ours once")
+
+
 @pytest.fixture
 def container(world) -> Iterator[Callable[[], str]]:
     """A namespace behind a bridge of docker's, which masquerades it behind node1, ports kept."""

@@ -54,13 +54,17 @@ def test_nft_lists_what_is_meant(inside, sets):
         "set pod_interfaces { type iface_index }",
         "set unknown_senders { type ipv4_addr size 64 flags dynamic,timeout timeout 10m }",
         "type filter hook input priority raw; policy accept; udp dport 8472 iif @pod_interfaces",
-        'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps counter name "from_unknown_senders" drop comment "VXLAN from no peer"',
+        'udp dport 8472 @th,96,24 0x7 ip saddr != @vteps goto unknown comment "VXLAN from no peer"',
+        'chain unknown { update @unknown_senders { ip saddr timeout 10m } comment "remember the sender"',
+        'counter name "from_unknown_senders" drop comment "refuse" }',
+        'chain beside { update @beside_sources { ip saddr timeout 10m } comment "remember the sender"',
+        'counter name "beside_the_tunnel" drop comment "refuse" }',
         'udp dport 8472 ip saddr 10.244.0.0/14 ip daddr != 10.244.0.0/14 counter name "from_pods" drop',
         'udp dport 8472 ip daddr @vteps counter name "forwarded" drop comment "VXLAN of others to a peer"',
         "type filter hook postrouting priority 300; policy accept; udp sport 8472 udp dport != 8472 ip daddr @vteps",
         'ip saddr 10.244.0.0/14 ip saddr != 10.244.200.0/24 ip daddr 10.244.0.0/14 iifname != "flannel.7" iif != "lo"',
-        'iif != "lo" iif != @pod_interfaces counter name "beside_the_tunnel" drop',
-        'ip saddr 10.244.200.0/24 ip daddr 10.244.0.0/14 iif @elsewhere counter name "beside_the_tunnel" drop',
+        'iif != "lo" iif != @pod_interfaces iif != @pod_veths goto beside',
+        "ip saddr 10.244.200.0/24 ip daddr 10.244.0.0/14 iif @elsewhere goto beside",
     ):
         assert words in text
 
@@ -74,10 +78,10 @@ def test_the_form_follows_where_the_node_is(inside, sets):
     text = " ".join(inside(lambda: nft("-s", "list", "table", "ip", TABLE.name)).split())
     nodes = "ip saddr != 10.246.0.0/16 ip daddr != 10.246.0.0/16"
     for words in (
-        'udp dport 8472 ip saddr != @vteps counter name "from_unknown_senders" drop comment "VXLAN from no peer"',
+        'udp dport 8472 ip saddr != @vteps goto unknown comment "VXLAN from no peer"',
         "set direct_subnets { type ipv4_addr elements = { 10.244.5.0 } }",
         f'ip daddr 10.244.0.0/14 {nodes} iifname != "flannel.7" iif != "lo" iif != @pod_interfaces',
-        'iif != @pod_interfaces ip saddr & 255.255.255.0 != @direct_subnets counter name "beside_the_tunnel" drop',
+        "iif != @pod_veths ip saddr & 255.255.255.0 != @direct_subnets goto beside",
         f"ip saddr 10.244.200.0/24 ip daddr 10.244.0.0/14 {nodes} iif @elsewhere",
     ):
         assert words in text, text
@@ -126,7 +130,7 @@ def test_every_alteration_of_the_form_is_seen(inside, sets):
     assert sets.is_formed(TABLE)
     name = TABLE.name
     for change in (
-        f"add rule ip {name} input accept", f"insert rule ip {name} forward counter", f"flush chain ip {name} forward",
+        f"add rule ip {name} input accept", f"insert rule ip {name} unknown accept", f"flush chain ip {name} beside", f"insert rule ip {name} forward counter", f"flush chain ip {name} forward",
         f"add chain ip {name} more", f"delete table ip {name}", f"add set ip {name} more {{ type ipv4_addr; }}",
         f"chain ip {name} input {{ policy drop; }}",
         f"replace rule ip {name} input handle HANDLE udp dport 8472 drop",
@@ -241,7 +245,7 @@ def test_what_somebody_took_away_first_is_read_again(inside, made, clock):
 @pytest.mark.parametrize("command", ["flush set ip TABLE pod_interfaces", "add element ip TABLE pod_interfaces { 1 }"])
 def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made, sets, command):
     made.load([])
-    made.attached(frozenset({2, 3}), frozenset())
+    made.attached({guard.POD_INTERFACES: frozenset({2, 3})})
     made.ensure(TABLE)
     made.begin_check(TABLE)
 

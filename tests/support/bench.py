@@ -138,7 +138,9 @@ class Bench:
         )
 
     def table(self) -> PeerTableController:
-        return PeerTableController(self.current, V4, self.path, lambda: "10.244.2.0-24", self.clock)
+        return PeerTableController(
+            self.current, V4, self.path, lambda: "10.244.2.0-24", self.clock, lambda: self.kernel.routes(V4)
+        )
 
     def peers(self) -> PeersController:
         return PeersController(

@@ -24,7 +24,7 @@ SYSCTLS = [
     f"/proc/sys/net/{name}"
     for name in ("ipv4/ip_forward", "ipv4/conf/flannel.1/forwarding", "ipv6/conf/flannel.1/accept_ra")
 ]
-_UNKNOWN_SENDERS = re.compile(r"\tset unknown_senders \{.*?\n\t\}", re.DOTALL)
+_REMEMBERED = re.compile(r"\tset (?:unknown_senders|beside_sources) \{.*?\n\t\}", re.DOTALL)
 """Written by the rules themselves."""
 _ELEMENTS = re.compile(r"elements = \{\s*(.*?)\s*\}")
 
@@ -54,7 +54,7 @@ def picture(world: World, agent: Agent) -> dict[str, Any]:
         key: route._replace(oif=0 if route.oif == index else route.oif) for key, route in kernel["routes"].items()
     }
     address = json.loads(world.run(node, "ip", "-j", "-4", "addr", "show", "dev", "flannel.1"))
-    rules = _UNKNOWN_SENDERS.sub("", world.run(node, "nft", "-s", "list", "ruleset"))
+    rules = _REMEMBERED.sub("", world.run(node, "nft", "-s", "list", "ruleset"))
     return {
         "routes": index_free,
         "neighbours": kernel["neighbours"],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lease.model import prefix
+import pytest
+
+from lease.model import ip_number, prefix
 from lease.records.packed import Leases
 from overlay.control.inputs import Tunnel
 from overlay.firewall import guard
 from overlay.firewall.controllers import DIRECT_S
 from overlay.kernel import events, netlink
+from overlay.kernel.route.entries import FoundRoute, RouteKey
 from tests.support.bench import OTHER_MTU, RETAINED
 from tests.support.fakes import link
 from tests.support.make import lease
@@ -174,7 +177,7 @@ def test_peers_may_come_without_the_tunnel_for_an_hour_after_the_config_ended_th
 
 
 def test_direct_routes_wait_until_others_may_know(bench):
-    """Of a config that changes under a running network; at a start there is nothing to wait for."""
+    """Of a config that changes under a running network; at a node's first start there is nothing to wait for."""
     tunnel = bench.current.inputs.config
     direct = tunnel._replace(backend=tunnel.backend._replace(direct_routing=True))
     near = bench.current.inputs.underlays[4]._replace(neighbours=(prefix("192.168.1.0/24"),))
@@ -192,3 +195,24 @@ def test_direct_routes_wait_until_others_may_know(bench):
     bench.reconcile(controller)
     assert bench.path.node.neighbours == near.neighbours
     assert controller.due() is None
+
+
+@pytest.mark.parametrize(
+    ("via", "waits"),
+    [
+        pytest.param("10.244.9.0", True, id="all went by the tunnel"),
+        pytest.param("192.168.1.9", False, id="it sent directly before"),
+    ],
+)
+def test_direct_routes_wait_at_a_start_that_brings_the_config(bench, via, waits):
+    """A roll-out restarts agents one by one, each with the new config at once."""
+    config = bench.current.inputs.config
+    near = bench.current.inputs.underlays[4]._replace(neighbours=(prefix("192.168.1.0/24"),))
+    bench.current.set(config=config._replace(backend=config.backend._replace(direct_routing=True)), underlays={4: near})
+    bench.kernel.routes_there.append(
+        FoundRoute(RouteKey(ip_number("10.244.9.0", 4), 24, 9), 2, ip_number(via, 4), 4, 111, ())
+    )
+    controller = bench.table()
+    bench.reconcile(controller)
+    assert (bench.path.node.neighbours == ()) == waits
+    assert (controller.due() is not None) == waits

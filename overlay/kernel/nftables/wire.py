@@ -38,6 +38,8 @@ IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER, IFACE_AND_NAME = (
 """Keys of 8, 20, 12 and 20 bytes: each part is filled up to a multiple of four."""
 _HOST_ORDER = struct.pack("=BBL", 0, 4, 1)
 """NFTNL_UDATA_SET_KEYBYTEORDER: BYTEORDER_HOST_ENDIAN."""
+_GOTO = -4 & 0xFFFFFFFF
+"""NFT_GOTO (linux/netfilter/nf_tables.h)."""
 _SECOND = 9
 """The register of four bytes behind the first (NFT_REG32_01)."""
 _ELEMENTS_A_MESSAGE = 2000
@@ -58,11 +60,11 @@ class Set(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """A base chain of type filter that accepts what no rule drops."""
+    """A base chain of type filter that accepts what no rule drops; without a hook one that rules lead to (`goto`)."""
 
     name: str
-    hook: int
-    priority: int
+    hook: int | None = None
+    priority: int = 0
 
 
 class Rule(NamedTuple):
@@ -143,8 +145,13 @@ def _register(second: bool) -> int:
     return _SECOND if second else 1
 
 
-def _verdict(code: int) -> bytes:
-    return _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, code))))
+def goto(chain: str) -> bytes:
+    """Go on in a chain without a hook, and do not come back: the base chain then accepts."""
+    return _verdict(_GOTO, wire.attr(2, wire.text(chain)))
+
+
+def _verdict(code: int, chain: bytes = b"") -> bytes:
+    return _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, code) + chain)))
 
 
 def _expression(name: str, *attributes: bytes) -> bytes:
@@ -233,6 +240,8 @@ def _set(one: Set) -> bytes:
 
 
 def _chain(chain: Chain) -> bytes:
+    if chain.hook is None:
+        return wire.attr(3, wire.text(chain.name))
     hook = _word(1, chain.hook) + _word(2, chain.priority & 0xFFFFFFFF)
     return wire.attr(3, wire.text(chain.name)) + _nest(4, hook) + _word(5, 1) + wire.attr(7, wire.text("filter"))
 
