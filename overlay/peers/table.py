@@ -5,7 +5,8 @@ subnet is the record's that was created earlier. A MAC is the address's that had
 took another MAC in place, since the first list comes after all that was there; among these the record created earlier has
 it. (A store cannot say: flannel renews a record by writing it again, and a Node's annotations have no date.) The loser waits
 as refused and moves up when the winner goes. A record that itself lost takes nobody's subnet. Work per change depends on the
-records in dispute with it, not on how many there are.
+peers that come and go by it, not on how many there are, nor on how many are in dispute with it: one that is written again
+with its subnet and age concerns no loser, and a loser is asked first whether the one that it lost to is still there.
 
 `modified` is kept here as the moment since which a record has its MAC: its revision, or one more than the latest that we
 know where that says more.
@@ -124,6 +125,8 @@ class PeerTable:
         self._numbers: dict[str, int] = {}
         """Of peers whose key does not say it (Nodes), or not cheaply (dual-stack records)."""
         self._losers = SubnetIndex(self._family)
+        self._lost_to: dict[str, int] = {}
+        """The subnet number of a peer to whom a record lost its subnet last; it may have gone since."""
         self._claimants: dict[int, _Claimants] = {}
         self._latest = listed or 0
         """The latest revision that a record had."""
@@ -245,7 +248,7 @@ class PeerTable:
     def _change(self, change: Mapping[str, Lease | None], listed: bool = False) -> PeerChanges:
         """listed: these are the first list."""
         before: dict[str, Lease | None] = {}
-        pending: set[tuple[int, str]] = set()
+        left: list[Lease] = []
         entered: dict[int, list[str]] = {}
         for key, lease in change.items():
             before[key] = old = self._peer(key)
@@ -255,11 +258,12 @@ class PeerTable:
             if old is not None:
                 self._remove(old)
                 self._leave(old)
-                pending |= self._losers_after(old)
+                left.append(old)
             elif was is not None:
                 self._no_more_waiting(key)
                 self._leave(was)
             if lease is None:
+                self._lost_to.pop(key, None)
                 continue
             if not listed:
                 lease = self._dated(lease, was)  # noqa: PLW2901
@@ -267,10 +271,19 @@ class PeerTable:
             self._wait(lease, reason or "not judged yet", reason is not None)
             if reason is None:
                 entered.setdefault(self._mac(lease), []).append(key)
+        pending: set[tuple[int, str]] = set()
         for mac, keys in entered.items():
             pending |= self._settle_mac(mac, keys, before)
         self._settle(pending, before)
+        # who has the same subnet again by the same age keeps it from the same others
+        pending = {age for old in left if not self._stands_again(old) for age in self._losers_after(old)}
+        self._settle(pending, before)
         return {key: (was, now) for key, was in before.items() if (now := self._peer(key)) != was}
+
+    def _stands_again(self, old: Lease) -> bool:
+        """Whether the record of a peer that was taken out is a peer again, with its subnet and age."""
+        now = self._peer(old.key)
+        return now is not None and _age(now) == _age(old) and self._subnet(now) == self._subnet(old)
 
     def _dated(self, lease: Lease, was: Lease | None) -> Lease:
         """A record with the moment since which it has its MAC."""
@@ -321,15 +334,17 @@ class PeerTable:
             lease = self._waiting.get(item[1])
             if lease is None or lease.key in self._faulty or lease.key in self._outdone:
                 continue
-            rivals = self._rivals(lease)
-            older = min((rival for rival in rivals if _age(rival) < _age(lease)), key=_age, default=None)
+            older = self._older_rival(lease)
             if older is not None:
+                self._lost_to[lease.key] = number(self._subnet(older))
                 self.reasons[lease.key] = self._overlap(lease, older)
                 continue
             before.setdefault(lease.key, None)
+            rivals = [self.peer(there) for there in self._overlapping(self._subnet(lease))]
             for rival in rivals:  # younger: they lose their places, and those who lost to them may get one
                 before.setdefault(rival.key, rival)
                 self._remove(rival)
+                self._lost_to[rival.key] = number(self._subnet(lease))
                 self._wait(rival, self._overlap(rival, lease), faulty=False)
                 for next_one in self._losers_after(rival) - queued:
                     heapq.heappush(heap, next_one)
@@ -337,11 +352,17 @@ class PeerTable:
             self._no_more_waiting(lease.key)
             self._insert(lease)
 
-    def _rivals(self, lease: Lease) -> list[Lease]:
-        """The peers whose subnets overlap a record's."""
-        return [
-            other for there in self._overlapping(self._subnet(lease)) if (other := self.peer(there)).key != lease.key
-        ]
+    def _older_rival(self, lease: Lease) -> Lease | None:
+        """A peer that is older and whose subnet overlaps a record's, None: there is none. The last one first, since among
+        thousands that overlap it may be the only older one."""
+        subnet, age = self._subnet(lease), _age(lease)
+        last = self._lost_to.get(lease.key)
+        if last in self.packed:
+            rival = self.peer(last)
+            if _age(rival) < age and self._subnet(rival).overlaps(subnet):
+                return rival
+        rivals = map(self.peer, self._overlapping(subnet))
+        return next((rival for rival in rivals if _age(rival) < age), None)
 
     def _losers_after(self, lease: Lease) -> set[tuple[int, str]]:
         """The records that lost their subnet, maybe to this one, and are younger."""
@@ -349,7 +370,8 @@ class PeerTable:
         return {age for key in keys if (age := _age(self._waiting[key])) > _age(lease)}
 
     def _overlapping(self, subnet: Prefix) -> Iterator[int]:
-        """The numbers of the peers that share an address with a subnet: one look-up for each length that occurs."""
+        """The numbers of the peers that share an address with a subnet: one look-up for each length that occurs. The peers
+        must stay as they are until it is done."""
         for length in list(self.lengths):
             if length <= subnet.length:
                 there = (subnet.base & mask(self._family, length)) << 8 | length
@@ -362,12 +384,13 @@ class PeerTable:
                     if there in self.packed:
                         yield there
             else:
-                yield from [there for there in self.packed if there & 255 == length and subnet.holds(there >> 8)]
+                yield from (there for there in self.packed if there & 255 == length and subnet.holds(there >> 8))
 
     # --- the two kinds of places ---------------------------------------------------------------------------------------
 
     def _insert(self, lease: Lease) -> None:
         there, mac = number(self._subnet(lease)), self._mac(lease)
+        self._lost_to.pop(lease.key, None)
         self.packed[there] = pack(lease)
         self.lengths[self._subnet(lease).length] += 1
         found = self.by_mac.setdefault(mac, there)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.families import FAMILIES, V4
-from lease.model import Lease
+from lease.model import Lease, prefix
 from lease.records.packed import Leases, number
 from overlay.peers.plan import quick, refusal
 from overlay.peers.table import PeerTable
@@ -144,10 +144,41 @@ def test_thousands_in_dispute_may_go_at_once_oldest_first(kind):
     assert len(accepted(it)) == 1
     looks = Counter()
     plain, it._settle_mac = it._settle_mac, lambda *args: looks.update(["settled"]) or plain(*args)
-    rivals, it._rivals = it._rivals, lambda one: looks.update(["looked"]) or rivals(one)
+    older, it._older_rival = it._older_rival, lambda one: looks.update(["looked"]) or older(one)
     it.change({record.key: None for record in there[:-1]})
     assert accepted(it) == {there[-1].key}
     assert looks["settled"] + looks["looked"] < 5, looks
+
+
+@pytest.mark.parametrize("wide", ["oldest", "youngest", "but one"])
+def test_a_write_over_thousands_of_subnets_costs_what_it_changes(wide):
+    """Counted in records that are looked at. As long as the wide record's claim is the same, nobody else's changes by it."""
+    here, count = node(network=prefix("10.0.0.0/8")), 8000
+    small = [
+        lease(f"10.{64 + n // 256}.{n % 256}.0/24", f"192.168.{2 + n // 250}.{1 + n % 250}", created=10 + n)
+        for n in range(count)
+    ]
+    created = {"oldest": 1, "youngest": 99999, "but one": 10}[wide]
+    large = [
+        lease("10.64.0.0/10", "172.16.0.1", f"0a:00:00:01:00:{mac:02x}", created=created)._replace(modified=mac)
+        for mac in range(50)
+    ]
+    if wide == "but one":  # older than all but one, which is found last
+        small[-1] = small[-1]._replace(created=5)
+    it = PeerTable(V4, lambda record: refusal(here, record))
+    it.load(Leases.of([*small, large[0]]))
+    assert len(accepted(it)) == (1 if wide == "oldest" else count)
+    looks = Counter()
+    plain, it.peer = it.peer, lambda there: looks.update(["peer"]) or plain(there)
+    older, it._older_rival = it._older_rival, lambda one: looks.update(["settled"]) or older(one)
+    losers, it._losers_after = it._losers_after, lambda one: looks.update(["losers"]) or losers(one)
+    for record in large[1:]:
+        assert len(it.put(record)) == (wide == "oldest")
+    assert looks["settled"] == len(large[1:])
+    assert looks["losers"] == 0
+    assert looks["peer"] < 10 * len(large), looks
+    it.drop(large[0].key)
+    assert len(accepted(it)) == count
 
 
 def test_two_subnets_of_one_node_both_stand():
