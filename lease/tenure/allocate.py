@@ -49,6 +49,11 @@ def choose_subnet(pool: Pool, taken: Taken, preferred: Prefix | None, rng: rando
     )
 
 
+MOST_MACS, MACS_S = 3, 600.0
+"""So many MACs are taken within so long, one after the other, since a record has the one before. A record that follows us is
+left with it then: agents that run saw us with it first."""
+
+
 class Used(Protocol):
     """MACs that others have: a set, or something that can be asked."""
 

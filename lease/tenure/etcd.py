@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
 from collections.abc import Callable
 
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.records.codec import encode_key
 from lease.records.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
-from lease.tenure.allocate import RangeFull, choose_mac, choose_subnet
+from lease.tenure.allocate import MACS_S, MOST_MACS, RangeFull, choose_mac, choose_subnet
 from lease.tenure.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
-from lease.tenure.events import Denied, Held, Lost, Renewed, TenureEvent
+from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed, TenureEvent
+from lease.tenure.recent import Recent
 
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
 MOST_REWRITES, REWRITES_S = 10, 60.0
-"""So often within so long we write over what a copy of this node wrote over ours; then one of the two must give up."""
+"""So often within so long we write over what a copy of this node wrote over ours; then one of the two must give up. What
+another node writes there is written over without end, and told."""
 RENEW_AT_LEAST_S = 3600.0
 """We renew every hour, or three times in a life where that is shorter: long before flannel's 23rd hour."""
 
@@ -42,9 +43,11 @@ class Tenure:
         """Of a lease we held: the device keeps it when the subnet is lost."""
         self._to_remove: Lease | None = None
         """Our old record, which the new one replaced."""
-        self._against_others = _Recent()
-        self._against_copies = _Recent()
+        self._against_others = Recent(MOST_REWRITES, REWRITES_S)
+        self._against_copies = Recent(MOST_REWRITES, REWRITES_S)
         """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
+        self._macs_left = Recent(MOST_MACS, MACS_S)
+        """When we last took another MAC, since a record had ours."""
         self._given_up: set[str] = set()
         """Keys that a copy of this node writes over and over."""
 
@@ -94,7 +97,7 @@ class Tenure:
         if elsewhere and (there.first.mac != held.first.mac or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
-            return [self._write_over(claim, snapshot, held, there)]
+            return self._write_over(claim, snapshot, held, there)
         if elsewhere and self._against_copies.often(self._clock()) and self._may_live(there.first.public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
@@ -104,11 +107,15 @@ class Tenure:
         if there.first.mac != held.first.mac and there.node != held.node:
             if there.created != held.created or self._may_live(there.first.public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
-            return [self._write_over(claim, snapshot, held, there)]  # no other machine has that address
+            return self._write_over(claim, snapshot, held, there)  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
         self._remove_old(snapshot)
-        mac = self._mac(claim._replace(device_mac=held.first.mac), snapshot, there)
+        unused = self._mac(claim._replace(device_mac=held.first.mac), snapshot, there)
+        mac = self._mac_left(held, unused)
+        disputed = (
+            [Disputed(f"{_rival(snapshot, held)}, and follows us where we take another")] if mac != unused else []
+        )
         wanted = self._lease(claim, there.first.subnet, mac, there.key)
         if there.same_claim(wanted):
             if held.handle not in (0, there.handle):
@@ -117,7 +124,7 @@ class Tenure:
                 under = "that of somebody else" if there.handle else "none"
                 return [Held(self.held, f"written again: its etcd lease was {under}", warn=True)]
             self.held = there
-            return [] if there.same_claim(held) else [Held(there, "unchanged")]
+            return [*([] if there.same_claim(held) else [Held(there, "unchanged")]), *disputed]
         if there.same_claim(held):
             self.held = self._store.change(there, wanted)
         else:  # somebody wrote it
@@ -127,19 +134,30 @@ class Tenure:
         method = "written with what changed on this node" if there.same_claim(held) else "written again as it was"
         robbed = mac != held.first.mac and there.first.mac == held.first.mac
         if robbed:
-            rivals = (lease.key for lease in snapshot.leases.with_mac(held.first.mac or 0) if lease.key != there.key)
-            method = (
-                f"with another MAC, since {next(rivals, 'another record')} has {mac_text(held.first.mac or 0)}, too"
-            )
-        return [Held(self.held, method, warn=robbed)]
+            method = f"with another MAC, since {_rival(snapshot, held)}"
+        return [Held(self.held, method, robbed), *disputed]
 
-    def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> Held:
+    def _mac_left(self, held: Lease, unused: int) -> int:
+        """The MAC to have: ours, where it is unused; also where a record has followed us to each that we took lately."""
+        ours = held.first.mac
+        if ours is None or unused == ours:
+            return unused
+        if self._macs_left.often(self._clock()):
+            return ours
+        self._macs_left.add(self._clock())
+        return unused
+
+    def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> list[TenureEvent]:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
         wanted = self._lease(claim, held.first.subnet, self._mac_left_to_us(snapshot, held), held.key)
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
-        again = ", which happens often: check who may write there" if self._against_others.often(self._clock()) else ""
-        return Held(self.held, f"written again: {_owner(there)} had overwritten it{again}", warn=True)
+        events: list[TenureEvent] = [Held(self.held, f"written again: {_owner(there)} had overwritten it", warn=True)]
+        if self._against_others.often(self._clock()):
+            events.append(
+                Disputed(f"{_owner(there)} writes over our {held.key} again and again: check who may write there")
+            )
+        return events
 
     def _put_right(self, held: Lease, modified: int, wanted: Lease) -> Lease:
         """Our record as it should be, over what somebody wrote there: under our etcd lease, since theirs is not ours to
@@ -285,7 +303,9 @@ class Tenure:
         the first to have it now."""
         mac = held.first.mac
         others = _MacsBefore(snapshot.leases, None)
-        return mac if mac is not None and mac not in others else choose_mac(others, self._rng)
+        if mac is not None and mac not in others:
+            return mac
+        return self._mac_left(held, choose_mac(others, self._rng))
 
     def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
         end = claim.endpoint(subnet, claim.public_ip, mac)
@@ -305,21 +325,6 @@ class _MacsBefore:
             own is None or (lease.key != own.key and (lease.created < own.created or lease.modified < own.modified))
             for lease in self._leases.with_mac(mac)
         )
-
-
-class _Recent:
-    """The last times of something."""
-
-    def __init__(self) -> None:
-        self._times: deque[float] = deque(maxlen=MOST_REWRITES)
-
-    def add(self, now: float) -> None:
-        """Once more."""
-        self._times.append(now)
-
-    def often(self, now: float) -> bool:
-        """Whether it was too often lately."""
-        return len(self._times) == MOST_REWRITES and now - self._times[0] < REWRITES_S
 
 
 class _SubnetLost(Exception):
@@ -342,6 +347,13 @@ def _because_of_underlay(claim: Claim) -> str:
         f". {count} of them touch this node's underlay {where}{interface}: choose a Network outside of it, or SubnetMin and"
         " SubnetMax"
     )
+
+
+def _rival(snapshot: Snapshot, held: Lease) -> str:
+    """Which record has our MAC, too."""
+    mac = held.first.mac or 0
+    rivals = (lease.key for lease in snapshot.leases.with_mac(mac) if lease.key != held.key)
+    return f"{next(rivals, 'another record')} has our MAC {mac_text(mac)}, too"
 
 
 def _owner(lease: Lease) -> str:

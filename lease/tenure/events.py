@@ -37,4 +37,10 @@ class Renewed(NamedTuple):
     left_s: float | None
 
 
-TenureEvent = Held | Lost | Denied | Renewed
+class Disputed(NamedTuple):
+    """Somebody does something to our record, or to what it says of us, again and again; to be looked at again in a while."""
+
+    reason: str
+
+
+TenureEvent = Held | Lost | Denied | Renewed | Disputed

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
 from lease.kube.client import ApiError
-from lease.model import Lease, Prefix, ip_number
+from lease.model import Lease, Prefix, ip_number, mac_text
 from lease.records.annotations import Names, encode, hints, uid_number
 from lease.records.codec import BadRecord, vxlan_data
 from lease.records.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.stores.kubernetes import UNAVAILABLE, NodeGone, NodeView
-from lease.tenure.allocate import choose_mac
+from lease.tenure.allocate import MACS_S, MOST_MACS, choose_mac
 from lease.tenure.claim import Claim
-from lease.tenure.events import Denied, Held, Lost, Renewed, TenureEvent
+from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed, TenureEvent
+from lease.tenure.recent import Recent
 
 TRIES = 5
 """A Node that is made again under our hands is read again so often before we pause."""
@@ -47,7 +50,15 @@ class OwnNode(Protocol):
 class NodeTenure:
     """Makes Node and Claim agree. No thread; `TenureThread` turns it."""
 
-    def __init__(self, store: OwnNode, names: Names, node_name: str, set_condition: bool, rng: random.Random) -> None:
+    def __init__(
+        self,
+        store: OwnNode,
+        names: Names,
+        node_name: str,
+        set_condition: bool,
+        rng: random.Random,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """set_condition: set NetworkUnavailable to False once `network_up`."""
         self._store, self._names, self._name, self._rng = store, names, node_name, rng
         self._set_condition = set_condition
@@ -58,6 +69,9 @@ class NodeTenure:
         self._denied = ""
         self._last_mac: int | None = None
         """Of a lease we held: the device keeps it when the podCIDR is another."""
+        self._clock = clock
+        self._macs_left = Recent(MOST_MACS, MACS_S)
+        """When we last took another MAC, since an older Node had ours."""
 
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make our Node say what we hold; what happened. Raises StoreUnavailable."""
@@ -184,13 +198,21 @@ class NodeTenure:
         }
 
     def _mac(self, claim: Claim, view: NodeView) -> int:
-        """The MAC we hold, the device's, else our annotation's, else a new one; never one that an older Node has."""
+        """The MAC we hold, the device's, else our annotation's, else a new one; none that an older Node has, unless one
+        follows us to each that we take: agents that run saw us with it first."""
         known = self._store.known()
 
         def free(mac: int) -> bool:
             return all(other.created >= view.created for other in known.with_mac(mac))
 
         held = self.held.first.mac if self.held is not None else self._last_mac
+        if held is not None and not free(held):
+            if self._macs_left.often(self._clock()):
+                older = min(known.with_mac(held), key=lambda other: other.created).key
+                text = f"Node {older} has our MAC {mac_text(held)}, too, and follows us where we take another"
+                self.unreported.append(Disputed(text))
+                return held
+            self._macs_left.add(self._clock())
         for mac in (held, claim.device_mac, self._published(claim, view)):
             if mac is not None and free(mac):
                 return mac

@@ -10,7 +10,7 @@ from lease.families import Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.store import Snapshot
 from lease.tenure.claim import Claim, Identity
-from lease.tenure.events import Denied, Held, Lost, Renewed
+from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed
 from overlay.cni.lists import previous_subnet
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
@@ -21,6 +21,10 @@ from overlay.settings.settings import Settings
 
 PUT_RIGHT_S = 60.0
 """So long after our record was put right any other record that claims our MAC is checked."""
+
+
+DISPUTED_S = 60.0
+"""A dispute that went on and on is looked at again after so long without news of it."""
 
 
 class Claimer(Protocol):
@@ -41,6 +45,7 @@ class Ownership(Controller):
 
     name = "lease"
     rechecked = False
+    reports = ("disputed record",)
     answers_later = True  # a claim is no lease: only the tenure's word clears a problem
 
     def __init__(
@@ -73,6 +78,8 @@ class Ownership(Controller):
         """What an earlier run left: the device's MAC, and the subnet of subnet.env. None: not read yet."""
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
+        self._look_again_at: float | None = None
+        """Somebody disputes our record again and again."""
         self._expires_at: float | None = None
         self._expired = False
         """It certainly did, and new pods are kept from it."""
@@ -86,7 +93,13 @@ class Ownership(Controller):
     @property
     def handles(self) -> Mapping[type, Handler]:
         """What the tenure's thread reports."""
-        return {Held: self._on_held, Lost: self._on_lost, Denied: self._on_denied, Renewed: self._on_renewed}
+        return {
+            Held: self._on_held,
+            Lost: self._on_lost,
+            Denied: self._on_denied,
+            Renewed: self._on_renewed,
+            Disputed: self._on_disputed,
+        }
 
     # --- asking
 
@@ -103,6 +116,10 @@ class Ownership(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""
+        if self._look_again_at is not None and self._clock() >= self._look_again_at:
+            self._look_again_at = None
+            self._health.solved("disputed record")
+            self.recheck()
         config, under, settings = wants
         assert self._identity_of is not None
         if self._earlier is None:
@@ -123,6 +140,10 @@ class Ownership(Controller):
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
         return False
+
+    def due(self) -> float | None:
+        """When to look again at what is in dispute."""
+        return self._look_again_at
 
     def unready(self) -> str:
         """Whether it is held."""
@@ -237,6 +258,11 @@ class Ownership(Controller):
         self._health.problem(self.name, event.reason)
         if event.displaced and self.held is not None:
             self._displace()
+        return False
+
+    def _on_disputed(self, event: Disputed) -> bool:
+        self._health.problem("disputed record", event.reason, harmless=True)
+        self._look_again_at = self._clock() + DISPUTED_S
         return False
 
     def _displace(self) -> None:

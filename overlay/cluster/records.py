@@ -3,7 +3,7 @@ config, and what an operator wrote on our own Node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from lease.model import Lease, Refused
@@ -11,6 +11,7 @@ from lease.records.annotations import Hints
 from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from lease.tenure.events import Renewed
+from overlay.cluster.flaps import LEAST_S, MOST_S, Flaps
 from overlay.cluster.network import NetworkConfigInput, network_status
 from overlay.cluster.ownership import Ownership
 from overlay.control.controller import Handler, Source
@@ -21,6 +22,8 @@ from overlay.process.log import log
 
 STALE_S = 120.0
 """Where the store gave no list for so long, joins and leaves are missed, and the node is not ready."""
+NAMED = 3
+"""So many keys are named in a problem."""
 CUT = 300
 """So many characters of what the store said stand in a debug line."""
 
@@ -31,8 +34,11 @@ class PeerRecords(Protocol):
     def replace(self, leases: Leases, own: str) -> None:
         """A list, with all that it has; own: the key of our own record, which is no peer's."""
 
-    def change(self, records: Mapping[str, Lease | None]) -> None:
-        """What came, changed or went (None) at once."""
+    def change(self, records: Mapping[str, Lease | None]) -> Collection[str]:
+        """What came, changed or went (None) at once; the keys of those that are peers now, were, or are others."""
+
+    def record(self, key: str) -> Lease | None:
+        """The record of a key as it was taken last, None: there is none."""
 
     def refused_of(self, key: str) -> bool:
         """Whether the record of a key is refused."""
@@ -61,6 +67,9 @@ class RecordsSource(Source):
         self._contact = clock()
         """When the store last said anything."""
         self._clock, self._down = clock, ""
+        self._changed: dict[str, Lease | None] = {}
+        """What records of others say now, since they were settled last; None: there is none any more."""
+        self._flaps = Flaps(clock)
         self._down_since: float | None = None
         self._stale = False
         """That was reported."""
@@ -101,8 +110,10 @@ class RecordsSource(Source):
             self._refusals.report(key, reason)
         self._current.set(listed=True)
         self._ownership.list_came(snapshot)
+        self._changed.clear()
+        leases = self._flaps.listed(snapshot.leases)
         for peers in self._peers:
-            peers.replace(snapshot.leases, self._ownership.key)
+            peers.replace(leases, self._ownership.key)
         self._ownership.check_rivals()
         return False
 
@@ -112,7 +123,6 @@ class RecordsSource(Source):
         if log.debugging:
             for change in changes.changes:
                 log.debug("store.change", what=str(change)[:CUT])
-        records: dict[str, Lease | None] = {}
         for change in changes.changes:
             if isinstance(change, ConfigText):
                 self._network.read(change.text)
@@ -120,16 +130,10 @@ class RecordsSource(Source):
                 self._on_hints(change)
                 self._ownership.recheck()
             else:
-                self._on_change(change, records)
-        for peers in self._peers:
-            peers.change(records)
-        for key, lease in records.items():
-            if lease is not None and any(peers.refused_of(key) for peers in self._peers):
-                self._ownership.check_rival(lease)
-        return False
+                self._on_change(change)
+        return bool(self._changed)
 
-    def _on_change(self, change: Lease | Refused | Gone, records: dict[str, Lease | None]) -> None:
-        """records: what peers' records are now, None for one that is gone; more is entered."""
+    def _on_change(self, change: Lease | Refused | Gone) -> None:
         self._unreadable.pop(change.key, None)
         lease = change if isinstance(change, Lease) else None
         if lease is None:
@@ -140,7 +144,7 @@ class RecordsSource(Source):
         if change.key == self._ownership.key:
             self._ownership.record_seen(lease)
         else:
-            records[change.key] = lease
+            self._changed[change.key] = lease
 
     def _on_hints(self, hints: Hints) -> None:
         """What an operator wrote on our own Node."""
@@ -177,14 +181,47 @@ class RecordsSource(Source):
             self._health.problem("store", self._down, harmless=True)
 
     def reconcile(self, wants: object) -> bool:
-        """The list is older than it should be."""
+        """Settle what changed, of each key its last state; and say so where the list is older than it should be."""
         del wants
         self._report()
+        held = self._flaps.held()
+        changed, self._changed = self._changed, {}
+        self._settle(self._flaps.changes(changed, self._peers[0].record) if changed else {})
+        self._settle(self._flaps.over())
+        if held != self._flaps.held():
+            self._report_flaps(held, self._flaps.held())
         return False
 
+    def _settle(self, records: Mapping[str, Lease | None]) -> None:
+        if not records:
+            return
+        turned = {key for peers in self._peers for key in peers.change(records)}
+        self._flaps.had_effect(records if turned - records.keys() else turned)
+        for key, lease in records.items():
+            if lease is not None and any(peers.refused_of(key) for peers in self._peers):
+                self._ownership.check_rival(lease)
+
+    def _report_flaps(self, before: Sequence[str], held: Sequence[str]) -> None:
+        for key in sorted({*held}.difference(before)):
+            log.warning(
+                "record.flapping", key=key, effect="what it said before counts until it is the same for a while"
+            )
+        for key in sorted({*before}.difference(held)):
+            log.info("record.flapping_over", key=key)
+        named = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
+        self._health.report(
+            "flapping records",
+            f"{named}: changed again and again, so that what they said before counts until they are the same for some"
+            f" seconds ({LEAST_S:.0f} to {MOST_S:.0f}): find out who writes them"
+            if held
+            else "",
+            harmless=True,
+        )
+
     def due(self) -> float | None:
-        """When it is."""
-        return None if self._down_since is None or self._stale else self._down_since + STALE_S
+        """When the list is too old, when a record that flapped may count."""
+        stale = None if self._down_since is None or self._stale else self._down_since + STALE_S
+        return min((at for at in (stale, self._flaps.due()) if at is not None), default=None)
 
     def unready(self) -> str:
         """Whether the first list is in."""
@@ -202,4 +239,5 @@ class RecordsSource(Source):
             },
             "network": network_status(self._current.inputs.config),
             "unreadable_records": dict(self._unreadable),
+            "flapping_records": list(self._flaps.held()),
         }

@@ -6,7 +6,7 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -138,31 +138,38 @@ class Datapath:
             self._unplanned = self.table.records()
         self._unplanned.packed[lease.key] = pack(lease)
 
-    def put(self, lease: Lease) -> None:
-        """A record came or changed."""
-        self._peers_changed(self.table.put(lease))
+    def put(self, lease: Lease) -> Collection[str]:
+        """A record came or changed; whose peers are others now."""
+        changes = self.table.put(lease)
+        self._peers_changed(changes)
         self._log_refusal(lease.key)
+        return changes.keys()
 
-    def change(self, records: Mapping[str, Lease | None]) -> None:
-        """What came, changed or went at once; None: went. Work that disputes make is done once for all of it."""
+    def change(self, records: Mapping[str, Lease | None]) -> Collection[str]:
+        """What came, changed or went (None) at once; the keys of those that are peers now, were, or are others. Work that
+        disputes make is done once for all of it."""
         if self._unplanned is not None:
             for key, lease in records.items():
                 self._unplanned.packed.pop(key, None)
                 if lease is not None:
                     self._unplanned.packed[key] = pack(lease)
-            return
+            return ()
         if len(records) == 1:
             ((key, lease),) = records.items()
-            if lease is None:
-                self.drop(key)
-            else:
-                self.put(lease)
-            return
+            return self.drop(key) if lease is None else self.put(lease)
         if not records or self.node is None:
-            return
-        self._peers_changed(self.table.change(records))
+            return ()
+        changes = self.table.change(records)
+        self._peers_changed(changes)
         for key in records:
             self._log_refusal(key)
+        return changes.keys()
+
+    def record(self, key: str) -> Lease | None:
+        """The record of a key as it was taken last, None: there is none."""
+        if self._unplanned is not None:
+            return self._unplanned.get(key)
+        return self.table.record(key)
 
     def refused_of(self, key: str) -> bool:
         """Whether the record of a key is refused."""
@@ -175,10 +182,12 @@ class Datapath:
         else:
             self.refusals.forget(key)
 
-    def drop(self, key: str) -> None:
-        """A record went."""
+    def drop(self, key: str) -> Collection[str]:
+        """A record went; whose peers are others now."""
         self.refusals.forget(key)
-        self._peers_changed(self.table.drop(key))
+        changes = self.table.drop(key)
+        self._peers_changed(changes)
+        return changes.keys()
 
     def _peers_changed(self, changes: PeerChanges) -> None:
         assert self.node is not None

@@ -151,6 +151,10 @@ class PeerTable:
         """The refused records."""
         return iter(self._waiting.values())
 
+    def record(self, key: str) -> Lease | None:
+        """The record of a key, accepted or not; None: there is none."""
+        return self._waiting.get(key) or self._peer(key)
+
     def reason(self, key: str) -> str:
         """Why a record is refused. Raises KeyError: it is not."""
         if key in self._outdone:
@@ -191,7 +195,7 @@ class PeerTable:
 
     def _has(self, lease: Lease) -> bool:
         """Whether it stands as it says already."""
-        was = self._waiting.get(lease.key) or self._peer(lease.key)
+        was = self.record(lease.key)
         return was is not None and was.created == lease.created and was.same_claim(lease)
 
     def drop(self, key: str) -> PeerChanges:

@@ -33,7 +33,8 @@ class World:
         self.asked: list[int] = []
         self.answers: dict[int, Answer] = {}
         self.answer = answer
-        self.tenure = Tenure(self.store, self.probe, 86_400, random.Random(1))
+        self.now = 0.0
+        self.tenure = Tenure(self.store, self.probe, 86_400, random.Random(1), lambda: self.now)
 
     def probe(self, address):
         self.asked.append(address)

@@ -65,7 +65,8 @@ def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
     bench.reconcile(bench.table())
     assert [one.key for one in bench.path.table.accepted()] == [peer.key]
     changes = (Gone("x"), Refused(peer.key, "JSON", 2), ConfigText(None))
-    bench.tell(controller, Changes(2, changes))
+    assert bench.tell(controller, Changes(2, changes)), "it is to be asked"
+    bench.reconcile(controller)
     assert controller.status()["unreadable_records"] == {peer.key: "JSON"}
     assert list(bench.path.table.accepted()) == []
     assert "no network config" in bench.problems()["config"]

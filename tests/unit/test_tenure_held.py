@@ -8,9 +8,10 @@ from lease.config import parse_config
 from lease.model import Prefix, ip_number, ip_text
 from lease.records.codec import encode_value
 from lease.store import LeaseExpired, StoreUnavailable
+from lease.tenure.allocate import MACS_S, MOST_MACS
 from lease.tenure.claim import Claim, Identity, Occupied
 from lease.tenure.etcd import Tenure
-from lease.tenure.events import Denied, Held, Lost
+from lease.tenure.events import Denied, Disputed, Held, Lost
 from tests.support.tenure import (
     CONFIG,
     IP2,
@@ -147,10 +148,30 @@ def test_a_subnet_is_not_given_up_to_one_who_writes_over_it_without_end():
     world, held = running()
     for _ in range(30):
         world.put(lease(ip=IP9, mac=MAC_B, node=OTHER))
-        [again] = world.settle()
+        again, *told = world.settle()
         assert isinstance(again, Held)
         assert world.stored().same_claim(held)
-    assert "check who may write there" in again.method
+    assert "check who may write there" in told[0].reason
+
+
+def test_a_record_that_follows_our_mac_is_left_with_it_after_a_few():
+    """It is older: agents that start go by that, and those that run saw us with it first."""
+    world = World()
+    world.put(lease("10.244.9.0/24", ip=IP9, mac=MAC_B, node=OTHER))
+    held = only_held(world.settle(previous="10.244.5.0/24")).lease
+    macs, told = {held.first.mac}, []
+    for _ in range(10):
+        ours = world.stored().first.mac
+        world.put(lease("10.244.9.0/24", ip=IP9, mac=ours, node=OTHER))
+        told = [each for each in world.settle() if isinstance(each, Disputed)]
+        macs.add(world.stored().first.mac)
+    assert len(macs) == 1 + MOST_MACS
+    assert world.stored().first.mac == ours
+    assert "10.244.9.0-24 has our MAC" in told[0].reason
+    world.now += MACS_S
+    (again,) = world.settle()
+    assert world.stored().first.mac not in macs
+    assert "with another MAC" in again.method
 
 
 def test_a_node_that_took_our_address_over_is_not_fought():
