@@ -125,6 +125,21 @@ def test_subnets_of_peers_that_may_be_reached_directly(inside, made, clock):
     assert made.next_change() is None, "of a set that is gone nothing is due"
 
 
+def test_a_set_that_the_table_has_no_more_asks_for_nothing(inside, made, sets):
+    """Else the loop would be asked at once, for ever: peers change, and nobody can let them in."""
+    direct = guard.table(V4, 7, Outer(8472, 7), HERE._replace(direct=24))
+    peers = [pack(peer(1, "192.168.1.2"))]
+    made.load(peers)
+    made.reached_directly(24, (prefix("192.168.1.0/24"),))
+    made.ensure(direct)
+    sets.replace(TABLE, {"vteps": []})  # as an agent before us left it
+    made.ensure(TABLE)
+    made.peer_changed(None, peer(2, "192.168.1.3"))
+    made.apply()
+    assert inside(vteps) == ["192.168.1.2", "192.168.1.3"]
+    assert not made.has_changes()
+
+
 def test_every_alteration_of_the_form_is_seen(inside, sets):
     sets.replace(TABLE, {})
     assert sets.is_formed(TABLE)

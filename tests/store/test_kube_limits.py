@@ -119,6 +119,21 @@ def test_an_answer_that_drips_is_given_up(server, api, monkeypatch, first, call)
     assert api.get("/x") == {"a": 1}, "by another connection"
 
 
+def test_a_deadline_that_passes_before_there_is_a_connection_holds_all_the_same(server, api, monkeypatch):
+    """What it would have shut down is not known yet when it does."""
+    monkeypatch.setattr(client, "ANSWER_S", 0.2)
+    connect, late = answer._Connection.connect, threading.Event()
+
+    def slowly(connection: answer._Connection) -> None:
+        late.wait(0.5)
+        connect(connection)
+
+    monkeypatch.setattr(answer._Connection, "connect", slowly)
+    server.say = dripping(OK + b"\r\n")
+    with pytest.raises(StoreUnavailable, match="longer than 0 s"):
+        api.get("/x")
+
+
 def test_so_is_a_watch_that_never_begins(server, api, monkeypatch):
     monkeypatch.setattr(client, "ANSWER_S", 1.0)
     server.say = dripping(b"HTTP/1.1 200 OK\r\nX: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -47,6 +48,21 @@ def test_it_is_read_as_it_comes_and_goes(tmp_path):
     assert results.of("veth8a0b5c1d", MAC + 1) is None, "another of the same name"
     file.unlink()
     assert results.of("veth8a0b5c1d", MAC) is None
+
+
+def test_one_that_goes_while_the_folder_is_read_costs_itself_alone(tmp_path, monkeypatch):
+    """The runtime removes it when the pod goes."""
+    (tmp_path / "cbr0-7b0f-eth0").write_text(json.dumps(CACHED))
+    (tmp_path / "gone").write_text(json.dumps(CACHED))
+    plain = os.lstat
+
+    def lstat(path, **more):
+        if str(path).endswith("/gone"):
+            raise FileNotFoundError(path)
+        return plain(path, **more)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    assert CniResults(str(tmp_path)).of("veth8a0b5c1d", MAC) is not None
 
 
 @pytest.mark.parametrize(
