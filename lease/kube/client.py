@@ -212,8 +212,9 @@ class KubeClient:
     def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
         """Open a watch: the answer must begin in time, what follows may take as long as it likes (who waits for it must
         doubt it). Raises ApiError, StoreUnavailable."""
+        way = self._way()
         with self._limited(ANSWER_S):
-            response = self._request("GET", path, query, {"Accept": accept}, None, TIMEOUT_S)
+            response = self._request(way, "GET", path, query, {"Accept": accept}, None, TIMEOUT_S)
         sock = getattr(getattr(response, "connection", None), "sock", None)
         if sock is not None:
             sock.settimeout(None)
@@ -234,8 +235,9 @@ class KubeClient:
         read_s: float,
     ) -> Answer:  # fmt: skip
         """With its body. A larger answer than may be is an AnswerTooLarge."""
+        way = self._way()
         with self._limited(min(ANSWER_S, 2 * read_s)):
-            response = self._request(method, path, query, headers, body, read_s)
+            response = self._request(way, method, path, query, headers, body, read_s)
             return Answer(answer.whole(response), _is_protobuf(response))
 
     @contextmanager
@@ -249,24 +251,31 @@ class KubeClient:
         except (answer.AnswerRefused, urllib3.exceptions.HTTPError, OSError) as error:
             raise StoreUnavailable(f"{self.place}: {_words(error)}") from error
 
-    def _request(
-        self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
-        read_s: float,
-    ) -> urllib3.BaseHTTPResponse:  # fmt: skip
+    def _way(self) -> tuple[Any, dict[str, str]]:
+        """The client, and its credentials: a kubeconfig's plugin may take as long as it likes for these, so that no answer's
+        deadline has begun. Raises StoreUnavailable."""
         if self._ending:
             raise StoreUnavailable("the agent is stopping")
         api = self._connected()
+        try:
+            return api, self._credentials(api)
+        except Exception as error:  # the client's own: a token file that is missing or empty just now
+            self.reconnect()
+            raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
+
+    def _request(
+        self, way: tuple[Any, dict[str, str]], method: str, path: str, query: Mapping[str, str | int],
+        headers: dict[str, str], body: str | None, read_s: float,
+    ) -> urllib3.BaseHTTPResponse:  # fmt: skip
+        api, credentials = way
         url = f"{api.configuration.host.rstrip('/')}{path}{'?' if query else ''}{urlencode(query)}"
         try:
             response: urllib3.BaseHTTPResponse = api.pool_manager.urlopen(
-                method, url, headers={**self._credentials(api), **headers}, body=body, preload_content=False,
+                method, url, headers={**credentials, **headers}, body=body, preload_content=False,
                 retries=False, redirect=False, timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise StoreUnavailable(f"{api.configuration.host}: {_words(error)}") from error
-        except Exception as error:  # the client's own: a token file that is missing or empty just now
-            self.reconnect()
-            raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
         answer.check_form(response)
         if response.status // 100 == 2:
             return response
