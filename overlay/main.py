@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
+    from overlay.control.health import Health
     from overlay.process.watched import FileThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -162,12 +163,14 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
     ]
     _post_signals(inbox)
     loop.reload = lambda: _reload(files, claimer, loop.ever_started)
-    server = _serve(settings, loop)
+    server, door = _serve(settings, loop)
     tell_systemd, keep = watchdog(boottime), keeping(held, server, boottime)
 
     def alive() -> None:
         tell_systemd()
-        keep()
+        if keep():
+            with suppress(OSError):  # what is wrong is a problem already
+                _open(door, settings, loop.health)
 
     loop.alive = alive
     for thread in threads:
@@ -269,7 +272,7 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
 
 
-def _serve(settings: Settings, loop: Loop) -> serve.UnixServer:
+def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpDoor | None]:
     def healthz() -> serve.Answer:
         return serve.text(200, "overlayd is running") if loop.health.healthy() else serve.text(503, "the loop is stuck")
 
@@ -301,33 +304,47 @@ def _serve(settings: Settings, loop: Loop) -> serve.UnixServer:
     except OSError as error:
         where = f"{settings.run_dir}/{serve.SOCKET_NAME}"
         raise _CannotStart(f"--run-dir: {where}: {error.strerror or error}") from error
-    if settings.healthz_port:
-        try:
-            often = {**routes, "/metrics": serve.same_for_a_moment(metrics)}  # anybody may ask there
-            serve.serve_tcp(settings.healthz_ip, settings.healthz_port, often)
-        except OSError as error:
-            where = f"{settings.healthz_ip}:{settings.healthz_port}"
-            raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
-    return server
+    if not settings.healthz_port:
+        return server, None
+    often = {**routes, "/metrics": serve.same_for_a_moment(metrics)}  # anybody may ask there
+    door = serve.TcpDoor(settings.healthz_ip, settings.healthz_port, often)
+    try:
+        _open(door, settings, loop.health)
+    except OSError as error:
+        where = f"{settings.healthz_ip}:{settings.healthz_port}"
+        raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
+    return server, door
 
 
-def keeping(held: RunDir, server: serve.UnixServer, clock: Callable[[], float]) -> Callable[[], None]:
-    """What puts the files of the run directory back that a living agent holds open, where somebody removed them: looked
-    at at each turn, once a second."""
+def _open(door: serve.TcpDoor | None, settings: Settings, health: Health) -> None:
+    """Serve /healthz where that is wanted, and nobody has its port. Raises OSError."""
+    if door is None:
+        return
+    port = settings.healthz_port
+    taken = (
+        f"--healthz-port: another process has port {port} (ss -ltnp sport = {port} names it); tried again each second"
+    )
+    health.report("healthz", "" if door.open() else taken, harmless=True)
+
+
+def keeping(held: RunDir, server: serve.UnixServer, clock: Callable[[], float]) -> Callable[[], bool]:
+    """What puts the files of the run directory back that a living agent holds open, where somebody removed them: called at
+    each turn, it looks once a second; whether it did."""
     due = [clock()]
 
-    def keep() -> None:
+    def keep() -> bool:
         if (now := clock()) < due[0]:
-            return
+            return False
         due[0] = now + KEPT_EVERY_S
         try:
             again = [name for name, of in ((LOCK_NAME, held), (serve.SOCKET_NAME, server)) if of.keep()]
         except (OSError, RunDirError) as error:  # a full disk, or another agent that was faster
             due[0] = now + KEPT_AGAIN_S
             log.warning("file.lost", path=held.path, error=str(error), effect="`overlay` does not reach this agent")
-            return
+            return True
         for name in again:
             log.warning("file.mended", path=f"{held.path}/{name}", effect="somebody removed or replaced it")
+        return True
 
     return keep
 

@@ -230,11 +230,25 @@ def _handler(routes: Routes) -> type[_Handler]:
     return type("Handler", (_Handler,), {"routes": routes})
 
 
-def serve_tcp(host: str, port: int, routes: Routes) -> TCPServer:
-    """Serve in a thread of its own. Raises OSError (the port is taken)."""
-    server = _TcpServer((host, port), _handler(routes))
-    _start(server, "health")
-    return server
+class TcpDoor:
+    """A TCP port to serve at, in a thread of its own, as soon as it is free: any user may have taken it."""
+
+    def __init__(self, host: str, port: int, routes: Routes) -> None:
+        self._where, self._routes = (host, port), routes
+        self.server: TCPServer | None = None
+        """None while others have the port."""
+
+    def open(self) -> bool:
+        """Listen, where nobody else does; whether we do. Raises OSError: not because of others."""
+        if self.server is None:
+            try:
+                self.server = _TcpServer(self._where, _handler(self._routes))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                return False
+            _start(self.server, "health")
+        return True
 
 
 def serve_unix(path: str, routes: Routes) -> UnixServer:

@@ -1,10 +1,12 @@
 """The process: what ends it, what it says when it is stuck, how it logs, what it does without notifications."""
 
+import http.client
 import json
 import os
 import pty
 import select
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -227,6 +229,23 @@ def test_what_cannot_be_put_back_ends_nobody(error):
     kept.now += 60.0
     keep()
     assert kept.tries == 2
+
+
+def test_who_has_our_port_keeps_no_agent_from_starting(world):
+    """Any user may take it; the agent before this one, or flannel, may have it yet."""
+    node = world.node(1)
+    with world.inside(node, lambda: socket.create_server(("127.0.0.1", 10299))):
+        agent = world.agent(node, "--healthz-port=10299").wait_ready()
+        assert "another process has port 10299" in agent.problems()["healthz"]
+
+    def asked() -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", 10299)
+        connection.sock = world.inside(node, lambda: socket.create_connection(("127.0.0.1", 10299), 5))
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status
+
+    until("it is there once the port is free", lambda: asked() == 200)
+    assert "healthz" not in agent.problems()
 
 
 def test_what_an_agent_is_reached_by_comes_back(world):
