@@ -39,6 +39,7 @@ from overlay.node.underlay_source import UnderlaySource
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
+from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.process.rundir import DeviceLock
 from overlay.reach import ways
 from overlay.reach.controller import ReachController
@@ -112,7 +113,8 @@ class _OfFamily:
         clock, post, links = outside.clock, outside.post, Links(family)
         guard = Guard(family, sets, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
-        self.path = Datapath(family, requests, clock, rng, refusals, (guard,))
+        probes = ProbesController(family, health, clock, self._paths, self._path_of)
+        self.path = Datapath(family, requests, clock, rng, refusals, (guard, probes))
 
         def recorded(now: Settings) -> int:
             return recorded_public_ip(now.run_dir, family.number)
@@ -133,10 +135,18 @@ class _OfFamily:
             AddressController(family, post, health, clock, outside.who_answers),
             ReachController(family, requests, health, clock, self._some_peers, self.peers.refused),
             ForeignRulesController(family, post, health, clock, self._some_peers),
+            probes,
         )
 
     def _some_peers(self, place: int, count: int) -> list[ways.Peer]:
-        return [ways.Peer(*each) for each in self.peers.some(place, count)]
+        return [ways.Peer(*each[:3]) for each in self.peers.some(place, count)]
+
+    def _paths(self, place: int, count: int) -> list[PeerOfPath]:
+        return [PeerOfPath(*each) for each in self.peers.some(place, count)]
+
+    def _path_of(self, subnet: int) -> PeerOfPath | None:
+        found = self.path.peer_of(subnet)
+        return None if found is None else PeerOfPath(*found)
 
 
 def compose(settings: Settings, outside: Outside) -> Composed:

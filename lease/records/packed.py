@@ -57,6 +57,15 @@ def quick_number(packed: bytes, family: int) -> int | None:
     return int.from_bytes(packed[NUMBER], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
 
 
+def subnet_number_of(packed: bytes, family: int) -> int | None:
+    """The subnet of a family of any lease, None where it has none."""
+    there = quick_number(packed, family)
+    if there is not None:
+        return there
+    end = unpack(packed).endpoint(family)
+    return None if end is None else number(end.subnet)
+
+
 def outer_source(packed: bytes, family: int) -> int | None:
     """The only address that frames of a lease come from, where the head alone says it, else None."""
     return int.from_bytes(packed[PUBLIC_IP], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None

@@ -8,6 +8,7 @@ import sys
 import click
 
 from overlay import __version__
+from overlay.cli.check import check
 from overlay.cli.cluster import cluster
 from overlay.cli.lab import lab
 from overlay.cli.status import status
@@ -130,6 +131,7 @@ def install_cni(to: str, source: str) -> None:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
+app.add_command(check)
 app.add_command(cluster)
 app.add_command(lab)
 app.add_command(status)

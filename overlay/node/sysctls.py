@@ -84,6 +84,8 @@ class SysctlController(Controller):
         self._next = 0.0
         self._set: set[str] = set()
         """Those that we set once: what is wrong again, somebody altered."""
+        self._found_right: _Wants | None = None
+        """For these all was right, at the end of the last check."""
         self._mended = 0
 
     @property
@@ -106,12 +108,13 @@ class SysctlController(Controller):
         self._next = self._clock() + CHECK_EVERY_S
         if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges):
             names = ", ".join(f"{name.replace('/', '.')}={value}" for name, value in did.items())
-            if again := did.keys() & self._set:
+            if again := did.keys() if wants == self._found_right else did.keys() & self._set:
                 self._mended += len(again)
                 log.warning("sysctl.mended", set=names, effect="put back as pods need it; does another program set it?")
             else:
                 log.info("sysctl", set=names)
             self._set |= did.keys()
+        self._found_right = wants
         fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
         self._health.report("bridge filter", fault, harmless=True)
         return False

@@ -345,8 +345,8 @@ class PeersController(Controller):
 
     # --- what is reported
 
-    def some(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool]]:
-        """Subnet, public IP, and whether it is reached directly, of the peers from a place on whose entries stand."""
+    def some(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool, str]]:
+        """Subnet, public IP, whether it is reached directly, and node, of the peers from a place on whose entries stand."""
         return self._path.some_peers(place, count)
 
     def refused(self) -> Iterator[Lease]:

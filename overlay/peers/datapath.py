@@ -6,9 +6,9 @@ Belongs to the agent's owner thread. Everything is level-triggered; see reconcil
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text
@@ -26,12 +26,10 @@ from overlay.peers.difference import Device
 from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
 from overlay.peers.resync import Resync
+from overlay.peers.status import Peers, node_name
 from overlay.peers.table import PeerChanges, PeerTable
 from overlay.peers.wanted import NothingWanted, Wanted
 from overlay.process.log import log
-
-if TYPE_CHECKING:
-    from overlay.peers.status import Peers
 
 TOLD_AT = (2, 10, 100, 1000, 10000)
 """The tries at which a refused entry is logged: not the first, which a stale view may cause and the next dump mends."""
@@ -54,7 +52,7 @@ class Conflict(NamedTuple):
 class PeerWatcher(Protocol):
     """Who needs to know the peers before their first packet comes (the guard)."""
 
-    def load(self, packed: Iterable[bytes]) -> None:
+    def load(self, packed: Collection[bytes]) -> None:
         """These are all peers."""
 
     def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
@@ -447,23 +445,27 @@ class Datapath:
 
     def peers(self) -> Peers:
         """Each peer and how it stands, to be written out by whoever asked: at 20,000 peers that takes a while."""
-        from overlay.peers.status import Peers
-
         rec = self.rec
         peers = (*rec.pending, *rec.backing_off)
         missing = {peer: rec.pending.get(peer, 0) | rec.backing_off.get(peer, 0) for peer in peers}
         return Peers(self.node, tuple(self.table.packed.values()), missing)
 
-    def some_peers(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool]]:
-        """Subnet, public IP, and whether it is reached directly, of so many peers from a place in their order on; not of
-        those whose entries differ."""
-        if self.node is None:
-            return
-        for subnet, packed in islice(self.table.packed.items(), place, place + count):
-            lease = unpack(packed)
-            end = lease.endpoint(self._family.number)
-            if end is not None and subnet not in self.rec.pending and subnet not in self.rec.backing_off:
-                yield end.subnet, end.public_ip, len(plan.entries(self.node, lease)) == 1
+    def some_peers(self, place: int, count: int) -> Iterator[tuple[Prefix, int, bool, str]]:
+        """As `peer_of`, of so many peers from a place in their order on."""
+        for subnet in islice(self.table.packed, place, place + count):
+            if (found := self.peer_of(subnet)) is not None:
+                yield found
+
+    def peer_of(self, subnet: int) -> tuple[Prefix, int, bool, str] | None:
+        """Subnet, public IP, whether it is reached directly, and node, of the peer of a number; None where there is none, or
+        its entries differ."""
+        packed = self.table.packed.get(subnet)
+        if packed is None or self.node is None or subnet in self.rec.pending or subnet in self.rec.backing_off:
+            return None
+        lease = unpack(packed)
+        end = lease.endpoint(self._family.number)
+        assert end is not None, "a peer has the family's part"
+        return end.subnet, end.public_ip, len(plan.entries(self.node, lease)) == 1, node_name(lease.node)
 
     def differences(self) -> Iterator[dict[str, object]]:
         """The entries that are not as they should be, at most SHOWN."""

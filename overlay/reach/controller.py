@@ -15,7 +15,7 @@ from overlay.control.inputs import AddressKey, Inputs, Underlay
 from overlay.control.schedule import RECHECK_S
 from overlay.kernel.events import SELDOM_S, Overrun, RouteSeen, RoutingSeen, SysctlSeen
 from overlay.kernel.netlink import RequestSocket
-from overlay.kernel.route.entries import PROTOCOL, Address, Link
+from overlay.kernel.route.entries import PROTOCOL, RT_TABLE_MAIN, Address, Link
 from overlay.kernel.route.links import read_sysctl
 from overlay.kernel.route.lookup import Way
 from overlay.node.interfaces import gateway_holders, ports_of
@@ -151,12 +151,19 @@ class ReachController(Controller):
                     f"{link.name} is down, so nobody reaches the pods of this node: ip link set {link.name} up"
                 )
             elif link.carrier and (way is None or (way.oif not in holders and way.table in OWN_TABLES)):
+                if way is None and self._has_route(own, index):
+                    continue  # something else stands before it: `ways` says what
                 gateway = ip_text(number, own.base + 1)
                 found.append(
                     f"no route leads {own} to {link.name}, so nobody reaches the pods of this node:"
                     f" ip route replace {own} dev {link.name} proto kernel scope link src {gateway}"
                 )
         return "; ".join(found)
+
+    def _has_route(self, own: Prefix, index: int) -> bool:
+        """Whether the main table leads our subnet to an interface, whatever is asked before it."""
+        main = self._requests.routes_of(self._family, RT_TABLE_MAIN)
+        return any((route.base, route.length, route.oif) == (own.base, own.length, index) for route in main)
 
     # --- ways to and from peers
 

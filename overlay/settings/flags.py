@@ -18,7 +18,7 @@ DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
 LIVE = (
     "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
-    "pod-antispoof",
+    "pod-antispoof", "probes",
 )  # fmt: skip
 """Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
@@ -132,6 +132,14 @@ FLAGS = (
         "bool",
         True,
         "let each pod of our bridge send from its own addresses alone: IPv4, ARP, IPv6, neighbour discovery, MAC",
+        ours=True,
+    ),
+    Flag(
+        "probes",
+        "bool",
+        True,
+        "ask each peer now and then whether it answers (ICMP echo, through the tunnel and beside it), by some packets a"
+        " second in all",
         ours=True,
     ),
     Flag(

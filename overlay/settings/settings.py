@@ -81,6 +81,7 @@ class Settings(NamedTuple):
     underlay_cidrs: tuple[Prefix, ...] = ()
     vxlan_guard: bool = True
     pod_antispoof: bool = True
+    probes: bool = True
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -163,6 +164,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         underlay_cidrs=cidrs,
         vxlan_guard=values.get("vxlan-guard", settings.vxlan_guard),
         pod_antispoof=values.get("pod-antispoof", settings.pod_antispoof),
+        probes=values.get("probes", settings.probes),
         log_level=values.get("log-level", settings.log_level),
         ip_masq=values.get("ip-masq", settings.ip_masq),
         fully_random=not values.get("ip-masq-fully-random-disable", not settings.fully_random),
@@ -302,6 +304,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         underlay_cidrs=_prefixes(values, "underlay-cidr"),
         vxlan_guard=values["vxlan-guard"],
         pod_antispoof=values["pod-antispoof"],
+        probes=values["probes"],
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],

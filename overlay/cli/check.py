@@ -1,0 +1,334 @@
+"""`overlay check`: does a peer, a node or a pod answer, and if not, why."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import sys
+from typing import Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from lease.families import V4, Family
+from lease.model import ip_number, ip_text, prefix
+from overlay.cli import terminal
+from overlay.cli.status import ask
+from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route.entries import Address, Link
+from overlay.probes import ladder
+from overlay.probes.ladder import Asked, Rung
+from overlay.probes.verdict import Kind, State, Verdict, judge
+from overlay.reach import explain, ways
+from overlay.settings.flags import DEFAULT_RUN_DIR
+
+MOST = 200
+"""So many peers are asked where none is named."""
+NAMES = {
+    Kind.UNDERLAY: "underlay",
+    Kind.UNDERLAY_FULL: "underlay {mtu}",
+    Kind.VTEP: "VTEP",
+    Kind.VTEP_FULL: "VTEP {mtu}",
+}
+GATEWAY, POD, POD_FULL = "pods' gateway", "pod", "pod {mtu}"
+
+
+class Goal(NamedTuple):
+    """What is asked about. peer: of the status; pod: an address of it, 0: none was given."""
+
+    peer: dict[str, Any]
+    pod: int = 0
+
+
+@click.command()
+@click.argument("target", required=False)
+@click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
+@click.option("-o", "--output", type=click.Choice(["json"]), help="everything, as JSON")
+@click.option("--json", "as_json", is_flag=True, help="the same as -o json")
+def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -> None:
+    """Ask the kernel and the peers: does TARGET answer, and if not, why.
+
+    TARGET is a node's name, a public IP, a subnet, or the address of a pod; without one all peers are asked. Probes are
+    pings from this node, beside the tunnel and through it, small and of full size: peers that run flannel answer as well.
+
+    Exit status: 0 all answer, 1 not, 2 a wrong argument, 3 no agent answers here.
+    """
+    if os.geteuid() != 0:
+        raise click.ClickException("only root may send probes: run it with sudo")
+    found = ask(run_dir)
+    goals, local = resolve(target, found)
+    results = [_local(found, local)] if local else _ask_all(found, goals)
+    if output == "json" or as_json:
+        click.echo(json.dumps(results if target is None else results[0], indent=2))
+    else:
+        console = terminal.console()
+        if len(results) == 1 and target is not None:
+            _show(console, found, results[0])
+        else:
+            _show_all(console, found, results)
+    sys.exit(0 if all(result["state"] == "ok" for result in results) else 1)
+
+
+def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]:
+    """The peers that are meant; or an address of this node's own subnet. Raises UsageError."""
+    peers = found["peers"]
+    if not found["device"] or not found["lease"]:
+        raise click.ClickException("this node has no lease or no device yet: overlay status says what it waits for")
+    if target is None:
+        return [Goal(peer) for peer in peers[:MOST]], 0
+    named = [peer for peer in peers if target in (peer["node_name"], peer["public_ip"], peer["subnet"])]
+    if named:
+        return [Goal(named[0])], 0
+    try:
+        address = int(ipaddress.IPv4Address(target))
+    except ValueError:
+        names = sorted({peer["node_name"] for peer in peers} - {""})
+        some = f" (nodes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
+        raise click.UsageError(
+            f"{target}: no peer has that name, public IP or subnet, and it is no IPv4 address{some}"
+        ) from None
+    if prefix(found["lease"]["subnet"]).holds(address):
+        return [], address
+    holding = [peer for peer in peers if prefix(peer["subnet"]).holds(address)]
+    if holding:
+        subnet = prefix(holding[0]["subnet"])
+        return [Goal(holding[0], address if address != subnet.base else 0)], 0
+    for record in found["refused_records"]:
+        if target in record["reason"] or target in record["key"]:
+            raise click.UsageError(f"{target}: record {record['key']} is not used: {record['reason']}")
+    network = found["network"]["subnets"]["ipv4"]["network"]
+    where = (
+        f"in Network {network}, but in no peer's subnet: no node holds it"
+        if prefix(network).holds(address)
+        else f"outside of Network {network}"
+    )
+    raise click.UsageError(f"{target} is {where}")
+
+
+# --- asking
+
+
+def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
+    device, under = found["device"]["mtu"], found["underlay"]["mtu"]
+    mtu = under if goal.peer["path"] == "direct" else device
+    subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], 4)
+    made = [
+        Rung(NAMES[Kind.UNDERLAY], public_ip),
+        Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
+        Rung(NAMES[Kind.VTEP], subnet.base),
+        Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), subnet.base, mtu),
+    ]
+    if goal.pod:
+        made += [
+            Rung(GATEWAY, subnet.base + 1),
+            Rung(POD, goal.pod),
+            Rung(POD_FULL.format(mtu=device), goal.pod, device),
+        ]
+    return made
+
+
+def _ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
+    rungs = [_rungs(found, goal) for goal in goals]
+    asked = ladder.ask(V4, [rung for those in rungs for rung in those]) if goals else []
+    requests = RequestSocket()
+    try:
+        links, addresses = {link.ifindex: link for link in requests.links()}, requests.addresses(V4)
+        results = []
+        for goal, those in zip(goals, rungs, strict=True):
+            mine, asked = asked[: len(those)], asked[len(those) :]
+            wrong = _look_up(requests, found, goal, links, addresses)
+            results.append(_result(found, goal, those, mine, wrong))
+        return results
+    finally:
+        requests.close()
+
+
+def _look_up(
+    requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link], addresses: list[Address]
+) -> list[str]:
+    """What of the kernel's ways to and from a peer is not as it should be; each with its cause."""
+    own, index = prefix(found["lease"]["subnet"]), {link.name: number for number, link in links.items()}
+    by_key = {(each.oif, each.address, each.length): each for each in addresses}
+    lower = index.get(found["underlay"]["interface"], 0)
+    tunnel = index.get(found["device"]["name"], 0)
+    if not tunnel:
+        return [f"{found['device']['name']} is not there"]
+    here = ways.Here(own, tunnel, lower, ip_number(found["device"]["local"], 4), ways.bridges_of(own, links, by_key))
+    subnet = prefix(goal.peer["subnet"])
+    peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], 4), goal.peer["path"] == "direct")
+    names, wrong = {number: name for name, number in index.items()}, []
+    for question in ways.questions(here, peer):
+        way = requests.way(V4, question.packet)
+        if ways.is_as_asked(question, way):
+            continue
+        happens = explain.refusal_text(way) if way.error or not way.oif else f"leave by {names.get(way.oif, way.oif)}"
+        decided = explain.decision(
+            V4, requests.rules(V4), lambda table: requests.routes_of(V4, table), names, question.packet
+        )
+        network = prefix(found["network"]["subnets"]["ipv4"]["network"])
+        wrong.append(f"{question.what.format(peer=subnet)} {happens}: {explain.cause(V4, network, decided, names)}")
+    return wrong
+
+
+def _result(
+    found: dict[str, Any], goal: Goal, rungs: list[Rung], asked: list[Asked], wrong: list[str]
+) -> dict[str, Any]:
+    by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
+    verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
+    if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
+        most = ladder.largest(V4, rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu)
+        if most:
+            remedy = f"set Backend.MTU so that pods get {most} or less (flannel.N: {most}), or mend the link"
+            verdict = verdict._replace(text=f"{verdict.text}; the largest that pass have {most} bytes", remedy=remedy)
+    if wrong and verdict.state is not State.OK:
+        verdict = Verdict(State.REFUSED, f"this node's own kernel: {wrong[0]}", "as it says")
+    elif not goal.peer["ok"]:
+        verdict = Verdict(
+            State.REFUSED, f"this node lacks {', '.join(goal.peer['missing'])} of it", "overlay status says why"
+        )
+    elif verdict.state is State.OK and goal.pod:
+        verdict = _of_pod(goal, asked[len(Kind) :])
+    peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
+    return {
+        "target": ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"],
+        "peer": peer,
+        "state": verdict.state.name.lower(),
+        "verdict": verdict.text,
+        "remedy": verdict.remedy,
+        "look_ups": wrong,
+        "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
+    }
+
+
+def _probe(family: Family, rung: Rung, asked: Asked) -> dict[str, Any]:
+    return {
+        "name": rung.name,
+        "address": ip_text(family.number, rung.address),
+        "packet_bytes": rung.mtu or None,
+        "sent": asked.outcome.sent,
+        "answered": asked.outcome.answered,
+        "rtt_us": asked.rtt_us,
+        "refused": asked.outcome.refused,
+    }
+
+
+def _heard(found: dict[str, Any], goal: Goal) -> bool:
+    """Whether the agent heard that peer lately, though it does not answer."""
+    for each in found.get("reachability", ()):
+        if each["subnet"] == goal.peer["subnet"]:
+            heard, answered = each["heard_age_s"], each["answered_age_s"]
+            return heard is not None and heard < 30 and (answered is None or heard < answered)
+    return False
+
+
+def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
+    """What is behind a tunnel that is whole."""
+    gateway, small, full = (each.outcome for each in asked)
+    node, pod = goal.peer["node_name"] or goal.peer["public_ip"], ip_text(4, goal.pod)
+    if full.ok:
+        return Verdict(State.OK, "answers")
+    if small.ok:
+        return Verdict(
+            State.PATH_MTU,
+            "the pod answers small packets, not full-size ones, though its node does: its interface has another MTU, or a"
+            " filter of that node drops fragments",
+            f"on {node}: ip link show; FLANNEL_MTU in subnet.env, and the pods' bridge",
+        )
+    if not gateway.ok:
+        return Verdict(
+            State.UNREACHABLE,
+            f"the tunnel to {node} is whole, but neither the gateway of its pods nor the pod answers: no pod was made there"
+            " yet, or its bridge is down, or another filter drops them",
+            f"on {node}: overlay check {pod}; overlay status",
+        )
+    return Verdict(
+        State.UNREACHABLE,
+        f"the tunnel to {node} is whole, and its pods' gateway answers; the pod does not: it is down or drops pings, or"
+        f" {node} does not forward to it (forwarding of the bridge, a filter, a policy)",
+        f"on {node}: overlay check {pod}",
+    )
+
+
+def _local(found: dict[str, Any], address: int) -> dict[str, Any]:
+    """A pod of this node."""
+    rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
+    asked = ladder.ask(V4, rungs)
+    ours = [f"{each['subject']}: {each['text']}" for each in found["problems"]]
+    if asked[1].outcome.ok:
+        verdict = Verdict(State.OK, "answers, from this node")
+        if ours:
+            verdict = Verdict(State.OK, "answers this node; what comes from others may meet this node's problems")
+    elif asked[0].outcome.ok:
+        verdict = Verdict(
+            State.PATH_MTU, "answers small packets, not full-size ones", "ip link show, of the bridge and its ports"
+        )
+    else:
+        refused = f" ({asked[0].outcome.refused})" if asked[0].outcome.refused else ""
+        verdict = Verdict(
+            State.UNREACHABLE,
+            f"the pod does not answer its own node{refused}: it is down, has no such address, or drops pings",
+            "kubectl get pod -o wide; ip neigh show (is it there, with which MAC?); overlay status",
+        )
+    return {
+        "target": ip_text(4, address),
+        "peer": None,
+        "state": verdict.state.name.lower(),
+        "verdict": verdict.text,
+        "remedy": verdict.remedy,
+        "look_ups": [],
+        "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
+    }
+
+
+# --- showing
+
+
+def _show(console: Console, found: dict[str, Any], result: dict[str, Any]) -> None:
+    peer = result["peer"]
+    where = "this node"
+    if peer is not None:
+        way = "directly" if peer["path"] == "direct" else "through the tunnel"
+        where = f"{peer['node_name'] or peer['public_ip']} ({peer['public_ip']}, {peer['subnet']}), {way}"
+    table = terminal.table(
+        console, "probe", "to", "answered", "rtt", title=f"{found['node_name']} to {result['target']} of {where}"
+    )
+    for probe in result["probes"]:
+        ok = probe["answered"] > 0
+        answered = f"{probe['answered']} of {probe['sent']}" if not probe["refused"] else probe["refused"]
+        rtt = "" if probe["rtt_us"] is None else f"{probe['rtt_us'] / 1000:.2f} ms"
+        table.add_row(probe["name"], probe["address"], answered if ok else Text(answered, style="red"), rtt)
+    console.print(table)
+    for line in result["look_ups"]:
+        console.print(Text(f"look-up: {line}", style="red"))
+    style = "green" if result["state"] == "ok" else "red"
+    console.print(
+        Text(f"{result['target']} {result['verdict']}" if result["state"] == "ok" else result["verdict"], style=style)
+    )
+    if result["remedy"]:
+        console.print(Text(f"do: {result['remedy']}"))
+    for problem in found["problems"] if result["state"] != "ok" else ():
+        if problem["subject"] not in ("unreachable", "path mtu", "loss"):
+            console.print(Text(f"this node also says: {problem['subject']}: {problem['text']}"))
+
+
+def _show_all(console: Console, found: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    count = len(found["peers"])
+    if not results:
+        console.print("there is no peer to ask")
+        return
+    table = terminal.table(
+        console, "node", "public ip", "subnet", "state", "rtt", "why", title=f"{len(results)} of {count} peers"
+    )
+    for result in results:
+        peer, vtep = result["peer"], result["probes"][Kind.VTEP_FULL]
+        rtt = "" if vtep["rtt_us"] is None else f"{vtep['rtt_us'] / 1000:.2f} ms"
+        why = "" if result["state"] == "ok" else f"{result['verdict']}; {result['remedy']}"
+        style = "" if result["state"] == "ok" else "red"
+        table.add_row(
+            *map(Text, (peer["node_name"], peer["public_ip"], peer["subnet"], result["state"], rtt, why)), style=style
+        )
+    console.print(table)
+    if count > len(results):
+        console.print(f"... {count - len(results)} more were not asked: name them")

@@ -1,0 +1,1 @@
+"""Whether peers answer: pings in the background, and on request."""

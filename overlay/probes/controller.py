@@ -1,0 +1,284 @@
+"""The controller that asks whether peers answer, and says which do not. It changes nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lease.families import Family
+from lease.model import Lease, Prefix, ip_text
+from lease.records.packed import number, subnet_number_of
+from overlay.backends.choose import backend_of
+from overlay.control.controller import Controller, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import Inputs
+from overlay.probes.echo import SMALL, EchoSocket, data_of
+from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Target
+from overlay.probes.verdict import Kind, State
+
+TICK_S = 1.0
+MOST_READ = 256
+"""Packets a turn; who sends more is not read."""
+NAMED = 3
+MUCH_LOSS, MANY_VISITS = 0.25, 8
+"""A peer that answers, but not so often, is a problem; known by so many visits at least."""
+
+
+class PeerOfPath(NamedTuple):
+    """What is needed of a peer to ask it. name: of its node, "" where it is not known."""
+
+    subnet: Prefix
+    public_ip: int
+    direct: bool
+    name: str
+
+
+class _Wants(NamedTuple):
+    """network, length: of subnets; port: the tunnel's; tunnel_mtu, underlay_mtu."""
+
+    network: Prefix
+    length: int
+    port: int
+    tunnel_mtu: int
+    underlay_mtu: int
+
+
+class ProbesController(Controller):
+    """Asks the peers of one family, within a budget."""
+
+    name = "probes"
+    reports = ("unreachable", "path mtu", "loss")
+    harmless = True
+    rechecked = False
+    yields = True
+
+    def __init__(
+        self,
+        family: Family,
+        health: Health,
+        clock: Callable[[], float],
+        some_peers: Callable[[int, int], list[PeerOfPath]],
+        peer_of: Callable[[int], PeerOfPath | None],
+        make_socket: Callable[[Family, Prefix, int], EchoSocket] = EchoSocket,
+    ) -> None:
+        """some_peers: so many peers whose entries stand, from a place in their order on; peer_of: one, by its subnet's
+        number, None: there is none, or its entries do not stand."""
+        self._family, self._health, self._clock = family, health, clock
+        self._some_peers, self._peer_of, self._make_socket = some_peers, peer_of, make_socket
+        self._port = 0
+        self.mesh = Mesh(lambda: self._port)
+        self._packed: Collection[bytes] = ()
+        self._credit = 0.0
+        """Visits that are due, by the interval."""
+        self._socket: EchoSocket | None = None
+        self._of: tuple[Prefix, int] | None = None
+        """What the socket listens for."""
+        self._place = 0
+        self._next, self._last = 0.0, 0.0
+        self._asking = False
+        self._loss_at, self._lossy = 0.0, ""
+
+    # --- who the peers are (peers.datapath.PeerWatcher)
+
+    def load(self, packed: Collection[bytes]) -> None:
+        """These are all peers."""
+        self._packed = packed
+        self.mesh.keep(lambda there: self._peer_of(there) is not None)
+        self._credit = float(BUDGET)  # soon after a start all have their turn, where they are few
+
+    def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
+        """A peer came, changed or went."""
+        before, after = (lease.endpoint(self._family.number) if lease is not None else None for lease in (was, now))
+        if before is not None and (after is None or after.subnet != before.subnet):
+            self.mesh.gone(number(before.subnet))
+        if after is not None:
+            self.mesh.came(number(after.subnet))
+
+    # --- asking
+
+    def wants(self, inputs: Inputs) -> object:
+        """Where from it is asked. While our own side is not whole nothing is said of peers."""
+        if not inputs.settings.probes:
+            return None
+        family = self._family.number
+        pool, under, tunnel = inputs.pool(family), inputs.underlays.get(family), inputs.tunnels.get(family)
+        if inputs.config is None or pool is None or under is None or tunnel is None or inputs.own is None:
+            return Waiting("for a lease")
+        if not (inputs.synced and under.up and under.carrier and tunnel.ifindex):
+            return Waiting("for peers to be in the kernel, and a link")
+        outer = backend_of(inputs.config.backend, self._family).outer()
+        return _Wants(pool.network, pool.length, outer.port if outer is not None else 0, tunnel.mtu, under.mtu)
+
+    def reconcile(self, wants: Any) -> bool:
+        """Take the answers, send what is due. Raises OSError: no raw socket."""
+        self._port = wants.port
+        if self._socket is None or self._of != (wants.network, wants.length):
+            self._close()
+            self._socket = self._make_socket(self._family, wants.network, wants.length)
+            self._of = (wants.network, wants.length)
+        self._asking = True
+        now = self._clock()
+        self._take(self._socket, wants, now)
+        if now < self._next:
+            return False
+        passed = min(now - self._last, 5.0) if self._last else TICK_S
+        self._last, self._next = now, now + TICK_S
+        self.mesh.expire(now)
+        for probe in self._due(now, passed):
+            self._send(self._socket, probe, wants, now)
+        self._report()
+        return False
+
+    def _take(self, echoes: EchoSocket, wants: _Wants, now: float) -> None:
+        for seen in echoes.seen(MOST_READ):
+            if seen.answer:
+                self.mesh.answered(seen.sequence, seen.source, seen.at_ns, now)
+            elif self._peer_of(there := seen.source << 8 | wants.length) is not None:
+                self.mesh.heard(there, now)
+
+    def _due(self, now: float, passed: float) -> Iterator[Probe]:
+        doubtful = list(self.mesh.doubtful(now))
+        yield from doubtful
+        left, asked = BUDGET - len(doubtful), set[int]()
+        for there in self.mesh.first(left):
+            peer = self._peer_of(there)  # None: its entries do not stand yet
+            if peer is not None:
+                asked.add(there)
+                yield Probe(_target(peer), Kind.VTEP_FULL)
+        self._credit = min(
+            self._credit + len(self._packed) * passed / INTERVAL_S, float(min(BUDGET, len(self._packed)))
+        )
+        left = min(left - len(asked), int(self._credit))
+        self._credit -= max(left, 0)
+        for peer in self._next_peers(left):
+            target = _target(peer)
+            if target.number not in asked and not self.mesh.in_doubt(target.number):
+                yield Probe(target, Kind.VTEP_FULL)
+
+    def _next_peers(self, count: int) -> list[PeerOfPath]:
+        """So many in turn, each once."""
+        if count <= 0:
+            return []
+        if self._place >= len(self._packed):
+            self._place = 0
+        peers = self._some_peers(self._place, count)
+        self._place += count
+        return peers
+
+    def _send(self, echoes: EchoSocket, probe: Probe, wants: _Wants, now: float) -> None:
+        mtu = wants.tunnel_mtu if probe.kind.by_tunnel and not probe.target.direct else wants.underlay_mtu
+        size = data_of(self._family, mtu) if probe.kind.full else SMALL
+        address = probe.target.vtep if probe.kind.by_tunnel else probe.target.public_ip
+        sequence = self.mesh.sent(probe, now, time.time_ns())
+        refused = echoes.send(address, sequence, size)
+        if refused:
+            self.mesh.refused(sequence, os.strerror(refused), now)
+
+    def due(self) -> float | None:
+        """Each second."""
+        return self._next if self._asking else None
+
+    def withdraw(self) -> Iterator[str]:
+        """Ask nobody any more."""
+        self._close()
+        for subject in self.reports:
+            self._health.solved(subject)
+        return iter(())
+
+    def _close(self) -> None:
+        self._asking = False
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    # --- what is said
+
+    def _report(self) -> None:
+        by_state: dict[State, list[tuple[Target, str, str]]] = {}
+        for target, verdict, _ in self.mesh.wrong():
+            by_state.setdefault(verdict.state, []).append((target, verdict.text, verdict.remedy))
+        lost = [*by_state.get(State.REFUSED, ()), *by_state.get(State.UNREACHABLE, ())]
+        self._health.report("unreachable", self._text(lost), harmless=True)
+        self._health.report("path mtu", self._text(by_state.get(State.PATH_MTU, [])), harmless=True)
+        self._health.report("loss", self._loss(), harmless=True)
+
+    def _loss(self) -> str:
+        """Looked for now and then: it is known by many visits."""
+        if self._clock() >= self._loss_at:
+            self._loss_at = self._clock() + INTERVAL_S
+            lossy = sorted(self.mesh.lossy(MUCH_LOSS, MANY_VISITS), key=lambda item: -item[1])
+            named = [f"{self._name(there)} ({lost:.0%})" for there, lost in lossy[:NAMED]]
+            more = f" and {len(lossy) - NAMED} more" if len(lossy) > NAMED else ""
+            self._lossy = (
+                f"packets to or from {', '.join(named)}{more} are lost: the share of the last probes" if lossy else ""
+            )
+        return self._lossy
+
+    def _name(self, there: int) -> str:
+        peer = self._peer_of(there)
+        if peer is None:
+            return str(Prefix(self._family.number, there >> 8, there & 255))
+        address = ip_text(self._family.number, peer.public_ip)
+        return f"{peer.name} {address}" if peer.name else address
+
+    def _text(self, found: list[tuple[Target, str, str]]) -> str:
+        """One line: who (a few, then a count), what was found, what to do; by what was found most."""
+        if not found:
+            return ""
+        groups: dict[tuple[str, str], list[Target]] = {}
+        for target, text, remedy in found:
+            groups.setdefault((text, remedy), []).append(target)
+        lines = []
+        for (text, remedy), targets in sorted(groups.items(), key=lambda item: -len(item[1])):
+            every = len(targets) == len(self._packed) > 1
+            named = ", ".join(self._name(target.number) for target in targets[:NAMED])
+            more = f" and {len(targets) - NAMED} more" if len(targets) > NAMED else ""
+            who = f"all {len(targets)} peers" if every else f"{named}{more}"
+            hint = "so it is this node, most likely; " if every else ""
+            lines.append(f"{who}: {text}; {hint}{remedy}")
+        return ". ".join(lines)
+
+    def status(self) -> Mapping[str, object]:
+        """`reachability`: of each peer what its probes say."""
+        return {"reachability": Reachability(self.mesh.known(), self._family, tuple(self._packed), self._clock())}
+
+    def counters(self) -> Mapping[str, int]:
+        """Probes sent, answered, lost, refused by this node's kernel."""
+        return {f"probes_{what}": count for what, count in self.mesh.counts.items()}
+
+
+def _target(peer: PeerOfPath) -> Target:
+    return Target(number(peer.subnet), peer.subnet.base, peer.public_ip, peer.direct)
+
+
+class Reachability:
+    """Each peer's report, written out by whoever asked."""
+
+    def __init__(self, known: Known, family: Family, packed: tuple[bytes, ...], now: float) -> None:
+        self._known, self._family, self._packed, self._now = known, family, packed, now
+
+    def json(self) -> list[dict[str, Any]]:
+        """As JSON values."""
+        return [
+            self._peer(there)
+            for each in self._packed
+            if (there := subnet_number_of(each, self._family.number)) is not None
+        ]
+
+    def _peer(self, there: int) -> dict[str, Any]:
+        report = self._known.report(there, self._now)
+        return {
+            "subnet": str(Prefix(self._family.number, there >> 8, there & 255)),
+            "state": report.verdict.state.name.lower(),
+            "text": report.verdict.text,
+            "answered_age_s": _rounded(report.answered_s),
+            "heard_age_s": _rounded(report.heard_s),
+            "rtt_us": report.rtt_us if report.answered_s is not None else None,
+            "loss": None if report.loss is None else round(report.loss, 3),
+        }
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)

@@ -1,0 +1,180 @@
+"""ICMP echo as probes: requests that their answers are recognised by, on one raw socket for each family.
+
+Sources: RFC 792 and RFC 4443 (the messages), raw(7), icmp(7), ip(7) and ipv6(7) (MTU_DISCOVER), linux/filter.h (the filter).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from ctypes import addressof, c_char, create_string_buffer
+from typing import NamedTuple
+
+from lease.families import V4, V6, Family
+from lease.model import Prefix, ip_text
+
+_MTU_DISCOVER = {4: (socket.IPPROTO_IP, 10), 6: (socket.IPPROTO_IPV6, 23)}
+"""IP_MTU_DISCOVER, IPV6_MTU_DISCOVER."""
+_PROBE = 3
+"""IP_PMTUDISC_PROBE: don't fragment, and do not ask what is known of the path."""
+_SO_TIMESTAMPNS, _SO_ATTACH_FILTER = 35, 26
+_ICMP6_FILTER = 1
+_HEAD = struct.Struct("!BBHHH")
+_TOKEN = 8
+_BUFFER = 1 << 18
+SMALL = 56
+"""Bytes of data, as ping(8) sends."""
+LEAST = _TOKEN
+_RECV = 1 << 16
+
+
+class _Form(NamedTuple):
+    """What an echo is in a family. headers: of IP and ICMP; shown: the raw socket gives the IP header as well."""
+
+    protocol: int
+    request: int
+    answer: int
+    headers: int
+    shown: bool
+
+
+_FORMS = {4: _Form(socket.IPPROTO_ICMP, 8, 0, 28, True), 6: _Form(socket.IPPROTO_ICMPV6, 128, 129, 48, False)}
+
+
+class Seen(NamedTuple):
+    """An echo that came. answer: to a request of ours with this sequence number; else somebody asks us. at_ns: when, by the
+    clock of `time.time_ns`."""
+
+    source: int
+    answer: bool
+    sequence: int
+    at_ns: int
+
+
+def data_of(family: Family, mtu: int) -> int:
+    """The bytes of data with which an echo has just that MTU."""
+    return max(mtu - _FORMS[family.number].headers, LEAST)
+
+
+def request(family: Family, identifier: int, sequence: int, token: bytes, size: int) -> bytes:
+    """The ICMP message. size: bytes of data, LEAST at least. Of IPv6 the kernel makes the checksum."""
+    kind, data = _FORMS[family.number].request, token.ljust(max(size, LEAST), b"\0")
+    bare = _HEAD.pack(kind, 0, 0, identifier, sequence) + data
+    return bare if family is V6 else _HEAD.pack(kind, 0, checksum(bare), identifier, sequence) + data
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    padded = data + bytes(len(data) % 2)
+    total = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return int(~total & 0xFFFF)
+
+
+def interesting(identifier: int, askers: Prefix, length: int) -> bytes:
+    """A filter for an IPv4 raw socket, as struct sock_filter: answers to this identifier, and requests from VTEPs, which are
+    the first addresses of subnets of that length within a prefix: no pod can have one."""
+    hosts, mask = (1 << 32 - length) - 1, ~((1 << 32 - askers.length) - 1) & 0xFFFFFFFF
+    program = (
+        (0xB1, 0, 0, 0),  # ldx 4*([0]&0xf): behind the IP header
+        (0x50, 0, 0, 0),  # ldb [x]: the type
+        (0x15, 0, 2, 0),  # an answer:
+        (0x48, 0, 0, 4),  # ldh [x+4]: the identifier
+        (0x15, 5, 6, identifier),
+        (0x15, 0, 5, 8),  # a request:
+        (0x20, 0, 0, 12),  # ld [12]: the source
+        (0x45, 3, 0, hosts),  # jset
+        (0x54, 0, 0, mask),  # and
+        (0x15, 0, 1, askers.base),
+        (0x06, 0, 0, 0xFFFF),
+        (0x06, 0, 0, 0),
+    )
+    return b"".join(struct.pack("=HBBI", *one) for one in program)
+
+
+class EchoSocket:
+    """Sends requests, takes answers and what peers ask. Not blocking. Raises OSError: no CAP_NET_RAW."""
+
+    def __init__(self, family: Family, askers: Prefix | None = None, length: int = 0) -> None:
+        """askers, length: requests of VTEPs of subnets of that length within the prefix are seen as well."""
+        self._family, self._form = family, _FORMS[family.number]
+        self._identifier, self._token = secrets.randbits(16), os.urandom(_TOKEN)
+        self._socket = socket.socket(
+            family.af, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, self._form.protocol
+        )
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._socket.setsockopt(*_MTU_DISCOVER[family.number], _PROBE)
+            self._filter(askers, length)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _filter(self, askers: Prefix | None, length: int) -> None:
+        if self._family is V4:
+            program = interesting(self._identifier, askers or Prefix(4, 0xFFFFFFFF, 32), length if askers else 0)
+            held = create_string_buffer(program, len(program))
+            form = struct.pack("HP", len(program) // 8, addressof(c_char.from_buffer(held)))
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, form)
+        else:
+            passed = [self._form.answer] + ([self._form.request] if askers is not None else [])
+            blocked = bytearray(b"\xff" * 32)
+            for kind in passed:  # struct icmp6_filter: a bit for each type that is not wanted
+                word, bit = divmod(kind, 32)
+                at = word * 4
+                value = int.from_bytes(blocked[at : at + 4], "little") & ~(1 << bit)
+                blocked[at : at + 4] = value.to_bytes(4, "little")
+            self._socket.setsockopt(socket.IPPROTO_ICMPV6, _ICMP6_FILTER, bytes(blocked))
+
+    def fileno(self) -> int:
+        """For select."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Close it."""
+        self._socket.close()
+
+    def send(self, address: int, sequence: int, size: int) -> int:
+        """Ask an address; 0, or the errno by which the kernel refuses: EMSGSIZE, ENETUNREACH, EPERM (a filter)..."""
+        message = request(self._family, self._identifier, sequence & 0xFFFF, self._token, size)
+        try:
+            self._socket.sendto(message, (ip_text(self._family.number, address), 0))
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def seen(self, most: int) -> Iterator[Seen]:
+        """What came, so many at most; who sends more is not read."""
+        for _ in range(most):
+            try:
+                data, extra, _, source = self._socket.recvmsg(_RECV, 64)
+            except (BlockingIOError, InterruptedError):
+                return
+            if (one := self._parse(data, source[0], extra)) is not None:
+                yield one
+
+    def _parse(self, data: bytes, source: str, extra: list[tuple[int, int, bytes]]) -> Seen | None:
+        start = (data[0] & 15) * 4 if self._form.shown and data else 0
+        if len(data) < start + _HEAD.size + _TOKEN:
+            return None
+        kind, _, _, identifier, sequence = _HEAD.unpack_from(data, start)
+        answer = kind == self._form.answer
+        ours = data[start + _HEAD.size :][:_TOKEN] == self._token
+        if answer and (identifier != self._identifier or not ours):
+            return None
+        if not answer and (kind != self._form.request or ours):
+            return None
+        at = next(
+            (struct.unpack("qq", value) for _, kind, value in extra if kind == _SO_TIMESTAMPNS and len(value) == 16),
+            None,
+        )
+        at_ns = time.time_ns() if at is None else at[0] * 1_000_000_000 + at[1]
+        address = int.from_bytes(socket.inet_pton(self._family.af, source.partition("%")[0]), "big")
+        return Seen(address, answer, sequence, at_ns)

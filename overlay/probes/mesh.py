@@ -1,0 +1,296 @@
+"""Which peer is probed next, and how each one is by what was answered. Pure: time and answers are given.
+
+A visit is one full-size probe of a peer's VTEP: where that is answered everything below it is whole. A peer that does not
+answer is in doubt, and asked by all four kinds, once a second for ROUNDS, before anything is said of it. Peers that came or
+changed are asked first, those in doubt next, the others in turn; in all no more than a budget of packets a second, however
+many there are.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from overlay.probes.verdict import Kind, Outcome, State, Verdict, judge
+
+INTERVAL_S = 10.0
+"""Each peer is visited so often where there are not too many for the budget."""
+ANSWER_S = 2.0
+"""What is not answered after so long is lost."""
+BUDGET, OF_DOUBTS = 20, 12
+"""Packets a second, and how many of them at most are for peers in doubt."""
+ROUNDS = 3
+REMEMBERED = 16
+"""Visits by which loss is known."""
+RTT_UNIT_NS = 20_000
+"""An RTT fits 16 bits: up to 1.3 s."""
+
+
+class Target(NamedTuple):
+    """A peer to be asked. number: of its subnet (records.packed.number)."""
+
+    number: int
+    vtep: int
+    public_ip: int
+    direct: bool
+
+
+class Probe(NamedTuple):
+    """One packet to be sent."""
+
+    target: Target
+    kind: Kind
+
+
+class _Doubt:
+    """A peer that did not answer. rounds: how many were asked; next_s: when again."""
+
+    __slots__ = ("next_s", "outcomes", "rounds", "since_s", "target", "verdict")
+
+    def __init__(self, target: Target, now: float) -> None:
+        self.target, self.since_s, self.next_s = target, now, now
+        self.rounds = 0
+        self.outcomes: dict[Kind, Outcome] = {}
+        self.verdict: Verdict | None = None
+        """Of the last whole look, None before the first."""
+
+
+class Report(NamedTuple):
+    """How one peer is. answered_s, heard_s: seconds since, None: never; rtt_us: of the last answer; loss: of the last
+    visits, 0 to 1, None: not known."""
+
+    verdict: Verdict
+    answered_s: float | None
+    heard_s: float | None
+    rtt_us: int
+    loss: float | None
+
+
+class Known(NamedTuple):
+    """What is known of all peers at a moment. slots: of those that were asked or heard of, by number, places in the others:
+    when each answered and was heard (0: never), its RTT, lost visits as bits, how many there were; verdicts: of those in
+    doubt, None: nothing is said yet."""
+
+    slots: dict[int, int]
+    answered: array[float]
+    heard: array[float]
+    rtt: array[int]
+    lost: array[int]
+    visits: array[int]
+    verdicts: dict[int, Verdict | None]
+
+    def report(self, number: int, now: float) -> Report:
+        """How a peer is."""
+        slot = self.slots.get(number)
+        if slot is None:
+            return Report(Verdict(State.UNTRIED, "not tried yet"), None, None, 0, None)
+        answered, heard, visits = self.answered[slot], self.heard[slot], self.visits[slot]
+        verdict = self.verdicts.get(number)
+        if verdict is None and answered:
+            verdict = Verdict(State.OK, "answers")
+        elif verdict is None:
+            verdict = Verdict(State.UNTRIED, "has not answered yet" if number in self.verdicts else "not tried yet")
+        return Report(
+            verdict,
+            max(0.0, now - answered) if answered else None,
+            max(0.0, now - heard) if heard else None,
+            self.rtt[slot] * RTT_UNIT_NS // 1000,
+            self.lost[slot].bit_count() / visits if visits else None,
+        )
+
+
+class Mesh:
+    """All peers' states, 13 bytes each beside one dict."""
+
+    def __init__(self, port: Callable[[], int]) -> None:
+        """port: the tunnel's, for what is said."""
+        self._port = port
+        self._slots: dict[int, int] = {}
+        self._free: list[int] = []
+        self._answered, self._heard = array("f"), array("f")
+        """When, in seconds of the caller's clock; 0: never."""
+        self._rtt, self._lost, self._visits = array("H"), array("H"), array("B")
+        """The RTT by RTT_UNIT_NS; of the last visits those that were lost, as bits, the last one the lowest."""
+        self._first: dict[int, None] = {}
+        """Peers that came or changed, to be asked first."""
+        self._doubts: dict[int, _Doubt] = {}
+        self._waiting: deque[tuple[float, int, Target, Kind]] = deque()
+        """Probes under way, in the order in which they were sent: when they are lost, their sequence number."""
+        self._sent: dict[int, tuple[Target, Kind, int]] = {}
+        """By sequence number; when, by the wall clock in ns."""
+        self._sequence = 0
+        self.counts = {"sent": 0, "answered": 0, "lost": 0, "refused": 0}
+
+    # --- peers
+
+    def keep(self, is_peer: Callable[[int], bool]) -> None:
+        """Forget those that are no peers any more."""
+        for number in [number for number in (*self._slots, *self._first) if not is_peer(number)]:
+            self.gone(number)
+
+    def came(self, number: int) -> None:
+        """A peer is new, or another: what was known of it says nothing, and it is asked first."""
+        self.gone(number)
+        self._first[number] = None
+
+    def _slot(self, number: int) -> int:
+        """Its place, made where it has none."""
+        slot = self._slots.get(number)
+        if slot is not None:
+            return slot
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot = len(self._rtt)
+            for values in (self._answered, self._heard, self._rtt, self._lost, self._visits):
+                values.append(0)
+        self._answered[slot] = self._heard[slot] = 0.0
+        self._rtt[slot] = self._lost[slot] = self._visits[slot] = 0
+        self._slots[number] = slot
+        return slot
+
+    def gone(self, number: int) -> None:
+        """A peer went."""
+        slot = self._slots.pop(number, None)
+        if slot is not None:
+            self._free.append(slot)
+        self._first.pop(number, None)
+        self._doubts.pop(number, None)
+
+    # --- what is asked
+
+    def first(self, most: int) -> list[int]:
+        """Peers that are to be asked before the others, so many at most."""
+        return [number for number, _ in zip(self._first, range(most), strict=False)]
+
+    def in_doubt(self, number: int) -> bool:
+        """Whether a peer did not answer, and has rounds of its own."""
+        return number in self._doubts
+
+    def doubtful(self, now: float) -> Iterator[Probe]:
+        """The probes of peers in doubt that are due, a whole round of each."""
+        left = OF_DOUBTS
+        for number, doubt in list(self._doubts.items()):
+            if left < len(Kind):
+                return
+            if doubt.next_s > now:
+                continue
+            doubt.rounds += 1
+            doubt.next_s = now + (1.0 if doubt.rounds < ROUNDS else INTERVAL_S)
+            if doubt.rounds > ROUNDS:  # each look stands for itself
+                doubt.outcomes = {}
+            del self._doubts[number]  # to the end: others are asked as well
+            self._doubts[number] = doubt
+            left -= len(Kind)
+            yield from (Probe(doubt.target, kind) for kind in Kind)
+
+    def sent(self, probe: Probe, now: float, now_ns: int) -> int:
+        """A probe is about to be sent; its sequence number."""
+        self._sequence = (self._sequence + 1) & 0xFFFF
+        self._first.pop(probe.target.number, None)
+        self._slot(probe.target.number)
+        self._sent[self._sequence] = (probe.target, probe.kind, now_ns)
+        self._waiting.append((now + ANSWER_S, self._sequence, probe.target, probe.kind))
+        self.counts["sent"] += 1
+        return self._sequence
+
+    # --- what came of it
+
+    def refused(self, sequence: int, reason: str, now: float) -> None:
+        """The kernel did not send it."""
+        found = self._sent.pop(sequence, None)
+        if found is not None:
+            self.counts["refused"] += 1
+            self._missed(found[0], found[1], now, reason)
+
+    def answered(self, sequence: int, source: int, at_ns: int, now: float) -> None:
+        """An answer came."""
+        found = self._sent.get(sequence)
+        if found is None:
+            return
+        target, kind, sent_ns = found
+        if source != (target.vtep if kind.by_tunnel else target.public_ip):
+            return
+        del self._sent[sequence]
+        self.counts["answered"] += 1
+        slot = self._slots.get(target.number)
+        if slot is None:
+            return
+        if kind.by_tunnel:
+            self._answered[slot] = now
+            self._rtt[slot] = min(0xFFFF, max(1, (at_ns - sent_ns) // RTT_UNIT_NS))
+        doubt = self._doubts.get(target.number)
+        if doubt is not None:
+            self._note(doubt, kind, True)
+        if kind is Kind.VTEP_FULL:
+            if doubt is None:
+                self._visited(slot, lost=False)
+            elif doubt.verdict is not None:  # loss is that of a peer that answers
+                self._lost[slot] = self._visits[slot] = 0
+            self._doubts.pop(target.number, None)
+
+    def heard(self, number: int, now: float) -> None:
+        """A peer asked us through the tunnel."""
+        self._heard[self._slot(number)] = now
+
+    def expire(self, now: float) -> None:
+        """What was not answered in time is lost; a look that is whole is judged."""
+        while self._waiting and self._waiting[0][0] <= now:
+            _, sequence, target, kind = self._waiting.popleft()
+            found = self._sent.get(sequence)
+            if found is not None and found[0] == target and found[1] == kind:
+                del self._sent[sequence]
+                self.counts["lost"] += 1
+                self._missed(target, kind, now, "")
+
+    def _missed(self, target: Target, kind: Kind, now: float, refused: str) -> None:
+        slot = self._slots.get(target.number)
+        if slot is None:
+            return
+        doubt = self._doubts.get(target.number)
+        if doubt is None:
+            if kind is not Kind.VTEP_FULL:
+                return
+            doubt = self._doubts[target.number] = _Doubt(target, now)
+            self._visited(slot, lost=True)
+            return
+        self._note(doubt, kind, False, refused)
+        if doubt.rounds >= ROUNDS and kind is Kind.VTEP_FULL:
+            heard = self._heard[slot] > doubt.since_s
+            doubt.verdict = judge(doubt.outcomes, self._port(), doubt.target.direct, heard)
+
+    @staticmethod
+    def _note(doubt: _Doubt, kind: Kind, answered: bool, refused: str = "") -> None:
+        sent, count, before = doubt.outcomes.get(kind, Outcome(0, 0))
+        doubt.outcomes[kind] = Outcome(sent + 1, count + answered, refused or before)
+
+    def _visited(self, slot: int, lost: bool) -> None:
+        self._lost[slot] = (self._lost[slot] << 1 | lost) & 0xFFFF
+        self._visits[slot] = min(REMEMBERED, self._visits[slot] + 1)
+
+    # --- what is known
+
+    def known(self) -> Known:
+        """All of it, for another thread."""
+        verdicts = {number: doubt.verdict for number, doubt in self._doubts.items()}
+        slots = dict(self._slots)
+        return Known(slots, self._answered[:], self._heard[:], self._rtt[:], self._lost[:], self._visits[:], verdicts)
+
+    def lossy(self, least: float, visits: int) -> Iterator[tuple[int, float]]:
+        """The peers that answer, but lost so much of their last visits, of which there were so many; their numbers."""
+        for number, slot in self._slots.items():
+            count = self._visits[slot]
+            if (
+                count >= visits
+                and number not in self._doubts
+                and (lost := self._lost[slot].bit_count() / count) >= least
+            ):
+                yield number, lost
+
+    def wrong(self) -> Iterator[tuple[Target, Verdict, float]]:
+        """The peers of which something is wrong, with what, and since when they did not answer."""
+        for doubt in self._doubts.values():
+            if doubt.verdict is not None and doubt.verdict.state not in (State.OK, State.UNTRIED):
+                yield doubt.target, doubt.verdict, doubt.since_s

@@ -1,0 +1,144 @@
+"""What it means which probes of a peer are answered: one line, and what to do. Pure.
+
+Four probes separate the causes (measured, docs/diagnosis.md): pings of a peer's underlay address and of its VTEP (the first
+address of its subnet, through the tunnel), each small and of full size with don't fragment. The peer's kernel answers, so
+that peers that run flannel do as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Kind(IntEnum):
+    """A probe: where to, and of which size."""
+
+    UNDERLAY = 0
+    UNDERLAY_FULL = 1
+    VTEP = 2
+    VTEP_FULL = 3
+
+    @property
+    def full(self) -> bool:
+        """Whether it is of the largest size that the interface takes."""
+        return self in (Kind.UNDERLAY_FULL, Kind.VTEP_FULL)
+
+    @property
+    def by_tunnel(self) -> bool:
+        """Whether it goes to the VTEP."""
+        return self >= Kind.VTEP
+
+
+WORDS = {
+    Kind.UNDERLAY: "underlay",
+    Kind.UNDERLAY_FULL: "underlay, full size",
+    Kind.VTEP: "VTEP",
+    Kind.VTEP_FULL: "VTEP, full size",
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a kind of probe. answered: of `sent`; refused: the kernel's word where it did not even send one, ""
+    else."""
+
+    sent: int
+    answered: int
+    refused: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether any was answered."""
+        return self.answered > 0
+
+
+class State(IntEnum):
+    """How a peer is. UNTRIED: not known yet."""
+
+    UNTRIED = 0
+    OK = 1
+    PATH_MTU = 2
+    UNREACHABLE = 3
+    REFUSED = 4
+
+
+class Verdict(NamedTuple):
+    """state; text: what was found, for the operator; remedy: what to do, "" where nothing."""
+
+    state: State
+    text: str
+    remedy: str = ""
+
+
+def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool) -> Verdict:
+    """What the outcomes mean. port: the tunnel's UDP port; direct: the peer is reached without the tunnel; heard: it asked
+    us in the meantime, so that the way from it is whole. A kind that is missing was not tried."""
+    small, full = outcomes.get(Kind.VTEP), outcomes.get(Kind.VTEP_FULL)
+    under, under_full = outcomes.get(Kind.UNDERLAY), outcomes.get(Kind.UNDERLAY_FULL)
+    tried = [each for each in (small, full) if each is not None]
+    if not tried:
+        return Verdict(State.UNTRIED, "not tried yet")
+    if full is not None and full.ok:
+        return Verdict(State.OK, "answers")
+    if small is not None and small.ok:
+        return _small_alone(full, under_full)
+    if refused := next((each.refused for each in tried if each.refused), ""):
+        return Verdict(
+            State.REFUSED,
+            f"this node's kernel does not send there: {refused}",
+            "look at the other problems of this node: routing rules, routes and filters of others",
+        )
+    if under is None:
+        return Verdict(State.UNREACHABLE, "its VTEP does not answer")
+    if not under.ok:
+        why = f": {under.refused}" if under.refused else ""
+        return Verdict(
+            State.UNREACHABLE,
+            f"neither its underlay address nor its VTEP answers{why}",
+            "is that node up, and its link? A filter on the way may drop both",
+        )
+    return _tunnel_silent(port, direct, heard)
+
+
+def _small_alone(full: Outcome | None, under_full: Outcome | None) -> Verdict:
+    if full is None:
+        return Verdict(State.OK, "answers small packets; full-size ones were not tried")
+    if full.refused:
+        return Verdict(
+            State.PATH_MTU,
+            f"full-size packets are not sent: {full.refused}",
+            "the tunnel's device and the route to that peer disagree about the MTU: ip route get its VTEP",
+        )
+    cause = (
+        "the path's MTU is below the underlay interface's"
+        if under_full is not None and not under_full.ok
+        else "something on the way drops large packets of the tunnel"
+    )
+    return Verdict(
+        State.PATH_MTU,
+        f"small packets pass, full-size ones are lost: {cause}",
+        "set Backend.MTU in the network config to what passes, or mend the link",
+    )
+
+
+def _tunnel_silent(port: int, direct: bool, heard: bool) -> Verdict:
+    if direct:
+        return Verdict(
+            State.UNREACHABLE,
+            "its underlay address answers, its pods' network by the direct route does not",
+            "does that node forward, and let packets from this node's subnet in (its guard, rp_filter)?",
+        )
+    if heard:
+        return Verdict(
+            State.UNREACHABLE,
+            "its underlay address answers, its VTEP does not, though packets from it come: the way there is broken, not the"
+            " way back",
+            f"UDP {port} from this node to that one is filtered, or that node does not take our frames: look at its status",
+        )
+    return Verdict(
+        State.UNREACHABLE,
+        f"its underlay address answers, its VTEP does not: UDP {port} is filtered on the way, or that node's device does not"
+        " take our packets",
+        f"let UDP {port} pass in both directions; on that node: overlay status, ip -d link show type vxlan",
+    )

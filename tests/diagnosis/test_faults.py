@@ -1,0 +1,231 @@
+"""Faults planted one at a time in a lab of three nodes with pods: what status and check say of each, on both ends and nowhere
+else, and that it is over when the fault is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+
+from overlay.lab import netns
+from tests.support.wait import until
+
+
+class Fault(NamedTuple):
+    """plant, mend: commands on a node ("underlay": beside them all). said: words of problems by node, in a regular
+    expression each; the nodes that are not named say nothing new. check: words of node1's check of node2's pod, "" where that
+    answers; beside: problems that may be said as well."""
+
+    plant: tuple[tuple[str, str], ...]
+    mend: tuple[tuple[str, str], ...]
+    said: dict[str, dict[str, str]]
+    check: str
+    beside: frozenset[str] = frozenset()
+
+
+DROP = (
+    "nft add table ip planted; nft add chain ip planted in '{ type filter hook input priority 0; }';"
+    " nft add chain ip planted out '{ type filter hook output priority 0; }';"
+    " nft add rule ip planted in udp dport 8472 drop; nft add rule ip planted out udp dport 8472 drop"
+)
+FORWARD = (
+    "nft add table ip planted; nft add chain ip planted onward '{ type filter hook forward priority 0; }';"
+    " nft add rule ip planted onward ip daddr 10.244.0.0/16 drop"
+)
+MASQUERADE = (
+    "nft add table ip planted; nft add chain ip planted post '{ type nat hook postrouting priority 50; }';"
+    " nft add rule ip planted post oifname flannel.1 masquerade"
+)
+GONE = "nft delete table ip planted"
+SILENT = r"its underlay address answers, its VTEP does not.*UDP 8472"
+
+FAULTS = {
+    "UDP 8472 dropped on a node": Fault(
+        (("node1", DROP),),
+        (("node1", GONE),),
+        {
+            "node1": {"unreachable": rf"all 2 peers: {SILENT}", "foreign rules": "drops the tunnel"},
+            "node2": {"unreachable": rf"node1 192.168.1.2: {SILENT}"},
+            "node3": {"unreachable": rf"node1 192.168.1.2: {SILENT}"},
+        },
+        SILENT,
+    ),
+    "path MTU below the interface's": Fault(
+        (("underlay", "ip link set {to_node2} mtu 1400"),),
+        (("underlay", "ip link set {to_node2} mtu 1500"),),
+        {
+            "node1": {"path mtu": "node2 192.168.1.3: small packets pass, full-size ones are lost"},
+            "node2": {"path mtu": "all 2 peers: small packets pass"},
+            "node3": {"path mtu": "node2 192.168.1.3: small packets pass"},
+        },
+        "full-size ones are lost.*the largest that pass have 13",
+    ),
+    "an ip rule with a blackhole in another table": Fault(
+        (("node1", "ip route add blackhole 10.244.0.0/16 table 52; ip rule add pref 5270 lookup 52"),),
+        (("node1", "ip rule del pref 5270; ip route flush table 52"),),
+        {
+            "node1": {"ways": "blackhole 10.244.0.0/16 of table 52.*ip rule 5270", "unreachable": "all 2 peers: this node's"},
+            "node2": {"unreachable": "node1 192.168.1.2"},
+            "node3": {"unreachable": "node1 192.168.1.2"},
+        },
+        "this node's own kernel.*blackhole 10.244.0.0/16 of table 52",
+    ),
+    "a drop rule in somebody's forward chain": Fault(
+        (("node2", FORWARD),),
+        (("node2", GONE),),
+        {"node2": {"foreign rules": "planted onward drops"}},
+        "the tunnel to node2 is whole.*a filter",
+    ),
+    "the route of the pods removed": Fault(
+        (("node2", "ip route del {subnet2} dev cni0"),),
+        (("node2", "ip route add {subnet2} dev cni0 proto kernel scope link src {gateway2}"),),
+        {"node2": {"routes": "no route leads .* to cni0"}},
+        "the tunnel to node2 is whole",
+        frozenset({"ways"}),
+    ),
+    "masquerade of others on what leaves by the tunnel": Fault(
+        (("node1", MASQUERADE),),
+        (("node1", GONE),),
+        {"node1": {"foreign masquerade": "planted post"}},
+        "",
+    ),
+    "no carrier on the underlay": Fault(
+        (("underlay", "ip link set {to_node1} down"),),
+        (("underlay", "ip link set {to_node1} up"),),
+        {
+            "node1": {"carrier": "eth0, which carries the tunnel, has no carrier"},
+            "node2": {"unreachable": "node1 192.168.1.2: neither its underlay address nor its VTEP answers"},
+            "node3": {"unreachable": "node1 192.168.1.2: neither"},
+        },
+        "neither its underlay address nor its VTEP answers|own kernel",
+        frozenset({"store", "ways", "waiting"}),
+    ),
+    "a node that is down": Fault(
+        (("node2", "ip link set eth0 down"),),
+        (("node2", "ip link set eth0 up"),),
+        {
+            "node2": {"carrier": "eth0, which carries the tunnel, is down"},
+            "node1": {"unreachable": "node2 192.168.1.3: neither its underlay address nor its VTEP answers"},
+            "node3": {"unreachable": "node2 192.168.1.3: neither"},
+        },
+        "neither its underlay address nor its VTEP answers.*is that node up",
+        frozenset({"store", "ways", "waiting"}),
+    ),
+    "a wrong VTEP on the far side": Fault(
+        (("node2", ("nft add table netdev planted; nft add chain netdev planted in"
+          " '{ type filter hook ingress device eth0 priority 0; }'; nft add rule netdev planted in udp dport 8472 ip saddr 192.168.1.2 drop")),),
+        (("node2", "nft delete table netdev planted"),),
+        {
+            "node1": {"unreachable": f"node2 192.168.1.3: {SILENT}|the way there is broken"},
+            "node2": {"unreachable": f"node1 192.168.1.2: {SILENT}"},
+        },
+        "VTEP does not",
+    ),
+}  # fmt: skip
+
+
+def check(world: Any, agent: Any, *words: str) -> dict[str, Any]:
+    """`overlay check` on an agent's node, as JSON."""
+    command = (sys.executable, "-m", "overlay.cli.app", "check", "--run-dir", str(agent.run_dir), "--json", *words)
+    done = subprocess.run(
+        ["nsenter", f"--net={netns.path(world.namespace(agent.node))}", *command],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
+    every = found if isinstance(found, list) else [found]
+    assert done.returncode == (0 if all(each["state"] == "ok" for each in every) else 1)
+    return found
+
+
+def is_well(agents: list[Any]) -> bool:
+    """Everybody answers everybody, and nobody says anything."""
+    for agent in agents:
+        status = agent.status()
+        assert {peer["state"] for peer in status["reachability"]} == {"ok"}, (agent.node, status["reachability"])
+        assert len(status["reachability"]) == len(agents) - 1
+        assert status["problems"] == [], (agent.node, status["problems"])
+    return True
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, name):
+    import re
+
+    fault, agents = FAULTS[name], world.nodes(3)
+    pods = [world.pod(agent, "a") for agent in agents]
+    until("all is well before", lambda: is_well(agents), 30)
+    assert check(world, agents[0], pods[1].address)["state"] == "ok"
+    subnet = str(agents[1].subnet())
+    words = {
+        "subnet2": subnet, "gateway2": subnet.replace("0/24", "1"),
+        **{f"to_{agent.node}": port_of(world, agent.node) for agent in agents},
+    }  # fmt: skip
+    for node, command in fault.plant:
+        world.run(node, "sh", "-c", command.format(**words) if "{ type" not in command else command)
+
+    def said() -> bool:
+        for agent in agents:
+            problems, wanted = agent.problems(), fault.said.get(agent.node, {})
+            for subject, expected in wanted.items():
+                assert re.search(expected, problems.get(subject, "")), (agent.node, subject, problems)
+            beside = problems.keys() - wanted.keys() - fault.beside
+            assert not beside, (agent.node, problems)
+        return True
+
+    until("it is said", said, 45)
+    found = check(world, agents[0], pods[1].address)
+    if fault.check:
+        assert found["state"] != "ok"
+        assert re.search(fault.check, f"{found['verdict']}; {found['remedy']}"), found
+    else:
+        assert found["state"] == "ok"
+    if "node3" not in fault.said and "node1" not in fault.said:
+        assert check(world, agents[0], pods[2].address)["state"] == "ok", "nobody else is accused"
+    for node, command in fault.mend:
+        world.run(node, "sh", "-c", command.format(**words))
+    until("all is well again", lambda: is_well(agents), 60)
+
+
+def port_of(world: Any, node: str) -> str:
+    """The underlay's port to a node's eth0."""
+    link = json.loads(world.run(node, "ip", "-j", "link", "show", "eth0"))[0]
+    listed = json.loads(world.run("underlay", "ip", "-j", "link"))
+    return next(each["ifname"] for each in listed if each["ifindex"] == link["link_index"])
+
+
+def test_forwarding_that_is_switched_off_on_the_pods_bridge_is_put_back(world):
+    agents = world.nodes(2)
+    pods = [world.pod(agent, "a") for agent in agents]
+    until("all is well before", lambda: is_well(agents), 30)
+    world.run("node2", "sysctl", "-qw", "net.ipv4.conf.cni0.forwarding=0")
+    until("it is put back", lambda: agents[1].status()["counters"]["mended_sysctl"], 20)
+    assert "cni0" in str(agents[1].events("sysctl.mended"))
+    assert check(world, agents[0], pods[1].address)["state"] == "ok"
+
+
+def test_a_healthy_lab_says_nothing_and_check_agrees(world):
+    agents = world.nodes(2)
+    pods = [world.pod(agent, "a") for agent in agents]
+    until("all is well", lambda: is_well(agents), 30)
+    every = check(world, agents[0])
+    assert [each["state"] for each in every] == ["ok"]
+    for target in (pods[1].address, "node2", "192.168.1.3", str(agents[1].subnet())):
+        found = check(world, agents[0], target)
+        assert (found["state"], found["peer"]["node_name"]) == ("ok", "node2"), target
+        assert all(probe["answered"] == probe["sent"] for probe in found["probes"])
+    assert check(world, agents[0], pods[0].address)["state"] == "ok", "one of its own"
+
+
+def test_what_cannot_be_checked_is_said(world):
+    (one,) = world.nodes(1)
+    command = (sys.executable, "-m", "overlay.cli.app", "check", "--run-dir", str(one.run_dir))
+    for target, words in (
+        ("nobody", "no peer has that name"), ("10.99.0.1", "outside of Network"), ("10.244.254.9", "no node holds it"),
+    ):  # fmt: skip
+        done = subprocess.run([*command, target], capture_output=True, text=True, check=False)
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
