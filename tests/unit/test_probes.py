@@ -1,0 +1,281 @@
+"""Which peers are asked when, and what is said of them, with a clock that is a number and a network that is a function."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from lease.families import V4, V6
+from lease.model import ip_number, prefix
+from lease.records.packed import number, pack
+from overlay.probes import echo
+from overlay.probes.controller import PeerOfPath, ProbesController
+from overlay.probes.mesh import ANSWER_S, BUDGET, INTERVAL_S, OF_DOUBTS
+from overlay.probes.verdict import Kind, Outcome, State, judge
+from tests.support.make import lease
+
+OK, LOST = Outcome(3, 3), Outcome(3, 0)
+Answers = Callable[[int, int], bool]
+"""Whether an address answers a probe with so many bytes of data."""
+
+
+class Network:
+    """In place of a raw socket: answers at once, or never."""
+
+    def __init__(self, answers: Answers) -> None:
+        self.answers, self.sent, self._came = answers, [], []
+        self.refuses = 0
+
+    def send(self, address: int, sequence: int, size: int) -> int:
+        self.sent.append((address, size))
+        if self.refuses:
+            return self.refuses
+        if self.answers(address, size):
+            self._came.append(echo.Seen(address, True, sequence, 10**18))
+        return 0
+
+    def asks(self, address: int) -> None:
+        self._came.append(echo.Seen(address, False, 1, 0))
+
+    def seen(self, most: int):
+        came, self._came = self._came[:most], self._came[most:]
+        return iter(came)
+
+    def close(self) -> None:
+        pass
+
+
+class Probed:
+    """A controller, its peers and their network."""
+
+    def __init__(self, bench, count: int, answers: Answers = lambda _address, _size: True) -> None:
+        self.bench, self.network = bench, Network(answers)
+        bench.current.set(synced=True)
+        self.peers: dict[int, PeerOfPath] = {}
+        self.controller = ProbesController(
+            V4, bench.health, bench.clock, self.some, self.peers.get, lambda *_: self.network
+        )
+        self.leases = {}
+        for place in range(count):
+            self.join(place)
+        self.controller.load({each: pack(one) for each, one in self.leases.items()}.values())
+
+    def join(self, place: int, tell: bool = False) -> PeerOfPath:
+        one = lease(
+            f"10.{64 + (place >> 8)}.{place & 255}.0/24", f"192.{168 + (place >> 16)}.{place >> 8 & 255}.{place & 255}"
+        )
+        end = one.first
+        self.leases[number(end.subnet)] = one
+        peer = self.peers[number(end.subnet)] = PeerOfPath(end.subnet, end.public_ip, False, f"n{place}")
+        if tell:
+            self.controller.peer_changed(None, one)
+        return peer
+
+    def some(self, place: int, count: int) -> list[PeerOfPath]:
+        return list(self.peers.values())[place : place + count]
+
+    def run(self, seconds: float) -> list[int]:
+        """Tick by tick; how many packets were sent in each."""
+        sent = []
+        for _ in range(round(seconds)):
+            before = len(self.network.sent)
+            self.bench.reconcile(self.controller)
+            sent.append(len(self.network.sent) - before)
+            self.bench.clock.now += 1.0
+        return sent
+
+    def states(self) -> Counter[str]:
+        return Counter(each["state"] for each in self.controller.status()["reachability"].json())
+
+
+@pytest.fixture(autouse=True)
+def _time(bench):
+    bench.clock.now = 5000.0
+
+
+def test_all_are_asked_in_an_interval_where_they_are_few(bench):
+    it = Probed(bench, 50)
+    sent = it.run(INTERVAL_S)
+    assert it.states() == {"ok": 50}
+    assert sum(it.run(INTERVAL_S)) == pytest.approx(50, abs=2), "one packet each, while they answer"
+    assert max(sent) <= BUDGET
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_budget_is_the_same_at_any_size(bench, answers):
+    it = Probed(bench, 20000, lambda _address, _size: answers)
+    sent = it.run(60)
+    assert max(sent) <= BUDGET
+    assert min(sent) >= BUDGET - 4
+    asked = Counter(address for address, _ in it.network.sent)
+    if answers:
+        assert max(asked.values()) == 1, "none twice before the others"
+    else:
+        assert len(asked) > 60 * (BUDGET - OF_DOUBTS), "others are asked beside those in doubt"
+
+
+def test_who_comes_is_asked_first(bench):
+    it = Probed(bench, 20000)
+    it.run(3)
+    new = it.join(30000, tell=True)
+    it.run(1)
+    assert new.subnet.base in {address for address, _ in it.network.sent[-BUDGET:]}
+
+
+def test_who_does_not_answer_is_said_in_two_intervals_and_nobody_else(bench):
+    silent = lambda: it.peers[number(prefix("10.64.3.0/24"))]  # noqa: E731
+    it = Probed(bench, 20)
+    it.run(2 * INTERVAL_S)
+    assert bench.problems() == {}
+    it.network.answers = lambda address, _size: address != silent().subnet.base
+    it.run(2 * INTERVAL_S)
+    assert list(bench.problems()) == ["unreachable"]
+    text = bench.problems()["unreachable"]
+    assert text.startswith("n3 192.168.0.3: its underlay address answers, its VTEP does not: UDP 8472")
+    assert bench.health.problems()["unreachable"].harmless
+    assert it.states() == {"ok": 19, "unreachable": 1}
+    it.network.answers = lambda _address, _size: True
+    it.run(INTERVAL_S + ANSWER_S + 1)
+    assert bench.problems() == {}
+    assert it.states() == {"ok": 20}
+
+
+def test_one_lost_probe_is_no_news(bench):
+    it = Probed(bench, 4)
+    it.run(2 * INTERVAL_S)
+    it.network.answers = lambda _address, _size: False
+    it.run(2)
+    it.network.answers = lambda _address, _size: True
+    it.run(3 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.controller.counters()["probes_lost"] > 0
+
+
+def test_small_packets_alone_are_a_path_mtu(bench):
+    it = Probed(bench, 3, lambda _address, size: size < 1380)
+    it.run(2 * INTERVAL_S)
+    assert bench.problems()["path mtu"].startswith("all 3 peers: small packets pass, full-size ones are lost")
+    assert it.states() == {"path_mtu": 3}
+
+
+def test_a_kernel_that_does_not_send_is_this_nodes_own(bench):
+    it = Probed(bench, 3)
+    it.run(INTERVAL_S)
+    it.network.refuses = 22
+    it.run(2 * INTERVAL_S)
+    assert "this node's kernel does not send there: Invalid argument" in bench.problems()["unreachable"]
+    assert it.controller.counters()["probes_refused"] > 0
+
+
+def test_much_loss_is_said(bench):
+    it = Probed(bench, 3)
+    turns = Counter()
+
+    def answers(address: int, size: int) -> bool:
+        if address != prefix("10.64.1.0/24").base or size < 1000:
+            return True
+        turns[address] += 1
+        return turns[address] % 2 == 0
+
+    it.network.answers = answers
+    it.run(40 * INTERVAL_S)
+    assert "n1 192.168.0.1 (" in bench.problems()["loss"]
+    assert it.states() == {"ok": 3}
+    it.network.answers = lambda _address, _size: True
+    it.run(30 * INTERVAL_S)
+    assert bench.problems() == {}
+
+
+def test_who_asks_us_is_heard(bench):
+    it = Probed(bench, 2, lambda address, _size: address == prefix("10.64.1.0/24").base)
+    it.run(1)
+    for _ in range(30):
+        it.network.asks(prefix("10.64.0.0/24").base)
+        it.network.asks(prefix("10.99.0.0/24").base)  # nobody's
+        it.network.answers = lambda address, _size: address != prefix("10.64.0.0/24").base
+        it.run(1)
+    assert "the way there is broken, not the way back" in bench.problems()["unreachable"]
+    (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.0/24")
+    assert heard["heard_age_s"] <= 2
+    assert heard["answered_age_s"] is None
+
+
+def test_nothing_is_said_of_peers_while_our_own_side_is_not_whole(bench):
+    it = Probed(bench, 3)
+    it.run(2)
+    under = bench.current.inputs.underlays[4]
+    bench.current.set(underlays={4: under._replace(carrier=False)})
+    waits = it.controller.wants(bench.current.inputs)
+    assert "a link" in waits.reason
+    bench.current.set(underlays={4: under}, settings=bench.settings._replace(probes=False))
+    assert it.controller.wants(bench.current.inputs) is None
+    list(it.controller.withdraw())
+    assert it.controller.due() is None
+
+
+def test_peers_that_go_are_forgotten(bench):
+    it = Probed(bench, 5, lambda _address, _size: False)
+    it.run(2 * INTERVAL_S)
+    assert "all 5 peers" in bench.problems()["unreachable"]
+    for each, one in list(it.leases.items()):
+        del it.peers[each], it.leases[each]
+        it.controller.peer_changed(one, None)
+    it.controller.load({}.values())
+    it.run(3)
+    assert bench.problems() == {}
+    assert len(it.controller.mesh.known().slots) == 0
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "state", "words"),
+    [
+        ({}, State.UNTRIED, "not tried"),
+        ({Kind.VTEP_FULL: OK}, State.OK, "answers"),
+        ({Kind.VTEP_FULL: OK, Kind.UNDERLAY: LOST}, State.OK, "answers"),
+        (
+            {Kind.VTEP: OK, Kind.VTEP_FULL: LOST, Kind.UNDERLAY: OK, Kind.UNDERLAY_FULL: LOST},
+            State.PATH_MTU,
+            "path's MTU",
+        ),
+        (
+            {Kind.VTEP: OK, Kind.VTEP_FULL: LOST, Kind.UNDERLAY: OK, Kind.UNDERLAY_FULL: OK},
+            State.PATH_MTU,
+            "of the tunnel",
+        ),
+        ({Kind.VTEP: LOST, Kind.VTEP_FULL: LOST, Kind.UNDERLAY: LOST}, State.UNREACHABLE, "neither"),
+        ({Kind.VTEP: LOST, Kind.VTEP_FULL: LOST, Kind.UNDERLAY: OK}, State.UNREACHABLE, "UDP 8472"),
+        ({Kind.VTEP: Outcome(3, 0, "no route"), Kind.VTEP_FULL: LOST, Kind.UNDERLAY: OK}, State.REFUSED, "no route"),
+        ({Kind.VTEP: OK, Kind.VTEP_FULL: Outcome(3, 0, "Message too long")}, State.PATH_MTU, "too long"),
+    ],
+)
+def test_what_it_means(outcomes, state, words):
+    found = judge(outcomes, 8472, direct=False, heard=False)
+    assert (found.state, words in found.text) == (state, True), found
+    assert bool(found.remedy) == (state not in (State.OK, State.UNTRIED))
+
+
+@pytest.mark.parametrize("size", [8, 56, 57, 1422])
+def test_a_request_is_as_rfc_792_says(size):
+    made = echo.request(V4, 0x1234, 7, b"8 bytes.", size)
+    assert struct.unpack("!BBxxHH", made[:8]) == (8, 0, 0x1234, 7)
+    assert len(made) == 8 + size
+    assert echo.checksum(made) == 0
+    assert echo.data_of(V4, 1450) == 1422
+    assert echo.data_of(V6, 1430) == 1382
+
+
+def test_answers_of_loopback_are_recognised_in_both_families(closing):
+    for family, address in ((V4, "127.0.0.1"), (V6, "::1")):
+        one, other = closing(echo.EchoSocket(family)), closing(echo.EchoSocket(family))
+        target = ip_number(address, family.number)
+        assert [one.send(target, sequence, 1000) for sequence in (1, 2)] == [0, 0]
+        found: list[echo.Seen] = []
+        for _ in range(200):
+            found += one.seen(10)
+            if len(found) == 2:
+                break
+        assert [(each.source, each.answer, each.sequence) for each in found] == [(target, True, 1), (target, True, 2)]
+        assert list(other.seen(10)) == [], "somebody else's"
