@@ -157,6 +157,14 @@ def _network(page: _Page, status: Status, outside: Outside) -> None:
         ("retained_subnets", "Subnets lost, on which pods of this node still run."),
     ):
         page.one(f"overlay_{name}", "gauge", text, len(found.get(name, ())))
+    states = found.get("reachability")
+    if states is not None:
+        page.add(
+            "overlay_peers_reachable",
+            "gauge",
+            "Peers by what their probes say.",
+            [({"state": state}, count) for state, count in states.counts().items()],
+        )
     differing = found.get("differing_entries", 0)
     page.one("overlay_differing_entries", "gauge", "Kernel entries that are not as they should be.", differing)
     network = (found.get("network") or {}).get("subnets", {}).get("ipv4")
@@ -191,6 +199,12 @@ def _work(page: _Page, status: Status, outside: Outside) -> None:
         "counter",
         "What others changed or removed, put back.",
         [({"kind": kind}, counters.get(f"mended_{kind}", 0)) for kind in _MENDED],
+    )
+    page.add(
+        "overlay_probes_total",
+        "counter",
+        "Probes of peers, by what became of them; refused: this node's kernel did not send it.",
+        [({"result": result}, counters.get(f"probes_{result}", 0)) for result in ("answered", "lost", "refused")],
     )
     page.add(
         "overlay_dropped_packets_total",

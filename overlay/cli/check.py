@@ -15,7 +15,7 @@ from rich.text import Text
 from lease.families import V4, Family
 from lease.model import ip_number, ip_text, prefix
 from overlay.cli import terminal
-from overlay.cli.status import ask
+from overlay.cli.status import ask, rtt_text
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
@@ -297,8 +297,8 @@ def _show(console: Console, found: dict[str, Any], result: dict[str, Any]) -> No
     for probe in result["probes"]:
         ok = probe["answered"] > 0
         answered = f"{probe['answered']} of {probe['sent']}" if not probe["refused"] else probe["refused"]
-        rtt = "" if probe["rtt_us"] is None else f"{probe['rtt_us'] / 1000:.2f} ms"
-        table.add_row(probe["name"], probe["address"], answered if ok else Text(answered, style="red"), rtt)
+        shown = answered if ok else Text(answered, style="red")
+        table.add_row(probe["name"], probe["address"], shown, rtt_text(probe["rtt_us"]))
     console.print(table)
     for line in result["look_ups"]:
         console.print(Text(f"look-up: {line}", style="red"))
@@ -323,7 +323,7 @@ def _show_all(console: Console, found: dict[str, Any], results: list[dict[str, A
     )
     for result in results:
         peer, vtep = result["peer"], result["probes"][Kind.VTEP_FULL]
-        rtt = "" if vtep["rtt_us"] is None else f"{vtep['rtt_us'] / 1000:.2f} ms"
+        rtt = rtt_text(vtep["rtt_us"])
         why = "" if result["state"] == "ok" else f"{result['verdict']}; {result['remedy']}"
         style = "" if result["state"] == "ok" else "red"
         table.add_row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,27 +82,65 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     """As tables. Others wrote some of the words: they are data (Text), never read as markup."""
     console.print(_node(console, found))
     peers = found["peers"]
-    columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "missing")
+    reach = {each["subnet"]: each for each in found.get("reachability", ())}
+    columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "answers", "rtt", "missing")
     table = terminal.table(
         console,
         *(column.replace("_", " ") for column in columns),
         title=f"{len(peers)} peer{'' if len(peers) == 1 else 's'}",
     )
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
-        words = {**peer, "missing": ", ".join(peer["missing"])}
-        table.add_row(*(Text(words[column]) for column in columns), style="" if peer["ok"] else "red")
+        known = reach.get(peer["subnet"], _UNTRIED)
+        words = {
+            **peer,
+            "missing": ", ".join(peer["missing"]),
+            "answers": _answers(known),
+            "rtt": rtt_text(known["rtt_us"]),
+        }
+        well = peer["ok"] and known["state"] in ("ok", "untried")
+        table.add_row(*(Text(words[column]) for column in columns), style="" if well else "red")
     if peers:
         console.print(table)
     if len(peers) > PEERS_SHOWN and not all_peers:
         console.print(f"... and {len(peers) - PEERS_SHOWN} more: --all")
     wrong = list(differences(found))
     if not wrong:
-        console.print("all that the agent manages is as it should be")
+        console.print(f"all that the agent manages is as it should be; {tried(found)}")
         return
     table = terminal.table(console, "what", "why", title="not as it should be", style="red")
     for what, why in wrong:
         table.add_row(Text(what), Text(why))
     console.print(table)
+
+
+_UNTRIED = {"state": "untried", "answered_age_s": None, "rtt_us": None}
+
+
+def _answers(known: dict[str, Any]) -> str:
+    age = known["answered_age_s"]
+    if known["state"] == "ok":
+        return f"{age:.0f} s ago"
+    if known["state"] == "untried":
+        return "not tried"
+    return {"path_mtu": "small only"}.get(known["state"], "no")
+
+
+def rtt_text(rtt_us: int | None) -> str:
+    """In milliseconds; "" where there is none."""
+    return "" if rtt_us is None else f"{rtt_us / 1000:.2f} ms"
+
+
+def tried(found: dict[str, Any]) -> str:
+    """What is known of the peers themselves: nothing is called well that was not tried."""
+    count = len(found["peers"])
+    if not count:
+        return "there is no peer"
+    states = Counter(each["state"] for each in found.get("reachability", ()))
+    if not states:
+        return "whether peers answer is not asked (--probes=false)"
+    untried = states["untried"] + count - states.total()
+    words = f"{states['ok']} of {count} peers answer through the tunnel or directly"
+    return words if not untried else f"{words}, {untried} were not asked yet"
 
 
 def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

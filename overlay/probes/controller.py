@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from overlay.control.inputs import Inputs
 from overlay.probes.echo import SMALL, EchoSocket, data_of
 from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Target
 from overlay.probes.verdict import Kind, State
+from overlay.process.log import log
 
 TICK_S = 1.0
 MOST_READ = 256
@@ -79,6 +81,8 @@ class ProbesController(Controller):
         self._next, self._last = 0.0, 0.0
         self._asking = False
         self._loss_at, self._lossy = 0.0, ""
+        self._told: dict[int, Target] = {}
+        """Peers that were logged as wrong."""
 
     # --- who the peers are (peers.datapath.PeerWatcher)
 
@@ -183,6 +187,7 @@ class ProbesController(Controller):
     def withdraw(self) -> Iterator[str]:
         """Ask nobody any more."""
         self._close()
+        self._told.clear()
         for subject in self.reports:
             self._health.solved(subject)
         return iter(())
@@ -200,9 +205,29 @@ class ProbesController(Controller):
         for target, verdict, _ in self.mesh.wrong():
             by_state.setdefault(verdict.state, []).append((target, verdict.text, verdict.remedy))
         lost = [*by_state.get(State.REFUSED, ()), *by_state.get(State.UNREACHABLE, ())]
-        self._health.report("unreachable", self._text(lost), harmless=True)
-        self._health.report("path mtu", self._text(by_state.get(State.PATH_MTU, [])), harmless=True)
-        self._health.report("loss", self._loss(), harmless=True)
+        # logged by peer: the lines of these problems change with each
+        self._health.note("unreachable", self._text(lost), harmless=True)
+        self._health.note("path mtu", self._text(by_state.get(State.PATH_MTU, [])), harmless=True)
+        self._health.note("loss", self._loss(), harmless=True)
+        self._log({target.number: (target, text) for those in by_state.values() for target, text, _ in those})
+
+    def _log(self, wrong: Mapping[int, tuple[Target, str]]) -> None:
+        for there in self._told.keys() - wrong.keys():
+            target = self._told.pop(there)
+            if self._peer_of(there) is not None:
+                log.info("peer.answers", **self._words(target))
+        for there in wrong.keys() - self._told.keys():
+            target, text = wrong[there]
+            self._told[there] = target
+            log.warning("peer.unreachable", **self._words(target), reason=text)
+
+    def _words(self, target: Target) -> dict[str, str]:
+        peer, family = self._peer_of(target.number), self._family.number
+        return {
+            "subnet": str(Prefix(family, target.number >> 8, target.number & 255)),
+            "public_ip": ip_text(family, target.public_ip),
+            "node": peer.name if peer is not None else "",
+        }
 
     def _loss(self) -> str:
         """Looked for now and then: it is known by many visits."""
@@ -266,6 +291,13 @@ class Reachability:
             for each in self._packed
             if (there := subnet_number_of(each, self._family.number)) is not None
         ]
+
+    def counts(self) -> dict[str, int]:
+        """How many peers are in each state."""
+        family = self._family.number
+        numbers = (there for each in self._packed if (there := subnet_number_of(each, family)) is not None)
+        found = Counter(self._known.report(there, self._now).verdict.state for there in numbers)
+        return {state.name.lower(): found[state] for state in State}
 
     def _peer(self, there: int) -> dict[str, Any]:
         report = self._known.report(there, self._now)

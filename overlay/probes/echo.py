@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Iterator
 from ctypes import addressof, c_char, create_string_buffer
+from functools import lru_cache
 from typing import NamedTuple
 
 from lease.families import V4, V6, Family
@@ -63,18 +64,28 @@ def data_of(family: Family, mtu: int) -> int:
 
 def request(family: Family, identifier: int, sequence: int, token: bytes, size: int) -> bytes:
     """The ICMP message. size: bytes of data, LEAST at least. Of IPv6 the kernel makes the checksum."""
-    kind, data = _FORMS[family.number].request, token.ljust(max(size, LEAST), b"\0")
-    bare = _HEAD.pack(kind, 0, 0, identifier, sequence) + data
-    return bare if family is V6 else _HEAD.pack(kind, 0, checksum(bare), identifier, sequence) + data
+    kind, (data, total) = _FORMS[family.number].request, _data(token, size)
+    check = 0 if family is V6 else ~_folded(total + (kind << 8) + identifier + sequence) & 0xFFFF
+    return _HEAD.pack(kind, 0, check, identifier, sequence) + data
 
 
-def checksum(data: bytes) -> int:
-    """RFC 1071."""
+@lru_cache(maxsize=16)
+def _data(token: bytes, size: int) -> tuple[bytes, int]:
+    """The data, and its sum for the checksum (RFC 1071): the same in each request of a size."""
+    data = token.ljust(max(size, LEAST), b"\0")
+    return data, sum_of(data)
+
+
+def sum_of(data: bytes) -> int:
+    """The one's complement sum of RFC 1071."""
     padded = data + bytes(len(data) % 2)
-    total = sum(struct.unpack(f"!{len(padded) // 2}H", padded))
+    return _folded(sum(struct.unpack(f"!{len(padded) // 2}H", padded)))
+
+
+def _folded(total: int) -> int:
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return int(~total & 0xFFFF)
+    return total
 
 
 def interesting(identifier: int, askers: Prefix, length: int) -> bytes:

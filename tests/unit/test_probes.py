@@ -262,7 +262,7 @@ def test_a_request_is_as_rfc_792_says(size):
     made = echo.request(V4, 0x1234, 7, b"8 bytes.", size)
     assert struct.unpack("!BBxxHH", made[:8]) == (8, 0, 0x1234, 7)
     assert len(made) == 8 + size
-    assert echo.checksum(made) == 0
+    assert echo.sum_of(made) == 0xFFFF
     assert echo.data_of(V4, 1450) == 1422
     assert echo.data_of(V6, 1430) == 1382
 
