@@ -83,7 +83,15 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     console.print(_node(console, found))
     peers = found["peers"]
     reach = {each["subnet"]: each for each in found.get("reachability", ())}
-    columns = ("subnet", "public_ip", "vtep_mac", "node_name", "path", "answers", "rtt", "missing")
+    columns = [
+        "subnet",
+        "public_ip",
+        "vtep_mac",
+        "node_name",
+        "path",
+        "missing",
+        *(("answers", "rtt") if reach else ()),
+    ]
     table = terminal.table(
         console,
         *(column.replace("_", " ") for column in columns),
@@ -119,7 +127,7 @@ _UNTRIED = {"state": "untried", "answered_age_s": None, "rtt_us": None}
 def _answers(known: dict[str, Any]) -> str:
     age = known["answered_age_s"]
     if known["state"] == "ok":
-        return f"{age:.0f} s ago"
+        return f"{age:.0f}s ago"
     if known["state"] == "untried":
         return "not tried"
     return {"path_mtu": "small only"}.get(known["state"], "no")
