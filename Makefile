@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -51,6 +51,9 @@ audit: setup ## known faults of the pinned packages, asked of PyPI; says so wher
 sbom: setup ## all that is in the image, as CycloneDX
 	.ci/cluster-setup
 	.ci/sbom
+
+diagnosis: setup ## faults planted in a lab of three nodes, and what status and check say of each: writes docs/diagnosis.md (4 minutes)
+	OVERLAY_DIAGNOSIS_TABLE=1 $(PY) -m pytest tests/diagnosis -n 2
 
 faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (13 minutes)
 	.ci/kubernetes/build kube-apiserver

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
-from overlay.probes.echo import SMALL, EchoSocket, data_of
+from overlay.probes.echo import SMALL, EchoSocket, data_of, refusal_text
 from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Target
 from overlay.probes.verdict import Kind, State
 from overlay.process.log import log
@@ -178,7 +177,7 @@ class ProbesController(Controller):
         sequence = self.mesh.sent(probe, now, time.time_ns())
         refused = echoes.send(address, sequence, size)
         if refused:
-            self.mesh.refused(sequence, os.strerror(refused), now)
+            self.mesh.refused(sequence, refusal_text(refused), now)
 
     def due(self) -> float | None:
         """Each second."""
@@ -260,7 +259,7 @@ class ProbesController(Controller):
             every = len(targets) == len(self._packed) > 1
             named = ", ".join(self._name(target.number) for target in targets[:NAMED])
             more = f" and {len(targets) - NAMED} more" if len(targets) > NAMED else ""
-            who = f"all {len(targets)} peers" if every else f"{named}{more}"
+            who = f"all {len(targets)} peers, each" if every else f"{named}{more}"
             hint = "so it is this node, most likely; " if every else ""
             lines.append(f"{who}: {text}; {hint}{remedy}")
         return ". ".join(lines)

@@ -47,6 +47,21 @@ class _Form(NamedTuple):
 _FORMS = {4: _Form(socket.IPPROTO_ICMP, 8, 0, 28, True), 6: _Form(socket.IPPROTO_ICMPV6, 128, 129, 48, False)}
 
 
+_REFUSALS = {
+    errno.EINVAL: "a blackhole route",
+    errno.ENETUNREACH: "no route",
+    errno.EHOSTUNREACH: "an unreachable route, or nobody there",
+    errno.EACCES: "a prohibit route",
+    errno.EPERM: "a filter of this node drops it",
+    errno.EMSGSIZE: "it is larger than the MTU of the interface or route",
+}
+
+
+def refusal_text(code: int) -> str:
+    """Why the kernel did not send, by `EchoSocket.send`."""
+    return _REFUSALS.get(code, os.strerror(code))
+
+
 class Seen(NamedTuple):
     """An echo that came. answer: to a request of ours with this sequence number; else somebody asks us. at_ns: when, by the
     clock of `time.time_ns`."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lease.families import Family
-from overlay.probes.echo import SMALL, EchoSocket, data_of
+from overlay.probes.echo import SMALL, EchoSocket, data_of, refusal_text
 from overlay.probes.verdict import Outcome
 
 ROUNDS, GAP_S, WAIT_S = 3, 0.2, 1.0
@@ -44,7 +43,7 @@ def ask(family: Family, rungs: Sequence[Rung], rounds: int = ROUNDS, wait_s: flo
                 sequence = (turn * len(rungs) + place) & 0xFFFF
                 sent[sequence] = (place, time.time_ns())
                 code = echoes.send(rung.address, sequence, data_of(family, rung.mtu) if rung.mtu else SMALL)
-                refused[place] = os.strerror(code) if code else refused[place]
+                refused[place] = refusal_text(code) if code else refused[place]
                 if place % MOST_AT_ONCE == MOST_AT_ONCE - 1:
                     _take(echoes, rungs, sent, count, fastest, 0.0)
             _take(echoes, rungs, sent, count, fastest, GAP_S)

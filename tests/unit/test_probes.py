@@ -157,7 +157,7 @@ def test_one_lost_probe_is_no_news(bench):
 def test_small_packets_alone_are_a_path_mtu(bench):
     it = Probed(bench, 3, lambda _address, size: size < 1380)
     it.run(2 * INTERVAL_S)
-    assert bench.problems()["path mtu"].startswith("all 3 peers: small packets pass, full-size ones are lost")
+    assert bench.problems()["path mtu"].startswith("all 3 peers, each: small packets pass, full-size ones are lost")
     assert it.states() == {"path_mtu": 3}
 
 
@@ -166,7 +166,7 @@ def test_a_kernel_that_does_not_send_is_this_nodes_own(bench):
     it.run(INTERVAL_S)
     it.network.refuses = 22
     it.run(2 * INTERVAL_S)
-    assert "this node's kernel does not send there: Invalid argument" in bench.problems()["unreachable"]
+    assert "this node's kernel does not send there: a blackhole route" in bench.problems()["unreachable"]
     assert it.controller.counters()["probes_refused"] > 0
 
 
