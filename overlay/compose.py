@@ -126,8 +126,10 @@ class _OfFamily:
         self.bridges = BridgesController(current, family, links, owned, outside.bridges)
         self.table = PeerTableController(current, family, self.path, own_key, clock, lambda: requests.routes(family))
         self.peers = PeersController(current, family, self.path, requests, health, clock, post, owned)
+        guarding = GuardController(family, guard, sets, owned, health, clock)
+        self.device.before_up = lambda name: guarding.shut(current.inputs, name)
         self.rest = (
-            GuardController(family, guard, sets, owned, health, clock),
+            guarding,
             self.peers,
             NatController(family, post, health, owned),
             ForwardController(family, post, health, owned, clock),

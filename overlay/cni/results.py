@@ -17,11 +17,12 @@ from lease.regular import content
 
 class CniResult(NamedTuple):
     """Of one attachment. mac: of the node's end, 0 where the plugin did not say; addresses: by family; pod:
-    `namespace/name`, "" where the runtime is not Kubernetes'."""
+    `namespace/name`, "" where the runtime is not Kubernetes'; inside: the MACs of the pod's end."""
 
     mac: int
     addresses: Mapping[int, frozenset[int]]
     pod: str
+    inside: frozenset[int] = frozenset()
 
 
 class CniResults:
@@ -72,6 +73,12 @@ def parse(cached: Any) -> dict[str, CniResult]:
         family = 6 if ":" in address else 4
         found[family].add(ip_number(address, family))
     addresses = {family: frozenset(those) for family, those in found.items()}
+    inside = frozenset(
+        mac_number(each["mac"]) for each in result["interfaces"] if each.get("sandbox") and each.get("mac")
+    )
     # of the node's are the bridge and the veth: who looks for a name looks for that of a veth
     ours = [each for each in result["interfaces"] if not each.get("sandbox")]
-    return {each["name"]: CniResult(mac_number(each["mac"]) if each.get("mac") else 0, addresses, pod) for each in ours}
+    return {
+        each["name"]: CniResult(mac_number(each["mac"]) if each.get("mac") else 0, addresses, pod, inside)
+        for each in ours
+    }

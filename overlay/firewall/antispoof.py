@@ -94,6 +94,11 @@ def table(network: int) -> nf_wire.Table:
              *not_its_own(load("network", 14, 4, True), SETS[4].addresses)),
         ),
         (
+            "a probe for another's address",  # who probes for it, too, has it (RFC 5227, 2.1.1)
+            (*bound, *kind(_ARP), load("network", 14, 4), equal(bytes(4)),
+             *not_its_own(load("network", 24, 4, True), SETS[4].addresses)),
+        ),
+        (
             "an IPv6 source of another",  # one that checks whether an address is free has none yet
             (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), nf_wire.differ(_NOWHERE),
              *not_its_own(_source(V6), SETS[6].addresses)),
@@ -101,6 +106,11 @@ def table(network: int) -> nf_wire.Table:
         (
             "a neighbour advertisement for another's address",
             (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT),
+             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
+        ),
+        (
+            "a check whether another's address is free",  # two that check one address have it neither (RFC 4862, 5.4.3)
+            (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), equal(_NOWHERE), *icmpv6, equal(_SOLICIT),
              *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
         ),
         ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
@@ -194,6 +204,8 @@ class AntiSpoof:
         self._seen: dict[tuple[int, int], float] = {}
         """When each was first seen, by number and MAC."""
         self._bound: dict[int, Bound] = {}
+        self._promised: dict[int, Bound] = {}
+        """What CNI gave to the pods of ports that are not bound yet: nobody else's, whichever port is looked at first."""
         self._later: dict[int, bool] = {}
         """Ports that are checked once more, and whether their pods had no link-local IPv6 address yet."""
         self._there: dict[str, set[bytes]] = {}
@@ -330,6 +342,11 @@ class AntiSpoof:
                 del self._bound[index]
             elif (bound.name, bound.end) != (link.name, link.mac):  # renamed, or not said
                 self._bound[index] = bound._replace(name=link.name, end=link.mac)
+        self._promised = {
+            index: promised
+            for index, link in self._ports.items()
+            if index not in self._bound and (promised := self._given(link)) is not None
+        }
         waiting, refused = [], None
         for _, link in sorted(self._ports.items()):
             try:
@@ -343,6 +360,14 @@ class AntiSpoof:
         self._apply(self._table)
         if refused is not None:
             raise refused
+
+    def _given(self, link: Link) -> Bound | None:
+        """A port as CNI's result says it is; None where nothing says."""
+        given = self._results(link.name, link.mac)
+        if given is None:
+            return None
+        made = frozenset(map(_link_local_of, given.inside))
+        return Bound(link.name, link.mac, given.inside, {4: given.addresses[4], 6: given.addresses[6] | made})
 
     def _bind_one(self, link: Link) -> float | None:
         """Bind one port, as far as its pod is known. When it is to be checked again, None: it is bound for good. Raises
@@ -358,7 +383,7 @@ class AntiSpoof:
         end = self._requests.pod_end(link)
         if end is None:
             return None
-        others = [other for port, other in self._bound.items() if port != index]
+        others = [other for port, other in {**self._promised, **self._bound}.items() if port != index]
         if bound is None:
             own = self._own(link, end)
             if not own:
@@ -398,7 +423,9 @@ class AntiSpoof:
             self._disputes.setdefault(link.ifindex, {})[4, address] = (
                 f"{self._pod(link)} has {ip_text(4, address)}, which is {whose}, and may not send from it"
             )
-        macs = self._free_macs((end.mac, *(_OF_ADDRESS | address for address in own)), others)
+        given = self._promised.get(link.ifindex)
+        inside = given.macs if given is not None else ()
+        macs = self._free_macs((end.mac, *inside, *(_OF_ADDRESS | address for address in own)), others)
         return Bound(link.name, link.mac, macs, {4: free})
 
     def _free(self, family: int, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:

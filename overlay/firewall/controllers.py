@@ -129,10 +129,21 @@ class GuardController(_TableController):
         """The table's form, and the interfaces by which packets of pods come; its addresses are the peers'."""
         if not inputs.settings.vxlan_guard:
             return None
+        tunnel = inputs.tunnels.get(self._family.number)
+        return Waiting("for a lease") if tunnel is None else self._wants(inputs, tunnel.name)
+
+    def shut(self, inputs: Inputs, tunnel: str) -> None:
+        """Before a device takes frames: where no table says from whom, from nobody. Raises KernelError."""
+        wanted = self._wants(inputs, tunnel) if inputs.settings.vxlan_guard else None
+        if not isinstance(wanted, _GuardWants):
+            return
+        if not any(map(self._sets.is_formed, (wanted.table, wanted.direct_table))):
+            self.guard.shut(wanted.table)
+
+    def _wants(self, inputs: Inputs, tunnel: str) -> object:
         number = self._family.number
         pool, under, end = inputs.pool(number), inputs.underlays.get(number), inputs.end(number)
-        tunnel = inputs.tunnels.get(number)
-        if inputs.config is None or pool is None or end is None or tunnel is None:
+        if inputs.config is None or pool is None or end is None:
             return Waiting("for a lease")
         backend = backend_of(inputs.config.backend, self._family)
         outer = backend.outer()
@@ -140,13 +151,13 @@ class GuardController(_TableController):
             return None
         addresses = inputs.addresses_of(number).values()
         inside, veths = interfaces_within(pool.network, addresses, under), pod_veths(inputs.links, addresses, under)
-        elsewhere = interfaces_elsewhere(inputs.links, inside | veths, inputs.bridges, under, tunnel.name)
+        elsewhere = interfaces_elsewhere(inputs.links, inside | veths, inputs.bridges, under, tunnel)
         interfaces = {guard.POD_INTERFACES: inside, guard.POD_VETHS: veths, guard.ELSEWHERE: elsewhere}
         on_link = (*(under.on_link if under is not None else ()), *inputs.settings.underlay_cidrs)
         nodes = nodes_within(pool.network, under, inputs.settings.underlay_cidrs)
         links = inputs.links.values()
-        shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel.name))
-        here = guard.Where(pool.network, end.subnet, tunnel.name, nodes, not shared)
+        shared = tuple(sorted(link.name for link in links if link.port == outer.port and link.name != tunnel))
+        here = guard.Where(pool.network, end.subnet, tunnel, nodes, not shared)
         tunnel_only = guard.table(self._family, backend.network, outer, here)
         with_direct = guard.table(self._family, backend.network, outer, here._replace(direct=pool.length))
         direct = backend.reaches_directly

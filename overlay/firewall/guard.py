@@ -271,6 +271,10 @@ class Guard:
         for each in self._let_in.values():
             each.forget()
 
+    def shut(self, table: nf_wire.Table) -> None:
+        """The table without anybody in it; `ensure` lets peers in. Raises KernelError."""
+        self._socket.replace(table, {})
+
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
         before = self._table

@@ -22,8 +22,8 @@ from overlay.node.owned import Owned
 from overlay.peers.plan import nodes_within
 from overlay.process.log import log
 
-FORWARD_GAP_S = 2.0
-"""kube-proxy writes to the shared table, too: checked a moment later, and once for all its changes of that time."""
+SOON_S, FORWARD_GAP_S = 0.1, 2.0
+"""kube-proxy writes to the shared table, too: checked a moment later, and so often at most."""
 
 
 class _RulesController(BackgroundController):
@@ -131,6 +131,7 @@ class ForwardController(_RulesController):
         super().__init__(post, health)
         self._family, self._owned, self._clock = family, owned, clock
         self._check_at: float | None = None
+        self._not_before = 0.0
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -139,7 +140,7 @@ class ForwardController(_RulesController):
 
     def _on_nft(self, event: NftSeen) -> bool:
         if event.table == forward.SHARED_TABLE:
-            self._check_at = self._check_at or self._clock() + FORWARD_GAP_S
+            self._check_at = self._check_at or max(self._clock() + SOON_S, self._not_before)
         return not event.table
 
     def due(self) -> float | None:
@@ -157,7 +158,7 @@ class ForwardController(_RulesController):
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to check."""
-        self._check_at = None
+        self._check_at, self._not_before = None, self._clock() + FORWARD_GAP_S
         return super().reconcile(wants)
 
     def _work(self, wants: _ForwardWants) -> tuple[list[str], str]:

@@ -38,8 +38,10 @@ class Ensured(NamedTuple):
     why: str
 
 
-def ensure(links: Links, tunnel: TunnelDevice, wanted: DeviceSpec) -> Ensured:
-    """Make the device what it must be; it is up afterwards.
+def ensure(
+    links: Links, tunnel: TunnelDevice, wanted: DeviceSpec, before_up: Callable[[str], None] = lambda _name: None
+) -> Ensured:
+    """Make the device what it must be; it is up afterwards. before_up: called before it takes frames.
 
     Raises:
         KernelError: the kernel refused a step; what was done before stays.
@@ -67,6 +69,7 @@ def ensure(links: Links, tunnel: TunnelDevice, wanted: DeviceSpec) -> Ensured:
     if "mac" in changes:
         links.set_mac(index, mac_text(wanted.mac))
     if "up" in changes:
+        before_up(wanted.name)
         links.set_up(index)
     did |= {name: change for name, change in changes.items() if not made}
     return Ensured(index, "up" in changes, made, did, why)
@@ -130,6 +133,8 @@ class DeviceController(Controller):
         """The underlay's VRF when the device was made sure of last."""
         self._base: int | None = None
         """The address that it was given."""
+        self.before_up: Callable[[str], None] = lambda _name: None
+        """Called before the device may take frames. Set before the loop runs."""
         self._asks_again: float | None = None
         """When the lock is asked for again."""
         self._lost = 0
@@ -207,7 +212,7 @@ class DeviceController(Controller):
             self._links.set_down(self._tunnel.ifindex)
         self._vrf = wants.vrf
         try:
-            ensured = ensure(self._links, wants.tunnel, device)
+            ensured = ensure(self._links, wants.tunnel, device, self.before_up)
         except KernelError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EEXIST):
                 raise

@@ -111,7 +111,7 @@ def honest(evil: Port, near: Port) -> dict[str, bytes]:
     return {
         "ipv4": to + b"\x08\x00" + ipv4(evil.ip, near.ip, b"ipv4-honest"),
         "arp": to + b"\x08\x06" + arp(evil.mac, evil.ip, near.ip) + b"arp-honest",
-        "probe": to + b"\x08\x06" + arp(evil.mac, bytes(4), near.ip) + b"probe-honest",
+        "probe": to + b"\x08\x06" + arp(evil.mac, bytes(4), evil.ip) + b"probe-honest",
         "ipv6": to + b"\x86\xdd" + ipv6(evil.v6, near.v6, 128, b"\0\0\0\0ipv6-honest"),
         "advertisement": to
         + b"\x86\xdd"

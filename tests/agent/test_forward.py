@@ -65,3 +65,28 @@ def test_another_chain_that_drops_is_named(world):
     until("it is told", lambda: "inet mine forward drops" in json.dumps(again.problems()))
     assert again.ready(), "whether it accepts pods' traffic is the operator's to know"
     assert world.run("node1", "nft", "list", "chain", "inet", "mine", "forward").count("accept") == 0
+
+
+RELOAD = (
+    "nft add table inet firewalld_policy_drop",
+    "nft add chain inet firewalld_policy_drop filter_forward '{ type filter hook forward priority 9; policy drop; }'",
+    "nft add rule inet firewalld_policy_drop filter_forward ct state established,related accept",
+    *(f"iptables -t {table} {flag}" for table in ("filter", "nat", "mangle", "raw") for flag in ("-F", "-X", "-Z")),
+    "nft delete table inet firewalld_policy_drop",
+)
+"""What firewalld 1.3 does, whose backend is nftables (policy drop, flush of all backends, accept)."""
+
+
+def test_a_reload_of_firewalld_beside_docker(world):
+    """It takes our rules of the chain that Docker's policy closes, which come back, and leaves our tables alone."""
+    agents = world.nodes(2)
+    ends = [world.pod(agent, "pod") for agent in agents]
+    world.run("node1", "iptables", "-P", "FORWARD", "DROP")
+    until("rules stand", lambda: len(rules(world, "iptables")) == 2)
+    world.run("node1", "sh", "-ec", "\n".join(RELOAD))
+    assert rules(world, "iptables") == []
+    until("they are back", lambda: len(rules(world, "iptables")) == 2)
+    assert reach(ends)
+    counters = agents[0].status()["counters"]
+    assert [counters[f"mended_{name}"] for name in ("guard", "pods", "nat")] == [0, 0, 0]
+    assert agents[0].problems() == {}
