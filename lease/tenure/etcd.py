@@ -203,7 +203,7 @@ class Tenure:
         try:
             subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
         except RangeFull as full:
-            return [Denied(f"{full}{_because_of_underlay(claim)}")]
+            return [Denied(_because_of_underlay(claim) or str(full))]
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
@@ -344,8 +344,8 @@ def _because_of_underlay(claim: Claim) -> str:
         return ""
     interface = f" ({claim.interface})" if claim.interface else ""
     return (
-        f". {count} of them touch this node's underlay {where}{interface}: choose a Network outside of it, or SubnetMin and"
-        " SubnetMax"
+        f"none of the {claim.pool.size} subnets of {claim.pool} is free: {count} of them touch this node's underlay"
+        f" {where}{interface}: choose a Network outside of it, or SubnetMin and SubnetMax"
     )
 
 

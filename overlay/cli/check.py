@@ -155,7 +155,14 @@ def _look_up(
     tunnel = index.get(found["device"]["name"], 0)
     if not tunnel:
         return [f"{found['device']['name']} is not there"]
-    here = ways.Here(own, tunnel, lower, ip_number(found["device"]["local"], 4), ways.bridges_of(own, links, by_key))
+    here = ways.Here(
+        own,
+        tunnel,
+        lower,
+        ip_number(found["device"]["local"], 4),
+        ways.bridges_of(own, links, by_key),
+        found["device"]["port"],
+    )
     subnet = prefix(goal.peer["subnet"])
     peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], 4), goal.peer["path"] == "direct")
     names, wrong = {number: name for name, number in index.items()}, []

@@ -119,6 +119,11 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     for what, why in wrong:
         table.add_row(Text(what), Text(why))
     console.print(table)
+    pages = ["docs/operations.md"] * bool(found["problems"]) + ["docs/refused-records.md"] * bool(
+        found["refused_records"]
+    )
+    if pages and console.is_terminal:
+        console.print(f"what to do about each: {', '.join(pages)}")
 
 
 _UNTRIED = {"state": "untried", "answered_age_s": None, "rtt_us": None}

@@ -140,7 +140,6 @@ class RecordsSource(Source):
             self._ownership.record_gone(change.key)
         if isinstance(change, Refused):
             self._unreadable[change.key] = change.reason
-            self._refusals.report(change.key, change.reason)
         if change.key == self._ownership.key:
             self._ownership.record_seen(lease)
         else:
@@ -196,6 +195,8 @@ class RecordsSource(Source):
         if not records:
             return
         turned = {key for peers in self._peers for key in peers.change(records)}
+        for key in records.keys() & self._unreadable.keys():
+            self._refusals.report(key, self._unreadable[key])  # to the tables it is gone
         self._flaps.had_effect(records if turned - records.keys() else turned)
         for key, lease in records.items():
             if lease is not None and any(peers.refused_of(key) for peers in self._peers):
@@ -211,8 +212,8 @@ class RecordsSource(Source):
         named = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
         self._health.report(
             "flapping records",
-            f"{named}: changed again and again, so that what they said before counts until they are the same for some"
-            f" seconds ({LEAST_S:.0f} to {MOST_S:.0f}): find out who writes them"
+            f"{named}: changed again and again, so that traffic goes where they said before until they are the same for"
+            f" some seconds ({LEAST_S:.0f} to {MOST_S:.0f}): find out who writes them"
             if held
             else "",
             harmless=True,

@@ -16,14 +16,15 @@ from overlay.control.controller import Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.firewall import forward, nat
-from overlay.kernel.events import NftSeen
+from overlay.kernel.events import ForeignRulesSeen, NftSeen
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
 from overlay.peers.plan import nodes_within
 from overlay.process.log import log
 
-SOON_S, FORWARD_GAP_S = 0.1, 2.0
-"""kube-proxy writes to the shared table, too: checked a moment later, and so often at most."""
+SOON_S, FORWARD_GAP_S, OTHERS_GAP_S = 0.1, 2.0, 10.0
+"""kube-proxy writes to the shared table, too: checked a moment later, and so often at most; after changes of others'
+tables, which may have forward chains of their own, less often."""
 
 
 class _RulesController(BackgroundController):
@@ -136,7 +137,12 @@ class ForwardController(_RulesController):
     @property
     def handles(self) -> Mapping[type, Handler]:
         """Somebody touched the table that iptables' programs share."""
-        return {**super().handles, NftSeen: self._on_nft}
+        return {**super().handles, NftSeen: self._on_nft, ForeignRulesSeen: lambda _event: self._on_others()}
+
+    def _on_others(self) -> bool:
+        soon = max(self._clock() + FORWARD_GAP_S, self._not_before - FORWARD_GAP_S + OTHERS_GAP_S)
+        self._check_at = min(self._check_at or soon, soon)
+        return False
 
     def _on_nft(self, event: NftSeen) -> bool:
         if event.table == forward.SHARED_TABLE:

@@ -14,7 +14,7 @@ from overlay.control.controller import Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 
-CHECK_S, AGAIN_S = 600.0, 5.0
+CHECK_S, AGAIN_S = 120.0, 5.0
 """Three broadcasts a check: seldom on a link of many nodes; soon again after an answer, which must come twice to count."""
 
 

@@ -65,6 +65,9 @@ def bridge_filter_fault(read: Callable[[str], str | None]) -> str:
 
 
 class _Wants(NamedTuple):
+    """ifindex: of the device: one that was made again has sysctls as the kernel makes them."""
+
+    ifindex: int
     device: str
     lower: str
     direct_routing: bool
@@ -101,11 +104,13 @@ class SysctlController(Controller):
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges)
         direct = backend_of(inputs.config.backend, self._family).reaches_directly
-        return _Wants(tunnel.name, under.name, direct, tuple(sorted(inputs.bridges)), services)
+        return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, tuple(sorted(inputs.bridges)), services)
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""
         self._next = self._clock() + CHECK_EVERY_S
+        if self._found_right is not None and self._found_right.ifindex != wants.ifindex:
+            self._set = {name for name in self._set if f"/{wants.device}/" not in name}
         if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges):
             names = ", ".join(f"{name.replace('/', '.')}={value}" for name, value in did.items())
             if again := did.keys() if wants == self._found_right else did.keys() & self._set:

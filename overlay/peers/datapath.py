@@ -182,7 +182,7 @@ class Datapath:
 
     def drop(self, key: str) -> Collection[str]:
         """A record went; whose peers are others now."""
-        self.refusals.forget(key)
+        self._log_refusal(key)
         changes = self.table.drop(key)
         self._peers_changed(changes)
         return changes.keys()

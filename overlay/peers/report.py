@@ -79,7 +79,8 @@ class WorkLog:
             entries = [self._entry(table, peer(number)) for table, number in whose]
             rest = sum(more.values()) - len(entries)
             text = ", ".join(entries) + (f" and {rest} more" if rest > 0 else "")
-            log.warning("kernel.mended", **more, entries=text, effect="put back as it should be")
+            named = {"entries": text} if entries else {}  # they went with their device, whose own line says so
+            log.warning("kernel.mended", **more, **named, effect="put back as it should be")
         if more := writes - self._writes:
             log.info("kernel.reconciled", differing=differing, **more)
         self._mended, self._writes = mended.copy(), writes.copy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -17,7 +17,7 @@ from overlay.kernel.events import SELDOM_S, Overrun, RouteSeen, RoutingSeen, Sys
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, RT_TABLE_MAIN, Address, Link
 from overlay.kernel.route.links import read_sysctl
-from overlay.kernel.route.lookup import Way
+from overlay.kernel.route.lookup import Packet, Way
 from overlay.node.interfaces import gateway_holders, ports_of
 from overlay.reach import explain, ways
 
@@ -34,7 +34,8 @@ NAMED = 3
 
 
 class _Wants(NamedTuple):
-    """carrier: what is wrong with the underlay's link, "" where nothing; synced: peers' entries are in the kernel."""
+    """carrier: what is wrong with the underlay's link, "" where nothing; synced: peers' entries are in the kernel; bridges:
+    those that pods are attached to, by name."""
 
     network: Prefix
     here: ways.Here
@@ -43,6 +44,7 @@ class _Wants(NamedTuple):
     carrier: str
     synced: bool
     retained: tuple[Prefix, ...]
+    bridges: frozenset[str]
 
 
 class _Fault(NamedTuple):
@@ -110,7 +112,9 @@ class ReachController(Controller):
             return Waiting("for a lease")
         under, addresses = inputs.underlays[number], inputs.addresses_of(number)
         synced = inputs.synced and inputs.tunnels[number].up and under.up
-        return _Wants(pool.network, here, inputs.links, addresses, _carrier(under), synced, inputs.retained)
+        return _Wants(
+            pool.network, here, inputs.links, addresses, _carrier(under), synced, inputs.retained, inputs.bridges
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """Ask the kernel, and report. Raises KernelError."""
@@ -139,8 +143,11 @@ class ReachController(Controller):
 
     def _missing(self, wants: _Wants) -> str:
         """What of the node's own routes is missing, with what to do: the bridge's comes with its address."""
-        found, own, number = [], wants.here.own, self._family.number
-        holders = gateway_holders(own, wants.addresses.values()) if own.length < 31 else ()
+        found: list[str] = []
+        own, number = wants.here.own, self._family.number
+        holders = gateway_holders(own, wants.addresses.values()) if own.length < 31 else frozenset()
+        if own.length < 31 and not holders:
+            found += self._without_gateway(wants)
         for index in holders:
             link = wants.links.get(index)
             if link is None or link.kind != "bridge":
@@ -159,6 +166,20 @@ class ReachController(Controller):
                     f" ip route replace {own} dev {link.name} proto kernel scope link src {gateway}"
                 )
         return "; ".join(found)
+
+    def _without_gateway(self, wants: _Wants) -> Iterator[str]:
+        """Bridges with pods on them that have lost their address, and with it the route."""
+        own, number = wants.here.own, self._family.number
+        gateway = f"{ip_text(number, own.base + 1)}/{own.length}"
+        for link in wants.links.values():
+            if link.kind != "bridge" or link.name not in wants.bridges or not ports_of(wants.links, link.ifindex):
+                continue
+            mine = [each for each in wants.addresses.values() if each.oif == link.ifindex]
+            if not any(wants.network.holds(each.address) for each in mine):
+                yield (
+                    f"{link.name}, which pods are attached to, has not their gateway's address {gateway}, so nobody reaches"
+                    f" the pods of this node: ip addr add {gateway} dev {link.name}"
+                )
 
     def _has_route(self, own: Prefix, index: int) -> bool:
         """Whether the main table leads our subnet to an interface, whatever is asked before it."""
@@ -213,6 +234,8 @@ class ReachController(Controller):
         what = question.what.format(peer=peer)
         if way.error or not way.oif:
             happens = explain.refusal_text(way)
+        elif question.what == ways.OUTER and not way.table:
+            happens = "find no route"
         else:
             happens = f"leave by {names.get(way.oif, way.oif)}"
             if way.via:
@@ -233,9 +256,20 @@ class ReachController(Controller):
             if read_sysctl(f"{conf}/{name}/forwarding") == "0":
                 return f"forwarding is off on {name}: sysctl -w {conf.replace('/', '.')}.{name}.forwarding=1"
         if question.what == ways.OUTER and not way.error:
+            free = packet._replace(oif=0)
+            if self._requests.way(self._family, free).error:  # bound to the interface it says nothing of such a route
+                return self._decided(free, network, names)
             lower = names.get(packet.oif, "the underlay")
             address = ip_text(self._family.number, packet.address)
             return f"no route by {lower} leads to {address}, its public IP: ip route get {address} oif {lower}"
+        if way.error and packet.iif and packet.source:
+            onward = self._requests.way(self._family, Packet(packet.address, mark=packet.mark))
+            if not onward.error and onward.oif == question.oif:  # it is the way back to its source that is refused
+                return self._decided(Packet(packet.source, packet.address, mark=packet.mark), network, names)
+        return self._decided(packet, network, names)
+
+    def _decided(self, packet: Packet, network: Prefix, names: Mapping[int, str]) -> str:
+        """By which rule and route, and what to do about it."""
         rules = self._requests.rules(self._family)
         found = explain.decision(
             self._family, rules, lambda table: self._requests.routes_of(self._family, table), names, packet
@@ -253,7 +287,7 @@ class ReachController(Controller):
             and ways.is_as_asked(question, self._requests.way(self._family, question.packet))
         ]
         for mark in marks:
-            for question in sound:
+            for question in sorted(sound, key=lambda one: one.what != ways.FORWARDED):  # pods' first
                 asked = question._replace(packet=question.packet._replace(mark=mark))
                 way = self._requests.way(self._family, asked.packet)
                 if ways.is_as_asked(asked, way) or names.get(way.oif) == "lo":  # a proxy of this node takes them

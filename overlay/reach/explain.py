@@ -14,6 +14,7 @@ from lease.model import Prefix, ip_text
 from overlay.kernel.route.entries import RT_TABLE_MAIN
 from overlay.kernel.route.lookup import (
     FR_ACT_TO_TBL,
+    PROTOCOLS,
     RTN_THROW,
     TABLES,
     TYPES,
@@ -71,6 +72,8 @@ def matches(rule: Rule, names: Mapping[int, str], packet: Packet, family: Family
         and rule.iif in ("", names.get(packet.iif, "lo"))
         and rule.oif in ("", names.get(packet.oif, "?"))
         and (packet.mark ^ rule.mark) & rule.mask == 0
+        and rule.protocol in (0, packet.protocol)
+        and rule.ports[0] <= packet.port <= rule.ports[1]
     )
     return found != rule.invert
 
@@ -96,6 +99,12 @@ def rule_text(family: Family, rule: Rule) -> str:
         mask = "" if rule.mask == 0xFFFFFFFF else f"/{rule.mask:#x}"
         parts.append(f"fwmark {rule.mark:#x}{mask}")
     parts += [f"{word} {name}" for word, name in (("iif", rule.iif), ("oif", rule.oif)) if name]
+    if rule.protocol:
+        parts.append(f"ipproto {PROTOCOLS.get(rule.protocol, str(rule.protocol))}")
+    if rule.ports != (0, 0xFFFF):
+        parts.append(
+            f"dport {rule.ports[0]}" if rule.ports[0] == rule.ports[1] else f"dport {rule.ports[0]}-{rule.ports[1]}"
+        )
     parts.append(f"lookup {table_text(rule.table)}" if rule.action == FR_ACT_TO_TBL else TYPES.get(rule.action, "?"))
     return " ".join(parts)
 
@@ -136,6 +145,8 @@ def cause(family: Family, network: Prefix, found: Decision, names: Mapping[int, 
         return f"{by} ends it; {ours_first}"
     text = f"{route_text(family, route, names)} of table {table_text(route.table)}"
     if rule.table == RT_TABLE_MAIN and rule.priority >= LAST:
+        if not route.length or (route.kind not in TYPES and route.length < network.length):
+            return f"no closer route leads there, so {text} says so; it is to be put back: ip route"
         return f"the route {text} says so; ip route del {route_text(family, route, names)}, if nobody needs it"
     if rule.priority > FIRST:
         return f"the route {text} says so, to which {by} leads before the table main is asked; {ours_first}"

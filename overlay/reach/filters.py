@@ -1,12 +1,13 @@
 """What other programs' rules do with the first packet of a connection between pods: as `nft -j` lists them. Pure.
 
-Source: libnftables-json(5). What cannot be said of every packet of a kind (a port, a named set) is `None`: a rule
-that asks it decides nothing here, and what follows an accept of that sort is not sure.
+Source: libnftables-json(5). What cannot be said of every packet of a kind (a port) is `None`: a rule that asks it decides
+nothing here, and what follows an accept of that sort is not sure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 from lease.model import prefix
@@ -17,7 +18,14 @@ RulesOf = Callable[[str, str, str], list[Rule] | None]
 """The rules of a chain, by family, table and name; None where it could not be read."""
 DEPTH = 16
 """The kernel's own bound on jumps (NFT_JUMP_STACK_SIZE)."""
-DROPS, ACCEPTS, MASQUERADES = ("drop", "reject"), ("accept",), ("masquerade", "snat")
+SetOf = Callable[[str, str, str], list[Any] | None]
+"""The elements of a named set, by family, table and name; None where they could not be read."""
+DROPS, ACCEPTS, MASQUERADES, SENDS_ELSEWHERE = (
+    ("drop", "reject"), ("accept",), ("masquerade", "snat"), ("dnat", "redirect"),
+)  # fmt: skip
+_ENDS = (*DROPS, *MASQUERADES, *SENDS_ELSEWHERE)
+_PROTOCOLS = {"icmp", "icmpv6", "tcp", "udp", "sctp", "dccp", "udplite", "igmp", "esp", "ah", "comp"}
+"""Headers that packets of another protocol have not."""
 _SILENT = {"counter", "comment", "log", "notrack", "mangle"}
 """Statements that decide nothing."""
 
@@ -47,11 +55,11 @@ class Verdict(NamedTuple):
     sure: bool
 
 
-def judge(base: Chain, flow: Flow, rules_of: RulesOf) -> Verdict:
+def judge(base: Chain, flow: Flow, rules_of: RulesOf, set_of: SetOf = lambda *_name: None) -> Verdict:
     """What a base chain does with the packets of a flow."""
-    walk = _Walk(flow, rules_of)
+    walk = _Walk(flow, rules_of, set_of)
     found = walk.chain(base.family, base.table, base.name, 0, False)
-    if found is not None and found.action in (*DROPS, *MASQUERADES):
+    if found is not None and found.action in _ENDS:
         return found
     policy = Verdict(base.policy, None, str(base), not walk.maybe_accepted)
     if found is None and policy.action in DROPS and policy.sure:
@@ -60,8 +68,8 @@ def judge(base: Chain, flow: Flow, rules_of: RulesOf) -> Verdict:
 
 
 class _Walk:
-    def __init__(self, flow: Flow, rules_of: RulesOf) -> None:
-        self._flow, self._rules_of = flow, rules_of
+    def __init__(self, flow: Flow, rules_of: RulesOf, set_of: SetOf) -> None:
+        self._flow, self._rules_of, self._set_of = flow, rules_of, set_of
         self.maybe_accepted = False
         """Some packets of the flow may have been let through already."""
         self.doubtful: Verdict | None = None
@@ -74,7 +82,7 @@ class _Walk:
             self.maybe_accepted = True  # it was not read
             return None
         for rule in rules:
-            fits, verdicts = _read(rule.get("expr", ()), self._flow)
+            fits, verdicts = _read(rule.get("expr", ()), self._flow, partial(self._set_of, family, table))
             if fits is False:
                 continue
             for kind, value in verdicts:
@@ -106,8 +114,10 @@ class _Walk:
         return None
 
 
-def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tuple[str, Any]]]:
-    """Whether a rule is about a flow (None: about some of its packets), and what it does then."""
+def _read(
+    expressions: Iterable[Any], flow: Flow, named: Callable[[str], list[Any] | None]
+) -> tuple[bool | None, list[tuple[str, Any]]]:
+    """Whether a rule is about a flow (None: about some of its packets), and what it does then. named: a set's elements."""
     fits: bool | None = True
     verdicts: list[tuple[str, Any]] = []
     for expression in expressions:
@@ -116,10 +126,12 @@ def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tup
             continue
         kind, value = next(iter(expression.items()))
         if kind == "match":
-            answer = _match(value, flow)
+            answer = _match(value, flow, named)
             fits = False if answer is False or fits is False else None if answer is None or fits is None else True
-        elif kind in (*DROPS, *ACCEPTS, *MASQUERADES, "return"):
+        elif kind in (*_ENDS, *ACCEPTS, "return"):
             verdicts.append((kind, None))
+        elif kind == "vmap":
+            verdicts += _mapped(value, flow, named)
         elif kind in ("jump", "goto"):
             verdicts.append((kind, value["target"]))
         elif kind == "xt":
@@ -127,7 +139,7 @@ def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tup
             name = str(known.get("name"))
             if known.get("type") == "target":
                 action = name.lower()
-                verdicts.append((action if action in (*DROPS, *MASQUERADES) else "unknown", None))
+                verdicts.append((action if action in _ENDS else "unknown", None))
             elif name != "comment":
                 fits = None if fits else fits
         elif kind not in _SILENT:
@@ -135,8 +147,32 @@ def _read(expressions: Iterable[Any], flow: Flow) -> tuple[bool | None, list[tup
     return fits, verdicts
 
 
-def _match(match: dict[str, Any], flow: Flow) -> bool | None:
+def _mapped(vmap: Any, flow: Flow, named: Callable[[str], list[Any] | None]) -> Iterator[tuple[str, Any]]:
+    """What a verdict map does."""
+    data = vmap.get("data") if isinstance(vmap, dict) else None
+    pairs = named(data[1:]) if isinstance(data, str) and data.startswith("@") else data
+    pairs = pairs.get("set") if isinstance(pairs, dict) else pairs
+    if not isinstance(pairs, list):
+        yield "unknown", None
+        return
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], dict) and pair[1]):
+            yield "unknown", None
+            continue
+        fits = _holds(vmap.get("key"), pair[0], flow)
+        kind, value = next(iter(pair[1].items()))
+        if fits is None:
+            yield "unknown", None
+        elif fits:
+            yield kind, value.get("target") if isinstance(value, dict) else None
+
+
+def _match(match: dict[str, Any], flow: Flow, named: Callable[[str], list[Any] | None]) -> bool | None:
     left, right, operator = match.get("left"), match.get("right"), match.get("op", "==")
+    if isinstance(right, str) and right.startswith("@"):
+        right = named(right[1:])
+        if right is None:
+            return None
     answer = _holds(left, right, flow)
     if answer is None or operator not in ("==", "!=", "in"):
         return None
@@ -180,6 +216,8 @@ def _type_fits(flow: Flow, flags: Any, value: Any) -> bool | None:
 
 def _payload(field: dict[str, Any], right: Any, flow: Flow) -> bool | None:
     protocol, name = field.get("protocol"), field.get("field")
+    if flow.protocol and protocol in _PROTOCOLS and protocol != flow.protocol:
+        return False
     if protocol in ("ip", "ip6") and name in ("saddr", "daddr"):
         if protocol != flow.family:
             return False
@@ -206,9 +244,16 @@ def _values(right: Any) -> Iterator[Any]:
     if isinstance(right, dict) and "set" in right:
         yield from right["set"] if isinstance(right["set"], list) else [right["set"]]
     elif isinstance(right, list):
-        yield from right
+        yield from map(_plain, right)
     else:
         yield right
+
+
+def _plain(element: Any) -> Any:
+    """An element of a set, without its timeout and counter."""
+    return (
+        element["elem"].get("val") if isinstance(element, dict) and isinstance(element.get("elem"), dict) else element
+    )
 
 
 def _name_fits(name: str, value: Any) -> bool | None:

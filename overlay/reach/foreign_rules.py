@@ -33,9 +33,9 @@ PLUGINS = "CNI-"
 --ip-masq."""
 PEERS = 2
 """Whose traffic is tried: rules are about networks, seldom about one peer."""
-CHAINS = 64
-"""So many chains of others are read, at most."""
-_LEGACY = {"filter": ("FORWARD", "INPUT", "OUTPUT"), "nat": ("POSTROUTING",)}
+CHAINS, MOST_ELEMENTS = 64, 5000
+"""So many chains of others are read, and sets with so many elements, at most."""
+_LEGACY = {"filter": ("FORWARD", "INPUT", "OUTPUT"), "nat": ("PREROUTING", "POSTROUTING")}
 """Base chains of the old tables; each table's kind is its name, each chain's hook too."""
 _OLD = "legacy"
 """Stands for a family of nftables, of a chain that iptables-legacy shows."""
@@ -103,19 +103,25 @@ class ForeignRulesController(BackgroundController):
         flows = [flow for peer in self._some_peers(0, PEERS) for flow in flows_of(self._family, wants, peer)]
         return super().reconcile(flows)
 
-    def _work(self, wants: list[Flow]) -> tuple[dict[str, dict[str, None]], float]:
+    def _work(self, wants: list[Flow]) -> tuple[dict[str, list[str]], float]:
         """What cannot be read is reported, and read again when all is: a back-off would read a node's rules every two
         seconds."""
         began = time.monotonic()
-        found: dict[str, dict[str, None]] = {subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL, UNREAD)}
+        found: dict[str, dict[str, dict[str, None]]] = {
+            subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL, UNREAD)
+        }
         try:
-            for subject, line in _found(self._family, wants):
-                found[subject].setdefault(line)
+            for subject, line, packets in _found(self._family, wants):
+                found[subject].setdefault(line, {}).setdefault(packets)
         except KernelError as error:
-            found[UNREAD].setdefault(f"rules of other programs are not checked: {error}")
-        return found, time.monotonic() - began
+            found[UNREAD].setdefault(f"rules of other programs are not checked: {error}", {})
+        lines = {
+            subject: [line.replace("{these}", ", ".join(packets)) for line, packets in those.items()]
+            for subject, those in found.items()
+        }
+        return lines, time.monotonic() - began
 
-    def _done(self, result: tuple[dict[str, dict[str, None]], float]) -> None:
+    def _done(self, result: tuple[dict[str, list[str]], float]) -> None:
         found, cost = result
         self._not_before = self._clock() + cost * SHARE
         for subject, lines in found.items():
@@ -159,57 +165,70 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
         yield "postrouting", flow
 
 
-def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str]]:
-    """What drops or masquerades them: the problem's subject, and one line with what to do."""
+def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str]]:
+    """What drops or masquerades them: as `_about`."""
     reader = _Reader(family)
     chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
     try:
         chains += reader.legacy() if flows else []
     except iptables.NoProgram as missing:
-        yield UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}"
+        yield UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}", ""
     except KernelError as error:  # nft's are judged all the same
-        yield UNREAD, f"rules of other programs are not checked: {error}"
+        yield UNREAD, f"rules of other programs are not checked: {error}", ""
     for flow in flows:
         for hook, seen in _hooks(flow):
             for chain in chains:
                 if chain.hook != hook:
                     continue
-                verdict = filters.judge(chain, seen, reader.rules)
+                verdict = filters.judge(chain, seen, reader.rules, reader.elements)
                 if (line := _about(family, chain, seen, verdict)) is not None:
                     yield line
 
 
-def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str] | None:
+def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str, str] | None:
+    """The problem's subject, what a rule does with {these} packets and what to do about it, and which they are: of one rule
+    all are named in one line."""
     inner = not flow.protocol
     where = f"chain {verdict.where}".replace(f"chain {_OLD} ", "iptables-legacy chain ")
     if chain.kind == "nat":
         by_plugin = verdict.where.split()[-1].startswith(PLUGINS)
-        if not inner or verdict.action not in filters.MASQUERADES or not flow.oif or by_plugin:
+        if verdict.action in filters.SENDS_ELSEWHERE and chain.hook == "prerouting":
+            does = "sends {these} to another address"
+        elif not inner or verdict.action not in filters.MASQUERADES or not flow.oif or by_plugin:
             return None
-        does = f"masquerades {flow.what}, so these see a node's address in place of the pod's"
+        else:
+            does = "masquerades {these}, so that a node's address is seen in place of the pod's"
     elif verdict.action not in filters.DROPS:
         return None
     elif verdict.rule is None:
         if chain.hook == "forward" or not verdict.sure:
             return None  # forward chains that drop by policy are firewall/forward.py's
-        does = f"drops {flow.what} by its policy"
+        does = "drops {these} by its policy"
     else:
-        does = f"drops {flow.what}"
+        does = "drops {these}"
     rule = verdict.rule
     if not verdict.sure:  # it may be right as it is: no command against it
-        return DOUBTFUL, f"maybe a rule of {where} {does}; whether one before it lets them through cannot be seen"
+        return (
+            DOUBTFUL,
+            f"maybe a rule of {where} {does}; whether one before it lets them through cannot be seen",
+            flow.what,
+        )
     if rule is None:
         accept = "iptables-legacy -A INPUT" if chain.family == _OLD else f"nft add rule {chain}"
         accept += f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
-        return DROPS, f"{where} {does}: {accept}"
+        return DROPS, f"{where} {does}: {accept}", flow.what
     tool = f"{'iptables' if family.number == 4 else 'ip6tables'}{'-legacy' if chain.family == _OLD else ''}"
     table = verdict.where.split()[1]
     if "text" in rule:
         remove = f"{tool} -t {table} {rule['text'].replace('-A ', '-D ', 1)}"
     else:
         remove = f"nft delete rule {verdict.where} handle {rule.get('handle')}"
-    subject = MASQUERADES if chain.kind == "nat" else DROPS
-    return subject, f"a rule of {where} {does}: {remove}, or an accept before it"
+    masquerades = chain.kind == "nat" and verdict.action in filters.MASQUERADES
+    return (
+        MASQUERADES if masquerades else DROPS,
+        f"a rule of {where} {does}: {remove}, or an accept before it",
+        flow.what,
+    )
 
 
 class _Reader:
@@ -218,6 +237,16 @@ class _Reader:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._read: dict[tuple[str, str, str], list[Rule] | None] = {}
+        self._sets: dict[tuple[str, str, str], list[Any] | None] = {}
+
+    def elements(self, family: str, table: str, name: str) -> list[Any] | None:
+        """Those of a named set or map, as nft lists them; None where it has too many, or cannot be read."""
+        key = family, table, name
+        if key not in self._sets:
+            self._sets[key] = (
+                program.elements_of(family, table, name, MOST_ELEMENTS) if len(self._sets) < CHAINS else None
+            )
+        return self._sets[key]
 
     def legacy(self) -> list[Chain]:
         """The base chains of the old tables that are in use. Raises KernelError, NoProgram."""

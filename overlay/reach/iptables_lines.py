@@ -10,10 +10,10 @@ from typing import Any
 _FIELDS = {"-s": "saddr", "-d": "daddr"}
 _INTERFACES = {"-i": "iifname", "-o": "oifname"}
 _VERDICTS = {"ACCEPT": "accept", "DROP": "drop", "REJECT": "reject", "RETURN": "return", "MASQUERADE": "masquerade",
-             "SNAT": "snat"}  # fmt: skip
+             "SNAT": "snat", "DNAT": "dnat", "REDIRECT": "redirect"}  # fmt: skip
 _SILENT = {"LOG", "NFLOG", "MARK", "CONNMARK", "CT", "NOTRACK", "TCPMSS", "TRACE"}
 """Targets after which the next rule is asked."""
-_ELSEWHERE = {"DNAT", "REDIRECT", "TPROXY", "QUEUE", "NFQUEUE", "SYNPROXY"}
+_ELSEWHERE = {"TPROXY", "QUEUE", "NFQUEUE", "SYNPROXY"}
 """Targets that give the packet to somebody else."""
 _UNCLEAR: dict[str, Any] = {"match": {"op": "==", "left": None, "right": None}}
 

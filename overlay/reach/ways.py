@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from lease.families import FAMILIES
 from lease.model import Prefix
+from overlay.backends.choose import backend_of
 from overlay.control.inputs import AddressKey, Inputs
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.lookup import Packet, Way
@@ -22,13 +24,14 @@ class Peer(NamedTuple):
 
 class Here(NamedTuple):
     """This node. tunnel, underlay: numbers of the interfaces; local: the tunnel's source; bridges: numbers of the
-    interfaces that have the gateway of our subnet, where packets of pods come from."""
+    interfaces that have the gateway of our subnet, where packets of pods come from; port: the tunnel's UDP port, 0: none."""
 
     own: Prefix
     tunnel: int
     underlay: int
     local: int
     bridges: tuple[int, ...]
+    port: int = 0
 
 
 class Question(NamedTuple):
@@ -68,7 +71,9 @@ def here_of(inputs: Inputs, family: int) -> Here | None:
     if inputs.pool(family) is None or end is None or tunnel is None or under is None:
         return None
     bridges = bridges_of(end.subnet, inputs.links, inputs.addresses_of(family))
-    return Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges)
+    outer = backend_of(inputs.config.backend, FAMILIES[family]).outer() if inputs.config is not None else None
+    port = outer.port if outer is not None else 0
+    return Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges, port)
 
 
 def questions(here: Here, peer: Peer) -> Iterator[Question]:
@@ -80,7 +85,8 @@ def questions(here: Here, peer: Peer) -> Iterator[Question]:
         yield Question(Packet(there, us, iif=bridge), oif, via, FORWARDED)
         yield Question(Packet(us, there, iif=oif), bridge, None, BACK)
     if not peer.direct:
-        yield Question(Packet(peer.public_ip, here.local, oif=here.underlay), 0, None, OUTER)
+        udp = 17 if here.port else 0
+        yield Question(Packet(peer.public_ip, here.local, 0, here.underlay, 0, udp, here.port), 0, None, OUTER)
 
 
 def is_as_asked(question: Question, way: Way) -> bool:

@@ -92,6 +92,18 @@ def rules_of(family: str, table: str, chain: str) -> Objects:
     return _listed("rule", "chain", family, table, chain)
 
 
+def elements_of(family: str, table: str, name: str, most: int) -> list[Any] | None:
+    """The elements of a named set or map, as nft lists them; None where there is none of that name, or it has more."""
+    for kind in ("set", "map"):
+        try:
+            found = _listed(kind, kind, family, table, name)
+        except KernelError:
+            continue
+        elements = found[0].get("elem", []) if found else []
+        return elements if isinstance(elements, list) and len(elements) <= most else None
+    return None
+
+
 def change_rules(chain: Chain, remove: Objects, add: Objects) -> None:
     """Delete rules (by their handles) and append others, in one transaction. Raises KernelError."""
     where = {"family": chain.family, "table": chain.table, "chain": chain.name}

@@ -14,14 +14,16 @@ from overlay.kernel.route import wire
 from overlay.kernel.route.entries import RT_TABLE_MAIN
 
 RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
-RTA_SRC, RTA_IIF, RTA_MARK = 2, 3, 16
+RTA_SRC, RTA_IIF, RTA_MARK, RTA_IP_PROTO, RTA_DPORT = 2, 3, 16, 27, 29
 RTM_F_LOOKUP_TABLE = 0x1000
 _FLAGS = {4: RTM_F_LOOKUP_TABLE, 6: 0}
 """By family: IPv6 always says the table, and refuses the flag (net/ipv6/route.c inet6_rtm_valid_getroute_req)."""
 FRA_DST, FRA_SRC, FRA_IIFNAME, FRA_PRIORITY, FRA_FWMARK = 1, 2, 3, 6, 10
 FRA_SUPPRESS_PREFIXLEN, FRA_TABLE, FRA_FWMASK, FRA_OIFNAME, FRA_L3MDEV = 14, 15, 16, 17, 19
-_OTHER_SELECTORS = {12, 20, 22, 23, 24}
-"""FRA_TUN_ID, FRA_UID_RANGE, FRA_IP_PROTO, FRA_SPORT_RANGE, FRA_DPORT_RANGE: of these we cannot say whether they match."""
+FRA_IP_PROTO, FRA_DPORT_RANGE = 22, 24
+_OTHER_SELECTORS = {12, 20, 23}
+"""FRA_TUN_ID, FRA_UID_RANGE, FRA_SPORT_RANGE: of these we cannot say whether they match."""
+PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
 FR_ACT_TO_TBL, FR_ACT_UNREACHABLE = 1, 7
 FIB_RULE_INVERT = 2
 RTN_UNICAST, RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 1, 6, 7, 8, 9
@@ -35,13 +37,15 @@ a source that comes by the wrong interface (rp_filter)."""
 
 class Packet(NamedTuple):
     """What the kernel is asked about. source: 0: it says which. iif: the interface by which it comes, 0: it is our own; oif:
-    the one that its socket is bound to, 0: none."""
+    the one that its socket is bound to, 0: none. protocol, port: IP's number, and the destination's port; 0: any."""
 
     address: int
     source: int = 0
     iif: int = 0
     oif: int = 0
     mark: int = 0
+    protocol: int = 0
+    port: int = 0
 
 
 class Way(NamedTuple):
@@ -58,7 +62,7 @@ class Way(NamedTuple):
 class Rule(NamedTuple):
     """A routing policy rule. Lengths are -1 where there is no such selector. table: 0 where action is not to look one up.
     suppress: the table's routes of at most so long prefixes do not count, -1: all do. unclear: it has selectors that are
-    not known here (ports, users, protocols)."""
+    not known here (source ports, users). protocol: IP's number, 0: any; ports: of the destination, first and last."""
 
     priority: int
     action: int
@@ -75,6 +79,8 @@ class Rule(NamedTuple):
     suppress: int
     l3mdev: bool
     unclear: bool
+    protocol: int = 0
+    ports: tuple[int, int] = (0, 0xFFFF)
 
 
 class AnyRoute(NamedTuple):
@@ -98,6 +104,10 @@ def route_lookup(family: Family, seq: int, packet: Packet) -> bytes:
     for kind, value in ((RTA_IIF, packet.iif), (wire.RTA_OIF, packet.oif), (RTA_MARK, packet.mark)):
         if value:
             body += wire.attr(kind, struct.pack("=L", value))
+    if packet.protocol:
+        body += wire.attr(RTA_IP_PROTO, bytes([packet.protocol]))
+    if packet.port:
+        body += wire.attr(RTA_DPORT, packet.port.to_bytes(2, "big"))
     return wire.request(wire.RTM_GETROUTE, seq, body)
 
 
@@ -122,6 +132,7 @@ def parse_rule(body: memoryview) -> Rule:
     suppress = wire.number(attrs.get(FRA_SUPPRESS_PREFIXLEN)) if FRA_SUPPRESS_PREFIXLEN in attrs else 0xFFFFFFFF
     mark = wire.number(attrs.get(FRA_FWMARK))
     l3mdev = attrs.get(FRA_L3MDEV)
+    ports = attrs.get(FRA_DPORT_RANGE)
     return Rule(
         priority=wire.number(attrs.get(FRA_PRIORITY)),
         action=action,
@@ -138,6 +149,8 @@ def parse_rule(body: memoryview) -> Rule:
         suppress=-1 if suppress == 0xFFFFFFFF else suppress,
         l3mdev=l3mdev is not None and l3mdev[0] != 0,
         unclear=tos != 0 or bool(attrs.keys() & _OTHER_SELECTORS),
+        protocol=wire.number(attrs.get(FRA_IP_PROTO)),
+        ports=(0, 0xFFFF) if ports is None else struct.unpack("=HH", ports[:4]),
     )
 
 
