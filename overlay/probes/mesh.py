@@ -22,6 +22,8 @@ ANSWER_S = 2.0
 BUDGET, OF_DOUBTS = 20, 12
 """Packets a second, and how many of them at most are for peers in doubt."""
 ROUNDS = 3
+AGAIN_S = 3.0
+"""One that does not answer is asked again so often, if the budget has room: that it does is to be known soon."""
 REMEMBERED = 16
 """Visits by which loss is known."""
 RTT_UNIT_NS = 20_000
@@ -178,7 +180,7 @@ class Mesh:
             if doubt.next_s > now:
                 continue
             doubt.rounds += 1
-            doubt.next_s = now + (1.0 if doubt.rounds < ROUNDS else INTERVAL_S)
+            doubt.next_s = now + (1.0 if doubt.rounds < ROUNDS else AGAIN_S)
             if doubt.rounds > ROUNDS:  # each look stands for itself
                 doubt.outcomes = {}
             del self._doubts[number]  # to the end: others are asked as well

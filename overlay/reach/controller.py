@@ -257,7 +257,7 @@ class ReachController(Controller):
                 return f"forwarding is off on {name}: sysctl -w {conf.replace('/', '.')}.{name}.forwarding=1"
         if question.what == ways.OUTER and not way.error:
             free = packet._replace(oif=0)
-            if self._requests.way(self._family, free).error:  # bound to the interface it says nothing of such a route
+            if self._requests.way(self._family, free).error not in (0, errno.ENETUNREACH):  # asked unbound alone
                 return self._decided(free, network, names)
             lower = names.get(packet.oif, "the underlay")
             address = ip_text(self._family.number, packet.address)

@@ -228,6 +228,21 @@ WAYS = {
         ["to pods here leave by mesh0, not by cni0", "ip rule 6"],
         ["ip rule del pref 6"],
     ),
+    "a blackhole over the other node's pods": (
+        ["ip route add blackhole {there} metric 1"],
+        ["are dropped (blackhole)", "the route blackhole {there} of table main says so; ip route del blackhole {there}"],
+        ["ip route del blackhole {there}"],
+    ),
+    "a rule by the tunnel's port": (
+        ["ip rule add pref 5 ipproto udp dport 8472 lookup 52", "ip route add blackhole default table 52"],
+        ["packets of the tunnel to 10.244.", "ip rule 5 (from all ipproto udp dport 8472 lookup 52)"],
+        ["ip rule del pref 5"],
+    ),
+    "the other node's address in a blackhole": (
+        ["ip route add blackhole 192.168.1.3/32"],
+        ["packets of the tunnel to 10.244.", "find no route", "the route blackhole 192.168.1.3/32 of table main says so"],
+        ["ip route del blackhole 192.168.1.3/32"],
+    ),
     "the routes of the underlay": (
         ["ip route del 192.168.1.0/24 dev eth0", "ip route del default || true"],
         ["packets of the tunnel to 10.244.", "no route by eth0 leads to 192.168.1.3"],
@@ -244,11 +259,36 @@ def test_report_6_where_the_kernel_sends_elsewhere_rule_table_and_device_are_nam
     pods_of(world, agents)
     other_device(world)
     is_over(agents[0])
-    do(world, *breaks)
-    is_told(agents[0], "ways", *words)
+    there, own = str(agents[1].subnet()), str(agents[0].subnet())
+    do(world, *(line.replace("{there}", there) for line in breaks))
+    told = is_told(agents[0], "ways", *(word.replace("{there}", there) for word in words))
+    assert f"ip route del {own}" not in told, "advice that would cut its own pods off"
+    assert "ip route del default" not in told
     until("not well", lambda: not agents[0].ready(), 25)
-    do(world, *mends)
+    do(world, *(line.replace("{there}", there) for line in mends))
     is_over(agents[0])
+
+
+def test_a_bridge_that_lost_its_address_is_told_with_the_command_that_mends_it(world):
+    agents = world.nodes(2)
+    pods = pods_of(world, agents)
+    is_over(agents[0])
+    do(world, "ip addr flush dev cni0")
+    told = is_told(agents[0], "routes", "cni0, which pods are attached to, has not their gateway's address")
+    assert not reach(pods)
+    do(world, told.rpartition(": ")[2])
+    is_over(agents[0])
+    assert reach(pods)
+
+
+def test_pods_whose_route_went_get_no_advice_about_the_default_route(world):
+    agents = world.nodes(2)
+    pods_of(world, agents)
+    is_over(agents[0])
+    own = str(agents[0].subnet())
+    do(world, f"ip route del {own} dev cni0", "ip route add default via 192.168.1.1 || true")
+    is_told(agents[0], "routes", f"no route leads {own} to cni0")
+    assert "ip route del default" not in str(agents[0].problems())
 
 
 def test_report_6_what_status_advises_mends_it(world):
@@ -299,6 +339,25 @@ FILTERS = {
         "foreign rules", ["chain inet fw in drops the tunnel from 192.168.1.3 (UDP port 8472) by its policy",
                           "nft add rule inet fw in udp dport 8472 accept"],
         ["nft delete table inet fw"],
+    ),
+    "the tunnel's port is closed, pings are not": (
+        ["nft add table inet fw", "nft add chain inet fw in '{ type filter hook input priority 0; policy drop; }'",
+         "nft add rule inet fw in ct state vmap '{ established : accept, related : accept, invalid : drop }'",
+         "nft add rule inet fw in icmp type echo-request accept", "nft add rule inet fw in iifname lo accept"],
+        "foreign rules", ["chain inet fw in drops the tunnel from 192.168.1.3 (UDP port 8472) by its policy"],
+        ["nft delete table inet fw"],
+    ),
+    "a drop by a named set": (
+        ["nft add table inet fw", "nft add chain inet fw passing '{ type filter hook forward priority 0; }'",
+         "nft add set inet fw bad '{ type ipv4_addr; flags interval; elements = { 10.0.0.0/8 }; }'",
+         "nft add rule inet fw passing ip daddr @bad drop"],
+        "foreign rules", ["chain inet fw passing drops packets of pods here to 10.244."],
+        ["nft delete table inet fw"],
+    ),
+    "pods sent to another address": (
+        ["iptables -t nat -A PREROUTING -d 10.244.0.0/16 -j DNAT --to-destination 192.168.1.1"],
+        "foreign rules", ["sends packets of pods here to 10.244.", "to another address", "iptables -t nat -D PREROUTING"],
+        ["iptables -t nat -F PREROUTING"],
     ),
     "masquerade of what leaves by the tunnel": (
         ["iptables -t nat -A POSTROUTING -o flannel.1 -j MASQUERADE"],
