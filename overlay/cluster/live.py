@@ -31,6 +31,8 @@ class LiveFiles(Source):
         self._at_start = current.inputs.settings
         self._seen: set[str] = set()
         """Files that were there once."""
+        self._missing: set[str] = set()
+        """Files that were logged as missing."""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -46,6 +48,11 @@ class LiveFiles(Source):
         if event.text is not None:
             self._seen.add(event.what)
             self._health.solved(subject)
+        elif event.what not in self._missing:
+            self._missing.add(event.what)
+            log.warning(
+                "file.missing", path=event.path, effect="as if it said nothing; it is read as soon as it is there"
+            )
         if event.what == "cni-conf":
             self._current.set(cni_template=event.text)
         elif event.what == "net-conf":

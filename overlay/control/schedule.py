@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lease.model import Prefix, ip_text, mac_text
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs
@@ -132,18 +133,32 @@ class _Slot:
         return not self.waits and all(slot.wants is None or slot.controller.completed for slot in self.after)
 
 
+_MACS, _ADDRESSES = ("mac",), ("base", "address", "local", "public_ip")
+"""Names of numbers that are shown as people write them."""
+
+
 def _short(wants: Any) -> str:
     """For a debug line: what a controller wants, its longest fields cut."""
     if wants is None:
         return "nothing (switched off)"
     if not hasattr(wants, "_asdict"):
         return _cut(wants)
-    return " ".join(f"{name}={_cut(value)}" for name, value in wants._asdict().items())
+    return " ".join(f"{name}={_cut(value, name)}" for name, value in wants._asdict().items())
 
 
-def _cut(value: Any) -> str:
+def _cut(value: Any, name: str = "") -> str:
     if isinstance(value, Mapping):
         return f"{len(value)} entries"
+    if isinstance(value, Prefix):
+        return str(value)
+    if isinstance(value, int) and value and name in _MACS:
+        return mac_text(value)
+    if isinstance(value, int) and value and name in _ADDRESSES:
+        return ip_text(4 if value < 1 << 32 else 6, value)
+    if hasattr(value, "_asdict"):
+        return f"({_short(value)})"
+    if isinstance(value, (tuple, frozenset)) and any(isinstance(each, Prefix) for each in value):
+        return ",".join(map(str, value))
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

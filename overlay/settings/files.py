@@ -28,8 +28,20 @@ def check_files(settings: Settings) -> None:
             raise SettingsError(f"--{name}: {path} must be a folder")
     if os.path.isdir(settings.subnet_file):
         raise SettingsError(f"--subnet-file: {settings.subnet_file} is a folder; give the file's own name")
+    _can_be_made("subnet-file", os.path.dirname(settings.subnet_file))
     if not os.path.isdir(f"{settings.proc_sys_net}/ipv4"):
         raise SettingsError(f"--proc-sys-net: {settings.proc_sys_net} has no ipv4: it must be the node's /proc/sys/net")
+
+
+def _can_be_made(name: str, folder: str) -> None:
+    """A folder that is made when it is needed: whether the first that is there above it is one that takes files."""
+    above = folder or "."
+    while not os.path.exists(above) and os.path.dirname(above) not in ("", above):
+        above = os.path.dirname(above)
+    if not os.path.isdir(above):
+        raise SettingsError(f"--{name}: {above} is no folder")
+    if os.path.realpath(above).split("/")[1:2] in (["proc"], ["sys"]):
+        raise SettingsError(f"--{name}: {folder} cannot be made: {above} takes no files")
 
 
 def _readable(name: str, path: str) -> None:
