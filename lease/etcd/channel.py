@@ -38,7 +38,10 @@ CONNECT_S, SEND_S = 3.0, 5.0
 """How long a connection may take to come about, and the kernel to take what is sent."""
 _WINDOW = (1 << 31) - 1
 """Flow control is left to TCP: every window is as wide as HTTP/2 allows."""
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
+"""Bytes read at a time: of small frames these are thousands, and others have their turn after them."""
+_KEPT = 64
+"""Bytes that a message takes beside its own."""
 _RESETS = {0x7: "UNAVAILABLE", 0x8: "CANCELLED", 0xB: "RESOURCE_EXHAUSTED", 0xC: "PERMISSION_DENIED"}
 """HTTP/2's error codes (RFC 9113, 7) as gRPC maps them; any other is INTERNAL."""
 LARGEST = 1 << 25
@@ -69,6 +72,8 @@ class Call:
     def __init__(self, channel: Channel, number: int, largest: int) -> None:
         self.channel, self._number, self._largest = channel, number, largest
         self._inbox: deque[bytes] = deque()
+        self._waiting = 0
+        """What is in there, in bytes."""
         self._half = bytearray()
         self._answered = False
         self._ended: RpcError | None = None
@@ -103,6 +108,10 @@ class Call:
                 self._end(TOO_LARGE, f"a message of {end} bytes; at most {self._largest} are taken")
                 return
             if len(half) < end:
+                return
+            self._waiting += end + _KEPT
+            if self._inbox and self._waiting > LARGEST:
+                self._end(TOO_LARGE, f"more than {LARGEST} bytes of messages came faster than they are read")
                 return
             self._inbox.append(bytes(half[5:end]))
             del half[:end]
@@ -204,6 +213,8 @@ class Channel:
         except (OSError, ValueError, UnicodeError) as error:  # ValueError: a name that TLS cannot check
             raise RpcError("UNAVAILABLE", _reason(error)) from error
         self._socket.setblocking(False)
+        self._undelivered: Callable[[], int] = getattr(self._socket, "pending", int)
+        """Bytes that TLS has decrypted, at most one record, of which poll knows nothing."""
         self._readable, self._writable = select.poll(), select.poll()
         self._readable.register(self._socket, select.POLLIN)
         self._writable.register(self._socket, select.POLLOUT)
@@ -310,7 +321,9 @@ class Channel:
         with self._turn:
             in_time = self._until(lambda: call._inbox or call._ended is not None, time.monotonic() + timeout_s)
             if call._inbox:
-                return call._inbox.popleft()
+                message = call._inbox.popleft()
+                call._waiting -= len(message) + 5 + _KEPT
+                return message
             if not in_time:
                 raise RpcError("DEADLINE_EXCEEDED", "no answer in time")
             assert call._ended is not None
@@ -360,8 +373,9 @@ class Channel:
             self._take()
 
     def _take(self) -> None:
-        """Everything that is there to be read."""
-        while not self._broken:
+        """What is there to be read, some of it where there is much: who sends without end must not keep the turn."""
+        more = True
+        while more and not self._broken:
             try:
                 data = self._socket.recv(_CHUNK)
             except OSError as error:
@@ -374,6 +388,7 @@ class Channel:
             try:
                 for event in self._http.receive_data(data):
                     self._handle(event)
+                more = self._undelivered() > 0
             except h2.exceptions.H2Error as error:
                 self._break(f"does not speak HTTP/2 as etcd does ({_reason(error)})")
                 return
@@ -425,7 +440,10 @@ def _later(error: OSError) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no connection in time"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "_ALERT_" in said and any(word in said.lower() for word in ("certificate", "unknown_ca")):
+        return f"refuses our certificate (etcd-certfile): {said}"
+    return said
 
 
 def _unquote(text: bytes) -> str:

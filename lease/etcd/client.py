@@ -7,6 +7,7 @@ ignores `limit` and `revision` and cannot authenticate without TLS (docs/depende
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,10 @@ from etcd3 import etcdrpc as rpc  # noqa: E402
 
 __all__ = ["EtcdClient", "EtcdSettings", "EtcdSettingsError", "rpc"]
 
+WHOLE_LIST_S = 120.0
+"""All pages of a list; more is no etcd's."""
+LAST_REVISION = (1 << 63) - 1
+"""After which none can be asked for."""
 CALL_S, LIST_S = 5.0, 12.0
 """Deadlines: of one call, and of a list (100,000 records take some 2 s)."""
 LARGEST_PAGE, SMALLER = 1 << 22, 4
@@ -144,8 +149,17 @@ class EtcdClient:
             key=key, range_end=range_end, limit=size, min_mod_revision=later_than + 1 if later_than else 0
         )
         page = self._call(self._first_page, request, LIST_S)
+        if not 0 < page.header.revision < LAST_REVISION or page.count < 0:
+            raise StoreUnavailable(f"{self.endpoint}: revision {page.header.revision}, {page.count} keys: not etcd")
         request.revision, usual = int(page.header.revision), max(size, -(-int(page.count) // most))
+        given_up, left = time.monotonic() + WHOLE_LIST_S, int(page.count) - len(page.kvs)
         while page.more and page.kvs:
+            if left < 0 or not request.key <= page.kvs[-1].key < (range_end or key + b"\0"):
+                raise StoreUnavailable(
+                    f"{self.endpoint}: a list with keys again, of others or more than it has: not etcd"
+                )
+            if time.monotonic() > given_up:
+                raise StoreUnavailable(f"{self.endpoint}: a list that takes more than {WHOLE_LIST_S:.0f} s")
             request.key = page.kvs[-1].key + b"\0"
             request.limit = usual if request.limit >= size else min(size, 2 * request.limit)
             endpoint, call = self.endpoint, None
@@ -155,6 +169,7 @@ class EtcdClient:
                 call = method.begin(request, LIST_S, metadata, largest=LARGEST_PAGE)
                 yield page
                 page = self._page(method, request, metadata, call)
+                left -= len(page.kvs)
             except RpcError as error:
                 if error.code in _AWAY:
                     self._next_endpoint(endpoint)
@@ -205,7 +220,10 @@ class EtcdClient:
 
     def grant(self, ttl_s: int) -> int:
         """A new etcd lease; its ID."""
-        return int(self._call(lambda channel: rpc.LeaseStub(channel).LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s)).ID)
+        answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl_s))
+        if answer.ID <= 0:  # a record under none would never go
+            raise StoreUnavailable(f"{self.endpoint}: gives an etcd lease {answer.ID}: not etcd")
+        return int(answer.ID)
 
     def revoke(self, lease_id: int) -> None:
         """End an etcd lease, and every key on it."""
@@ -223,6 +241,8 @@ class EtcdClient:
         """Renew once; seconds it now has. Raises LeaseExpired (etcd says TTL 0 without an error then)."""
         request = rpc.LeaseKeepAliveRequest(ID=lease_id)
         answer = self._call(lambda channel: rpc.LeaseStub(channel).LeaseKeepAlive.first, request)
+        if lease_id != answer.ID:
+            raise StoreUnavailable(f"{self.endpoint}: answers for etcd lease {answer.ID:x}, asked for {lease_id:x}")
         if answer.TTL <= 0:
             raise LeaseExpired(f"etcd lease {lease_id:x} is gone")
         return int(answer.TTL)
@@ -348,7 +368,12 @@ def _token_is_old(error: RpcError) -> bool:
 
 
 def _error_text(error: RpcError) -> str:
-    return "no answer in time" if error.code == "DEADLINE_EXCEEDED" else str(error)[:240]
+    return "no answer in time" if error.code == "DEADLINE_EXCEEDED" else one_line(str(error))
+
+
+def one_line(said: str) -> str:
+    """What a server said, as it may stand in a message."""
+    return " ".join(said[:2000].split())[:240]
 
 
 def _target(endpoint: str) -> tuple[str, int, bool]:
@@ -374,12 +399,13 @@ def _tls(settings: EtcdSettings) -> ssl.SSLContext:
                     pass
         except OSError as error:
             raise EtcdSettingsError(f"{flag}: {path}: {error.strerror}") from error
+    used = f"etcd-cafile {settings.cafile or '(none: the system has its own)'}"
     try:
         context = ssl.create_default_context(cafile=settings.cafile or None)
         if settings.certfile:
+            used = f"etcd-certfile {settings.certfile}, etcd-keyfile {settings.keyfile}"
             context.load_cert_chain(settings.certfile, settings.keyfile, password="")
     except OSError as error:  # ssl.SSLError is one
-        used = ", ".join(f"{flag} {path}" for flag, path in files.items() if path)
         raise EtcdSettingsError(f"{used}: not usable: {error}") from error
     context.verify_flags &= ~ssl.VerifyFlags.VERIFY_X509_STRICT
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN

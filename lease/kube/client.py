@@ -12,9 +12,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import urllib3
@@ -45,6 +45,11 @@ _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 11_000),
 ]
 """A black hole is noticed within 11 s (tcp(7)); a frozen server acknowledges still: see NodeStore's probe."""
+
+
+_A = TypeVar("_A")
+_Way = tuple[Any, dict[str, str]]
+"""The client, and its credentials."""
 
 
 class KubeSettings(NamedTuple):
@@ -212,9 +217,12 @@ class KubeClient:
     def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
         """Open a watch: the answer must begin in time, what follows may take as long as it likes (who waits for it must
         doubt it). Raises ApiError, StoreUnavailable."""
-        way = self._way()
-        with self._limited(ANSWER_S):
-            response = self._request(way, "GET", path, query, {"Accept": accept}, None, TIMEOUT_S)
+
+        def ask(way: _Way) -> urllib3.BaseHTTPResponse:
+            with self._limited(ANSWER_S):
+                return self._request(way, "GET", path, query, {"Accept": accept}, None, TIMEOUT_S)
+
+        response = self._by_some_way(ask)
         sock = getattr(getattr(response, "connection", None), "sock", None)
         if sock is not None:
             sock.settimeout(None)
@@ -235,10 +243,24 @@ class KubeClient:
         read_s: float,
     ) -> Answer:  # fmt: skip
         """With its body. A larger answer than may be is an AnswerTooLarge."""
+
+        def ask(way: _Way) -> Answer:
+            with self._limited(min(ANSWER_S, 2 * read_s)):
+                response = self._request(way, method, path, query, headers, body, read_s)
+                return Answer(answer.whole(response), _is_protobuf(response))
+
+        return self._by_some_way(ask)
+
+    def _by_some_way(self, ask: Callable[[_Way], _A]) -> _A:
+        """Ask; once more where the credentials are refused, and others stand there by now: the file has the next token.
+        Raises ApiError, StoreUnavailable."""
         way = self._way()
-        with self._limited(min(ANSWER_S, 2 * read_s)):
-            response = self._request(way, method, path, query, headers, body, read_s)
-            return Answer(answer.whole(response), _is_protobuf(response))
+        try:
+            return ask(way)
+        except ApiError as refused:
+            if refused.code != 401 or (next_way := self._way())[1] == way[1]:
+                raise
+        return ask(next_way)
 
     @contextmanager
     def _limited(self, seconds: float) -> Iterator[None]:
@@ -251,7 +273,7 @@ class KubeClient:
         except (answer.AnswerRefused, urllib3.exceptions.HTTPError, OSError) as error:
             raise StoreUnavailable(f"{self.place}: {_words(error)}") from error
 
-    def _way(self) -> tuple[Any, dict[str, str]]:
+    def _way(self) -> _Way:
         """The client, and its credentials: a kubeconfig's plugin may take as long as it likes for these, so that no answer's
         deadline has begun. Raises StoreUnavailable."""
         if self._ending:
@@ -264,7 +286,7 @@ class KubeClient:
             raise StoreUnavailable(f"credentials for {api.configuration.host}: {_words(error)}") from error
 
     def _request(
-        self, way: tuple[Any, dict[str, str]], method: str, path: str, query: Mapping[str, str | int],
+        self, way: _Way, method: str, path: str, query: Mapping[str, str | int],
         headers: dict[str, str], body: str | None, read_s: float,
     ) -> urllib3.BaseHTTPResponse:  # fmt: skip
         api, credentials = way

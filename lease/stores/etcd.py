@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lease.etcd.client import EtcdClient, EtcdSettings, rpc
+from lease.etcd.client import EtcdClient, EtcdSettings, one_line, rpc
 from lease.model import Lease, Refused
 from lease.records.codec import BadRecord, decode_key, decode_lease, encode_value, key_range
 from lease.records.packed import Leases, decode, pack
@@ -96,7 +96,7 @@ class EtcdStore:
                     raise StoreUnavailable(f"{where}: revision {after + 1} is compacted; the list is read again")
                 if answer.canceled:
                     raise StoreUnavailable(
-                        f"{where}: the watch was refused: {answer.cancel_reason or 'no reason given'}"
+                        f"{where}: the watch was refused: {one_line(answer.cancel_reason) or 'no reason given'}"
                     )
                 if answer.created and answer.header.revision < after:
                     raise StoreUnavailable(
