@@ -135,7 +135,7 @@ def _answers(known: dict[str, Any]) -> str:
         return f"{age:.0f}s ago"
     if known["state"] == "untried":
         return "not tried"
-    return {"path_mtu": "small only"}.get(known["state"], "no")
+    return {"path_mtu": "small only", "silent": "never"}.get(known["state"], "no")
 
 
 def rtt_text(rtt_us: int | None) -> str:
@@ -152,8 +152,10 @@ def tried(found: dict[str, Any]) -> str:
     if not states:
         return "whether peers answer is not asked (--probes=false)"
     untried = states["untried"] + count - states.total()
-    words = f"{states['ok']} of {count} peers answer through the tunnel or directly"
-    return words if not untried else f"{words}, {untried} were not asked yet"
+    words = [f"{states['ok']} of {count} peers answer through the tunnel or directly"]
+    words += [f"{untried} were not asked yet"] if untried else []
+    words += [f"{states['silent']} never answered, nor did their public IPs"] if states["silent"] else []
+    return ", ".join(words)
 
 
 def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,7 @@
 A visit is one full-size probe of a peer's VTEP: where that is answered everything below it is whole. A peer that does not
 answer is in doubt, and asked by all four kinds, once a second for ROUNDS, before anything is said of it. Peers that came or
 changed are asked first, those in doubt next, the others in turn; in all no more than a budget of packets a second, however
-many there are.
+many there are. Of peers that never answered, nor did their underlay address, nothing is made: records outlive their nodes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ BUDGET, OF_DOUBTS = 20, 12
 ROUNDS = 3
 AGAIN_S = 3.0
 """One that does not answer is asked again so often, if the budget has room: that it does is to be known soon."""
+MOST_DOUBTS, OF_SILENT = 256, 8
+"""So many peers are in doubt at once, and so many of them at most are such that never answered."""
 REMEMBERED = 16
 """Visits by which loss is known."""
 RTT_UNIT_NS = 20_000
@@ -73,7 +75,7 @@ class Report(NamedTuple):
 class Known(NamedTuple):
     """What is known of all peers at a moment. slots: of those that were asked or heard of, by number, places in the others:
     when each answered and was heard (0: never), its RTT, lost visits as bits, how many there were; verdicts: of those in
-    doubt, None: nothing is said yet."""
+    doubt, None: nothing is said yet; silent: those that never answered."""
 
     slots: dict[int, int]
     answered: array[float]
@@ -82,6 +84,7 @@ class Known(NamedTuple):
     lost: array[int]
     visits: array[int]
     verdicts: dict[int, Verdict | None]
+    silent: frozenset[int]
 
     def report(self, number: int, now: float) -> Report:
         """How a peer is."""
@@ -90,7 +93,9 @@ class Known(NamedTuple):
             return Report(Verdict(State.UNTRIED, "not tried yet"), None, None, 0, None)
         answered, heard, visits = self.answered[slot], self.heard[slot], self.visits[slot]
         verdict = self.verdicts.get(number)
-        if verdict is None and answered:
+        if verdict is None and number in self.silent:
+            verdict = Verdict(State.SILENT, "has never answered")
+        elif verdict is None and answered:
             verdict = Verdict(State.OK, "answers")
         elif verdict is None:
             verdict = Verdict(State.UNTRIED, "has not answered yet" if number in self.verdicts else "not tried yet")
@@ -118,6 +123,8 @@ class Mesh:
         self._first: dict[int, None] = {}
         """Peers that came or changed, to be asked first."""
         self._doubts: dict[int, _Doubt] = {}
+        self._silent: set[int] = set()
+        """Peers that never answered, nor did anybody at their underlay address."""
         self._waiting: deque[tuple[float, int, Target, Kind]] = deque()
         """Probes under way, in the order in which they were sent: when they are lost, their sequence number."""
         self._sent: dict[int, tuple[Target, Kind, int]] = {}
@@ -160,6 +167,7 @@ class Mesh:
             self._free.append(slot)
         self._first.pop(number, None)
         self._doubts.pop(number, None)
+        self._silent.discard(number)
 
     # --- what is asked
 
@@ -174,11 +182,10 @@ class Mesh:
     def doubtful(self, now: float) -> Iterator[Probe]:
         """The probes of peers in doubt that are due, a whole round of each."""
         left = OF_DOUBTS
-        for number, doubt in list(self._doubts.items()):
+        due = [(number, doubt) for number, doubt in self._doubts.items() if doubt.next_s <= now]
+        for number, doubt in sorted(due, key=lambda item: item[1].verdict is not None):  # of whom nothing is said yet
             if left < len(Kind):
                 return
-            if doubt.next_s > now:
-                continue
             doubt.rounds += 1
             doubt.next_s = now + (1.0 if doubt.rounds < ROUNDS else AGAIN_S)
             if doubt.rounds > ROUNDS:  # each look stands for itself
@@ -220,6 +227,7 @@ class Mesh:
         slot = self._slots.get(target.number)
         if slot is None:
             return
+        self._silent.discard(target.number)
         if kind.by_tunnel:
             self._answered[slot] = now
             self._rtt[slot] = min(0xFFFF, max(1, (at_ns - sent_ns) // RTT_UNIT_NS))
@@ -253,15 +261,19 @@ class Mesh:
             return
         doubt = self._doubts.get(target.number)
         if doubt is None:
-            if kind is not Kind.VTEP_FULL:
-                return
-            doubt = self._doubts[target.number] = _Doubt(target, now)
-            self._visited(slot, lost=True)
+            if kind is Kind.VTEP_FULL:
+                self._visited(slot, lost=True)
+                of_silent = target.number in self._silent
+                if len(self._doubts) < (OF_SILENT if of_silent else MOST_DOUBTS):
+                    self._doubts[target.number] = _Doubt(target, now)
             return
         self._note(doubt, kind, False, refused)
         if doubt.rounds >= ROUNDS and kind is Kind.VTEP_FULL:
-            heard = self._heard[slot] > doubt.since_s
-            doubt.verdict = judge(doubt.outcomes, self._port(), doubt.target.direct, heard)
+            heard, ever = self._heard[slot] > doubt.since_s, bool(self._heard[slot] or self._answered[slot])
+            doubt.verdict = judge(doubt.outcomes, self._port(), doubt.target.direct, heard, ever)
+            if doubt.verdict.state is State.SILENT:
+                del self._doubts[target.number]
+                self._silent.add(target.number)
 
     @staticmethod
     def _note(doubt: _Doubt, kind: Kind, answered: bool, refused: str = "") -> None:
@@ -278,7 +290,10 @@ class Mesh:
         """All of it, for another thread."""
         verdicts = {number: doubt.verdict for number, doubt in self._doubts.items()}
         slots = dict(self._slots)
-        return Known(slots, self._answered[:], self._heard[:], self._rtt[:], self._lost[:], self._visits[:], verdicts)
+        return Known(
+            slots, self._answered[:], self._heard[:], self._rtt[:], self._lost[:], self._visits[:], verdicts,
+            frozenset(self._silent),
+        )  # fmt: skip
 
     def lossy(self, least: float, visits: int) -> Iterator[tuple[int, float]]:
         """The peers that answer, but lost so much of their last visits, of which there were so many; their numbers."""

@@ -54,13 +54,15 @@ class Outcome(NamedTuple):
 
 
 class State(IntEnum):
-    """How a peer is. UNTRIED: not known yet."""
+    """How a peer is. UNTRIED: not known yet; SILENT: it has not answered since this agent started, nor did anybody at its
+    underlay address: a record whose node is gone, or not up yet."""
 
     UNTRIED = 0
     OK = 1
     PATH_MTU = 2
     UNREACHABLE = 3
     REFUSED = 4
+    SILENT = 5
 
 
 class Verdict(NamedTuple):
@@ -71,9 +73,10 @@ class Verdict(NamedTuple):
     remedy: str = ""
 
 
-def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool) -> Verdict:
+def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool, ever: bool = True) -> Verdict:
     """What the outcomes mean. port: the tunnel's UDP port; direct: the peer is reached without the tunnel; heard: it asked
-    us in the meantime, so that the way from it is whole. A kind that is missing was not tried."""
+    us in the meantime, so that the way from it is whole; ever: it answered or asked before. A kind that is missing was not
+    tried."""
     small, full = outcomes.get(Kind.VTEP), outcomes.get(Kind.VTEP_FULL)
     under, under_full = outcomes.get(Kind.UNDERLAY), outcomes.get(Kind.UNDERLAY_FULL)
     tried = [each for each in (small, full) if each is not None]
@@ -91,6 +94,8 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool
         )
     if under is None:
         return Verdict(State.UNREACHABLE, "its VTEP does not answer")
+    if not under.ok and not under.refused and not ever:
+        return Verdict(State.SILENT, "has never answered, nor does anybody at its public IP")
     if not under.ok:
         why = f": {under.refused}" if under.refused else ""
         return Verdict(

@@ -170,6 +170,24 @@ def test_a_kernel_that_does_not_send_is_this_nodes_own(bench):
     assert it.controller.counters()["probes_refused"] > 0
 
 
+def test_who_never_answered_nor_anybody_at_its_address_is_no_problem(bench):
+    """Records outlive their nodes."""
+    it = Probed(
+        bench,
+        300,
+        lambda address, _size: (
+            address < ip_number("10.64.100.0", 4) or ip_number("192.168.0.100", 4) > address > 1 << 31
+        ),
+    )
+    it.run(30 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.states() == {"ok": 100, "silent": 200}
+    there = it.peers[number(prefix("10.64.150.0/24"))]
+    it.network.answers = lambda address, _size: address < ip_number("10.64.100.0", 4) or address == there.public_ip
+    it.run(30 * INTERVAL_S)
+    assert "n150 192.168.0.150: its underlay address answers, its VTEP does not" in bench.problems()["unreachable"]
+
+
 def test_much_loss_is_said(bench):
     it = Probed(bench, 3)
     turns = Counter()
@@ -217,7 +235,9 @@ def test_nothing_is_said_of_peers_while_our_own_side_is_not_whole(bench):
 
 
 def test_peers_that_go_are_forgotten(bench):
-    it = Probed(bench, 5, lambda _address, _size: False)
+    it = Probed(bench, 5)
+    it.run(INTERVAL_S)
+    it.network.answers = lambda _address, _size: False
     it.run(2 * INTERVAL_S)
     assert "all 5 peers" in bench.problems()["unreachable"]
     for each, one in list(it.leases.items()):
