@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from lease.model import Lease
 from lease.records.packed import Leases, pack, unpack
 
-CAME_OR_WENT, IN_PLACE = 1.0, 3.0
-"""Penalties. A node that takes another address or MAC in place is rare; two writers who undo each other's work do that."""
+CAME_OR_WENT, IN_PLACE, BACK_AGAIN = 0.05, 0.5, 3.0
+"""Penalties: of a record that comes or goes, says something new, or says what it said one change before, which two writers
+make who undo each other's work, and seldom a node."""
 LIMIT = 10.0
 HALF_LIFE_S = 30.0
 LEAST_S, MOST_S, DOUBLES = 2.0, 30.0, 15.0
@@ -26,12 +27,14 @@ FORGOTTEN_S, MOST_KEYS = 300.0, 4096
 
 
 class _Flap:
-    """at: of the last change; step: its penalty. before: what it said when that was quiet; last: what it says."""
+    """at: of the last change; step: its penalty. before: what it said when that was quiet; last: what it says; earlier: what
+    it said before that."""
 
-    __slots__ = ("at", "before", "last", "penalty", "step")
+    __slots__ = ("at", "before", "earlier", "last", "penalty", "step")
 
     def __init__(self, before: bytes | None, at: float) -> None:
         self.before = self.last = before
+        self.earlier: bytes | None = None
         self.penalty, self.step, self.at = 0.0, 0.0, at
 
     def wait_s(self) -> float:
@@ -86,10 +89,9 @@ class Flaps:
         now = self._clock()
         if key not in self._held and now >= flap.at + SETTLED_S:
             flap.before = flap.last
-        in_place = last is not None and lease is not None and last.created == lease.created
-        flap.step = IN_PLACE if in_place else CAME_OR_WENT
+        flap.step = _step(None if flap.earlier is None else unpack(flap.earlier), last, lease)
         flap.penalty *= 0.5 ** ((now - flap.at) / HALF_LIFE_S)
-        flap.at, flap.last = now, None if lease is None else pack(lease)
+        flap.at, flap.earlier, flap.last = now, flap.last, None if lease is None else pack(lease)
         self._flaps[key] = self._flaps.pop(key)
         begins = key not in self._held and flap.penalty + flap.step > LIMIT
         if not begins and key not in self._held:
@@ -152,6 +154,12 @@ class Flaps:
     def held(self) -> tuple[str, ...]:
         """The keys that are held."""
         return tuple(self._held)
+
+
+def _step(earlier: Lease | None, last: Lease | None, now: Lease | None) -> float:
+    if last is None or now is None or last.created != now.created:
+        return CAME_OR_WENT
+    return BACK_AGAIN if _same(earlier, now) else IN_PLACE
 
 
 def _same(one: Lease | None, other: Lease | None) -> bool:

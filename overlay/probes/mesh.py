@@ -299,11 +299,10 @@ class Mesh:
         """The peers that answer, but lost so much of their last visits, of which there were so many; their numbers."""
         for number, slot in self._slots.items():
             count = self._visits[slot]
-            if (
-                count >= visits
-                and number not in self._doubts
-                and (lost := self._lost[slot].bit_count() / count) >= least
-            ):
+            if count < visits or number in self._doubts or number in self._silent:
+                continue
+            lost = self._lost[slot].bit_count() / count
+            if lost >= least:
                 yield number, lost
 
     def wrong(self) -> Iterator[tuple[Target, Verdict, float]]:
