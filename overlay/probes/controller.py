@@ -76,7 +76,7 @@ class ProbesController(Controller):
         self._socket: EchoSocket | None = None
         self._of: tuple[Prefix, int] | None = None
         """What the socket listens for."""
-        self._place = 0
+        self._place = self._round = 0
         self._next, self._last = 0.0, 0.0
         self._asking = False
         self._loss_at, self._lossy = 0.0, ""
@@ -158,7 +158,7 @@ class ProbesController(Controller):
         for peer in self._next_peers(left):
             target = _target(peer)
             if target.number not in asked and not self.mesh.in_doubt(target.number):
-                yield Probe(target, Kind.VTEP_FULL)
+                yield self.mesh.visit(target, bool(self._round % 2))
 
     def _next_peers(self, count: int) -> list[PeerOfPath]:
         """So many in turn, each once."""
@@ -166,6 +166,7 @@ class ProbesController(Controller):
             return []
         if self._place >= len(self._packed):
             self._place = 0
+            self._round += 1
         peers = self._some_peers(self._place, count)
         self._place += count
         return peers

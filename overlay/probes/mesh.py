@@ -24,8 +24,8 @@ BUDGET, OF_DOUBTS = 20, 12
 ROUNDS = 3
 AGAIN_S = 3.0
 """One that does not answer is asked again so often, if the budget has room: that it does is to be known soon."""
-MOST_DOUBTS, OF_SILENT = 256, 8
-"""So many peers are in doubt at once, and so many of them at most are such that never answered."""
+MOST_DOUBTS = 256
+"""So many peers are in doubt at once, at most."""
 REMEMBERED = 16
 """Visits by which loss is known."""
 RTT_UNIT_NS = 20_000
@@ -175,6 +175,10 @@ class Mesh:
         """Peers that are to be asked before the others, so many at most."""
         return [number for number, _ in zip(self._first, range(most), strict=False)]
 
+    def visit(self, target: Target, odd: bool) -> Probe:
+        """What a peer is asked in its turn; one that never answered at its underlay address as well, every other time."""
+        return Probe(target, Kind.UNDERLAY if odd and target.number in self._silent else Kind.VTEP_FULL)
+
     def in_doubt(self, number: int) -> bool:
         """Whether a peer did not answer, and has rounds of its own."""
         return number in self._doubts
@@ -263,8 +267,7 @@ class Mesh:
         if doubt is None:
             if kind is Kind.VTEP_FULL:
                 self._visited(slot, lost=True)
-                of_silent = target.number in self._silent
-                if len(self._doubts) < (OF_SILENT if of_silent else MOST_DOUBTS):
+                if target.number not in self._silent and len(self._doubts) < MOST_DOUBTS:
                     self._doubts[target.number] = _Doubt(target, now)
             return
         self._note(doubt, kind, False, refused)
