@@ -133,11 +133,11 @@ class GuardController(_TableController):
         return Waiting("for a lease") if tunnel is None else self._wants(inputs, tunnel.name)
 
     def shut(self, inputs: Inputs, tunnel: str) -> None:
-        """Before a device takes frames: where no table says from whom, from nobody. Raises KernelError."""
+        """Before a device takes frames: where there is no table that says from whom, from nobody. Raises KernelError."""
         wanted = self._wants(inputs, tunnel) if inputs.settings.vxlan_guard else None
         if not isinstance(wanted, _GuardWants):
             return
-        if not any(map(self._sets.is_formed, (wanted.table, wanted.direct_table))):
+        if not self._sets.has(wanted.table.family, wanted.table.name):
             self.guard.shut(wanted.table)
 
     def _wants(self, inputs: Inputs, tunnel: str) -> object:

@@ -132,6 +132,7 @@ def test_a_restart_killed_at_every_step_under_traffic(scene):
     )  # fmt: skip
 
 
+@pytest.mark.timeout(300)
 def test_a_first_start_on_kubernetes_killed_at_every_step(kube_scene):
     """Its lease is its podCIDR; what it writes is its Node's annotations."""
     scene = kube_scene

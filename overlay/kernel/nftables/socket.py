@@ -63,11 +63,13 @@ class NetfilterSocket(RequestSocket):
         """Whether a table stands as it should, whatever is in its sets. Raises KernelError.
 
         Chains are asked by name, since the kernel dumps those of all tables, of which kube-proxy has thousands; that there
-        are none beside them is known by the number of things in the table.
+        are none beside them is known by the number of things in the table. (One without a hook has nothing but rules.)
         """
         try:
             size = self._get(nf_wire.GETTABLE, table, "")
-            chains = [self._get(nf_wire.GETCHAIN, table, chain.name) for chain in table.chains]
+            chains = [
+                self._get(nf_wire.GETCHAIN, table, chain.name) for chain in table.chains if chain.hook is not None
+            ]
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return False

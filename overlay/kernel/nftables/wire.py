@@ -305,7 +305,9 @@ def is_formed(table: Table, found: Found) -> bool:
     return (
         _word_of(found.table, _TABLE_FLAGS) == 0  # a dormant one does nothing
         and _word_of(found.table, _TABLE_USE) == things
-        and _all_held([_chain(chain) for chain in table.chains], _of_table(table, found.chains))
+        and _all_held(
+            [_chain(chain) for chain in table.chains if chain.hook is not None], _of_table(table, found.chains)
+        )
         and _all_held([_set(one) for one in table.sets], _of_table(table, found.sets))
         and all(
             _all_held([_rule(rule) for rule in table.rules if rule.chain == chain.name], _of_chain(table, chain, found))
