@@ -155,11 +155,9 @@ def _cut(value: Any, name: str = "") -> str:
         return mac_text(value)
     if isinstance(value, int) and value and name in _ADDRESSES:
         return ip_text(4 if value < 1 << 32 else 6, value)
-    if hasattr(value, "_asdict"):
-        return f"({_short(value)})"
     if isinstance(value, (tuple, frozenset)) and any(isinstance(each, Prefix) for each in value):
         return ",".join(map(str, value))
-    text = repr(value)
+    text = repr(value)  # of settings without their secrets
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
