@@ -28,8 +28,8 @@ _OF_PODS = ("veth", "netkit")
 
 
 def pod_veths(links: Mapping[int, Link], addresses: Iterable[Address], underlay: Underlay | None) -> frozenset[int]:
-    """Interfaces, by number, by which another program (Calico) may have attached pods, and ports of bridges like them:
-    without an address, which one that carries this node's own traffic has."""
+    """Interfaces, by number, by which another program (Calico) may have attached pods: on no bridge, and without an address,
+    which one that carries this node's own traffic has."""
     lower = underlay.ifindex if underlay is not None else 0
     with_address = {each.oif for each in addresses}
     return frozenset(

@@ -173,7 +173,8 @@ class EchoSocket:
         try:
             self._socket.sendto(message, (ip_text(self._family.number, address), 0))
         except OSError as error:
-            return error.errno or errno.EIO
+            busy = error.errno in (errno.EAGAIN, errno.ENOBUFS)  # as lost: nothing refuses it
+            return 0 if busy else error.errno or errno.EIO
         return 0
 
     def seen(self, most: int) -> Iterator[Seen]:
