@@ -33,7 +33,9 @@ def pod_veths(links: Mapping[int, Link], addresses: Iterable[Address], underlay:
     lower = underlay.ifindex if underlay is not None else 0
     with_address = {each.oif for each in addresses}
     return frozenset(
-        index for index, link in links.items() if link.kind in _OF_PODS and index != lower and index not in with_address
+        index
+        for index, link in links.items()
+        if link.kind in _OF_PODS and not link.master and index != lower and index not in with_address
     )
 
 
@@ -46,7 +48,14 @@ def interfaces_elsewhere(
     return frozenset(
         index
         for index, link in links.items()
-        if index == lower or not (index in inside or link.loopback or link.name in bridges or link.name == tunnel)
+        if index == lower
+        or not (
+            index in inside
+            or link.loopback
+            or link.name in bridges
+            or link.name == tunnel
+            or (link.kind in _OF_PODS and link.master)  # packets come by its bridge
+        )
     )
 
 
