@@ -168,7 +168,7 @@ def test_a_neighbour_that_sees_the_link_wider_is_named(world, listener):
     netns.inside(pods[1].namespace, lambda: _say(pods[1].address, 1234, pods[0].address, UDP_PORT, b"beside"))
     assert not there.hears(b"beside")
     assert dropped(agents[0], "beside_the_tunnel") >= 1, "its agent's probes come so, too"
-    told = until("it is named", lambda: agents[0].problems().get("beside the tunnel"), 40)
+    told = until("it is named", lambda: agents[0].problems().get("beside the tunnel"), 75)  # looked for each minute
     assert pods[1].address in told
     assert "--underlay-cidr" in told
     assert agents[0].ready()
