@@ -247,7 +247,12 @@ class TcpDoor:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 return False
-            _start(self.server, "health")
+            try:
+                _start(self.server, "health")
+            except RuntimeError:  # no thread can be had just now
+                self.server.server_close()
+                self.server = None
+                return False
         return True
 
 

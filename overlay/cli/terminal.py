@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 WIDTH = 100_000
 """Where the output is no terminal: lines are not folded."""
@@ -33,4 +34,4 @@ def console(stderr: bool = False) -> Console:
 def table(to: Console, *columns: str, title: str, **more: Any) -> Table:
     """With frames on a terminal; plain columns where the output is piped, for grep and awk."""
     frame = {} if to.is_terminal else {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
-    return Table(*columns, title=title, title_justify="left", **{**frame, **more})
+    return Table(*columns, title=Text(title, "italic"), title_justify="left", **{**frame, **more})

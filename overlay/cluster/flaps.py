@@ -20,6 +20,8 @@ LIMIT = 10.0
 HALF_LIFE_S = 30.0
 LEAST_S, MOST_S, DOUBLES = 2.0, 30.0, 15.0
 """The wait: at the limit, at most; it doubles with so much more penalty. Our nodes put their records right each second."""
+MOST_PENALTY = 70.0
+"""That of the longest wait: more would only outlast it (RFC 2439, 4.2: the ceiling)."""
 SETTLED_S = 30.0
 """What a key said for so long is what it goes back to."""
 FORGOTTEN_S, MOST_KEYS = 300.0, 4096
@@ -96,7 +98,7 @@ class Flaps:
         begins = key not in self._held and flap.penalty + flap.step > LIMIT
         if not begins and key not in self._held:
             return False  # counted once it is known what came of it
-        flap.penalty += flap.step
+        flap.penalty, flap.step = min(MOST_PENALTY, flap.penalty + flap.step), 0.0
         if not begins:
             return False
         self._held[key] = None
@@ -108,8 +110,7 @@ class Flaps:
         for key in keys:
             flap = self._flaps.get(key)
             if flap is not None and key not in self._held:
-                flap.penalty += flap.step
-                flap.step = 0.0
+                flap.penalty, flap.step = min(MOST_PENALTY, flap.penalty + flap.step), 0.0
 
     def _forget(self) -> None:
         """Keys that have been quiet for long; they are the first."""
@@ -120,7 +121,11 @@ class Flaps:
             del self._flaps[key]
 
     def listed(self, leases: Leases) -> Leases:
-        """A whole list, with what counts of the keys that are held."""
+        """A whole list, with what counts of the keys that are held. Of others it is the latest word."""
+        for key in [key for key, flap in self._flaps.items() if key not in self._held]:
+            last = self._flaps[key].last
+            if not _same(None if last is None else unpack(last), leases.get(key)):
+                del self._flaps[key]
         if not self._held:
             return leases
         packed = dict(leases.packed)

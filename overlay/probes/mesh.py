@@ -248,6 +248,7 @@ class Mesh:
     def heard(self, number: int, now: float) -> None:
         """A peer asked us through the tunnel."""
         self._heard[self._slot(number)] = now
+        self._silent.discard(number)
 
     def expire(self, now: float) -> None:
         """What was not answered in time is lost; a look that is whole is judged."""

@@ -109,6 +109,14 @@ def test_a_node_that_is_made_again_and_again_is_less_in_doubt_than_a_fight(follo
     assert followed.settled[KEY] == GOOD
 
 
+def test_a_fight_without_end_costs_no_agent_its_life(followed):
+    """Thousands of changes: the penalty has a ceiling, and so has the wait."""
+    for count in range(20_000):
+        followed.say((BAD, GOOD)[count % 2])
+    assert followed.wait(MOST_S + 1) == GOOD
+    assert followed.flaps.held() == ()
+
+
 def test_slow_changes_are_no_flapping(followed):
     for count in range(50):
         assert followed.say((BAD, GOOD)[count % 2]) == (BAD, GOOD)[count % 2]
