@@ -119,7 +119,7 @@ WATCHED = told(revision=REVISION, created=True)
 
 def settled(follower: Follower, hostile: HostileEtcd, number: int) -> None:
     """The server is honest from now on, and has one record more."""
-    hostile.kvs.append(record(number))
+    hostile.add(record(number))
     hostile.behave()
     until("it is followed again", lambda: f"10.244.{number}.0-24" in follower.view, 40)
 

@@ -104,6 +104,7 @@ class HostileEtcd:
     def __init__(self) -> None:
         self.say: Say = lambda _wire, _method, _stream: False
         self.kvs = [record(1)]
+        self._later: list[Any] = []
         self.asked: list[str] = []
         self.connections = 0
         self._open: list[socket.socket] = []
@@ -151,6 +152,13 @@ class HostileEtcd:
         elif method == WATCH:
             wire.begin(stream)
             wire.say(stream, told(revision=REVISION, created=True))
+            if self._later:  # all watches begin at the list's revision
+                wire.say(stream, told(*self._later))
+
+    def add(self, kv: Any) -> None:
+        """One record more: whoever listed before it came is told of it by the watch."""
+        self.kvs.append(kv)
+        self._later.append(kv)
 
     def behave(self) -> None:
         """Be honest from now on, as one that was started again: by new connections."""
