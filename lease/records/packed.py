@@ -76,6 +76,11 @@ def number(subnet: Prefix) -> int:
     return subnet.base << 8 | subnet.length
 
 
+def prefix_of(subnet_number: int, family: int) -> Prefix:
+    """What `number` made a number of."""
+    return Prefix(family, subnet_number >> 8, subnet_number & 255)
+
+
 def subnet_of(packed: bytes) -> Prefix:
     """The IPv4 subnet of a packed lease that has one."""
     return Prefix(4, int.from_bytes(packed[:4], "big"), packed[LENGTH])

@@ -21,7 +21,8 @@ from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
 from overlay.probes.ladder import Asked, Rung
 from overlay.probes.verdict import Kind, State, Verdict, judge
-from overlay.reach import explain, ways
+from overlay.reach import ways
+from overlay.reach.causes import Causes
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 MOST = 200
@@ -165,18 +166,14 @@ def _look_up(
     )
     subnet = prefix(goal.peer["subnet"])
     peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], 4), goal.peer["path"] == "direct")
-    names, wrong = {number: name for name, number in index.items()}, []
-    for question in ways.questions(here, peer):
-        way = requests.way(V4, question.packet)
-        if ways.is_as_asked(question, way):
-            continue
-        happens = explain.refusal_text(way) if way.error or not way.oif else f"leave by {names.get(way.oif, way.oif)}"
-        decided = explain.decision(
-            V4, requests.rules(V4), lambda table: requests.routes_of(V4, table), names, question.packet
-        )
-        network = prefix(found["network"]["subnets"]["ipv4"]["network"])
-        wrong.append(f"{question.what.format(peer=subnet)} {happens}: {explain.cause(V4, network, decided, names)}")
-    return wrong
+    network = prefix(found["network"]["subnets"]["ipv4"]["network"])
+    causes = Causes(V4, requests, network, {number: name for name, number in index.items()})
+    asked = ((question, requests.way(V4, question.packet)) for question in ways.questions(here, peer))
+    return [
+        f"{question.what.format(peer=subnet)} {causes.happens(question, way)}: {causes.cause(question, way)}"
+        for question, way in asked
+        if not ways.is_as_asked(question, way)
+    ]
 
 
 def _result(
@@ -198,8 +195,15 @@ def _result(
     elif verdict.state is State.OK and goal.pod:
         verdict = _of_pod(goal, asked[len(Kind) :])
     peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
+    target = ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"]
+    return _as_json(target, peer, verdict, wrong, rungs, asked)
+
+
+def _as_json(
+    target: str, peer: dict[str, Any] | None, verdict: Verdict, wrong: list[str], rungs: list[Rung], asked: list[Asked]
+) -> dict[str, Any]:
     return {
-        "target": ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"],
+        "target": target,
         "peer": peer,
         "state": verdict.state.name.lower(),
         "verdict": verdict.text,
@@ -262,10 +266,9 @@ def _local(found: dict[str, Any], address: int) -> dict[str, Any]:
     """A pod of this node."""
     rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
     asked = ladder.ask(V4, rungs)
-    ours = [f"{each['subject']}: {each['text']}" for each in found["problems"]]
     if asked[1].outcome.ok:
         verdict = Verdict(State.OK, "answers, from this node")
-        if ours:
+        if found["problems"]:
             verdict = Verdict(State.OK, "answers this node; what comes from others may meet this node's problems")
     elif asked[0].outcome.ok:
         verdict = Verdict(
@@ -278,15 +281,7 @@ def _local(found: dict[str, Any], address: int) -> dict[str, Any]:
             f"the pod does not answer its own node{refused}: it is down, has no such address, or drops pings",
             "kubectl get pod -o wide; ip neigh show (is it there, with which MAC?); overlay status",
         )
-    return {
-        "target": ip_text(4, address),
-        "peer": None,
-        "state": verdict.state.name.lower(),
-        "verdict": verdict.text,
-        "remedy": verdict.remedy,
-        "look_ups": [],
-        "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
-    }
+    return _as_json(ip_text(4, address), None, verdict, [], rungs, asked)
 
 
 # --- showing

@@ -39,6 +39,10 @@ class _Flap:
         self.earlier: bytes | None = None
         self.penalty, self.step, self.at = 0.0, 0.0, at
 
+    def count(self) -> None:
+        """The last change counts; once."""
+        self.penalty, self.step = min(MOST_PENALTY, self.penalty + self.step), 0.0
+
     def wait_s(self) -> float:
         return min(MOST_S, LEAST_S * 2 ** (max(0.0, self.penalty - LIMIT) / DOUBLES))
 
@@ -69,7 +73,7 @@ class Flaps:
             if flap is None:
                 found[key] = lease
             elif self._note(key, flap, lease):
-                found[key] = None if flap.before is None else unpack(flap.before)
+                found[key] = _lease(flap.before)
             elif key not in self._held:
                 found[key] = lease
         return found
@@ -85,21 +89,20 @@ class Flaps:
 
     def _note(self, key: str, flap: _Flap, lease: Lease | None) -> bool:
         """A key says this now; whether it is held from now on."""
-        last = None if flap.last is None else unpack(flap.last)
+        last, held = _lease(flap.last), key in self._held
         if _same(last, lease):
             return False
         now = self._clock()
-        if key not in self._held and now >= flap.at + SETTLED_S:
+        if not held and now >= flap.at + SETTLED_S:
             flap.before = flap.last
-        flap.step = _step(None if flap.earlier is None else unpack(flap.earlier), last, lease)
+        flap.step = _step(_lease(flap.earlier), last, lease)
         flap.penalty *= 0.5 ** ((now - flap.at) / HALF_LIFE_S)
         flap.at, flap.earlier, flap.last = now, flap.last, None if lease is None else pack(lease)
         self._flaps[key] = self._flaps.pop(key)
-        begins = key not in self._held and flap.penalty + flap.step > LIMIT
-        if not begins and key not in self._held:
+        if not held and flap.penalty + flap.step <= LIMIT:
             return False  # counted once it is known what came of it
-        flap.penalty, flap.step = min(MOST_PENALTY, flap.penalty + flap.step), 0.0
-        if not begins:
+        flap.count()
+        if held:
             return False
         self._held[key] = None
         self._next = min(self._next or float("inf"), now + flap.wait_s())
@@ -110,7 +113,7 @@ class Flaps:
         for key in keys:
             flap = self._flaps.get(key)
             if flap is not None and key not in self._held:
-                flap.penalty, flap.step = min(MOST_PENALTY, flap.penalty + flap.step), 0.0
+                flap.count()
 
     def _forget(self) -> None:
         """Keys that have been quiet for long; they are the first."""
@@ -123,8 +126,7 @@ class Flaps:
     def listed(self, leases: Leases) -> Leases:
         """A whole list, with what counts of the keys that are held. Of others it is the latest word."""
         for key in [key for key, flap in self._flaps.items() if key not in self._held]:
-            last = self._flaps[key].last
-            if not _same(None if last is None else unpack(last), leases.get(key)):
+            if not _same(_lease(self._flaps[key].last), leases.get(key)):
                 del self._flaps[key]
         if not self._held:
             return leases
@@ -142,13 +144,13 @@ class Flaps:
         now = self._clock()
         if self._next is None or now < self._next:
             return {}
-        ends = {key: flap.at + flap.wait_s() for key in self._held for flap in (self._flaps[key],)}
+        ends = {key: self._flaps[key].at + self._flaps[key].wait_s() for key in self._held}
         found: dict[str, Lease | None] = {}
         for key in [key for key, at in ends.items() if at <= now]:
             del self._held[key], ends[key]
             flap = self._flaps[key]
-            flap.before = last = flap.last
-            found[key] = None if last is None else unpack(last)
+            flap.before = flap.last
+            found[key] = _lease(flap.last)
         self._next = min(ends.values(), default=None)
         return found
 
@@ -159,6 +161,10 @@ class Flaps:
     def held(self) -> tuple[str, ...]:
         """The keys that are held."""
         return tuple(self._held)
+
+
+def _lease(packed: bytes | None) -> Lease | None:
+    return None if packed is None else unpack(packed)
 
 
 def _step(earlier: Lease | None, last: Lease | None, now: Lease | None) -> float:

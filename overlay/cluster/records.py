@@ -15,7 +15,7 @@ from overlay.cluster.flaps import LEAST_S, MOST_S, Flaps
 from overlay.cluster.network import NetworkConfigInput, network_status
 from overlay.cluster.ownership import Ownership
 from overlay.control.controller import Handler, Source
-from overlay.control.health import Health
+from overlay.control.health import Health, few
 from overlay.control.inputs import CurrentInputs
 from overlay.peers.refusals import Refusals
 from overlay.process.log import log
@@ -209,7 +209,7 @@ class RecordsSource(Source):
             )
         for key in sorted({*before}.difference(held)):
             log.info("record.flapping_over", key=key)
-        named = ", ".join(held[:NAMED]) + (f" and {len(held) - NAMED} more" if len(held) > NAMED else "")
+        named = few(held, len(held), NAMED)
         self._health.report(
             "flapping records",
             f"{named}: changed again and again, so that traffic goes where they said before until they are the same for"

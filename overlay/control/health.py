@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple
 
 from overlay.process.log import log
@@ -13,6 +14,11 @@ from overlay.process.log import log
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
+
+
+def few(words: Iterable[str], count: int, most: int) -> str:
+    """For a problem's text: so many at most, and how many more of all there are."""
+    return ", ".join(islice(words, most)) + (f" and {count - most} more" if count > most else "")
 
 
 class Problem(NamedTuple):

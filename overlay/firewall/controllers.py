@@ -10,7 +10,7 @@ from lease.families import Family
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
-from overlay.control.health import Health
+from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard
@@ -236,7 +236,7 @@ class GuardController(_TableController):
 def _beside(sources: Sequence[str], direct: bool) -> str:
     if not sources:
         return ""
-    named = ", ".join(sources[:NAMED]) + (f" and {len(sources) - NAMED} more" if len(sources) > NAMED else "")
+    named = few(sources, len(sources), NAMED)
     why = (
         "the nodes' addresses on the link may have prefixes of different length, so that one sends directly to another that"
         " sees no neighbour in it: give all one length, or name all their addresses by --underlay-cidr here"

@@ -132,7 +132,7 @@ class ForwardController(_RulesController):
         super().__init__(post, health)
         self._family, self._owned, self._clock = family, owned, clock
         self._check_at: float | None = None
-        self._not_before = 0.0
+        self._checked_at = float("-inf")
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -140,13 +140,13 @@ class ForwardController(_RulesController):
         return {**super().handles, NftSeen: self._on_nft, ForeignRulesSeen: lambda _event: self._on_others()}
 
     def _on_others(self) -> bool:
-        soon = max(self._clock() + FORWARD_GAP_S, self._not_before - FORWARD_GAP_S + OTHERS_GAP_S)
+        soon = max(self._clock() + FORWARD_GAP_S, self._checked_at + OTHERS_GAP_S)
         self._check_at = min(self._check_at or soon, soon)
         return False
 
     def _on_nft(self, event: NftSeen) -> bool:
         if event.table == forward.SHARED_TABLE:
-            self._check_at = self._check_at or max(self._clock() + SOON_S, self._not_before)
+            self._check_at = self._check_at or max(self._clock() + SOON_S, self._checked_at + FORWARD_GAP_S)
         return not event.table
 
     def due(self) -> float | None:
@@ -164,7 +164,7 @@ class ForwardController(_RulesController):
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to check."""
-        self._check_at, self._not_before = None, self._clock() + FORWARD_GAP_S
+        self._check_at, self._checked_at = None, self._clock()
         return super().reconcile(wants)
 
     def _work(self, wants: _ForwardWants) -> tuple[list[str], str]:

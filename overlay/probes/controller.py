@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text
-from lease.records.packed import number, subnet_number_of
+from lease.records.packed import number, prefix_of, subnet_number_of
 from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Waiting
-from overlay.control.health import Health
+from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.probes.echo import SMALL, EchoSocket, data_of, refusal_text
 from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Target
@@ -78,7 +78,6 @@ class ProbesController(Controller):
         """What the socket listens for."""
         self._place = self._round = 0
         self._next, self._last = 0.0, 0.0
-        self._asking = False
         self._loss_at, self._lossy = 0.0, ""
         self._told: dict[int, Target] = {}
         """Peers that were logged as wrong."""
@@ -121,7 +120,6 @@ class ProbesController(Controller):
             self._close()
             self._socket = self._make_socket(self._family, wants.network, wants.length)
             self._of = (wants.network, wants.length)
-        self._asking = True
         now = self._clock()
         self._take(self._socket, wants, now)
         if now < self._next:
@@ -182,7 +180,7 @@ class ProbesController(Controller):
 
     def due(self) -> float | None:
         """Each second."""
-        return self._next if self._asking else None
+        return self._next if self._socket is not None else None
 
     def withdraw(self) -> Iterator[str]:
         """Ask nobody any more."""
@@ -193,7 +191,6 @@ class ProbesController(Controller):
         return iter(())
 
     def _close(self) -> None:
-        self._asking = False
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -202,7 +199,7 @@ class ProbesController(Controller):
 
     def _report(self) -> None:
         by_state: dict[State, list[tuple[Target, str, str]]] = {}
-        for target, verdict, _ in self.mesh.wrong():
+        for target, verdict in self.mesh.wrong():
             by_state.setdefault(verdict.state, []).append((target, verdict.text, verdict.remedy))
         lost = [*by_state.get(State.REFUSED, ()), *by_state.get(State.UNREACHABLE, ())]
         # logged by peer: the lines of these problems change with each
@@ -224,7 +221,7 @@ class ProbesController(Controller):
     def _words(self, target: Target) -> dict[str, str]:
         peer, family = self._peer_of(target.number), self._family.number
         return {
-            "subnet": str(Prefix(family, target.number >> 8, target.number & 255)),
+            "subnet": str(prefix_of(target.number, family)),
             "public_ip": ip_text(family, target.public_ip),
             "node": peer.name if peer is not None else "",
         }
@@ -234,17 +231,14 @@ class ProbesController(Controller):
         if self._clock() >= self._loss_at:
             self._loss_at = self._clock() + INTERVAL_S
             lossy = sorted(self.mesh.lossy(MUCH_LOSS, MANY_VISITS), key=lambda item: -item[1])
-            named = [f"{self._name(there)} ({lost:.0%})" for there, lost in lossy[:NAMED]]
-            more = f" and {len(lossy) - NAMED} more" if len(lossy) > NAMED else ""
-            self._lossy = (
-                f"packets to or from {', '.join(named)}{more} are lost: the share of the last probes" if lossy else ""
-            )
+            named = few((f"{self._name(there)} ({lost:.0%})" for there, lost in lossy), len(lossy), NAMED)
+            self._lossy = f"packets to or from {named} are lost: the share of the last probes" if lossy else ""
         return self._lossy
 
     def _name(self, there: int) -> str:
         peer = self._peer_of(there)
         if peer is None:
-            return str(Prefix(self._family.number, there >> 8, there & 255))
+            return str(prefix_of(there, self._family.number))
         address = ip_text(self._family.number, peer.public_ip)
         return f"{peer.name} {address}" if peer.name else address
 
@@ -258,9 +252,8 @@ class ProbesController(Controller):
         lines = []
         for (text, remedy), targets in sorted(groups.items(), key=lambda item: -len(item[1])):
             every = len(targets) == len(self._packed) > 1
-            named = ", ".join(self._name(target.number) for target in targets[:NAMED])
-            more = f" and {len(targets) - NAMED} more" if len(targets) > NAMED else ""
-            who = f"all {len(targets)} peers, each" if every else f"{named}{more}"
+            named = few((self._name(target.number) for target in targets), len(targets), NAMED)
+            who = f"all {len(targets)} peers, each" if every else named
             hint = "so it is this node, most likely; " if every else ""
             lines.append(f"{who}: {text}; {hint}{remedy}")
         return ". ".join(lines)
@@ -286,23 +279,22 @@ class Reachability:
 
     def json(self) -> list[dict[str, Any]]:
         """As JSON values."""
-        return [
-            self._peer(there)
-            for each in self._packed
-            if (there := subnet_number_of(each, self._family.number)) is not None
-        ]
+        return [self._peer(there) for there in self._numbers()]
+
+    def _numbers(self) -> Iterator[int]:
+        for each in self._packed:
+            if (there := subnet_number_of(each, self._family.number)) is not None:
+                yield there
 
     def counts(self) -> dict[str, int]:
         """How many peers are in each state."""
-        family = self._family.number
-        numbers = (there for each in self._packed if (there := subnet_number_of(each, family)) is not None)
-        found = Counter(self._known.report(there, self._now).verdict.state for there in numbers)
+        found = Counter(self._known.report(there, self._now).verdict.state for there in self._numbers())
         return {state.name.lower(): found[state] for state in State}
 
     def _peer(self, there: int) -> dict[str, Any]:
         report = self._known.report(there, self._now)
         return {
-            "subnet": str(Prefix(self._family.number, there >> 8, there & 255)),
+            "subnet": str(prefix_of(there, self._family.number)),
             "state": report.verdict.state.name.lower(),
             "text": report.verdict.text,
             "answered_age_s": _rounded(report.answered_s),

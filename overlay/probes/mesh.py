@@ -309,8 +309,8 @@ class Mesh:
             if lost >= least:
                 yield number, lost
 
-    def wrong(self) -> Iterator[tuple[Target, Verdict, float]]:
-        """The peers of which something is wrong, with what, and since when they did not answer."""
+    def wrong(self) -> Iterator[tuple[Target, Verdict]]:
+        """The peers of which something is wrong, and what."""
         for doubt in self._doubts.values():
             if doubt.verdict is not None and doubt.verdict.state not in (State.OK, State.UNTRIED):
-                yield doubt.target, doubt.verdict, doubt.since_s
+                yield doubt.target, doubt.verdict

@@ -31,14 +31,6 @@ class Kind(IntEnum):
         return self >= Kind.VTEP
 
 
-WORDS = {
-    Kind.UNDERLAY: "underlay",
-    Kind.UNDERLAY_FULL: "underlay, full size",
-    Kind.VTEP: "VTEP",
-    Kind.VTEP_FULL: "VTEP, full size",
-}
-
-
 class Outcome(NamedTuple):
     """What became of a kind of probe. answered: of `sent`; refused: the kernel's word where it did not even send one, ""
     else."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ from overlay.control.schedule import RECHECK_S
 from overlay.kernel.events import SELDOM_S, Overrun, RouteSeen, RoutingSeen, SysctlSeen
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, RT_TABLE_MAIN, Address, Link
-from overlay.kernel.route.links import read_sysctl
-from overlay.kernel.route.lookup import Packet, Way
+from overlay.kernel.route.lookup import Way
 from overlay.node.interfaces import gateway_holders, ports_of
 from overlay.reach import explain, ways
+from overlay.reach.causes import Causes
 
 ASKED_AT_ONCE = 256
 """Peers a check: all where there are not more, else others each time."""
@@ -203,14 +202,15 @@ class ReachController(Controller):
         lasting = [fault for fault in faults if _same(fault) in self._seen]
         self._seen = frozenset(map(_same, faults))
         names = {number: link.name for number, link in wants.links.items()}
+        causes = Causes(self._family, self._requests, wants.network, names)
         if lasting or not faults:
-            self._report(lasting, wants.network, names, len(peers))
-        self._health.report("marks", self._marked(here, peers, wants.network, names) if peers else "", harmless=True)
+            self._report(lasting, causes, len(peers))
+        self._health.report("marks", self._marked(here, peers, names, causes) if peers else "", harmless=True)
         if not faults:
             more = len(peers) == ASKED_AT_ONCE or bool(self._some_peers(self._place + ASKED_AT_ONCE, 1))
             self._place = self._place + ASKED_AT_ONCE if more else 0
 
-    def _report(self, faults: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> None:
+    def _report(self, faults: list[_Fault], causes: Causes, asked: int) -> None:
         groups: dict[tuple[str, int, int, int], list[_Fault]] = {}
         for fault in faults:
             groups.setdefault(_kind(fault), []).append(fault)
@@ -219,12 +219,12 @@ class ReachController(Controller):
         for group in groups.values():
             # an underlay address is what a record says: one that no route leads to is that peer's trouble alone
             some = group[0].question.what == ways.OUTER and len({fault.peer for fault in group}) < asked
-            happens, cause = self._about(group, network, names, asked)
+            happens, cause = self._about(group, causes, asked)
             (single if some else all_peers).setdefault(cause, []).append(happens)
         self._health.report("ways", _by_cause(all_peers), outside=True)
         self._health.report("ways to single peers", _by_cause(single), harmless=True)
 
-    def _about(self, group: list[_Fault], network: Prefix, names: Mapping[int, str], asked: int) -> tuple[str, str]:
+    def _about(self, group: list[_Fault], causes: Causes, asked: int) -> tuple[str, str]:
         """What happens, and why."""
         question, way, _ = group[0]
         subnets = list(dict.fromkeys(str(fault.peer.subnet) for fault in group))
@@ -232,51 +232,12 @@ class ReachController(Controller):
         if len(subnets) > NAMED:
             peer += f" and {len(subnets) - NAMED} more of the {asked} peers asked about"
         what = question.what.format(peer=peer)
-        if way.error or not way.oif:
-            happens = explain.refusal_text(way)
-        elif question.what == ways.OUTER and not way.table:
-            happens = "find no route"
-        else:
-            happens = f"leave by {names.get(way.oif, way.oif)}"
-            if way.via:
-                happens += f" via {ip_text(self._family.number, way.via)}"
-            expected = names.get(question.oif)
-            happens += f", not by {expected}" if expected else ""
         kind = _kind(group[0])
         if kind not in self._causes:
-            self._causes[kind] = self._cause(question, way, network, names)
-        return f"{what} {happens}", self._causes[kind]
+            self._causes[kind] = causes.cause(question, way)
+        return f"{what} {causes.happens(question, way)}", self._causes[kind]
 
-    def _cause(self, question: ways.Question, way: Way, network: Prefix, names: Mapping[int, str]) -> str:
-        packet, conf = question.packet, f"net/{self._family.sysctl}/conf"
-        if way.error in (errno.EHOSTUNREACH, errno.EXDEV) and packet.iif:
-            name = names.get(packet.iif, "?")
-            if way.error == errno.EXDEV:
-                return f"sysctl -w {conf.replace('/', '.')}.{name}.rp_filter=2 (and see ip rule)"
-            if read_sysctl(f"{conf}/{name}/forwarding") == "0":
-                return f"forwarding is off on {name}: sysctl -w {conf.replace('/', '.')}.{name}.forwarding=1"
-        if question.what == ways.OUTER and not way.error:
-            free = packet._replace(oif=0)
-            if self._requests.way(self._family, free).error not in (0, errno.ENETUNREACH):  # asked unbound alone
-                return self._decided(free, network, names)
-            lower = names.get(packet.oif, "the underlay")
-            address = ip_text(self._family.number, packet.address)
-            return f"no route by {lower} leads to {address}, its public IP: ip route get {address} oif {lower}"
-        if way.error and packet.iif and packet.source:
-            onward = self._requests.way(self._family, Packet(packet.address, mark=packet.mark))
-            if not onward.error and onward.oif == question.oif:  # it is the way back to its source that is refused
-                return self._decided(Packet(packet.source, packet.address, mark=packet.mark), network, names)
-        return self._decided(packet, network, names)
-
-    def _decided(self, packet: Packet, network: Prefix, names: Mapping[int, str]) -> str:
-        """By which rule and route, and what to do about it."""
-        rules = self._requests.rules(self._family)
-        found = explain.decision(
-            self._family, rules, lambda table: self._requests.routes_of(self._family, table), names, packet
-        )
-        return explain.cause(self._family, network, found, names)
-
-    def _marked(self, here: ways.Here, peers: list[ways.Peer], network: Prefix, names: Mapping[int, str]) -> str:
+    def _marked(self, here: ways.Here, peers: list[ways.Peer], names: Mapping[int, str], causes: Causes) -> str:
         """Rules that lead marked packets elsewhere: whether a pod's packets get that mark is not known."""
         peer, found = peers[0], []
         marks = {rule.mark: rule for rule in self._requests.rules(self._family) if rule.mask and not rule.invert}
@@ -294,7 +255,7 @@ class ReachController(Controller):
                     continue
                 what = asked.what.format(peer=f"{peer.subnet} with mark {mark:#x}")
                 happens = explain.refusal_text(way) if way.error else f"leave by {names.get(way.oif, way.oif)}"
-                found.append(f"{what} {happens}: {self._cause(asked, way, network, names)}")
+                found.append(f"{what} {happens}: {causes.cause(asked, way)}")
                 break
         return "; ".join(found)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-import threading
-from contextlib import contextmanager
 from ipaddress import IPv6Address
 
 import pytest
 
 from tests.agent.test_antispoof import Port, arp, bound, ipv6
-from tests.support.wait import until
+from tests.support.wait import meanwhile, until
 
 ALL_NODES = IPv6Address("ff02::1").packed
 NOWHERE, SOLICIT, ADVERT = bytes(16), 135, 136
@@ -52,24 +50,6 @@ def denials(evil: Port, target: bytes) -> dict[str, bytes]:
     }
 
 
-@contextmanager
-def repeated(evil: Port, frame: bytes):
-    """A frame, again and again."""
-    over = threading.Event()
-
-    def act() -> None:
-        while not over.wait(0.02):
-            evil.send(frame)
-
-    thread = threading.Thread(target=act)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def settled(world, node: str, address: str) -> str:
     """What became of an address of eth0, "" while it is being checked."""
     links = json.loads(world.run(node, "ip", "-j", "-6", "addr", "show", "dev", "eth0"))
@@ -88,7 +68,7 @@ def test_nobody_keeps_a_pod_from_an_ipv6_address(world, ports, checked):
     address, found = str(IPv6Address(near.v6)), {}
     for kind, frame in denials(evil, near.v6).items():
         world.run(near.node, "ip", "addr", "del", f"{address}/64", "dev", "eth0")
-        with repeated(evil, frame):
+        with meanwhile(lambda _count, frame=frame: evil.send(frame), 0.02):
             world.run(near.node, "ip", "addr", "add", f"{address}/64", "dev", "eth0")
             found[kind] = until("it was checked", lambda: settled(world, near.node, address))
     assert found == dict.fromkeys(found, "it holds" if checked else "denied")

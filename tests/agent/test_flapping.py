@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from tests.support.wait import until
+from tests.support.wait import meanwhile, until
 from tests.support.world import vxlan_record
 
 FLAPPING_S = 15.0
-
-
-@contextmanager
-def every(gap_s: float, act) -> Iterator[list[int]]:
-    """Something is done again and again meanwhile; how often."""
-    ending, done = threading.Event(), [0]
-
-    def run() -> None:
-        while not ending.wait(gap_s):
-            act(done[0])
-            done[0] += 1
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield done
-    finally:
-        ending.set()
-        thread.join()
 
 
 def test_a_record_that_is_overwritten_without_end_keeps_its_pods(world):
@@ -38,7 +16,7 @@ def test_a_record_that_is_overwritten_without_end_keeps_its_pods(world):
     source, target = world.pod(one, "a"), world.pod(two, "a")
     key, thief = str(two.subnet()).replace("/", "-"), vxlan_record("192.168.1.66", "0a:00:00:00:00:66")
     before = world.kernel("node1")
-    with world.stream(source, target) as stream, every(0.05, lambda _: world.put_record(key, thief)) as written:
+    with world.stream(source, target) as stream, meanwhile(lambda _: world.put_record(key, thief), 0.05) as written:
         told = until("it is told to peers' operators", lambda: one.problems().get("flapping records"), 20)
         until("and to its own", lambda: two.problems().get("disputed record"), 30)
         lost = stream.lost()
@@ -71,7 +49,7 @@ def test_a_record_that_follows_our_mac_is_not_followed(world):
             macs.append(mac)
         world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", mac))
 
-    with world.stream(source, target) as stream, every(0.3, follow):
+    with world.stream(source, target) as stream, meanwhile(follow, 0.3):
         time.sleep(FLAPPING_S)
         lost = stream.lost()
         time.sleep(5)
@@ -94,7 +72,7 @@ def test_a_wide_record_that_changes_all_the_time_keeps_nobody_waiting(world):
     agent = world.agent(world.node(1)).wait_ready()
     assert len(agent.refused_records()) == count
     other = [wide, {**wide, "PublicIP": "127.0.0.1"}]
-    with every(1 / 45, lambda number: world.put_record("10.64.0.0-10", other[number % 2])):
+    with meanwhile(lambda number: world.put_record("10.64.0.0-10", other[number % 2]), 1 / 45):
         until("it is told", lambda: "10.64.0.0-10" in agent.problems().get("flapping records", ""), 20)
         for number in range(3):
             world.put_record(f"10.250.{number}.0-24", {**good, "PublicIP": f"192.168.1.{70 + number}", "BackendData": {"VNI": 1, "VtepMAC": f"0a:00:00:00:00:{70 + number}"}})  # fmt: skip

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
-from contextlib import contextmanager
 from ipaddress import IPv6Address
 
 import pytest
@@ -13,7 +11,7 @@ from lease.model import ip_number
 from overlay.lab import topology
 from tests.agent.test_antispoof import Port, bound, honest, ipv4, ipv6
 from tests.agent.test_guard import Listener, frame, send
-from tests.support.wait import until
+from tests.support.wait import meanwhile, until
 
 
 @pytest.fixture
@@ -35,23 +33,6 @@ def given_by_cni(world, folder, pod) -> None:
     result = {"ips": [{"address": f"{pod.address}/24", "interface": 1}], "interfaces": interfaces}
     names = [["K8S_POD_NAMESPACE", "default"], ["K8S_POD_NAME", pod.name]]
     (folder / f"cbr0-{pod.name}-eth0").write_text(json.dumps({"result": result, "cniArgs": names}))
-
-
-@contextmanager
-def unceasing(act):
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.is_set():
-            act()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_pods_have_what_cni_gave_them_and_lose_nothing(world, ports):
@@ -140,6 +121,6 @@ def test_a_neighbour_that_never_stops_is_not_let_in_by_a_start(world, closing, g
         send(underlay, topology.GATEWAY, "192.168.1.2", forged)
     else:
         world.run("node1", "ip", "link", "del", "flannel.1")
-        with unceasing(lambda: send(underlay, topology.GATEWAY, "192.168.1.2", forged)):
+        with meanwhile(lambda _count: send(underlay, topology.GATEWAY, "192.168.1.2", forged)):
             agent = world.restart(agent, flag).wait_ready()
     assert there.hears(b"forged") != guarded

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 
 from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.faults import Row, Scene, asked_for, write
+from tests.support.rows import gather
 from tests.support.world import KubeWorld, World
 
 _ROWS: list[Row] = []
@@ -32,23 +29,7 @@ def kube_scene(request: pytest.FixtureRequest, kube_world: KubeWorld) -> Scene: 
     return _scene(request, kube_world)
 
 
-def _parts(config: pytest.Config) -> Path:
-    return Path(config.rootpath) / ".venv/fault-rows"
-
-
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Each worker leaves its rows; the first process writes them all."""
-    if not asked_for():
-        return
-    folder = _parts(session.config)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    if worker or _ROWS:
-        folder.mkdir(exist_ok=True)
-        (folder / f"{worker or 'one'}.json").write_text(json.dumps(_ROWS))
-    if worker:
-        return
-    rows = [Row(*row) for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
-    for path in folder.glob("*.json"):
-        path.unlink()
-    if session.testscollected and not session.testsfailed:
-        write(sorted(rows))
+    """The page, where it is asked for."""
+    if asked_for():
+        gather(session, "fault-rows", _ROWS, lambda rows: write([Row(*row) for row in rows]))

@@ -23,12 +23,12 @@ class Row(NamedTuple):
 
 
 def write(rows: Iterable[Row]) -> None:
-    """Into the page, between its marks."""
+    """Into the page, between its marks, in their order."""
     lines = [
         "| fault | problems in `overlay status` | `overlay check POD` of node2, on node1 | said after |",
         "|---|---|---|---|",
     ]
-    for row in sorted(rows):
+    for row in rows:
         by_text: dict[str, list[str]] = {}
         for node, problems in sorted(row.said.items()):
             for subject, text in sorted(problems.items()):

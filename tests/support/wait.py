@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
 PATIENCE = float(os.environ.get("OVERLAY_TEST_PATIENCE", "1"))
 """Every deadline so many times as long: for an emulated machine."""
+
+
+@contextmanager
+def meanwhile(act: Callable[[int], object], pause_s: float = 0.0) -> Iterator[list[int]]:
+    """Something is done again and again in a thread, given how often it was before; how often, in the end."""
+    ending, done = threading.Event(), [0]
+
+    def run() -> None:
+        while not ending.wait(pause_s):
+            act(done[0])
+            done[0] += 1
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield done
+    finally:
+        ending.set()
+        thread.join()
 
 
 def until(what: str, check: Callable[[], T], seconds: float = 20.0, pause_s: float = 0.03) -> T:
