@@ -65,6 +65,8 @@ class Tenure:
                     snapshot = self._store.read()
                 events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
                 if self.held is not None:
+                    if self._mac_in_use not in (None, self.held.first.mac):
+                        self._macs_left.add(self._clock())
                     self._mac_in_use = self.held.first.mac
                 return events
             except (SubnetTaken, RecordChanged):
@@ -142,10 +144,7 @@ class Tenure:
         ours = held.first.mac
         if ours is None or unused == ours:
             return unused
-        if self._macs_left.often(self._clock()):
-            return ours
-        self._macs_left.add(self._clock())
-        return unused
+        return ours if self._macs_left.often(self._clock()) else unused
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> list[TenureEvent]:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""

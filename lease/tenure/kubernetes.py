@@ -132,6 +132,8 @@ class NodeTenure:
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
             self._store.write(view.uid, differing, condition)
+        if self._our_mac() not in (None, lease.first.mac):
+            self._macs_left.add(self._clock())
         same = self.held is not None and self.held == lease and not self._denied
         self.held, self._denied = lease, ""
         return [] if same and not differing else [Held(lease, f"podCIDR of Node {self._name}")]
@@ -205,14 +207,12 @@ class NodeTenure:
         def free(mac: int) -> bool:
             return all(other.created >= view.created for other in known.with_mac(mac))
 
-        held = self.held.first.mac if self.held is not None else self._last_mac
-        if held is not None and not free(held):
-            if self._macs_left.often(self._clock()):
-                older = min(known.with_mac(held), key=lambda other: other.created).key
-                text = f"Node {older} has our MAC {mac_text(held)}, too, and follows us where we take another"
-                self.unreported.append(Disputed(text))
-                return held
-            self._macs_left.add(self._clock())
+        held = self._our_mac()
+        if held is not None and not free(held) and self._macs_left.often(self._clock()):
+            older = min(known.with_mac(held), key=lambda other: other.created).key
+            text = f"Node {older} has our MAC {mac_text(held)}, too, and follows us where we take another"
+            self.unreported.append(Disputed(text))
+            return held
         for mac in (held, claim.device_mac, self._published(claim, view)):
             if mac is not None and free(mac):
                 return mac
@@ -220,6 +220,9 @@ class NodeTenure:
             drawn = choose_mac((), self._rng)
             if free(drawn):
                 return drawn
+
+    def _our_mac(self) -> int | None:
+        return self.held.first.mac if self.held is not None else self._last_mac
 
     def _published(self, claim: Claim, view: NodeView) -> int | None:
         try:

@@ -16,7 +16,7 @@ from lease.families import V4, Family
 from lease.model import ip_number, ip_text, prefix
 from overlay.cli import terminal
 from overlay.cli.status import ask, rtt_text
-from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.netlink import RequestSocket, error_text
 from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
 from overlay.probes.ladder import Asked, Rung
@@ -60,7 +60,12 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
         raise click.ClickException("only root may send probes: run it with sudo")
     found = ask(run_dir)
     goals, local = resolve(target, found)
-    results = [_local(found, local)] if local else _ask_all(found, goals)
+    try:
+        results = [_local(found, local)] if local else _ask_all(found, goals)
+    except PermissionError as error:
+        raise click.ClickException(f"no probe can be sent: {error.strerror}; it needs CAP_NET_RAW") from error
+    except OSError as error:
+        raise click.ClickException(f"the kernel could not be asked: {error_text(error)}") from error
     if output == "json" or as_json:
         click.echo(json.dumps(results if target is None else results[0], indent=2))
     else:

@@ -79,6 +79,8 @@ class Ownership(Controller):
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
+        self._looking_again = False
+        """What was in dispute is being settled again."""
         """Somebody disputes our record again and again."""
         self._expires_at: float | None = None
         self._expired = False
@@ -117,8 +119,7 @@ class Ownership(Controller):
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""
         if self._look_again_at is not None and self._clock() >= self._look_again_at:
-            self._look_again_at = None
-            self._health.solved("disputed record")
+            self._look_again_at, self._looking_again = None, True
             self.recheck()
         config, under, settings = wants
         assert self._identity_of is not None
@@ -262,6 +263,7 @@ class Ownership(Controller):
 
     def _on_disputed(self, event: Disputed) -> bool:
         self._health.problem("disputed record", event.reason, harmless=True)
+        self._looking_again = False
         self._look_again_at = self._clock() + DISPUTED_S
         return False
 
@@ -272,6 +274,9 @@ class Ownership(Controller):
 
     def _on_renewed(self, event: Renewed) -> bool:
         self._expires_at = None if event.left_s is None else self._clock() + event.left_s
+        if self._looking_again:  # a settling ended without that it was told again
+            self._looking_again = False
+            self._health.solved("disputed record")
         self._health.solved("renewal")
         if self._expired:
             self._expired = False

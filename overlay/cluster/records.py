@@ -191,7 +191,8 @@ class RecordsSource(Source):
             self._report_flaps(held, self._flaps.held())
         return False
 
-    def _settle(self, records: Mapping[str, Lease | None]) -> None:
+    def _settle(self, records: dict[str, Lease | None]) -> None:
+        records.pop(self._ownership.key, None)  # it became ours since it was seen
         if not records:
             return
         turned = {key for peers in self._peers for key in peers.change(records)}

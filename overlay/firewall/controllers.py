@@ -15,12 +15,14 @@ from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard
 from overlay.kernel.events import NftSeen, Overrun
+from overlay.kernel.netlink import KernelError, error_text
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
 from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, pod_veths, subnets_of, without_bridge
 from overlay.node.owned import Owned
 from overlay.peers.plan import nodes_within
+from overlay.process.log import log
 
 DIRECT_S = 3600.0
 """Peers may come without the tunnel for so long after the network config says so no more: it reaches nodes one by one, and
@@ -133,12 +135,16 @@ class GuardController(_TableController):
         return Waiting("for a lease") if tunnel is None else self._wants(inputs, tunnel.name)
 
     def shut(self, inputs: Inputs, tunnel: str) -> None:
-        """Before a device takes frames: where there is no table that says from whom, from nobody. Raises KernelError."""
+        """Before a device takes frames: where there is no table that says from whom, from nobody. Where none can be made
+        (no nftables) pods' traffic goes on without, as it does when the table is lost later; this controller says so."""
         wanted = self._wants(inputs, tunnel) if inputs.settings.vxlan_guard else None
         if not isinstance(wanted, _GuardWants):
             return
-        if not self._sets.has(wanted.table.family, wanted.table.name):
-            self.guard.shut(wanted.table)
+        try:
+            if not self._sets.has(wanted.table.family, wanted.table.name):
+                self.guard.shut(wanted.table)
+        except KernelError as error:
+            log.warning("guard.not_made", table=wanted.table.name, reason=error_text(error), effect="tried again")
 
     def _wants(self, inputs: Inputs, tunnel: str) -> object:
         number = self._family.number

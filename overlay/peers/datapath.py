@@ -182,9 +182,9 @@ class Datapath:
 
     def drop(self, key: str) -> Collection[str]:
         """A record went; whose peers are others now."""
-        self._log_refusal(key)
         changes = self.table.drop(key)
         self._peers_changed(changes)
+        self._log_refusal(key)
         return changes.keys()
 
     def _peers_changed(self, changes: PeerChanges) -> None:

@@ -21,7 +21,7 @@ from overlay.process.log import log
 
 TICK_S = 1.0
 MOST_READ = 256
-"""Packets a turn; who sends more is not read."""
+"""Answers a turn, and packets of those who ask us; who sends more is not read."""
 NAMED = 3
 MUCH_LOSS, MANY_VISITS = 0.25, 8
 """A peer that answers, but not so often, is a problem; known by so many visits at least."""
@@ -62,7 +62,7 @@ class ProbesController(Controller):
         clock: Callable[[], float],
         some_peers: Callable[[int, int], list[PeerOfPath]],
         peer_of: Callable[[int], PeerOfPath | None],
-        make_socket: Callable[[Family, Prefix, int], EchoSocket] = EchoSocket,
+        make_socket: Callable[[Family, Prefix | None, int], EchoSocket] = EchoSocket,
     ) -> None:
         """some_peers: so many peers whose entries stand, from a place in their order on; peer_of: one, by its subnet's
         number, None: there is none, or its entries do not stand."""
@@ -74,8 +74,10 @@ class ProbesController(Controller):
         self._credit = 0.0
         """Visits that are due, by the interval."""
         self._socket: EchoSocket | None = None
+        self._askers: EchoSocket | None = None
+        """What asks us comes by a socket of its own: who asks very often does not take the place of answers."""
         self._of: tuple[Prefix, int] | None = None
-        """What the socket listens for."""
+        """What that listens for."""
         self._place = self._round = 0
         self._next, self._last = 0.0, 0.0
         self._loss_at, self._lossy = 0.0, ""
@@ -116,12 +118,13 @@ class ProbesController(Controller):
     def reconcile(self, wants: Any) -> bool:
         """Take the answers, send what is due. Raises OSError: no raw socket."""
         self._port = wants.port
-        if self._socket is None or self._of != (wants.network, wants.length):
+        if self._socket is None or self._askers is None or self._of != (wants.network, wants.length):
             self._close()
-            self._socket = self._make_socket(self._family, wants.network, wants.length)
+            self._socket = self._make_socket(self._family, None, 0)
+            self._askers = self._make_socket(self._family, wants.network, wants.length)
             self._of = (wants.network, wants.length)
         now = self._clock()
-        self._take(self._socket, wants, now)
+        self._take(self._socket, self._askers, wants, now)
         if now < self._next:
             return False
         passed = min(now - self._last, 5.0) if self._last else TICK_S
@@ -132,22 +135,25 @@ class ProbesController(Controller):
         self._report()
         return False
 
-    def _take(self, echoes: EchoSocket, wants: _Wants, now: float) -> None:
+    def _take(self, echoes: EchoSocket, askers: EchoSocket, wants: _Wants, now: float) -> None:
         for seen in echoes.seen(MOST_READ):
             if seen.answer:
                 self.mesh.answered(seen.sequence, seen.source, seen.at_ns, now)
-            elif self._peer_of(there := seen.source << 8 | wants.length) is not None:
+        for there in {seen.source << 8 | wants.length for seen in askers.seen(MOST_READ) if not seen.answer}:
+            if self._peer_of(there) is not None:
                 self.mesh.heard(there, now)
 
     def _due(self, now: float, passed: float) -> Iterator[Probe]:
-        doubtful = list(self.mesh.doubtful(now))
+        doubtful = list(self.mesh.doubtful(now, self._target_of))
         yield from doubtful
         left, asked = BUDGET - len(doubtful), set[int]()
         for there in self.mesh.first(left):
-            peer = self._peer_of(there)  # None: its entries do not stand yet
-            if peer is not None:
+            target = self._target_of(there)
+            if target is None:
+                self.mesh.later(there)
+            else:
                 asked.add(there)
-                yield Probe(_target(peer), Kind.VTEP_FULL)
+                yield Probe(target, Kind.VTEP_FULL)
         self._credit = min(
             self._credit + len(self._packed) * passed / INTERVAL_S, float(min(BUDGET, len(self._packed)))
         )
@@ -157,6 +163,11 @@ class ProbesController(Controller):
             target = _target(peer)
             if target.number not in asked and not self.mesh.in_doubt(target.number):
                 yield self.mesh.visit(target, bool(self._round % 2))
+
+    def _target_of(self, there: int) -> Target | None:
+        """How a peer is asked, None where its entries do not stand."""
+        peer = self._peer_of(there)
+        return None if peer is None else _target(peer)
 
     def _next_peers(self, count: int) -> list[PeerOfPath]:
         """So many in turn, each once."""
@@ -191,9 +202,10 @@ class ProbesController(Controller):
         return iter(())
 
     def _close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for each in (self._socket, self._askers):
+            if each is not None:
+                each.close()
+        self._socket = self._askers = None
 
     # --- what is said
 

@@ -168,12 +168,19 @@ class Mesh:
         self._first.pop(number, None)
         self._doubts.pop(number, None)
         self._silent.discard(number)
+        for sequence in [sequence for sequence, (target, _, _) in self._sent.items() if target.number == number]:
+            del self._sent[sequence]  # of its answer, or that there is none, nothing follows for the next one
 
     # --- what is asked
 
     def first(self, most: int) -> list[int]:
         """Peers that are to be asked before the others, so many at most."""
         return [number for number, _ in zip(self._first, range(most), strict=False)]
+
+    def later(self, number: int) -> None:
+        """One of them cannot be asked yet: the others come before it."""
+        if self._first.pop(number, self) is None:
+            self._first[number] = None
 
     def visit(self, target: Target, odd: bool) -> Probe:
         """What a peer is asked in its turn; one that never answered at its underlay address as well, every other time."""
@@ -183,13 +190,21 @@ class Mesh:
         """Whether a peer did not answer, and has rounds of its own."""
         return number in self._doubts
 
-    def doubtful(self, now: float) -> Iterator[Probe]:
-        """The probes of peers in doubt that are due, a whole round of each."""
+    def doubtful(self, now: float, target_of: Callable[[int], Target | None]) -> Iterator[Probe]:
+        """The probes of peers in doubt that are due, a whole round of each. target_of: how a peer is asked now, None: it is
+        not, since its entries do not stand. One that is asked another way than before is asked as a new one."""
         left = OF_DOUBTS
         due = [(number, doubt) for number, doubt in self._doubts.items() if doubt.next_s <= now]
         for number, doubt in sorted(due, key=lambda item: item[1].verdict is not None):  # of whom nothing is said yet
             if left < len(Kind):
                 return
+            target = target_of(number)
+            if target is None:
+                doubt.next_s = now + AGAIN_S
+                continue
+            if target != doubt.target:
+                self.came(number)
+                continue
             doubt.rounds += 1
             doubt.next_s = now + (1.0 if doubt.rounds < ROUNDS else AGAIN_S)
             if doubt.rounds > ROUNDS:  # each look stands for itself

@@ -122,12 +122,14 @@ def _read(
     verdicts: list[tuple[str, Any]] = []
     for expression in expressions:
         if not isinstance(expression, dict) or not expression:
-            fits = None if fits else fits
+            fits = None
             continue
         kind, value = next(iter(expression.items()))
         if kind == "match":
             answer = _match(value, flow, named)
-            fits = False if answer is False or fits is False else None if answer is None or fits is None else True
+            if answer is False:
+                return False, []  # whatever else it says: no more of its sets is read
+            fits = None if answer is None else fits
         elif kind in (*_ENDS, *ACCEPTS, "return"):
             verdicts.append((kind, None))
         elif kind == "vmap":
@@ -141,7 +143,7 @@ def _read(
                 action = name.lower()
                 verdicts.append((action if action in _ENDS else "unknown", None))
             elif name != "comment":
-                fits = None if fits else fits
+                fits = None
         elif kind not in _SILENT:
             verdicts.append(("unknown", None))
     return fits, verdicts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -217,3 +218,17 @@ def test_a_template_that_cannot_be_used_is_told_and_all_else_written(bench):
     bench.current.set(cni_template=None)
     bench.reconcile(controller)
     assert bench.problems() == {}
+
+
+@pytest.mark.parametrize("code", [errno.EEXIST, errno.EOPNOTSUPP])
+def test_a_device_comes_up_where_no_table_can_be_made(bench, monkeypatch, code):
+    """No nftables on this machine: pods' traffic goes on, and the guard's own problem says what is not in force."""
+
+    def refuse(*_):
+        raise KernelError(code, "nftables")
+
+    monkeypatch.setattr(bench.kernel, "replace", refuse)
+    bench.kernel.tables.clear()
+    bench.guard().shut(bench.current.inputs, "flannel.1")
+    with pytest.raises(KernelError):
+        bench.reconcile(bench.guard())

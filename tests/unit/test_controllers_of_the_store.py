@@ -11,7 +11,7 @@ from lease.model import Refused, ip_number
 from lease.records.annotations import Hints
 from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
-from lease.tenure.events import Denied, Held, Lost, Renewed
+from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed
 from overlay.cluster.records import STALE_S
 from overlay.control.schedule import Schedule
 from overlay.process.watched import FileText
@@ -73,6 +73,18 @@ def test_records_are_sorted_into_ours_peers_and_what_cannot_be_read(bench):
     assert bench.claims.rechecks == 0
     bench.tell(controller, Changes(3, (Gone(own.key),)))
     assert bench.claims.rechecks == 1, "our own record is the tenure's to put back"
+
+
+def test_a_refused_record_that_is_deleted_is_told_as_gone(bench, capsys):
+    controller = bench.records()
+    own = bench.current.inputs.own
+    bad = lease("10.244.9.0/24", "192.168.1.2")  # our own public IP
+    bench.tell(controller, snapshot(own, bad))
+    bench.reconcile(bench.table())
+    assert bench.path.refused_of(bad.key)
+    bench.tell(controller, Changes(2, (Gone(bad.key),)))
+    bench.reconcile(controller)
+    assert bench.path.refusals._reported == {}
 
 
 def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
@@ -150,6 +162,23 @@ def test_a_lost_lease_is_told_until_there_is_another(bench):
     assert len(bench.claims.claims) == 2
     assert "we lost 10.244.2.0/24" in bench.problems()["lease"]
     schedule.handle(Held(own, "taken again"))
+    assert bench.problems() == {}
+
+
+def test_a_dispute_is_told_once_and_is_over_when_a_settling_does_not_tell_it_again(bench):
+    controller = bench.ownership()
+    bench.tell(controller, Disputed("10.244.9.0-24 follows us"))
+    since = bench.health.problems()["disputed record"].since
+    for _ in range(3):
+        bench.clock.now = controller.due()
+        bench.reconcile(controller)
+        assert "disputed record" in bench.problems(), "until it is known"
+        bench.tell(controller, Disputed("10.244.9.0-24 follows us"))
+        bench.tell(controller, Renewed(None))
+    assert bench.health.problems()["disputed record"].since == since
+    bench.clock.now = controller.due()
+    bench.reconcile(controller)
+    bench.tell(controller, Renewed(None))
     assert bench.problems() == {}
 
 

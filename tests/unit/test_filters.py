@@ -105,6 +105,14 @@ def test_jumps_come_back_and_gotos_do_not():
     assert judged([jump], sub=[[jump]]) == ("accept", False), "one without end is none in the kernel"
 
 
+def test_no_set_is_read_for_a_rule_that_is_about_other_packets():
+    """The rest of it says nothing, however large the set is that it names."""
+    rule = {"expr": [meta("iifname", "other0"), field("saddr", "@huge"), DROP]}
+    asked = []
+    filters.judge(Chain("ip", "t", "base", "accept"), OUT, lambda *_: [rule], lambda *names: asked.append(names))
+    assert asked == []
+
+
 def test_ports_and_protocols_are_known_of_the_tunnels_packets():
     for expr, drops in (
         ([field("dport", 8472, protocol="udp")], True), ([field("dport", 22, protocol="tcp")], False),

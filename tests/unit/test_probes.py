@@ -22,12 +22,30 @@ Answers = Callable[[int, int], bool]
 """Whether an address answers a probe with so many bytes of data."""
 
 
+class Asking:
+    """The socket by which requests come."""
+
+    def __init__(self) -> None:
+        self._came: list[echo.Seen] = []
+
+    def asks(self, address: int) -> None:
+        self._came.append(echo.Seen(address, False, 1, 0))
+
+    def seen(self, most: int):
+        came, self._came = self._came[:most], self._came[most:]
+        return iter(came)
+
+    def close(self) -> None:
+        pass
+
+
 class Network:
     """In place of a raw socket: answers at once, or never."""
 
     def __init__(self, answers: Answers) -> None:
         self.answers, self.sent, self._came = answers, [], []
         self.refuses = 0
+        self.asking = Asking()
 
     def send(self, address: int, sequence: int, size: int) -> int:
         self.sent.append((address, size))
@@ -36,9 +54,6 @@ class Network:
         if self.answers(address, size):
             self._came.append(echo.Seen(address, True, sequence, 10**18))
         return 0
-
-    def asks(self, address: int) -> None:
-        self._came.append(echo.Seen(address, False, 1, 0))
 
     def seen(self, most: int):
         came, self._came = self._came[:most], self._came[most:]
@@ -55,9 +70,7 @@ class Probed:
         self.bench, self.network = bench, Network(answers)
         bench.current.set(synced=True)
         self.peers: dict[int, PeerOfPath] = {}
-        self.controller = ProbesController(
-            V4, bench.health, bench.clock, self.some, self.peers.get, lambda *_: self.network
-        )
+        self.controller = ProbesController(V4, bench.health, bench.clock, self.some, self.peers.get, self.socket)
         self.leases = {}
         for place in range(count):
             self.join(place)
@@ -73,6 +86,9 @@ class Probed:
         if tell:
             self.controller.peer_changed(None, one)
         return peer
+
+    def socket(self, _family, askers, _length):
+        return self.network if askers is None else self.network.asking
 
     def some(self, place: int, count: int) -> list[PeerOfPath]:
         return list(self.peers.values())[place : place + count]
@@ -211,14 +227,62 @@ def test_who_asks_us_is_heard(bench):
     it = Probed(bench, 2, lambda address, _size: address == prefix("10.64.1.0/24").base)
     it.run(1)
     for _ in range(30):
-        it.network.asks(prefix("10.64.0.0/24").base)
-        it.network.asks(prefix("10.99.0.0/24").base)  # nobody's
+        it.network.asking.asks(prefix("10.64.0.0/24").base)
+        it.network.asking.asks(prefix("10.99.0.0/24").base)  # nobody's
         it.network.answers = lambda address, _size: address != prefix("10.64.0.0/24").base
         it.run(1)
     assert "the way there is broken, not the way back" in bench.problems()["unreachable"]
     (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.0/24")
     assert heard["heard_age_s"] <= 2
     assert heard["answered_age_s"] is None
+
+
+def test_who_asks_very_often_takes_no_place_of_answers(bench):
+    it = Probed(bench, 20)
+    for _ in range(30):
+        for _ in range(5000):
+            it.network.asking.asks(prefix("10.64.0.0/24").base)
+        it.run(1)
+    assert bench.problems() == {}
+    assert it.states() == {"ok": 20}
+
+
+@pytest.mark.parametrize("change", [{"direct": False}, {"public_ip": ip_number("192.168.9.9", 4)}])
+def test_a_peer_in_doubt_that_is_reached_another_way_now_is_asked_anew(bench, change):
+    """DirectRouting was switched off, or it has another address: what was found says nothing of it."""
+    it = Probed(bench, 3, lambda _address, size: size < 1473 - 50)
+    for each, peer in it.peers.items():
+        it.peers[each] = peer._replace(direct=True)
+    it.run(3 * INTERVAL_S)
+    assert it.states() == {"path_mtu": 3}
+    for each, peer in it.peers.items():
+        it.peers[each] = peer._replace(direct=False)._replace(**change)
+    it.run(2 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.states() == {"ok": 3}
+
+
+def test_probes_of_before_say_nothing_of_a_peer_that_changed(bench):
+    it = Probed(bench, 1, lambda _address, _size: False)
+    it.run(1)
+    it.network.answers = lambda _address, _size: True
+    ((there, one),) = it.leases.items()
+    it.peers[there] = it.peers[there]._replace(public_ip=ip_number("192.168.9.9", 4))
+    it.controller.peer_changed(one, one)
+    it.run(5)
+    assert it.controller.counters()["probes_lost"] == 0
+    assert it.states() == {"ok": 1}
+
+
+def test_peers_whose_entries_are_refused_keep_nobody_from_his_turn(bench):
+    it = Probed(bench, 100)
+    it.run(20)
+    for place in range(1000, 1000 + 3 * BUDGET):  # came, and never stood
+        peer = it.join(place, tell=True)
+        del it.peers[number(peer.subnet)]
+    new = it.join(2000, tell=True)
+    it.run(5)
+    assert new.subnet.base in {address for address, _ in it.network.sent}
 
 
 def test_nothing_is_said_of_peers_while_our_own_side_is_not_whole(bench):

@@ -123,6 +123,12 @@ def test_it_is_asked_when_what_it_wants_changed_and_not_else(world):
     assert (world.toy.asked, world.kernel) == (2, {"toy": "node2"})
 
 
+def test_a_start_does_not_wait_for_what_is_harmless(world, monkeypatch):
+    """As probes, which wait for a link."""
+    monkeypatch.setattr(Toy, "harmless", True)
+    assert world.schedule.waiting() == ""
+
+
 @pytest.mark.parametrize(
     "now", [{"listed": False}, {"settings": Settings(node_name="")}], ids=["it waits again", "it is switched off"]
 )

@@ -174,6 +174,24 @@ def test_a_record_that_follows_our_mac_is_left_with_it_after_a_few():
     assert "with another MAC" in again.method
 
 
+def test_macs_that_could_not_be_written_are_not_counted(monkeypatch):
+    world = World()
+    world.put(lease("10.244.9.0/24", ip=IP9, mac=MAC_B, node=OTHER))
+    held = only_held(world.settle(previous="10.244.5.0/24")).lease
+    world.put(lease("10.244.9.0/24", ip=IP9, mac=held.first.mac, node=OTHER))
+
+    def away(*_):
+        raise StoreUnavailable("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.store, "change", away)
+        for _ in range(2 * MOST_MACS):
+            with pytest.raises(StoreUnavailable):
+                world.settle()
+    assert "with another MAC" in only_held(world.settle()).method
+    assert world.stored().first.mac != held.first.mac
+
+
 def test_a_node_that_took_our_address_over_is_not_fought():
     world, held = running()
     world.put(lease(ip=IP2, mac=MAC_B, node=OTHER))

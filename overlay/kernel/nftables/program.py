@@ -3,6 +3,7 @@ nft binary and its JSON."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import subprocess  # when it is needed: peers come first
 
 NFT_S = 8.0
+MOST_MEMORY, MOST_BYTES = 256 << 20, 2 << 20
+"""Of the program while it reads a set, and of what it writes then: sets of others may have millions of elements."""
 Objects = list[dict[str, Any]]
 
 
@@ -95,13 +98,40 @@ def rules_of(family: str, table: str, chain: str) -> Objects:
 def elements_of(family: str, table: str, name: str, most: int) -> list[Any] | None:
     """The elements of a named set or map, as nft lists them; None where there is none of that name, or it has more."""
     for kind in ("set", "map"):
+        listed = _bounded(["nft", "-j", "list", kind, family, table, name])
         try:
-            found = _listed(kind, kind, family, table, name)
-        except KernelError:
+            found = [item[kind] for item in json.loads(listed)["nftables"] if kind in item]
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         elements = found[0].get("elem", []) if found else []
         return elements if isinstance(elements, list) and len(elements) <= most else None
     return None
+
+
+def _bounded(command: list[str]) -> bytes:
+    """What a program writes; b"" where it fails, takes too long, too much memory, or writes too much."""
+    import resource
+    import subprocess
+    import threading
+
+    try:
+        program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:
+        return b""
+    written = b""
+    with program:
+        assert program.stdout is not None
+        with contextlib.suppress(OSError):  # it has ended already
+            resource.prlimit(program.pid, resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+        late = threading.Timer(NFT_S, program.kill)
+        late.start()
+        try:
+            written = program.stdout.read(MOST_BYTES + 1)
+        finally:
+            late.cancel()
+            if len(written) > MOST_BYTES:
+                program.kill()
+    return written if program.returncode == 0 else b""
 
 
 def change_rules(chain: Chain, remove: Objects, add: Objects) -> None:
