@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import struct
 import time
+from array import array
 from collections.abc import Iterator
-from ctypes import addressof, c_char, create_string_buffer
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -130,7 +129,7 @@ class EchoSocket:
     def __init__(self, family: Family, askers: Prefix | None = None, length: int = 0) -> None:
         """askers, length: requests of VTEPs of subnets of that length within the prefix are seen as well."""
         self._family, self._form = family, _FORMS[family.number]
-        self._identifier, self._token = secrets.randbits(16), os.urandom(_TOKEN)
+        self._identifier, self._token = int.from_bytes(os.urandom(2), "big"), os.urandom(_TOKEN)
         self._socket = socket.socket(
             family.af, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, self._form.protocol
         )
@@ -146,8 +145,8 @@ class EchoSocket:
     def _filter(self, askers: Prefix | None, length: int) -> None:
         if self._family is V4:
             program = interesting(self._identifier, askers or Prefix(4, 0xFFFFFFFF, 32), length if askers else 0)
-            held = create_string_buffer(program, len(program))
-            form = struct.pack("HP", len(program) // 8, addressof(c_char.from_buffer(held)))
+            held = array("B", program)  # whose address is known without ctypes, half a MiB
+            form = struct.pack("HP", len(program) // 8, held.buffer_info()[0])
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, form)
         else:
             passed = [self._form.answer] + ([self._form.request] if askers is not None else [])

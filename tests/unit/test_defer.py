@@ -16,6 +16,7 @@ import json, sys
 from overlay.process import defer
 defer.install()
 import overlay.main, overlay.agent.loop, overlay.process.files, lease.tenure.keeper, lease.store, lease.tenure.etcd, lease.stores.etcd
+import overlay.compose, overlay.kernel.monitor
 print(json.dumps({"ran": defer.ran(), "modules": sorted(sys.modules)}))
 """
 TWO_THREADS = """
@@ -74,6 +75,8 @@ def test_an_agent_on_etcd_runs_none_of_them():
         "asyncio.events",
         "http.client",
         "hashlib",
+        "ctypes",
+        "subprocess",
         "ssl",
         "overlay.api.status",
     } & set(found["modules"])
@@ -84,6 +87,7 @@ import json, sys
 from overlay.process import defer
 defer.install()
 import overlay.main, overlay.agent.loop, overlay.process.files, lease.tenure.keeper, lease.store, lease.tenure.kubernetes, lease.stores.kubernetes
+import overlay.compose, overlay.kernel.monitor
 from lease.kube.client import KubeClient, KubeSettings
 KubeClient(KubeSettings(api_url="https://127.0.0.1:1"))._connected()
 overlay.main.StoreHosts(("https://127.0.0.1:1",))
