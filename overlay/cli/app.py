@@ -12,6 +12,7 @@ from overlay.cli.check import check
 from overlay.cli.cluster import cluster
 from overlay.cli.lab import lab
 from overlay.cli.status import status
+from overlay.cli.trace import trace
 
 
 class WrongFlag(click.ClickException):
@@ -135,6 +136,7 @@ app.add_command(check)
 app.add_command(cluster)
 app.add_command(lab)
 app.add_command(status)
+app.add_command(trace)
 
 
 def main() -> None:

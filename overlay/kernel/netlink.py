@@ -230,7 +230,8 @@ class RequestSocket:
                 return None
             raise
         addresses = {number: frozenset(each for family, each in found if family == number) for number in FAMILIES}
-        return PodEnd(wire.parse_link(body).mac, addresses)
+        end = wire.parse_link(body)
+        return PodEnd(end.mac, addresses, end.up)
 
     def routes(self, family: Family) -> list[FoundRoute]:
         """All unicast routes of the main table."""

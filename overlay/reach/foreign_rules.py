@@ -111,7 +111,7 @@ class ForeignRulesController(BackgroundController):
             subject: {} for subject in (DROPS, MASQUERADES, DOUBTFUL, UNREAD)
         }
         try:
-            for subject, line, packets in _found(self._family, wants):
+            for _, subject, line, packets in findings(self._family, wants):
                 found[subject].setdefault(line, {}).setdefault(packets)
         except KernelError as error:
             found[UNREAD].setdefault(f"rules of other programs are not checked: {error}", {})
@@ -165,16 +165,17 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
         yield "postrouting", flow
 
 
-def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str]]:
-    """What drops or masquerades them: as `_about`."""
+def findings(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str, str]]:
+    """What drops or masquerades them: the hook ("": none was judged), the problem's subject, what a rule does with {these}
+    packets and what to do about it, and which they are. Raises KernelError."""
     reader = _Reader(family)
     chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
     try:
         chains += reader.legacy() if flows else []
     except iptables.NoProgram as missing:
-        yield UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}", ""
+        yield "", UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}", ""
     except KernelError as error:  # nft's are judged all the same
-        yield UNREAD, f"rules of other programs are not checked: {error}", ""
+        yield "", UNREAD, f"rules of other programs are not checked: {error}", ""
     for flow in flows:
         for hook, seen in _hooks(flow):
             for chain in chains:
@@ -182,7 +183,7 @@ def _found(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str]]:
                     continue
                 verdict = filters.judge(chain, seen, reader.rules, reader.elements)
                 if (line := _about(family, chain, seen, verdict)) is not None:
-                    yield line
+                    yield hook, *line
 
 
 def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str, str] | None:

@@ -105,11 +105,12 @@ class Link(NamedTuple):
 
 
 class PodEnd(NamedTuple):
-    """The other end of a veth: its MAC, and its addresses, without their lengths."""
+    """The other end of a veth: its MAC, its addresses, without their lengths, and whether it is up."""
 
     mac: int
     addresses: Mapping[int, frozenset[int]]
     """By family."""
+    up: bool = True
 
 
 class Address(NamedTuple):

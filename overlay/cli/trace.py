@@ -1,0 +1,166 @@
+"""`overlay trace`: the way of a packet, step by step, proven by probes that are counted at each."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from lease.model import ip_number, ip_text
+from overlay.cli import terminal
+from overlay.cli.status import ask
+from overlay.kernel.netlink import error_text
+from overlay.settings.flags import DEFAULT_RUN_DIR
+from overlay.trace import run
+from overlay.trace.end import Passed
+from overlay.trace.node import NotTraceable
+from overlay.trace.probe import PROTOCOLS
+from overlay.trace.run import Request, Traced
+from overlay.trace.verdict import State
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination")
+@click.option("--proto", type=click.Choice(list(PROTOCOLS)), default="icmp", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), help="of the destination; with tcp and udp")
+@click.option(
+    "--size", type=click.IntRange(28, 65000), help="of the packets in bytes; else small ones, then full-size ones"
+)
+@click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
+@click.option("-o", "--output", type=click.Choice(["json"]), help="everything, as JSON")
+@click.option("--json", "as_json", is_flag=True, help="the same as -o json")
+def trace(
+    source: str, destination: str, proto: str, port: int | None, size: int | None, run_dir: str, output: str | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Follow packets from SOURCE to DESTINATION, and say where they are dropped, and why.
+
+    SOURCE is the address of a pod of this node, or `node` for this node itself; DESTINATION that of a pod anywhere, of
+    another node's gateway, or outside. Three probes are sent from inside the pod, and counted at each step by nftables
+    counters of their own, which are taken away again; what the kernel and the agent say of each step stands beside. The
+    other node's agent counts there, where agents may ask each other (--ask-secret-file).
+
+    Exit status: 0 delivered, 1 dropped, or not known, 2 a wrong argument, 3 no agent answers here.
+    """
+    if os.geteuid() != 0:
+        raise click.ClickException("only root may send probes: run it with sudo")
+    if (proto == "icmp") == (port is not None):
+        raise click.UsageError("--port goes with --proto tcp or udp, and they need it")
+    found = ask(run_dir)
+    request = Request(_address(source, found), _address(destination, found), proto, port or 0, size)
+    try:
+        traced = run.trace(found, request, lambda: ask(run_dir))
+    except NotTraceable as error:
+        raise click.ClickException(str(error)) from error
+    except PermissionError as error:
+        raise click.ClickException(
+            f"{error.strerror}: it needs CAP_NET_ADMIN, CAP_NET_RAW and CAP_SYS_ADMIN"
+        ) from error
+    except OSError as error:
+        raise click.ClickException(f"the kernel refuses: {error_text(error)}") from error
+    if as_json or output == "json":
+        click.echo(json.dumps(as_values(request, traced), indent=2))
+    else:
+        show(terminal.console(), found, request, traced)
+    sys.exit(0 if all(each.verdict.state is State.DELIVERED for each in traced) else 1)
+
+
+def _address(text: str, found: dict[str, Any]) -> int:
+    if text == "node" and found["lease"]:
+        return ip_number(found["lease"]["subnet"].partition("/")[0], 4)
+    named = [peer for peer in found["peers"] if text == peer["node_name"]]
+    if named:
+        return ip_number(named[0]["subnet"].partition("/")[0], 4)
+    try:
+        return ip_number(text, 4)
+    except ValueError:
+        raise click.UsageError(f"{text}: it is no IPv4 address, no peer's name, and not `node`") from None
+
+
+def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
+    """As JSON values. The verdict is that of the first size that does not come through, else of the last."""
+    worst = next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+    return {
+        "source": ip_text(4, request.source),
+        "destination": ip_text(4, request.destination),
+        "protocol": request.protocol,
+        "port": request.port or None,
+        "verdict": worst.verdict.state.value,
+        "text": text_of(worst),
+        "node": worst.verdict.node,
+        "step": worst.verdict.gap.name.lower() if worst.verdict.gap is not None else "",
+        "because": list(worst.verdict.reasons),
+        "notes": [*worst.verdict.notes, *worst.notes],
+        "rounds": [_round(each) for each in traced],
+    }
+
+
+def text_of(traced: Traced) -> str:
+    """The verdict, in one line."""
+    return f"packets of {traced.size} bytes: {traced.verdict.text}"
+
+
+def _round(traced: Traced) -> dict[str, Any]:
+    return {
+        "packet_bytes": traced.size,
+        "sent": traced.seen.sent,
+        "verdict": traced.verdict.state.value,
+        "answers": [
+            {"text": each.text, "from": ip_text(4, each.source), "rtt_us": took} for each, took in traced.answers
+        ],
+        "steps": [
+            {
+                "node": each.node,
+                "step": each.point.what,
+                "counted": each.total,
+                "counts": dict(each.counts),
+                "of_the_answer": each.point.back,
+                "look_ups": traced.seen.looked.get(each.node, {}).get(each.point.gap, []),
+            }
+            for each in (*traced.seen.there, *traced.seen.back)
+        ],
+    }
+
+
+def show(console: Console, found: dict[str, Any], request: Request, traced: Sequence[Traced]) -> None:
+    """As tables, one for each size that was tried."""
+    for each in traced:
+        _table(console, request, each)
+    worst = next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+    good = worst.verdict.state is State.DELIVERED
+    console.print(Text(text_of(worst), style="green" if good else "red"))
+    for reason in worst.verdict.reasons:
+        console.print(Text(f"because: {reason}" if not good else reason))
+    for note in (*worst.verdict.notes, *worst.notes):
+        console.print(Text(f"note: {note}"))
+    for problem in found["problems"] if not good else ():
+        console.print(Text(f"this node also says: {problem['subject']}: {problem['text']}"))
+
+
+def _table(console: Console, request: Request, traced: Traced) -> None:
+    port = f" port {request.port}" if request.port else ""
+    title = (
+        f"{ip_text(4, request.source)} to {ip_text(4, request.destination)}, {request.protocol}{port}:"
+        f" {traced.seen.sent} packets of {traced.size} bytes"
+    )
+    table = terminal.table(console, "node", "step", "counted", title=title)
+    there = list(traced.seen.there)
+    reached = max((place for place, each in enumerate(there) if each.total), default=-1)
+    for place, each in enumerate(there):
+        table.add_row(*_row(each, passed_over=place < reached))
+    if any(each.total for each in traced.seen.back):
+        for each in traced.seen.back:
+            table.add_row(*_row(each, passed_over=False, style="dim"))
+    console.print(table)
+
+
+def _row(each: Passed, passed_over: bool, style: str = "") -> tuple[Text, Text, Text]:
+    color = style or ("red" if not each.total and not passed_over else "")
+    return Text(each.node), Text(each.point.what, style=color), Text(str(each.total), style=color)

@@ -1,0 +1,180 @@
+"""What the kernel and the agent say of each part of a packet's way: why it may not get on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lease.families import V4, Family
+from lease.model import ip_text
+from overlay.kernel.netlink import KernelError, RequestSocket, error_text
+from overlay.kernel.route.lookup import Packet
+from overlay.reach import foreign_rules, ways
+from overlay.reach.causes import Causes
+from overlay.reach.filters import Flow
+from overlay.trace.node import Node, Peer, Pod
+from overlay.trace.points import Gap
+from overlay.trace.probe import Probe
+
+_NUD_INCOMPLETE, _NUD_FAILED = 1, 32
+_INNER = {"prerouting": Gap.PREROUTING, "forward": Gap.FORWARD, "postrouting": Gap.POSTROUTING, "input": Gap.NODE_INPUT}
+_OUTER = {"output": Gap.OUTPUT, "postrouting": Gap.OUTPUT, "prerouting": Gap.OUTER_ROUTING, "input": Gap.INPUT}
+Found = Iterator[tuple[Gap, str]]
+
+
+class Looks:
+    """Of one node, about one probe's way through it."""
+
+    def __init__(self, node: Node, requests: RequestSocket, probe: Probe, family: Family = V4) -> None:
+        self._node, self._requests, self._probe, self._family = node, requests, probe, family
+        names = {index: link.name for index, link in node.links.items()}
+        self._causes = Causes(family, requests, node.network, names)
+
+    def leaving(self, pod: Pod, peer: Peer | None) -> Found:
+        """From a pod of this node to another node, or (peer None) to somewhere else."""
+        yield from _port(self._node, pod, Gap.BRIDGE)
+        bridge = self._node.number_of(self._node.bridge)
+        oif, via = self._beyond(peer)
+        yield from self._routing(Packet(self._probe.destination, self._probe.source, bridge), oif, via)
+        beyond = "" if peer is None else self._node.underlay if peer.direct else self._node.tunnel
+        yield from self._filters(self._flow(self._node.bridge, beyond), _INNER)
+        if peer is not None:
+            yield from self._tunnel(peer)
+
+    def sent(self, peer: Peer | None) -> Found:
+        """From this node itself."""
+        oif, via = self._beyond(peer)
+        yield from ((Gap.SENT_BY_NODE, line) for _, line in self._routing(Packet(self._probe.destination), oif, via))
+        beyond = "" if peer is None else self._node.underlay if peer.direct else self._node.tunnel
+        yield from self._filters(self._flow("", beyond), {**_OUTER})
+        if peer is not None:
+            yield from self._tunnel(peer)
+
+    def _beyond(self, peer: Peer | None) -> tuple[int, int | None]:
+        if peer is None:
+            return 0, None
+        if peer.direct:
+            return self._node.number_of(self._node.underlay), peer.public_ip
+        return self._node.number_of(self._node.tunnel), None
+
+    def _tunnel(self, peer: Peer) -> Found:
+        """What carries it to the peer."""
+        node = self._node
+        if peer.missing:
+            yield Gap.DEVICE, f"this node lacks {', '.join(peer.missing)} of {peer.name}: overlay status says why"
+        for name, gap in ((node.tunnel, Gap.DEVICE), (node.underlay, Gap.OUTPUT)):
+            link = node.link(name)
+            if link is None:
+                yield gap, f"{name} is not there"
+            elif not link.up:
+                yield gap, f"{name} is down: ip link set {name} up"
+            elif not link.carrier:
+                yield gap, f"{name} has no carrier"
+        if peer.direct:
+            return
+        outer = Packet(peer.public_ip, node.local, 0, node.number_of(node.underlay), 0, 17, node.port)
+        yield from ((Gap.OUTPUT, line) for _, line in self._routing(outer, 0, None, ways.OUTER))
+        flow = Flow(self._family.nft, "", node.underlay, node.local, peer.public_ip, "udp", node.port, "the tunnel")
+        yield from self._filters(flow, _OUTER)
+
+    def arriving(self, pod: Pod | None, peer: Peer | None) -> Found:
+        """From another node to a pod of this one, or (None) to the node itself."""
+        node = self._node
+        if peer is None:
+            yield Gap.INPUT, f"this node knows no peer whose pods have {ip_text(4, self._probe.source)}: overlay status"
+        direct = peer is not None and peer.direct
+        beyond = node.underlay if direct else node.tunnel
+        link = node.link(beyond)
+        if link is None or not link.up:
+            yield Gap.DECAPSULATION, f"{beyond} is {'not there' if link is None else 'down'}: overlay status says why"
+        if peer is not None and not direct:
+            flow = Flow(self._family.nft, node.underlay, "", peer.public_ip, node.local, "udp", node.port, "the tunnel")
+            yield from self._filters(flow, _OUTER)
+        packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
+        if pod is None:
+            yield from self._filters(self._flow(beyond, ""), _INNER)
+            return
+        yield from self._routing(packet, node.number_of(node.bridge), None)
+        yield from self._filters(self._flow(beyond, node.bridge), _INNER)
+        yield from self.given(pod)
+
+    def given(self, pod: Pod) -> Found:
+        """By the bridge to a pod of this node."""
+        yield from _port(self._node, pod, Gap.NEIGHBOUR)
+        bridge = self._node.number_of(self._node.bridge)
+        for each in self._requests.neighbours(self._family, bridge) if bridge else ():
+            if each.address == pod.address and each.state & (_NUD_FAILED | _NUD_INCOMPLETE):
+                text = f"nobody on {self._node.bridge} answers ARP for {ip_text(4, pod.address)}"
+                yield Gap.NEIGHBOUR, f"{text}: ip neigh show {ip_text(4, pod.address)}"
+
+    def _flow(self, iif: str, oif: str) -> Flow:
+        probe = self._probe
+        return Flow(
+            self._family.nft, iif, oif, probe.source, probe.destination, probe.protocol, probe.port, "these packets"
+        )
+
+    def _filters(self, flow: Flow, gaps: dict[str, Gap]) -> Found:
+        try:
+            for hook, subject, line, what in foreign_rules.findings(self._family, [flow]):
+                if hook in gaps and subject != foreign_rules.MASQUERADES:
+                    yield gaps[hook], line.replace("{these}", what)
+        except KernelError as error:
+            yield next(iter(gaps.values())), f"rules of other programs could not be read: {error_text(error)}"
+
+    def _routing(self, packet: Packet, oif: int, via: int | None, what: str = "") -> Found:
+        packet = packet._replace(protocol=packet.protocol or self._probe.number, port=packet.port or self._probe.port)
+        question = ways.Question(packet, oif, via, what)
+        way = self._requests.way(self._family, packet)
+        if (oif and not ways.is_as_asked(question, way)) or way.error:
+            yield (
+                Gap.ROUTING,
+                f"these packets {self._causes.happens(question, way)}: {self._causes.cause(question, way)}",
+            )
+
+
+def _port(node: Node, pod: Pod, gap: Gap) -> Found:
+    """The pod's place on its bridge."""
+    address = ip_text(4, pod.address)
+    if pod.link is None:
+        yield gap, f"no veth of this node leads to {address}: no pod here has that address now"
+        return
+    name, bridge = pod.link.name, node.link(node.bridge)
+    if bridge is None:
+        yield gap, f"no interface has the gateway of {node.own}: the CNI plugin makes it with the first pod"
+    elif not bridge.up:
+        yield gap, f"{bridge.name} is down: ip link set {bridge.name} up"
+    elif pod.link.master != bridge.ifindex:
+        yield gap, f"{name}, the pod's, is no port of {bridge.name}: ip link set {name} master {bridge.name}"
+    if not pod.link.up:
+        yield gap, f"{name}, the pod's, is down: ip link set {name} up"
+    elif pod.up is False:
+        yield gap, "the pod's own interface is down: ip link set eth0 up, inside the pod"
+    elif not pod.link.carrier:
+        yield gap, f"{name}, the pod's, has no carrier"
+
+
+class Deltas(NamedTuple):
+    """What our own tables dropped meanwhile: of packets of any sender."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+
+    def lines(self) -> Found:
+        """What it may have been."""
+        for name, count in self.after.items():
+            more = count - self.before.get(name, 0)
+            if more > 0:
+                gap = _OURS.get(name)
+                where = "VXLAN guard" if gap is not Gap.BRIDGE else "pod anti-spoofing"
+                what = name.removeprefix("dropped_").replace("_", " ")
+                if gap is not None:
+                    yield gap, f"our {where} dropped {more} packets meanwhile ({what})"
+
+
+_OURS = {
+    "dropped_from_unknown_senders": Gap.INPUT,
+    "dropped_from_pods": Gap.INPUT,
+    "dropped_beside_the_tunnel": Gap.PREROUTING,
+    "dropped_forwarded": Gap.FORWARD,
+    "dropped_spoofed": Gap.BRIDGE,
+}
