@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lease.families import V4, Family
 from lease.model import Lease
 from lease.tenure.claim import Answer
+from overlay.ask.controller import AskController
+from overlay.ask.server import NO_ROUTES, AskRoutes
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
 from overlay.cluster.ownership import Ownership
@@ -69,6 +71,8 @@ class Outside(NamedTuple):
     identity_of: Callable[[str], Identity] | None = None
     who_answers: Callable[[int], Answer] = lambda _address: Answer(False, None)
     """Who on the link answers for an address of the first family."""
+    ask_routes: AskRoutes = NO_ROUTES
+    """What other nodes' agents may ask this one."""
     set_log_level: Callable[[str], None] = lambda _level: None
     give_up: Callable[[], Iterator[str]] = lambda: iter(())
     """Takes what our record says to others out of the store."""
@@ -195,6 +199,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
         PodsController(FAMILIES[0], pods, sets, owned, health, clock),
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
+        AskController(FAMILIES[0], health, outside.ask_routes),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
+    from overlay.api.status import Status
+    from overlay.ask.server import AskRoutes
     from overlay.control.health import Health
     from overlay.process.watched import FileThread
 
@@ -136,6 +138,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         reconnect=store.reconnect,
         identity_of=identity(settings.node_name),
         who_answers=_who_answers,
+        ask_routes=_ask_routes(lambda: loop.ask_status()),  # noqa: PLW0108 (it is made below)
         set_log_level=log.set_level,
     )
     try:
@@ -272,6 +275,31 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
 
 
+def _ask_routes(status: Callable[[], Status | None]) -> AskRoutes:
+    """What other nodes' agents may ask, made with all that it needs when one asks first."""
+    made: list[AskRoutes] = []
+
+    def known(_words: Any = None) -> dict[str, Any]:
+        from overlay.ask.server import Refused
+
+        found = status()
+        if found is None:
+            raise Refused("its loop is stuck")
+        return found.json()
+
+    def traces(route: str) -> Callable[[Any], dict[str, Any]]:
+        def answer(words: Any) -> dict[str, Any]:
+            from overlay.trace.far import Traces
+
+            if not made:
+                made.append(Traces(known).routes())
+            return made[0][route](words)
+
+        return answer
+
+    return {"/status": known, "/trace/begin": traces("/trace/begin"), "/trace/end": traces("/trace/end")}
+
+
 def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpDoor | None]:
     def healthz() -> serve.Answer:
         return serve.text(200, "overlayd is running") if loop.health.healthy() else serve.text(503, "the loop is stuck")
@@ -307,7 +335,7 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
     if not settings.healthz_port:
         return server, None
     often = {**routes, "/metrics": serve.same_for_a_moment(metrics)}  # anybody may ask there
-    door = serve.TcpDoor(settings.healthz_ip, settings.healthz_port, often)
+    door = serve.TcpDoor(settings.healthz_ip, settings.healthz_port, serve.by_path(often), "health")
     try:
         _open(door, settings, loop.health)
     except OSError as error:

@@ -10,9 +10,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from socketserver import BaseRequestHandler, BaseServer, TCPServer, ThreadingMixIn, UnixStreamServer
-from typing import Any
+from typing import Any, NamedTuple
 
 from overlay.process.log import log
 
@@ -29,7 +29,10 @@ LONGEST_PATH = 108
 SAME_FOR_S = 0.5
 NO_ROOM_S = 0.2
 """Where a connection cannot be taken up, for want of descriptors, it waits, and so does the server."""
-REASONS = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
+REASONS = {
+    200: "OK", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict",
+    503: "Service Unavailable",
+}  # fmt: skip
 Answer = tuple[int, str, str]
 """HTTP status, content type, body."""
 Routes = dict[str, Callable[[], Answer]]
@@ -62,17 +65,46 @@ def same_for_a_moment(
     return remembered
 
 
-class _Handler(BaseRequestHandler):
-    """One request, one answer. http.server would do the same with 6 MiB more (email, mimetypes, ssl...)."""
+class Request(NamedTuple):
+    """What was asked. target: path and query as they came; headers: by their names in lower case."""
 
-    routes: Routes
+    method: str
+    target: str
+    headers: Mapping[str, str]
+
+    @property
+    def path(self) -> str:
+        """Without the query."""
+        return self.target.partition("?")[0]
+
+    @property
+    def query(self) -> str:
+        """What stands behind the question mark."""
+        return self.target.partition("?")[2]
+
+
+def parsed(data: bytes) -> Request:
+    """A request's head; what is no HTTP has an empty method."""
+    first, *lines = data.decode("latin-1").splitlines() or [""]
+    method, _, rest = first.partition(" ")
+    fields = (line.partition(":") for line in lines if line)
+    return Request(
+        method, rest.partition(" ")[0].strip(), {name.strip().lower(): value.strip() for name, _, value in fields}
+    )
+
+
+class Handler(BaseRequestHandler):
+    """One request, one answer. http.server would do the same with 6 MiB more (email, mimetypes, ssl...)."""
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # nobody waits for the answer any more, or did not say in time what it wants
-            first = self._request().partition(b"\n")[0].decode("latin-1")
-            method, _, rest = first.partition(" ")
+            request = parsed(self._request())
             if self.server.asked(self.request):  # type: ignore[attr-defined]
-                self._answer(method, rest.split(" ")[0].split("?")[0].strip())
+                self.answer(request)
+
+    def answer(self, request: Request) -> None:
+        """Give the answer, by `reply`."""
+        raise NotImplementedError
 
     def _request(self) -> bytes:
         """What was sent until an empty line, the end, or more than anybody needs. Raises TimeoutError."""
@@ -89,17 +121,28 @@ class _Handler(BaseRequestHandler):
         self.request.settimeout(ANSWERED_WITHIN_S)
         return data
 
-    def _answer(self, method: str, path: str) -> None:
-        route = self.routes.get(path)
-        if method not in ("GET", "HEAD"):
-            status, kind, body = text(405, "only GET")
-        elif route is None:
-            status, kind, body = text(404, f"available: {', '.join(self.routes)}")
-        else:
-            status, kind, body = route()
+    def reply(self, answer: Answer, method: str, fields: str = "") -> None:
+        """Write it. fields: header lines more."""
+        status, kind, body = answer
         data = body.encode()
         head = f"HTTP/1.0 {status} {REASONS.get(status, '')}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
-        self.request.sendall(f"{head}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
+        self.request.sendall(f"{head}{fields}Connection: close\r\n\r\n".encode() + (data if method == "GET" else b""))
+
+
+class _RoutesHandler(Handler):
+    """Answers by path alone, whoever asks."""
+
+    routes: Routes
+
+    def answer(self, request: Request) -> None:
+        route = self.routes.get(request.path)
+        if request.method not in ("GET", "HEAD"):
+            made = text(405, "only GET")
+        elif route is None:
+            made = text(404, f"available: {', '.join(self.routes)}")
+        else:
+            made = route()
+        self.reply(made, request.method)
 
 
 class _Server(ThreadingMixIn, BaseServer):
@@ -109,14 +152,23 @@ class _Server(ThreadingMixIn, BaseServer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._changed = threading.Condition()
+        self._ended = False
         self._open: dict[socket.socket, float] = {}
         """Connections that are served, the oldest first, and until when each may stay where others want its place."""
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Until the process ends."""
+        """Until `end`."""
         del poll_interval
-        while True:
+        while not self._ended:
             self.serve_next()
+
+    def end(self) -> None:
+        """Listen no more."""
+        listening: socket.socket = self.socket  # type: ignore[attr-defined]
+        self._ended = True
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)  # the thread that waits there sees it
+        listening.close()
 
     def serve_next(self) -> None:
         """Wait for one connection, and serve it in a thread of its own."""
@@ -124,7 +176,7 @@ class _Server(ThreadingMixIn, BaseServer):
         try:
             request, address = listening.accept()
         except OSError:
-            if listening is self.socket:  # type: ignore[attr-defined]
+            if not self._ended and listening is self.socket:  # type: ignore[attr-defined]
                 time.sleep(NO_ROOM_S)  # it still waits to be taken up, so that accepting would fail again at once
             return
         try:
@@ -226,39 +278,47 @@ def _bind_for_root(made: socket.socket, path: str) -> None:
     os.rename(temporary, path)
 
 
-def _handler(routes: Routes) -> type[_Handler]:
-    return type("Handler", (_Handler,), {"routes": routes})
+def by_path(routes: Routes) -> type[Handler]:
+    """What answers by these paths."""
+    return type("_Routes", (_RoutesHandler,), {"routes": routes})
 
 
 class TcpDoor:
     """A TCP port to serve at, in a thread of its own, as soon as it is free: any user may have taken it."""
 
-    def __init__(self, host: str, port: int, routes: Routes) -> None:
-        self._where, self._routes = (host, port), routes
-        self.server: TCPServer | None = None
+    def __init__(self, host: str, port: int, handler: type[Handler], name: str) -> None:
+        """name: of its thread."""
+        self._where, self._handler, self._name = (host, port), handler, name
+        self.server: _TcpServer | None = None
         """None while others have the port."""
 
     def open(self) -> bool:
         """Listen, where nobody else does; whether we do. Raises OSError: not because of others."""
         if self.server is None:
             try:
-                self.server = _TcpServer(self._where, _handler(self._routes))
+                self.server = _TcpServer(self._where, self._handler)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 return False
             try:
-                _start(self.server, "health")
+                _start(self.server, self._name)
             except RuntimeError:  # no thread can be had just now
                 self.server.server_close()
                 self.server = None
                 return False
         return True
 
+    def close(self) -> None:
+        """Listen no more; its thread ends."""
+        if self.server is not None:
+            self.server.end()
+            self.server = None
+
 
 def serve_unix(path: str, routes: Routes) -> UnixServer:
     """Serve on a Unix socket that root alone may use; one left over by a crash is replaced. Raises OSError."""
-    server = UnixServer(path, _handler(routes))
+    server = UnixServer(path, by_path(routes))
     _start(server, "status")
     return server
 

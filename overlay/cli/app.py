@@ -10,6 +10,7 @@ import click
 from overlay import __version__
 from overlay.cli.check import check
 from overlay.cli.cluster import cluster
+from overlay.cli.doctor import doctor
 from overlay.cli.lab import lab
 from overlay.cli.status import status
 from overlay.cli.trace import trace
@@ -134,6 +135,7 @@ def install_cni(to: str, source: str) -> None:
 
 app.add_command(check)
 app.add_command(cluster)
+app.add_command(doctor)
 app.add_command(lab)
 app.add_command(status)
 app.add_command(trace)

@@ -58,22 +58,30 @@ def status(run_dir: str, output: str | None, as_json: bool, all_peers: bool, wat
         time.sleep(WATCH_S)
 
 
+class NoAgent(Exception):
+    """One line: why there is no status."""
+
+
 def ask(run_dir: str) -> dict[str, Any]:
     """An agent's status. Where none answers, one line and the exit status for that."""
+    try:
+        return asked(run_dir)
+    except NoAgent as error:
+        click.echo(f"{click.get_current_context().command_path}: {error}", err=True)
+        sys.exit(NO_AGENT)
+
+
+def asked(run_dir: str) -> dict[str, Any]:
+    """An agent's status. Raises NoAgent."""
     where = f"{run_dir}/{SOCKET_NAME}"
     try:
         code, body = ask_unix(where, "/status")
-    except PermissionError:
-        click.echo(f"overlay status: {where} is root's alone: run it with sudo", err=True)
-        sys.exit(NO_AGENT)
+    except PermissionError as error:
+        raise NoAgent(f"{where} is root's alone: run it with sudo") from error
     except OSError as error:
-        click.echo(
-            f"overlay status: no agent answers at {where} ({error.strerror or error}); does overlayd run?", err=True
-        )
-        sys.exit(NO_AGENT)
+        raise NoAgent(f"no agent answers at {where} ({error.strerror or error}); does overlayd run?") from error
     if code != 200:
-        click.echo(f"overlay status: {body.strip()}", err=True)
-        sys.exit(NO_AGENT)
+        raise NoAgent(body.strip())
     found: dict[str, Any] = json.loads(body)
     return found
 

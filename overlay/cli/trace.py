@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lease.model import ip_number, ip_text
 from overlay.cli import terminal
-from overlay.cli.status import ask
+from overlay.cli.status import ask, rtt_text
 from overlay.kernel.netlink import error_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 from overlay.trace import run
@@ -86,7 +86,7 @@ def _address(text: str, found: dict[str, Any]) -> int:
 
 def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
     """As JSON values. The verdict is that of the first size that does not come through, else of the last."""
-    worst = next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+    worst = _worst(traced)
     return {
         "source": ip_text(4, request.source),
         "destination": ip_text(4, request.destination),
@@ -102,9 +102,16 @@ def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
     }
 
 
+def _worst(traced: Sequence[Traced]) -> Traced:
+    """The first size that does not come through, else the last."""
+    return next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+
+
 def text_of(traced: Traced) -> str:
     """The verdict, in one line."""
-    return f"packets of {traced.size} bytes: {traced.verdict.text}"
+    took = [rtt for answer, rtt in traced.answers if answer.good]
+    after = f" after {rtt_text(min(took))}" if took else ""
+    return f"packets of {traced.size} bytes: {traced.verdict.text}{after}"
 
 
 def _round(traced: Traced) -> dict[str, Any]:
@@ -122,7 +129,7 @@ def _round(traced: Traced) -> dict[str, Any]:
                 "counted": each.total,
                 "counts": dict(each.counts),
                 "of_the_answer": each.point.back,
-                "look_ups": traced.seen.looked.get(each.node, {}).get(each.point.gap, []),
+                "look_ups": traced.seen.looked.get(each.node, {}).get((each.point.gap, each.point.back), []),
             }
             for each in (*traced.seen.there, *traced.seen.back)
         ],
@@ -130,10 +137,9 @@ def _round(traced: Traced) -> dict[str, Any]:
 
 
 def show(console: Console, found: dict[str, Any], request: Request, traced: Sequence[Traced]) -> None:
-    """As tables, one for each size that was tried."""
-    for each in traced:
-        _table(console, request, each)
-    worst = next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+    """The steps of the size that does not come through, else of the last one, and what became of it."""
+    worst = _worst(traced)
+    _table(console, request, worst)
     good = worst.verdict.state is State.DELIVERED
     console.print(Text(text_of(worst), style="green" if good else "red"))
     for reason in worst.verdict.reasons:
@@ -145,12 +151,14 @@ def show(console: Console, found: dict[str, Any], request: Request, traced: Sequ
 
 
 def _table(console: Console, request: Request, traced: Traced) -> None:
+    """The steps of the answer where it came that far."""
     port = f" port {request.port}" if request.port else ""
     title = (
         f"{ip_text(4, request.source)} to {ip_text(4, request.destination)}, {request.protocol}{port}:"
         f" {traced.seen.sent} packets of {traced.size} bytes"
     )
-    table = terminal.table(console, "node", "step", "counted", title=title)
+    console.print(Text(title, style="italic"))
+    table = terminal.table(console, "node", "step", "counted", title="")
     there = list(traced.seen.there)
     reached = max((place for place, each in enumerate(there) if each.total), default=-1)
     for place, each in enumerate(there):

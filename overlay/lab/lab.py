@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -274,8 +275,13 @@ class Lab:
     def _start_agent(self, node: Node) -> None:
         run_dir = self.run_dir(node)
         run_dir.mkdir(exist_ok=True)
+        secret = self.folder / "ask-secret"
+        if not secret.exists():
+            secret.touch(0o600)
+            secret.write_text(f"{secrets.token_hex(32)}\n")
         command = [
             *processes.agent_command(),
+            f"--ask-secret-file={secret}",
             f"--etcd-endpoints={self.endpoint}",
             f"--run-dir={run_dir}",
             f"--subnet-file={run_dir}/subnet.env",

@@ -43,6 +43,8 @@ class Flow(NamedTuple):
     port: int = 0
     what: str = ""
     """For the operator."""
+    answers: bool = False
+    """They are answers in connections that were let through."""
 
 
 class Verdict(NamedTuple):
@@ -194,7 +196,7 @@ def _holds(left: Any, right: Any, flow: Flow) -> bool | None:
     if kind == "meta" and key in ("l4proto", "protocol") and flow.protocol:
         return _any(right, lambda value: value == flow.protocol) if key == "l4proto" else None
     if kind == "ct" and key == "state":
-        return _any(right, lambda value: value == "new")
+        return _any(right, lambda value: value == ("established" if flow.answers else "new"))
     if kind == "ct" and key == "status":
         return _any(right, lambda value: None if value not in ("dnat", "snat", "assured", "seen-reply") else False)
     if kind == "meta" and key == "mark":

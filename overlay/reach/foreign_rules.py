@@ -186,6 +186,19 @@ def findings(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str,
                     yield hook, *line
 
 
+def findings_below(family: Family, flow: Flow) -> Iterator[str]:
+    """The same of the rules below IP (families bridge and netdev), at whatever hook: what drops a flow and what to do about
+    it. Raises KernelError."""
+    reader = _Reader(family)
+    chains = (chain for below in ("bridge", "netdev") for chain in program.base_chains(below) if chain.family == below)
+    for chain in chains:
+        if chain.table.startswith(TABLE_PREFIX):
+            continue
+        verdict = filters.judge(chain, flow, reader.rules, reader.elements)
+        if (line := _about(family, chain, flow, verdict)) is not None:
+            yield line[1].replace("{these}", flow.what)
+
+
 def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[str, str, str] | None:
     """The problem's subject, what a rule does with {these} packets and what to do about it, and which they are: of one rule
     all are named in one line."""

@@ -135,6 +135,16 @@ FLAGS = (
         ours=True,
     ),
     Flag(
+        "ask-secret-file",
+        "str",
+        "",
+        "file with a secret that all nodes share: with it agents ask each other (overlay trace, overlay status --cluster)",
+        ours=True,
+    ),
+    Flag(
+        "ask-port", "int", 8473, "TCP port, at the VTEP and the underlay's address, where they are answered", ours=True
+    ),
+    Flag(
         "probes",
         "bool",
         True,

@@ -82,6 +82,8 @@ class Settings(NamedTuple):
     vxlan_guard: bool = True
     pod_antispoof: bool = True
     probes: bool = True
+    ask_secret_file: str = ""
+    ask_port: int = 8473
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -305,6 +307,8 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         vxlan_guard=values["vxlan-guard"],
         pod_antispoof=values["pod-antispoof"],
         probes=values["probes"],
+        ask_secret_file=values["ask-secret-file"],
+        ask_port=check("ask-port", lambda n: 1 <= n <= 65535, "a TCP port from 1 to 65535"),
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from lease.families import V4, Family
 from lease.model import ip_text, prefix
+from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import program
 from overlay.trace import node as nodes
 from overlay.trace import points as way
-from overlay.trace.looks import Deltas, Looks
+from overlay.trace.looks import Deltas, Looks, inside_pod
 from overlay.trace.node import NotTraceable, Peer, Pod
 from overlay.trace.points import TABLE_PREFIX, Gap, Point
 from overlay.trace.probe import Probe
@@ -35,7 +36,14 @@ class Passed(NamedTuple):
         return sum(self.counts.values())
 
 
-Looked = dict[Gap, list[str]]
+Part = tuple[Gap, bool]
+"""Of the packet's way, or (True) of its answer's."""
+Looked = dict[Part, list[str]]
+_Look = Callable[[], Iterator[tuple[Gap, str]]]
+
+
+def _nothing() -> Iterator[tuple[Gap, str]]:
+    return iter(())
 
 
 class End:
@@ -50,6 +58,8 @@ class End:
             self.node = nodes.read(found, self._requests, family)
             self.source = self._pod(probe.source)
             self.destination = self._pod(probe.destination)
+            self.namespace = namespaces.namespace_of(family, probe.source) if self.source is not None else None
+            """Of the source, where it is a pod of this node; None where it cannot be entered from here."""
             self._decide()
         except BaseException:
             self._requests.close()
@@ -68,7 +78,12 @@ class End:
         self.back: list[Point] = []
         self.arrives = False
         """The other end is this node's, the first another's."""
-        looks = Looks(node, self._requests, probe, self._family)
+        looks = Looks(node, self._requests, probe, family=self._family)
+        back = Looks(node, self._requests, probe, True, self._family)
+        self._look: _Look
+        self._look_back: _Look = _nothing
+        if self.source is not None and self.source.link is None and self.namespace is None:
+            raise NotTraceable(f"no pod of this node has {ip_text(4, probe.source)}")
         if self.source is not None and self.destination is not None:
             self._between(looks)
         elif self.source is not None or ours[0]:
@@ -76,9 +91,9 @@ class End:
                 raise NotTraceable("that is this node itself, from itself or one of its pods: it needs no tunnel")
             if self.destination is not None:
                 raise NotTraceable("from this node to its own pod no tunnel is needed: overlay check asks it")
-            self._leaving(looks)
+            self._leaving(looks, back)
         elif self.destination is not None or ours[1]:
-            self._arriving(looks)
+            self._arriving(looks, back)
         else:
             raise NotTraceable(
                 f"neither {ip_text(4, probe.source)} nor {ip_text(4, probe.destination)} is of this node"
@@ -92,11 +107,9 @@ class End:
         self.there = [next(way.from_pod(one)), *way.to_veth(other, Gap.BRIDGE)] if one.veth else []
         self.back = [*list(way.answered(other))[: bool(other.veth)], *way.to_veth(one, Gap.BRIDGE, True)]
         source, destination = self.source, self.destination
-        self._look: Callable[[], Iterator[tuple[Gap, str]]] = lambda: _both(
-            looks.given(source), ((Gap.BRIDGE, line) for _, line in looks.given(destination))
-        )
+        self._look = lambda: _both(looks.given(source), ((Gap.BRIDGE, line) for _, line in looks.given(destination)))
 
-    def _leaving(self, looks: Looks) -> None:
+    def _leaving(self, looks: Looks, back: Looks) -> None:
         node, source, peer = self.node, self.source, self.peer
         names = node.names(source, peer is not None and peer.direct, tunnel=peer is not None)
         if source is not None:
@@ -108,8 +121,10 @@ class End:
             self.there = [*way.by_itself(names), *way.into_tunnel(names)]
             self.back = list(way.out_of_tunnel(names, True)) if peer is not None else []
             self._look = lambda: looks.sent(peer)
+        if peer is not None:
+            self._look_back = lambda: back.arriving(source, peer)
 
-    def _arriving(self, looks: Looks) -> None:
+    def _arriving(self, looks: Looks, back: Looks) -> None:
         node, pod = self.node, self.destination
         self.arrives, self.peer = True, node.peer_of(self._probe.source)
         peer = self.peer or self._by_public_ip()
@@ -118,12 +133,19 @@ class End:
         self.there = [*way.out_of_tunnel(names), *last]
         self.back = list(way.answered(names)) if pod is not None else list(way.into_tunnel(names, True))
         self._look = lambda: looks.arriving(pod, peer)
+        if pod is not None and peer is not None:
+            self._look_back = lambda: back.leaving(pod, peer)
 
     def _by_public_ip(self) -> Peer | None:
         """Of packets that another node sends itself."""
         source = ip_text(self._family.number, self._probe.source)
         subnet = next((each["subnet"] for each in self.node.peers if each["public_ip"] == source), None)
         return None if subnet is None else self.node.peer_of(prefix(subnet).base)
+
+    @property
+    def inside(self) -> bool:
+        """Both ends are pods of this node."""
+        return self.source is not None and self.destination is not None
 
     @property
     def points(self) -> list[Point]:
@@ -152,10 +174,22 @@ class End:
         """What the look-ups say, by part of the way. after: the agent's status of now, for what was dropped meanwhile."""
         found: Looked = {}
         deltas = Deltas(dict(self.node.dropped), nodes.dropped(after)) if after is not None else Deltas({}, {})
-        for gap, line in _both(deltas.lines(), self._look()):
-            if line not in found.setdefault(gap, []):
-                found[gap].append(line)
+        for back, lines in ((False, _both(deltas.lines(), self._look())), (True, self._look_back())):
+            for gap, line in lines:
+                if line not in found.setdefault((gap, back), []):
+                    found[gap, back].append(line)
+        with suppress(OSError):  # the pod is gone
+            for gap, line in self._inside_pods():
+                found.setdefault((gap, gap is Gap.ANSWER), []).append(line)
         return found
+
+    def _inside_pods(self) -> Iterator[tuple[Gap, str]]:
+        one, other = self._probe.source, self._probe.destination
+        if self.source is not None:
+            yield from inside_pod(self._family, one, other, self.namespace, Gap.SENT)
+        if self.destination is not None:
+            there = namespaces.namespace_of(self._family, other)
+            yield from inside_pod(self._family, other, one, there, Gap.ANSWER)
 
     def close(self) -> None:
         """Take the counters away again."""

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from lease.families import V4, Family
 from lease.model import ip_text
+from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket, error_text
-from overlay.kernel.route.lookup import Packet
-from overlay.reach import foreign_rules, ways
+from overlay.kernel.route.lookup import Packet, Way
+from overlay.reach import explain, foreign_rules, ways
 from overlay.reach.causes import Causes
 from overlay.reach.filters import Flow
 from overlay.trace.node import Node, Peer, Pod
@@ -25,14 +26,22 @@ Found = Iterator[tuple[Gap, str]]
 class Looks:
     """Of one node, about one probe's way through it."""
 
-    def __init__(self, node: Node, requests: RequestSocket, probe: Probe, family: Family = V4) -> None:
+    def __init__(
+        self, node: Node, requests: RequestSocket, probe: Probe, back: bool = False, family: Family = V4
+    ) -> None:
+        """back: about the probe's answer."""
+        if back:
+            port = 0 if probe.protocol == "icmp" else probe.ident
+            probe = probe._replace(source=probe.destination, destination=probe.source, port=port)
         self._node, self._requests, self._probe, self._family = node, requests, probe, family
+        self._back = back
         names = {index: link.name for index, link in node.links.items()}
         self._causes = Causes(family, requests, node.network, names)
 
     def leaving(self, pod: Pod, peer: Peer | None) -> Found:
         """From a pod of this node to another node, or (peer None) to somewhere else."""
         yield from _port(self._node, pod, Gap.BRIDGE)
+        yield from self._below(self._flow(pod.link.name if pod.link is not None else "", ""), Gap.BRIDGE)
         bridge = self._node.number_of(self._node.bridge)
         oif, via = self._beyond(peer)
         yield from self._routing(Packet(self._probe.destination, self._probe.source, bridge), oif, via)
@@ -89,6 +98,7 @@ class Looks:
             yield Gap.DECAPSULATION, f"{beyond} is {'not there' if link is None else 'down'}: overlay status says why"
         if peer is not None and not direct:
             flow = Flow(self._family.nft, node.underlay, "", peer.public_ip, node.local, "udp", node.port, "the tunnel")
+            yield from self._below(flow, Gap.UNDERLAY)
             yield from self._filters(flow, _OUTER)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:
@@ -101,17 +111,25 @@ class Looks:
     def given(self, pod: Pod) -> Found:
         """By the bridge to a pod of this node."""
         yield from _port(self._node, pod, Gap.NEIGHBOUR)
+        yield from self._below(self._flow("", pod.link.name if pod.link is not None else ""), Gap.NEIGHBOUR)
         bridge = self._node.number_of(self._node.bridge)
         for each in self._requests.neighbours(self._family, bridge) if bridge else ():
             if each.address == pod.address and each.state & (_NUD_FAILED | _NUD_INCOMPLETE):
                 text = f"nobody on {self._node.bridge} answers ARP for {ip_text(4, pod.address)}"
                 yield Gap.NEIGHBOUR, f"{text}: ip neigh show {ip_text(4, pod.address)}"
 
+    def _below(self, flow: Flow, gap: Gap) -> Found:
+        try:
+            yield from ((gap, line) for line in foreign_rules.findings_below(self._family, flow))
+        except KernelError as error:
+            yield gap, f"rules of other programs below IP could not be read: {error_text(error)}"
+
     def _flow(self, iif: str, oif: str) -> Flow:
         probe = self._probe
         return Flow(
-            self._family.nft, iif, oif, probe.source, probe.destination, probe.protocol, probe.port, "these packets"
-        )
+            self._family.nft, iif, oif, probe.source, probe.destination, probe.protocol, probe.port, "these packets",
+            self._back,
+        )  # fmt: skip
 
     def _filters(self, flow: Flow, gaps: dict[str, Gap]) -> Found:
         try:
@@ -151,6 +169,24 @@ def _port(node: Node, pod: Pod, gap: Gap) -> Found:
         yield gap, "the pod's own interface is down: ip link set eth0 up, inside the pod"
     elif not pod.link.carrier:
         yield gap, f"{name}, the pod's, has no carrier"
+
+
+def inside_pod(family: Family, pod: int, other: int, namespace: str | None, gap: Gap) -> Found:
+    """The pod's own way to another address. namespace: its, None: it cannot be entered from here. Raises OSError."""
+    if namespace is None:
+        return
+
+    def asked() -> Way:
+        requests = RequestSocket()
+        try:
+            return requests.way(family, Packet(other, pod))
+        finally:
+            requests.close()
+
+    way = namespaces.inside(namespace, asked)
+    if way.error:
+        text = f"inside the pod packets to {ip_text(family.number, other)} {explain.refusal_text(way)}"
+        yield gap, f"{text}: the pod's routes are its CNI plugin's (isDefaultGateway); make the pod anew"
 
 
 class Deltas(NamedTuple):

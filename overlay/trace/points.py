@@ -20,8 +20,11 @@ FIRST, LAST = -500, 500
 _INNER_ID, _INNER_SOURCE, _INNER_DESTINATION = 8 + 8 + 14 + 4, 8 + 8 + 14 + 12, 8 + 8 + 14 + 16
 """Bytes of the inner IPv4 header behind the start of the outer UDP header: UDP, VXLAN, Ethernet before it (RFC 7348)."""
 _INNER_PORTS = 8 + 8 + 14 + 20
-PLAIN, TO_ANOTHER, FROM_ANOTHER = "plain", "to another", "from another"
-"""How a packet may be seen: as it was sent; its destination changed on the way; its source changed."""
+_UNREACHABLE, _QUOTED_ID = 3, 8 + 4
+"""ICMP's type, and where the quoted header's identification is, behind the start of ICMP (RFC 792)."""
+PLAIN, TO_ANOTHER, FROM_ANOTHER, ERROR = "plain", "to another", "from another", "error"
+"""How a packet may be seen: as it was sent; its destination changed on the way; its source changed; in place of the answer
+an ICMP error about it."""
 
 
 class Gap(Enum):
@@ -147,8 +150,10 @@ def to_pod(names: Names, back: bool = False) -> Iterator[Point]:
 
 
 def to_veth(names: Names, gap: Gap, back: bool = False) -> Iterator[Point]:
-    """By the bridge to the pod's port."""
-    if names.veth:
+    """By the bridge to the pod's port, or to any where that is not known."""
+    if not names.veth:
+        yield Point(f"given to a port of {names.bridge}", gap, "bridge", "postrouting", LAST, back=back)
+    else:
         yield Point(f"given to the pod by {names.veth}", gap, "bridge", "postrouting", LAST, "", names.veth, back=back)
 
 
@@ -226,12 +231,11 @@ def _matches(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[
     if point.outer:
         head = [_equal(_field("udp", "dport"), port)]
         if point.back:
-            those = [
-                _raw(_INNER_SOURCE, 4, probe.destination),
-                _raw(_INNER_DESTINATION, 4, probe.source),
-                *_answers(probe, True),
-            ]
-            yield PLAIN, [*head, *those]
+            ends = [*head, _raw(_INNER_SOURCE, 4, probe.destination), _raw(_INNER_DESTINATION, 4, probe.source)]
+            yield PLAIN, [*ends, *_answers(probe, True)]
+            if probe.protocol != "icmp":
+                error = _raw(_INNER_PORTS, 1, _UNREACHABLE), _raw(_INNER_PORTS + _QUOTED_ID, 2, probe.ip_id)
+                yield ERROR, [*ends, *error]
             return
         marked = [*head, _raw(_INNER_ID, 2, probe.ip_id)]
         yield PLAIN, [*marked, _raw(_INNER_SOURCE, 4, probe.source)]
@@ -242,7 +246,11 @@ def _matches(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[
         return
     protocol = _equal(_field("ip", "protocol"), probe.protocol)
     if point.back:
-        yield PLAIN, [_equal(_field("ip", "daddr"), source), protocol, *_answers(probe, False)]
+        to_source = _equal(_field("ip", "daddr"), source)
+        yield PLAIN, [to_source, protocol, *_answers(probe, False)]
+        if probe.protocol != "icmp":
+            error = _equal(_field("icmp", "type"), "destination-unreachable"), _raw(_QUOTED_ID, 2, probe.ip_id)
+            yield ERROR, [to_source, *error]
         return
     marked = [protocol, _equal(_field("ip", "id"), probe.ip_id)]
     from_it, to_it = _equal(_field("ip", "saddr"), source), _equal(_field("ip", "daddr"), destination)

@@ -100,7 +100,8 @@ def answer(probe: Probe, data: bytes) -> Answer | None:
             if body[0] == 11:
                 return Answer("the packet's hops were used up on the way: it goes round in a circle", False, source)
             by_itself = source == probe.destination and body[1] in (2, 3)
-            return Answer(_UNREACHABLE.get(body[1], f"unreachable (code {body[1]})"), by_itself, source)
+            text = _UNREACHABLE.get(body[1], f"unreachable (code {body[1]})")
+            return Answer(f"refused ({text})" if by_itself else text, by_itself, source)
         return None
     if protocol != probe.number or probe.protocol == "icmp" or len(body) < 8:
         return None
@@ -109,9 +110,9 @@ def answer(probe: Probe, data: bytes) -> Answer | None:
         return None
     if probe.protocol == "tcp" and len(body) >= 14:
         if body[13] & _RST:
-            return Answer("refused: nobody listens on that port", True, source)
+            return Answer("refused (nobody listens on that port)", True, source)
         if body[13] & (_SYN | _ACK) == (_SYN | _ACK):
-            return Answer("answered: the port is open", True, source)
+            return Answer("answered (the port is open)", True, source)
     return Answer("answered", True, source)
 
 

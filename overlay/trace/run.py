@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lease.model import ip_text
+from overlay.trace import far as far_ends
 from overlay.trace import probe as probes
 from overlay.trace.end import End, Looked, Passed
+from overlay.trace.far import AskedEnd
 from overlay.trace.node import NotTraceable
+from overlay.trace.points import Gap
 from overlay.trace.probe import Answer, Probe
-from overlay.trace.send import Sender, numbers, place_of
+from overlay.trace.send import Sender, numbers
 from overlay.trace.verdict import Seen, State, Verdict, judge
 
 WAIT_S = 1.0
@@ -27,13 +30,6 @@ class Request(NamedTuple):
     size: int | None
 
 
-class FarEnd(Protocol):
-    """The other node's part."""
-
-    def end(self) -> tuple[list[Passed], list[Passed], Looked]:
-        """What was counted, of the packet and of its answer, and what its look-ups say; it counts no more."""
-
-
 class Traced(NamedTuple):
     """One size. notes: what kept the trace from being whole."""
 
@@ -44,16 +40,10 @@ class Traced(NamedTuple):
     notes: tuple[str, ...]
 
 
-AskFar = Callable[[Mapping[str, Any], str, Probe], FarEnd]
-"""Has another node's agent count: by this one's status, and that node's public IP. Raises NotTraceable: why it does not."""
-
-
-def trace(
-    found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]], ask_far: AskFar | None = None
-) -> list[Traced]:
+def trace(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
     """Each size that was tried. found: the agent's status; status: asks for that of now. Raises NotTraceable, OSError."""
     small = probes.least(request.protocol)
-    traced = [_one(found, request, request.size or small, status, ask_far)]
+    traced = [_one(found, request, request.size or small, status)]
     mtu = (found["device"] or {}).get("mtu", 0)
     if (
         request.size is None
@@ -61,8 +51,19 @@ def trace(
         and traced[0].verdict.state is State.DELIVERED
         and mtu > small
     ):
-        traced.append(_one(found, request, mtu, status, ask_far))
+        traced.append(_with_mtu(_one(found, request, mtu, status), small))
     return traced
+
+
+def _with_mtu(traced: Traced, small: int) -> Traced:
+    """Where packets of full size alone are lost between the nodes it is the MTU."""
+    verdict = traced.verdict
+    if verdict.gap is not Gap.UNDERLAY:
+        return traced
+    reason = (
+        f"packets of {small} bytes pass, so that the path's MTU is too low: overlay check finds the largest that pass"
+    )
+    return traced._replace(verdict=verdict._replace(reasons=(reason, *verdict.reasons)))
 
 
 def _one(
@@ -70,7 +71,6 @@ def _one(
     request: Request,
     size: int,
     status: Callable[[], Mapping[str, Any]],
-    ask_far: AskFar | None,
 ) -> Traced:
     probe = Probe(request.source, request.destination, request.protocol, request.port, *numbers(), size)
     with closing(End(found, probe)) as end:
@@ -78,20 +78,25 @@ def _one(
             where = end.peer.name if end.peer is not None else "the node of the source"
             raise NotTraceable(f"{ip_text(4, probe.source)} is not of this node: run it at {where}")
         notes = []
-        namespace = None
-        if end.source is not None:
-            namespace = place_of(probe.source)
-            if namespace is None:
-                notes.append(
-                    "the pod's network namespace cannot be entered from here, so this node sent in the pod's name: the"
-                    " pod's interface, its bridge and the forward chains were not tried"
-                )
-        far, why = _far(found, end, probe, ask_far)
-        notes += [why] if why else []
-        with closing(Sender(probe, namespace)) as sender:
+        if end.source is not None and end.namespace is None:
+            notes.append(
+                "the pod's network namespace cannot be entered from here, so this node sent in the pod's name: the"
+                " pod's interface, its bridge and the forward chains were not tried"
+            )
+        far = None
+        if end.peer is None and end.node.network.holds(probe.destination) and not end.inside:
+            where = ip_text(4, probe.destination)
+            notes.append(f"{where} is in Network {end.node.network}, but in no peer's subnet: no node holds it")
+        if end.peer is not None:
+            try:
+                addresses = ip_text(4, end.peer.subnet.base), ip_text(4, end.peer.public_ip)
+                far = far_ends.ask_far(found, *addresses, end.peer.name, probe)
+            except NotTraceable as error:
+                notes.append(str(error))
+        with closing(Sender(probe, end.namespace)) as sender:
             end.begin()
             sent = sender.send(WAIT_S)
-        there, back, looked = far.end() if far is not None else ([], [], {})
+        there, back, looked = _end(far, notes)
         passed, after = end.passed(), status()
         mine = {end.node.name: end.looked(after)}
         if sent.refused:
@@ -104,19 +109,16 @@ def _one(
             {**mine, **({beyond: looked} if far is not None else {})},
             [each for each, _ in sent.answers],
             sent.probes,
-            far is not None or not beyond,
+            bool(there) or end.inside,
             beyond,
         )
     return Traced(size, seen, judge(seen), sent.answers, tuple(notes))
 
 
-def _far(found: Mapping[str, Any], end: End, probe: Probe, ask_far: AskFar | None) -> tuple[FarEnd | None, str]:
-    peer = end.peer
-    if peer is None:
-        return None, ""
-    if ask_far is None:
-        return None, f"{peer.name} was not asked, since agents do not ask each other here (--ask-secret-file)"
-    try:
-        return ask_far(found, ip_text(4, peer.public_ip), probe), ""
-    except NotTraceable as error:
-        return None, str(error)
+def _end(far: AskedEnd | None, notes: list[str]) -> tuple[list[Passed], list[Passed], Looked]:
+    if far is not None:
+        try:
+            return far.end()
+        except NotTraceable as error:
+            notes.append(str(error))
+    return [], [], {}

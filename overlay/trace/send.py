@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lease.families import V4
 from lease.model import ip_text
 from overlay.kernel import namespaces
 from overlay.trace.probe import Answer, Probe, answer, packet
@@ -73,11 +72,6 @@ class Sender:
         """Close the sockets."""
         for each in (self._sending, *self._receiving):
             each.close()
-
-
-def place_of(source: int) -> str | None:
-    """The namespace of a pod, by its address; None where it cannot be found from here."""
-    return namespaces.namespace_of(V4, source)
 
 
 def numbers() -> tuple[int, int]:

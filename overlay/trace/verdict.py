@@ -53,17 +53,28 @@ def judge(seen: Seen) -> Verdict:
     good = next((each for each in seen.answers if each.good), None)
     counted = [place for place, each in enumerate(seen.there) if each.total]
     if good is not None:
-        return Verdict(State.DELIVERED, f"delivered: {good.text}", "", None, (), notes)
+        return Verdict(State.DELIVERED, f"delivered, and {good.text}", "", None, (), notes)
     if counted and counted[-1] == len(seen.there) - 1:
         if not seen.complete:
-            where = f"what became of it at {seen.beyond}" if seen.beyond else "what became of it"
-            return Verdict(State.LEFT, f"left this node; {where} is not known", seen.beyond, None, _errors(seen), notes)
+            where = f"what became of it at {seen.beyond}" if seen.beyond else "what became of it outside"
+            last = seen.there[-1]
+            beside = (
+                line
+                for gap in (Gap.DEVICE, Gap.OUTPUT)
+                for line in seen.looked.get(last.node, {}).get((gap, False), ())
+            )
+            reasons = (*_errors(seen), *beside)
+            return Verdict(State.LEFT, f"left this node; {where} is not known", seen.beyond, None, reasons, notes)
         return _answer(seen, notes)
     if not seen.there:
         return Verdict(State.LEFT, "nothing could be counted here", "", None, _errors(seen), notes)
     at = seen.there[counted[-1] + 1 if counted else 0]
-    passed = f"behind: {seen.there[counted[-1]].point.what}" if counted else "it never came to this node's rules"
-    return _dropped(State.DROPPED, f"dropped at {at.node} ({passed})", at, seen, notes)
+    between = _between(seen.there[counted[-1]], at) if counted else f'before "{at.point.what}"'
+    return _dropped(State.DROPPED, f"dropped at {at.node}, {between}", at, seen, notes)
+
+
+def _between(last: Passed, at: Passed) -> str:
+    return f'between "{last.point.what}" and "{at.point.what}"'
 
 
 def _answer(seen: Seen, notes: tuple[str, ...]) -> Verdict:
@@ -72,23 +83,23 @@ def _answer(seen: Seen, notes: tuple[str, ...]) -> Verdict:
         return Verdict(State.DELIVERED, "delivered; whether it was answered was not counted", "", None, (), notes)
     if not counted:
         node = seen.back[0].node
-        reasons = _reasons(seen, node, Gap.ANSWER) or (Gap.ANSWER.value,)
+        reasons = _reasons(seen, seen.back[0]) or (Gap.ANSWER.value,)
         return Verdict(State.DELIVERED, "delivered; the destination did not answer", node, Gap.ANSWER, reasons, notes)
     if counted[-1] == len(seen.back) - 1:
         return Verdict(State.DELIVERED, "delivered, and the answer came back", "", None, (), notes)
     at, last = seen.back[counted[-1] + 1], seen.back[counted[-1]]
-    text = f"delivered; its answer was dropped at {at.node} (behind: {last.point.what})"
+    text = f"delivered; its answer was dropped at {at.node}, {_between(last, at)}"
     return _dropped(State.LOST_BACK, text, at, seen, notes)
 
 
 def _dropped(state: State, text: str, at: Passed, seen: Seen, notes: tuple[str, ...]) -> Verdict:
     gap = at.point.gap
-    reasons = _errors(seen) + _reasons(seen, at.node, gap)
+    reasons = _errors(seen) + _reasons(seen, at)
     return Verdict(state, text, at.node, gap, reasons or (f"it is one of: {gap.value}",), notes)
 
 
-def _reasons(seen: Seen, node: str, gap: Gap) -> tuple[str, ...]:
-    return tuple(seen.looked.get(node, {}).get(gap, ()))
+def _reasons(seen: Seen, at: Passed) -> tuple[str, ...]:
+    return tuple(seen.looked.get(at.node, {}).get((at.point.gap, at.point.back), ()))
 
 
 def _errors(seen: Seen) -> tuple[str, ...]:

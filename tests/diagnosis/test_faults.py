@@ -20,12 +20,13 @@ from tests.support.wait import until
 class Fault(NamedTuple):
     """plant, mend: commands on a node ("underlay": beside them all). said: words of problems by node, in a regular
     expression each; the nodes that are not named say nothing new. check: words of node1's check of node2's pod, "" where that
-    answers; beside: problems that may be said as well."""
+    answers; trace: the same of what it says of packets between them; beside: problems that may be said as well."""
 
     plant: tuple[tuple[str, str], ...]
     mend: tuple[tuple[str, str], ...]
     said: dict[str, dict[str, str]]
     check: str
+    trace: str
     beside: frozenset[str] = frozenset()
 
 
@@ -45,6 +46,15 @@ MASQUERADE = (
 GONE = "nft delete table ip planted"
 SILENT = r"its underlay address answers, its VTEP does not.*UDP 8472"
 
+
+@pytest.fixture
+def asking(tmp_path) -> tuple[str, ...]:
+    """The flags by which agents ask each other."""
+    path = tmp_path / "ask-secret"
+    path.write_text("a secret of a test of ours\n")
+    return (f"--ask-secret-file={path}",)
+
+
 FAULTS = {
     "UDP 8472 dropped on a node": Fault(
         (("node1", DROP),),
@@ -55,6 +65,7 @@ FAULTS = {
             "node3": {"unreachable": rf"node1 192.168.1.2: {SILENT}"},
         },
         SILENT,
+        "dropped at node1.*chain ip planted out drops the tunnel",
     ),
     "path MTU below the interface's": Fault(
         (("underlay", "ip link set {to_node2} mtu 1400"),),
@@ -65,6 +76,7 @@ FAULTS = {
             "node3": {"path mtu": "node2 192.168.1.3: small packets pass"},
         },
         "full-size ones are lost.*the largest that pass have 13",
+        "packets of 1450 bytes: .*dropped.*(passed|left).*the path's MTU is too low",
     ),
     "an ip rule with a blackhole in another table": Fault(
         (("node1", "ip route add blackhole 10.244.0.0/16 table 52; ip rule add pref 5270 lookup 52"),),
@@ -75,18 +87,21 @@ FAULTS = {
             "node3": {"unreachable": "node1 192.168.1.2"},
         },
         "this node's own kernel.*blackhole 10.244.0.0/16 of table 52",
+        "dropped at node1.*blackhole 10.244.0.0/16 of table 52.*ip rule 5270",
     ),
     "a drop rule in somebody's forward chain": Fault(
         (("node2", FORWARD),),
         (("node2", GONE),),
         {"node2": {"foreign rules": "planted onward drops"}},
         "the tunnel to node2 is whole.*a filter",
+        'dropped at node2, between "routed to cni0".*chain ip planted onward drops these packets',
     ),
     "the route of the pods removed": Fault(
         (("node2", "ip route del {subnet2} dev cni0"),),
         (("node2", "ip route add {subnet2} dev cni0 proto kernel scope link src {gateway2}"),),
         {"node2": {"routes": "no route leads .* to cni0"}},
         "the tunnel to node2 is whole",
+        "dropped at node2, .*not by cni0.*to be put back",
         frozenset({"ways"}),
     ),
     "masquerade of others on what leaves by the tunnel": Fault(
@@ -94,6 +109,7 @@ FAULTS = {
         (("node1", GONE),),
         {"node1": {"foreign masquerade": "planted post"}},
         "",
+        "delivered.*from node1 on .* its source is another: it was masqueraded",
     ),
     "no carrier on the underlay": Fault(
         (("underlay", "ip link set {to_node1} down"),),
@@ -104,6 +120,7 @@ FAULTS = {
             "node3": {"unreachable": "node1 192.168.1.2: neither"},
         },
         "neither its underlay address nor its VTEP answers|own kernel",
+        "eth0 has no carrier",
         frozenset({"store", "ways", "waiting"}),
     ),
     "a node that is down": Fault(
@@ -115,6 +132,7 @@ FAULTS = {
             "node3": {"unreachable": "node2 192.168.1.3: neither"},
         },
         "neither its underlay address nor its VTEP answers.*is that node up",
+        "left this node; what became of it at node2 is not known.*node2 was asked, and gave no answer",
         frozenset({"store", "ways", "waiting"}),
     ),
     "a wrong VTEP on the far side": Fault(
@@ -126,6 +144,7 @@ FAULTS = {
             "node2": {"unreachable": f"node1 192.168.1.2: {SILENT}"},
         },
         "VTEP does not",
+        "dropped at node2, .*came by eth0.*chain netdev planted in drops the tunnel",
     ),
 }  # fmt: skip
 
@@ -144,6 +163,24 @@ def check(world: Any, agent: Any, *words: str) -> dict[str, Any]:
     return found
 
 
+def trace(world: Any, agent: Any, *words: str) -> dict[str, Any]:
+    """`overlay trace` on an agent's node, as JSON."""
+    command = (sys.executable, "-m", "overlay.cli.app", "trace", "--run-dir", str(agent.run_dir), "--json", *words)
+    done = subprocess.run(
+        ["nsenter", f"--net={netns.path(world.namespace(agent.node))}", *command],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
+    assert done.returncode == (0 if found["verdict"] == "delivered" else 1)
+    return found
+
+
+def counters_are_gone(world: Any, agents: list[Any]) -> None:
+    for agent in agents:
+        assert "overlay_trace" not in world.run(agent.node, "nft", "list", "tables")
+
+
 def is_well(agents: list[Any]) -> bool:
     """Everybody answers everybody, and nobody says anything."""
     for agent in agents:
@@ -156,8 +193,8 @@ def is_well(agents: list[Any]) -> bool:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, row, name):
-    fault, agents = FAULTS[name], world.nodes(3)
+def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, row, asking, name):
+    fault, agents = FAULTS[name], world.nodes(3, *asking)
     pods = [world.pod(agent, "a") for agent in agents]
     until("all is well before", lambda: is_well(agents), 30)
     assert check(world, agents[0], pods[1].address)["state"] == "ok"
@@ -189,11 +226,16 @@ def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, row, name):
         assert found["state"] == "ok"
     if "node3" not in fault.said and "node1" not in fault.said:
         assert check(world, agents[0], pods[2].address)["state"] == "ok", "nobody else is accused"
+    traced = trace(world, agents[0], pods[0].address, pods[1].address)
+    words_of_it = "; ".join((traced["text"], *traced["because"], *traced["notes"]))
+    assert re.search(fault.trace, words_of_it), words_of_it
+    counters_are_gone(world, agents[:1])
     problems = {agent.node: agent.problems() for agent in agents}
-    row(Row(name, problems, found["verdict"] if fault.check else "answers", took))
+    row(Row(name, problems, found["verdict"] if fault.check else "answers", words_of_it, took))
     for node, command in fault.mend:
         world.run(node, "sh", "-c", command.format(**words))
     until("all is well again", lambda: is_well(agents), 60)
+    counters_are_gone(world, agents)
 
 
 def port_of(world: Any, node: str) -> str:
@@ -213,8 +255,8 @@ def test_forwarding_that_is_switched_off_on_the_pods_bridge_is_put_back(world):
     assert check(world, agents[0], pods[1].address)["state"] == "ok"
 
 
-def test_a_healthy_lab_says_nothing_and_check_agrees(world):
-    agents = world.nodes(2)
+def test_a_healthy_lab_says_nothing_and_check_and_trace_agree(world, asking):
+    agents = world.nodes(2, *asking)
     pods = [world.pod(agent, "a") for agent in agents]
     until("all is well", lambda: is_well(agents), 30)
     every = check(world, agents[0])
@@ -224,6 +266,18 @@ def test_a_healthy_lab_says_nothing_and_check_agrees(world):
         assert (found["state"], found["peer"]["node_name"]) == ("ok", "node2"), target
         assert all(probe["answered"] == probe["sent"] for probe in found["probes"])
     assert check(world, agents[0], pods[0].address)["state"] == "ok", "one of its own"
+    beside = world.pod(agents[0], "b")
+    for source, target, *more in (
+        (pods[0].address, pods[1].address), (pods[0].address, beside.address), ("node", pods[1].address),
+        (pods[0].address, pods[1].address, "--proto", "tcp", "--port", "81"),
+        (pods[0].address, pods[1].address, "--proto", "udp", "--port", "81"),
+    ):  # fmt: skip
+        found = trace(world, agents[0], source, target, *more)
+        assert found["verdict"] == "delivered", found
+        for each in found["rounds"]:
+            assert {step["counted"] for step in each["steps"]} == {3}, (source, target, more, each["steps"])
+            assert each["answers"]
+    counters_are_gone(world, agents)
 
 
 def test_what_cannot_be_checked_is_said(world):

@@ -14,19 +14,21 @@ BEGIN, END = "<!-- made by `make diagnosis`: begin -->", "<!-- made by `make dia
 
 
 class Row(NamedTuple):
-    """said: problems, by node; check: its verdict on node1, of a pod of node2; seconds: until all of that was said."""
+    """said: problems, by node; check: its verdict on node1, of a pod of node2; trace: of packets
+    between their pods; seconds: until all of that was said."""
 
     fault: str
     said: dict[str, dict[str, str]]
     check: str
+    trace: str
     seconds: float
 
 
 def write(rows: Iterable[Row]) -> None:
     """Into the page, between its marks, in their order."""
     lines = [
-        "| fault | problems in `overlay status` | `overlay check POD` of node2, on node1 | said after |",
-        "|---|---|---|---|",
+        "| fault | `overlay status` says | `overlay check POD` of node2, on node1 | `overlay trace` of their pods | after |",
+        "|---|---|---|---|---|",
     ]
     for row in rows:
         by_text: dict[str, list[str]] = {}
@@ -34,7 +36,7 @@ def write(rows: Iterable[Row]) -> None:
             for subject, text in sorted(problems.items()):
                 by_text.setdefault(f"`{subject}`: {text}", []).append(node)
         said = "<br>".join(f"{', '.join(nodes)}: {_cell(text)}" for text, nodes in by_text.items())
-        lines.append(f"| {row.fault} | {said} | {_cell(row.check)} | {row.seconds:.0f} s |")
+        lines.append(f"| {row.fault} | {said} | {_cell(row.check)} | {_cell(row.trace)} | {row.seconds:.0f} s |")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{rest.partition(END)[2]}")
 

@@ -56,7 +56,7 @@ def tables() -> list[tuple[str, str]]:
 
 
 class Chain(NamedTuple):
-    """A base chain. kind: `filter`, `nat`...; hook: `forward`..."""
+    """A base chain. kind: `filter`, `nat`...; hook: `forward`...; priority: by which the kernel asks them in turn."""
 
     family: str
     table: str
@@ -64,6 +64,7 @@ class Chain(NamedTuple):
     policy: str
     kind: str = "filter"
     hook: str = "forward"
+    priority: int = 0
 
     def __str__(self) -> str:
         return f"{self.family} {self.table} {self.name}"
@@ -79,6 +80,7 @@ def base_chains(family: str) -> list[Chain]:
             item.get("policy", "accept"),
             str(item.get("type")),
             item["hook"],
+            item.get("prio", 0),
         )
         for item in _listed("chain", "chains")
         if item.get("hook") and item["family"] in (family, "inet")

@@ -1,0 +1,156 @@
+"""`overlay doctor`: what of this machine keeps, or may keep, pods from reaching each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+from overlay.cli import terminal
+from overlay.cli.status import NoAgent, asked
+from overlay.doctor import agent, host, network
+from overlay.doctor.finding import Finding, Findings, State, unknown
+from overlay.kernel.netlink import KernelError, RequestSocket, error_text
+from overlay.node.prober import who_answers
+from overlay.settings.flags import DEFAULT_CNI_CONF_DIR, DEFAULT_RUN_DIR, DEFAULT_SUBNET_FILE
+from overlay.trace import node as nodes
+from overlay.trace.node import NotTraceable
+
+_STYLES = {State.OK: "green", State.WARN: "yellow", State.WRONG: "red", State.UNKNOWN: "dim"}
+
+
+@click.command()
+@click.option(
+    "--fix",
+    is_flag=True,
+    help="mend what can be mended safely: sysctls, modules, drop-in files of networkd and NetworkManager",
+)
+@click.option("--all", "everything", is_flag=True, help="also what is as it should be")
+@click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
+@click.option("--subnet-file", default=DEFAULT_SUBNET_FILE, show_default=True, help="the agent's")
+@click.option("--cni-conf-dir", default=DEFAULT_CNI_CONF_DIR, show_default=True, help="the agent's")
+@click.option(
+    "--root",
+    default="/",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="where the host's files are, in a container",
+)
+@click.option("--json", "as_json", is_flag=True, help="everything, as JSON")
+def doctor(
+    fix: bool, everything: bool, run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path, as_json: bool
+) -> None:
+    """Look at this machine: kernel, sysctls, firewalls and their order, MTUs, offloads (by real packets), the programs that
+    see to interfaces beside us, duplicate addresses, clock, store, lease, CNI.
+
+    Exit status: 0 nothing is wrong (there may be warnings), 1 something is, 2 a wrong flag.
+    """
+    if os.geteuid() != 0:
+        raise click.ClickException("only root can look at all of it: run it with sudo")
+    found = list(findings(run_dir, subnet_file, cni_conf_dir, root))
+    fixed = _fix(found) if fix else {}
+    if as_json:
+        click.echo(json.dumps([_as_values(each, fixed.get(place)) for place, each in enumerate(found)], indent=2))
+    else:
+        _show(terminal.console(), found, fixed, everything)
+    wrong = [each for place, each in enumerate(found) if each.state is State.WRONG and fixed.get(place) != ""]
+    sys.exit(1 if wrong else 0)
+
+
+def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> Iterator[Finding]:
+    """All of them. One that cannot be looked at costs no other."""
+    for of_kernel in (host.kernel, host.clock):
+        yield from _guarded(of_kernel.__name__, of_kernel)
+    for of_host in (host.networkd, host.network_manager, host.mac_policy):
+        yield from _guarded(of_host.__name__.replace("_", " "), of_host, root)
+    yield from _guarded("CNI", agent.cni, root, cni_conf_dir)
+    try:
+        found = asked(run_dir)
+    except NoAgent as error:
+        yield Finding(
+            "agent",
+            State.WRONG,
+            str(error),
+            "nobody sees to the tunnel",
+            "systemctl status overlayd, or kubectl -n kube-flannel get pods",
+        )
+        yield unknown(
+            "network", "what needs an agent's word: sysctls, firewalls, MTUs, offloads, addresses, store, lease"
+        )
+        return
+    for of_agent in (agent.agent, agent.store, agent.lease, network.counters):
+        yield from _guarded(of_agent.__name__, of_agent, found)
+    requests = RequestSocket()
+    try:
+        node = nodes.read(found, requests)
+    except NotTraceable as error:
+        yield unknown("network", str(error))
+        return
+    except KernelError as error:
+        yield unknown("network", error_text(error))
+        return
+    finally:
+        requests.close()
+    yield from _guarded("firewalls", network.firewalls)
+    for of_node in (network.sysctls, network.offloads):
+        yield from _guarded(of_node.__name__, of_node, node)
+    yield from _guarded("MTU", network.mtus, node, subnet_file)
+    yield from _guarded("addresses", network.duplicates, node, who_answers)
+
+
+def _guarded(subject: str, check: Callable[..., Findings], *arguments: Any) -> Findings:
+    try:
+        yield from check(*arguments)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        yield unknown(subject, f"could not be looked at: {error}")
+
+
+def _fix(found: list[Finding]) -> dict[int, str]:
+    """By the place of a finding that can be mended: why it was not, "" where it was."""
+    done: dict[int, str] = {}
+    for place, each in enumerate(found):
+        if each.fix is not None:
+            try:
+                each.fix()
+                done[place] = ""
+            except (OSError, subprocess.SubprocessError) as error:
+                done[place] = str(error)
+    return done
+
+
+def _as_values(each: Finding, fixed: str | None) -> dict[str, Any]:
+    return {
+        "subject": each.subject,
+        "state": each.state.value,
+        "what": each.what,
+        "why": each.why,
+        "mend": each.mend,
+        "can_be_fixed": each.fix is not None,
+        "fixed": fixed == "",
+        "not_fixed_because": fixed or "",
+    }
+
+
+def _show(console: Console, found: list[Finding], fixed: dict[int, str], everything: bool) -> None:
+    for place, each in enumerate(found):
+        if each.state is State.OK and not everything:
+            continue
+        console.print(Text(each.state.value, style=_STYLES[each.state]), Text(f"{each.subject}: {each.what}"))
+        for word, line in (("why", each.why), ("do", each.mend)):
+            if line:
+                console.print(Text(f"  {word}: {line}"))
+        if place in fixed:
+            console.print(Text(f"  {'mended' if not fixed[place] else f'not mended: {fixed[place]}'}"))
+        elif each.fix is not None:
+            console.print(Text("  overlay doctor --fix does that"))
+    counts = {state: sum(each.state is state for each in found) for state in State}
+    words = [f"{counts[state]} {state.value}" for state in State if counts[state]]
+    console.print(Text(f"{len(found)} looked at: {', '.join(words)}{'' if everything else ' (--all shows all)'}"))

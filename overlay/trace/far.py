@@ -1,0 +1,148 @@
+"""The other node's part of a trace: what its agent answers, and how it is asked."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from lease.model import ip_text
+from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
+from overlay.ask.server import AskRoutes, Refused
+from overlay.kernel.netlink import KernelError, error_text
+from overlay.trace.end import End, Looked, Passed
+from overlay.trace.node import NotTraceable
+from overlay.trace.points import Gap, Point
+from overlay.trace.probe import PROTOCOLS, Probe
+
+BEGIN, END = "/trace/begin", "/trace/end"
+MOST, FORGOTTEN_S = 16, 30.0
+"""So many are counted at once; what was begun is taken away after so long, whatever becomes of who asked."""
+
+
+class Traces:
+    """Those that other nodes have begun here."""
+
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        """status: this agent's, of now."""
+        self._status = status
+        self._lock = threading.Lock()
+        self._ends: dict[str, End] = {}
+
+    def routes(self) -> AskRoutes:
+        """What can be asked."""
+        return {BEGIN: self.begin, END: self.end}
+
+    def begin(self, words: Mapping[str, str]) -> dict[str, Any]:
+        """Count a probe from now on; `id`: by which to end it. Raises Refused."""
+        probe = _probe_of(words)
+        with self._lock:
+            if len(self._ends) >= MOST:
+                raise Refused(f"{MOST} traces are under way here: try again in {FORGOTTEN_S:.0f} s")
+            try:
+                end = End(self._status(), probe)
+            except (NotTraceable, KernelError) as error:
+                raise Refused(str(error)) from error
+            if not end.arrives:
+                end.close()
+                raise Refused(f"{ip_text(4, probe.destination)} is of no pod here")
+            try:
+                end.begin()
+            except KernelError as error:
+                end.close()
+                raise Refused(error_text(error)) from error
+            name = os.urandom(8).hex()
+            self._ends[name] = end
+        timer = threading.Timer(FORGOTTEN_S, self._forget, (name,))
+        timer.daemon = True
+        timer.start()
+        return {"id": name, "node": end.node.name}
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            end = self._ends.pop(name, None)
+        if end is not None:
+            end.close()
+
+    def end(self, words: Mapping[str, str]) -> dict[str, Any]:
+        """What was counted, and what the look-ups say. Raises Refused."""
+        with self._lock:
+            end = self._ends.pop(words.get("id", ""), None)
+        if end is None:
+            raise Refused("there is no such trace: it was over 30 s ago")
+        try:
+            passed = [_as_values(each) for each in end.passed()]
+            looked = [[gap.name, back, lines] for (gap, back), lines in end.looked(self._status()).items()]
+        except KernelError as error:
+            raise Refused(error_text(error)) from error
+        finally:
+            end.close()
+        return {"passed": passed, "looked": looked}
+
+
+def _probe_of(words: Mapping[str, str]) -> Probe:
+    """Raises Refused."""
+    try:
+        numbers = {name: int(words[name]) for name in ("source", "destination", "port", "ident", "ip_id", "size")}
+        protocol = words["protocol"]
+    except (KeyError, ValueError) as error:
+        raise Refused(f"not a question of a trace: {error}") from error
+    longest = 0xFFFFFFFF, 0xFFFF
+    fits = all(0 <= number <= longest[name not in ("source", "destination")] for name, number in numbers.items())
+    if not fits or protocol not in PROTOCOLS:
+        raise Refused("not a question of a trace: a number out of range, or an unknown protocol")
+    return Probe(protocol=protocol, **numbers)
+
+
+def _as_values(passed: Passed) -> dict[str, Any]:
+    point = passed.point
+    return {"what": point.what, "gap": point.gap.name, "back": point.back, "counts": dict(passed.counts)}
+
+
+# --- who asks
+
+
+class AskedEnd:
+    """The other node's, begun."""
+
+    def __init__(self, ask: Callable[[str], dict[str, Any]], name: str, node: str) -> None:
+        self._ask, self._name, self._node = ask, name, node
+
+    def end(self) -> tuple[list[Passed], list[Passed], Looked]:
+        """As run.FarEnd. Raises NotTraceable."""
+        try:
+            found = self._ask(path_of(END, {"id": self._name}))
+            passed = [
+                Passed(
+                    self._node,
+                    Point(str(each["what"]), Gap[each["gap"]], "", "", back=bool(each["back"])),
+                    {str(seen): int(count) for seen, count in each["counts"].items()},
+                )
+                for each in found["passed"]
+            ]
+            looked = {(Gap[name], bool(back)): [str(line) for line in lines] for name, back, lines in found["looked"]}
+        except NoAnswer as error:
+            raise NotTraceable(f"{self._node} did not say what it counted: {error}") from error
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise NotTraceable(f"{self._node} answers what this version does not understand") from error
+        return [each for each in passed if not each.point.back], [each for each in passed if each.point.back], looked
+
+
+def ask_far(found: Mapping[str, Any], vtep: str, public_ip: str, name: str, probe: Probe) -> AskedEnd:
+    """Have another node's agent count a probe. found: this one's status. Raises NotTraceable: why it does not."""
+    asking = found.get("asking")
+    if not asking:
+        raise NotTraceable(f"{name} was not asked: agents do not ask each other here (--ask-secret-file)")
+
+    def ask(path: str) -> dict[str, Any]:
+        return ask_agent((vtep, public_ip), asking["port"], secret_in(asking["secret_file"]), path)
+
+    try:
+        begun = ask(path_of(BEGIN, probe._asdict()))
+    except NoAnswer as error:
+        raise NotTraceable(f"{name} was asked, and gave no answer (does flannel run there?): {error}") from error
+    with suppress(KeyError):
+        return AskedEnd(ask, str(begun["id"]), name)
+    raise NotTraceable(f"{name} answers what this version does not understand")
