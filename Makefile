@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis page-test faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ test: setup
 	.ci/kubernetes/build kube-apiserver
 	.ci/promtool .venv/promtool
 	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults \
-		--ignore=tests/kernels --ignore=tests/chart
+		--ignore=tests/kernels --ignore=tests/chart --ignore=tests/page
 
 cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
 	.ci/cluster-setup
@@ -55,6 +55,10 @@ sbom: setup ## all that is in the image, as CycloneDX
 diagnosis: setup ## faults planted in a lab of three nodes, and what status and check say of each: writes docs/diagnosis.md (4 minutes)
 	OVERLAY_DIAGNOSIS_TABLE=1 $(PY) -m pytest tests/diagnosis -n 2
 
+page-test: setup ## the page in a real headless browser, at three sizes, judged by axe (installs Chromium); screenshots in build/page
+	.ci/page-setup
+	$(PY) -m pytest tests/page
+
 faults: setup ## what is done to an agent, what it costs and how long it lasts: writes the table of docs/reliability.md (13 minutes)
 	.ci/kubernetes/build kube-apiserver
 	OVERLAY_FAULT_TABLE=1 $(PY) -m pytest tests/faults -n 2
@@ -70,6 +74,10 @@ lock: setup ## take newer versions of what pyproject.toml asks for
 	$(PY) -m pip install --quiet uv
 	printf 'pip-audit\ncyclonedx-bom\n' | .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 \
 		--upgrade --no-annotate --custom-compile-command "make lock" -o .ci/audit.txt -
+	printf 'selenium\n' | .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
+		--no-annotate --custom-compile-command "make lock" -c .ci/requirements.txt -o .ci/page.txt -
+	printf 'axe-playwright-python\n' | .venv/bin/uv pip compile --quiet --no-deps --universal --generate-hashes --upgrade \
+		--python-version 3.11 --no-annotate --no-header - >>.ci/page.txt
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade \
 		--extra cli --extra lab --extra dev --custom-compile-command "make lock" -o .ci/requirements.txt pyproject.toml
 	.venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --upgrade --no-annotate \

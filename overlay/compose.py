@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lease.families import V4, Family
 from lease.model import Lease
 from lease.tenure.claim import Answer
+from overlay.api.serve import Handler
 from overlay.ask.controller import AskController
 from overlay.ask.server import NO_ROUTES, AskRoutes
 from overlay.cluster.live import LiveFiles
@@ -38,6 +39,7 @@ from overlay.node.links import LinksSource
 from overlay.node.owned import Owned
 from overlay.node.sysctls import SysctlController
 from overlay.node.underlay_source import UnderlaySource
+from overlay.page.controller import MakeHandler, PageController
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.refusals import Refusals
@@ -71,6 +73,8 @@ class Outside(NamedTuple):
     identity_of: Callable[[str], Identity] | None = None
     who_answers: Callable[[int], Answer] = lambda _address: Answer(False, None)
     """Who on the link answers for an address of the first family."""
+    page_handler: MakeHandler = lambda _secret_file, _loopback: Handler
+    """What serves the page."""
     ask_routes: AskRoutes = NO_ROUTES
     """What other nodes' agents may ask this one."""
     set_log_level: Callable[[str], None] = lambda _level: None
@@ -200,6 +204,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         PodsController(FAMILIES[0], pods, sets, owned, health, clock),
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
         AskController(FAMILIES[0], health, outside.ask_routes),
+        PageController(outside.page_handler),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
 

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from lease.store import Feed, LeaseSource
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
-    from overlay.api.status import Status
-    from overlay.ask.server import AskRoutes
     from overlay.control.health import Health
     from overlay.process.watched import FileThread
 
@@ -119,6 +117,7 @@ def _run(settings: Settings, held: RunDir) -> int:
 def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox: queue.SimpleQueue[Any]) -> int:
     from lease.tenure.keeper import TenureThread, boottime
     from overlay.agent.loop import Loop, Stop
+    from overlay.answers import Answers
     from overlay.compose import Outside, compose
     from overlay.firewall.forward import SHARED_TABLE
     from overlay.firewall.nat import TABLE_PREFIX
@@ -128,6 +127,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
     store = side.store
     sysctls_at(settings.proc_sys_net)
     hosts = StoreHosts(side.hosts)
+    answers = Answers(lambda: loop.ask_status())  # noqa: PLW0108 (it is made below)
     outside = Outside(
         clock=boottime,
         post=inbox.put,
@@ -138,7 +138,8 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         reconnect=store.reconnect,
         identity_of=identity(settings.node_name),
         who_answers=_who_answers,
-        ask_routes=_ask_routes(lambda: loop.ask_status()),  # noqa: PLW0108 (it is made below)
+        ask_routes=answers.routes(),
+        page_handler=answers.page_handler,
         set_log_level=log.set_level,
     )
     try:
@@ -273,31 +274,6 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
         claimer.recheck()
 
     return _StoreSide(store, tenure, CHECK_S, (), network_up)
-
-
-def _ask_routes(status: Callable[[], Status | None]) -> AskRoutes:
-    """What other nodes' agents may ask, made with all that it needs when one asks first."""
-    made: list[AskRoutes] = []
-
-    def known(_words: Any = None) -> dict[str, Any]:
-        from overlay.ask.server import Refused
-
-        found = status()
-        if found is None:
-            raise Refused("its loop is stuck")
-        return found.json()
-
-    def traces(route: str) -> Callable[[Any], dict[str, Any]]:
-        def answer(words: Any) -> dict[str, Any]:
-            from overlay.trace.far import Traces
-
-            if not made:
-                made.append(Traces(known).routes())
-            return made[0][route](words)
-
-        return answer
-
-    return {"/status": known, "/trace/begin": traces("/trace/begin"), "/trace/end": traces("/trace/end")}
 
 
 def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpDoor | None]:

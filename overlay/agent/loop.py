@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
+MINUTES = 60
+"""For so many of the last minutes repairs are counted."""
 PASS_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
 """Passes are counted by how long they took."""
 EVENTS_A_TURN = 20_000
@@ -80,6 +83,9 @@ class Loop:
         """Whether `started` was called; whether the lines of the start were written."""
         self._passes, self._passes_s = [0] * (len(PASS_BOUNDS_S) + 1), 0.0
         """How many passes took how long, by PASS_BOUNDS_S, and seconds of all."""
+        self._mends: deque[int] = deque(maxlen=MINUTES)
+        """Of the last minutes, how often something was put right."""
+        self._mended, self._next_minute = 0, clock() + 60.0
 
     # --- for other threads -------------------------------------------------------------------------------------------
 
@@ -127,6 +133,8 @@ class Loop:
             log.debug("pass", took_us=round(took * 1e6), more=more)
         log.sum_up()
         self.each_pass()
+        if self._clock() >= self._next_minute:
+            self._count_mends()
         waiting = self._schedule.waiting()
         if not self._log_released and not waiting and "kernel" not in self.health.problems():
             self._release_log()
@@ -135,6 +143,13 @@ class Loop:
             self.ever_started = True
             self.started()
         return more
+
+    def _count_mends(self) -> None:
+        self._next_minute = self._clock() + 60.0
+        counters = [controller.counters() for controller in self._schedule.controllers]
+        total = sum(count for those in counters for name, count in those.items() if name.startswith("mended_"))
+        self._mends.append(max(0, total - self._mended))
+        self._mended = total
 
     def _release_log(self) -> None:
         """Write the log lines that were kept while peers came first."""
@@ -188,4 +203,6 @@ class Loop:
             problems=self.health.problems(),
             sections=sections,
             counters=counters,
+            past=self.health.past(),
+            mends_per_minute=tuple(self._mends),
         )

@@ -49,15 +49,15 @@ def as_json(status: int, value: object) -> Answer:
 
 
 def same_for_a_moment(
-    answer: Callable[[], Answer], clock: Callable[[], float] = time.monotonic
+    answer: Callable[[], Answer], same_for_s: float = SAME_FOR_S, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[], Answer]:
-    """An answer that costs the owner's thread something, made once in SAME_FOR_S at most however many ask."""
+    """An answer that costs something, made once in so many seconds at most however many ask."""
     lock = threading.Lock()
     last: list[tuple[float, Answer]] = []
 
     def remembered() -> Answer:
         with lock:
-            if not last or clock() >= last[0][0] + SAME_FOR_S:
+            if not last or clock() >= last[0][0] + same_for_s:
                 made = answer()
                 last[:] = [(clock(), made)]
             return last[0][1]
@@ -135,6 +135,7 @@ class _RoutesHandler(Handler):
     routes: Routes
 
     def answer(self, request: Request) -> None:
+        """By its path."""
         route = self.routes.get(request.path)
         if request.method not in ("GET", "HEAD"):
             made = text(405, "only GET")

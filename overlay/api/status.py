@@ -6,10 +6,10 @@ The JSON is an interface with a version (SCHEMA, docs/reference.md): within one,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from overlay.control.health import Problem
+from overlay.control.health import Past, Problem
 
 SCHEMA = 1
 
@@ -22,7 +22,8 @@ class Lazy(Protocol):
 
 
 class Status(NamedTuple):
-    """All of it. sections: each controller's, by name; counters: by name."""
+    """All of it. sections: each controller's, by name; counters: by name; past: problems that are over; mends_per_minute: of
+    each of the last minutes, the last one last, how often something was put right."""
 
     version: str
     node_name: str
@@ -31,6 +32,8 @@ class Status(NamedTuple):
     problems: Mapping[str, Problem]
     sections: Mapping[str, Any]
     counters: Mapping[str, int]
+    past: Sequence[Past] = ()
+    mends_per_minute: Sequence[int] = ()
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -43,6 +46,11 @@ class Status(NamedTuple):
             "uptime_s": self.uptime_s,
             "ready": self.ready,
             "problems": list(self._problems()),
+            "history": [
+                {"subject": each.subject, "text": each.text, "since": _time(each.since), "until": _time(each.until)}
+                for each in self.past
+            ],
+            "mends_per_minute": list(self.mends_per_minute),
             **{name: _plain(value) for name, value in sections.items()},
             "refused_records": [{"key": key, "reason": reason} for key, reason in refused.items()],
             "counters": dict(self.counters),
@@ -51,13 +59,16 @@ class Status(NamedTuple):
 
     def _problems(self) -> Iterator[dict[str, Any]]:
         for subject, problem in self.problems.items():
-            since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(problem.since))
             yield {
                 "subject": subject,
                 "text": problem.text,
-                "since": since,
+                "since": _time(problem.since),
                 "keeps_unready": not problem.harmless,
             }
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from overlay.cli.check import check
 from overlay.cli.cluster import cluster
 from overlay.cli.doctor import doctor
 from overlay.cli.lab import lab
+from overlay.cli.page import page
 from overlay.cli.status import status
 from overlay.cli.trace import trace
 
@@ -137,6 +138,7 @@ app.add_command(check)
 app.add_command(cluster)
 app.add_command(doctor)
 app.add_command(lab)
+app.add_command(page)
 app.add_command(status)
 app.add_command(trace)
 

@@ -362,3 +362,5 @@ def _print_verdict(console: Console, it: Lab, cells: list[Cell], all_reach: bool
         f"it stays up; try:\n  {command} lab exec{name} {first} -- ip route\n"
         f"  {command} status --run-dir {it.folder}/{first}\n  {command} lab down{name}"
     )
+    if url := it.page_url():
+        console.print(Text(f"its page, for a browser on this machine: {url}"))

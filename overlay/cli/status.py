@@ -35,27 +35,64 @@ NO_AGENT = 3
 @click.option("--json", "as_json", is_flag=True, help="the same as -o json")
 @click.option("--all", "all_peers", is_flag=True, help=f"all peers, not the first {PEERS_SHOWN}")
 @click.option("--watch", is_flag=True, help="again every two seconds, until ^C")
-def status(run_dir: str, output: str | None, as_json: bool, all_peers: bool, watch: bool) -> None:
+@click.option("--cluster", is_flag=True, help="ask the agents of all nodes (100 at most), and say who reaches whom")
+@click.option("--html", type=click.Path(dir_okay=False), help="write the page of the cluster into a file")
+def status(
+    run_dir: str, output: str | None, as_json: bool, all_peers: bool, watch: bool, cluster: bool, html: str | None
+) -> None:
     """This node's lease, device and peers, and all that is not as it should be.
 
-    Exit status: 0 the node is ready, 1 it is not, 2 a wrong flag, 3 no agent answers.
+    Exit status, of this node alone: 0 it is ready, 1 it is not, 2 a wrong flag, 3 no agent answers.
     """
     output = "json" if as_json else output
+    if html is not None:
+        _write_page(ask(run_dir), html)
+        return
     while True:
         found = ask(run_dir)
-        if output == "json":
+        if cluster:
+            _show_cluster(found, output, watch)
+        elif output == "json":
             click.echo(json.dumps(found, indent=2))
         elif output == "yaml":
             import yaml  # type: ignore[import-untyped]
 
             click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
         else:
-            if watch and sys.stdout.isatty():
-                click.clear()
+            _clear(watch)
             show(terminal.console(), found, all_peers or output == "wide")
         if not watch:
             sys.exit(0 if found["ready"] else 1)
         time.sleep(WATCH_S)
+
+
+def _clear(watch: bool) -> None:
+    if watch and sys.stdout.isatty():
+        click.clear()
+
+
+def _show_cluster(found: dict[str, Any], output: str | None, watch: bool) -> None:
+    from overlay.cli import matrix
+    from overlay.page.gather import gather
+
+    gathered = gather(found)
+    if output in ("json", "yaml"):
+        click.echo(json.dumps(gathered, indent=2))
+        return
+    _clear(watch)
+    matrix.show(terminal.console(), gathered)
+
+
+def _write_page(found: dict[str, Any], path: str) -> None:
+    from overlay.page.gather import gather
+    from overlay.page.render import render
+
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(render(gather(found)))
+    except OSError as error:
+        raise click.ClickException(f"{path}: {error.strerror}") from error
+    click.echo(f"{path}: the page, to be opened by a browser", err=True)
 
 
 class NoAgent(Exception):

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lease.model import ip_number, ip_text
 from overlay.cli import terminal
-from overlay.cli.status import ask, rtt_text
+from overlay.cli.status import ask
 from overlay.kernel.netlink import error_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 from overlay.trace import run
@@ -22,6 +22,7 @@ from overlay.trace.end import Passed
 from overlay.trace.node import NotTraceable
 from overlay.trace.probe import PROTOCOLS
 from overlay.trace.run import Request, Traced
+from overlay.trace.values import as_values, text_of, worst
 from overlay.trace.verdict import State
 
 
@@ -84,67 +85,15 @@ def _address(text: str, found: dict[str, Any]) -> int:
         raise click.UsageError(f"{text}: it is no IPv4 address, no peer's name, and not `node`") from None
 
 
-def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
-    """As JSON values. The verdict is that of the first size that does not come through, else of the last."""
-    worst = _worst(traced)
-    return {
-        "source": ip_text(4, request.source),
-        "destination": ip_text(4, request.destination),
-        "protocol": request.protocol,
-        "port": request.port or None,
-        "verdict": worst.verdict.state.value,
-        "text": text_of(worst),
-        "node": worst.verdict.node,
-        "step": worst.verdict.gap.name.lower() if worst.verdict.gap is not None else "",
-        "because": list(worst.verdict.reasons),
-        "notes": [*worst.verdict.notes, *worst.notes],
-        "rounds": [_round(each) for each in traced],
-    }
-
-
-def _worst(traced: Sequence[Traced]) -> Traced:
-    """The first size that does not come through, else the last."""
-    return next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
-
-
-def text_of(traced: Traced) -> str:
-    """The verdict, in one line."""
-    took = [rtt for answer, rtt in traced.answers if answer.good]
-    after = f" after {rtt_text(min(took))}" if took else ""
-    return f"packets of {traced.size} bytes: {traced.verdict.text}{after}"
-
-
-def _round(traced: Traced) -> dict[str, Any]:
-    return {
-        "packet_bytes": traced.size,
-        "sent": traced.seen.sent,
-        "verdict": traced.verdict.state.value,
-        "answers": [
-            {"text": each.text, "from": ip_text(4, each.source), "rtt_us": took} for each, took in traced.answers
-        ],
-        "steps": [
-            {
-                "node": each.node,
-                "step": each.point.what,
-                "counted": each.total,
-                "counts": dict(each.counts),
-                "of_the_answer": each.point.back,
-                "look_ups": traced.seen.looked.get(each.node, {}).get((each.point.gap, each.point.back), []),
-            }
-            for each in (*traced.seen.there, *traced.seen.back)
-        ],
-    }
-
-
 def show(console: Console, found: dict[str, Any], request: Request, traced: Sequence[Traced]) -> None:
     """The steps of the size that does not come through, else of the last one, and what became of it."""
-    worst = _worst(traced)
-    _table(console, request, worst)
-    good = worst.verdict.state is State.DELIVERED
-    console.print(Text(text_of(worst), style="green" if good else "red"))
-    for reason in worst.verdict.reasons:
+    shown = worst(traced)
+    _table(console, request, shown)
+    good = shown.verdict.state is State.DELIVERED
+    console.print(Text(text_of(shown), style="green" if good else "red"))
+    for reason in shown.verdict.reasons:
         console.print(Text(f"because: {reason}" if not good else reason))
-    for note in (*worst.verdict.notes, *worst.notes):
+    for note in (*shown.verdict.notes, *shown.notes):
         console.print(Text(f"note: {note}"))
     for problem in found["problems"] if not good else ():
         console.print(Text(f"this node also says: {problem['subject']}: {problem['text']}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from overlay.process.log import log
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
+REMEMBERED = 50
+"""So many problems that are over."""
 
 
 def few(words: Iterable[str], count: int, most: int) -> str:
@@ -31,6 +34,15 @@ class Problem(NamedTuple):
     outside: bool = False
 
 
+class Past(NamedTuple):
+    """A problem that is over. since, until: seconds since the epoch."""
+
+    subject: str
+    text: str
+    since: float
+    until: float
+
+
 class Health:
     """Problems by subject, one line each. Written by the owner thread."""
 
@@ -39,6 +51,7 @@ class Health:
         self._clock, self._wall = clock, wall
         self._lock = threading.Lock()
         self._problems: dict[str, Problem] = {}
+        self._past: deque[Past] = deque(maxlen=REMEMBERED)
         self._ready = False
         self._bad_since: float | None = None
         self._last_turn = clock()
@@ -62,6 +75,11 @@ class Health:
         """All that is wrong, by subject."""
         with self._lock:
             return dict(self._problems)
+
+    def past(self) -> list[Past]:
+        """The last problems that are over, the oldest first."""
+        with self._lock:
+            return list(self._past)
 
     def problem(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> None:
         """Something is wrong."""
@@ -106,6 +124,6 @@ class Health:
             if text:
                 since = self._wall() if was is None else was.since
                 self._problems[subject] = Problem(text, since, harmless, outside)
-            else:
-                self._problems.pop(subject, None)
+            elif self._problems.pop(subject, None) is not None and was is not None:
+                self._past.append(Past(subject, was.text, was.since, self._wall()))
         return None if was is None else was.text

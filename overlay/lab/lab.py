@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +24,18 @@ from typing import Any
 
 from lease.config import NetworkConfig, parse_config
 from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.ask.client import NoAnswer, secret_in
 from overlay.cni.lists import CONFLIST
-from overlay.lab import matrix, netns, pods, processes, topology
+from overlay.lab import forward, matrix, netns, pods, processes, topology
 from overlay.lab.capture import Captured, capture
 from overlay.lab.processes import LabError, Process
+from overlay.page.token import token_of
 from overlay.process.files import write_atomically
 from overlay.process.rundir import MODE
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
-READY_S = 60.0
+READY_S, PAGE_S = 60.0, 10.0
 NAME = re.compile(r"[a-z0-9]{1,16}")
 Progress = Callable[[str], None]
 
@@ -181,6 +184,7 @@ class Lab:
             self._make_node(number, progress)
         self._wait_ready(self.nodes, progress)
         self._attach(self.nodes, pods_each, progress)
+        self._start_page()
 
     def add_node(self, pods_each: int, progress: Progress) -> Node:
         """One more node, with pods. Raises LabError."""
@@ -261,6 +265,14 @@ class Lab:
             namespace = topology.node_netns(self.name, with_pods[0].name)
             return capture(namespace, "eth0", self.config.backend.port, lambda: wires.measure(source, target))
 
+    def page_url(self) -> str:
+        """Where its page is, "" where it has none (yet)."""
+        try:
+            port = (self.folder / forward.PORT_FILE).read_text()
+            return f"http://127.0.0.1:{port}/?token={token_of(secret_in(str(self._secret)))}"
+        except (OSError, NoAnswer):
+            return ""
+
     # --- its parts -----------------------------------------------------------------------------------------------------
 
     def _make_node(self, number: int, progress: Progress) -> Node:
@@ -275,13 +287,13 @@ class Lab:
     def _start_agent(self, node: Node) -> None:
         run_dir = self.run_dir(node)
         run_dir.mkdir(exist_ok=True)
-        secret = self.folder / "ask-secret"
-        if not secret.exists():
-            secret.touch(0o600)
-            secret.write_text(f"{secrets.token_hex(32)}\n")
+        if not self._secret.exists():
+            self._secret.touch(0o600)
+            self._secret.write_text(f"{secrets.token_hex(32)}\n")
         command = [
             *processes.agent_command(),
-            f"--ask-secret-file={secret}",
+            f"--ask-secret-file={self._secret}",
+            f"--page=127.0.0.1:{forward.PORT}",
             f"--etcd-endpoints={self.endpoint}",
             f"--run-dir={run_dir}",
             f"--subnet-file={run_dir}/subnet.env",
@@ -292,6 +304,18 @@ class Lab:
         ]
         node.agent = processes.start(topology.node_netns(self.name, node.name), command, self.log(node.name))
         self._save()
+
+    @property
+    def _secret(self) -> Path:
+        return self.folder / "ask-secret"
+
+    def _start_page(self) -> None:
+        """The agents' pages are in their namespaces; this leads there from ours."""
+        command = [sys.executable, "-m", "overlay.lab.forward", self.name, str(self.folder)]
+        processes.start(None, command, self.log("page"))
+        until = time.monotonic() + PAGE_S
+        while not self.page_url() and time.monotonic() < until:
+            time.sleep(0.05)
 
     def _end_agent(self, node: Node) -> None:
         agents = [node.agent] if node.agent is not None else []

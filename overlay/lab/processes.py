@@ -33,14 +33,14 @@ class Process(NamedTuple):
         return _start_time(self.pid) == self.started
 
 
-def start(namespace: str, command: list[str], log: Path) -> Process:
-    """Start a program in a namespace, detached from us, its output in a file.
+def start(namespace: str | None, command: list[str], log: Path) -> Process:
+    """Start a program in a namespace (None: in ours), detached from us, its output in a file.
 
     nsenter and not `ip netns exec`: that one hides the host's mounts from the program.
     """
     with log.open("ab") as output:
         child = subprocess.Popen(
-            ["nsenter", f"--net={netns.path(namespace)}", *command],
+            [*(["nsenter", f"--net={netns.path(namespace)}"] if namespace is not None else []), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -72,8 +72,8 @@ def leftovers(folder: Path) -> list[Process]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        programs = (b"overlay", b"--data-dir")
-        if any(word in programs for word in words) and any(f"{folder}/".encode() in word for word in words):
+        programs = (b"overlay", b"--data-dir", b"overlay.lab.forward")
+        if any(word in programs for word in words) and any(f"{folder}/".encode() in word + b"/" for word in words):
             found.append(Process(int(entry.name), _start_time(int(entry.name)) or 0))
     return found
 

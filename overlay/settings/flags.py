@@ -145,6 +145,13 @@ FLAGS = (
         "ask-port", "int", 8473, "TCP port, at the VTEP and the underlay's address, where they are answered", ours=True
     ),
     Flag(
+        "page",
+        "str",
+        "",
+        "ADDRESS:PORT where the page is served, like 127.0.0.1:8474 (`overlay page` says how to open it); empty = nowhere",
+        ours=True,
+    ),
+    Flag(
         "probes",
         "bool",
         True,

@@ -84,6 +84,7 @@ class Settings(NamedTuple):
     probes: bool = True
     ask_secret_file: str = ""
     ask_port: int = 8473
+    page: tuple[str, int] | None = None
     take_over: bool = False
     log_level: str = "info"
     log_format: str = "auto"
@@ -309,10 +310,23 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         probes=values["probes"],
         ask_secret_file=values["ask-secret-file"],
         ask_port=check("ask-port", lambda n: 1 <= n <= 65535, "a TCP port from 1 to 65535"),
+        page=_page(values),
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],
     )
+
+
+def _page(values: Mapping[str, Any]) -> tuple[str, int] | None:
+    text = values["page"]
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    if not _is_address(host) or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise SettingsError(f"--page: {text[:60]!r} must be ADDRESS:PORT, like 127.0.0.1:8474")
+    if not host.startswith("127.") and not values["ask-secret-file"]:
+        raise SettingsError("--page: at an address that others reach it needs a token, by --ask-secret-file")
+    return host, int(port)
 
 
 def _prefixes(values: Mapping[str, Any], name: str) -> tuple[Prefix, ...]:

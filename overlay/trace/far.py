@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lease.model import ip_text
+from lease.model import ip_text, prefix
 from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
-from overlay.ask.server import AskRoutes, Refused
+from overlay.ask.server import Refused
 from overlay.kernel.netlink import KernelError, error_text
 from overlay.trace.end import End, Looked, Passed
 from overlay.trace.node import NotTraceable
+from overlay.trace.paths import BEGIN, END
 from overlay.trace.points import Gap, Point
 from overlay.trace.probe import PROTOCOLS, Probe
 
-BEGIN, END = "/trace/begin", "/trace/end"
 MOST, FORGOTTEN_S = 16, 30.0
 """So many are counted at once; what was begun is taken away after so long, whatever becomes of who asked."""
 
@@ -30,10 +30,6 @@ class Traces:
         self._status = status
         self._lock = threading.Lock()
         self._ends: dict[str, End] = {}
-
-    def routes(self) -> AskRoutes:
-        """What can be asked."""
-        return {BEGIN: self.begin, END: self.end}
 
     def begin(self, words: Mapping[str, str]) -> dict[str, Any]:
         """Count a probe from now on; `id`: by which to end it. Raises Refused."""
@@ -130,15 +126,29 @@ class AskedEnd:
         return [each for each in passed if not each.point.back], [each for each in passed if each.point.back], looked
 
 
-def ask_far(found: Mapping[str, Any], vtep: str, public_ip: str, name: str, probe: Probe) -> AskedEnd:
-    """Have another node's agent count a probe. found: this one's status. Raises NotTraceable: why it does not."""
+def ask_run(found: Mapping[str, Any], source: int, path: str, words: Mapping[str, str]) -> dict[str, Any]:
+    """A whole trace, by the agent of the node that a pod is on. Raises NotTraceable."""
+    peer = next((each for each in found["peers"] if prefix(each["subnet"]).holds(source)), None)
+    if peer is None:
+        raise NotTraceable(f"{ip_text(4, source)} is in no node's subnet")
+    name, vtep = peer["node_name"] or peer["public_ip"], peer["subnet"].partition("/")[0]
+    try:
+        return _asker(found, name, (vtep, peer["public_ip"]))(path_of(path, words))
+    except NoAnswer as error:
+        raise NotTraceable(f"{name}, which has that pod, was asked: {error}") from error
+
+
+def _asker(found: Mapping[str, Any], name: str, addresses: tuple[str, ...]) -> Callable[[str], dict[str, Any]]:
+    """Asks another node's agent by a path. Raises NotTraceable; what it gives raises NoAnswer."""
     asking = found.get("asking")
     if not asking:
         raise NotTraceable(f"{name} was not asked: agents do not ask each other here (--ask-secret-file)")
+    return lambda path: ask_agent(addresses, asking["port"], secret_in(asking["secret_file"]), path)
 
-    def ask(path: str) -> dict[str, Any]:
-        return ask_agent((vtep, public_ip), asking["port"], secret_in(asking["secret_file"]), path)
 
+def ask_far(found: Mapping[str, Any], vtep: str, public_ip: str, name: str, probe: Probe) -> AskedEnd:
+    """Have another node's agent count a probe. found: this one's status. Raises NotTraceable: why it does not."""
+    ask = _asker(found, name, (vtep, public_ip))
     try:
         begun = ask(path_of(BEGIN, probe._asdict()))
     except NoAnswer as error:

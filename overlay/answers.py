@@ -1,0 +1,91 @@
+"""What other nodes' agents, and the page, are answered; each answer is imported when somebody asks first."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from overlay.ask.server import AskRoutes, Refused
+
+if TYPE_CHECKING:
+    from overlay.api.serve import Handler
+    from overlay.api.status import Status
+    from overlay.trace.far import Traces
+
+RUN = "/trace/run"
+
+
+class Answers:
+    """Of one agent."""
+
+    def __init__(self, status: Callable[[], Status | None]) -> None:
+        """status: of now; None: the loop is stuck."""
+        self._status = status
+        self._lock = threading.Lock()
+        self._traces: Traces | None = None
+
+    def status(self, _words: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The agent's status. Raises Refused."""
+        found = self._status()
+        if found is None:
+            raise Refused("its loop is stuck")
+        return found.json()
+
+    def routes(self) -> AskRoutes:
+        """What agents may ask, by path."""
+        from overlay.trace.paths import BEGIN, END  # no more than these names
+
+        return {
+            "/status": self.status,
+            "/summary": self._summary,
+            BEGIN: lambda words: self._far().begin(words),
+            END: lambda words: self._far().end(words),
+            RUN: lambda words: self.run(words.get("source", ""), words.get("destination", ""), ours=True),
+        }
+
+    def _summary(self, words: Mapping[str, str]) -> dict[str, Any]:
+        from overlay.page.gather import route
+
+        return route(self.status(), words)
+
+    def _far(self) -> Traces:
+        from overlay.trace.far import Traces
+
+        with self._lock:
+            self._traces = self._traces or Traces(self.status)
+            return self._traces
+
+    def run(self, source: str, destination: str, ours: bool = False) -> dict[str, Any]:
+        """A trace from a pod of this node or, unless `ours`, of another, whose agent is asked then. Raises Refused."""
+        from lease.model import ip_number, prefix
+        from overlay.kernel.netlink import error_text
+        from overlay.trace import far
+        from overlay.trace.node import NotTraceable
+        from overlay.trace.run import Request, trace
+        from overlay.trace.values import as_values
+
+        try:
+            request = Request(ip_number(source, 4), ip_number(destination, 4), "icmp", 0, None)
+        except ValueError as error:
+            raise Refused(f"from {source[:40]!r} to {destination[:40]!r}: IPv4 addresses of pods are needed") from error
+        found = self.status()
+        lease = found["lease"]
+        try:
+            if not ours and lease and not prefix(lease["subnet"]).holds(request.source):
+                return far.ask_run(found, request.source, RUN, {"source": source, "destination": destination})
+            return as_values(request, trace(found, request, self.status))
+        except NotTraceable as error:
+            raise Refused(str(error)) from error
+        except OSError as error:
+            raise Refused(error_text(error)) from error
+
+    def page_handler(self, secret_file: str, loopback: bool) -> type[Handler]:
+        """What serves the page."""
+        from overlay.page.server import Page, handler
+
+        def known() -> Mapping[str, Any] | None:
+            found = self._status()
+            return None if found is None else found.json()
+
+        return handler(Page(known, self.run, secret_file, loopback))

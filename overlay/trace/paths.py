@@ -1,0 +1,3 @@
+"""Where another node's agent is asked to count."""
+
+BEGIN, END = "/trace/begin", "/trace/end"
