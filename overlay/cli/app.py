@@ -8,11 +8,15 @@ import sys
 import click
 
 from overlay import __version__
+from overlay.cli.capture import capture
 from overlay.cli.check import check
 from overlay.cli.cluster import cluster
+from overlay.cli.complete import completion
 from overlay.cli.doctor import doctor
 from overlay.cli.lab import lab
+from overlay.cli.man import man
 from overlay.cli.page import page
+from overlay.cli.report import report
 from overlay.cli.status import status
 from overlay.cli.trace import trace
 
@@ -134,11 +138,15 @@ def install_cni(to: str, source: str) -> None:
         raise click.ClickException(f"{error.filename}: {error.strerror}") from error
 
 
+app.add_command(capture)
 app.add_command(check)
 app.add_command(cluster)
+app.add_command(completion)
 app.add_command(doctor)
 app.add_command(lab)
+app.add_command(man)
 app.add_command(page)
+app.add_command(report)
 app.add_command(status)
 app.add_command(trace)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from lease.families import V4, Family
 from lease.model import ip_number, ip_text, prefix
 from overlay.cli import terminal
+from overlay.cli.complete import TARGET
 from overlay.cli.status import ask, rtt_text
 from overlay.kernel.netlink import RequestSocket, error_text
 from overlay.kernel.route.entries import Address, Link
@@ -44,7 +45,7 @@ class Goal(NamedTuple):
 
 
 @click.command()
-@click.argument("target", required=False)
+@click.argument("target", required=False, shell_complete=TARGET)
 @click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
 @click.option("-o", "--output", type=click.Choice(["json"]), help="everything, as JSON")
 @click.option("--json", "as_json", is_flag=True, help="the same as -o json")

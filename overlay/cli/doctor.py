@@ -58,7 +58,7 @@ def doctor(
     found = list(findings(run_dir, subnet_file, cni_conf_dir, root))
     fixed = _fix(found) if fix else {}
     if as_json:
-        click.echo(json.dumps([_as_values(each, fixed.get(place)) for place, each in enumerate(found)], indent=2))
+        click.echo(json.dumps([as_values(each, fixed.get(place)) for place, each in enumerate(found)], indent=2))
     else:
         _show(terminal.console(), found, fixed, everything)
     wrong = [each for place, each in enumerate(found) if each.state is State.WRONG and fixed.get(place) != ""]
@@ -126,7 +126,8 @@ def _fix(found: list[Finding]) -> dict[int, str]:
     return done
 
 
-def _as_values(each: Finding, fixed: str | None) -> dict[str, Any]:
+def as_values(each: Finding, fixed: str | None) -> dict[str, Any]:
+    """As JSON values. fixed: why it was not mended, "": it was, None: nobody tried."""
     return {
         "subject": each.subject,
         "state": each.state.value,

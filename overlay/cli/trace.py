@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lease.model import ip_number, ip_text
 from overlay.cli import terminal
+from overlay.cli.complete import TARGET
 from overlay.cli.status import ask
 from overlay.kernel.netlink import error_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
@@ -28,7 +29,7 @@ from overlay.trace.verdict import State
 
 @click.command()
 @click.argument("source")
-@click.argument("destination")
+@click.argument("destination", shell_complete=TARGET)
 @click.option("--proto", type=click.Choice(list(PROTOCOLS)), default="icmp", show_default=True)
 @click.option("--port", type=click.IntRange(1, 65535), help="of the destination; with tcp and udp")
 @click.option(

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from overlay.capture import frames
 from overlay.lab import netns
 from overlay.lab.processes import LabError
 
-ETH_P_ALL, ETH_P_IP = 3, 0x0800
+ETH_P_ALL = 3
 UDP = 17
-VNI_VALID = 0x08
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +36,27 @@ class Captured:
 
 def parse_vxlan(frame: bytes, port: int, interface: str) -> Captured | None:
     """Take a frame apart; None where it is no VXLAN packet to that port with IPv4 and UDP inside. Pure."""
-    outer = _udp(frame)
-    if outer is None or outer[2][1] != port or len(outer[3]) < 8 or outer[3][0] & VNI_VALID == 0:
+    found = frames.parse(frame, port)
+    if found is None or found.outer is None or found.inner.protocol != UDP or len(found.inner.payload) < 8:
         return None
-    vni = int.from_bytes(outer[3][4:7], "big")
-    inner = _udp(outer[3][8:])
-    if inner is None:
-        return None
-    return Captured(interface, len(frame), *outer[:3], vni, *inner[:3], inner[3].hex())
+    outer, inner = found.outer, found.inner
+    return Captured(
+        interface,
+        len(frame),
+        (frame[6:12].hex(":"), frame[0:6].hex(":")),
+        (outer.source, outer.destination),
+        _ports(outer.payload),
+        found.vni,
+        found.inner_macs,
+        (inner.source, inner.destination),
+        _ports(inner.payload),
+        inner.payload[8:].hex(),
+    )
+
+
+def _ports(udp: bytes) -> tuple[int, int]:
+    source, destination = struct.unpack_from("!HH", udp)
+    return source, destination
 
 
 def capture(namespace: str, interface: str, port: int, cause: Callable[[], Any], wait_s: float = 3.0) -> Captured:
@@ -63,19 +76,3 @@ def capture(namespace: str, interface: str, port: int, cause: Callable[[], Any],
             if found is not None and where[2] == socket.PACKET_OUTGOING:
                 return found
     raise LabError(f"no VXLAN packet left by {interface} of {namespace} within {wait_s:.0f} s")
-
-
-def _udp(frame: bytes) -> tuple[tuple[str, str], tuple[str, str], tuple[int, int], bytes] | None:
-    """MACs, addresses, ports and payload of an Ethernet frame with IPv4 and UDP in it."""
-    if len(frame) < 14 + 20 + 8 or struct.unpack_from("!H", frame, 12)[0] != ETH_P_IP:
-        return None
-    header = (frame[14] & 0x0F) * 4
-    if frame[14] >> 4 != 4 or frame[14 + 9] != UDP or len(frame) < 14 + header + 8:
-        return None
-    ports = struct.unpack_from("!HH", frame, 14 + header)
-    return (
-        (frame[6:12].hex(":"), frame[0:6].hex(":")),
-        (socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34])),
-        (ports[0], ports[1]),
-        frame[14 + header + 8 :],
-    )

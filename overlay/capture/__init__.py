@@ -1,0 +1,1 @@
+"""Packets of the tunnel as they pass, decoded, or as a file for Wireshark."""

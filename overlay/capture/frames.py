@@ -1,0 +1,100 @@
+"""Frames taken apart: Ethernet, IPv4, UDP, VXLAN and what is inside. Pure.
+
+Sources: IEEE 802.3, RFC 791, RFC 768, RFC 7348; the file: libpcap's savefile format (pcap-savefile(5)).
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import NamedTuple
+
+VNI_VALID = 0x08
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 132: "sctp"}
+_ETHERNET, _MOST = 1, 262144
+_ICMP = {0: "echo reply", 3: "unreachable", 8: "echo request", 11: "time exceeded"}
+_FLAGS = ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (16, "."))
+
+
+class Packet(NamedTuple):
+    """An IPv4 packet. what: its protocol and what stands in that, for people."""
+
+    source: str
+    destination: str
+    protocol: int
+    length: int
+    what: str
+    payload: bytes
+
+
+class Frame(NamedTuple):
+    """What came by an interface. outer, vni: where it is of the tunnel, else None and 0; inner_macs: source, destination."""
+
+    outer: Packet | None
+    vni: int
+    inner: Packet
+    inner_macs: tuple[str, str]
+
+
+def parse(frame: bytes, port: int) -> Frame | None:
+    """port: of the tunnel, 0: there is none. None: no IPv4, or no VXLAN with IPv4 inside."""
+    outer = _ethernet(frame)
+    if outer is None:
+        return None
+    macs = frame[6:12].hex(":"), frame[0:6].hex(":")
+    ports = struct.unpack_from("!HH", outer.payload) if outer.protocol == 17 and len(outer.payload) >= 16 else (0, 0)
+    if not port or ports[1] != port:
+        return Frame(None, 0, outer, macs)
+    vxlan = outer.payload[8:]
+    if vxlan[0] & VNI_VALID == 0:
+        return None
+    inside = vxlan[8:]
+    inner = _ethernet(inside)
+    if inner is None:
+        return None
+    inner_macs = inside[6:12].hex(":"), inside[0:6].hex(":")
+    return Frame(outer, int.from_bytes(vxlan[4:7], "big"), inner, inner_macs)
+
+
+def line(found: Frame) -> str:
+    """For people."""
+    inner = f"{found.inner.source} > {found.inner.destination} {found.inner.what}, {found.inner.length} bytes"
+    if found.outer is None:
+        return inner
+    return f"{found.outer.source} > {found.outer.destination} vni {found.vni} | {inner}"
+
+
+def pcap_head() -> bytes:
+    """What a file begins with; times are in nanoseconds."""
+    return struct.pack("=LHHlLLL", 0xA1B23C4D, 2, 4, 0, 0, _MOST, _ETHERNET)
+
+
+def pcap_record(frame: bytes, at_ns: int) -> bytes:
+    """A frame of it."""
+    seconds, nanoseconds = divmod(at_ns, 1_000_000_000)
+    return struct.pack("=LLLL", seconds & 0xFFFFFFFF, nanoseconds, len(frame), len(frame)) + frame
+
+
+def _ethernet(frame: bytes) -> Packet | None:
+    if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[14] >> 4 != 4:
+        return None
+    header = (frame[14] & 15) * 4
+    length, protocol = int.from_bytes(frame[16:18], "big"), frame[23]
+    payload = frame[14 + header :]
+    source, destination = socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34])
+    fragment = int.from_bytes(frame[20:22], "big") & 0x1FFF
+    what = f"fragment of {_PROTOCOLS.get(protocol, protocol)}" if fragment else _what(protocol, payload)
+    return Packet(source, destination, protocol, length, what, b"" if fragment else payload)
+
+
+def _what(protocol: int, data: bytes) -> str:
+    name = _PROTOCOLS.get(protocol, f"protocol {protocol}")
+    if protocol == 1 and len(data) >= 8:
+        kind, code, ident, sequence = data[0], data[1], *struct.unpack_from("!HH", data, 4)
+        detail = f" id {ident} seq {sequence}" if kind in (0, 8) else f" code {code}"
+        return f"{name} {_ICMP.get(kind, f'type {kind}')}{detail}"
+    if protocol in (6, 17) and len(data) >= 8:
+        source, destination = struct.unpack_from("!HH", data)
+        flags = "".join(letter for bit, letter in _FLAGS if len(data) >= 14 and data[13] & bit) if protocol == 6 else ""
+        return f"{name} {source} > {destination}{f' [{flags}]' if flags else ''}"
+    return name
