@@ -39,6 +39,7 @@ from overlay.node.links import LinksSource
 from overlay.node.owned import Owned
 from overlay.node.sysctls import SysctlController
 from overlay.node.underlay_source import UnderlaySource
+from overlay.notices.controller import NoticesController, Teller
 from overlay.page.controller import MakeHandler, PageController
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
@@ -78,6 +79,8 @@ class Outside(NamedTuple):
     ask_routes: AskRoutes = NO_ROUTES
     """What other nodes' agents may ask this one."""
     set_log_level: Callable[[str], None] = lambda _level: None
+    teller: Teller | None = None
+    """Who tells Kubernetes what is wrong, None: there is none."""
     give_up: Callable[[], Iterator[str]] = lambda: iter(())
     """Takes what our record says to others out of the store."""
     bridges: tuple[str, ...] = ()
@@ -205,6 +208,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
         AskController(FAMILIES[0], health, outside.ask_routes),
         PageController(outside.page_handler),
+        NoticesController(outside.post, health, clock, outside.teller),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lease.tenure.keeper import Holder, TenureThread
     from overlay.agent.loop import Loop
     from overlay.control.health import Health
+    from overlay.notices.controller import Teller
     from overlay.process.watched import FileThread
 
 EXIT_STOPPED, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -139,6 +140,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         identity_of=identity(settings.node_name),
         who_answers=_who_answers,
         ask_routes=answers.routes(),
+        teller=side.teller,
         page_handler=answers.page_handler,
         set_log_level=log.set_level,
     )
@@ -251,6 +253,8 @@ class _StoreSide(NamedTuple):
     """Whose route says which interface carries the tunnel; none: the default route's, as flannel does."""
     network_up: Callable[[TenureThread], None]
     """Called when the datapath is in place."""
+    teller: Teller | None = None
+    """Who tells users what is wrong, where the store has a place for it."""
 
 
 def _on_etcd(settings: Settings, rng: random.Random) -> _StoreSide:
@@ -273,7 +277,7 @@ def _on_nodes(settings: Settings, rng: random.Random) -> _StoreSide:
         tenure.network_up = True  # and our Node is to say so
         claimer.recheck()
 
-    return _StoreSide(store, tenure, CHECK_S, (), network_up)
+    return _StoreSide(store, tenure, CHECK_S, (), network_up, store)
 
 
 def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpDoor | None]:

@@ -214,6 +214,11 @@ class KubeClient:
         headers = {"Accept": "application/json", "Content-Type": "application/strategic-merge-patch+json"}
         return self._json(self._whole("PATCH", path, {}, headers, json.dumps(body), TIMEOUT_S).data)
 
+    def post(self, path: str, body: object) -> Any:
+        """Create an object. Raises ApiError, StoreUnavailable."""
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        return self._json(self._whole("POST", path, {}, headers, json.dumps(body), TIMEOUT_S).data)
+
     def watch(self, path: str, query: Mapping[str, str | int], accept: str) -> Stream:
         """Open a watch: the answer must begin in time, what follows may take as long as it likes (who waits for it must
         doubt it). Raises ApiError, StoreUnavailable."""

@@ -35,7 +35,8 @@ class NodeGone(RecordChanged):
 
 
 class NodeView(NamedTuple):
-    """Our own Node. unavailable: the status of its NetworkUnavailable condition, "" where it has none."""
+    """Our own Node. unavailable: the status of its NetworkUnavailable condition, "" where it has none; conditions: the types
+    of all."""
 
     uid: str
     created: int
@@ -44,6 +45,7 @@ class NodeView(NamedTuple):
     annotations: dict[str, str]
     unavailable: str
     reason: str
+    conditions: frozenset[str] = frozenset()
 
 
 class _Node(NamedTuple):
@@ -303,16 +305,29 @@ class NodeStore:
             meta.get("annotations") or {},
             found.get("status") or "",
             found.get("reason") or "",
+            frozenset(str(each.get("type")) for each in conditions),
         )
 
-    def write(self, uid: str, annotations: Mapping[str, str | None], condition: dict[str, str] | None) -> None:
-        """Annotations (None: away with it) and a condition, in one patch of nodes/status, if the Node is still that uid.
+    def tell(self, event: dict[str, Any]) -> None:
+        """Create an Event. Raises ApiError, StoreUnavailable."""
+        self._client.post(f"/api/v1/namespaces/{event['metadata']['namespace']}/events", event)
+
+    def set_condition(self, condition: dict[str, str]) -> None:
+        """Set a condition of our Node, where it does not say that already. Raises ApiError, StoreUnavailable."""
+        item = self._client.get(f"{NODES}/{self._own}")
+        for each in (item.get("status") or {}).get("conditions") or []:
+            if all(each.get(name) == condition[name] for name in ("type", "status", "message")):
+                return
+        self._client.patch(f"{NODES}/{self._own}/status", {"status": {"conditions": [condition]}})
+
+    def write(self, uid: str, annotations: Mapping[str, str | None], *conditions: dict[str, str]) -> None:
+        """Annotations (None: away with it) and conditions, in one patch of nodes/status, if the Node is still that uid.
 
         Raises RecordChanged when it is not, StoreUnavailable.
         """
         body: dict[str, Any] = {"metadata": {"uid": uid, "annotations": dict(annotations)}}
-        if condition is not None:
-            body["status"] = {"conditions": [condition]}
+        if conditions:
+            body["status"] = {"conditions": list(conditions)}
         try:
             self._client.patch(f"{NODES}/{self._own}/status", body)
         except ApiError as error:

@@ -30,6 +30,8 @@ REFUSED = (400, 401, 403, 413)
 """What an API server says when trying again does not help: an operator must see it, also while we hold."""
 CHECK_S = 300.0
 """Annotations are watched; the condition is not in what we watch: our own Node is read whole so often."""
+READY = "OverlayReady"
+"""The condition by which the agent says how it is (overlay.notices)."""
 REASON, MESSAGE = "FlannelIsUp", "Flannel is running on this node"
 """flannel's words: others may look for them."""
 
@@ -43,7 +45,7 @@ class OwnNode(Protocol):
     def own(self) -> NodeView:
         """Our own Node. Raises NodeGone, StoreUnavailable."""
 
-    def write(self, uid: str, annotations: dict[str, str | None], condition: dict[str, str] | None) -> None:
+    def write(self, uid: str, annotations: dict[str, str | None], *conditions: dict[str, str]) -> None:
         """One patch. Raises RecordChanged, StoreUnavailable."""
 
 
@@ -131,7 +133,7 @@ class NodeTenure:
         lease = claim.lease(self._name, end, self._name, view.created, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
-            self._store.write(view.uid, differing, condition)
+            self._store.write(view.uid, differing, *([condition] if condition is not None else []))
         if self._our_mac() not in (None, lease.first.mac):
             self._macs_left.add(self._clock())
         same = self.held is not None and self.held == lease and not self._denied
@@ -236,9 +238,9 @@ class NodeTenure:
         view = self._store.own()
         nothing = Lease(self._name, "", None, None, "", 0, 0, 0)
         ours = [name for name in encode(nothing, self._names) if name in view.annotations]
-        condition = None
-        if self._set_condition and view.reason == REASON:
-            condition = {"$patch": "delete", "type": UNAVAILABLE}
-        if (ours or condition is not None) and not dry_run:
-            self._store.write(view.uid, dict.fromkeys(ours), condition)
+        away = [UNAVAILABLE] if self._set_condition and view.reason == REASON else []
+        away += [READY] if READY in view.conditions else []
+        conditions = [{"$patch": "delete", "type": each} for each in away]
+        if (ours or conditions) and not dry_run:
+            self._store.write(view.uid, dict.fromkeys(ours), *conditions)
         return ours

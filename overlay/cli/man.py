@@ -69,12 +69,11 @@ def _command(command: click.Command, context: click.Context) -> Iterator[tuple[s
 def _agent() -> str:
     lines = _head("overlayd", 8, "VXLAN overlay agent, compatible with flanneld")
     lines += [".SH SYNOPSIS", ".B overlayd", _text("[--FLAG=VALUE ...]"), ".SH DESCRIPTION"]
-    about = (
-        "Leases a subnet of the pod network from etcd, or takes the Node's podCIDR, makes a vxlan device, and keeps a route, a"
-        " neighbour and an FDB entry for each peer.",
+    about = [
+        "Leases a subnet of the pod network from etcd or takes the podCIDR of its Node; makes a vxlan device; keeps peers.",
         f"Each flag is also read from the environment: {variable('etcd-endpoints')} for --etcd-endpoints.",
-    )
-    lines += [*_paragraphs(list(about)), ".SH OPTIONS"]
+    ]
+    lines += [*_paragraphs(about), ".SH OPTIONS"]
     for flag in FLAGS:
         value = "" if flag.kind == "bool" else "=N" if flag.kind == "int" else "=VALUE"
         default = str(flag.default).lower() if flag.kind == "bool" else flag.default

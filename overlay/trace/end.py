@@ -112,7 +112,12 @@ class End:
     def _leaving(self, looks: Looks, back: Looks) -> None:
         node, source, peer = self.node, self.source, self.peer
         names = node.names(source, peer is not None and peer.direct, tunnel=peer is not None)
-        if source is not None:
+        if source is not None and self.namespace is None:  # this node sends in its name
+            pod = source
+            self.there = [*way.by_itself(names), *way.into_tunnel(names)]
+            self.back = [*way.out_of_tunnel(names, True), *way.to_pod(names, True)] if peer is not None else []
+            self._look = lambda: looks.leaving(pod, peer)
+        elif source is not None:
             self.there = [*way.from_pod(names), *way.onward(names), *way.into_tunnel(names)]
             self.back = [*way.out_of_tunnel(names, True), *way.to_pod(names, True)] if peer is not None else []
             pod = source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 
 import pytest
 import yaml
@@ -479,3 +480,28 @@ def test_a_config_map_that_vanishes_changes_nothing(kube_world):
     until(
         "and followed again", lambda: "masquerade" not in world.run("node1", "nft", "list", "table", "ip", "overlay-1")
     )
+
+
+def test_what_is_wrong_stands_where_users_look_and_goes_with_the_agent(kube_world):
+    """`kubectl describe node`: Events and a condition, written with no more rights than our manifest gives."""
+    world = kube_world
+    one, _ = world.nodes(2)
+
+    def ready(node: str = "node1") -> str:
+        conditions = world.kube.read(node).get("status", {}).get("conditions", [])
+        return next((each["status"] for each in conditions if each["type"] == "OverlayReady"), "")
+
+    def reasons() -> list[str]:
+        listed = world.kube.ask("GET", "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name=node1")
+        return [each["reason"] for each in listed["items"] if each["involvedObject"]["uid"] == "node1"]
+
+    until("it is ready", lambda: ready() == "True", 40)
+    assert "events" not in one.problems()
+    world.run("node1", "sh", "-c", "ip route add blackhole 10.244.0.0/16 table 52; ip rule add pref 5270 lookup 52")
+    until("an Event says so", lambda: "OverlayWays" in reasons(), 90)
+    world.run("node1", "sh", "-c", "ip rule del pref 5270; ip route flush table 52")
+    until("and that it is over", lambda: "OverlayWaysSolved" in reasons(), 90)
+    version = world.kube.read("node1")["metadata"]["resourceVersion"]
+    one = world.restart(one).wait_ready()
+    time.sleep(25)
+    assert world.kube.read("node1")["metadata"]["resourceVersion"] == version, "a restart writes nothing"

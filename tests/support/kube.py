@@ -108,13 +108,13 @@ class Kube:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def authorize(self) -> None:
-        """The ClusterRole of our manifest, for the agent."""
-        documents = [found for found in yaml.safe_load_all(MANIFEST.read_text()) if found]
-        role = next(found for found in documents if found["kind"] == "ClusterRole")
-        binding = next(found for found in documents if found["kind"] == "ClusterRoleBinding")
-        for kind, body in (("clusterroles", role), ("clusterrolebindings", binding)):
-            with contextlib.suppress(AssertionError):  # one that is there is good
-                self.ask("POST", f"/apis/rbac.authorization.k8s.io/v1/{kind}", body)
+        """The roles of our manifest, for the agent."""
+        for each in yaml.safe_load_all(MANIFEST.read_text()):
+            if each and each["apiVersion"] == "rbac.authorization.k8s.io/v1":
+                namespace = each["metadata"].get("namespace", "")
+                where = f"namespaces/{namespace}/" if namespace else ""
+                with contextlib.suppress(AssertionError):  # one that is there is good
+                    self.ask("POST", f"/apis/rbac.authorization.k8s.io/v1/{where}{each['kind'].lower()}s", each)
 
     def ask(self, method: str, path: str, body: Any = None, kind: str = "application/json", raw: bool = False) -> Any:
         """As admin. Raises AssertionError with what the server said."""

@@ -1,0 +1,1 @@
+"""What Kubernetes' users see of this node's problems: Events on the Node and a condition (`kubectl describe node`)."""

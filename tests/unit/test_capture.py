@@ -1,0 +1,68 @@
+"""Frames taken apart, and the file that Wireshark reads."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+
+from lease.model import ip_number, prefix
+from overlay.capture import frames
+from overlay.cli.capture import Goal
+from overlay.trace import probe
+from overlay.trace.probe import Probe
+
+INNER = probe.packet(Probe(ip_number("10.244.1.2", 4), ip_number("10.244.2.2", 4), "tcp", 80, 1234, 7, 40), 0)
+
+
+def framed(packet: bytes, source: str = "02:00:00:00:00:01", target: str = "02:00:00:00:00:02") -> bytes:
+    return bytes.fromhex(target.replace(":", "")) + bytes.fromhex(source.replace(":", "")) + b"\x08\x00" + packet
+
+
+def tunnelled(inner: bytes, port: int = 8472, flags: int = 8, vni: int = 5) -> bytes:
+    vxlan = bytes([flags, 0, 0, 0]) + vni.to_bytes(3, "big") + b"\0" + inner
+    udp = struct.pack("!HHHH", 40000, port, 8 + len(vxlan), 0) + vxlan
+    head = struct.pack(
+        "!BBHHHBBHLL", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, ip_number("192.168.1.2", 4), ip_number("192.168.1.3", 4)
+    )
+    return framed(head + udp)
+
+
+def test_a_packet_of_the_tunnel_is_taken_apart():
+    found = frames.parse(tunnelled(framed(INNER)), 8472)
+    assert frames.line(found) == "192.168.1.2 > 192.168.1.3 vni 5 | 10.244.1.2 > 10.244.2.2 tcp 1234 > 80 [S], 40 bytes"
+    assert found.inner_macs == ("02:00:00:00:00:01", "02:00:00:00:00:02")
+
+
+def test_what_is_beside_it_is_shown_as_it_is():
+    assert frames.line(frames.parse(framed(INNER), 8472)) == "10.244.1.2 > 10.244.2.2 tcp 1234 > 80 [S], 40 bytes"
+    assert frames.parse(tunnelled(framed(INNER), port=4789), 8472).outer is None
+    assert frames.parse(tunnelled(framed(INNER)), 0).outer is None
+    assert frames.parse(tunnelled(framed(INNER), flags=0), 8472) is None
+    assert frames.parse(b"\0" * 60, 8472) is None
+
+
+def test_no_length_of_a_frame_is_too_short():
+    whole = tunnelled(framed(INNER))
+    for cut in range(len(whole)):
+        frames.parse(whole[:cut], 8472)
+
+
+@pytest.mark.parametrize(
+    ("goal", "wants"),
+    [
+        (Goal(None, "192.168.1.3"), True),
+        (Goal(None, "192.168.1.4"), False),
+        (Goal(prefix("10.244.2.2/32"), ""), True),
+        (Goal(prefix("10.244.2.0/24"), "x"), True),
+        (Goal(prefix("10.244.3.0/24"), "192.168.1.3"), False),
+    ],
+)
+def test_which_packets_are_meant(goal, wants):
+    assert goal.wants(frames.parse(tunnelled(framed(INNER)), 8472)) == wants
+
+
+def test_a_file_begins_and_goes_on_as_libpcap_says():
+    head = frames.pcap_head()
+    assert struct.unpack("=LHHlLLL", head) == (0xA1B23C4D, 2, 4, 0, 0, 262144, 1)
+    assert struct.unpack("=LLLL", frames.pcap_record(b"12345", 3_000_000_007)[:16]) == (3, 7, 5, 5)
