@@ -64,7 +64,9 @@ class NoticesController(BackgroundController):
         return Waiting("for a lease") if inputs.own is None else _Wants(inputs.settings.node_name)
 
     def reconcile(self, wants: Any) -> bool:
-        """Tell what changed."""
+        """Tell what changed; not before the first look is due: an agent that starts is not ready for a moment."""
+        if self._clock() < self._next and not self._refused:
+            return False
         self._next = self._clock() + LOOK_S
         return super().reconcile((wants.node, *self._news()))
 

@@ -501,7 +501,11 @@ def test_what_is_wrong_stands_where_users_look_and_goes_with_the_agent(kube_worl
     until("an Event says so", lambda: "OverlayWays" in reasons(), 90)
     world.run("node1", "sh", "-c", "ip rule del pref 5270; ip route flush table 52")
     until("and that it is over", lambda: "OverlayWaysSolved" in reasons(), 90)
+    until("it is ready again", lambda: ready() == "True" and not one.problems(), 60)
+    time.sleep(12)  # what was told last is written
     version = world.kube.read("node1")["metadata"]["resourceVersion"]
+    before = world.kube.read("node1")["status"]["conditions"]
     one = world.restart(one).wait_ready()
     time.sleep(25)
+    assert world.kube.read("node1")["status"]["conditions"] == before
     assert world.kube.read("node1")["metadata"]["resourceVersion"] == version, "a restart writes nothing"
