@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis page-test faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -25,7 +25,7 @@ test: setup
 	.ci/kubernetes/build kube-apiserver
 	.ci/promtool .venv/promtool
 	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults \
-		--ignore=tests/kernels --ignore=tests/chart --ignore=tests/page
+		--ignore=tests/kernels --ignore=tests/chart --ignore=tests/page --ignore=tests/healthy
 
 cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
 	.ci/cluster-setup
@@ -54,6 +54,13 @@ sbom: setup ## all that is in the image, as CycloneDX
 
 diagnosis: setup ## faults planted in a lab of three nodes, and what status and check say of each: writes docs/diagnosis.md (4 minutes)
 	OVERLAY_DIAGNOSIS_TABLE=1 $(PY) -m pytest tests/diagnosis -n 2
+
+diagnosis-mixed: setup ## the same with the real flanneld as one of the nodes (builds it: Go, some minutes)
+	bench/flanneld/build
+	FLANNELD=$(CURDIR)/.venv/flanneld $(PY) -m pytest tests/interop/test_diagnosis.py -n 2
+
+healthy: setup ## a lab that nobody harms: nothing is said of it for ten minutes
+	$(PY) -m pytest tests/healthy
 
 page-test: setup ## the page in a real headless browser, at three sizes, judged by axe (installs Chromium); screenshots in build/page
 	.ci/page-setup
