@@ -56,6 +56,12 @@ class Answers:
             self._traces = self._traces or Traces(self.status)
             return self._traces
 
+    def close(self) -> None:
+        """The agent ends: nothing of ours counts packets any more."""
+        with self._lock:
+            if self._traces is not None:
+                self._traces.close()
+
     def run(self, source: str, destination: str, ours: bool = False) -> dict[str, Any]:
         """A trace from a pod of this node or, unless `ours`, of another, whose agent is asked then. Raises Refused."""
         from lease.model import ip_number, prefix

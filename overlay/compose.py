@@ -50,6 +50,7 @@ from overlay.reach import ways
 from overlay.reach.controller import ReachController
 from overlay.reach.foreign_rules import ForeignRulesController
 from overlay.settings.settings import Settings
+from overlay.trace.controller import TracesController
 
 if TYPE_CHECKING:
     from lease.tenure.claim import Identity
@@ -208,6 +209,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
         AskController(FAMILIES[0], health, outside.ask_routes),
         PageController(outside.page_handler),
+        TracesController(outside.post, health, clock),
         NoticesController(outside.post, health, clock, outside.teller),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))

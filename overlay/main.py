@@ -184,6 +184,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
     try:
         return loop.run()
     finally:
+        answers.close()
         feed.stop()
         claimer.stop()
         store.close()

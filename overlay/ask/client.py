@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from lease.regular import content
 from overlay.ask.signing import HEADER, NotSigned, Question, answer_signature, header, same, secret_of, signature
 
 CONNECTED_S, ANSWERED_S = 1.0, 5.0
@@ -19,11 +20,14 @@ class NoAnswer(Exception):
     """One line for the operator: why another agent gave none."""
 
 
+class Refusal(NoAnswer):
+    """It answered: it does not."""
+
+
 def secret_in(path: str) -> bytes:
     """The secret of a file. Raises NoAnswer."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return secret_of(file.read(4096))
+        return secret_of(content(path).decode())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise NoAnswer(f"--ask-secret-file {path}: {reason}") from error
@@ -38,11 +42,15 @@ def path_of(route: str, words: Mapping[str, Any]) -> str:
 
 
 def ask_agent(addresses: tuple[str, ...], port: int, secret: bytes, path: str) -> dict[str, Any]:
-    """Ask an agent by the first of its addresses that answers: its VTEP, its public IP. Raises NoAnswer."""
+    """Ask an agent by the first of its addresses at which it answers (its VTEP, its public IP). Raises NoAnswer."""
     reasons = []
     for address in addresses:
         try:
             return _ask(address, port, secret, path)
+        except Refusal:
+            raise
+        except NoAnswer as error:  # by somebody else, who listens there
+            reasons.append(str(error))
         except OSError as error:
             reasons.append(f"{address}: {error.strerror or error}")
     raise NoAnswer("; ".join(reasons))
@@ -77,5 +85,5 @@ def _read(address: str, secret: bytes, asked: str, data: bytes) -> dict[str, Any
             f"{address}: {error if isinstance(error, NotSigned) else 'its answer is not understood'}"
         ) from error
     if status != 200:
-        raise NoAnswer(f"{address}: {answer.get('error', status)}")
+        raise Refusal(f"{address}: {answer.get('error', status)}")
     return dict(answer)

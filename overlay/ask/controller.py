@@ -19,6 +19,7 @@ class _Wants(NamedTuple):
     secret_file: str
     port: int
     addresses: tuple[str, ...]
+    public_ip: str
 
 
 class AskController(Controller):
@@ -41,7 +42,7 @@ class AskController(Controller):
         if under is None or tunnel is None or end is None or not tunnel.ifindex:
             return Waiting("for a lease and a device")
         addresses = tuple(ip_text(family, each) for each in (end.subnet.base, under.local))
-        return _Wants(settings.ask_secret_file, settings.ask_port, addresses)
+        return _Wants(settings.ask_secret_file, settings.ask_port, addresses, ip_text(family, under.public_ip))
 
     def reconcile(self, wants: Any) -> bool:
         """Listen. Raises CannotReconcile: no secret, or the port is another's; OSError."""
@@ -51,7 +52,7 @@ class AskController(Controller):
             raise CannotReconcile(f"{error}; other agents are not answered") from error
         if self._wants != wants:
             self._close()
-            answered = Asked(wants.secret_file, self._routes)
+            answered = Asked(wants.secret_file, self._routes, also=wants.public_ip)
             self._doors = {each: TcpDoor(each, wants.port, handler(answered), "asked") for each in wants.addresses}
             self._wants = wants
         taken = [address for address, door in self._doors.items() if not door.open()]

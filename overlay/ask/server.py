@@ -26,19 +26,28 @@ class Refused(Exception):
 class Asked:
     """What decides whether a question is answered. Shared by the servers of all addresses."""
 
-    def __init__(self, secret_file: str, routes: AskRoutes, clock: Callable[[], float] = time.time) -> None:
-        self._file, self._routes, self._clock = secret_file, routes, clock
+    def __init__(
+        self, secret_file: str, routes: AskRoutes, clock: Callable[[], float] = time.time, also: str = ""
+    ) -> None:
+        """also: an address that others ask us by though no interface of ours has it (a public IP behind NAT)."""
+        self._file, self._routes, self._clock, self._also = secret_file, routes, clock, also
         self._once = Once()
+        self._began = int(clock())
+        """What was asked before is not known to be used."""
 
     def answer(self, request: Request, to: str) -> tuple[int, str, str]:
         """Status, body and its signature, "" where the question is not signed with our secret."""
         try:
             secret = secret_in(self._file)
             question, signed = read_header(request.headers.get(HEADER, ""), request.target, to)
-            if not same(signed, signature(secret, question)):
+            if not any(
+                same(signed, signature(secret, question._replace(to=each))) for each in (to, self._also) if each
+            ):
                 raise NotSigned("it is not signed with this network's secret")
-        except (NotSigned, NoAnswer) as error:
+        except NotSigned as error:
             return 401, _error(str(error)), ""
+        except NoAnswer:  # this controller says which file, to those whom it concerns
+            return 401, _error("this agent has no secret just now"), ""
         status, body = self._signed(question.at_s, question.once, request)
         return status, body, answer_signature(secret, signed, status, body)
 
@@ -46,8 +55,8 @@ class Asked:
         now = int(self._clock())
         if abs(now - at_s) > WITHIN_S:
             return 403, _error(f"its clock and ours differ by {now - at_s} s: at most {WITHIN_S} are allowed (NTP?)")
-        if not self._once.is_new(once, now):
-            return 403, _error("this question was asked before, or there are too many")
+        if at_s < self._began or not self._once.is_new(once, now):
+            return 403, _error("this question was asked before, or before this agent started, or there are too many")
         route = self._routes.get(request.path)
         if request.method != "GET" or route is None:
             return 404, _error(f"available: {', '.join(self._routes)}")

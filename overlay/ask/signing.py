@@ -1,7 +1,8 @@
 """How a question of one agent to another, and the answer, are known to be theirs: an HMAC by a shared secret (RFC 2104).
 
 The secret never goes over the network. A question carries the time and a number used once, and is for one address: nobody
-replays it, now or elsewhere. An answer is signed with its question's signature. Neither is encrypted. Pure.
+replays it, now, after a restart, or elsewhere. An answer is signed with its question's signature. Neither is encrypted.
+Pure.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def header(secret: bytes, question: Question) -> str:
 def read_header(text: str, path: str, to: str) -> tuple[Question, str]:
     """A question and its signature, from what a request carries. Raises NotSigned."""
     parts = text.split()
-    if len(parts) != 3 or not parts[0].isdigit() or len(parts[0]) > 12 or len(parts[1]) > 64:
+    if len(parts) != 3 or not (parts[0].isascii() and parts[0].isdigit()) or len(parts[0]) > 12 or len(parts[1]) > 64:
         raise NotSigned("it is not signed")
     return Question(path, to, int(parts[0]), parts[1]), parts[2]
 

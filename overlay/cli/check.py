@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lease.families import V4, Family
 from lease.model import ip_number, ip_text, prefix
-from overlay.cli import terminal
+from overlay.cli import far_side, terminal
 from overlay.cli.complete import TARGET
 from overlay.cli.status import ask, rtt_text
 from overlay.kernel.netlink import RequestSocket, error_text
@@ -200,9 +200,10 @@ def _result(
         )
     elif verdict.state is State.OK and goal.pod:
         verdict = _of_pod(goal, asked[len(Kind) :])
+    far = [] if verdict.state is State.OK else far_side.said(found, goal.peer)
     peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
     target = ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"]
-    return _as_json(target, peer, verdict, wrong, rungs, asked)
+    return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far}
 
 
 def _as_json(
@@ -215,6 +216,7 @@ def _as_json(
         "verdict": verdict.text,
         "remedy": verdict.remedy,
         "look_ups": wrong,
+        "far_side": [],
         "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
     }
 
@@ -316,6 +318,8 @@ def _show(console: Console, found: dict[str, Any], result: dict[str, Any]) -> No
     )
     if result["remedy"]:
         console.print(Text(f"do: {result['remedy']}"))
+    for line in result["far_side"]:
+        console.print(Text(f"far side: {line}"))
     for problem in found["problems"] if result["state"] != "ok" else ():
         if problem["subject"] not in ("unreachable", "path mtu", "loss"):
             console.print(Text(f"this node also says: {problem['subject']}: {problem['text']}"))

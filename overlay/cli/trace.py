@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,8 @@ def trace(
 
     Exit status: 0 delivered, 1 dropped, or not known, 2 a wrong argument, 3 no agent answers here.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)  # so that the counters are taken away
     if os.geteuid() != 0:
         raise click.ClickException("only root may send probes: run it with sudo")
     if (proto == "icmp") == (port is not None):
@@ -72,6 +75,10 @@ def trace(
     else:
         show(terminal.console(), found, request, traced)
     sys.exit(0 if all(each.verdict.state is State.DELIVERED for each in traced) else 1)
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _address(text: str, found: dict[str, Any]) -> int:

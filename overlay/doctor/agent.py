@@ -19,13 +19,12 @@ def agent(found: Mapping[str, Any]) -> Findings:
     """What it says itself: each of its problems is a finding."""
     problems = found["problems"]
     for problem in problems:
-        what, colon, mend = problem["text"].rpartition(": ")
         yield Finding(
             f"agent: {problem['subject']}",
             State.WRONG if problem["keeps_unready"] else State.WARN,
-            what if colon else problem["text"],
+            problem["text"],
             "pods do not reach all others" if problem["keeps_unready"] else "",
-            f"{mend} (docs/operations.md)" if colon else "docs/operations.md",
+            "as it says, and docs/operations.md",
         )
     if not problems:
         yield ok(

@@ -37,8 +37,12 @@ def kernel() -> Findings:
             yield ok(f"kernel: {name}", f"{release} has it")
         elif refusal.startswith("no program"):
             yield unknown(f"kernel: {name}", refusal, "apt-get install iproute2 nftables util-linux")
+        elif refusal.startswith("unshare:"):
+            yield unknown(
+                f"kernel: {name}", f"no namespace can be made to try it in: {refusal}", "try it on the host, as root"
+            )
         else:
-            module = {"nf_tables for bridges": "nf_tables_bridge"}.get(name, name)
+            module = "bridge" if "bridges" in name else name
             why = "pod anti-spoofing needs it" if "bridges" in name else "nothing works without it"
             state = State.WARN if "bridges" in name else State.WRONG
             mend = f"modprobe {module}; apt-get install linux-modules-extra-{release}"
@@ -97,6 +101,9 @@ def clock() -> Findings:
 def networkd(root: Path) -> Findings:
     """systemd-networkd removes routes and rules that it does not know when it (re)starts, unless it is told not to."""
     subject = "systemd-networkd"
+    if not _is_host(root):
+        yield unknown(subject, _NO_HOST)
+        return
     if not (root / "run/systemd/netif/links").is_dir():
         yield ok(subject, "does not run")
         return
@@ -140,6 +147,9 @@ def _matches_all(text: str) -> bool:
 def network_manager(root: Path) -> Findings:
     """NetworkManager takes interfaces that it is not told to leave."""
     subject = "NetworkManager"
+    if not _is_host(root):
+        yield unknown(subject, _NO_HOST)
+        return
     if not (root / "run/NetworkManager").is_dir():
         yield ok(subject, "does not run")
         return
@@ -165,13 +175,21 @@ def network_manager(root: Path) -> Findings:
         f"is not told to leave interfaces that begin with {', '.join(missing)}",
         "it may take addresses and routes off them, or set them down",
         f"put [keyfile] unmanaged-devices+={names} into /{path.relative_to(root)}; systemctl reload NetworkManager",
-        lambda: _write(path, f"[keyfile]\nunmanaged-devices+={names}\n"),
+        partial(_manage_no_more, path, names),
     )
+
+
+def _manage_no_more(path: Path, names: str) -> None:
+    _write(path, f"[keyfile]\nunmanaged-devices+={names}\n")
+    subprocess.run(["nmcli", "general", "reload", "conf"], check=True, timeout=PROGRAMS_S)
 
 
 def mac_policy(root: Path) -> Findings:
     """udev gives virtual devices another MAC after they were made, where a .link file says so."""
     subject = "MACAddressPolicy"
+    if not _is_host(root):
+        yield unknown(subject, _NO_HOST)
+        return
     for path in _files(root, "systemd/network", "*.link"):
         text = path.read_text(errors="replace")
         if re.search(r"(?m)^\s*MACAddressPolicy\s*=\s*persistent", text) and re.search(
@@ -187,6 +205,16 @@ def mac_policy(root: Path) -> Findings:
             )
             return
     yield ok(subject, "udev leaves MACs as they are")
+
+
+_NO_HOST = "the host's files cannot be seen from here (a container sees its own): --root where they are mounted"
+
+
+def _is_host(root: Path) -> bool:
+    """Whether a folder is a host's root, not a container's: something began it (init), or keeps its machines' journal."""
+    return any(
+        (root / each).exists() for each in ("run/systemd/system", "run/systemd/netif", "run/udev", "etc/fstab", "boot")
+    )
 
 
 _NO = ("no", "false", "0", "off")

@@ -64,13 +64,15 @@ def namespaces() -> Iterator[str]:
                 yield path
 
 
-def namespace_of(family: Family, address: int) -> str | None:
-    """The namespace, other than this one, in which an interface has an address; None where none is found."""
+def namespace_of(family: Family, address: int, mac: int) -> str | None:
+    """The namespace, other than this one, in which an interface with that MAC has an address; None where there is none.
+    By the MAC it is the one at the other end of a veth: others may have the address as well."""
 
     def has() -> bool:
         requests = RequestSocket()
         try:
-            return any(each.address == address for each in requests.addresses(family))
+            links = {link.ifindex for link in requests.links() if link.mac == mac}
+            return any(each.address == address and each.oif in links for each in requests.addresses(family))
         finally:
             requests.close()
 

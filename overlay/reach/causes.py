@@ -22,6 +22,8 @@ class Causes:
 
     def happens(self, question: ways.Question, way: Way) -> str:
         """What the packets do."""
+        if self._as_spoofed(question, way):
+            return explain.refusal_text(way._replace(error=errno.EXDEV))
         if way.error or not way.oif:
             return explain.refusal_text(way)
         if question.what == ways.OUTER and not way.table:
@@ -32,14 +34,21 @@ class Causes:
         expected = self._names.get(question.oif)
         return happens + (f", not by {expected}" if expected else "")
 
+    def _as_spoofed(self, question: ways.Question, way: Way) -> bool:
+        """Of a packet for this node itself the kernel says EINVAL where rp_filter drops it."""
+        if question.what != ways.INCOMING or way.error != errno.EINVAL:
+            return False
+        conf, name = f"net/{self._family.sysctl}/conf", self._names.get(question.packet.iif, "?")
+        return "1" in (read_sysctl(f"{conf}/all/rp_filter"), read_sysctl(f"{conf}/{name}/rp_filter"))
+
     def cause(self, question: ways.Question, way: Way) -> str:
         """Why, and what to do about it. Raises KernelError."""
         packet, conf = question.packet, f"net/{self._family.sysctl}/conf"
-        if way.error in (errno.EHOSTUNREACH, errno.EXDEV) and packet.iif:
+        if way.error in (errno.EHOSTUNREACH, errno.EXDEV, errno.EINVAL) and packet.iif:
             name = self._names.get(packet.iif, "?")
-            if way.error == errno.EXDEV:
+            if way.error == errno.EXDEV or self._as_spoofed(question, way):
                 return f"sysctl -w {conf.replace('/', '.')}.{name}.rp_filter=2 (and see ip rule)"
-            if read_sysctl(f"{conf}/{name}/forwarding") == "0":
+            if way.error != errno.EINVAL and read_sysctl(f"{conf}/{name}/forwarding") == "0":
                 return f"forwarding is off on {name}: sysctl -w {conf.replace('/', '.')}.{name}.forwarding=1"
         if question.what == ways.OUTER and not way.error:
             free = packet._replace(oif=0)

@@ -218,7 +218,7 @@ class ReachController(Controller):
         single: dict[str, list[str]] = {}
         for group in groups.values():
             # an underlay address is what a record says: one that no route leads to is that peer's trouble alone
-            some = group[0].question.what == ways.OUTER and len({fault.peer for fault in group}) < asked
+            some = group[0].question.what in ways.OF_ONE_PEER and len({fault.peer for fault in group}) < asked
             happens, cause = self._about(group, causes, asked)
             (single if some else all_peers).setdefault(cause, []).append(happens)
         self._health.report("ways", _by_cause(all_peers), outside=True)

@@ -44,12 +44,15 @@ class Question(NamedTuple):
     what: str
 
 
-OUT, FORWARDED, BACK, OUTER = (
+OUT, FORWARDED, BACK, OUTER, INCOMING = (
     "packets of this node to {peer}",
     "packets of pods here to {peer}",
     "packets from {peer} to pods here",
     "packets of the tunnel to {peer}",
+    "packets of the tunnel from {peer}",
 )
+OF_ONE_PEER = (OUTER, INCOMING)
+"""Those that depend on what one peer's record says."""
 
 
 def a_pod(subnet: Prefix) -> int:
@@ -87,6 +90,12 @@ def questions(here: Here, peer: Peer) -> Iterator[Question]:
     if not peer.direct:
         udp = 17 if here.port else 0
         yield Question(Packet(peer.public_ip, here.local, 0, here.underlay, 0, udp, here.port), 0, None, OUTER)
+        yield incoming(here.local, peer.public_ip, here.underlay, udp, here.port)
+
+
+def incoming(local: int, public_ip: int, underlay: int, udp: int, port: int) -> Question:
+    """Whether the kernel takes a peer's packets of the tunnel (rp_filter, an address that is lost)."""
+    return Question(Packet(local, public_ip, underlay, 0, 0, udp, port), 0, None, INCOMING)
 
 
 def is_as_asked(question: Question, way: Way) -> bool:

@@ -12,11 +12,13 @@ from lease.model import ip_text, prefix
 from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import program
+from overlay.trace import leftovers
 from overlay.trace import node as nodes
 from overlay.trace import points as way
+from overlay.trace.leftovers import TABLE_PREFIX
 from overlay.trace.looks import Deltas, Looks, inside_pod
 from overlay.trace.node import NotTraceable, Peer, Pod
-from overlay.trace.points import TABLE_PREFIX, Gap, Point
+from overlay.trace.points import Gap, Point
 from overlay.trace.probe import Probe
 
 OVER_S = 120.0
@@ -58,12 +60,17 @@ class End:
             self.node = nodes.read(found, self._requests, family)
             self.source = self._pod(probe.source)
             self.destination = self._pod(probe.destination)
-            self.namespace = namespaces.namespace_of(family, probe.source) if self.source is not None else None
+            self.namespace = self._namespace(self.source)
             """Of the source, where it is a pod of this node; None where it cannot be entered from here."""
             self._decide()
         except BaseException:
             self._requests.close()
             raise
+
+    def _namespace(self, pod: Pod | None) -> str | None:
+        if pod is None or not pod.mac:
+            return None
+        return namespaces.namespace_of(self._family, pod.address, pod.mac)
 
     def _pod(self, address: int) -> Pod | None:
         own = self.node.own.holds(address) and not self.node.is_own(address)
@@ -193,8 +200,7 @@ class End:
         if self.source is not None:
             yield from inside_pod(self._family, one, other, self.namespace, Gap.SENT)
         if self.destination is not None:
-            there = namespaces.namespace_of(self._family, other)
-            yield from inside_pod(self._family, other, one, there, Gap.ANSWER)
+            yield from inside_pod(self._family, other, one, self._namespace(self.destination), Gap.ANSWER)
 
     def close(self) -> None:
         """Take the counters away again."""
@@ -214,8 +220,4 @@ def _both(one: Iterator[tuple[Gap, str]], other: Iterator[tuple[Gap, str]]) -> I
 def sweep() -> None:
     """Take away the tables of those that were killed before they did: by the time in their names, since their processes may
     be of another container. Raises KernelError."""
-    for family, name in program.tables():
-        made = name.removeprefix(TABLE_PREFIX).partition("_")[0]
-        if name.startswith(TABLE_PREFIX) and not (made.isdigit() and abs(time.time() - int(made)) < OVER_S):
-            with suppress(KernelError):
-                program.load_table(family, name, [])
+    leftovers.sweep(lambda made: abs(time.time() - made) >= OVER_S)

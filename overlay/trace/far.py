@@ -30,12 +30,15 @@ class Traces:
         self._status = status
         self._lock = threading.Lock()
         self._ends: dict[str, End] = {}
+        self._answers: dict[str, dict[str, Any]] = {}
+        """Of those that are over: who did not get the answer asks again."""
+        self._timers: dict[str, threading.Timer] = {}
 
     def begin(self, words: Mapping[str, str]) -> dict[str, Any]:
         """Count a probe from now on; `id`: by which to end it. Raises Refused."""
         probe = _probe_of(words)
         with self._lock:
-            if len(self._ends) >= MOST:
+            if len(self._timers) >= MOST:
                 raise Refused(f"{MOST} traces are under way here: try again in {FORGOTTEN_S:.0f} s")
             try:
                 end = End(self._status(), probe)
@@ -51,23 +54,34 @@ class Traces:
                 raise Refused(error_text(error)) from error
             name = os.urandom(8).hex()
             self._ends[name] = end
-        timer = threading.Timer(FORGOTTEN_S, self._forget, (name,))
-        timer.daemon = True
-        timer.start()
+            timer = self._timers[name] = threading.Timer(FORGOTTEN_S, self._forget, (name,))
+            timer.daemon = True
+            timer.start()
         return {"id": name, "node": end.node.name}
 
     def _forget(self, name: str) -> None:
         with self._lock:
             end = self._ends.pop(name, None)
+            self._answers.pop(name, None)
+            self._timers.pop(name, None)
         if end is not None:
             end.close()
 
+    def close(self) -> None:
+        """Count no more: the agent ends."""
+        for name, timer in list(self._timers.items()):
+            timer.cancel()
+            self._forget(name)
+
     def end(self, words: Mapping[str, str]) -> dict[str, Any]:
         """What was counted, and what the look-ups say. Raises Refused."""
+        name = words.get("id", "")
         with self._lock:
-            end = self._ends.pop(words.get("id", ""), None)
+            end = self._ends.pop(name, None)
+            if name in self._answers:
+                return self._answers[name]
         if end is None:
-            raise Refused("there is no such trace: it was over 30 s ago")
+            raise Refused(f"there is no such trace, or it was begun over {FORGOTTEN_S:.0f} s ago")
         try:
             passed = [_as_values(each) for each in end.passed()]
             looked = [[gap.name, back, lines] for (gap, back), lines in end.looked(self._status()).items()]
@@ -75,7 +89,11 @@ class Traces:
             raise Refused(error_text(error)) from error
         finally:
             end.close()
-        return {"passed": passed, "looked": looked}
+        found = {"passed": passed, "looked": looked}
+        with self._lock:
+            if name in self._timers:
+                self._answers[name] = found
+        return found
 
 
 def _probe_of(words: Mapping[str, str]) -> Probe:
@@ -148,7 +166,8 @@ def _asker(found: Mapping[str, Any], name: str, addresses: tuple[str, ...]) -> C
 
 def ask_far(found: Mapping[str, Any], vtep: str, public_ip: str, name: str, probe: Probe) -> AskedEnd:
     """Have another node's agent count a probe. found: this one's status. Raises NotTraceable: why it does not."""
-    ask = _asker(found, name, (vtep, public_ip))
+    # beside the tunnel first: what the tunnel loses may be the answer
+    ask = _asker(found, name, (public_ip, vtep))
     try:
         begun = ask(path_of(BEGIN, probe._asdict()))
     except NoAnswer as error:

@@ -99,6 +99,9 @@ class Looks:
         if peer is not None and not direct:
             flow = Flow(self._family.nft, node.underlay, "", peer.public_ip, node.local, "udp", node.port, "the tunnel")
             yield from self._below(flow, Gap.UNDERLAY)
+            underlay = node.number_of(node.underlay)
+            question = ways.incoming(node.local, peer.public_ip, underlay, 17, node.port)
+            yield from ((Gap.OUTER_ROUTING, line) for _, line in self._routing(question.packet, 0, None, ways.INCOMING))
             yield from self._filters(flow, _OUTER)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:

@@ -35,6 +35,8 @@ class Pod(NamedTuple):
     address: int
     link: Link | None
     up: bool | None = None
+    mac: int = 0
+    """Of its own end, 0: not known."""
 
 
 class Node(NamedTuple):
@@ -131,5 +133,5 @@ def pod_of(node: Node, requests: RequestSocket, address: int, family: Family = V
         with suppress(KernelError):
             end = requests.pod_end(link)
             if end is not None and address in end.addresses.get(family.number, ()):
-                return Pod(address, link, end.up)
+                return Pod(address, link, end.up, end.mac)
     return Pod(address, None)

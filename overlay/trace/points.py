@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 from lease.model import ip_text
 from overlay.trace.probe import Probe
 
-TABLE_PREFIX = "overlay_trace_"
-"""Not as the agent's own begin, which it reads again whenever one of them changes."""
 FIRST, LAST = -500, 500
 """Priorities before and behind those that others use (nft(8): raw -300 to srcnat 100, our guard 300)."""
 _INNER_ID, _INNER_SOURCE, _INNER_DESTINATION = 8 + 8 + 14 + 4, 8 + 8 + 14 + 12, 8 + 8 + 14 + 16
 """Bytes of the inner IPv4 header behind the start of the outer UDP header: UDP, VXLAN, Ethernet before it (RFC 7348)."""
 _INNER_PORTS = 8 + 8 + 14 + 20
-_UNREACHABLE, _QUOTED_ID = 3, 8 + 4
-"""ICMP's type, and where the quoted header's identification is, behind the start of ICMP (RFC 792)."""
+_UNREACHABLE, _ECHO, _SYN = 3, 8, 2
+_QUOTED_ID = 8 + 4
+"""ICMP's types, TCP's flags, and where the quoted header's identification is, behind the start of ICMP (RFC 792)."""
 PLAIN, TO_ANOTHER, FROM_ANOTHER, ERROR = "plain", "to another", "from another", "error"
 """How a packet may be seen: as it was sent; its destination changed on the way; its source changed; in place of the answer
 an ICMP error about it."""
@@ -238,11 +237,11 @@ def _matches(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[
                 yield ERROR, [*ends, *error]
             return
         marked = [*head, _raw(_INNER_ID, 2, probe.ip_id)]
-        yield PLAIN, [*marked, _raw(_INNER_SOURCE, 4, probe.source)]
-        yield (
-            FROM_ANOTHER,
-            [*marked, _raw(_INNER_SOURCE, 4, probe.source, "!="), _raw(_INNER_DESTINATION, 4, probe.destination)],
-        )
+        from_it, to_it = _raw(_INNER_SOURCE, 4, probe.source), _raw(_INNER_DESTINATION, 4, probe.destination)
+        from_another = _raw(_INNER_SOURCE, 4, probe.source, "!=")
+        yield PLAIN, [*marked, from_it, to_it, *_kept(probe, True, True, True)]
+        yield TO_ANOTHER, [*marked, from_it, _not(to_it), *_kept(probe, True, True, False)]
+        yield FROM_ANOTHER, [*marked, from_another, to_it, *_kept(probe, True, False, True)]
         return
     protocol = _equal(_field("ip", "protocol"), probe.protocol)
     if point.back:
@@ -254,9 +253,29 @@ def _matches(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[
         return
     marked = [protocol, _equal(_field("ip", "id"), probe.ip_id)]
     from_it, to_it = _equal(_field("ip", "saddr"), source), _equal(_field("ip", "daddr"), destination)
-    yield PLAIN, [*marked, from_it, to_it]
-    yield TO_ANOTHER, [*marked, from_it, _equal(_field("ip", "daddr"), destination, "!=")]
-    yield FROM_ANOTHER, [*marked, _equal(_field("ip", "saddr"), source, "!="), to_it]
+    yield PLAIN, [*marked, from_it, to_it, *_kept(probe, False, True, True)]
+    yield TO_ANOTHER, [*marked, from_it, _not(to_it), *_kept(probe, False, True, False)]
+    yield FROM_ANOTHER, [*marked, _not(from_it), to_it, *_kept(probe, False, False, True)]
+
+
+def _kept(probe: Probe, outer: bool, source: bool, destination: bool) -> list[dict[str, Any]]:
+    """What NAT leaves alone, by which packets of others that have the same identification are told apart (those of each
+    socket count up through all): of TCP that it is a first SYN, of UDP its length, of ICMP (whose identifier NAT may change)
+    the type. source, destination: those ends were not changed, nor their ports."""
+    at = _INNER_PORTS if outer else 0
+    if probe.protocol == "icmp":
+        kinds = [_raw(at, 1, _ECHO)]
+        return [*kinds, _raw(at + 4, 2, probe.ident)] if source else kinds
+    ports = [_raw(at, 2, probe.ident)] if source else []
+    ports += [_raw(at + 2, 2, probe.port)] if destination else []
+    if probe.protocol == "udp":
+        return [*ports, _raw(at + 4, 2, max(0, probe.size - 28) + 8)]
+    return [*ports, _raw(at + 8, 4, 0), _raw(at + 13, 1, _SYN)]
+
+
+def _not(match: dict[str, Any]) -> dict[str, Any]:
+    inner = match["match"]
+    return {"match": {**inner, "op": "!="}}
 
 
 def _answers(probe: Probe, outer: bool) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -135,6 +136,18 @@ FAULTS = {
         "left this node; what became of it at node2 is not known.*node2 was asked, and gave no answer",
         frozenset({"store", "ways", "waiting"}),
     ),
+    "an address that leads elsewhere, and strict rp_filter": Fault(
+        (("node2", ("ip link add planted type veth peer name planted2; ip link set planted up; ip link set planted2 up; ip route add 192.168.1.2/32 dev planted;"
+          " sysctl -qw net.ipv4.conf.eth0.rp_filter=1")),),
+        (("node2", "ip link del planted; sysctl -qw net.ipv4.conf.eth0.rp_filter=0"),),
+        {
+            "node1": {"unreachable": "node2 192.168.1.3: neither its underlay address nor its VTEP answers"},
+            "node2": {"ways to single peers": r"packets of the tunnel from .* are dropped.*eth0.rp_filter=2"},
+        },
+        "neither its underlay address nor its VTEP answers",
+        "node2",
+        frozenset({"ways", "unreachable"}),
+    ),
     "a wrong VTEP on the far side": Fault(
         (("node2", ("nft add table netdev planted; nft add chain netdev planted in"
           " '{ type filter hook ingress device eth0 priority 0; }'; nft add rule netdev planted in udp dport 8472 ip saddr 192.168.1.2 drop")),),
@@ -243,6 +256,76 @@ def port_of(world: Any, node: str) -> str:
     link = json.loads(world.run(node, "ip", "-j", "link", "show", "eth0"))[0]
     listed = json.loads(world.run("underlay", "ip", "-j", "link"))
     return next(each["ifname"] for each in listed if each["ifindex"] == link["link_index"])
+
+
+FULL_SIZE = (
+    "nft add table netdev planted; nft add chain netdev planted in '{ type filter hook ingress device eth0 priority 0; }';"
+    " nft add rule netdev planted in udp dport 8472 meta length gt 1414 drop"
+)
+
+
+@pytest.mark.timeout(300)
+def test_full_size_packets_that_the_tunnel_loses_cost_no_trace_its_other_end(world, asking):
+    """What the other node counted is a large answer itself."""
+    agents = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    for agent in agents:
+        world.run(agent.node, "sh", "-c", FULL_SIZE)
+    found = trace(world, agents[0], pods[0].address, pods[1].address)
+    assert "packets of 1450 bytes: dropped at node2" in found["text"]
+    assert "the path's MTU is too low" in found["because"][0]
+    assert {step["node"] for step in found["rounds"][0]["steps"]} == {"node1", "node2"}
+
+
+@pytest.mark.timeout(300)
+def test_packets_of_others_are_not_taken_for_probes(world, asking):
+    """A pod sends so many others that each identification comes up."""
+    agents = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    beside = world.pod(agents[1], "b")
+    world.run("node1", "sh", "-c", FORWARD.replace("ip daddr 10.244.0.0/16", f"ip daddr {pods[1].address}"))
+    talking = world.talk(pods[0], beside.address, 9)
+    try:
+        for _ in range(6):
+            found = trace(world, agents[0], pods[0].address, pods[1].address, "--proto", "udp", "--port", "53")
+            assert 'dropped at node1, between "routed to flannel.1"' in found["text"]
+            assert found["notes"] == []
+    finally:
+        talking.stop()
+
+
+@pytest.mark.timeout(300)
+def test_a_trace_that_is_ended_leaves_nothing_and_neither_does_one_that_is_killed(world, asking):
+    agents = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        command = (sys.executable, "-m", "overlay.cli.app", "trace", "--run-dir", str(agents[0].run_dir))
+        process = subprocess.Popen(
+            ["nsenter", f"--net={netns.path(world.namespace('node1'))}", *command, pods[0].address, pods[1].address],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        until("it counts", lambda: "overlay_trace" in world.run("node1", "nft", "list", "tables"), 20)
+        process.send_signal(number)
+        process.wait(20)
+        if number == signal.SIGTERM:
+            counters_are_gone(world, agents[:1])
+    world.run("node1", "nft", "add", "table", "ip", "overlay_trace_1_ab")  # of long ago
+    world.restart(agents[0]).wait_ready()
+    until(
+        "those that are over go at a start",
+        lambda: "overlay_trace_1_ab" not in world.run("node1", "nft", "list", "tables"),
+        20,
+    )
+    agents[1].stop()
+    counters_are_gone(world, agents[1:])
+
+
+@pytest.mark.timeout(300)
+def test_a_stranger_with_the_pods_address_is_not_entered(world, asking):
+    agents = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    with world.stranger(pods[0].address):
+        assert trace(world, agents[0], pods[0].address, pods[1].address)["verdict"] == "delivered"
 
 
 def test_forwarding_that_is_switched_off_on_the_pods_bridge_is_put_back(world):

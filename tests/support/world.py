@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -298,6 +300,21 @@ class World:
         finally:
             stream.stop()
 
+    @contextmanager
+    def stranger(self, address: str) -> Iterator[None]:
+        """A namespace that comes before all others, with an address that is another's."""
+        name = "aaa-overlay-test-stranger"
+        netns.create(name)
+        try:
+            subprocess.run(["ip", "-n", name, "address", "add", f"{address}/32", "dev", "lo"], check=True)
+            yield
+        finally:
+            netns.delete(name)
+
+    def talk(self, source: matrix.End, address: str, port: int) -> Talk:
+        """UDP from a pod, as much as it can."""
+        return Talk(source, address, port)
+
     def close(self) -> None:
         for agent in self.agents:
             if agent.process.poll() is None:
@@ -365,6 +382,33 @@ class KubeWorld(World):
 
     def close_store(self) -> None:
         self.kube.close()
+
+
+class Talk:
+    """Datagrams from a pod to an address, ten each millisecond or two, through one connected socket."""
+
+    def __init__(self, source: matrix.End, address: str, port: int) -> None:
+        self._ended = threading.Event()
+
+        def make() -> socket.socket:
+            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            made.connect((address, port))
+            return made
+
+        self._socket = netns.inside(source.namespace, make)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(0.001):
+            for _ in range(10):
+                with suppress(OSError):
+                    self._socket.send(b"x")
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(10)
+        self._socket.close()
 
 
 class Stream:

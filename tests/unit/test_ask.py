@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 
@@ -59,6 +60,7 @@ def test_who_has_the_secret_is_answered(asked):
         {"header": "1000000 ab"},
         {"header": "x" * 5000},
         {"header": "1000000 ab zzé"},
+        {"header": "² a b"},
     ],
 )
 def test_who_has_not_gets_nothing_and_no_signature(asked, change):
@@ -99,10 +101,29 @@ def test_no_secret_no_answer(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     status, found, signed = put(Asked(str(path), {}, lambda: 1_000_000))
-    assert (status, signed) == (401, "")
-    assert str(path) in found["error"]
+    assert (status, signed, found) == (401, "", {"error": "this agent has no secret just now"}), "no path to anybody"
     with pytest.raises(NoAnswer, match="--ask-secret-file"):
         client.secret_in(str(path))
+
+
+def test_a_secret_that_is_a_pipe_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "secret")
+    with pytest.raises(NoAnswer, match="not a regular file"):
+        client.secret_in(str(tmp_path / "secret"))
+
+
+def test_a_question_from_before_this_process_may_have_been_answered(secret_file):
+    now = [1_000_000.0]
+    asked = Asked(secret_file, {"/status": dict}, lambda: now[0])
+    now[0] += 5
+    assert put(asked, at=999_999, once="b")[0] == 403
+    assert put(asked, at=1_000_001, once="b")[0] == 200
+
+
+def test_an_agent_behind_nat_is_asked_by_its_public_ip(secret_file):
+    asked = Asked(secret_file, {"/status": dict}, lambda: 1_000_000, also="203.0.113.9")
+    assert put(asked, sent_to="203.0.113.9")[0] == 200
+    assert put(asked, sent_to="203.0.113.8", once="b")[0] == 401
 
 
 def test_a_secret_is_long_enough():
@@ -143,6 +164,22 @@ def test_the_first_address_that_answers_is_taken(door):
     assert ask_agent(("127.0.0.2", "127.0.0.1"), door, SECRET, "/status") == {}
     with pytest.raises(NoAnswer, match=r"127\.0\.0\.2: .*refused.*; 127\.0\.0\.3"):
         ask_agent(("127.0.0.2", "127.0.0.3"), door, SECRET, "/status")
+
+
+def test_somebody_elses_server_does_not_end_the_asking(door):
+    """An unprivileged process that has the port of the VTEP."""
+    with socket.create_server(("127.0.0.2", door)) as other:
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n{}")
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert ask_agent(("127.0.0.2", "127.0.0.1"), door, SECRET, "/status") == {}
+    with pytest.raises(NoAnswer, match="not today"):
+        ask_agent(("127.0.0.1", "127.0.0.9"), door, SECRET, "/no")
 
 
 def test_a_door_that_is_closed_is_closed_and_its_thread_ends(secret_file):

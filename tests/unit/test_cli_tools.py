@@ -162,6 +162,8 @@ def states(findings) -> list[tuple[str, State]]:
 
 
 def test_networkd_that_removes_what_it_does_not_know_is_told_and_can_be_told_off(tmp_path):
+    assert states(host.networkd(tmp_path)) == [("systemd-networkd", State.UNKNOWN)], "no host's files"
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
     assert states(host.networkd(tmp_path)) == [("systemd-networkd", State.OK)]
     (tmp_path / "run/systemd/netif/links").mkdir(parents=True)
     (found,) = host.networkd(tmp_path)
@@ -177,17 +179,23 @@ def test_networkd_that_removes_what_it_does_not_know_is_told_and_can_be_told_off
     assert states(host.networkd(tmp_path)) == [("systemd-networkd", State.OK)], "that of /etc stands for it"
 
 
-def test_network_manager_that_is_not_told_to_leave_our_interfaces(tmp_path):
+def test_network_manager_that_is_not_told_to_leave_our_interfaces(tmp_path, monkeypatch):
+    reloaded: list[list[str]] = []
+    assert states(host.network_manager(tmp_path)) == [("NetworkManager", State.UNKNOWN)], "no host's files"
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
     assert states(host.network_manager(tmp_path)) == [("NetworkManager", State.OK)]
+    monkeypatch.setattr(host.subprocess, "run", lambda command, **_: reloaded.append(command))
     (tmp_path / "run/NetworkManager").mkdir(parents=True)
     write(tmp_path, "etc/NetworkManager/conf.d/a.conf", "[keyfile]\nunmanaged-devices=interface-name:veth*\n")
     (found,) = host.network_manager(tmp_path)
     assert "begin with flannel, cni" in found.what
     found.fix()
     assert states(host.network_manager(tmp_path)) == [("NetworkManager", State.OK)]
+    assert reloaded == [["nmcli", "general", "reload", "conf"]]
 
 
 def test_a_mac_policy_that_alters_virtual_devices(tmp_path):
+    (tmp_path / "run/udev").mkdir(parents=True)
     assert states(host.mac_policy(tmp_path)) == [("MACAddressPolicy", State.OK)]
     link = "[Match]\nOriginalName=*\n[Link]\nMACAddressPolicy=persistent\n"
     write(tmp_path, "usr/lib/systemd/network/99-default.link", link)
@@ -215,6 +223,6 @@ def test_the_network_list_that_the_runtime_takes(tmp_path):
 def test_what_the_agent_says_is_a_finding_each():
     problem = {"subject": "ways", "text": "packets are dropped: ip rule del pref 5270", "keeps_unready": True}
     found = list(agent.agent({"problems": [problem], "refused_records": [{"key": "a", "reason": "b"}]}))
-    assert (found[0].state, found[0].what) == (State.WRONG, "packets are dropped")
-    assert found[0].mend.startswith("ip rule del pref 5270")
+    assert (found[0].state, found[0].what) == (State.WRONG, problem["text"])
+    assert "docs/operations.md" in found[0].mend
     assert found[1].subject == "records"

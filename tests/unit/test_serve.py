@@ -73,7 +73,7 @@ def test_who_asks_often_keeps_nobody_from_an_answer(tmp_path):
         time.sleep(0.005)
         return serve.text(200, "much")
 
-    routes = {"/metrics": serve.same_for_a_moment(costly, clock), "/healthz": lambda: serve.text(200, "ok")}
+    routes = {"/metrics": serve.same_for_a_moment(costly, clock=clock), "/healthz": lambda: serve.text(200, "ok")}
     _SERVERS.append(serve.serve_unix(path, routes))
 
     def flood() -> None:

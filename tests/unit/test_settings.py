@@ -173,7 +173,7 @@ def test_an_address_is_shown_without_its_password(address, words):
 
 
 def test_a_password_is_never_shown():
-    assert "secret" not in repr(read("--etcd-username=u", "--etcd-password=secret"))
+    assert "hunter2" not in repr(read("--etcd-username=u", "--etcd-password=hunter2"))
 
 
 def test_typing_errors_in_the_environment_are_found():

@@ -128,7 +128,7 @@ def test_of_a_peer_reached_directly_the_plain_route_is_asked():
 
 
 def test_without_pods_only_the_node_itself_is_asked_about():
-    assert {q.what for q in ways.questions(HERE._replace(bridges=()), PEER)} == {ways.OUT, ways.OUTER}
+    assert {q.what for q in ways.questions(HERE._replace(bridges=()), PEER)} == {ways.OUT, ways.OUTER, ways.INCOMING}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""What a peer's own agent says, where agents may ask each other; else that it must be asked, and how."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
+from overlay.page.gather import ROUTE
+
+MOST = 5
+_OF_PEERS = ("unreachable", "path mtu", "loss")
+"""Problems of the way between the two, which this side has already."""
+
+
+def said(found: dict[str, Any], peer: dict[str, Any]) -> list[str]:
+    """Lines. found: this agent's status; peer: of it."""
+    name, asking = peer["node_name"] or peer["public_ip"], found.get("asking")
+    if not asking:
+        return [f"it must be asked there: on {name}: overlay status (with --ask-secret-file agents ask each other)"]
+    own = found["lease"]["subnet"]
+    try:
+        answer = ask_agent(
+            (peer["subnet"].partition("/")[0], peer["public_ip"]), asking["port"], secret_in(asking["secret_file"]),
+            path_of(ROUTE, {"of": own}),
+        )  # fmt: skip
+    except NoAnswer as error:
+        why = "flannel runs there, or it is dead (the datapath stays, and learns of nobody who joins), or cannot be reached"
+        return [f"the agent of {name} was asked, and gives no answer ({error}): {why}"]
+    lines = [f"{each['subject']}: {each['text']}" for each in answer["problems"] if each["subject"] not in _OF_PEERS]
+    lines = [f"{name} says: {line}" for line in lines[:MOST]]
+    ours = next((each for each in answer["reaches"] if each[0] == own), None)
+    if ours is None:
+        lines.append(f"{name} does not know this node: its record has not come there, or is refused")
+    elif ours[1] != "ok":
+        lines.append(f"{name} says of this node: {ours[4]}")
+    else:
+        lines.append(f"{name} says that this node answers: the way there is broken, not the way back")
+    return lines
