@@ -136,6 +136,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
         "path",
         "missing",
         *(("answers", "rtt") if reach else ()),
+        *(("heard", "mtu") if reach and all_peers else ()),
     ]
     table = terminal.table(
         console,
@@ -149,6 +150,8 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
             "missing": ", ".join(peer["missing"]),
             "answers": _answers(known),
             "rtt": rtt_text(known["rtt_us"]),
+            "heard": "" if known["heard_age_s"] is None else f"{known['heard_age_s']:.0f}s ago",
+            "mtu": _mtu(known["state"], found["device"]),
         }
         well = peer["ok"] and known["state"] in ("ok", "untried")
         table.add_row(*(Text(words[column]) for column in columns), style="" if well else "red")
@@ -171,7 +174,13 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
         console.print(f"what to do about each: {', '.join(pages)}")
 
 
-_UNTRIED = {"state": "untried", "answered_age_s": None, "rtt_us": None}
+_UNTRIED = {"state": "untried", "answered_age_s": None, "heard_age_s": None, "rtt_us": None}
+
+
+def _mtu(state: str, device: dict[str, Any]) -> str:
+    """The size of the packets that pass, as far as it was tried."""
+    mtu = (device or {}).get("mtu", "")
+    return {"ok": str(mtu), "path_mtu": f"below {mtu}"}.get(state, "?")
 
 
 def _answers(known: dict[str, Any]) -> str:

@@ -189,6 +189,21 @@ def trace(world: Any, agent: Any, *words: str) -> dict[str, Any]:
     return found
 
 
+def doctor(world: Any, agent: Any) -> list[dict[str, Any]]:
+    """`overlay doctor` on an agent's node, as JSON."""
+    command = (
+        sys.executable, "-m", "overlay.cli.app", "doctor", "--run-dir", str(agent.run_dir), "--json",
+        "--subnet-file", str(agent.run_dir / "subnet.env"), "--cni-conf-dir", str(agent.run_dir / "cni"),
+    )  # fmt: skip
+    done = subprocess.run(
+        ["nsenter", f"--net={netns.path(world.namespace(agent.node))}", *command],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
 def counters_are_gone(world: Any, agents: list[Any]) -> None:
     for agent in agents:
         assert "overlay_trace" not in world.run(agent.node, "nft", "list", "tables")
@@ -243,6 +258,9 @@ def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, row, asking, name
     words_of_it = "; ".join((traced["text"], *traced["because"], *traced["notes"]))
     assert re.search(fault.trace, words_of_it), words_of_it
     counters_are_gone(world, agents[:1])
+    node = next(agent for agent in agents if agent.node in fault.said)
+    told = {each["subject"] for each in doctor(world, node) if each["state"] in ("wrong", "warning")}
+    assert {f"agent: {subject}" for subject in fault.said[node.node]} <= told, "doctor has it as well"
     problems = {agent.node: agent.problems() for agent in agents}
     row(Row(name, problems, found["verdict"] if fault.check else "answers", words_of_it, took))
     for node, command in fault.mend:
@@ -256,6 +274,70 @@ def port_of(world: Any, node: str) -> str:
     link = json.loads(world.run(node, "ip", "-j", "link", "show", "eth0"))[0]
     listed = json.loads(world.run("underlay", "ip", "-j", "link"))
     return next(each["ifname"] for each in listed if each["ifindex"] == link["link_index"])
+
+
+@pytest.mark.timeout(300)
+def test_an_agent_that_is_dead_on_the_far_side_is_seen_where_it_matters(world, row, asking):
+    """Its datapath stays, and learns of nobody who joins: to him alone it is a fault."""
+    one, two = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in (one, two)]
+    until("all is well before", lambda: is_well([one, two]), 30)
+    two.kill()
+    three = world.agent(world.node(3), "--node-name=node3", *asking)
+    three.wait_ready()
+    newcomer = world.pod(three, "a")
+    planted = time.monotonic()
+    until(
+        "who joined says it",
+        lambda: re.search(f"node2 192.168.1.3: {SILENT}", three.problems().get("unreachable", "")),
+        45,
+    )
+    took = time.monotonic() - planted
+    assert one.problems() == {}, "pods that reached each other still do"
+    found = check(world, three, pods[1].address)
+    assert found["state"] != "ok"
+    assert "the agent of node2 was asked, and gives no answer" in found["far_side"][0]
+    assert "dead (the datapath stays" in found["far_side"][0]
+    assert check(world, one, pods[1].address)["state"] == "ok"
+    traced = trace(world, three, newcomer.address, pods[1].address)
+    words = "; ".join((traced["text"], *traced["because"], *traced["notes"]))
+    assert re.search("left this node.*node2 was asked, and gave no answer", words), words
+    row(
+        Row(
+            "an agent that is dead on the far side, and a node that joins",
+            {"node3": three.problems()},
+            found["far_side"][0],
+            words,
+            took,
+        )
+    )
+
+
+@pytest.mark.timeout(400)
+def test_loss_in_one_direction_is_said_of_that_peer_alone(world, row, asking):
+    agents = world.nodes(3, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    until("all is well before", lambda: is_well(agents), 30)
+    half = FULL_SIZE.replace("meta length gt 1414", "ip saddr 192.168.1.2 numgen random mod 10 lt 5")
+    world.run("node2", "sh", "-c", half)
+    planted = time.monotonic()
+    until("it is said", lambda: "node2 192.168.1.3" in agents[0].problems().get("loss", ""), 240)
+    took = time.monotonic() - planted
+    for agent in agents:
+        text = " ".join(agent.problems().values())
+        assert "node3" not in text, (agent.node, text)
+    assert agents[2].problems() == {}
+    traced = trace(world, agents[0], pods[0].address, pods[2].address)
+    assert traced["verdict"] == "delivered"
+    row(
+        Row(
+            "half of the packets lost in one direction",
+            {"node1": agents[0].problems()},
+            "",
+            "of 3 packets some come to the end",
+            took,
+        )
+    )
 
 
 FULL_SIZE = (
