@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from overlay.api.status import Status
     from overlay.trace.far import Traces
 
-RUN = "/trace/run"
+RUN, CHECK = "/trace/run", "/check"
 
 
 class Answers:
@@ -41,6 +41,7 @@ class Answers:
             "/summary": self._summary,
             BEGIN: lambda words: self._far().begin(words),
             END: lambda words: self._far().end(words),
+            CHECK: lambda words: self.check(words.get("of", ""), words.get("target", ""), ours=True),
             RUN: lambda words: self.run(words.get("source", ""), words.get("destination", ""), ours=True),
         }
 
@@ -86,6 +87,27 @@ class Answers:
         except OSError as error:
             raise Refused(error_text(error)) from error
 
+    def check(self, of: str, target: str, ours: bool = False) -> dict[str, Any]:
+        """What the node that has the subnet `of` finds of a peer, named by its subnet; else (not `ours`) its agent is asked.
+        Raises Refused."""
+        from overlay.check.run import NotYet, Unknown, ask_all, resolve
+        from overlay.kernel.netlink import error_text
+        from overlay.trace import far
+        from overlay.trace.node import NotTraceable
+
+        found = self.status()
+        try:
+            if not ours and not (found["lease"] and found["lease"]["subnet"] == of):
+                return far.ask_of(found, of, CHECK, {"of": of, "target": target})
+            goals, _ = resolve(target or None, found)
+            if len(goals) != 1:
+                raise Refused("of one peer at a time")
+            return ask_all(found, goals)[0]
+        except (NotYet, Unknown, NotTraceable) as error:
+            raise Refused(str(error)) from error
+        except OSError as error:
+            raise Refused(error_text(error)) from error
+
     def page_handler(self, secret_file: str, loopback: bool) -> type[Handler]:
         """What serves the page."""
         from overlay.page.server import Page, handler
@@ -94,4 +116,4 @@ class Answers:
             found = self._status()
             return None if found is None else found.json()
 
-        return handler(Page(known, self.run, secret_file, loopback))
+        return handler(Page(known, self.run, self.check, secret_file, loopback))

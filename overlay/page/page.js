@@ -151,13 +151,33 @@ function details(lines, from, to) {
     make("label", {}, `a pod of ${other.name}`, make("input", { name: "destination", required: "", placeholder: other.subnet.replace(/\.\d+\/\d+$/, ".2") })), make("button", {}, "trace"));
   const out = make("div", { role: "status" });
   form.onsubmit = (event) => { event.preventDefault(); traced(out, form.source.value, form.destination.value); };
-  box.append(form, out);
+  const ladder = make("button", { type: "button" }, "ask both now"), rungs = make("div", { role: "status" });
+  ladder.onclick = () => asked(rungs, [[one, other], [other, one]]);
+  box.append(ladder, rungs, form, out);
+}
+
+async function fetched(path, words) {
+  const answer = await fetch(`${path}?${new URLSearchParams({ ...words, token: query() })}`);
+  return answer.json();
+}
+
+async function asked(out, directions) {
+  out.replaceChildren(make("p", { class: "dim" }, "probes are on their way…"));
+  const parts = await Promise.all(directions.map(async ([one, other]) => {
+    const found = await fetched("check.json", { source: one.subnet, destination: other.subnet });
+    const head = make("h3", {}, `${one.name} asks ${other.name}`);
+    if (found.error) return [head, make("p", { class: "bad" }, found.error)];
+    const rows = found.probes.map((each) => [each.name, each.address, each.refused || `${each.answered} of ${each.sent}`, rtt(each.rtt_us)]);
+    const says = [...found.look_ups, ...found.far_side, found.remedy].filter(Boolean);
+    return [head, table(["probe", "to", "answered", "RTT"], rows, found.probes.map((each) => (each.answered ? "ok" : "bad"))),
+      make("p", { class: found.state === "ok" ? "ok" : "bad" }, found.verdict), make("ul", {}, says.map((line) => make("li", {}, line)))];
+  }));
+  out.replaceChildren(...parts.flat());
 }
 
 async function traced(out, source, destination) {
   out.replaceChildren(make("p", { class: "dim" }, "probes are on their way…"));
-  const words = new URLSearchParams({ source, destination, token: query() });
-  const found = await (await fetch(`trace.json?${words}`)).json();
+  const found = await fetched("trace.json", { source, destination });
   if (found.error) { out.replaceChildren(make("p", { class: "bad" }, found.error)); return; }
   const round = found.rounds.find((each) => each.verdict !== "delivered") || found.rounds[found.rounds.length - 1];
   const steps = round.steps.filter((step) => !step.of_the_answer);

@@ -18,16 +18,17 @@ from overlay.page.token import token_of
 
 SAME_FOR_S = 2.0
 Run = Callable[[str, str], dict[str, Any]]
-"""Traces from one address to another. Raises Refused."""
+"""Traces from one address to another; or checks, from the node of a subnet, that of another. Raises Refused."""
 
 
 class Page:
     """What is answered at an address. status: this agent's, None: its loop is stuck."""
 
     def __init__(
-        self, status: Callable[[], Mapping[str, Any] | None], run: Run, secret_file: str, loopback: bool
+        self, status: Callable[[], Mapping[str, Any] | None], trace: Run, check: Run, secret_file: str, loopback: bool
     ) -> None:
-        self._status, self._run, self._secret_file, self._loopback = status, run, secret_file, loopback
+        self._status, self._secret_file, self._loopback = status, secret_file, loopback
+        self._probing = {"/trace.json": trace, "/check.json": check}
         self._data = same_for_a_moment(self._gather, SAME_FOR_S)
 
     def answer(self, request: Request) -> tuple[Answer, str]:
@@ -50,21 +51,21 @@ class Page:
             return (200, "text/html; charset=utf-8", render(json.loads(body))), fields
         if request.path == "/data.json":
             return self._data(), ""
-        if request.path == "/trace.json":
-            return self._trace(words, known), ""
-        return text(404, "available: /, /data.json, /trace.json"), ""
+        if request.path in self._probing:
+            return self._probe(self._probing[request.path], words, known), ""
+        return text(404, f"available: /, /data.json, {', '.join(self._probing)}"), ""
 
     def _gather(self) -> Answer:
         found = self._status()
         return text(503, "the loop is stuck") if found is None else as_json(200, gather(found))
 
-    def _trace(self, words: Mapping[str, str], known: bool) -> Answer:
+    def _probe(self, run: Run, words: Mapping[str, str], known: bool) -> Answer:
         if not known:
             return as_json(
                 200, {"error": "who sends probes from here needs a token: open the page as `overlay page` says"}
             )
         try:
-            return as_json(200, self._run(words.get("source", ""), words.get("destination", "")))
+            return as_json(200, run(words.get("source", ""), words.get("destination", "")))
         except Refused as error:
             return as_json(200, {"error": str(error)})
 

@@ -149,11 +149,19 @@ def ask_run(found: Mapping[str, Any], source: int, path: str, words: Mapping[str
     peer = next((each for each in found["peers"] if prefix(each["subnet"]).holds(source)), None)
     if peer is None:
         raise NotTraceable(f"{ip_text(4, source)} is in no node's subnet")
+    return ask_of(found, peer["subnet"], path, words)
+
+
+def ask_of(found: Mapping[str, Any], subnet: str, path: str, words: Mapping[str, str]) -> dict[str, Any]:
+    """What the agent of a node answers, by its subnet. Raises NotTraceable."""
+    peer = next((each for each in found["peers"] if each["subnet"] == subnet), None)
+    if peer is None:
+        raise NotTraceable(f"no node has {subnet[:40]}")
     name, vtep = peer["node_name"] or peer["public_ip"], peer["subnet"].partition("/")[0]
     try:
-        return _asker(found, name, (vtep, peer["public_ip"]))(path_of(path, words))
+        return _asker(found, name, (peer["public_ip"], vtep))(path_of(path, words))
     except NoAnswer as error:
-        raise NotTraceable(f"{name}, which has that pod, was asked: {error}") from error
+        raise NotTraceable(f"{name} was asked: {error}") from error
 
 
 def _asker(found: Mapping[str, Any], name: str, addresses: tuple[str, ...]) -> Callable[[str], dict[str, Any]]:

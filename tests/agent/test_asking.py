@@ -104,6 +104,15 @@ def test_the_page_is_served_and_traces_from_any_node(world, secret):
         found = json.loads(fetched(url.replace("/?", f"/trace.json?{words}&")))
         assert found["verdict"] == "delivered", found
         assert {step["node"] for step in found["rounds"][0]["steps"]} == {"node1", "node2"}
+    for here, there in ((one, two), (two, one)):
+        words = f"source={here.subnet()}&destination={there.subnet()}"
+        found = json.loads(fetched(url.replace("/?", f"/check.json?{words}&")))
+        assert (found["state"], found["peer"]["node_name"]) == ("ok", there.node)
+        assert len(found["probes"]) == 4, "the ladder"
+    assert (
+        "no node has"
+        in json.loads(fetched(url.replace("/?", "/check.json?source=10.9.0.0/24&destination=x&")))["error"]
+    )
     assert "overlay_trace" not in world.run("node1", "nft", "list", "tables")
     assert "overlay_trace" not in world.run("node2", "nft", "list", "tables")
 

@@ -86,9 +86,9 @@ def ask(page: Page, target: str, host: str = "127.0.0.1:8474", method: str = "GE
 
 def test_who_may_open_it(secret_file):
     inside = Page(
-        lambda: status(0, 1, set()), lambda one, other: {"text": f"{one} {other}"}, secret_file, loopback=True
+        lambda: status(0, 1, set()), lambda one, other: {"text": f"{one} {other}"}, refuse, secret_file, loopback=True
     )
-    outside = Page(lambda: status(0, 1, set()), refuse, secret_file, loopback=False)
+    outside = Page(lambda: status(0, 1, set()), refuse, refuse, secret_file, loopback=False)
     code, body, fields = ask(inside, "/")
     assert (code, body.startswith("<!doctype html>")) == (200, True)
     assert "Content-Security-Policy: default-src 'none'" in fields
@@ -104,16 +104,18 @@ def test_who_may_open_it(secret_file):
 )
 def test_it_is_opened_by_address_alone(secret_file, host, code):
     """A name may be made another's while the browser has the page open (DNS rebinding)."""
-    page = Page(lambda: status(0, 1, set()), refuse, secret_file, loopback=True)
+    page = Page(lambda: status(0, 1, set()), refuse, refuse, secret_file, loopback=True)
     assert ask(page, "/", host)[0] == code
 
 
 def test_probes_are_sent_for_who_has_the_token(secret_file):
-    page = Page(lambda: status(0, 1, set()), lambda one, other: {"text": f"{one} {other}"}, secret_file, loopback=True)
+    page = Page(
+        lambda: status(0, 1, set()), lambda one, other: {"text": f"{one} {other}"}, refuse, secret_file, loopback=True
+    )
     assert "token" in json.loads(ask(page, "/trace.json?source=a&destination=b")[1])["error"]
     assert json.loads(ask(page, f"/trace.json?source=a&destination=b&token={TOKEN}")[1]) == {"text": "a b"}
-    refusing = Page(lambda: None, refuse, secret_file, loopback=True)
+    refusing = Page(lambda: None, refuse, refuse, secret_file, loopback=True)
     assert json.loads(ask(refusing, f"/trace.json?token={TOKEN}")[1]) == {"error": "no pod has it"}
     assert ask(refusing, "/data.json")[0] == 503
-    no_secret = Page(lambda: status(0, 1, set()), refuse, "", loopback=True)
+    no_secret = Page(lambda: status(0, 1, set()), refuse, refuse, "", loopback=True)
     assert "token" in json.loads(ask(no_secret, f"/trace.json?token={TOKEN}")[1])["error"]

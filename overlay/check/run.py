@@ -1,0 +1,256 @@
+"""The ladder of probes, the kernel's look-ups and the far side's word, and the verdict they make."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, NamedTuple
+
+from lease.families import V4, Family
+from lease.model import ip_number, ip_text, prefix
+from overlay.check import far_side
+from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route.entries import Address, Link
+from overlay.probes import ladder
+from overlay.probes.ladder import Asked, Rung
+from overlay.probes.verdict import Kind, State, Verdict, judge
+from overlay.reach import ways
+from overlay.reach.causes import Causes
+
+MOST = 200
+"""So many peers are asked where none is named."""
+NAMES = {
+    Kind.UNDERLAY: "underlay",
+    Kind.UNDERLAY_FULL: "underlay {mtu}",
+    Kind.VTEP: "VTEP",
+    Kind.VTEP_FULL: "VTEP {mtu}",
+}
+GATEWAY, POD, POD_FULL = "pods' gateway", "pod", "pod {mtu}"
+
+
+class Unknown(Exception):
+    """One line: what was asked about is not there."""
+
+
+class NotYet(Exception):
+    """One line: this node cannot ask anybody."""
+
+
+class Goal(NamedTuple):
+    """What is asked about. peer: of the status; pod: an address of it, 0: none was given."""
+
+    peer: dict[str, Any]
+    pod: int = 0
+
+
+def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]:
+    """The peers that are meant; or an address of this node's own subnet. Raises Unknown, NotYet."""
+    peers = found["peers"]
+    if not found["device"] or not found["lease"]:
+        raise NotYet("this node has no lease or no device yet: overlay status says what it waits for")
+    if target is None:
+        return [Goal(peer) for peer in peers[:MOST]], 0
+    named = [peer for peer in peers if target in (peer["node_name"], peer["public_ip"], peer["subnet"])]
+    if named:
+        return [Goal(named[0])], 0
+    try:
+        address = int(ipaddress.IPv4Address(target))
+    except ValueError:
+        names = sorted({peer["node_name"] for peer in peers} - {""})
+        some = f" (nodes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
+        raise Unknown(
+            f"{target}: no peer has that name, public IP or subnet, and it is no IPv4 address{some}"
+        ) from None
+    if prefix(found["lease"]["subnet"]).holds(address):
+        return [], address
+    holding = [peer for peer in peers if prefix(peer["subnet"]).holds(address)]
+    if holding:
+        subnet = prefix(holding[0]["subnet"])
+        return [Goal(holding[0], address if address != subnet.base else 0)], 0
+    for record in found["refused_records"]:
+        if target in record["reason"] or target in record["key"]:
+            raise Unknown(f"{target}: record {record['key']} is not used: {record['reason']}")
+    network = found["network"]["subnets"]["ipv4"]["network"]
+    where = (
+        f"in Network {network}, but in no peer's subnet: no node holds it"
+        if prefix(network).holds(address)
+        else f"outside of Network {network}"
+    )
+    raise Unknown(f"{target} is {where}")
+
+
+# --- asking
+
+
+def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
+    device, under = found["device"]["mtu"], found["underlay"]["mtu"]
+    mtu = under if goal.peer["path"] == "direct" else device
+    subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], 4)
+    made = [
+        Rung(NAMES[Kind.UNDERLAY], public_ip),
+        Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
+        Rung(NAMES[Kind.VTEP], subnet.base),
+        Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), subnet.base, mtu),
+    ]
+    if goal.pod:
+        made += [
+            Rung(GATEWAY, subnet.base + 1),
+            Rung(POD, goal.pod),
+            Rung(POD_FULL.format(mtu=device), goal.pod, device),
+        ]
+    return made
+
+
+def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
+    rungs = [_rungs(found, goal) for goal in goals]
+    asked = ladder.ask(V4, [rung for those in rungs for rung in those]) if goals else []
+    requests = RequestSocket()
+    try:
+        links, addresses = {link.ifindex: link for link in requests.links()}, requests.addresses(V4)
+        results = []
+        for goal, those in zip(goals, rungs, strict=True):
+            mine, asked = asked[: len(those)], asked[len(those) :]
+            wrong = _look_up(requests, found, goal, links, addresses)
+            results.append(_result(found, goal, those, mine, wrong))
+        return results
+    finally:
+        requests.close()
+
+
+def _look_up(
+    requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link], addresses: list[Address]
+) -> list[str]:
+    """What of the kernel's ways to and from a peer is not as it should be; each with its cause."""
+    own, index = prefix(found["lease"]["subnet"]), {link.name: number for number, link in links.items()}
+    by_key = {(each.oif, each.address, each.length): each for each in addresses}
+    lower = index.get(found["underlay"]["interface"], 0)
+    tunnel = index.get(found["device"]["name"], 0)
+    if not tunnel:
+        return [f"{found['device']['name']} is not there"]
+    here = ways.Here(
+        own,
+        tunnel,
+        lower,
+        ip_number(found["device"]["local"], 4),
+        ways.bridges_of(own, links, by_key),
+        found["device"]["port"],
+    )
+    subnet = prefix(goal.peer["subnet"])
+    peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], 4), goal.peer["path"] == "direct")
+    network = prefix(found["network"]["subnets"]["ipv4"]["network"])
+    causes = Causes(V4, requests, network, {number: name for name, number in index.items()})
+    asked = ((question, requests.way(V4, question.packet)) for question in ways.questions(here, peer))
+    return [
+        f"{question.what.format(peer=subnet)} {causes.happens(question, way)}: {causes.cause(question, way)}"
+        for question, way in asked
+        if not ways.is_as_asked(question, way)
+    ]
+
+
+def _result(
+    found: dict[str, Any], goal: Goal, rungs: list[Rung], asked: list[Asked], wrong: list[str]
+) -> dict[str, Any]:
+    by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
+    verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
+    if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
+        most = ladder.largest(V4, rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu)
+        if most:
+            remedy = f"set Backend.MTU so that pods get {most} or less (flannel.N: {most}), or mend the link"
+            verdict = verdict._replace(text=f"{verdict.text}; the largest that pass have {most} bytes", remedy=remedy)
+    if wrong and verdict.state is not State.OK:
+        verdict = Verdict(State.REFUSED, f"this node's own kernel: {wrong[0]}", "as it says")
+    elif not goal.peer["ok"]:
+        verdict = Verdict(
+            State.REFUSED, f"this node lacks {', '.join(goal.peer['missing'])} of it", "overlay status says why"
+        )
+    elif verdict.state is State.OK and goal.pod:
+        verdict = _of_pod(goal, asked[len(Kind) :])
+    far = [] if verdict.state is State.OK else far_side.said(found, goal.peer)
+    peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
+    target = ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"]
+    return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far}
+
+
+def _as_json(
+    target: str, peer: dict[str, Any] | None, verdict: Verdict, wrong: list[str], rungs: list[Rung], asked: list[Asked]
+) -> dict[str, Any]:
+    return {
+        "target": target,
+        "peer": peer,
+        "state": verdict.state.name.lower(),
+        "verdict": verdict.text,
+        "remedy": verdict.remedy,
+        "look_ups": wrong,
+        "far_side": [],
+        "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
+    }
+
+
+def _probe(family: Family, rung: Rung, asked: Asked) -> dict[str, Any]:
+    return {
+        "name": rung.name,
+        "address": ip_text(family.number, rung.address),
+        "packet_bytes": rung.mtu or None,
+        "sent": asked.outcome.sent,
+        "answered": asked.outcome.answered,
+        "rtt_us": asked.rtt_us,
+        "refused": asked.outcome.refused,
+    }
+
+
+def _heard(found: dict[str, Any], goal: Goal) -> bool:
+    """Whether the agent heard that peer lately, though it does not answer."""
+    for each in found.get("reachability", ()):
+        if each["subnet"] == goal.peer["subnet"]:
+            heard, answered = each["heard_age_s"], each["answered_age_s"]
+            return heard is not None and heard < 30 and (answered is None or heard < answered)
+    return False
+
+
+def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
+    """What is behind a tunnel that is whole."""
+    gateway, small, full = (each.outcome for each in asked)
+    node, pod = goal.peer["node_name"] or goal.peer["public_ip"], ip_text(4, goal.pod)
+    if full.ok:
+        return Verdict(State.OK, "answers")
+    if small.ok:
+        return Verdict(
+            State.PATH_MTU,
+            "the pod answers small packets, not full-size ones, though its node does: its interface has another MTU, or a"
+            " filter of that node drops fragments",
+            f"on {node}: ip link show; FLANNEL_MTU in subnet.env, and the pods' bridge",
+        )
+    if not gateway.ok:
+        return Verdict(
+            State.UNREACHABLE,
+            f"the tunnel to {node} is whole, but neither the gateway of its pods nor the pod answers: no pod was made there"
+            " yet, or its bridge is down, or another filter drops them",
+            f"on {node}: overlay check {pod}; overlay status",
+        )
+    return Verdict(
+        State.UNREACHABLE,
+        f"the tunnel to {node} is whole, and its pods' gateway answers; the pod does not: it is down or drops pings, or"
+        f" {node} does not forward to it (forwarding of the bridge, a filter, a policy)",
+        f"on {node}: overlay check {pod}",
+    )
+
+
+def local(found: dict[str, Any], address: int) -> dict[str, Any]:
+    """A pod of this node."""
+    rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
+    asked = ladder.ask(V4, rungs)
+    if asked[1].outcome.ok:
+        verdict = Verdict(State.OK, "answers, from this node")
+        if found["problems"]:
+            verdict = Verdict(State.OK, "answers this node; what comes from others may meet this node's problems")
+    elif asked[0].outcome.ok:
+        verdict = Verdict(
+            State.PATH_MTU, "answers small packets, not full-size ones", "ip link show, of the bridge and its ports"
+        )
+    else:
+        refused = f" ({asked[0].outcome.refused})" if asked[0].outcome.refused else ""
+        verdict = Verdict(
+            State.UNREACHABLE,
+            f"the pod does not answer its own node{refused}: it is down, has no such address, or drops pings",
+            "kubectl get pod -o wide; ip neigh show (is it there, with which MAC?); overlay status",
+        )
+    return _as_json(ip_text(4, address), None, verdict, [], rungs, asked)
