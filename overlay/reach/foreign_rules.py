@@ -22,8 +22,9 @@ from overlay.kernel.nftables.program import Chain
 from overlay.reach import filters, iptables_lines, ways
 from overlay.reach.filters import Flow, Rule, Verdict
 
-GAP_S, SHARE = 2.0, 50
-"""After a change, and a fiftieth of the time at most: kube-proxy changes its rules all day long."""
+GAP_S, SHARE, MOST_GAP_S = 2.0, 50, 30.0
+"""After a change, and a fiftieth of the time at most: kube-proxy changes its rules all day long. On a machine so busy that
+this takes long it is looked after MOST_GAP_S all the same."""
 CHECK_S, CHECK_LEGACY_S = 300.0, 60.0
 """Without an event; of the old tables there are none."""
 DROPS, MASQUERADES, DOUBTFUL, UNREAD = "foreign rules", "foreign masquerade", "doubtful rules", "filters"
@@ -123,7 +124,7 @@ class ForeignRulesController(BackgroundController):
 
     def _done(self, result: tuple[dict[str, list[str]], float]) -> None:
         found, cost = result
-        self._not_before = self._clock() + cost * SHARE
+        self._not_before = self._clock() + min(cost * SHARE, MOST_GAP_S)
         for subject, lines in found.items():
             self._health.report(subject, "; ".join(lines), harmless=subject != DROPS, outside=True)
 
