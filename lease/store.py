@@ -127,7 +127,8 @@ class Store(LeaseSource, Protocol):
         """The leases that were written after a revision."""
 
     def create(self, lease: Lease, ttl_s: int) -> Lease:
-        """Create the record if no record of that base is there, atomically. Raises SubnetTaken."""
+        """Create the record if no record of that base is there, atomically. ttl_s: its life, 0: for ever (a reservation).
+        Raises SubnetTaken."""
 
     def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
         """Replace a record (same key) if it is still at `old.modified`, under the etcd lease of `old` (none: under none);

@@ -121,11 +121,12 @@ class EtcdStore:
             key=self._subnets + first,
             range_end=self._subnets + after,
         )
-        handle = self._client.grant(ttl_s)
+        handle = self._client.grant(ttl_s) if ttl_s else 0
         key, value = self._subnets + lease.key.encode(), encode_value(lease)
         answer = self._client.txn([absent], [_put(key, value, handle)])
         if not answer.succeeded:
-            self._client.revoke(handle)
+            if handle:
+                self._client.revoke(handle)
             raise SubnetTaken(f"{lease.key} was taken by another node first")
         revision = int(answer.header.revision)
         return lease._replace(created=revision, modified=revision, handle=handle)

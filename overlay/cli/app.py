@@ -14,6 +14,7 @@ from overlay.cli.cluster import cluster
 from overlay.cli.complete import completion
 from overlay.cli.doctor import doctor
 from overlay.cli.lab import lab
+from overlay.cli.leases import leases
 from overlay.cli.man import man
 from overlay.cli.page import page
 from overlay.cli.report import report
@@ -144,6 +145,7 @@ app.add_command(cluster)
 app.add_command(completion)
 app.add_command(doctor)
 app.add_command(lab)
+app.add_command(leases)
 app.add_command(man)
 app.add_command(page)
 app.add_command(report)
