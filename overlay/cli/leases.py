@@ -84,7 +84,7 @@ def show(word: str, as_json: bool, flags: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="as JSON")
 @_STORE
 def check(as_json: bool, flags: tuple[str, ...]) -> None:
-    """What is wrong among the leases: conflicts, unreadable records, leases that nobody renews; how much of the range is taken.
+    """What is wrong among the leases: conflicts, unreadable records, leases that nobody renews; the use of the range.
 
     Exit status: 0 nothing serious, 1 something is, 2 a wrong flag.
     """
