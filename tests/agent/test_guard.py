@@ -134,6 +134,9 @@ def addresses(world, node: str) -> str:
 def test_what_somebody_does_to_the_table_is_undone(world):
     first, _ = world.nodes(2)
     assert "192.168.1.3" in addresses(world, "node1")
+    world.settled(first)
+    for memory in ("unknown_senders", "beside_sources"):  # who sent before his record had come here is remembered
+        world.run("node1", "nft", f"flush set ip {TABLE} {memory}")
     ruleset = world.run("node1", "nft", "-s", "list", "table", "ip", TABLE)
     for command in (
         f"delete table ip {TABLE}", f"flush set ip {TABLE} vteps", f"flush chain ip {TABLE} input",
