@@ -12,7 +12,8 @@ from typing import Any
 from lease.regular import content
 from overlay.ask.signing import HEADER, NotSigned, Question, answer_signature, header, same, secret_of, signature
 
-CONNECTED_S, ANSWERED_S = 1.0, 5.0
+CONNECTED_S, ANSWERED_S, COUNTED_S = 1.0, 5.0, 25.0
+"""To connect; for an answer; for one that needs nft and the rules of others read, on a busy machine."""
 LONGEST = 64 << 20
 
 
@@ -41,12 +42,14 @@ def path_of(route: str, words: Mapping[str, Any]) -> str:
     return f"{route}?{query}" if query else route
 
 
-def ask_agent(addresses: tuple[str, ...], port: int, secret: bytes, path: str) -> dict[str, Any]:
+def ask_agent(
+    addresses: tuple[str, ...], port: int, secret: bytes, path: str, within_s: float = ANSWERED_S
+) -> dict[str, Any]:
     """Ask an agent by the first of its addresses at which it answers (its VTEP, its public IP). Raises NoAnswer."""
     reasons = []
     for address in addresses:
         try:
-            return _ask(address, port, secret, path)
+            return _ask(address, port, secret, path, within_s)
         except Refusal:
             raise
         except NoAnswer as error:  # by somebody else, who listens there
@@ -56,14 +59,14 @@ def ask_agent(addresses: tuple[str, ...], port: int, secret: bytes, path: str) -
     raise NoAnswer("; ".join(reasons))
 
 
-def _ask(address: str, port: int, secret: bytes, path: str) -> dict[str, Any]:
+def _ask(address: str, port: int, secret: bytes, path: str, within_s: float) -> dict[str, Any]:
     question = Question(path, address, int(time.time()), os.urandom(16).hex())
     with socket.create_connection((address, port), CONNECTED_S) as connection:
-        connection.settimeout(ANSWERED_S)
+        connection.settimeout(within_s)
         head = f"GET {path} HTTP/1.0\r\nHost: {address}\r\n{HEADER}: {header(secret, question)}\r\n\r\n"
         connection.sendall(head.encode())
         data = bytearray()
-        end = time.monotonic() + ANSWERED_S
+        end = time.monotonic() + within_s
         while chunk := connection.recv(1 << 16):
             data += chunk
             if len(data) > LONGEST or time.monotonic() > end:

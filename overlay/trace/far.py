@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from lease.model import ip_text, prefix
-from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
+from overlay.ask.client import COUNTED_S, NoAnswer, ask_agent, path_of, secret_in
 from overlay.ask.server import Refused
 from overlay.kernel.netlink import KernelError, error_text
 from overlay.trace.end import End, Looked, Passed
@@ -18,7 +18,7 @@ from overlay.trace.paths import BEGIN, END
 from overlay.trace.points import Gap, Point
 from overlay.trace.probe import PROTOCOLS, Probe
 
-MOST, FORGOTTEN_S = 16, 30.0
+MOST, FORGOTTEN_S = 16, 60.0
 """So many are counted at once; what was begun is taken away after so long, whatever becomes of who asked."""
 
 
@@ -28,7 +28,7 @@ class Traces:
     def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
         """status: this agent's, of now."""
         self._status = status
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         self._ends: dict[str, End] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         """Of those that are over: who did not get the answer asks again."""
@@ -74,8 +74,11 @@ class Traces:
             self._forget(name)
 
     def end(self, words: Mapping[str, str]) -> dict[str, Any]:
-        """What was counted, and what the look-ups say. Raises Refused."""
-        name = words.get("id", "")
+        """What was counted, and what the look-ups say; who asks again meanwhile waits for the same. Raises Refused."""
+        with self._ending:
+            return self._end(words.get("id", ""))
+
+    def _end(self, name: str) -> dict[str, Any]:
         with self._lock:
             end = self._ends.pop(name, None)
             if name in self._answers:
@@ -169,7 +172,7 @@ def _asker(found: Mapping[str, Any], name: str, addresses: tuple[str, ...]) -> C
     asking = found.get("asking")
     if not asking:
         raise NotTraceable(f"{name} was not asked: agents do not ask each other here (--ask-secret-file)")
-    return lambda path: ask_agent(addresses, asking["port"], secret_in(asking["secret_file"]), path)
+    return lambda path: ask_agent(addresses, asking["port"], secret_in(asking["secret_file"]), path, COUNTED_S)
 
 
 def ask_far(found: Mapping[str, Any], vtep: str, public_ip: str, name: str, probe: Probe) -> AskedEnd:
