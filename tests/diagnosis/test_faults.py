@@ -15,7 +15,7 @@ import pytest
 
 from overlay.lab import netns
 from tests.support.diagnosis import Row
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 
 class Fault(NamedTuple):
@@ -219,7 +219,7 @@ def is_well(agents: list[Any]) -> bool:
     return True
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_named_on_both_ends_and_nowhere_else(world, row, asking, name):
     fault, agents = FAULTS[name], world.nodes(3, *asking)
@@ -276,7 +276,7 @@ def port_of(world: Any, node: str) -> str:
     return next(each["ifname"] for each in listed if each["ifindex"] == link["link_index"])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_an_agent_that_is_dead_on_the_far_side_is_seen_where_it_matters(world, row, asking):
     """Its datapath stays, and learns of nobody who joins: to him alone it is a fault."""
     one, two = world.nodes(2, *asking)
@@ -313,7 +313,7 @@ def test_an_agent_that_is_dead_on_the_far_side_is_seen_where_it_matters(world, r
     )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(400 * PATIENCE)
 def test_loss_in_one_direction_is_said_of_that_peer_alone(world, row, asking):
     agents = world.nodes(3, *asking)
     pods = [world.pod(agent, "a") for agent in agents]
@@ -346,7 +346,7 @@ FULL_SIZE = (
 )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_full_size_packets_that_the_tunnel_loses_cost_no_trace_its_other_end(world, asking):
     """What the other node counted is a large answer itself."""
     agents = world.nodes(2, *asking)
@@ -359,7 +359,7 @@ def test_full_size_packets_that_the_tunnel_loses_cost_no_trace_its_other_end(wor
     assert {step["node"] for step in found["rounds"][0]["steps"]} == {"node1", "node2"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_packets_of_others_are_not_taken_for_probes(world, asking):
     """A pod sends so many others that each identification comes up."""
     agents = world.nodes(2, *asking)
@@ -376,7 +376,7 @@ def test_packets_of_others_are_not_taken_for_probes(world, asking):
         talking.stop()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_a_trace_that_is_ended_leaves_nothing_and_neither_does_one_that_is_killed(world, asking):
     agents = world.nodes(2, *asking)
     pods = [world.pod(agent, "a") for agent in agents]
@@ -402,7 +402,7 @@ def test_a_trace_that_is_ended_leaves_nothing_and_neither_does_one_that_is_kille
     counters_are_gone(world, agents[1:])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 def test_a_stranger_with_the_pods_address_is_not_entered(world, asking):
     agents = world.nodes(2, *asking)
     pods = [world.pod(agent, "a") for agent in agents]

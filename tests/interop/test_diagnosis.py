@@ -9,7 +9,7 @@ import pytest
 
 from tests.diagnosis.test_faults import DROP, FORWARD, GONE, SILENT, asking, check, trace  # noqa: F401 (fixtures)
 from tests.interop.conftest import Flanneld
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 
 class Fault(NamedTuple):
@@ -54,7 +54,7 @@ def said(agents: list[Any], expected: str) -> bool:
     return True
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * PATIENCE)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_flannels_node_is_named_by_ours(world, asking, name):  # noqa: F811 (a fixture)
     fault = FAULTS[name]
