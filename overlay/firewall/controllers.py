@@ -27,6 +27,8 @@ from overlay.process.log import log
 DIRECT_S = 3600.0
 """Peers may come without the tunnel for so long after the network config says so no more: it reaches nodes one by one, and
 one whose agent does not run sends as it did."""
+LOOK_AGAIN_S = 5.0
+"""After an unknown sender was seen: is his record here now?"""
 NAMED = 3
 """So many interfaces are named in a problem."""
 
@@ -121,6 +123,8 @@ class GuardController(_TableController):
         super().__init__(sets, owned, clock)
         self._family, self.guard, self._health = family, table, health
         self._name_senders_at = 0.0
+        self._suspects: frozenset[str] = frozenset()
+        """Unknown senders of the last look."""
         self._direct_until: float | None = None
         """Peers may come without the tunnel; None: not known yet."""
 
@@ -194,12 +198,15 @@ class GuardController(_TableController):
                 self._cadence.ended()
         self.guard.apply()
         if self._clock() >= self._name_senders_at:
-            self._name_senders_at = self._clock() + RECHECK_S
             self._name_senders(wants.direct)
         return self.guard.checking()
 
     def _name_senders(self, direct: bool) -> None:
-        there = ", ".join(self.guard.unknown_senders())
+        """Those that a look before saw as well: the frames of who just joined may be faster than his record."""
+        found = self.guard.unknown_senders()
+        there = ", ".join(each for each in found if each in self._suspects)
+        self._suspects = frozenset(found)
+        self._name_senders_at = self._clock() + (LOOK_AGAIN_S if found else RECHECK_S)
         self._health.report(
             "unknown senders",
             there

@@ -14,6 +14,7 @@ from overlay.control.background import Finished
 from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
 from overlay.firewall import antispoof, guard, let_in
+from overlay.firewall.controllers import LOOK_AGAIN_S
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import program
@@ -232,3 +233,23 @@ def test_a_device_comes_up_where_no_table_can_be_made(bench, monkeypatch, code):
     bench.guard().shut(bench.current.inputs, "flannel.1")
     with pytest.raises(KernelError):
         bench.reconcile(bench.guard())
+
+
+def test_a_sender_whose_record_comes_a_moment_later_is_no_stranger(bench, monkeypatch):
+    """A node that just joined asks its peers at once."""
+    monkeypatch.setattr(guard, "NetfilterSocket", lambda: bench.kernel)
+    controller = bench.guard()
+    bench.reconcile(controller)
+    bench.kernel.tables["ip", guard.table_name(1)]["unknown_senders"] = {ip_number("192.168.1.9", 4).to_bytes(4, "big")}
+    bench.clock.now += 60
+    bench.reconcile(controller)
+    assert "unknown senders" not in bench.problems()
+    assert controller.due() <= bench.clock.now + LOOK_AGAIN_S
+    bench.clock.now += LOOK_AGAIN_S
+    bench.reconcile(controller)
+    assert "192.168.1.9, an address that no peer's record has" in bench.problems()["unknown senders"]
+    controller.guard.peer_changed(None, lease("10.244.9.0/24", "192.168.1.9"))
+    bench.clock.now += LOOK_AGAIN_S
+    bench.reconcile(controller)
+    bench.reconcile(controller)
+    assert "unknown senders" not in bench.problems()
