@@ -52,7 +52,7 @@ sbom: setup ## all that is in the image, as CycloneDX
 	.ci/cluster-setup
 	.ci/sbom
 
-diagnosis: setup ## faults planted in a lab of three nodes, and what status and check say of each: writes docs/diagnosis.md (4 minutes)
+diagnosis: setup ## faults planted in a lab of three nodes, and what status and check say of each: writes docs/diagnosis.md (6 minutes)
 	OVERLAY_DIAGNOSIS_TABLE=1 $(PY) -m pytest tests/diagnosis -n 2
 
 diagnosis-mixed: setup ## the same with the real flanneld as one of the nodes (builds it: Go, some minutes)
