@@ -28,6 +28,7 @@ TOO_EARLY = 504
 SINGLY = 16
 """So many unknown uids at once are asked for one by one; more by one list."""
 UNAVAILABLE = "NetworkUnavailable"
+ZONE = "topology.kubernetes.io/zone"
 
 
 class NodeGone(RecordChanged):
@@ -72,6 +73,8 @@ class NodeStore:
         self._doubtful = False
         """Whether the next list must be a whole one, podCIDRs and all."""
         self._hints = Hints()
+        self.zone = ""
+        """Where our own Node is, by its label, as last read."""
         self._watch = Watch(self._client, NODES, self._probe)
 
     @property
@@ -293,6 +296,7 @@ class NodeStore:
                 raise NodeGone(f"there is no Node {self._own}") from error
             raise
         meta = item["metadata"]
+        self.zone = str((meta.get("labels") or {}).get(ZONE) or "")
         conditions = (item.get("status") or {}).get("conditions") or []
         found: dict[str, str] = next((c for c in conditions if c.get("type") == UNAVAILABLE), {})
         seen = node_of_json(item, ())

@@ -12,7 +12,7 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
 from overlay.probes.ladder import Asked, Rung
-from overlay.probes.verdict import Kind, State, Verdict, judge
+from overlay.probes.verdict import Kind, State, Verdict, judge, of_size
 from overlay.reach import ways
 from overlay.reach.causes import Causes
 
@@ -152,10 +152,7 @@ def _result(
     by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
     verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
-        most = ladder.largest(V4, rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu)
-        if most:
-            remedy = f"set Backend.MTU so that pods get {most} or less (flannel.N: {most}), or mend the link"
-            verdict = verdict._replace(text=f"{verdict.text}; the largest that pass have {most} bytes", remedy=remedy)
+        verdict = of_size(verdict, ladder.largest(V4, rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0)
     if wrong and verdict.state is not State.OK:
         verdict = Verdict(State.REFUSED, f"this node's own kernel: {wrong[0]}", "as it says")
     elif not goal.peer["ok"]:

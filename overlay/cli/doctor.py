@@ -14,6 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
 from overlay.cli.status import NoAgent, asked
 from overlay.doctor import agent, host, network
@@ -86,7 +87,7 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
             "network", "what needs an agent's word: sysctls, firewalls, MTUs, offloads, addresses, store, lease"
         )
         return
-    for of_agent in (agent.agent, agent.store, agent.lease, network.counters):
+    for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
         yield from _guarded(of_agent.__name__, of_agent, found)
     requests = RequestSocket()
     try:
@@ -109,7 +110,7 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
 def _guarded(subject: str, check: Callable[..., Findings], *arguments: Any) -> Findings:
     try:
         yield from check(*arguments)
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError, NoAnswer) as error:
         yield unknown(subject, f"could not be looked at: {error}")
 
 

@@ -151,7 +151,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
             "answers": _answers(known),
             "rtt": rtt_text(known["rtt_us"]),
             "heard": "" if known["heard_age_s"] is None else f"{known['heard_age_s']:.0f}s ago",
-            "mtu": _mtu(known["state"], found["device"]),
+            "mtu": _mtu(known, found["device"]),
         }
         well = peer["ok"] and known["state"] in ("ok", "untried")
         table.add_row(*(Text(words[column]) for column in columns), style="" if well else "red")
@@ -177,10 +177,10 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
 _UNTRIED = {"state": "untried", "answered_age_s": None, "heard_age_s": None, "rtt_us": None}
 
 
-def _mtu(state: str, device: dict[str, Any]) -> str:
+def _mtu(known: dict[str, Any], device: dict[str, Any]) -> str:
     """The size of the packets that pass, as far as it was tried."""
-    mtu = (device or {}).get("mtu", "")
-    return {"ok": str(mtu), "path_mtu": f"below {mtu}"}.get(state, "?")
+    mtu, path = (device or {}).get("mtu", ""), known.get("path_mtu")
+    return {"ok": str(mtu), "path_mtu": str(path) if path else f"below {mtu}"}.get(known["state"], "?")
 
 
 def _answers(known: dict[str, Any]) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from overlay.ask.client import NoAnswer, Refusal, ask_agent, secret_in
 from overlay.cni.lists import CONFLIST
 from overlay.cni.plugins import PLUGIN_PLACES
 from overlay.doctor.finding import Finding, Findings, State, ok, unknown
+from overlay.page.gather import ROUTE as SUMMARY
 
 SOON_S = 120
+CLOCKS_ASKED, CLOCKS_APART_S = 5, 5
 
 
 def agent(found: Mapping[str, Any]) -> Findings:
@@ -71,6 +76,41 @@ def lease(found: Mapping[str, Any]) -> Findings:
         )
     else:
         yield ok("lease", f"{it['subnet']} ({it['method']})")
+
+
+def clocks(found: Mapping[str, Any]) -> Findings:
+    """Whether other nodes' clocks say the same as this one's; asked of a few, where agents ask each other."""
+    subject, asking, peers = "clocks", found.get("asking"), found["peers"]
+    if not asking or not peers:
+        why = "there are no peers" if asking else "agents do not ask each other here (--ask-secret-file)"
+        yield unknown(subject, f"other nodes' were not compared with this one's: {why}")
+        return
+    secret, apart, same = secret_in(asking["secret_file"]), list[str](), 0
+    for peer in random.sample(peers, min(len(peers), CLOCKS_ASKED)):
+        name = peer["node_name"] or peer["public_ip"]
+        addresses = (peer["subnet"].partition("/")[0], peer["public_ip"])
+        try:
+            there = ask_agent(addresses, asking["port"], secret, SUMMARY)["time_s"]
+            differ = abs(int(time.time()) - there)
+        except Refusal as error:  # by the time of our question, which it does not believe
+            apart += [f"{name} ({error})"] * ("clock" in str(error))
+            continue
+        except (NoAnswer, KeyError):
+            continue
+        same += differ <= CLOCKS_APART_S
+        apart += [f"{name} ({differ} s)"] * (differ > CLOCKS_APART_S)
+    if apart:
+        yield Finding(
+            subject,
+            State.WARN,
+            f"this node's clock and that of {', '.join(apart)} differ",
+            "agents that are more than a minute apart do not answer each other; certificates may seem to be over",
+            "on both: timedatectl, or chronyc tracking; apt-get install chrony",
+        )
+    elif same:
+        yield ok(subject, f"those of {same} other nodes say the same as this one's")
+    else:
+        yield unknown(subject, "no other node's agent answered")
 
 
 def cni(root: Path, conf_dir: str) -> Findings:

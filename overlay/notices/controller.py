@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from overlay.control.background import BackgroundController
@@ -20,6 +20,9 @@ MOST, WITHIN_S = 10, 600.0
 
 class Teller(Protocol):
     """Who writes it (lease.stores.kubernetes.NodeStore). Each raises StoreUnavailable or ApiError."""
+
+    zone: str
+    """Of our Node, "" where it has none."""
 
     def tell(self, event: dict[str, Any]) -> None:
         """Create an Event."""
@@ -106,6 +109,10 @@ class NoticesController(BackgroundController):
     def due(self) -> float | None:
         """Now and then."""
         return self._next
+
+    def status(self) -> Mapping[str, object]:
+        """`zone`: of our Node, "" where it has none."""
+        return {"zone": self._teller.zone if self._teller is not None else ""}
 
     def withdraw(self) -> Iterator[str]:
         """Events end by themselves (an hour); the condition is taken off with the annotations (lease.tenure.kubernetes)."""

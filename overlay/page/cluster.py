@@ -74,8 +74,8 @@ def cluster(
 
 def _node(base: Mapping[str, Any], summary: Mapping[str, Any] | None, asked: str, why: str) -> dict[str, Any]:
     public_ip = base["public_ip"]
-    group = ""
-    if public_ip:
+    group = (summary or {}).get("zone", "")
+    if public_ip and not group:
         group = f"{ip_text(4, ip_number(public_ip, 4) & 0xFFFFFF00)}/24"
     made: dict[str, Any] = {"name": base["node"], "public_ip": public_ip, "subnet": base["subnet"], "group": group}
     made |= {"asked": asked, "why": why, "from_here": "here" if summary is base else "untried"}

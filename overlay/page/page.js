@@ -114,7 +114,7 @@ function heat(shown) {
     if (next) { event.target.tabIndex = -1; next.tabIndex = 0; next.focus(); event.preventDefault(); }
   };
   const groups = [...new Set(order.map((number) => data.nodes[number].group))];
-  return make("div", {}, make("p", { class: "dim" }, `in the order of their underlay networks: ${groups.slice(0, 8).join(", ")}${groups.length > 8 ? ", …" : ""}`), grid);
+  return make("div", {}, make("p", { class: "dim" }, `in the order of their zones, or else underlay networks: ${groups.slice(0, 8).join(", ")}${groups.length > 8 ? ", …" : ""}`), grid);
 }
 
 function press(element, act) {

@@ -1,8 +1,9 @@
-"""What one agent says of itself and of some peers, from its status: small enough to be asked of many. Pure."""
+"""What one agent says of itself and of some peers, from its status: small enough to be asked of many."""
 
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,8 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
         "ready": found["ready"],
         "uptime_s": found["uptime_s"],
         "mtu": device.get("mtu"),
+        "zone": found.get("zone", ""),
+        "time_s": int(time.time()),
         "config": config_of(found),
         "peers": len(found["peers"]),
         "problems": [

@@ -69,7 +69,9 @@ class ProbesController(Controller):
         self._family, self._health, self._clock = family, health, clock
         self._some_peers, self._peer_of, self._make_socket = some_peers, peer_of, make_socket
         self._port = 0
-        self.mesh = Mesh(lambda: self._port)
+        self._mtus = 0, 0
+        """The tunnel's, the underlay's."""
+        self.mesh = Mesh(lambda: self._port, self._largest)
         self._packed: Collection[bytes] = ()
         self._credit = 0.0
         """Visits that are due, by the interval."""
@@ -117,7 +119,7 @@ class ProbesController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Take the answers, send what is due. Raises OSError: no raw socket."""
-        self._port = wants.port
+        self._port, self._mtus = wants.port, (wants.tunnel_mtu, wants.underlay_mtu)
         if self._socket is None or self._askers is None or self._of != (wants.network, wants.length):
             self._close()
             self._socket = self._make_socket(self._family, None, 0)
@@ -131,7 +133,7 @@ class ProbesController(Controller):
         self._last, self._next = now, now + TICK_S
         self.mesh.expire(now)
         for probe in self._due(now, passed):
-            self._send(self._socket, probe, wants, now)
+            self._send(self._socket, probe, now)
         self._report()
         return False
 
@@ -180,9 +182,12 @@ class ProbesController(Controller):
         self._place += count
         return peers
 
-    def _send(self, echoes: EchoSocket, probe: Probe, wants: _Wants, now: float) -> None:
-        mtu = wants.tunnel_mtu if probe.kind.by_tunnel and not probe.target.direct else wants.underlay_mtu
-        size = data_of(self._family, mtu) if probe.kind.full else SMALL
+    def _largest(self, target: Target, by_tunnel: bool = True) -> int:
+        return self._mtus[0] if by_tunnel and not target.direct else self._mtus[1]
+
+    def _send(self, echoes: EchoSocket, probe: Probe, now: float) -> None:
+        mtu = probe.mtu or self._largest(probe.target, probe.kind.by_tunnel)
+        size = data_of(self._family, mtu) if probe.kind.full or probe.mtu else SMALL
         address = probe.target.vtep if probe.kind.by_tunnel else probe.target.public_ip
         sequence = self.mesh.sent(probe, now, time.time_ns())
         refused = echoes.send(address, sequence, size)
@@ -309,6 +314,7 @@ class Reachability:
             "subnet": str(prefix_of(there, self._family.number)),
             "state": report.verdict.state.name.lower(),
             "text": report.verdict.text,
+            "path_mtu": report.verdict.path_mtu or None,
             "answered_age_s": _rounded(report.answered_s),
             "heard_age_s": _rounded(report.heard_s),
             "rtt_us": report.rtt_us if report.answered_s is not None else None,

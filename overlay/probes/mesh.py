@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from overlay.probes.verdict import Kind, Outcome, State, Verdict, judge
+from overlay.probes.path import Search
+from overlay.probes.verdict import Kind, Outcome, State, Verdict, judge, of_size
 
 INTERVAL_S = 10.0
 """Each peer is visited so often where there are not too many for the budget."""
@@ -42,16 +43,18 @@ class Target(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """One packet to be sent."""
+    """One packet to be sent. mtu: its size, where the path's MTU is looked for; 0: by its kind."""
 
     target: Target
     kind: Kind
+    mtu: int = 0
 
 
 class _Doubt:
-    """A peer that did not answer. rounds: how many were asked; next_s: when again."""
+    """A peer that did not answer. rounds: how many were asked; next_s: when again; path: the search for
+    the path's MTU, once only small packets pass."""
 
-    __slots__ = ("next_s", "outcomes", "rounds", "since_s", "target", "verdict")
+    __slots__ = ("next_s", "outcomes", "path", "rounds", "since_s", "target", "verdict")
 
     def __init__(self, target: Target, now: float) -> None:
         self.target, self.since_s, self.next_s = target, now, now
@@ -59,6 +62,7 @@ class _Doubt:
         self.outcomes: dict[Kind, Outcome] = {}
         self.verdict: Verdict | None = None
         """Of the last whole look, None before the first."""
+        self.path: Search | None = None
 
 
 class Report(NamedTuple):
@@ -111,9 +115,9 @@ class Known(NamedTuple):
 class Mesh:
     """All peers' states, 13 bytes each beside one dict."""
 
-    def __init__(self, port: Callable[[], int]) -> None:
-        """port: the tunnel's, for what is said."""
-        self._port = port
+    def __init__(self, port: Callable[[], int], mtu: Callable[[Target], int] = lambda _target: 0) -> None:
+        """port: the tunnel's, for what is said; mtu: the largest that a peer is asked by, 0: not known."""
+        self._port, self._mtu = port, mtu
         self._slots: dict[int, int] = {}
         self._free: list[int] = []
         self._answered, self._heard = array("f"), array("f")
@@ -125,9 +129,9 @@ class Mesh:
         self._doubts: dict[int, _Doubt] = {}
         self._silent: set[int] = set()
         """Peers that never answered, nor did anybody at their underlay address."""
-        self._waiting: deque[tuple[float, int, Target, Kind]] = deque()
+        self._waiting: deque[tuple[float, int, Probe]] = deque()
         """Probes under way, in the order in which they were sent: when they are lost, their sequence number."""
-        self._sent: dict[int, tuple[Target, Kind, int]] = {}
+        self._sent: dict[int, tuple[Probe, int]] = {}
         """By sequence number; when, by the wall clock in ns."""
         self._sequence = 0
         self.counts = {"sent": 0, "answered": 0, "lost": 0, "refused": 0}
@@ -168,7 +172,7 @@ class Mesh:
         self._first.pop(number, None)
         self._doubts.pop(number, None)
         self._silent.discard(number)
-        for sequence in [sequence for sequence, (target, _, _) in self._sent.items() if target.number == number]:
+        for sequence in [sequence for sequence, (probe, _) in self._sent.items() if probe.target.number == number]:
             del self._sent[sequence]  # of its answer, or that there is none, nothing follows for the next one
 
     # --- what is asked
@@ -213,14 +217,17 @@ class Mesh:
             self._doubts[number] = doubt
             left -= len(Kind)
             yield from (Probe(doubt.target, kind) for kind in Kind)
+            if doubt.path is not None:
+                left -= 1
+                yield Probe(doubt.target, Kind.VTEP, doubt.path.next())
 
     def sent(self, probe: Probe, now: float, now_ns: int) -> int:
         """A probe is about to be sent; its sequence number."""
         self._sequence = (self._sequence + 1) & 0xFFFF
         self._first.pop(probe.target.number, None)
         self._slot(probe.target.number)
-        self._sent[self._sequence] = (probe.target, probe.kind, now_ns)
-        self._waiting.append((now + ANSWER_S, self._sequence, probe.target, probe.kind))
+        self._sent[self._sequence] = (probe, now_ns)
+        self._waiting.append((now + ANSWER_S, self._sequence, probe))
         self.counts["sent"] += 1
         return self._sequence
 
@@ -231,14 +238,14 @@ class Mesh:
         found = self._sent.pop(sequence, None)
         if found is not None:
             self.counts["refused"] += 1
-            self._missed(found[0], found[1], now, reason)
+            self._missed(found[0], now, reason)
 
     def answered(self, sequence: int, source: int, at_ns: int, now: float) -> None:
         """An answer came."""
         found = self._sent.get(sequence)
         if found is None:
             return
-        target, kind, sent_ns = found
+        (target, kind, mtu), sent_ns = found
         if source != (target.vtep if kind.by_tunnel else target.public_ip):
             return
         del self._sent[sequence]
@@ -251,6 +258,10 @@ class Mesh:
             self._answered[slot] = now
             self._rtt[slot] = min(0xFFFF, max(1, (at_ns - sent_ns) // RTT_UNIT_NS))
         doubt = self._doubts.get(target.number)
+        if doubt is not None and mtu:
+            if doubt.path is not None:
+                doubt.path.passed(mtu)
+            return
         if doubt is not None:
             self._note(doubt, kind, True)
         if kind is Kind.VTEP_FULL:
@@ -268,14 +279,15 @@ class Mesh:
     def expire(self, now: float) -> None:
         """What was not answered in time is lost; a look that is whole is judged."""
         while self._waiting and self._waiting[0][0] <= now:
-            _, sequence, target, kind = self._waiting.popleft()
+            _, sequence, probe = self._waiting.popleft()
             found = self._sent.get(sequence)
-            if found is not None and found[0] == target and found[1] == kind:
+            if found is not None and found[0] == probe:
                 del self._sent[sequence]
                 self.counts["lost"] += 1
-                self._missed(target, kind, now, "")
+                self._missed(probe, now, "")
 
-    def _missed(self, target: Target, kind: Kind, now: float, refused: str) -> None:
+    def _missed(self, probe: Probe, now: float, refused: str) -> None:
+        target, kind, mtu = probe
         slot = self._slots.get(target.number)
         if slot is None:
             return
@@ -286,6 +298,10 @@ class Mesh:
                 if target.number not in self._silent and len(self._doubts) < MOST_DOUBTS:
                     self._doubts[target.number] = _Doubt(target, now)
             return
+        if mtu:
+            if doubt.path is not None:
+                doubt.path.lost(mtu)
+            return
         self._note(doubt, kind, False, refused)
         if doubt.rounds >= ROUNDS and kind is Kind.VTEP_FULL:
             heard, ever = self._heard[slot] > doubt.since_s, bool(self._heard[slot] or self._answered[slot])
@@ -293,6 +309,17 @@ class Mesh:
             if doubt.verdict.state is State.SILENT:
                 del self._doubts[target.number]
                 self._silent.add(target.number)
+            self._look_for_path(doubt, refused)
+
+    def _look_for_path(self, doubt: _Doubt, refused: str) -> None:
+        """Where full-size packets are lost on the way, which are not?"""
+        largest = self._mtu(doubt.target)
+        if doubt.verdict is None or doubt.verdict.state is not State.PATH_MTU or refused or not largest:
+            doubt.path = None
+            return
+        if doubt.path is None or doubt.path.largest != largest:
+            doubt.path = Search(largest)
+        doubt.verdict = of_size(doubt.verdict, doubt.path.found)
 
     @staticmethod
     def _note(doubt: _Doubt, kind: Kind, answered: bool, refused: str = "") -> None:

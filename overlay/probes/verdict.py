@@ -63,6 +63,8 @@ class Verdict(NamedTuple):
     state: State
     text: str
     remedy: str = ""
+    path_mtu: int = 0
+    """The size of the largest packets that pass where full-size ones do not, 0: not known."""
 
 
 def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool, ever: bool = True) -> Verdict:
@@ -96,6 +98,14 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool
             "is that node up, and its link? A filter on the way may drop both",
         )
     return _tunnel_silent(port, direct, heard)
+
+
+def of_size(verdict: Verdict, mtu: int) -> Verdict:
+    """What it says once the size is known of the largest packets that pass; 0: it is not."""
+    if not mtu:
+        return verdict
+    remedy = f"set Backend.MTU so that pods get {mtu} or less (flannel.N: {mtu}), or mend the link"
+    return Verdict(verdict.state, f"{verdict.text}; the largest that pass have {mtu} bytes", remedy, mtu)
 
 
 def _small_alone(full: Outcome | None, under_full: Outcome | None) -> Verdict:

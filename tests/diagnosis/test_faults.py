@@ -340,6 +340,28 @@ def test_loss_in_one_direction_is_said_of_that_peer_alone(world, row, asking):
     )
 
 
+AHEAD = "import time; now = time.time; time.time = lambda: now() + 600; import sys; from overlay.main import run; sys.exit(run(sys.argv[1:]))"
+
+
+@pytest.mark.timeout(300 * PATIENCE)
+def test_a_clock_that_is_wrong_costs_no_pod_a_packet_and_doctor_names_it(world, row, asking):
+    one = world.agent(world.node(1), "--node-name=node1", *asking).wait_ready()
+    two = world.agent(world.node(2), "--node-name=node2", *asking, program=AHEAD).wait_ready()
+    pods = [world.pod(agent, "a") for agent in (one, two)]
+    until("all is well", lambda: is_well([one, two]), 45)
+    assert check(world, one, pods[1].address)["state"] == "ok"
+    named = {each["subject"]: each for each in doctor(world, one)}["clocks"]
+    assert named["state"] == "warning"
+    assert re.search(r"this node's clock and that of node2 \(.*its clock and ours differ by 6\d\d s", named["what"]), (
+        named
+    )
+    row(Row("a clock that is ten minutes ahead", {"node1": {"doctor: clocks": named["what"]}}, "answers", "", 0))
+    two.kill()
+    world.agent("node2", "--node-name=node2", *asking).wait_ready()
+    until("all is well again", lambda: is_well([one, world.agents[-1]]), 45)
+    assert {each["subject"]: each["state"] for each in doctor(world, one)}["clocks"] == "ok"
+
+
 FULL_SIZE = (
     "nft add table netdev planted; nft add chain netdev planted in '{ type filter hook ingress device eth0 priority 0; }';"
     " nft add rule netdev planted in udp dport 8472 meta length gt 1414 drop"

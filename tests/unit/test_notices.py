@@ -16,6 +16,8 @@ from overlay.notices.controller import AFTER_S, LOOK_S, MOST, WITHIN_S, NoticesC
 class Api:
     """The API server."""
 
+    zone = "zone-a"
+
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
         self.conditions: list[dict[str, str]] = []

@@ -14,6 +14,7 @@ from lease.records.packed import number, pack
 from overlay.probes import echo
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.probes.mesh import ANSWER_S, BUDGET, INTERVAL_S, OF_DOUBTS
+from overlay.probes.path import Search
 from overlay.probes.verdict import Kind, Outcome, State, judge
 from tests.support.make import lease
 
@@ -175,6 +176,28 @@ def test_small_packets_alone_are_a_path_mtu(bench):
     it.run(2 * INTERVAL_S)
     assert bench.problems()["path mtu"].startswith("all 3 peers, each: small packets pass, full-size ones are lost")
     assert it.states() == {"path_mtu": 3}
+    it.run(60)
+    passes = 1380 - 1 + 28
+    text = bench.problems()["path mtu"]
+    assert f"the largest that pass have {passes} bytes; so it is this node, most likely; set Backend.MTU" in text
+    assert {each["path_mtu"] for each in it.controller.status()["reachability"].json()} == {passes}
+
+
+def test_the_size_that_passes_is_found_anew_when_the_path_changes():
+    search, tried = Search(1450), list[int]()
+    for most in (1337, 1281, 1400):
+        for _ in range(40):
+            tried.append(search.next())
+            (search.passed if tried[-1] <= most else search.lost)(tried[-1])
+        assert search.found == most, tried
+    assert max(tried) <= 1450
+
+
+def test_a_path_on_which_nothing_but_small_packets_passes_has_no_number():
+    search = Search(1450)
+    for _ in range(40):
+        search.lost(search.next())
+    assert search.found == 0
 
 
 def test_a_kernel_that_does_not_send_is_this_nodes_own(bench):
