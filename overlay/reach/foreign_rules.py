@@ -38,6 +38,8 @@ CHAINS, MOST_ELEMENTS = 64, 5000
 """So many chains of others are read, and sets with so many elements, at most."""
 _LEGACY = {"filter": ("FORWARD", "INPUT", "OUTPUT"), "nat": ("PREROUTING", "POSTROUTING")}
 """Base chains of the old tables; each table's kind is its name, each chain's hook too."""
+OWN_TABLES = (TABLE_PREFIX, "overlay_trace_")
+"""What tables of ours are called by (trace.leftovers: those of a trace)."""
 _OLD = "legacy"
 """Stands for a family of nftables, of a chain that iptables-legacy shows."""
 
@@ -166,11 +168,12 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
         yield "postrouting", flow
 
 
-def findings(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str, str]]:
+def findings(family: Family, flows: list[Flow], reader: Reader | None = None) -> Iterator[tuple[str, str, str, str]]:
     """What drops or masquerades them: the hook ("": none was judged), the problem's subject, what a rule does with {these}
-    packets and what to do about it, and which they are. Raises KernelError."""
-    reader = _Reader(family)
-    chains = [chain for chain in program.base_chains(family.nft) if not chain.table.startswith(TABLE_PREFIX)]
+    packets and what to do about it, and which they are. reader: where rules are read that were read already. Raises
+    KernelError."""
+    reader = reader or Reader(family)
+    chains = reader.chains(family.nft, "inet")
     try:
         chains += reader.legacy() if flows else []
     except iptables.NoProgram as missing:
@@ -187,14 +190,11 @@ def findings(family: Family, flows: list[Flow]) -> Iterator[tuple[str, str, str,
                     yield hook, *line
 
 
-def findings_below(family: Family, flow: Flow) -> Iterator[str]:
+def findings_below(family: Family, flow: Flow, reader: Reader | None = None) -> Iterator[str]:
     """The same of the rules below IP (families bridge and netdev), at whatever hook: what drops a flow and what to do about
     it. Raises KernelError."""
-    reader = _Reader(family)
-    chains = (chain for below in ("bridge", "netdev") for chain in program.base_chains(below) if chain.family == below)
-    for chain in chains:
-        if chain.table.startswith(TABLE_PREFIX):
-            continue
+    reader = reader or Reader(family)
+    for chain in reader.chains("bridge", "netdev"):
         verdict = filters.judge(chain, flow, reader.rules, reader.elements)
         if (line := _about(family, chain, flow, verdict)) is not None:
             yield line[1].replace("{these}", flow.what)
@@ -246,13 +246,20 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
     )
 
 
-class _Reader:
+class Reader:
     """Chains of others, each read once."""
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._read: dict[tuple[str, str, str], list[Rule] | None] = {}
         self._sets: dict[tuple[str, str, str], list[Any] | None] = {}
+        self._chains: list[Chain] | None = None
+
+    def chains(self, *families: str) -> list[Chain]:
+        """The base chains of others in nftables' families. Raises KernelError."""
+        if self._chains is None:
+            self._chains = [chain for chain in program.all_base_chains() if not chain.table.startswith(OWN_TABLES)]
+        return [chain for chain in self._chains if chain.family in families]
 
     def elements(self, family: str, table: str, name: str) -> list[Any] | None:
         """Those of a named set or map, as nft lists them; None where it has too many, or cannot be read."""

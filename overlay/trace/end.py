@@ -12,6 +12,7 @@ from lease.model import ip_text, prefix
 from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import program
+from overlay.reach.foreign_rules import Reader
 from overlay.trace import leftovers
 from overlay.trace import node as nodes
 from overlay.trace import points as way
@@ -85,8 +86,9 @@ class End:
         self.back: list[Point] = []
         self.arrives = False
         """The other end is this node's, the first another's."""
-        looks = Looks(node, self._requests, probe, family=self._family)
-        back = Looks(node, self._requests, probe, True, self._family)
+        reader = Reader(self._family)
+        looks = Looks(node, self._requests, probe, reader, False, self._family)
+        back = Looks(node, self._requests, probe, reader, True, self._family)
         self._look: _Look
         self._look_back: _Look = _nothing
         if self.source is not None and self.source.link is None and self.namespace is None:

@@ -27,14 +27,20 @@ class Looks:
     """Of one node, about one probe's way through it."""
 
     def __init__(
-        self, node: Node, requests: RequestSocket, probe: Probe, back: bool = False, family: Family = V4
+        self,
+        node: Node,
+        requests: RequestSocket,
+        probe: Probe,
+        reader: foreign_rules.Reader,
+        back: bool = False,
+        family: Family = V4,
     ) -> None:
-        """back: about the probe's answer."""
+        """reader: of the rules of others; back: about the probe's answer."""
         if back:
             port = 0 if probe.protocol == "icmp" else probe.ident
             probe = probe._replace(source=probe.destination, destination=probe.source, port=port)
         self._node, self._requests, self._probe, self._family = node, requests, probe, family
-        self._back = back
+        self._back, self._reader = back, reader
         names = {index: link.name for index, link in node.links.items()}
         self._causes = Causes(family, requests, node.network, names)
 
@@ -123,7 +129,7 @@ class Looks:
 
     def _below(self, flow: Flow, gap: Gap) -> Found:
         try:
-            yield from ((gap, line) for line in foreign_rules.findings_below(self._family, flow))
+            yield from ((gap, line) for line in foreign_rules.findings_below(self._family, flow, self._reader))
         except KernelError as error:
             yield gap, f"rules of other programs below IP could not be read: {error_text(error)}"
 
@@ -136,7 +142,7 @@ class Looks:
 
     def _filters(self, flow: Flow, gaps: dict[str, Gap]) -> Found:
         try:
-            for hook, subject, line, what in foreign_rules.findings(self._family, [flow]):
+            for hook, subject, line, what in foreign_rules.findings(self._family, [flow], self._reader):
                 if hook in gaps and subject != foreign_rules.MASQUERADES:
                     yield gaps[hook], line.replace("{these}", what)
         except KernelError as error:

@@ -72,6 +72,11 @@ class Chain(NamedTuple):
 
 def base_chains(family: str) -> list[Chain]:
     """All chains that see packets of a family ("ip", "ip6") by themselves. Raises KernelError."""
+    return [chain for chain in all_base_chains() if chain.family in (family, "inet")]
+
+
+def all_base_chains() -> list[Chain]:
+    """Of every family. Raises KernelError."""
     return [
         Chain(
             item["family"],
@@ -83,7 +88,7 @@ def base_chains(family: str) -> list[Chain]:
             item.get("prio", 0),
         )
         for item in _listed("chain", "chains")
-        if item.get("hook") and item["family"] in (family, "inet")
+        if item.get("hook")
     ]
 
 
