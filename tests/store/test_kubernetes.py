@@ -241,6 +241,10 @@ def test_a_write_is_for_one_uid_alone(clean, stores):
     clean.heartbeat("me")
     store = stores(clean)
     view = store.own()
+    assert store.zone == ""
+    clean.patch("me", {"metadata": {"labels": {"topology.kubernetes.io/zone": "zone-a"}}})
+    view = store.own()
+    assert store.zone == "zone-a"
     condition = {"type": "NetworkUnavailable", "status": "False", "reason": "x", "message": "y"}
     store.write(view.uid, {f"{PREFIX}/public-ip": "192.168.1.2"}, condition)
     assert clean.notes("me") == {"public-ip": "192.168.1.2"}

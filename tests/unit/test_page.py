@@ -48,6 +48,11 @@ def test_of_many_some_are_asked_those_with_troubles_first():
     assert len(sample(summary(few, ()), few["peers"], random.Random(1))) == 49
 
 
+def test_nodes_are_grouped_by_the_zone_that_each_says_else_by_their_network():
+    found = made(3, silent={1}, zone="zone-a")
+    assert [node["group"] for node in found["nodes"]] == ["zone-a", "192.168.0.0/24", "192.168.0.0/24"]
+
+
 def test_a_summary_is_small_whatever_is_asked():
     found = status(0, 5000, {(0, each) for each in range(1, 3000)})
     made_of_it = summary(found, [subnet(each) for each in range(5000)])
