@@ -48,6 +48,12 @@ class Pool(NamedTuple):
         step = WIDTH[self.network.family] - self.length
         return Prefix(self.network.family, self.first + (index << step), self.length)
 
+    def place(self, subnet: Prefix) -> int | None:
+        """The place of a subnet, None where it is none of these."""
+        if not self.allows(subnet):
+            return None
+        return (subnet.base - self.first) >> (WIDTH[self.network.family] - self.length)
+
     def touched_by(self, there: Prefix) -> int:
         """How many of the subnets share an address with a prefix."""
         step = WIDTH[self.network.family] - self.length

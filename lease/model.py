@@ -183,6 +183,17 @@ def mac_number(text: str) -> int:
     return int(text.replace(":", ""), 16)
 
 
+def link_local(mac: int) -> int:
+    """The IPv6 link-local address of a MAC: fe80::/64 and its modified EUI-64 (RFC 4291, appendix A)."""
+    return 0xFE80 << 112 | (mac >> 24 ^ 0x020000) << 40 | 0xFFFE << 24 | mac & 0xFFFFFF
+
+
+def mac_of(link_local_address: int) -> int | None:
+    """The MAC that `link_local` made an address of, None where it did not."""
+    mac = (link_local_address >> 40 & 0xFFFFFF ^ 0x020000) << 24 | link_local_address & 0xFFFFFF
+    return mac if link_local(mac) == link_local_address else None
+
+
 def mac_fault(mac: int) -> str | None:
     """Why a MAC cannot be a VTEP's, or None."""
     if mac == 0:

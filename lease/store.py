@@ -134,6 +134,10 @@ class Store(LeaseSource, Protocol):
         """Replace a record (same key) if it is still at `old.modified`, under the etcd lease of `old` (none: under none);
         ttl_s: under a new one of that life. Raises RecordChanged."""
 
+    def move(self, old: Lease, new: Lease) -> Lease:
+        """Replace a record by one of another key, at once, under the same etcd lease, if it is still at `old.modified`
+        and no other record of the new one's base is there. Raises RecordChanged."""
+
     def remove(self, lease: Lease) -> None:
         """Delete a record if it is still at `lease.modified`. Raises RecordChanged."""
 

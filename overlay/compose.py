@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lease.families import V4, Family
+from lease.families import V4, V6, Family
 from lease.model import Lease
 from lease.tenure.claim import Answer
 from overlay.api.serve import Handler
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
     from lease.tenure.claim import Identity
 
 
-FAMILIES: tuple[Family, ...] = (V4,)
-"""Those that the agent has a datapath for; by the first a lease is found to be ours."""
+FAMILIES: tuple[Family, ...] = (V4, V6)
+"""Those that the agent has a datapath for; what is of neither family is built with the first."""
 
 
 class Outside(NamedTuple):
@@ -70,7 +70,7 @@ class Outside(NamedTuple):
     """Ends the agent."""
     store_place: Callable[[], str] = lambda: ""
     config_place: str = ""
-    store_hosts: Callable[[], dict[str, int | None]] = dict
+    store_hosts: Callable[[int], dict[str, int | None]] = lambda _family: {}
     reconnect: Callable[[], None] = lambda: None
     identity_of: Callable[[str], Identity] | None = None
     who_answers: Callable[[int], Answer] = lambda _address: Answer(False, None)
@@ -121,8 +121,8 @@ class _OfFamily:
     """The controllers of one family."""
 
     def __init__(self, family: Family, shared: _Shared) -> None:
-        outside, current, health, owned, requests, sets, refusals, own_key, leave = shared
-        clock, post, links = outside.clock, outside.post, Links(family)
+        outside, current, whole, owned, requests, sets, refusals, own_key, leave = shared
+        clock, post, links, health = outside.clock, outside.post, Links(family), whole.of(family)
         guard = Guard(family, sets, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
         probes = ProbesController(family, health, clock, self._paths, self._path_of)
@@ -151,6 +151,9 @@ class _OfFamily:
             ForeignRulesController(family, post, health, clock, self._some_peers),
             probes,
         )
+        used = bool(owned.prefixes(family.number))
+        for controller in (self.underlay, self.device, self.bridges, self.table, *self.rest):
+            controller.family, controller.used = family, used
 
     def _some_peers(self, place: int, count: int) -> list[ways.Peer]:
         return [ways.Peer(*each[:3]) for each in self.peers.some(place, count)]
@@ -181,11 +184,9 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     shared = _Shared(outside, current, health, owned, requests, sets, refusals, lambda: ownership.key, leave)
     each = [_OfFamily(family, shared) for family in FAMILIES]
     first = each[0]
-    ownership = Ownership(
-        current, FAMILIES[0], health, clock, outside.identity_of, first.device.existing_mac, outside.stop,
-        outside.give_up,
-    )  # fmt: skip
-    network = NetworkConfigInput(current, FAMILIES, health, outside.config_place)
+    existing_macs = {family.number: of.device.existing_mac for family, of in zip(FAMILIES, each, strict=True)}
+    ownership = Ownership(current, health, clock, outside.identity_of, existing_macs, outside.stop, outside.give_up)
+    network = NetworkConfigInput(current, health, outside.config_place)
     paths = [of.path for of in each]
 
     def entered(lease: Lease) -> None:
@@ -206,7 +207,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
         PodsController(FAMILIES[0], pods, sets, owned, health, clock),
-        CniController(current, FAMILIES[0], health, owned, clock, first.bridges.named),
+        CniController(current, health, owned, clock, first.bridges.named),
         AskController(FAMILIES[0], health, outside.ask_routes),
         PageController(outside.page_handler),
         TracesController(outside.post, health, clock),

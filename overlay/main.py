@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease.endpoint import endpoint_parts
+from lease.families import FAMILIES
 from lease.model import ip_number
 from overlay import __version__
 from overlay.api import serve
@@ -135,7 +136,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         stop=lambda reason: inbox.put(Stop(reason, 1)),
         store_place=lambda: store.place,
         config_place=store.config_place,
-        store_hosts=lambda: hosts.known,
+        store_hosts=hosts.of,
         reconnect=store.reconnect,
         identity_of=identity(settings.node_name),
         who_answers=_who_answers,
@@ -162,7 +163,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
     loop.started = started
     files = _watched_files(settings, inbox)
     threads: list[threading.Thread] = [
-        Monitor(inbox.put, made.ports[0]),
+        Monitor(inbox.put, made.ports[0], FAMILIES.values()),
         NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), inbox.put, made.ports[1]),
         claimer,
         *files,
@@ -414,7 +415,7 @@ def _sha256(data: bytes) -> str:
 
 
 class StoreHosts:
-    """The store's IPv4 addresses by the name they were given under, None for one that does not resolve (yet).
+    """The store's addresses of a family by the name they were given under, None for one that does not resolve (yet).
 
     A resolver may take half a minute to say no, so names are resolved in a thread, and the loop asks what is known.
     """
@@ -422,26 +423,37 @@ class StoreHosts:
     RETRY_S = 2.0
 
     def __init__(self, endpoints: tuple[str, ...]) -> None:
-        self.known: dict[str, int | None] = {}
+        self._known: dict[str, dict[int, int] | None] = {}
         names = []
         for endpoint in endpoints:
             host = (endpoint_parts(endpoint) or ("", "", 0))[1]
+            family = 6 if ":" in host else 4
             try:
-                self.known[host] = ip_number(host, 4)
+                self._known[host] = {family: ip_number(host, family)}
             except ValueError:
-                self.known[host] = None
+                self._known[host] = None
                 names.append(host)
         if names:
             threading.Thread(target=self._resolve, args=(names,), name="resolver", daemon=True).start()
+
+    def of(self, family: int) -> dict[str, int | None]:
+        """Those of a family."""
+        known = self._known.items()
+        return {
+            host: None if there is None else there[family] for host, there in known if there is None or family in there
+        }
 
     def _resolve(self, names: list[str]) -> None:
         while names:
             for host in list(names):
                 try:
-                    address = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0]
+                    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
                 except (OSError, UnicodeError):
                     continue
-                self.known = {**self.known, host: ip_number(str(address), 4)}
+                by_af = {int(af): str(where[0]) for af, _, _, _, where in reversed(found)}
+                families = {number: by_af[family.af] for number, family in FAMILIES.items() if family.af in by_af}
+                addresses = {family: ip_number(text, family) for family, text in families.items() if "%" not in text}
+                self._known = {**self._known, host: addresses}
                 names.remove(host)
             if names:
                 time.sleep(self.RETRY_S)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, prefix
-from lease.records.codec import SOURCE_FAMILY, BadRecord, backend_data, outer_source, vxlan_data
+from lease.records.codec import SOURCE_FAMILY, BadRecord, backend_data, outer_source, read_parts, vxlan_data
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
@@ -63,12 +64,12 @@ class Names(NamedTuple):
 
 
 class Hints(NamedTuple):
-    """What an operator wrote on our own Node. public_ip: the local address to use (node-public-ip); overwrite: what to
-    publish instead of it (public-ip-overwrite). 0: nothing; None: something that is no address, so what it said before
-    holds. faults: what cannot be followed, one line each."""
+    """What an operator wrote on our own Node, by family. public_ip: the local address to use (node-public-ip); overwrite:
+    what to publish instead of it (public-ip-overwrite). 0 or missing: nothing; None: something that is no address, so what
+    it said before holds. faults: what cannot be followed, one line each."""
 
-    public_ip: int | None = 0
-    overwrite: int | None = 0
+    public_ip: Mapping[int, int | None] = {}
+    overwrite: Mapping[int, int | None] = {}
     faults: tuple[str, ...] = ()
 
 
@@ -114,31 +115,28 @@ def decode_node(
     if annotations.get(names.managed) != "true":
         return None
     backend = annotations.get(names.backend_type, "")
-    ends: list[Endpoint] = []
-    for family in FAMILIES:
-        subnet = subnets.get(family)
-        public_ip = annotations.get(names.public_ip[family])
-        data = annotations.get(names.data[family])
-        if subnet is None or public_ip is None:
-            continue
-        try:
-            try:
-                address = ip_number(str(public_ip), family)
-            except ValueError:
-                raise BadRecord(
-                    f"{names.public_ip[family]}: {public_ip!a:.80} must be an IPv{family} address"
-                ) from None
-            vni, mac = _data(names.data[family], data) if backend == "vxlan" else (None, None)
-            source = (
-                outer_source(annotations.get(names.source), names.source, address) if family == SOURCE_FAMILY else 0
-            )
-            ends.append(Endpoint(subnet, address, vni, mac, source))
-        except BadRecord:
-            if not ends:
-                raise  # what is wrong with its IPv6 costs no IPv4 peer
-    if not ends:
-        raise BadRecord("it has no podCIDR yet" if not subnets else f"{names.public_ip[4]} is missing")
-    return Lease.of(name, backend[:32], ends, name, created, uid)
+    parts = [
+        (subnet, partial(_endpoint, subnet, annotations, names, backend))
+        for family, subnet in sorted(subnets.items())
+        if annotations.get(names.public_ip[family]) is not None
+    ]
+    if not parts:
+        missing = names.public_ip[min(subnets)] if subnets else ""
+        raise BadRecord(f"{missing} is missing" if missing else "it has no podCIDR yet")
+    return Lease.of(name, backend[:32], read_parts(parts), name, created, uid)
+
+
+def _endpoint(subnet: Prefix, annotations: Mapping[str, str], names: Names, backend: str) -> Endpoint:
+    """The part of a family. Raises BadRecord."""
+    family = subnet.family
+    public_ip, data = annotations[names.public_ip[family]], annotations.get(names.data[family])
+    try:
+        address = ip_number(str(public_ip), family)
+    except ValueError:
+        raise BadRecord(f"{names.public_ip[family]}: {public_ip!a:.80} must be an IPv{family} address") from None
+    vni, mac = _data(names.data[family], data) if backend == "vxlan" else (None, None)
+    source = outer_source(annotations.get(names.source), names.source, address) if family == SOURCE_FAMILY else 0
+    return Endpoint(subnet, address, vni, mac, source)
 
 
 def _data(name: str, text: str | None) -> tuple[int | None, int]:
@@ -172,14 +170,16 @@ def hints(annotations: Mapping[str, str], names: Names) -> Hints:
     """What an operator asks of our own Node."""
     faults: list[str] = []
 
-    def address(name: str) -> int | None:
+    def address(name: str, family: int) -> int | None:
         text = annotations.get(name, "")
         try:
-            return ip_number(text, 4) if text else 0
+            return ip_number(text, family) if text else 0
         except ValueError:
-            faults.append(f"annotation {name}: {text!a:.60} must be an IPv4 address; its previous value is kept")
+            faults.append(f"annotation {name}: {text!a:.60} must be an IPv{family} address; its previous value is kept")
             return None
 
-    ipv6 = (name for name in (names.node_public_ip[6], names.overwrite[6]) if annotations.get(name))
-    faults += [f"annotation {name}: there is no IPv6 datapath yet; it is ignored" for name in ipv6]
-    return Hints(address(names.node_public_ip[4]), address(names.overwrite[4]), tuple(faults))
+    public_ip, overwrite = (
+        {family: address(name, family) for family, name in by_family.items() if annotations.get(name)}
+        for by_family in (names.node_public_ip, names.overwrite)
+    )
+    return Hints(public_ip, overwrite, tuple(faults))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from lease.model import WIDTH, Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
@@ -32,14 +34,26 @@ class BadRecord(ValueError):
     """A record that cannot be read. The message names the field, and what was expected there."""
 
 
-def encode_key(v4: Prefix, v6: Prefix | None = None) -> str:
-    """The last part of the etcd key: `10.244.1.0-24`, with `&fd00:1::-64` for dual stack."""
-    key = f"{ip_text(4, v4.base)}-{v4.length}"
+NO_V4 = "0.0.0.0-0"
+"""The first half of a key, and what PublicIP then is, where there is no IPv4 (flannel's zero values)."""
+NO_PUBLIC_IP = "0.0.0.0"  # noqa: S104 (what flannel writes, nobody listens there)
+
+
+def encode_key(v4: Prefix | None, v6: Prefix | None = None) -> str:
+    """The last part of the etcd key: `10.244.1.0-24`, with `&fd00:1::-64` for dual stack; `0.0.0.0-0&fd00:1::-64` where
+    there is no IPv4."""
+    key = NO_V4 if v4 is None else f"{ip_text(4, v4.base)}-{v4.length}"
     return key if v6 is None else f"{key}&{ip_text(6, v6.base)}-{v6.length}"
 
 
-def decode_key(key: str) -> tuple[Prefix, Prefix | None]:
-    """The subnets a key names. Unlike flannel it accepts no leading text and no host bits.
+def key_of(ends: Iterable[Endpoint]) -> str:
+    """The key of a record with these parts."""
+    subnets = {end.subnet.family: end.subnet for end in ends}
+    return encode_key(subnets.get(4), subnets.get(6))
+
+
+def decode_key(key: str) -> tuple[Prefix | None, Prefix | None]:
+    """The subnets a key names, one at least. Unlike flannel it accepts no leading text and no host bits.
 
     Raises:
         BadRecord: names the part and what is allowed.
@@ -47,8 +61,10 @@ def decode_key(key: str) -> tuple[Prefix, Prefix | None]:
     found = _KEY.fullmatch(key)
     if not found:
         raise BadRecord(f"key {key[:80]!a} is not of the form 10.244.1.0-24 or 10.244.1.0-24&fd00:1::-64")
-    v4 = _key_prefix(key, found[1], found[2], 4)
-    return v4, _key_prefix(key, found[3], found[4], 6) if found[3] else None
+    v6 = _key_prefix(key, found[3], found[4], 6) if found[3] else None
+    if v6 is not None and f"{found[1]}-{found[2]}" == NO_V4:
+        return None, v6
+    return _key_prefix(key, found[1], found[2], 4), v6
 
 
 def key_subnet(key: str, family: int) -> Prefix | None:
@@ -60,11 +76,16 @@ def key_subnet(key: str, family: int) -> Prefix | None:
     return v4 if family == 4 else v6
 
 
-def key_range(key: str) -> tuple[bytes, bytes]:
-    """Where all keys of the same base lie, as etcd's key and range_end: 10.244.5.0-24, 10.244.5.0-25,
-    10.244.5.0-24&fd00:..-64 ('.' follows '-')."""
-    base = key.partition("-")[0].encode()
-    return base + b"-", base + b"."
+def key_ranges(key: str, without: str = "") -> list[tuple[bytes, bytes]]:
+    """Where all keys of the same base lie, but one of them, as etcd's keys and range_ends: 10.244.5.0-24, 10.244.5.0-25,
+    10.244.5.0-24&fd00:..-64 ('.' follows '-'); where there is no IPv4, of the same base of IPv6."""
+    lead = f"{NO_V4}&"
+    head, _, _ = key.removeprefix(lead).partition("-")
+    base = (lead + head if key.startswith(lead) else head).encode()
+    first, after, one = base + b"-", base + b".", without.encode()
+    if not first <= one < after:
+        return [(first, after)]
+    return [(first, one), (one + b"\0", after)]
 
 
 def key_base(key: str, family: int) -> int | None:
@@ -91,18 +112,18 @@ def _key_prefix(key: str, base: str, length: str, family: int) -> Prefix:
 
 def encode_value(lease: Lease) -> bytes:
     """A record's value, byte for byte as flannel writes it, with our own fields behind it where they say anything."""
-    assert lease.v4 is not None, "an etcd record always has an IPv4 part (flannel's key needs one)"
     ends = {family: lease.endpoint(family) for family in FIELDS}
     value: dict[str, Any] = {
         FIELDS[family][0]: None if end is None else ip_text(family, end.public_ip) for family, end in ends.items()
     }
+    value[FIELDS[4][0]] = value[FIELDS[4][0]] or NO_PUBLIC_IP
     value["BackendType"] = lease.backend
     for family, end in ends.items():
         if end is not None and end.mac is not None:
             value[FIELDS[family][1]] = backend_data(end.vni, end.mac)
     if lease.node:
         value[NODE_FIELD] = lease.node
-    if lease.v4.source:
+    if lease.v4 is not None and lease.v4.source:
         value[SOURCE_FIELD] = ip_text(4, lease.v4.source)
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -114,6 +135,8 @@ def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, ha
         key: last part of the etcd key, `10.244.1.0-24`, with `&fd00:1::-64` for dual stack.
         value: JSON object, UTF-8; unknown fields are ignored.
         created, modified, handle: etcd's create and mod revision, and the etcd lease under it.
+
+    Of two parts a bad one costs itself alone: it has no MAC then, and no table of peers takes it.
 
     Raises:
         BadRecord: names the field and what was expected there.
@@ -131,11 +154,27 @@ def decode_lease(key: str, value: bytes, created: int = 0, modified: int = 0, ha
     node = fields.get(NODE_FIELD) or ""
     if not isinstance(backend, str) or not isinstance(node, str):
         raise BadRecord(f"BackendType and {NODE_FIELD} must be strings")
-    first = _endpoint(v4, fields, backend)
-    second = None
-    if v6 is not None and fields.get(FIELDS[6][0]) is not None:
-        second = _endpoint(v6, fields, backend)
-    return Lease(key, backend[:32], first, second, node[:128], created, modified, handle)
+    subnets = [v4] if v4 is not None else []
+    if v6 is not None and (v4 is None or fields.get(FIELDS[6][0]) is not None):
+        subnets.append(v6)
+    ends = read_parts([(subnet, partial(_endpoint, subnet, fields, backend)) for subnet in subnets])
+    return Lease.of(key, backend[:32], ends, node[:128])._replace(created=created, modified=modified, handle=handle)
+
+
+def read_parts(parts: Sequence[tuple[Prefix, Callable[[], Endpoint]]]) -> list[Endpoint]:
+    """Each part of a record, by its subnet and how it is read. One that cannot be read has neither address nor MAC then,
+    which no table of peers takes, while another can. Raises BadRecord: none can."""
+    ends: list[Endpoint] = []
+    faults: list[BadRecord] = []
+    for subnet, read in parts:
+        try:
+            ends.append(read())
+        except BadRecord as fault:
+            faults.append(fault)
+            ends.append(Endpoint(subnet, 0, None, None))
+    if faults and len(faults) == len(ends):
+        raise faults[0]
+    return ends
 
 
 def _endpoint(subnet: Prefix, fields: dict[str, Any], backend: str) -> Endpoint:

@@ -57,6 +57,14 @@ def quick_number(packed: bytes, family: int) -> int | None:
     return int.from_bytes(packed[NUMBER], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
 
 
+def by_flannel(packed: bytes) -> bool:
+    """Whether flannel wrote a record of etcd: it says no node, and is no reservation."""
+    if packed[FORM] != GENERAL:
+        return packed[FORM] == USUAL and len(packed) == HEAD.size
+    lease = unpack(packed)
+    return not lease.node and any(end.mac is not None for end in lease.ends)
+
+
 def subnet_number_of(packed: bytes, family: int) -> int | None:
     """The subnet of a family of any lease, None where it has none."""
     there = quick_number(packed, family)
@@ -206,6 +214,15 @@ class Leases(Mapping[str, Lease]):
 
     def __contains__(self, key: object) -> bool:
         return key in self.packed
+
+    def of_family(self, family: int) -> Leases:
+        """Those that have a part of a family; these, where all have."""
+        if family == HEAD_FAMILY:
+            if not any(p[FORM] == NO_IPV4 for p in self.packed.values()):
+                return self
+            return Leases({key: p for key, p in self.packed.items() if p[FORM] != NO_IPV4})
+        found = {key: p for key, p in self.packed.items() if p[FORM] >= GENERAL}
+        return Leases({key: p for key, p in found.items() if unpack(p).endpoint(family) is not None})
 
     def having(self, family: Family, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
         """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and

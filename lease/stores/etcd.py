@@ -8,7 +8,7 @@ from typing import Any
 
 from lease.etcd.client import EtcdClient, EtcdSettings, one_line, rpc
 from lease.model import Lease, Refused
-from lease.records.codec import BadRecord, decode_key, decode_lease, encode_value, key_range
+from lease.records.codec import BadRecord, decode_key, decode_lease, encode_value, key_ranges
 from lease.records.packed import Leases, decode, pack
 from lease.store import (
     Change,
@@ -113,23 +113,43 @@ class EtcdStore:
             self._client.forget(stream, failed)
 
     def create(self, lease: Lease, ttl_s: int) -> Lease:
-        first, after = key_range(lease.key)
-        absent = rpc.Compare(
-            result=rpc.Compare.EQUAL,
-            target=rpc.Compare.CREATE,
-            create_revision=0,
-            key=self._subnets + first,
-            range_end=self._subnets + after,
-        )
         handle = self._client.grant(ttl_s) if ttl_s else 0
         key, value = self._subnets + lease.key.encode(), encode_value(lease)
-        answer = self._client.txn([absent], [_put(key, value, handle)])
+        answer = self._client.txn(self._absent(key_ranges(lease.key)), [_put(key, value, handle)])
         if not answer.succeeded:
             if handle:
                 self._client.revoke(handle)
             raise SubnetTaken(f"{lease.key} was taken by another node first")
         revision = int(answer.header.revision)
         return lease._replace(created=revision, modified=revision, handle=handle)
+
+    def _absent(self, ranges: Iterable[tuple[bytes, bytes]]) -> list[Any]:
+        """That no key stands in ranges."""
+        return [
+            rpc.Compare(
+                result=rpc.Compare.EQUAL,
+                target=rpc.Compare.CREATE,
+                create_revision=0,
+                key=self._subnets + first,
+                range_end=self._subnets + after,
+            )
+            for first, after in ranges
+        ]
+
+    def move(self, old: Lease, new: Lease) -> Lease:
+        was, key = self._subnets + old.key.encode(), self._subnets + new.key.encode()
+        delete = rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=was))
+        absent = self._absent(key_ranges(new.key, without=old.key))
+        try:
+            answer = self._client.txn(
+                [_unchanged(was, old), *absent], [delete, _put(key, encode_value(new), old.handle)]
+            )
+        except LeaseExpired:
+            raise RecordChanged(f"{old.key}: the etcd lease under it ran out") from None
+        if not answer.succeeded:
+            raise RecordChanged(f"{old.key} was changed since revision {old.modified}, or {new.key} is another's")
+        revision = int(answer.header.revision)
+        return new._replace(created=revision, modified=revision, handle=old.handle)
 
     def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
         assert new.key == old.key

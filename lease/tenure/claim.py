@@ -10,14 +10,14 @@ Identity alone proves nothing: cloned VMs and namespaces share machine-id and ho
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from lease.config import NetworkConfig, Pool
 from lease.families import V4, Family
 from lease.model import Endpoint, Lease, Prefix, around
 from lease.records.codec import encode_key, key_base
-from lease.records.packed import Leases
+from lease.records.packed import HEAD_FAMILY, Leases
 from lease.records.subnets import SubnetIndex
 from lease.store import Snapshot
 
@@ -70,6 +70,18 @@ Probe = Callable[[int], Answer]
 """Asks the underlay who answers for an address (ARP, about a second where nobody does)."""
 
 
+class Part(NamedTuple):
+    """The other family that a node wants a subnet of, beside the one by which its record is found; fields as Claim's."""
+
+    family: Family
+    public_ip: int
+    device_mac: int | None
+    previous: Prefix | None
+    avoid: tuple[Prefix, ...] = ()
+    local: int = 0
+    interface: str = ""
+
+
 class Claim(NamedTuple):
     """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none.
 
@@ -89,6 +101,16 @@ class Claim(NamedTuple):
     local: int = 0
     family: Family = V4
     interface: str = ""
+    second: Part | None = None
+    """Of the other family; None: it is not enabled, or this node has no address of it just now."""
+
+    def of_second(self) -> Claim | None:
+        """What is claimed of the other family, as a claim of its own."""
+        return self._replace(**self.second._asdict(), second=None) if self.second is not None else None
+
+    def wants_family(self, family: int) -> bool:
+        """Whether nodes of this network have subnets of a family."""
+        return self.config.pool(family) is not None
 
     def end(self, lease: Lease) -> Endpoint | None:
         """The part of a record that is compared with this."""
@@ -104,9 +126,9 @@ class Claim(NamedTuple):
         source = 0 if self.local == public_ip else self.local
         return Endpoint(subnet, public_ip, self.config.backend.vni, mac, source)
 
-    def lease(self, key: str, end: Endpoint, node: str, created: int = 0, uid: int = 0) -> Lease:
+    def lease(self, key: str, ends: Iterable[Endpoint], node: str, created: int = 0, uid: int = 0) -> Lease:
         """Our record, as it shall stand in the store."""
-        return Lease.of(key, self.config.backend.type, [end], node, created, uid)
+        return Lease.of(key, self.config.backend.type, ends, node, created, uid)
 
     @property
     def pool(self) -> Pool:
@@ -190,6 +212,8 @@ class Occupied:
     def overlapping(self, subnet: Prefix) -> Iterator[str]:
         """The keys of all claims that share an address with a subnet."""
         yield from self._others.overlapping(subnet)
+        if self._family != HEAD_FAMILY:
+            return  # all of them are there
         if subnet.length == self._length:
             key = encode_key(subnet)
             if key in self._leases and key != self._without:

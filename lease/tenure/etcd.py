@@ -6,14 +6,16 @@ import random
 import time
 from collections.abc import Callable
 
-from lease.model import Lease, Prefix, ip_text, mac_text
-from lease.records.codec import encode_key
+from lease.families import V4
+from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
+from lease.records.codec import key_of
 from lease.records.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
 from lease.tenure.allocate import MACS_S, MOST_MACS, RangeFull, choose_mac, choose_subnet
 from lease.tenure.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
-from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed, TenureEvent
+from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed, TenureEvent
 from lease.tenure.recent import Recent
+from lease.tenure.second import lost_to_an_earlier, second_of
 
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
@@ -48,6 +50,10 @@ class Tenure:
         """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
         self._macs_left = Recent(MOST_MACS, MACS_S)
         """When we last took another MAC, since a record had ours."""
+        self._family = V4.number
+        """By whose part records are compared: that of the last claim."""
+        self._partial = ""
+        """Why the lease lacks a family, as it was told last."""
         self._given_up: set[str] = set()
         """Keys that a copy of this node writes over and over."""
 
@@ -57,6 +63,7 @@ class Tenure:
         Raises StoreUnavailable: try again; what happened until then stands in `unreported`.
         """
         events, self.unreported = self.unreported, []
+        self._family = claim.family.number
         if self._mac_in_use is not None:
             claim = claim._replace(device_mac=self._mac_in_use, take_over=False)
         for _ in range(RACES):
@@ -65,9 +72,12 @@ class Tenure:
                     snapshot = self._store.read()
                 events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
                 if self.held is not None:
-                    if self._mac_in_use not in (None, self.held.first.mac):
+                    if self._mac_in_use not in (None, self._end(self.held).mac):
                         self._macs_left.add(self._clock())
-                    self._mac_in_use = self.held.first.mac
+                    self._mac_in_use = self._end(self.held).mac
+                    if self._second_lost(claim, self.held, snapshot):
+                        snapshot = None
+                        continue
                 return events
             except (SubnetTaken, RecordChanged):
                 snapshot = None  # a lost race: read again
@@ -85,6 +95,33 @@ class Tenure:
         assert self.held is not None
         return Renewed(self._store.keep_alive(self.held).left_s)
 
+    def _end(self, lease: Lease) -> Endpoint:
+        """The part by which a record is compared."""
+        return lease.endpoint(self._family) or lease.first
+
+    def _second_lost(self, claim: Claim, held: Lease, snapshot: Snapshot) -> bool:
+        """Two nodes may take one subnet of the other family at the same moment: no key keeps them apart."""
+        if claim.second is None or held.created <= snapshot.revision:
+            return False
+        return lost_to_an_earlier(claim, Snapshot(0, None, self._store.later_than(snapshot.revision), {}), held)
+
+    def _second(
+        self, claim: Claim, snapshot: Snapshot, own: Lease | None, first: Prefix, events: list[TenureEvent]
+    ) -> Endpoint | None:
+        """Our part of the other family, None: there is none for now."""
+        used, held = _MacsBefore(snapshot.leases, own), self.held is not None
+        end, why = second_of(claim, snapshot, own, first, used, self._rng, held)
+        before = own.endpoint(end.subnet.family) if own is not None and end is not None else None
+        if end is not None and before is not None and before.mac not in (None, end.mac):
+            if self._macs_left.often(self._clock()):
+                end = end._replace(mac=before.mac)  # a record follows us to each that we take
+            else:
+                self._macs_left.add(self._clock())
+        if why != self._partial:
+            self._partial = why
+            events.append(Partial(why))
+        return end
+
     # --- holding one -------------------------------------------------------------------------------------------------
 
     def _keep(self, claim: Claim, snapshot: Snapshot) -> list[TenureEvent]:
@@ -95,30 +132,34 @@ class Tenure:
             return self._restore(claim, snapshot, held)
         theirs = Identity.read(there.node)
         foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
-        elsewhere = there.first.public_ip not in (held.first.public_ip, claim.public_ip)
-        if elsewhere and (there.first.mac != held.first.mac or foreign):
+        elsewhere = self._end(there).public_ip not in (self._end(held).public_ip, claim.public_ip)
+        if elsewhere and (self._end(there).mac != self._end(held).mac or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
             return self._write_over(claim, snapshot, held, there)
-        if elsewhere and self._against_copies.often(self._clock()) and self._may_live(there.first.public_ip):
+        if elsewhere and self._against_copies.often(self._clock()) and self._may_live(self._end(there).public_ip):
             self._given_up.add(there.key)
             raise _SubnetLost(
                 f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
                 " copy of the other's machine. Give it a machine-id and MACs of its own"
             )
-        if there.first.mac != held.first.mac and there.node != held.node:
-            if there.created != held.created or self._may_live(there.first.public_ip):
+        if self._end(there).mac != self._end(held).mac and there.node != held.node:
+            if there.created != held.created or self._may_live(self._end(there).public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
             return self._write_over(claim, snapshot, held, there)  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
         self._remove_old(snapshot)
-        unused = self._mac(claim._replace(device_mac=held.first.mac), snapshot, there)
+        unused = self._mac(claim._replace(device_mac=self._end(held).mac), snapshot, there)
         mac = self._mac_left(held, unused)
-        disputed = (
-            [Disputed(f"{_rival(snapshot, held)}, and follows us where we take another")] if mac != unused else []
+        disputed: list[TenureEvent] = (
+            [Disputed(f"{self._rival(snapshot, held)}, and follows us where we take another")] if mac != unused else []
         )
-        wanted = self._lease(claim, there.first.subnet, mac, there.key)
+        wanted = self._lease(
+            claim, self._end(there).subnet, mac, self._second(claim, snapshot, there, self._end(there).subnet, disputed)
+        )
+        if wanted.key != there.key:
+            return [*self._moved(claim, held, there, wanted), *disputed]
         if there.same_claim(wanted):
             if held.handle not in (0, there.handle):
                 # under none it would stay for ever when this node is gone, under somebody's it goes when he likes
@@ -134,21 +175,36 @@ class Tenure:
         if elsewhere:
             self._against_copies.add(self._clock())
         method = "written with what changed on this node" if there.same_claim(held) else "written again as it was"
-        robbed = mac != held.first.mac and there.first.mac == held.first.mac
+        robbed = mac != self._end(held).mac and self._end(there).mac == self._end(held).mac
         if robbed:
-            method = f"with another MAC, since {_rival(snapshot, held)}"
+            method = f"with another MAC, since {self._rival(snapshot, held)}"
         return [Held(self.held, method, robbed), *disputed]
+
+    def _moved(self, claim: Claim, held: Lease, there: Lease, wanted: Lease) -> list[TenureEvent]:
+        """Our record under another key: a family came or went, or its subnet is another."""
+        if not there.same_claim(held):  # somebody wrote it: first as it was
+            before = self._lease(claim, self._end(held).subnet, self._end(held).mac or 0, self._other(held))
+            there = self._put_right(held, there.modified, before)
+        self.held = self._store.move(there, wanted)
+        return [
+            Held(self.held, f"moved from {there.key}: the families of this network, or of this node, are others now")
+        ]
+
+    def _other(self, lease: Lease) -> Endpoint | None:
+        """The part of a record that is not the one by which it is compared."""
+        end = self._end(lease)
+        return next((each for each in lease.ends if each is not end), None)
 
     def _mac_left(self, held: Lease, unused: int) -> int:
         """The MAC to have: ours, where it is unused; also where a record has followed us to each that we took lately."""
-        ours = held.first.mac
+        ours = self._end(held).mac
         if ours is None or unused == ours:
             return unused
         return ours if self._macs_left.often(self._clock()) else unused
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> list[TenureEvent]:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
-        wanted = self._lease(claim, held.first.subnet, self._mac_left_to_us(snapshot, held), held.key)
+        wanted = self._lease(claim, self._end(held).subnet, self._mac_left_to_us(snapshot, held), self._other(held))
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         events: list[TenureEvent] = [Held(self.held, f"written again: {_owner(there)} had overwritten it", warn=True)]
@@ -175,16 +231,18 @@ class Tenure:
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
-        subnet = held.first.subnet
-        wanted = self._lease(claim, subnet, self._mac_left_to_us(snapshot, held), held.key)
+        subnet, mac, events = self._end(held).subnet, self._mac_left_to_us(snapshot, held), list[TenureEvent]()
+        wanted = self._lease(claim, subnet, mac, self._other(held))
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
             return [Held(self.held, f"written again: it held what nobody can read ({broken.reason})", warn=True)]
         if taken := next(Occupied(snapshot, claim).overlapping(subnet), None):
             other = snapshot.leases.get(taken)
             raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
+        latest = held._replace(created=snapshot.revision + 1)  # who has our other subnet meanwhile has it first
+        wanted = self._lease(claim, subnet, mac, self._second(claim, snapshot, latest, subnet, events))
         self.held = self._store.create(wanted, self._ttl_s)
-        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", warn=True)]
+        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", warn=True), *events]
 
     # --- getting one -------------------------------------------------------------------------------------------------
 
@@ -192,10 +250,14 @@ class Tenure:
         own, method, warn = self._own(claim, snapshot)
         if isinstance(method, Denied):
             return [method]
-        if own is not None and claim.allows(own.first.subnet) and earlier_overlap(snapshot, claim, own) is None:
-            wanted = self._lease(claim, own.first.subnet, self._mac(claim, snapshot, own), own.key)
-            self.held = own if own.same_claim(wanted) else self._store.change(own, wanted)
-            return [Held(self.held, method, warn)]
+        events: list[TenureEvent] = []
+        if own is not None and claim.allows(self._end(own).subnet) and earlier_overlap(snapshot, claim, own) is None:
+            subnet = self._end(own).subnet
+            second = self._second(claim, snapshot, own, subnet, events)
+            wanted = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
+            put = self._store.change if wanted.key == own.key else self._store.move
+            self.held = own if own.same_claim(wanted) else put(own, wanted)
+            return [Held(self.held, method, warn), *events]
         taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
@@ -203,15 +265,17 @@ class Tenure:
             subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
         except RangeFull as full:
             return [Denied(_because_of_underlay(claim) or str(full))]
-        new = self._lease(claim, subnet, self._mac(claim, snapshot, own), encode_key(subnet))
+        second = self._second(claim, snapshot, None, subnet, events)
+        new = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
             if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
-            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", warn)]
+            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", warn), *events]
         self._to_remove = own
         self._remove_old(snapshot)
-        return [Held(self.held, f"allocated, since our old {own.key} does not fit the config any more", warn=True)]
+        method = f"allocated, since our old {own.key} does not fit the config any more"
+        return [Held(self.held, method, warn=True), *events]
 
     def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
         """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record
@@ -291,7 +355,7 @@ class Tenure:
         used = _MacsBefore(snapshot.leases, own)
         recorded = None
         if own is not None and claim.identity.same_link(Identity.read(own.node)):
-            recorded = own.first.mac
+            recorded = self._end(own).mac
         for mac in (claim.device_mac, recorded):
             if mac is not None and mac not in used:
                 return mac
@@ -300,15 +364,21 @@ class Tenure:
     def _mac_left_to_us(self, snapshot: Snapshot, held: Lease) -> int:
         """The MAC for a record of ours that was gone or another's for a moment: ours, unless somebody else claims it, who is
         the first to have it now."""
-        mac = held.first.mac
+        mac = self._end(held).mac
         others = _MacsBefore(snapshot.leases, None)
         if mac is not None and mac not in others:
             return mac
         return self._mac_left(held, choose_mac(others, self._rng))
 
-    def _lease(self, claim: Claim, subnet: Prefix, mac: int, key: str) -> Lease:
-        end = claim.endpoint(subnet, claim.public_ip, mac)
-        return claim.lease(key, end, str(claim.identity))
+    def _lease(self, claim: Claim, subnet: Prefix, mac: int, second: Endpoint | None) -> Lease:
+        ends = [claim.endpoint(subnet, claim.public_ip, mac), *([second] if second is not None else [])]
+        return claim.lease(key_of(ends), ends, str(claim.identity))
+
+    def _rival(self, snapshot: Snapshot, held: Lease) -> str:
+        """Which record has our MAC, too."""
+        mac = self._end(held).mac or 0
+        rivals = (lease.key for lease in snapshot.leases.with_mac(mac) if lease.key != held.key)
+        return f"{next(rivals, 'another record')} has our MAC {mac_text(mac)}, too"
 
 
 class _MacsBefore:
@@ -346,13 +416,6 @@ def _because_of_underlay(claim: Claim) -> str:
         f"none of the {claim.pool.size} subnets of {claim.pool} is free: {count} of them touch this node's underlay"
         f" {where}{interface}: choose a Network outside of it, or SubnetMin and SubnetMax"
     )
-
-
-def _rival(snapshot: Snapshot, held: Lease) -> str:
-    """Which record has our MAC, too."""
-    mac = held.first.mac or 0
-    rivals = (lease.key for lease in snapshot.leases.with_mac(mac) if lease.key != held.key)
-    return f"{next(rivals, 'another record')} has our MAC {mac_text(mac)}, too"
 
 
 def _owner(lease: Lease) -> str:

@@ -43,4 +43,10 @@ class Disputed(NamedTuple):
     reason: str
 
 
-TenureEvent = Held | Lost | Denied | Renewed | Disputed
+class Partial(NamedTuple):
+    """The lease lacks a family that the network has, and why; "": it lacks none."""
+
+    reason: str
+
+
+TenureEvent = Held | Lost | Denied | Renewed | Disputed | Partial

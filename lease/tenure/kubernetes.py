@@ -12,8 +12,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol
 
+from lease.families import FAMILIES
 from lease.kube.client import ApiError
-from lease.model import Lease, Prefix, ip_number, mac_text
+from lease.model import Endpoint, Lease, Prefix, ip_number, mac_text
 from lease.records.annotations import Names, encode, hints, uid_number
 from lease.records.codec import BadRecord, vxlan_data
 from lease.records.packed import Leases
@@ -21,7 +22,7 @@ from lease.store import LeaseExpired, RecordChanged, Snapshot
 from lease.stores.kubernetes import UNAVAILABLE, NodeGone, NodeView
 from lease.tenure.allocate import MACS_S, MOST_MACS, choose_mac
 from lease.tenure.claim import Claim
-from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed, TenureEvent
+from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed, TenureEvent
 from lease.tenure.recent import Recent
 
 TRIES = 5
@@ -69,8 +70,10 @@ class NodeTenure:
         self.held: Lease | None = None
         self.unreported: list[TenureEvent] = []
         self._denied = ""
-        self._last_mac: int | None = None
-        """Of a lease we held: the device keeps it when the podCIDR is another."""
+        self._last_macs: dict[int, int | None] = {}
+        """By family, of a lease we held: the device keeps it when the podCIDR is another."""
+        self._partial = ""
+        """Why the lease lacks a family, as it was told last."""
         self._clock = clock
         self._macs_left = Recent(MOST_MACS, MACS_S)
         """When we last took another MAC, since an older Node had ours."""
@@ -109,17 +112,24 @@ class NodeTenure:
             raise LeaseExpired(str(error)) from error
         if self._differing(self.held, view) or self._condition(view) is not None:
             raise LeaseExpired("our Node does not say what we wrote")
-        if self._older_overlap(self.held.first.subnet, view.created):
+        if any(self._older_overlap(end.subnet, view.created) for end in self.held.ends):
             raise LeaseExpired("an older Node has our podCIDR")
         return Renewed(None)
 
+    @staticmethod
+    def _subnet(claim: Claim, held: Lease) -> Prefix | None:
+        """The subnet by which a lease is ours."""
+        end = claim.end(held)
+        return end.subnet if end is not None else None
+
     def _settle(self, claim: Claim, view: NodeView) -> list[TenureEvent]:
         subnet = view.subnets.get(claim.family.number)
-        if self.held is not None and self.held.first.subnet != subnet:
+        if self.held is not None and self._subnet(claim, self.held) != subnet:
             now = f"podCIDR {subnet}" if subnet is not None else "no podCIDR yet"
             # reported in any case: the device keeps the pods of it, whatever fails later
             self.unreported.append(Lost(self.held, f"Node {self._name} was made again, with {now}"))
-            self._last_mac, self.held = self.held.first.mac, None
+            self._last_macs = {end.subnet.family: end.mac for end in self.held.ends}
+            self.held = None
         if (why := self._fault(claim, view, subnet)) is not None:
             return self._deny(why)
         assert subnet is not None, "that is a fault"
@@ -130,25 +140,50 @@ class NodeTenure:
                 displaced=True,
             )
         end = claim.endpoint(subnet, self._public_ip(claim, view), self._mac(claim, view))
-        lease = claim.lease(self._name, end, self._name, view.created, uid_number(view.uid))
+        other, why = self._second(claim, view)
+        ends = [end, *([other] if other is not None else [])]
+        lease = claim.lease(self._name, ends, self._name, view.created, uid_number(view.uid))
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
             self._store.write(view.uid, differing, *([condition] if condition is not None else []))
-        if self._our_mac() not in (None, lease.first.mac):
+        if self._our_mac(claim.family.number) not in (None, end.mac):
             self._macs_left.add(self._clock())
         same = self.held is not None and self.held == lease and not self._denied
         self.held, self._denied = lease, ""
-        return [] if same and not differing else [Held(lease, f"podCIDR of Node {self._name}")]
+        told = [Partial(why)] if why != self._partial else []
+        self._partial = why
+        return [*([] if same and not differing else [Held(lease, f"podCIDR of Node {self._name}")]), *told]
+
+    def _second(self, claim: Claim, view: NodeView) -> tuple[Endpoint | None, str]:
+        """Our part of the other family; None: there is none for now, and why, "" where the network has none."""
+        other = FAMILIES[6 if claim.family.number == 4 else 4]
+        if not claim.wants_family(other.number):
+            return None, ""
+        held = self.held.endpoint(other.number) if self.held is not None else None
+        part = claim.of_second()
+        if part is None:
+            return held, "" if held is not None else f"this node has no {other.text} address of its own"
+        subnet = view.subnets.get(other.number)
+        why = self._fault(part, view, subnet)
+        if why is None and subnet is not None and (older := self._older_overlap(subnet, view.created)):
+            why = f"podCIDR {subnet} of Node {self._name} overlaps that of Node {older}, which is older"
+        if why is not None or subnet is None:
+            return (
+                None,
+                f"{why}; a Node's podCIDRs never change: delete the Node, and let its kubelet register it again",
+            )
+        return part.endpoint(subnet, self._public_ip(part, view), self._mac(part, view)), ""
 
     def _public_ip(self, claim: Claim, view: NodeView) -> int:
         """What peers are to send to. A typing error must not take an address away that peers need: what was published
         before holds, by us or (at a start) by whoever ran here."""
-        overwrite = hints(view.annotations, self._names).overwrite
+        overwrite = hints(view.annotations, self._names).overwrite.get(claim.family.number, 0)
         if overwrite is not None:
             return overwrite or claim.public_ip
-        if self.held is not None:
-            return self.held.first.public_ip
         family = claim.family.number
+        held = self.held.endpoint(family) if self.held is not None else None
+        if held is not None:
+            return held.public_ip
         try:
             return ip_number(view.annotations.get(self._names.public_ip[family], ""), family)
         except ValueError:
@@ -209,7 +244,7 @@ class NodeTenure:
         def free(mac: int) -> bool:
             return all(other.created >= view.created for other in known.with_mac(mac))
 
-        held = self._our_mac()
+        held = self._our_mac(claim.family.number)
         if held is not None and not free(held) and self._macs_left.often(self._clock()):
             older = min(known.with_mac(held), key=lambda other: other.created).key
             text = f"Node {older} has our MAC {mac_text(held)}, too, and follows us where we take another"
@@ -223,8 +258,9 @@ class NodeTenure:
             if free(drawn):
                 return drawn
 
-    def _our_mac(self) -> int | None:
-        return self.held.first.mac if self.held is not None else self._last_mac
+    def _our_mac(self, family: int) -> int | None:
+        end = self.held.endpoint(family) if self.held is not None else None
+        return end.mac if end is not None else self._last_macs.get(family)
 
     def _published(self, claim: Claim, view: NodeView) -> int | None:
         try:

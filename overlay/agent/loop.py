@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from overlay import __version__
 from overlay.control.controller import Controller
-from overlay.control.health import Health
+from overlay.control.health import FIRST, Health
 from overlay.control.inputs import CurrentInputs
 from overlay.control.schedule import Schedule
 from overlay.process.log import SILENT_S, log
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
+SECOND = "_ipv6"
+"""Sections of the status that are of IPv6 end so."""
 MINUTES = 60
 """For so many of the last minutes repairs are counted."""
 PASS_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
@@ -192,9 +194,11 @@ class Loop:
 
         sections: dict[str, object] = {}
         counters: dict[str, int] = {}
-        for controller in self._schedule.controllers:
-            sections.update(controller.status())
-            counters.update(controller.counters())
+        for controller in self._schedule.working():
+            end = "" if controller.family is None or controller.family.number == FIRST else SECOND
+            sections.update({f"{name}{end}": section for name, section in controller.status().items()})
+            for name, count in controller.counters().items():
+                counters[name] = counters.get(name, 0) + count
         return Status(
             version=__version__,
             node_name=self._current.inputs.settings.node_name,

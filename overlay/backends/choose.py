@@ -22,6 +22,6 @@ def network_of(device: str) -> int | None:
     return vxlan.network_of(device)
 
 
-def tunnel_devices(networks: Iterable[int]) -> dict[str, str]:
-    """The names and kinds of the tunnel devices that these networks may have."""
-    return {vxlan.device_name(network): vxlan.KIND for network in networks}
+def tunnel_devices(networks: Iterable[int], family: Family) -> dict[str, str]:
+    """The names and kinds of the tunnel devices that these networks may have for a family."""
+    return {vxlan.device_name(network, family): vxlan.KIND for network in networks}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lease.config import VxlanConfig
 from lease.families import V4, V6, Family
-from lease.model import Endpoint, Prefix, ip_text, mac_text
+from lease.model import Endpoint, Prefix, ip_text, link_local, mac_text
 from overlay.backends.base import Bulk, Entry, Lower, Outer, PackedPeers, View
 from overlay.kernel.route import fast
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
@@ -22,14 +22,17 @@ from overlay.kernel.table import Table
 KIND = "vxlan"
 
 
-def device_name(vni: int) -> str:
+_LEADS = {4: "flannel.", 6: "flannel-v6."}
+
+
+def device_name(vni: int, family: Family) -> str:
     """flannel's name of the device."""
-    return f"flannel.{vni}"
+    return f"{_LEADS[family.number]}{vni}"
 
 
 def network_of(device: str) -> int | None:
     """The network (VNI) of a device by its name, None where that is not flannel's."""
-    found = re.fullmatch(r"flannel\.(\d{1,8})", device, re.ASCII)
+    found = re.fullmatch(r"flannel(?:-v6)?\.(\d{1,8})", device, re.ASCII)
     return int(found[1]) if found else None
 
 
@@ -47,7 +50,7 @@ class VxlanTunnel(NamedTuple):
     @property
     def name(self) -> str:
         """flannel's name of it."""
-        return device_name(self.config.vni)
+        return device_name(self.config.vni, self.family)
 
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""
@@ -166,13 +169,15 @@ class Vxlan(NamedTuple):
         return None
 
     def entries(self, view: View, peer: Endpoint) -> list[Entry]:
-        """All three. Source: flannel pkg/backend/vxlan/vxlan_network.go."""
+        """All three. Source: flannel pkg/backend/vxlan/vxlan_network.go. Of IPv6 the gateway is the link-local address of
+        the peer's MAC: one in the subnet is refused (EINVAL) where any other route covers it, and keeps a peer from moving
+        between tunnel and direct route at once."""
         assert peer.mac is not None, "a vxlan record without a MAC is refused when it is read"
-        base = peer.subnet.base
+        gateway = peer.subnet.base if self.family is V4 else link_local(peer.mac)
         return [
-            (0, base, NeighbourValue(peer.mac)),
+            (0, gateway, NeighbourValue(peer.mac)),
             (1, peer.mac, FdbValue(peer.public_ip)),
-            (2, self.route_key(view, peer.subnet), RouteValue(TUNNEL, base, True, PROTOCOL)),
+            (2, self.route_key(view, peer.subnet), RouteValue(TUNNEL, gateway, True, PROTOCOL)),
         ]
 
     def route_key(self, view: View, subnet: Prefix) -> RouteKey:

@@ -70,7 +70,8 @@ class LiveFiles(Source):
             self._health.problem("live-settings", words, harmless=True)
             return
         self._health.solved("live-settings")
-        live = live._replace(public_ip=self._current.inputs.settings.public_ip)
+        now = self._current.inputs.settings
+        live = live._replace(public_ip=now.public_ip, public_ipv6=now.public_ipv6)
         if self._current.set(settings=live):
             log.info(
                 "live_settings",
@@ -89,7 +90,9 @@ class LiveFiles(Source):
         inputs = self._current.inputs
         for end in inputs.own.ends if inputs.own is not None else ():
             pool = inputs.pool(end.subnet.family)
-            for there in underlay_within(pool.network, live.underlay_cidrs) if pool is not None else ():
+            for there in (
+                underlay_within(pool.network, live.underlay_cidrs_of(end.subnet.family)) if pool is not None else ()
+            ):
                 if there.overlaps(end.subnet):
                     raise SettingsError(
                         f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from lease.config import ConfigError, NetworkConfig, parse_config
-from lease.families import FAMILIES, Family
+from lease.families import FAMILIES
 from lease.model import Prefix
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
@@ -13,11 +13,10 @@ from overlay.process.log import log
 
 
 class NetworkConfigInput:
-    """It. families: those that this agent has a datapath for; place: where the config stands, for messages."""
+    """It. place: where the config stands, for messages."""
 
-    def __init__(self, current: CurrentInputs, families: Sequence[Family], health: Health, place: str) -> None:
+    def __init__(self, current: CurrentInputs, health: Health, place: str) -> None:
         self._current, self._health, self._place = current, health, place
-        self._families = {family.number: family for family in families}
 
     def read(self, text: bytes | None) -> None:
         """It says this now; None: there is none."""
@@ -29,14 +28,22 @@ class NetworkConfigInput:
             return
         try:
             config = parse_config(text)
-            self._refuse_other_families(config)
         except ConfigError as error:
             self._health.problem("config", f"{self._place}: {error}{keeps}", harmless=True)
             return
         own = self._current.inputs.own
         if running is not None and own is not None:
+            first = min(config.pools)
+            if first != own.first.subnet.family:  # by whose part a lease is found to be ours
+                self._health.problem(
+                    "config",
+                    f"the new config's first family is {FAMILIES[first].text}, the running one's"
+                    f" {FAMILIES[own.first.subnet.family].text}; the running config is kept: restart the agent",
+                    harmless=True,
+                )
+                return
             for end in own.ends:
-                if not self._fits(config, end.subnet):
+                if end.subnet.family in config.pools and not self._fits(config, end.subnet):
                     drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
                     self._health.problem(
                         "config",
@@ -51,15 +58,6 @@ class NetworkConfigInput:
             for fault in config.ignored:
                 log.warning("config.ignored", reason=fault)
         self._health.solved("config")
-
-    def _refuse_other_families(self, config: NetworkConfig) -> None:
-        """Raises ConfigError."""
-        for number in config.pools.keys() - self._families.keys():
-            text = FAMILIES[number].text
-            allowed = " and ".join(family.text for family in self._families.values())
-            raise ConfigError(
-                f"Enable{text}: true needs an {text} datapath, which is not built yet; allowed is {allowed} alone"
-            )
 
     def _fits(self, config: NetworkConfig, subnet: Prefix) -> bool:
         """Whether we may hold a subnet: on Kubernetes the cluster gave it, and SubnetLen, Min and Max are not asked."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lease.config import NetworkConfig
-from lease.families import Family
+from lease.families import FAMILIES, Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.store import Snapshot
-from lease.tenure.claim import Claim, Identity
-from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed
+from lease.tenure.claim import Claim, Identity, Part
+from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed
 from overlay.cni.lists import previous_subnet
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
@@ -35,9 +35,20 @@ class Claimer(Protocol):
 
 
 class _Wants(NamedTuple):
+    """family: by whose part a lease is found to be ours; underlay: its; second: the other family's, None: there is none."""
+
     config: NetworkConfig
+    family: Family
     underlay: Underlay
+    second: Underlay | None
     settings: Settings
+
+
+class _Earlier(NamedTuple):
+    """What an earlier run left of a family: the device's MAC, and the subnet of subnet.env."""
+
+    mac: int | None
+    subnet: Prefix | None
 
 
 class Ownership(Controller):
@@ -51,19 +62,18 @@ class Ownership(Controller):
     def __init__(
         self,
         current: CurrentInputs,
-        family: Family,
         health: Health,
         clock: Callable[[], float],
         identity_of: Callable[[str], Identity] | None,
-        existing_mac: Callable[[NetworkConfig], int | None],
+        existing_macs: Mapping[int, Callable[[NetworkConfig], int | None]],
         stop: Callable[[str], None],
         give_up: Callable[[], Iterator[str]] = lambda: iter(()),
     ) -> None:
-        """family: of the subnet by which a lease is found to be ours. identity_of: of this node, given its underlay's MAC;
-        None where nothing is claimed (uninstall). existing_mac: of the device that is there. stop: ends the agent, with a
-        reason. give_up: takes what the record says to others out of the store (uninstall)."""
-        self._current, self._family, self._health, self._clock = current, family, health, clock
-        self._identity_of, self._existing_mac, self._stop, self._give_up = identity_of, existing_mac, stop, give_up
+        """identity_of: of this node, given its underlay's MAC; None where nothing is claimed (uninstall). existing_macs: by
+        family, of the device that is there. stop: ends the agent, with a reason. give_up: takes what the record says to
+        others out of the store (uninstall)."""
+        self._current, self._health, self._clock = current, health, clock
+        self._identity_of, self._existing_macs, self._stop, self._give_up = identity_of, existing_macs, stop, give_up
         self.claimer: Claimer | None = None
         """Set before the loop runs."""
         self.held: Lease | None = None
@@ -74,8 +84,8 @@ class Ownership(Controller):
         """Ours, or what somebody put there."""
         self._first_list: Snapshot | None = None
         """Read before anything was held: it saves the tenure another."""
-        self._earlier: tuple[int | None, Prefix | None] | None = None
-        """What an earlier run left: the device's MAC, and the subnet of subnet.env. None: not read yet."""
+        self._earlier: dict[int, _Earlier] = {}
+        """By family, where it was read."""
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
@@ -101,31 +111,44 @@ class Ownership(Controller):
             Denied: self._on_denied,
             Renewed: self._on_renewed,
             Disputed: self._on_disputed,
+            Partial: self._on_partial,
         }
 
     # --- asking
 
     def wants(self, inputs: Inputs) -> object:
         """What it is claimed by."""
-        under = inputs.underlays.get(self._family.number)
         if not inputs.listed:
             return Waiting("for the first list from the store")
         if inputs.config is None:
             return Waiting("for a network config")
+        first, *other = sorted(inputs.config.pools)
+        under = inputs.underlays.get(first)
         if under is None:
             return Waiting("for an underlay")
-        return _Wants(inputs.config, under._replace(up=True, carrier=True, neighbours=()), inputs.settings)
+        second = inputs.underlays.get(other[0]) if other else None
+        return _Wants(
+            inputs.config,
+            FAMILIES[first],
+            _address(under),
+            None if second is None else _address(second),
+            inputs.settings,
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""
         if self._look_again_at is not None and self._clock() >= self._look_again_at:
             self._look_again_at, self._looking_again = None, True
             self.recheck()
-        config, under, settings = wants
+        config, family, under, second, settings = wants
         assert self._identity_of is not None
-        if self._earlier is None:
-            self._earlier = self._existing_mac(config), previous_subnet(settings.subnet_file, self._family.number)
-        mac, subnet = self._earlier
+        mac, subnet = self._of_earlier(family, config, settings)
+        part = None
+        if second is not None:
+            other = next(FAMILIES[number] for number in config.pools if number != family.number)
+            avoid = _not_for_pods(other, config, second, settings)
+            earlier = self._of_earlier(other, config, settings)
+            part = Part(other, second.public_ip, *earlier, avoid, second.local, second.name)
         claim = Claim(
             config,
             under.public_ip,
@@ -133,14 +156,23 @@ class Ownership(Controller):
             self._identity_of(mac_text(under.mac)),
             subnet,
             settings.take_over,
-            _not_for_pods(self._family, config, under, settings),
+            _not_for_pods(family, config, under, settings),
             under.local,
-            self._family,
+            family,
             under.name,
+            part,
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
         return False
+
+    def _of_earlier(self, family: Family, config: NetworkConfig, settings: Settings) -> _Earlier:
+        """Read once. Raises KernelError, CannotReconcile."""
+        number = family.number
+        if number not in self._earlier:
+            mac = self._existing_macs[number](config)
+            self._earlier[number] = _Earlier(mac, previous_subnet(settings.subnet_file, number))
+        return self._earlier[number]
 
     def due(self) -> float | None:
         """When to look again at what is in dispute."""
@@ -221,9 +253,9 @@ class Ownership(Controller):
     def _on_held(self, event: Held) -> bool:
         lease = event.lease
         write_log = log.warning if event.warn else log.info
-        end = lease.first
-        public_ip = ip_text(end.subnet.family, end.public_ip)
-        write_log("lease", subnet=str(end.subnet), public_ip=public_ip, method=event.method)
+        subnets = ", ".join(str(end.subnet) for end in lease.ends)
+        public_ips = ", ".join(ip_text(end.subnet.family, end.public_ip) for end in lease.ends)
+        write_log("lease", subnet=subnets, public_ip=public_ips, method=event.method)
         before = self._at_our_key
         self.held, self._method, self._at_our_key, self._first_list = lease, event.method, lease, None
         if before is not None and before.key != lease.key:
@@ -232,8 +264,8 @@ class Ownership(Controller):
         own = lease._replace(created=0, modified=0, handle=0)
         was = self._current.inputs.own
         self._current.set(own=own, displaced=False)
-        if was is not None and was.key != own.key:
-            self._current.set(synced=False)
+        if was is not None and was.first.subnet != own.first.subnet:
+            self._current.set(synced_families=frozenset())
         if event.warn:
             self._put_right_until = self._clock() + PUT_RIGHT_S
         self.check_rivals()
@@ -267,10 +299,14 @@ class Ownership(Controller):
         self._look_again_at = self._clock() + DISPUTED_S
         return False
 
+    def _on_partial(self, event: Partial) -> bool:
+        self._health.report("lease family", event.reason, harmless=True)
+        return False
+
     def _displace(self) -> None:
         """No new pod shall get an address of our subnet, until there is a lease again."""
         count = self._current.inputs.displacements + 1
-        self._current.set(displaced=True, displacements=count, synced=False)
+        self._current.set(displaced=True, displacements=count, synced_families=frozenset())
 
     def _on_renewed(self, event: Renewed) -> bool:
         self._expires_at = None if event.left_s is None else self._clock() + event.left_s
@@ -316,13 +352,27 @@ class Ownership(Controller):
                 "identity": held.node,
                 "method": self._method,
                 "left_s": left,
+                **{
+                    f"{name}_ipv6": value
+                    for other in held.ends[1:]
+                    for name, value in (
+                        ("subnet", str(other.subnet)),
+                        ("public_ip", ip_text(other.subnet.family, other.public_ip)),
+                        ("vtep_mac", mac_text(other.mac or 0)),
+                    )
+                },
             }
         }
+
+
+def _address(under: Underlay) -> Underlay:
+    """What a claim depends on: not whether its link is up."""
+    return under._replace(up=True, carrier=True, neighbours=())
 
 
 def _not_for_pods(family: Family, config: NetworkConfig, under: Underlay, settings: Settings) -> tuple[Prefix, ...]:
     """What no subnet of ours may touch."""
     pool = config.pool(family.number)
     assert pool is not None, "a config without the family is not taken"
-    reserved = underlay_within(pool.network, settings.underlay_cidrs)
+    reserved = underlay_within(pool.network, settings.underlay_cidrs_of(family.number))
     return (*under.on_link, Prefix(family.number, under.public_ip, family.bits), *reserved)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
+from lease.families import FAMILIES
 from lease.model import Lease, Refused
 from lease.records.annotations import Hints
 from lease.records.packed import Leases
@@ -74,10 +75,10 @@ class RecordsSource(Source):
         self._stale = False
         """That was reported."""
         self._kube = current.inputs.settings.kube
-        self._flag_public_ip = current.inputs.settings.public_ip
+        self._flags = current.inputs.settings
         self._hints = Hints()
-        self._node_public_ip = 0
-        """The last that could be read."""
+        self._node_public_ips: dict[int, int] = {}
+        """By family, the last that could be read."""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -148,10 +149,12 @@ class RecordsSource(Source):
     def _on_hints(self, hints: Hints) -> None:
         """What an operator wrote on our own Node."""
         self._health.report("annotations", "; ".join(hints.faults), harmless=True)
-        if hints.public_ip is not None and hints.public_ip != self._node_public_ip:
-            self._node_public_ip = hints.public_ip
-            address = hints.public_ip or self._flag_public_ip
-            self._current.set(settings=self._current.inputs.settings._replace(public_ip=address))
+        for family in FAMILIES:
+            address = hints.public_ip.get(family, 0)
+            if address is not None and address != self._node_public_ips.get(family, 0):
+                self._node_public_ips[family] = address
+                address = address or self._flags.public_ip_of(family)
+                self._current.set(settings=self._current.inputs.settings.with_public_ip(family, address))
         if hints != self._hints:
             self._ownership.recheck()
         self._hints = hints

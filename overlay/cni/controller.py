@@ -4,12 +4,14 @@ network list, which record is ours."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lease.families import Family
-from lease.model import Prefix
+from lease.families import FAMILIES
+from lease.model import Endpoint, Prefix
+from overlay.backends.choose import backend_of
 from overlay.cni import lists
+from overlay.cni.lists import PodNetwork
 from overlay.control.controller import Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs
@@ -28,14 +30,14 @@ CHECK_EVERY_S = 1.0
 
 class _Wants(NamedTuple):
     """files: content by path; the network list: its path ("": none is kept), its content, or why there is none that could
-    be used (fault). subnet: that of our lease. may_stand: the list may, since all peers are in the kernel. displaced,
+    be used (fault). subnets: those of our lease. may_stand: the list may, since all peers are in the kernel. displaced,
     displacements: by the inputs of these names."""
 
     files: tuple[tuple[str, str], ...]
     list_path: str
     list_text: str
     fault: str
-    subnet: Prefix
+    subnets: tuple[Prefix, ...]
     may_stand: bool
     displaced: bool
     displacements: int
@@ -53,14 +55,13 @@ class CniController(Controller):
     def __init__(
         self,
         current: CurrentInputs,
-        family: Family,
         health: Health,
         owned: Owned,
         clock: Callable[[], float],
         named: Callable[[Iterable[str]], None],
     ) -> None:
         """named: given the bridges that the network list attaches pods to."""
-        self._current, self._family, self._health, self._owned = current, family, health, owned
+        self._current, self._health, self._owned = current, health, owned
         self._clock, self._named = clock, named
         self._settings: Settings = current.inputs.settings
         self._written: dict[str, tuple[str, Stamp | None]] = {}
@@ -76,24 +77,31 @@ class CniController(Controller):
 
     def wants(self, inputs: Inputs) -> object:
         """Contents, by the lease and the device."""
-        number = self._family.number
-        pool, end, tunnel = inputs.pool(number), inputs.end(number), inputs.tunnels.get(number)
-        if pool is None or end is None or inputs.own is None:
+        if inputs.own is None or inputs.config is None:
             return Waiting("for a lease")
-        if tunnel is None:
+        ends = [end for end in inputs.own.ends if inputs.pool(end.subnet.family) is not None]
+        if not ends:
+            return Waiting("for a lease")
+        if ends[0].subnet.family not in inputs.tunnels:
             return Waiting("for the tunnel device")
-        settings = inputs.settings
-        networks = [each.network for each in inputs.config.pools.values()] if inputs.config is not None else []
-        files = (
-            (self._owned.device_file, tunnel.name),  # which node/device.py has written first
-            (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, end, networks)),
-            (settings.subnet_file, lists.subnet_env(pool.network, end.subnet, tunnel.mtu, settings.ip_masq)),
+        settings, mtu = inputs.settings, _mtu(inputs, ends)
+        networks = [each.network for each in inputs.config.pools.values()]
+        pods = [PodNetwork(inputs.config.pools[end.subnet.family].network, end.subnet) for end in ends]
+        devices = (
+            (self._owned.device_file(family), tunnel.name)  # which node/device.py has written first
+            for family, tunnel in sorted(inputs.tunnels.items())
         )
+        files = (
+            *devices,
+            (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, ends, networks)),
+            (settings.subnet_file, lists.subnet_env(pods, mtu, settings.ip_masq)),
+        )
+        subnets = tuple(end.subnet for end in ends)
         if not settings.cni_conf_dir:
-            return _Wants(files, "", "", "", end.subnet, True, False, 0)
-        text, fault = _network_list(inputs, pool.network, end.subnet, tunnel.mtu)
+            return _Wants(files, "", "", "", subnets, True, False, 0)
+        text, fault = _network_list(inputs, pods, mtu)
         path = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
-        return _Wants(files, path, text, fault, end.subnet, inputs.synced, inputs.displaced, inputs.displacements)
+        return _Wants(files, path, text, fault, subnets, inputs.synced, inputs.displaced, inputs.displacements)
 
     def reconcile(self, wants: Any) -> bool:
         """Write what differs. Raises OSError."""
@@ -101,15 +109,15 @@ class CniController(Controller):
         path = wants.list_path
         if wants.displaced or wants.displacements != self._displacements:
             self._listed = False
-            self._withdraw_list(path, wants.subnet)
+            self._withdraw_list(path, wants.subnets[0])
             self._displacements = wants.displacements
         self._listed = not wants.displaced and (self._listed or wants.may_stand)
-        old = lists.listed_subnet(path, wants.subnet.family) if path and path not in self._written else None
-        stale = old is not None and old != wants.subnet
-        if stale and (not self._listed or wants.fault):
-            # one that an earlier life left for another subnet goes at once, before a pod gets an address of it
-            remove(path)
-            log.warning("file.removed", path=path, reason=f"it gives addresses of {old}; our lease is {wants.subnet}")
+        for subnet in wants.subnets if path and path not in self._written else ():
+            old = lists.listed_subnet(path, subnet.family)
+            if old is not None and old != subnet and (not self._listed or wants.fault):
+                # one that an earlier life left for another subnet goes at once, before a pod gets an address of it
+                remove(path)
+                log.warning("file.removed", path=path, reason=f"it gives addresses of {old}; our lease is {subnet}")
         self._write(wants.files)
         if path and self._listed and not wants.fault:
             self._named(lists.bridges_in(wants.list_text))
@@ -118,7 +126,7 @@ class CniController(Controller):
         self._health.report("cni", fault)
         folder = self._settings.cni_conf_dir
         self._folder = _stamp(folder) if path else None  # before it is read
-        other = lists.preferred(folder, wants.subnet) if path in self._written else ""
+        other = lists.preferred(folder, wants.subnets[0]) if path in self._written else ""
         # only the kubelet's runtime goes by the names of files
         self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
         return False
@@ -177,9 +185,23 @@ class CniController(Controller):
         return {"mended_file": self._mended}
 
 
-def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> tuple[str, str]:
+def _mtu(inputs: Inputs, ends: Iterable[Endpoint]) -> int:
+    """Pods': the least of the families'."""
+    found = []
+    for end in ends:
+        tunnel, family = inputs.tunnels.get(end.subnet.family), FAMILIES[end.subnet.family]
+        device = backend_of(inputs.config.backend, family).tunnel if inputs.config is not None else None
+        under = inputs.underlays.get(family.number) or next(iter(inputs.underlays.values()), None)
+        if tunnel is not None:
+            found.append(tunnel.mtu)
+        elif device is not None and under is not None:
+            found.append(device.mtu(under.mtu)[0])
+    return min(found)
+
+
+def _network_list(inputs: Inputs, pods: Sequence[PodNetwork], mtu: int) -> tuple[str, str]:
     """The network list, or ("", why cni-conf.json cannot be used)."""
-    settings = inputs.settings
+    settings, subnet = inputs.settings, pods[0].subnet
     there = addresses_by_name(inputs.links, inputs.addresses_of(subnet.family)).items()
 
     def bridge_of(first: str) -> str:
@@ -188,11 +210,11 @@ def _network_list(inputs: Inputs, network: Prefix, subnet: Prefix, mtu: int) -> 
     # only where host and agent surely see the same file: of a container's folders /run/flannel alone is the host's
     same_file = not settings.kube or settings.subnet_file == DEFAULT_SUBNET_FILE
     waits_for = settings.subnet_file if same_file else ""
-    plain = lists.network_list(network, subnet, mtu, bridge_of("cni0"), settings.cni_data_dir, waits_for)
+    plain = lists.network_list(pods, mtu, bridge_of("cni0"), settings.cni_data_dir, waits_for)
     if inputs.cni_template is None:
         return plain, ""
     try:
-        return lists.render_list(inputs.cni_template, plain, network, mtu, settings.ip_masq, bridge_of), ""
+        return lists.render_list(inputs.cni_template, plain, mtu, settings.ip_masq, bridge_of), ""
     except ValueError as error:
         return "", str(error)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lease.model import WIDTH, Endpoint, Prefix, ip_number, ip_text, mac_text, prefix
@@ -19,19 +20,30 @@ NETWORK_NAME = "cbr0"
 """flannel's network name: pods attached under it can still be detached."""
 
 _SUBNET_OF = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
+_NETWORK_OF = {4: "FLANNEL_NETWORK", 6: "FLANNEL_IPV6_NETWORK"}
 LEASE_FILE = "lease.json"
 """Below --run-dir: which record is ours, for `overlay release`."""
 
 
-def lease_file(key: str, end: Endpoint, networks: Iterable[Prefix]) -> str:
-    """The content of LEASE_FILE."""
-    assert end.mac is not None
-    fields = {
+class PodNetwork(NamedTuple):
+    """Of one family: the network, and our subnet of it."""
+
+    network: Prefix
+    subnet: Prefix
+
+
+def lease_file(key: str, ends: Sequence[Endpoint], networks: Iterable[Prefix]) -> str:
+    """The content of LEASE_FILE. ends: of each family, by the first of which the record is found to be ours."""
+    first = ends[0]
+    assert first.mac is not None
+    fields: dict[str, Any] = {
         "key": key,
-        "public_ip": ip_text(end.subnet.family, end.public_ip),
-        "vtep_mac": mac_text(end.mac),
+        "public_ip": ip_text(first.subnet.family, first.public_ip),
+        "vtep_mac": mac_text(first.mac),
         "networks": [str(network) for network in networks],
     }
+    for end in ends[1:]:
+        fields["public_ipv6"] = ip_text(end.subnet.family, end.public_ip)
     return json.dumps(fields) + "\n"
 
 
@@ -54,20 +66,20 @@ def recorded_networks(run_dir: str) -> list[Prefix]:
 
 def recorded_public_ip(run_dir: str, family: int) -> int:
     """The public IP of LEASE_FILE, 0 where there is none of that family."""
-    try:
-        return ip_number(_recorded(run_dir, "public_ip"), family)
-    except _UNUSABLE:
-        return 0
+    for name in ("public_ipv6", "public_ip") if family == 6 else ("public_ip",):
+        with suppress(*_UNUSABLE):
+            return ip_number(_recorded(run_dir, name), family)
+    return 0
 
 
-def subnet_env(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
-    """The file as flannel writes it."""
-    return (
-        f"FLANNEL_NETWORK={network}\n"
-        f"FLANNEL_SUBNET={ip_text(subnet.family, subnet.base + 1)}/{subnet.length}\n"
-        f"FLANNEL_MTU={mtu}\n"
-        f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}\n"
-    )
+def subnet_env(pods: Iterable[PodNetwork], mtu: int, ip_masq: bool) -> str:
+    """The file as flannel writes it. mtu: the least of the families' (flannel writes IPv4's, which IPv6 packets exceed)."""
+    lines = []
+    for network, subnet in pods:
+        gateway = f"{ip_text(subnet.family, subnet.base + 1)}/{subnet.length}"
+        lines += [f"{_NETWORK_OF[subnet.family]}={network}", f"{_SUBNET_OF[subnet.family]}={gateway}"]
+    lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}"]
+    return "\n".join(lines) + "\n"
 
 
 def previous_subnet(path: str, family: int) -> Prefix | None:
@@ -87,8 +99,8 @@ def previous_subnet(path: str, family: int) -> Prefix | None:
     return None
 
 
-def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_dir: str, waits_for: str = "") -> str:
-    """The CNI network list: bridge, host-local and portmap on our lease.
+def network_list(pods: Sequence[PodNetwork], mtu: int, bridge: str, data_dir: str, waits_for: str = "") -> str:
+    """The CNI network list: bridge, host-local and portmap on our lease; of two families a pod gets an address of each.
 
     waits_for: a file without which no pod is made: host-local reads it as resolvConf when it gives an address, and not when
     it takes one back. After a boot subnet.env, which stands in /run, is not there until the agent has written it, so pods
@@ -98,8 +110,8 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
     """
     ipam: dict[str, object] = {
         "type": "host-local",
-        "ranges": [[{"subnet": str(subnet)}]],
-        "routes": [{"dst": str(network)}],
+        "ranges": [[{"subnet": str(each.subnet)}] for each in pods],
+        "routes": [{"dst": str(each.network)} for each in pods],
     }
     if waits_for:
         ipam["resolvConf"] = waits_for
@@ -124,7 +136,6 @@ def network_list(network: Prefix, subnet: Prefix, mtu: int, bridge: str, data_di
 def render_list(
     template: bytes,
     plain: str,
-    network: Prefix,
     mtu: int,
     ip_masq: bool,
     bridge_of: Callable[[str], str] = lambda name: name,
@@ -148,7 +159,7 @@ def render_list(
     if not isinstance(plugins, list) or not all(isinstance(entry, dict) for entry in plugins):
         raise ValueError('"plugins" must be a list of objects, as in flannel\'s cni-conf.json')
     bridge = json.loads(plain)["plugins"][0]
-    ours = _Ours(bridge, network, mtu, ip_masq, bridge_of)
+    ours = _Ours(bridge, mtu, ip_masq, bridge_of)
     made = [_rendered(entry, ours) for entry in plugins]
     name = found.get("name") or NETWORK_NAME
     whole = {**found, "name": name, "cniVersion": found.get("cniVersion") or "0.3.1", "plugins": made}
@@ -162,7 +173,6 @@ class _Ours(NamedTuple):
     """What takes the place of an entry of type flannel: our own bridge entry, and what of our lease goes into it."""
 
     plain: dict[str, Any]
-    network: Prefix
     mtu: int
     ip_masq: bool
     bridge_of: Callable[[str], str]
@@ -213,7 +223,7 @@ def _bridge(entry: dict[str, Any], ours: _Ours) -> dict[str, Any]:
             **ipam,
             "type": "host-local",
             "ranges": plain["ipam"]["ranges"],
-            "routes": [*routes, {"dst": str(ours.network)}],
+            "routes": [*routes, *plain["ipam"]["routes"]],
         },
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from lease.families import Family
 from overlay.control.inputs import Inputs
 
 Handler = Callable[[Any], bool]
@@ -44,6 +45,11 @@ class Controller:
 
     reports: ClassVar[tuple[str, ...]] = ()
     """Other subjects of its problems: what it found before says nothing any more once it waits, or is switched off."""
+
+    family: Family | None = None
+    """Which family's it is, None: of no one. Set by compose.py. It is switched off while the network has no such family."""
+    used: bool = False
+    """An earlier run had that family here, so that there may be something to take away. Set by compose.py."""
 
     completed: bool = False
     """It has reconciled once. Set by the scheduler, but where it answers later."""

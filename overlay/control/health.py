@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
+from lease.families import Family
 from overlay.process.log import log
 
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
+FIRST = 4
+"""The family whose problems and sections of the status have no family in their names."""
 REMEMBERED = 50
 """So many problems that are over."""
 
@@ -52,9 +55,16 @@ class Health:
         self._lock = threading.Lock()
         self._problems: dict[str, Problem] = {}
         self._past: deque[Past] = deque(maxlen=REMEMBERED)
+        self.optional = False
+        """IPv6 stands beside IPv4, and does not work here yet: its problems are harmless. Set by the scheduler."""
         self._ready = False
         self._bad_since: float | None = None
         self._last_turn = clock()
+
+    def of(self, family: Family) -> Health:
+        """For controllers of a family: the same problems, those of IPv6 by subjects of their own; beside IPv4 they do not
+        keep a node from being ready, while nothing of IPv6 works here."""
+        return self if family.number == FIRST else FamilyHealth(self, family)
 
     def pass_made(self) -> None:
         """The loop made a turn."""
@@ -127,3 +137,33 @@ class Health:
             elif self._problems.pop(subject, None) is not None and was is not None:
                 self._past.append(Past(subject, was.text, was.since, self._wall()))
         return None if was is None else was.text
+
+
+def name_of(name: str, family: Family | None) -> str:
+    """A controller's name, or a problem's subject, of a family."""
+    return name if family is None or family.number == FIRST else f"{name} {family.text}"
+
+
+class FamilyHealth(Health):
+    """One family's view of a Health."""
+
+    def __init__(self, whole: Health, family: Family) -> None:
+        self._whole, self._family = whole, family
+
+    def problems(self) -> dict[str, Problem]:
+        """Those of the family, by subjects without it."""
+        end = f" {self._family.text}"
+        found = self._whole.problems().items()
+        return {subject.removesuffix(end): problem for subject, problem in found if subject.endswith(end)}
+
+    def problem(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> None:
+        """Something is wrong."""
+        self._whole.problem(name_of(subject, self._family), text, harmless or self._whole.optional, outside)
+
+    def solved(self, subject: str) -> None:
+        """It is not any more."""
+        self._whole.solved(name_of(subject, self._family))
+
+    def note(self, subject: str, text: str, harmless: bool = False, outside: bool = False) -> str | None:
+        """Without a log line."""
+        return self._whole.note(name_of(subject, self._family), text, harmless or self._whole.optional, outside)

@@ -2,7 +2,7 @@
 
 Who owns a field sets it (compose.py wires them): links and addresses by node/links.py, the underlay by
 node/underlay_source.py, configuration by cluster/records.py and cluster/live.py, the lease by cluster/ownership.py, the
-tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced` by peers/controller.py.
+tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by peers/controller.py.
 """
 
 from __future__ import annotations
@@ -84,10 +84,16 @@ class Inputs(NamedTuple):
     """Subnets that this node lost, on which pods of it still run."""
     cni_template: bytes | None = None
     """flannel's cni-conf.json, where there is one."""
-    synced: bool = False
-    """All peers were in the kernel once, since we hold this lease."""
+    synced_families: frozenset[int] = frozenset()
+    """Those of which all peers were in the kernel once, since we hold this lease."""
     displacements: int = 0
     """How often we were displaced: what ended before anybody was asked is seen by this."""
+
+    @property
+    def synced(self) -> bool:
+        """All peers were in the kernel once: of each family that our lease has and that can work here now."""
+        able = {end.subnet.family for end in self.own.ends} & self.underlays.keys() if self.own is not None else set()
+        return bool(self.synced_families) and able <= self.synced_families
 
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled or not known."""

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lease.families import FAMILIES
 from lease.model import Prefix, ip_text, mac_text
 from overlay.control.controller import CannotReconcile, Controller, Waiting
-from overlay.control.health import Health
+from overlay.control.health import FIRST, Health, name_of
 from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.kernel.netlink import error_text
 from overlay.process.log import log
@@ -108,12 +109,29 @@ class _Slot:
         self.after: list[_Slot] = []
         """Those that come before it. Set when all are known."""
         self._timed = type(controller).due is not Controller.due
+        self.name = name_of(controller.name, controller.family)
+        self._number = controller.family.number if controller.family is not None else 0
+        self.off = False
+        """The network has no such family, as far as it is known."""
+        self.used = controller.family is None or controller.used
+        """There may be something to take away when it is switched off."""
+
+    @property
+    def harmless(self) -> bool:
+        """Whether pods' traffic is as it should be without it: of a second family that does not work here yet it is."""
+        return self.controller.harmless or (self._number > FIRST and _optional(self.inputs))
 
     def update(self, inputs: Inputs) -> None:
         """What it wants, by the inputs of now."""
-        wants = self.controller.wants(inputs)
+        if self._number > FIRST and inputs.config is None:
+            self.off = True  # most have none
+            wants: object = Waiting("for a network config")
+        else:
+            self.off = bool(self._number) and inputs.config is not None and inputs.pool(self._number) is None
+            wants = None if self.off else self.controller.wants(inputs)
         self.stale = self.stale or wants != self.wants
         self.inputs, self.wants, self.waits = inputs, wants, isinstance(wants, Waiting)
+        self.used = self.used or not (self.off or self.waits)
 
     @property
     def asked(self) -> bool:
@@ -131,6 +149,13 @@ class _Slot:
     def may_act(self) -> bool:
         """Whether it has something to do, and all that come before it are done."""
         return not self.waits and all(slot.wants is None or slot.controller.completed for slot in self.after)
+
+
+def _optional(inputs: Inputs | None) -> bool:
+    """Whether IPv6 stands beside IPv4, and this node has no address or no subnet of it."""
+    if inputs is None or inputs.pool(FIRST) is None:
+        return False
+    return any(inputs.underlays.get(number) is None or inputs.end(number) is None for number in FAMILIES)
 
 
 _MACS, _ADDRESSES = ("mac",), ("base", "address", "local", "public_ip")
@@ -169,11 +194,10 @@ class Schedule:
     ) -> None:
         self._current, self._health, self._clock = current, health, clock
         self._slots = [_Slot(controller, clock) for controller in controllers]
-        names = [controller.name for controller in controllers]
+        names = [slot.name for slot in self._slots]
         assert len(set(names)) == len(names), f"two controllers of one name: {names}"
-        by_name = {slot.controller.name: slot for slot in self._slots}
         for slot in self._slots:
-            slot.after = [by_name[name] for name in slot.controller.after]
+            slot.after = [other for other in self._slots if other.controller.name in slot.controller.after]
         self._handlers: dict[type, list[tuple[_Slot, Callable[[Any], bool]]]] = {}
         for slot in self._slots:
             for event, handler in slot.controller.handles.items():
@@ -186,6 +210,10 @@ class Schedule:
         """All of them, in order."""
         return [slot.controller for slot in self._slots]
 
+    def working(self) -> list[Controller]:
+        """Those whose family the network has, in order."""
+        return [slot.controller for slot in self._slots if not slot.off]
+
     def handle(self, event: Any) -> None:
         """Hand an event to those whose it is. An event that nobody handles is a bug: LookupError."""
         for slot, handler in self._handlers[type(event)]:
@@ -195,6 +223,7 @@ class Schedule:
     def run_pass(self) -> bool:
         """Ask each controller that has a reason to be asked, once. Whether there is more to do at once."""
         now = self._clock()
+        self._health.optional = _optional(self._current.inputs)
         if now >= self._next_recheck:
             self._next_recheck = now + RECHECK_S
             for slot in self._slots:
@@ -206,7 +235,7 @@ class Schedule:
                 slot.update(self._current.inputs)
                 if asked and not slot.asked:
                     for subject in slot.controller.reports:
-                        self._health.solved(subject)
+                        self._health.solved(name_of(subject, slot.controller.family))
             if not slot.stale and not slot.more and ((at := slot.due()) is None or at > now):
                 continue
             if slot.controller.yields and more and now < self._peers_first_until:
@@ -219,7 +248,7 @@ class Schedule:
     def _ask(self, slot: _Slot) -> bool:
         if not log.debugging:
             return self._ask_now(slot)
-        name, began = slot.controller.name, time.perf_counter()
+        name, began = slot.name, time.perf_counter()
         try:
             return self._ask_now(slot)
         finally:
@@ -230,23 +259,23 @@ class Schedule:
     def _ask_now(self, slot: _Slot) -> bool:
         controller, wants = slot.controller, slot.wants
         slot.stale = slot.more = False
-        if controller.answers_later and controller.name not in self._health.problems():
+        if controller.answers_later and slot.name not in self._health.problems():
             slot.retry.succeeded()  # what was begun last
         try:
             if wants is None:
-                for line in controller.withdraw():
-                    log.info("withdrawn", controller=controller.name, removed=line)
+                for line in controller.withdraw() if slot.used else ():
+                    log.info("withdrawn", controller=slot.name, removed=line)
             else:
                 slot.more = controller.reconcile(wants)
         except (OSError, CannotReconcile) as error:
             slot.retry.refused()
-            self._health.problem(controller.name, error_text(error), controller.harmless)
+            self._health.problem(slot.name, error_text(error), slot.harmless)
             return False
         if wants is not None and controller.answers_later:
             slot.retry.began()
             return slot.more
         if slot.retry.refusals:  # a controller may have set a problem of its name itself
-            self._health.solved(controller.name)
+            self._health.solved(slot.name)
         slot.retry.succeeded()
         controller.completed = True
         return slot.more
@@ -254,9 +283,9 @@ class Schedule:
     def waiting(self) -> str:
         """Why the node is not ready: what the first controller that waits waits for; "" where none does."""
         for slot in self._slots:
-            if slot.waits and not slot.controller.harmless:  # without those pods' traffic is as it should be
+            if slot.waits and not slot.harmless:  # without those pods' traffic is as it should be
                 return str(slot.wants.reason)
-            if slot.wants is not None and (reason := slot.controller.unready()):
+            if slot.wants is not None and (reason := slot.controller.unready()) and not slot.harmless:
                 return reason
         return ""
 

@@ -69,7 +69,7 @@ class NatController(_RulesController):
             return Waiting("for a lease")
         backend, live = backend_of(inputs.config.backend, self._family), inputs.settings
         name, outer = nat.table_name(backend.network), backend.outer()
-        nodes = nodes_within(pool.network, inputs.underlays.get(number), live.underlay_cidrs)
+        nodes = nodes_within(pool.network, inputs.underlays.get(number), live.underlay_cidrs_of(number))
         table = nat.nat_table(
             name, pool.network, end.subnet, live.ip_masq, live.fully_random, live.forward_rules,
             outer.port if outer is not None else None, nodes,

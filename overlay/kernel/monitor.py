@@ -9,7 +9,7 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from lease.families import V4, Family
 from overlay.kernel.events import (
@@ -99,7 +99,8 @@ class _Seldom:
 class Monitor(_Listener):
     """Turns rtnetlink's notifications into events."""
 
-    def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Sequence[Family] = (V4,)) -> None:
+    def __init__(self, post: Callable[[KernelEvent], None], own_port: int, families: Iterable[Family] = (V4,)) -> None:
+        families = tuple(families)
         groups = [group for family in families for group in GROUPS[family.number]]
         super().__init__("monitor", NETLINK_ROUTE, (RTNLGRP_LINK, RTNLGRP_NEIGH, *groups), post)
         self._families, self._seldom = families, _Seldom()

@@ -357,7 +357,7 @@ class Lab:
             namespace = topology.node_netns(self.name, pod)
             netns.create(namespace)
             conflist = self.run_dir(node) / "cni" / CONFLIST
-            node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)
+            node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)[0]
 
         progress(f"{len(wanted)} pods by CNI")
         with ThreadPoolExecutor(max_workers=4) as pool:

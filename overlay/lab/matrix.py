@@ -14,27 +14,48 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from overlay.lab import netns
 
 TRIES, ANSWER_S = 3, 1.0
 AT_ONCE = 200
 """Pairs under way at once: each has a socket."""
-IP_MTU_DISCOVER, IP_PMTUDISC_DO, IP_MTU = 10, 2, 14
-"""include/uapi/linux/in.h."""
-UDP_HEADERS = 28
+IP_PMTUDISC_DO = 2
+UDP = 8
 TOKEN = 8
+
+
+class _Form(NamedTuple):
+    """What sockets of a family are. level, discover, mtu: options (include/uapi/linux/{in,in6}.h); header: bytes."""
+
+    af: int
+    level: int
+    discover: int
+    mtu: int
+    header: int
+
+
+_FORMS = {
+    4: _Form(socket.AF_INET, socket.IPPROTO_IP, 10, 14, 20),
+    6: _Form(socket.AF_INET6, socket.IPPROTO_IPV6, 23, 24, 40),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """One end: a pod or a node. address: where others reach it."""
+    """One end: a pod or a node, by one of its addresses, where others reach it."""
 
     name: str
     kind: str
     namespace: str
     address: str
     node: str
+
+    @property
+    def family(self) -> int:
+        """4 or 6."""
+        return 6 if ":" in self.address else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +118,7 @@ class Wires:
             (source, target)
             for source in self.ends
             for target in self.ends
-            if source is not target and "pod" in (source.kind, target.kind)
+            if source is not target and source.family == target.family and "pod" in (source.kind, target.kind)
         ]
         return self.measure_all(pairs, expected, answer_s)
 
@@ -162,8 +183,9 @@ class _Attempt:
         data = self.tokens[full]
         try:
             if full:
-                self.size = self.sending.getsockopt(socket.IPPROTO_IP, IP_MTU)
-                data = data.ljust(self.size - UDP_HEADERS, b"\0")
+                form = _FORMS[self.target.family]
+                self.size = self.sending.getsockopt(form.level, form.mtu)
+                data = data.ljust(self.size - form.header - UDP, b"\0")
             self.sending.send(data)
         except OSError as error:
             self.refused = error.strerror or str(error)
@@ -250,19 +272,20 @@ def summary(cells: Iterable[Cell], node_of: dict[str, str]) -> Iterator[str]:
 
 
 def _listen(end: End) -> socket.socket:
-    made = _socket()
+    made = _socket(end.family)
     made.bind((end.address, 0))
     return made
 
 
-def _socket() -> socket.socket:
-    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    made.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
+def _socket(family: int) -> socket.socket:
+    form = _FORMS[family]
+    made = socket.socket(form.af, socket.SOCK_DGRAM)
+    made.setsockopt(form.level, form.discover, IP_PMTUDISC_DO)
     return made
 
 
 def _connect(target: End, port: int) -> socket.socket:
-    made = _socket()
+    made = _socket(target.family)
     try:
         made.connect((target.address, port))
     except OSError:

@@ -29,13 +29,17 @@ def plugin_path() -> str:
     return path
 
 
-def attach(node: str, conflist: Path, pod: str) -> str:
-    """Attach a pod's namespace to a node's network; its address. node, pod: names of namespaces. Raises LabError."""
+def attach(node: str, conflist: Path, pod: str) -> list[str]:
+    """Attach a pod's namespace to a node's network; its addresses, of each family one. node, pod: names of namespaces.
+    Raises LabError."""
     result = _run_list("ADD", node, conflist, pod)
     try:
-        return str(result["ips"][0]["address"]).split("/")[0]
-    except (KeyError, IndexError) as error:
-        raise LabError(f"CNI gave {pod} no address: {json.dumps(result)}") from error
+        found = [str(each["address"]).split("/")[0] for each in result["ips"]]
+    except (KeyError, TypeError):
+        found = []
+    if not found:
+        raise LabError(f"CNI gave {pod} no address: {json.dumps(result)}")
+    return found
 
 
 def detach(node: str, conflist: Path, pod: str) -> None:

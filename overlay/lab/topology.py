@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Collection
 
 from pyroute2 import IPRoute
 
+from overlay.kernel.route.link_wire import IFA_F_NODAD
 from overlay.lab import netns
 
 NETWORK, GATEWAY, LENGTH = "192.168.1", "192.168.1.1", 24
+NETWORK6, GATEWAY6, LENGTH6 = "fd00:192:168:1", "fd00:192:168:1::1", 64
 BRIDGE = "br0"
 MAX_NODES = 250
 
@@ -28,8 +32,13 @@ def node_address(number: int) -> str:
     return f"{NETWORK}.{number + 1}"
 
 
-def make_underlay(lab: str) -> None:
-    """The bridge, with the gateway's address on it."""
+def node_address6(number: int) -> str:
+    """node1 is fd00:192:168:1::2."""
+    return f"{NETWORK6}::{number + 1:x}"
+
+
+def make_underlay(lab: str, families: Collection[int] = (4,)) -> None:
+    """The bridge, with the gateway's addresses on it."""
     name = underlay_name(lab)
     netns.create(name)
 
@@ -37,14 +46,17 @@ def make_underlay(lab: str) -> None:
         with IPRoute() as ipr:
             ipr.link("add", ifname=BRIDGE, kind="bridge")
             index = ipr.link_lookup(ifname=BRIDGE)[0]
-            ipr.addr("add", index=index, address=GATEWAY, prefixlen=LENGTH)
+            if 4 in families:
+                ipr.addr("add", index=index, address=GATEWAY, prefixlen=LENGTH)
+            if 6 in families:
+                ipr.addr("add", index=index, address=GATEWAY6, prefixlen=LENGTH6, flags=IFA_F_NODAD)
             ipr.link("set", index=index, state="up")
 
     netns.inside(name, build)
 
 
-def make_node(lab: str, node: str, number: int) -> None:
-    """A node: eth0 on the bridge, its address, the default route."""
+def make_node(lab: str, node: str, number: int, families: Collection[int] = (4,)) -> None:
+    """A node: eth0 on the bridge, its addresses, the default routes."""
     name = node_netns(lab, node)
     netns.create(name)
     handle = os.open(netns.path(name), os.O_RDONLY)
@@ -60,9 +72,15 @@ def make_node(lab: str, node: str, number: int) -> None:
     def address() -> None:
         with IPRoute() as ipr:
             index = ipr.link_lookup(ifname="eth0")[0]
-            ipr.addr("add", index=index, address=node_address(number), prefixlen=LENGTH)
+            if 4 in families:
+                ipr.addr("add", index=index, address=node_address(number), prefixlen=LENGTH)
+            if 6 in families:
+                ipr.addr("add", index=index, address=node_address6(number), prefixlen=LENGTH6, flags=IFA_F_NODAD)
             ipr.link("set", index=index, state="up")
-            ipr.route("add", dst="default", gateway=GATEWAY)
+            if 4 in families:
+                ipr.route("add", dst="default", gateway=GATEWAY)
+            if 6 in families:
+                ipr.route("add", family=socket.AF_INET6, dst="default", gateway=GATEWAY6)
 
     try:
         netns.inside(underlay_name(lab), wire)

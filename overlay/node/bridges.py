@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.config import Pool
-from lease.families import Family
+from lease.families import V4, Family
 from lease.model import Prefix
 from lease.tenure.events import Held, Lost
 from overlay.control.controller import Controller, Handler, Waiting
@@ -167,8 +167,8 @@ class BridgesController(Controller):
                 self._delete(link, "left unfinished by a pod that could not be made")
 
     def withdraw(self) -> Iterator[str]:
-        """Delete those that no pod uses."""
-        if self._owned.flannel_has_it():
+        """Delete those that no pod uses; a bridge is of both families, and the first one's controller sees to it."""
+        if self._owned.flannel_has_it() or self._family is not V4:
             return
         names = self._listed | self._current.inputs.bridges
         found = self._io.all()

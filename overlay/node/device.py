@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.config import NetworkConfig
-from lease.families import Family
+from lease.families import V6, Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
 from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
 from overlay.backends.choose import backend_of, network_of, tunnel_devices
@@ -17,7 +17,7 @@ from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
-from overlay.kernel.route.links import Links
+from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
@@ -73,6 +73,14 @@ def ensure(
         links.set_up(index)
     did |= {name: change for name, change in changes.items() if not made}
     return Ensured(index, "up" in changes, made, did, why)
+
+
+def _enable_ipv6(name: str) -> None:
+    """An interface may be made without IPv6 (net.ipv6.conf.default.disable_ipv6), or lose it by a sysctl, of which no link
+    event tells. Raises KernelError."""
+    sysctl = f"net/ipv6/conf/{name}/disable_ipv6"
+    if read_sysctl(sysctl) == "1":
+        write_sysctl(sysctl, "0")
 
 
 def ensure_address(links: Links, index: int, base: int, network: Prefix, there: Iterable[Address]) -> list[str]:
@@ -205,7 +213,7 @@ class DeviceController(Controller):
             self._set(None)
             return False
         self._asks_again = None
-        old = self._device.name if self._device is not None else self._owned.recorded_device()
+        old = self._device.name if self._device is not None else self._owned.recorded_device(self._family.number)
         if self._vrf not in (None, wants.vrf) and self._tunnel.ifindex:
             # its socket was bound to the VRF, or to none, when it came up (drivers/net/vxlan: vxlan_open)
             log.info("device", device=device.name, reopened="the underlay's VRF changed")
@@ -222,6 +230,8 @@ class DeviceController(Controller):
         write_log, event = (log.warning, "device.mended") if altered else (log.info, "device")
         if ensured.did:
             write_log(event, device=device.name, **({"reason": ensured.why} if ensured.why else {}), **ensured.did)
+        if self._family is V6:
+            _enable_ipv6(device.name)
         there = self._requests.addresses(self._family)
         moved = ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there)
         address_altered = device == self._device and wants.base == self._base and not ensured.made
@@ -250,8 +260,9 @@ class DeviceController(Controller):
         )  # fmt: skip
         self._health.report("mtu", wants.lowered, harmless=True)
         # By it a later run knows what is ours: before any table is made for this network. A disk that is full costs no peer.
-        if not up_to_date(self._owned.device_file, device.name):
-            write_atomically(self._owned.device_file, device.name)
+        file = self._owned.device_file(self._family.number)
+        if not up_to_date(file, device.name):
+            write_atomically(file, device.name)
         return False
 
     def _conflicts(self, tunnel: TunnelDevice, wanted: DeviceSpec) -> str:
@@ -293,21 +304,27 @@ class DeviceController(Controller):
         """The device of an earlier network, ours since our own file names it, and what belongs to it. Raises OSError."""
         network = network_of(name)
         if network is None:
-            log.warning("file.ignored", path=self._owned.device_file, reason=f"{name[:20]!a} is not one of our devices")
+            log.warning(
+                "file.ignored",
+                path=self._owned.device_file(self._family.number),
+                reason=f"{name[:20]!a} is not one of our devices",
+            )
             return
         there = self._links.read(name)
-        if there is not None and there.kind in tunnel_devices([network]).values():
+        if there is not None and there.kind in tunnel_devices([network], self._family).values():
             log.info("device.removed", device=name, reason="the VNI of the network config changed")
             self._links.delete(there.ifindex)
         self._leave(network)
 
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""
-        for name, kind in tunnel_devices(self._owned.networks()).items():
+        for name, kind in tunnel_devices(self._owned.networks(), self._family).items():
             there = self._links.read(name)
             if there is not None and there.kind == kind and not self._owned.flannel_has_it():
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
+        self._device = self._base = None
+        self._set(None)
 
     def status(self) -> Mapping[str, object]:
         """`device`."""

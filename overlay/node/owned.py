@@ -16,6 +16,9 @@ from overlay.cni import lists
 from overlay.process.files import read, read_text
 from overlay.settings.settings import Settings
 
+FIRST = 4
+"""The family whose files have no family in their names."""
+
 
 class Owned:
     """The traces of ours on this node, in files."""
@@ -24,18 +27,17 @@ class Owned:
         """named: numbers of networks that are known to be ours without a trace."""
         self._settings, self._named = settings, tuple(named)
 
-    @property
-    def device_file(self) -> str:
-        """The file that names our device."""
-        return f"{self._settings.run_dir}/device"
+    def device_file(self, family: int) -> str:
+        """The file that names our device of a family."""
+        return f"{self._settings.run_dir}/device{'' if family == FIRST else '-v6'}"
 
-    def recorded_device(self) -> str:
+    def recorded_device(self, family: int) -> str:
         """The device that the file names, "" where there is none."""
-        return read_text(self.device_file)
+        return read_text(self.device_file(family))
 
     def networks(self) -> list[int]:
         """The numbers of our networks on this node."""
-        found = {network_of(self.recorded_device()), *self._named}
+        found = {*(network_of(self.recorded_device(family)) for family in FAMILIES), *self._named}
         with suppress(ConfigError):
             config = parse_config(read(self._settings.net_config_path) or b"")
             found |= {backend_of(config.backend, FAMILIES[family]).network for family in config.pools}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lease.families import Family
+from lease.families import V4, Family
 from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
@@ -42,9 +42,34 @@ def wanted_sysctls(
     return wrong
 
 
-def ensure_sysctls(device: str, lower: str, direct_routing: bool, bridges: Iterable[str]) -> dict[str, str]:
+def wanted_sysctls_of_ipv6(
+    device: str, lower: str, bridges: Iterable[str], routers: Iterable[str], read: Callable[[str], str | None]
+) -> dict[str, str]:
+    """The same of IPv6, in the order in which they are to be set.
+
+    routers: interfaces that take routes from routers. A kernel that forwards takes none any more, and loses those that it
+    has, unless accept_ra is 2 before (Documentation/networking/ip-sysctl.rst): the node's own default route.
+    """
+    wrong: dict[str, str] = {}
+    for name in (device, *bridges):
+        if read(f"net/ipv6/conf/{name}/disable_ipv6") == "1":
+            wrong[f"net/ipv6/conf/{name}/disable_ipv6"] = "0"
+    if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
+        wrong[f"net/ipv6/conf/{device}/accept_ra"] = "0"
+    forwards = read(f"{_FORWARDING6}") == "1"
+    for name in {lower: None, **dict.fromkeys(() if forwards else routers)}:
+        if name != device and read(f"net/ipv6/conf/{name}/accept_ra") == "1":
+            wrong[f"net/ipv6/conf/{name}/accept_ra"] = "2"
+    if not forwards:
+        wrong[_FORWARDING6] = "1"
+    return wrong
+
+
+_FORWARDING6 = "net/ipv6/conf/all/forwarding"
+
+
+def _ensure(wrong: Mapping[str, str]) -> Mapping[str, str]:
     """Set what is wrong; what was set. Raises KernelError."""
-    wrong = wanted_sysctls(device, lower, direct_routing, bridges, read_sysctl)
     for name, value in wrong.items():
         write_sysctl(name, value)
     return wrong
@@ -73,6 +98,8 @@ class _Wants(NamedTuple):
     direct_routing: bool
     bridges: tuple[str, ...]
     with_services: bool
+    routers: tuple[str, ...] = ()
+    """Other interfaces that may take routes from routers."""
 
 
 class SysctlController(Controller):
@@ -104,14 +131,18 @@ class SysctlController(Controller):
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges)
         direct = backend_of(inputs.config.backend, self._family).reaches_directly
-        return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, tuple(sorted(inputs.bridges)), services)
+        bridges = tuple(sorted(inputs.bridges))
+        if self._family is V4:
+            return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, services)
+        routers = sorted(link.name for link in inputs.links.values() if not (link.loopback or link.master))
+        return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, False, tuple(routers))
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""
         self._next = self._clock() + CHECK_EVERY_S
         if self._found_right is not None and self._found_right.ifindex != wants.ifindex:
             self._set = {name for name in self._set if f"/{wants.device}/" not in name}
-        if did := ensure_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges):
+        if did := _ensure(self._wrong(wants)):
             names = ", ".join(f"{name.replace('/', '.')}={value}" for name, value in did.items())
             if again := did.keys() if wants == self._found_right else did.keys() & self._set:
                 self._mended += len(again)
@@ -123,6 +154,11 @@ class SysctlController(Controller):
         fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
         self._health.report("bridge filter", fault, harmless=True)
         return False
+
+    def _wrong(self, wants: _Wants) -> Mapping[str, str]:
+        if self._family is V4:
+            return wanted_sysctls(wants.device, wants.lower, wants.direct_routing, wants.bridges, read_sysctl)
+        return wanted_sysctls_of_ipv6(wants.device, wants.lower, wants.bridges, wants.routers, read_sysctl)
 
     def due(self) -> float | None:
         """Soon."""

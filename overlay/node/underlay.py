@@ -29,6 +29,11 @@ ANYWHERE = {4: ip_number("192.0.2.1", 4), 6: 0x20010DB8 << 96 | 1}
 """By family, an address that only the default route reaches (RFC 5737, RFC 3849); nothing is sent."""
 
 
+LINK = 253
+"""RT_SCOPE_LINK (include/uapi/linux/rtnetlink.h)."""
+_BESIDE = "the other family's underlay is there"
+
+
 class UnderlayError(CannotReconcile):
     """No interface can be chosen: says what was looked for, what there is, and which flag decides."""
 
@@ -43,8 +48,13 @@ class Interfaces:
 
     def of(self, index: int) -> list[Address]:
         """An interface's addresses, the best first: global before link scope, those with a prefix before those alone beside
-        them (a virtual IP that moves between machines is /32), lasting before temporary."""
-        mine = [address for address in self.addresses if address.oif == index and not address.deprecated]
+        them (a virtual IP that moves between machines is /32), lasting before temporary. Of IPv6 none of link scope: every
+        interface has one, and peers behind a router cannot use it."""
+        mine = [
+            address
+            for address in self.addresses
+            if address.oif == index and not address.deprecated and (self.family.has_broadcast or address.scope < LINK)
+        ]
         return sorted(mine, key=lambda a: (a.scope, a.length == self.family.bits, a.secondary, not a.permanent))
 
     def has(self, index: int, address: int) -> bool:
@@ -108,19 +118,22 @@ def choose(
     lookup: Lookup,
     store_hosts: Mapping[str, int | None],
     recorded: int = 0,
+    beside: str = "",
 ) -> Choice:
     """The underlay by flags, else by the route to the store.
 
     store_hosts: the store's addresses by the name they were given under; None: it does not resolve yet. recorded: the
-    address that this node had last, which it keeps where several would do; 0: none.
+    address that this node had last, which it keeps where several would do; 0: none. beside: the interface of the other
+    family's underlay: of two families both leave by one, as flannel's do; "": it is not chosen, or there is none.
 
     Raises:
         UnderlayError: nothing matches.
     """
-    found = _chosen(settings, there, lookup, store_hosts)
+    found = _chosen(settings, there, lookup, store_hosts, beside)
     index, fixed = found.link.ifindex, found.fixed
-    if settings.public_ip and there.has(index, settings.public_ip):
-        local, fixed = settings.public_ip, True  # several addresses: the one we advertise is the one we send from
+    wanted = settings.public_ip_of(there.family.number)
+    if wanted and there.has(index, wanted):
+        local, fixed = wanted, True  # several addresses: the one we advertise is the one we send from
     elif found.local:
         local = found.local
     else:
@@ -203,7 +216,7 @@ def _underlay(
         link.mtu,
         link.mac,
         local,
-        settings.public_ip or local,
+        settings.public_ip_of(there.family.number) or local,
         on_link,
         link.arp,
         reason,
@@ -249,12 +262,24 @@ def _vrf(there: Interfaces, link: Link) -> int:
     return master.ifindex if master is not None and master.kind == "vrf" else 0
 
 
-def _chosen(settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None]) -> _Found:
+def _chosen(
+    settings: Settings, there: Interfaces, lookup: Lookup, store_hosts: Mapping[str, int | None], beside: str
+) -> _Found:
     """Interface and reason, and what they say of the address."""
+    companion = there.named(beside) if beside else None
     if settings.iface or settings.iface_regex or settings.iface_can_reach:
-        return _by_flags(settings, there, lookup)
-    if settings.public_ip and (holder := there.holder(settings.public_ip)) is not None:
-        return _Found(holder, "it holds --public-ip", settings.public_ip, fixed=True)
+        found = _by_flags(settings, there, lookup)
+        if found is None and companion is not None:  # the flags speak of the other family
+            found = _Found(companion, _BESIDE)
+        if found is None:
+            raise UnderlayError(f"no interface matches {_flags_text(settings)}; there is: {there.listed()}")
+        return found
+    wanted = settings.public_ip_of(there.family.number)
+    if wanted and (holder := there.holder(wanted)) is not None:
+        flag = "--public-ip" if there.family.number == 4 else "--public-ipv6"
+        return _Found(holder, f"it holds {flag}", wanted, fixed=True)
+    if companion is not None:
+        return _Found(companion, _BESIDE)
     for name, address in store_hosts.items():
         way = lookup(address) if address is not None else None
         if way is not None and (link := there.links.get(way.oif)) is not None and not link.loopback:
@@ -288,8 +313,8 @@ def _by_route(there: Interfaces, link: Link, way: Way, reason: str) -> _Found:
     return _Found(link, reason) if holder is None else _Found(holder, reason, way.source)
 
 
-def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> _Found:
-    """flannel's order: every --iface, then every --iface-regex, then --iface-can-reach."""
+def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> _Found | None:
+    """flannel's order: every --iface, then every --iface-regex, then --iface-can-reach; None where none matches."""
     for wanted in settings.iface:
         reason = f"--iface {wanted}"
         try:
@@ -310,15 +335,19 @@ def _by_flags(settings: Settings, there: Interfaces, lookup: Lookup) -> _Found:
         for link in there.links.values():
             if expression.search(link.name):
                 return _Found(link, reason)
-    if settings.iface_can_reach:
-        target = ip_text(there.family.number, settings.iface_can_reach)
-        way = lookup(settings.iface_can_reach)
+    if settings.iface_can_reach is not None and settings.iface_can_reach[0] == there.family.number:
+        target = settings.iface_can_reach[1]
+        way = lookup(target)
         if way is not None and (by := there.links.get(way.oif)) is not None:
-            return _by_route(there, by, way, f"--iface-can-reach {target}")
+            return _by_route(there, by, way, f"--iface-can-reach {ip_text(there.family.number, target)}")
+    return None
+
+
+def _flags_text(settings: Settings) -> str:
     asked = [f"--iface {name}" for name in settings.iface] + [f"--iface-regex {p}" for p in settings.iface_regex]
-    if settings.iface_can_reach:
-        asked.append(f"--iface-can-reach {ip_text(there.family.number, settings.iface_can_reach)}")
-    raise UnderlayError(f"no interface matches {', '.join(asked)}; there is: {there.listed()}")
+    if settings.iface_can_reach is not None:
+        asked.append(f"--iface-can-reach {ip_text(*settings.iface_can_reach)}")
+    return ", ".join(asked)
 
 
 def on_link_interface(family: Family, address: int, links: Iterable[Link], addresses: Iterable[Address]) -> str | None:

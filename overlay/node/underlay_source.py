@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import ip_text, mac_text
-from overlay.control.controller import Handler, Source
+from overlay.control.controller import Handler, Source, Waiting
 from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
 from overlay.kernel.events import RouteSeen, RoutingSeen
 from overlay.kernel.netlink import RequestSocket
@@ -22,6 +22,8 @@ class _Wants(NamedTuple):
     settings: Settings
     links: Mapping[int, Link]
     addresses: Mapping[AddressKey, Address]
+    beside: str
+    """The interface of the first family's, of the second; "" of the first."""
 
 
 class UnderlaySource(Source):
@@ -35,12 +37,12 @@ class UnderlaySource(Source):
         current: CurrentInputs,
         family: Family,
         requests: RequestSocket,
-        store_hosts: Callable[[], dict[str, int | None]],
+        store_hosts: Callable[[int], dict[str, int | None]],
         moved: Callable[[], None],
         recorded: Callable[[Settings], int] = lambda _settings: 0,
     ) -> None:
-        """store_hosts: as for underlay.choose. moved: called when our own address changed, for the store's connection.
-        recorded: the public IP that an earlier run left on record, 0: none."""
+        """store_hosts: of a family, as for underlay.choose. moved: called when our own address changed, for the store's
+        connection. recorded: the public IP that an earlier run left on record, 0: none."""
         self._current, self._family, self._requests = current, family, requests
         self._store_hosts, self._moved = store_hosts, moved
         self._recorded_by = recorded
@@ -57,22 +59,26 @@ class UnderlaySource(Source):
 
     def wants(self, inputs: Inputs) -> object:
         """What it is chosen from."""
-        return _Wants(inputs.settings, inputs.links, inputs.addresses_of(self._family.number))
+        first = inputs.underlays.get(4) if self._family.number == 6 else None
+        beside = first.name if first is not None else ""
+        if self._family.number == 6 and inputs.pool(4) is not None and first is None:
+            return Waiting("for the underlay of IPv4, beside which this one is")
+        return _Wants(inputs.settings, inputs.links, inputs.addresses_of(self._family.number), beside)
 
     def reconcile(self, wants: Any) -> bool:
         """Choose it. Raises UnderlayError, KernelError."""
         there = choice.Interfaces(self._family, wants.links.values(), wants.addresses.values())
         number = self._family.number
         before = self._current.inputs.underlays.get(number)
-        lookup, hosts = partial(self._requests.lookup, self._family), self._store_hosts()
-        if self._chosen_by is None or self._chosen_by.public_ip != wants.settings.public_ip:
+        lookup, hosts = partial(self._requests.lookup, self._family), self._store_hosts(number)
+        if self._chosen_by is None or self._chosen_by.public_ip_of(number) != wants.settings.public_ip_of(number):
             self._lasting = None
         if self._recorded is None:
             self._recorded = self._recorded_by(wants.settings)
         lasting = self._lasting
         found = choice.refresh(wants.settings, lasting, there, lookup, hosts) if lasting is not None else None
         if found is None:
-            chosen = choice.choose(wants.settings, there, lookup, hosts, self._recorded)
+            chosen = choice.choose(wants.settings, there, lookup, hosts, self._recorded, wants.beside)
             found = chosen.underlay
             self._recorded = self._recorded or found.local
             if chosen.lasting and lasting is None:

@@ -80,7 +80,7 @@ class PeerTableController(Controller):
             under.on_link,
             addresses_of(inputs.addresses_of(number).values(), under.ifindex),
             inputs.retained,
-            inputs.settings.underlay_cidrs,
+            inputs.settings.underlay_cidrs_of(number),
             1 if inputs.settings.kube else 2,
             under.neighbours,
         )
@@ -243,7 +243,7 @@ class PeersController(Controller):
         self._note_difference()
         if path.dumped and not wants.displaced and path.rec.settled():
             # an entry that the kernel refuses (which is reported and retried) does not keep the whole node from its pods
-            self._current.set(synced=True)
+            self._current.set(synced_families=self._current.inputs.synced_families | {self._family.number})
         return more
 
     def _read_slice(self) -> bool:
@@ -306,7 +306,9 @@ class PeersController(Controller):
     def withdraw(self) -> Iterator[str]:
         """Remove the routes of our protocol number that are this network's, but those that go with the tunnel device:
         another network's agent may have its own on this node. Raises ValueError where it is not known whose they are."""
-        kinds = tunnel_devices(self._owned.networks())
+        self._path.reset()
+        self._current.set(synced_families=self._current.inputs.synced_families - {self._family.number})
+        kinds = tunnel_devices(self._owned.networks(), self._family)
         tunnels = {link.ifindex for link in self._requests.links() if kinds.get(link.name) == link.kind}
         dying = set() if self._owned.flannel_has_it() else tunnels
         networks = self._owned.prefixes(self._family.number)

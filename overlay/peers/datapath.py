@@ -121,8 +121,22 @@ class Datapath:
         self.rec.forget(Wanted(self.node, self.table))
         self.dumped = False
 
+    def reset(self) -> None:
+        """Nothing is wanted any more; the records are kept for the next plan."""
+        if self._unplanned is None:
+            self._unplanned = self.table.records()
+        self.node = self._tunnel = None
+        self.table = PeerTable(self._family, lambda _lease: "no lease of our own yet", listed=self.table.listed)
+        self.end_resync()
+        self.rec.forget(NothingWanted())
+        self.rec.devices.clear()
+        self.dumped = False
+        self.conflicting.clear()
+
     def replace(self, leases: Leases, own: str) -> None:
-        """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion."""
+        """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion. Records without a part of
+        this family are nothing to it."""
+        leases = leases.of_family(self._family.number)
         if self.node is None or self._unplanned is not None:
             self._unplanned = Leases(dict(leases.packed))  # the tenure's thread may be reading the other
             return
@@ -134,7 +148,8 @@ class Datapath:
         """A record more, which was none of a peer: everything is planned anew."""
         if self._unplanned is None:
             self._unplanned = self.table.records()
-        self._unplanned.packed[lease.key] = pack(lease)
+        if lease.endpoint(self._family.number) is not None:
+            self._unplanned.packed[lease.key] = pack(lease)
 
     def put(self, lease: Lease) -> Collection[str]:
         """A record came or changed; whose peers are others now."""
@@ -146,6 +161,11 @@ class Datapath:
     def change(self, records: Mapping[str, Lease | None]) -> Collection[str]:
         """What came, changed or went (None) at once; the keys of those that are peers now, were, or are others. Work that
         disputes make is done once for all of it."""
+        number = self._family.number
+        records = {
+            key: lease if lease is None or lease.endpoint(number) is not None else None
+            for key, lease in records.items()
+        }
         if self._unplanned is not None:
             for key, lease in records.items():
                 self._unplanned.packed.pop(key, None)

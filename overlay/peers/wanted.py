@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lease.model import mac_of
 from overlay.backends.base import Entry
 from overlay.kernel.route.entries import TUNNEL, UNDERLAY
 from overlay.kernel.route.fast import DumpMatcher
@@ -97,13 +98,15 @@ class Wanted:
         return None if self._bulk is None else self._bulk.matcher(self.table, oifs)
 
     def _candidates(self, table: int, key: Any) -> Iterable[int]:
-        """The peers that may want an entry of a key. A MAC is found by the index; a route's or neighbour's key has the
-        subnet's base, which is all that a peer's entry can be of."""
+        """The peers that may want an entry of a key. A MAC is found by the index, and so is a link-local address made of it;
+        a route's or IPv4 neighbour's key has the subnet's base, which is all that a peer's entry can be of."""
         if table == self._route:
             peer = self.successor(table, key)
             return (peer,) if peer else ()
         if self._backend.tables[table].name == "fdb":
             return self.table.with_mac(key)
+        if (mac := mac_of(key)) is not None:
+            return self.table.with_mac(mac)
         return [peer for length in self.table.lengths if (peer := key << 8 | length) in self.table.packed]
 
 

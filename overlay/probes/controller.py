@@ -112,7 +112,7 @@ class ProbesController(Controller):
         pool, under, tunnel = inputs.pool(family), inputs.underlays.get(family), inputs.tunnels.get(family)
         if inputs.config is None or pool is None or under is None or tunnel is None or inputs.own is None:
             return Waiting("for a lease")
-        if not (inputs.synced and under.up and under.carrier and tunnel.ifindex):
+        if not (family in inputs.synced_families and under.up and under.carrier and tunnel.ifindex):
             return Waiting("for peers to be in the kernel, and a link")
         outer = backend_of(inputs.config.backend, self._family).outer()
         return _Wants(pool.network, pool.length, outer.port if outer is not None else 0, tunnel.mtu, under.mtu)

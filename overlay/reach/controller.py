@@ -110,7 +110,7 @@ class ReachController(Controller):
         if here is None or pool is None:
             return Waiting("for a lease")
         under, addresses = inputs.underlays[number], inputs.addresses_of(number)
-        synced = inputs.synced and inputs.tunnels[number].up and under.up
+        synced = number in inputs.synced_families and inputs.tunnels[number].up and under.up
         return _Wants(
             pool.network, here, inputs.links, addresses, _carrier(under), synced, inputs.retained, inputs.bridges
         )

@@ -95,7 +95,7 @@ class ForeignRulesController(BackgroundController):
         names = {here.tunnel: inputs.tunnels[number].name, here.underlay: inputs.underlays[number].name}
         attached = tuple(inputs.links[index].name for index in here.bridges)
         bridges = attached or tuple(sorted(inputs.bridges)) or ("cni0",)
-        return _Wants(here, names, bridges, outer.port if outer is not None else 0, inputs.synced)
+        return _Wants(here, names, bridges, outer.port if outer is not None else 0, number in inputs.synced_families)
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to read."""

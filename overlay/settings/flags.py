@@ -63,6 +63,7 @@ FLAGS = (
     Flag("iface-regex", "list", (), "the same by a regular expression over addresses, then names; after all --iface"),
     Flag("iface-can-reach", "str", "", "underlay interface and address: those that route to this address"),
     Flag("public-ip", "str", "", "address that peers send to; one that is not local is advertised only"),
+    Flag("public-ipv6", "str", "", "the same of IPv6"),
     Flag("subnet-file", "str", DEFAULT_SUBNET_FILE, "where subnet.env is written, as flannel writes it"),
     Flag(
         "subnet-lease-renew-margin",
@@ -78,7 +79,6 @@ FLAGS = (
     Flag("healthz-port", "int", 0, "their port; 0 = off"),
     Flag("version", "bool", False, "print the version and exit"),
     Flag("v", "int", 0, "above 0: log level debug"),
-    Flag("public-ipv6", "str", "", "", "there is no IPv6 datapath yet"),
     Flag("ip-blackhole-route", "bool", False, "", "there are no blackhole routes here"),
     Flag("kube-subnet-mgr", "bool", False, "take the subnet from this Node's podCIDR, peers from Kubernetes, not etcd"),
     Flag("kube-api-url", "str", "", "the API server; else --kubeconfig-file, else the pod's service account"),

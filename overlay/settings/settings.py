@@ -43,7 +43,8 @@ LONGEST_NAME = 15
 
 
 class Settings(NamedTuple):
-    """What the operator said. Paths may not exist yet; public_ip: 0 where not given."""
+    """What the operator said. Paths may not exist yet; public_ip, public_ipv6: 0 where not given; iface_can_reach: family
+    and address, None where not given."""
 
     etcd_endpoints: tuple[str, ...] = ("http://127.0.0.1:4001", "http://127.0.0.1:2379")
     etcd_prefix: str = "/coreos.com/network"
@@ -54,8 +55,9 @@ class Settings(NamedTuple):
     etcd_password: str = ""
     iface: tuple[str, ...] = ()
     iface_regex: tuple[str, ...] = ()
-    iface_can_reach: int = 0
+    iface_can_reach: tuple[int, int] | None = None
     public_ip: int = 0
+    public_ipv6: int = 0
     subnet_file: str = DEFAULT_SUBNET_FILE
     renew_margin_min: int = 60
     lease_ttl_s: int = LEASE_TTL_S
@@ -92,6 +94,18 @@ class Settings(NamedTuple):
     def __repr__(self) -> str:
         shown = (f"{name}={value!r}" for name, value in self._asdict().items() if name != "etcd_password")
         return f"Settings({', '.join(shown)})"
+
+    def public_ip_of(self, family: int) -> int:
+        """--public-ip or --public-ipv6, 0 where it is not given."""
+        return self.public_ip if family == 4 else self.public_ipv6
+
+    def underlay_cidrs_of(self, family: int) -> tuple[Prefix, ...]:
+        """--underlay-cidr, those of a family."""
+        return tuple(there for there in self.underlay_cidrs if there.family == family)
+
+    def with_public_ip(self, family: int, address: int) -> Settings:
+        """With another."""
+        return self._replace(public_ip=address) if family == 4 else self._replace(public_ipv6=address)
 
     @property
     def renew_within_s(self) -> float:
@@ -280,8 +294,9 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         etcd_password=values["etcd-password"],
         iface=values["iface"],
         iface_regex=values["iface-regex"],
-        iface_can_reach=_address(values, "iface-can-reach"),
-        public_ip=_address(values, "public-ip"),
+        iface_can_reach=_can_reach(values),
+        public_ip=_address(values, "public-ip", 4),
+        public_ipv6=_address(values, "public-ipv6", 6),
         subnet_file=values["subnet-file"],
         renew_margin_min=check("subnet-lease-renew-margin", lambda n: 1 <= n <= 1439, "from 1 to 1439 minutes"),
         lease_ttl_s=check("subnet-lease-ttl", lambda n: 5 <= n <= 9_000_000, "from 5 to 9000000 seconds"),
@@ -338,8 +353,8 @@ def _prefixes(values: Mapping[str, Any], name: str) -> tuple[Prefix, ...]:
             there = prefix(text.strip())
         except ValueError:
             there = None
-        if there is None or there.family != 4:
-            raise SettingsError(f"--{name}: {text[:60]!r} must be an IPv4 prefix like 192.168.0.0/16")
+        if there is None:
+            raise SettingsError(f"--{name}: {text[:60]!r} must be a prefix like 192.168.0.0/16 or fd00:1::/48")
         found.append(there)
     return tuple(found)
 
@@ -354,15 +369,21 @@ def _is_address(text: str) -> bool:
     return False
 
 
-def _address(values: Mapping[str, Any], name: str) -> int:
+def _can_reach(values: Mapping[str, Any]) -> tuple[int, int] | None:
+    text = values["iface-can-reach"]
+    family = 6 if ":" in text else 4
+    return (family, _address(values, "iface-can-reach", family)) if text else None
+
+
+def _address(values: Mapping[str, Any], name: str, family: int) -> int:
     text = values[name]
     if not text:
         return 0
     try:
-        found = ip_number(text, 4)
+        found = ip_number(text, family)
     except ValueError:
-        raise SettingsError(f"--{name}: {text!r} must be an IPv4 address") from None
-    for there in NO_NODE[4]:
+        raise SettingsError(f"--{name}: {text!r} must be an IPv{family} address") from None
+    for there in NO_NODE[family]:
         if there.holds(found):
             raise SettingsError(f"--{name}: {text} is in {there}, where no node's address can be")
     return found

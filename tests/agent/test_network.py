@@ -36,7 +36,7 @@ def test_after_a_boot_pods_wait_for_subnet_env(world):
 
     def made() -> bool:
         try:
-            return pods.attach(world.namespace("node1"), conflist, namespace) != ""
+            return bool(pods.attach(world.namespace("node1"), conflist, namespace))
         except pods.LabError:
             pods.detach(world.namespace("node1"), conflist, namespace)
             raise OSError("not yet") from None

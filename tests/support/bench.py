@@ -85,7 +85,7 @@ class Bench:
         self.lock: Any = NoLock()
         self.claims, self.stopped = Claims(), []
         self.path = Datapath(V4, self.kernel, self.clock, random.Random(1))
-        self.network = NetworkConfigInput(self.current, (V4,), self.health, "the store")
+        self.network = NetworkConfigInput(self.current, self.health, "the store")
 
     def reconcile(self, controller: Controller) -> bool:
         """As the scheduler does, once."""
@@ -104,7 +104,7 @@ class Bench:
         return LinksSource(self.current, (V4,), self.kernel)
 
     def underlay(self) -> UnderlaySource:
-        return UnderlaySource(self.current, V4, self.kernel, dict, lambda: self.posted.append("moved"))
+        return UnderlaySource(self.current, V4, self.kernel, lambda _family: {}, lambda: self.posted.append("moved"))
 
     def device(self) -> DeviceController:
         return DeviceController(
@@ -124,7 +124,7 @@ class Bench:
 
     def ownership(self) -> Ownership:
         made = Ownership(
-            self.current, V4, self.health, self.clock, lambda mac: Identity("m", "node1", mac), lambda _config: None,
+            self.current, self.health, self.clock, lambda mac: Identity("m", "node1", mac), {4: lambda _config: None},
             self.stopped.append,
         )  # fmt: skip
         made.claimer = self.claims
@@ -169,7 +169,7 @@ class Bench:
         return ReachController(V4, self.kernel, self.health, self.clock, lambda place, _: [] if place else [peer], list)
 
     def cni(self) -> CniController:
-        return CniController(self.current, V4, self.health, self.owned, self.clock, self.posted.extend)
+        return CniController(self.current, self.health, self.owned, self.clock, self.posted.extend)
 
     def live(self) -> LiveFiles:
         return LiveFiles(self.current, self.health, self.network, self.posted.append)

@@ -6,8 +6,8 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 
-from lease.model import Lease, Refused, ip_text
-from lease.records.codec import BadRecord, decode_lease, encode_value
+from lease.model import Lease, Refused
+from lease.records.codec import BadRecord, decode_lease, encode_value, key_ranges
 from lease.records.packed import Leases
 from lease.store import Changes, Gone, LeaseExpired, Lifetime, RecordChanged, Snapshot, StoreUnavailable, SubnetTaken
 
@@ -97,14 +97,27 @@ class FakeStore:
         self._check()
         self.before_create(lease)
         with self._lock:
-            assert lease.v4 is not None
-            base = ip_text(4, lease.v4.subnet.base) + "-"
-            if any(key.startswith(base) for key in self.records):
+            if self._taken(lease.key):
                 raise SubnetTaken(lease.key)
             handle = len(self.leases) + 1
             self.leases[handle] = ttl_s
             self.put(lease.key, encode_value(lease), handle)
             return lease._replace(created=self.revision, modified=self.revision, handle=handle)
+
+    def _taken(self, key: str, without: str = "") -> bool:
+        """Whether a record of the same base stands, but one."""
+        ranges = key_ranges(key, without)
+        return any(first <= there.encode() < after for there in self.records for first, after in ranges)
+
+    def move(self, old: Lease, new: Lease) -> Lease:
+        with self._lock:
+            self._check()
+            if self.records.get(old.key, (b"", 0, 0, 0))[2] != old.modified or self._taken(new.key, old.key):
+                raise RecordChanged(old.key)
+            handle = self.records[old.key][3]
+            self.delete(old.key)
+            self.put(new.key, encode_value(new), handle)
+            return new._replace(created=self.revision, modified=self.revision, handle=handle)
 
     def change(self, old: Lease, new: Lease, ttl_s: int = 0) -> Lease:
         with self._lock:

@@ -142,7 +142,7 @@ class World:
         self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
-        topology.make_underlay(self.lab)
+        topology.make_underlay(self.lab, (4, 6))
         self.make_store(folder)
 
     def make_store(self, folder: Path) -> None:
@@ -160,10 +160,10 @@ class World:
     def config(self, **fields: Any) -> None:
         self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **fields}))
 
-    def node(self, number: int) -> str:
-        """node1 is 192.168.1.2."""
+    def node(self, number: int, families: tuple[int, ...] = (4,)) -> str:
+        """node1 is 192.168.1.2, fd00:192:168:1::2."""
         name = f"node{number}"
-        topology.make_node(self.lab, name, number)
+        topology.make_node(self.lab, name, number, families)
         self._numbers[name] = number
         return name
 
@@ -287,10 +287,17 @@ class World:
 
     # --- pods
     def pod(self, agent: Agent, name: str) -> matrix.End:
+        return self.pod_ends(agent, name)[0]
+
+    def pod_ends(self, agent: Agent, name: str) -> list[matrix.End]:
+        """One for each of its addresses."""
         namespace = self.namespace(f"{agent.node}-{name}")
         netns.create(namespace)
-        address = pods.attach(self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, namespace)
-        return matrix.End(f"{agent.node}-{name}", "pod", namespace, address, agent.node)
+        addresses = pods.attach(self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, namespace)
+        return [
+            matrix.End(f"{agent.node}-{name}{'/v6' * (':' in address)}", "pod", namespace, address, agent.node)
+            for address in addresses
+        ]
 
     @contextmanager
     def stream(self, source: matrix.End, target: matrix.End, gap_s: float = 0.005) -> Iterator[Stream]:

@@ -13,12 +13,12 @@ from overlay.settings.settings import SettingsError, read_live, read_settings
 from tests.support.world import CNI_CONF
 
 NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.7.0/24")
-PLAIN = cni.network_list(NETWORK, SUBNET, 1450, "cni0", "")
+PLAIN = cni.network_list([cni.PodNetwork(NETWORK, SUBNET)], 1450, "cni0", "")
 
 
 def render(template: object, ip_masq: bool = True) -> dict:
     text = template if isinstance(template, str) else json.dumps(template)
-    return dict(json.loads(cni.render_list(text.encode(), PLAIN, NETWORK, 1450, ip_masq)))
+    return dict(json.loads(cni.render_list(text.encode(), PLAIN, 1450, ip_masq)))
 
 
 def test_flannels_own_list():
@@ -163,7 +163,7 @@ def test_live_settings_are_laid_over_the_flags():
         (b'{"log-level":3}', "a string"),
         (b'{"underlay-cidr":"10.0.0.0/8"}', "a list like"),
         (b'{"underlay-cidr":[7]}', "a list like"),
-        (b'{"underlay-cidr":["10.0.0.0/40"]}', "underlay-cidr: '10.0.0.0/40' must be an IPv4 prefix"),
+        (b'{"underlay-cidr":["10.0.0.0/40"]}', "underlay-cidr: '10.0.0.0/40' must be a prefix like"),
     ],
 )
 def test_live_settings_that_cannot_be_are_named(text, words):

@@ -141,7 +141,7 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     bench.reconcile(controller)
     assert "FLANNEL_SUBNET=10.244.2.1/24" in (bench.folder / "subnet.env").read_text()
     assert not conflist.exists()
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     bench.reconcile(controller)
     assert conflist.exists()
     assert bench.posted == ["cni0"]
@@ -150,17 +150,17 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     assert controller.due() == 0.0
     bench.reconcile(controller)
     assert controller.counters() == {"mended_file": 1}
-    bench.current.set(displaced=True, synced=False)
+    bench.current.set(displaced=True, synced_families=frozenset())
     bench.reconcile(controller)
     assert not conflist.exists()
-    bench.current.set(displaced=False, synced=True)
+    bench.current.set(displaced=False, synced_families=frozenset({4}))
     bench.reconcile(controller)
     assert conflist.exists()
-    bench.current.set(displacements=1, synced=False)
+    bench.current.set(displacements=1, synced_families=frozenset())
     bench.reconcile(controller)
     assert not conflist.exists(), "lost and held again before anybody was asked: the same"
     assert not bench.current.inputs.displaced
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     bench.reconcile(controller)
     assert sorted(controller.withdraw()) == sorted([str(conflist), str(bench.folder / "subnet.env")])
 
@@ -192,10 +192,10 @@ def test_a_lease_lost_and_held_again_within_one_pass_brings_the_list_back(bench,
 @pytest.mark.parametrize("left", [False, True], ids=["ours", "of an earlier life"])
 def test_a_list_that_cannot_be_removed_now_is_removed_later(bench, monkeypatch, left):
     controller, conflist = bench.cni(), bench.folder / "cni" / CONFLIST
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     bench.reconcile(controller)
     controller = bench.cni() if left else controller
-    bench.current.set(displaced=True, displacements=1, synced=False)
+    bench.current.set(displaced=True, displacements=1, synced_families=frozenset())
 
     def refused(path: str) -> None:
         raise OSError(30, "Read-only file system", path)
@@ -211,7 +211,7 @@ def test_a_list_that_cannot_be_removed_now_is_removed_later(bench, monkeypatch, 
 
 def test_a_template_that_cannot_be_used_is_told_and_all_else_written(bench):
     controller = bench.cni()
-    bench.current.set(synced=True, cni_template=b"{")
+    bench.current.set(synced_families=frozenset({4}), cni_template=b"{")
     bench.reconcile(controller)
     assert "not JSON" in bench.problems()["cni"]
     assert (bench.folder / "subnet.env").exists()

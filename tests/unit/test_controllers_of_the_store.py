@@ -89,7 +89,7 @@ def test_a_refused_record_that_is_deleted_is_told_as_gone(bench, capsys):
 
 def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
     controller = bench.records()
-    bench.tell(controller, Changes(2, (Hints(public_ip=ip_number("192.168.1.5", 4), faults=("no address",)),)))
+    bench.tell(controller, Changes(2, (Hints(public_ip={4: ip_number("192.168.1.5", 4)}, faults=("no address",)),)))
     assert bench.current.inputs.settings.public_ip == ip_number("192.168.1.5", 4)
     assert bench.problems()["annotations"] == "no address"
     bench.tell(controller, Changes(3, (Hints(),)))
@@ -102,7 +102,10 @@ def test_what_an_operator_wrote_on_our_node_is_an_input(bench):
         (None, "no network config at the store; waiting for it; the running config is kept"),
         ("{", "the store: not JSON"),
         ('{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}', "does not contain our subnet 10.244.2.0/24"),
-        ('{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00::/48"}', "IPv6 datapath"),
+        (
+            '{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00::/48"}',
+            "first family is IPv6, the running one's IPv4",
+        ),
     ],
 )
 def test_a_network_config_that_cannot_be_used_is_told_and_the_running_one_kept(bench, text, words):
@@ -143,7 +146,7 @@ def test_the_lease_is_claimed_held_lost_and_renewed(bench):
     controller.record_seen(own._replace(handle=0))
     assert bench.claims.rechecks == 1, "the etcd lease under it is another"
     assert len(bench.claims.claims) == asked
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     bench.tell(controller, Lost(own, "an older record"))
     assert (bench.current.inputs.displaced, bench.current.inputs.synced) == (True, False)
     assert "we lost 10.244.2.0/24" in bench.problems()["lease"]

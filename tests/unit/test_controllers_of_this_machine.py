@@ -226,7 +226,7 @@ def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
 
 def test_routes_that_are_not_ours_to_put_back_are_told(bench):
     controller, peer, pod = bench.reach(), ip_number("192.168.1.9", 4), ip_number("10.244.9.2", 4)
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     bench.kernel.ways[pod] = Way(3, 0, 0)
     bench.reconcile(controller)
     assert bench.problems() == {}
@@ -274,7 +274,10 @@ def test_an_underlay_without_carrier_is_told(bench):
 def test_nothing_is_asked_while_the_peers_are_not_in_the_kernel(bench):
     """A time that is past would make the loop turn without end."""
     controller = bench.reach()
-    for change in ({"synced": False}, {"synced": True, "underlays": {4: underlay(up=False)}}):
+    for change in (
+        {"synced_families": frozenset()},
+        {"synced_families": frozenset({4}), "underlays": {4: underlay(up=False)}},
+    ):
         bench.current.set(**change)
         bench.reconcile(controller)
         assert controller.due() is None
@@ -292,7 +295,7 @@ def test_a_record_whose_address_no_route_leads_to_is_that_peers_trouble_alone(be
     ]
     controller = ReachController(V4, bench.kernel, bench.health, bench.clock, lambda at, n: peers[at : at + n], list)
     bench.kernel.ways = {peer.subnet.base + 2: Way(3, 0, 0) for peer in peers} | {peers[bad].public_ip: None}
-    bench.current.set(synced=True)
+    bench.current.set(synced_families=frozenset({4}))
     for _ in range(8):
         bench.reconcile(controller)
         bench.clock.now = max(controller.due(), bench.clock.now)

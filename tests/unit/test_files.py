@@ -19,24 +19,28 @@ from overlay.process.files import read, up_to_date, write_atomically
 from tests.unit import recordings
 
 NETWORK, SUBNET = prefix("10.244.0.0/16"), prefix("10.244.76.0/24")
+PODS = [cni.PodNetwork(NETWORK, SUBNET)]
 
 
-@pytest.mark.parametrize("name", ["etcd-vxlan.txt", "etcd-vxlan-direct-vni42.txt", "kube-vxlan.txt"])
+@pytest.mark.parametrize(
+    "name", ["etcd-vxlan.txt", "etcd-vxlan-direct-vni42.txt", "etcd-vxlan-dualstack.txt", "kube-vxlan.txt"]
+)
 @pytest.mark.parametrize("node", ["node1", "node2"])
 def test_subnet_env_is_the_recorded_one(name, node):
     recording = recordings.read(name)
     recorded = recording.sections[f"{node}: subnet.env"].rstrip("\n") + "\n"
     fields = dict(line.split("=") for line in recorded.splitlines())
     config = parse_config(recording.config)
-    assert config.v4 is not None
     mtu, _ = Vxlan(config.backend, V4).tunnel.mtu(1500)
-    ours = cni.subnet_env(config.v4.network, prefix(fields["FLANNEL_SUBNET"]), mtu, fields["FLANNEL_IPMASQ"] == "true")
+    names = {4: "FLANNEL_SUBNET", 6: "FLANNEL_IPV6_SUBNET"}
+    pods = [cni.PodNetwork(pool.network, prefix(fields[names[family]])) for family, pool in config.pools.items()]
+    ours = cni.subnet_env(pods, mtu, fields["FLANNEL_IPMASQ"] == "true")
     assert ours == recorded
 
 
 def test_the_previous_subnet_is_read_back(tmp_path):
     path = tmp_path / "subnet.env"
-    path.write_text(cni.subnet_env(NETWORK, SUBNET, 1450, True))
+    path.write_text(cni.subnet_env(PODS, 1450, True))
     assert cni.previous_subnet(str(path), 4) == SUBNET
 
 
@@ -80,7 +84,7 @@ def test_files_are_put_in_place_whole_with_flannels_modes(tmp_path):
 
 
 def test_the_network_list():
-    found = json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", "/run/x"))
+    found = json.loads(cni.network_list(PODS, 1450, "cni0", "/run/x"))
     bridge, portmap = found["plugins"]
     assert (found["name"], found["cniVersion"]) == ("cbr0", "0.3.1")
     assert bridge["mtu"] == 1450
@@ -93,9 +97,9 @@ def test_the_network_list():
     }
     assert portmap == {"type": "portmap", "capabilities": {"portMappings": True}}
     assert "resolvConf" not in found["plugins"][0]["ipam"]
-    waiting = json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", "", "/run/flannel/subnet.env"))
+    waiting = json.loads(cni.network_list(PODS, 1450, "cni0", "", "/run/flannel/subnet.env"))
     assert waiting["plugins"][0]["ipam"]["resolvConf"] == "/run/flannel/subnet.env"
-    assert "dataDir" not in json.loads(cni.network_list(NETWORK, SUBNET, 1450, "cni0", ""))["plugins"][0]["ipam"]
+    assert "dataDir" not in json.loads(cni.network_list(PODS, 1450, "cni0", ""))["plugins"][0]["ipam"]
 
 
 GATEWAY, ELSEWHERE = SUBNET.base + 1, SUBNET.base - 255

@@ -184,7 +184,7 @@ def test_any_file_of_others(tmp_path_factory, data):
     cni.names_plugin(str(path), "flannel")
     cni.bridges_in(data.decode(errors="replace"))
     try:
-        made = cni.render_list(data, cni.network_list(prefix("10.244.0.0/16"), prefix("10.244.1.0/24"), 1450, "cni0", "", ""),
+        made = cni.render_list(data, cni.network_list([cni.PodNetwork(prefix("10.244.0.0/16"), prefix("10.244.1.0/24"))], 1450, "cni0", "", ""),
                         prefix("10.244.0.0/16"), 1450, True)  # fmt: skip
         cni.bridges_in(made)
         made.encode()

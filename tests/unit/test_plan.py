@@ -38,11 +38,11 @@ def test_a_peer_of_ipv6_by_tunnel():
     """The same three; the metric is one for all, behind flannel's 1024 (dualstack.md)."""
     there = View(V6, prefix("fd00:10:244::/48"), ())
     peer = Endpoint(prefix("fd00:10:244:9::/64"), ip_number("fd01::9", 6), 1, mac_number("0a:00:00:00:00:09"))
-    base = ip_number("fd00:10:244:9::", 6)
+    base, gateway = ip_number("fd00:10:244:9::", 6), ip_number("fe80::800:ff:fe00:9", 6)
     assert Vxlan(VxlanConfig(), V6).entries(there, peer) == [
-        (NEIGHBOURS, base, NeighbourValue(0x0A0000000009)),
+        (NEIGHBOURS, gateway, NeighbourValue(0x0A0000000009)),
         (FDB, 0x0A0000000009, FdbValue(ip_number("fd01::9", 6))),
-        (ROUTES, RouteKey(base, 64, 2048), RouteValue(TUNNEL, base, True, PROTOCOL)),
+        (ROUTES, RouteKey(base, 64, 2048), RouteValue(TUNNEL, gateway, True, PROTOCOL)),
     ]
 
 
@@ -200,9 +200,9 @@ def test_report_10_a_device_in_the_way_is_named_with_what_to_do(change, words):
 
 def test_the_device_is_what_config_underlay_and_lease_say():
     config = VxlanConfig(vni=7, port=4789, mtu=1400, gbp=True, learning=True)
-    for family, overhead in ((V4, 50), (V6, 70)):
+    for family, overhead, name in ((V4, 50, "flannel.7"), (V6, 70, "flannel-v6.7")):
         made = Vxlan(config, family).tunnel.device(Lower(2, 99, 1500), lease("10.244.2.0/24", "192.168.1.2").first)
-        assert made == VxlanDevice("flannel.7", 7, 4789, 99, 2, 1400 - overhead, made.mac, True, True)
+        assert made == VxlanDevice(name, 7, 4789, 99, 2, 1400 - overhead, made.mac, True, True)
         assert made.mac == lease("10.244.2.0/24", "192.168.1.2").first.mac
 
 

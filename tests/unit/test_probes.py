@@ -69,7 +69,7 @@ class Probed:
 
     def __init__(self, bench, count: int, answers: Answers = lambda _address, _size: True) -> None:
         self.bench, self.network = bench, Network(answers)
-        bench.current.set(synced=True)
+        bench.current.set(synced_families=frozenset({4}))
         self.peers: dict[int, PeerOfPath] = {}
         self.controller = ProbesController(V4, bench.health, bench.clock, self.some, self.peers.get, self.socket)
         self.leases = {}

@@ -140,7 +140,7 @@ def test_addresses_endpoints_and_levels():
         (["--kube-annotation-prefix=a/b/c"], {}, ["--kube-annotation-prefix", "a/b/c"]),
         (["--net-config-path=relative"], {}, ["--net-config-path", "absolute"]),
         (["--ip-blackhole-route"], {}, ["refused", "blackhole"]),
-        (["--public-ipv6=fd00::1"], {}, ["refused", "IPv6"]),
+        (["--public-ipv6=192.168.1.1"], {}, ["--public-ipv6", "IPv6 address"]),
     ],
 )
 def test_refused_in_one_line_that_names_flag_value_and_what_is_allowed(arguments, environ, words):

@@ -114,7 +114,7 @@ def choose(settings, there, lookup, store):
             id="regex after iface",
         ),
         pytest.param(
-            Settings(iface_can_reach=ip("192.168.1.99")),
+            Settings(iface_can_reach=(4, ip("192.168.1.99"))),
             STORE,
             "eth1",
             "192.168.1.2",
@@ -158,7 +158,7 @@ def test_the_only_interface_is_taken_without_any_route():
         (Settings(), ["--iface", "eth0 10.0.2.15", "eth1 192.168.1.2"]),
         (Settings(iface=("ens5",)), ["--iface ens5", "eth0 10.0.2.15"]),
         (Settings(iface_regex=("^wg",)), ["--iface-regex ^wg"]),
-        (Settings(iface_can_reach=ip("8.8.8.8")), ["--iface-can-reach 8.8.8.8"]),
+        (Settings(iface_can_reach=(4, ip("8.8.8.8"))), ["--iface-can-reach 8.8.8.8"]),
     ],
 )
 def test_no_choice_says_what_there_is_and_which_flag_decides(settings, words):
@@ -214,7 +214,7 @@ SETTINGS = [
     Settings(iface=("eth0",)),
     Settings(iface_regex=("eth0",)),
     Settings(iface_regex=(r"192\.168\.1\.",)),
-    Settings(iface_can_reach=ip("192.168.1.99")),
+    Settings(iface_can_reach=(4, ip("192.168.1.99"))),
     Settings(),
 ]
 
@@ -231,7 +231,9 @@ def test_report_3_a_virtual_ip_that_stands_first_is_not_taken(settings):
     there = Interfaces(V4, [LO, ETH0], [VIP, HOME])
     found = choose_any(settings, there, by_eth0(HOME.address), STORE)
     assert (found.underlay.local, found.lasting) == (HOME.address, True)
-    assert choose(settings._replace(iface_can_reach=0), there, nowhere, {}).local == HOME.address, "no route says which"
+    assert choose(settings._replace(iface_can_reach=None), there, nowhere, {}).local == HOME.address, (
+        "no route says which"
+    )
 
 
 @pytest.mark.parametrize(

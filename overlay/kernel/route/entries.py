@@ -87,7 +87,7 @@ class Link(NamedTuple):
     """A network interface. kind: `vxlan`, `veth`, ... or "" for hardware. arp: whether it resolves by ARP. master: the
     number of the bridge it is a port of, 0 where of none. peer, netnsid: of a veth whose other end is in another network
     namespace the number of that end there, and our number of that namespace; else 0 and -1. port: of a vxlan device its UDP
-    port, else 0."""
+    port, else 0; over: the family of its underlay, 0: of both, or it is no vxlan."""
 
     ifindex: int
     name: str
@@ -102,6 +102,7 @@ class Link(NamedTuple):
     peer: int = 0
     netnsid: int = -1
     port: int = 0
+    over: int = 0
 
 
 class PodEnd(NamedTuple):

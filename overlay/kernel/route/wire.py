@@ -52,7 +52,8 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TAB
 NDA_DST, NDA_LLADDR, NDA_CACHEINFO, NDA_IFINDEX = 1, 2, 3, 8
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_LINK, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 5, 10, 18
 IFLA_LINK_NETNSID, IFLA_TARGET_NETNSID, IFA_TARGET_NETNSID = 37, 46, 10
-IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VXLAN_PORT = 1, 2, 15
+IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_VXLAN_PORT, IFLA_VXLAN_GROUP6, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_COLLECT_METADATA = 15, 16, 17, 25
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 
 NESTED, KIND = 0x8000, 0x3FFF
@@ -351,12 +352,15 @@ def parse_link(body: memoryview) -> Link:
     """A network interface."""
     _, _, _, index, flags, _ = _IFINFO.unpack_from(body)
     attrs = attributes(body, _IFINFO.size)
-    kind, port = "", 0
+    kind, port, over = "", 0, 0
     info = attributes(attrs[IFLA_LINKINFO], 0) if IFLA_LINKINFO in attrs else {}
     if (name := info.get(IFLA_INFO_KIND)) is not None:
         kind = bytes(name).rstrip(b"\0").decode("ascii", "replace")
     if kind == "vxlan" and (data := info.get(IFLA_INFO_DATA)) is not None:
-        port = int.from_bytes(attributes(data, 0).get(IFLA_VXLAN_PORT, b""), "big")
+        there = attributes(data, 0)
+        port = int.from_bytes(there.get(IFLA_VXLAN_PORT, b""), "big")
+        if not any(there.get(IFLA_VXLAN_COLLECT_METADATA, b"")):  # such a one listens in both
+            over = 6 if IFLA_VXLAN_LOCAL6 in there or IFLA_VXLAN_GROUP6 in there else 4
     name = attrs.get(IFLA_IFNAME)
     mac, netnsid = attrs.get(IFLA_ADDRESS), attrs.get(IFLA_LINK_NETNSID)
     return Link(
@@ -373,6 +377,7 @@ def parse_link(body: memoryview) -> Link:
         number(attrs.get(IFLA_LINK)) if netnsid is not None else 0,
         int.from_bytes(netnsid, sys.byteorder, signed=True) if netnsid is not None else -1,
         port,
+        over,
     )
 
 
