@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 TURN_S = 1.0
 """The loop turns at least so often; `healthy` means that it does."""
-SECOND = "_ipv6"
-"""Sections of the status that are of IPv6 end so."""
 MINUTES = 60
 """For so many of the last minutes repairs are counted."""
 PASS_BOUNDS_S = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
@@ -190,6 +188,7 @@ class Loop:
                 return None
 
     def _status(self) -> Status:
+        from overlay.api.family import SECOND
         from overlay.api.status import Status
 
         sections: dict[str, object] = {}

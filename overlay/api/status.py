@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from lease.families import V6
+from overlay.api.family import SECOND
 from overlay.control.health import Past, Problem
 
 SCHEMA = 1
@@ -38,7 +40,9 @@ class Status(NamedTuple):
     def json(self) -> dict[str, Any]:
         """As JSON values."""
         sections = dict(self.sections)
-        refused = {**sections.pop("unreadable_records", {}), **sections.pop("refused_records", {})}
+        refused = [*{**sections.pop("unreadable_records", {}), **sections.pop("refused_records", {})}.items()]
+        second = sections.pop(f"refused_records{SECOND}", {})
+        refused += [(key, f"its {V6.text} part: {reason}") for key, reason in second.items()]
         made: dict[str, Any] = {
             "schema": SCHEMA,
             "version": self.version,
@@ -52,7 +56,7 @@ class Status(NamedTuple):
             ],
             "mends_per_minute": list(self.mends_per_minute),
             **{name: _plain(value) for name, value in sections.items()},
-            "refused_records": [{"key": key, "reason": reason} for key, reason in refused.items()],
+            "refused_records": [{"key": key, "reason": reason} for key, reason in refused],
             "counters": dict(self.counters),
         }
         return made

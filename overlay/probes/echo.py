@@ -24,6 +24,8 @@ _PROBE = 3
 """IP_PMTUDISC_PROBE: don't fragment, and do not ask what is known of the path."""
 _SO_TIMESTAMPNS, _SO_ATTACH_FILTER = 35, 26
 _ICMP6_FILTER = 1
+_SKF_NET_OFF = 0xFFF00000
+"""linux/filter.h: -0x100000, from where on offsets count from the network header."""
 _HEAD = struct.Struct("!BBHHH")
 _TOKEN = 8
 _BUFFER = 1 << 18
@@ -123,6 +125,28 @@ def interesting(identifier: int, askers: Prefix, length: int) -> bytes:
     return b"".join(struct.pack("=HBBI", *one) for one in program)
 
 
+def interesting6(identifier: int, askers: Prefix, length: int) -> bytes:
+    """The same for ICMPv6, which a raw socket sees from the ICMP header on; the IPv6 header is at SKF_NET_OFF."""
+    form, hosts, mask = _FORMS[6], (1 << 128 - length) - 1, ~((1 << 128 - askers.length) - 1) & (1 << 128) - 1
+    program = [
+        (0x30, 0, 0, 0),  # ldb [0]: the type
+        (0x15, 0, 2, form.answer),  # an answer:
+        (0x28, 0, 0, 4),  # ldh [4]: the identifier
+        (0x15, 13, 14, identifier),
+        (0x15, 0, 13, form.request),  # a request:
+    ]
+    for word in range(4):  # of the source: the prefix's bits as they are, those of a host 0
+        low = 96 - 32 * word
+        bits, wanted = (hosts | mask) >> low & 0xFFFFFFFF, askers.base >> low & 0xFFFFFFFF
+        program += [
+            (0x20, 0, 0, _SKF_NET_OFF + 8 + 4 * word),  # ld
+            (0x54, 0, 0, bits),  # and
+            (0x15, 0, 10 - 3 * word, wanted),
+        ]
+    program += [(0x06, 0, 0, 0xFFFF), (0x06, 0, 0, 0)]
+    return b"".join(struct.pack("=HBBI", *one) for one in program)
+
+
 class EchoSocket:
     """Sends requests, takes answers and what peers ask. Not blocking. Raises OSError: no CAP_NET_RAW."""
 
@@ -143,12 +167,13 @@ class EchoSocket:
             raise
 
     def _filter(self, askers: Prefix | None, length: int) -> None:
-        if self._family is V4:
-            program = interesting(self._identifier, askers or Prefix(4, 0xFFFFFFFF, 32), length if askers else 0)
-            held = array("B", program)  # whose address is known without ctypes, half a MiB
-            form = struct.pack("HP", len(program) // 8, held.buffer_info()[0])
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, form)
-        else:
+        nobody = Prefix(self._family.number, (1 << self._family.bits) - 1, self._family.bits)
+        make = interesting if self._family is V4 else interesting6
+        program = make(self._identifier, askers or nobody, length if askers else 0)
+        held = array("B", program)  # whose address is known without ctypes, half a MiB
+        form = struct.pack("HP", len(program) // 8, held.buffer_info()[0])
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, form)
+        if self._family is V6:  # before the other: most of what comes is neighbour discovery
             passed = [self._form.answer] + ([self._form.request] if askers is not None else [])
             blocked = bytearray(b"\xff" * 32)
             for kind in passed:  # struct icmp6_filter: a bit for each type that is not wanted

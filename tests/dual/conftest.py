@@ -1,4 +1,4 @@
-"""Whole agents in namespaces."""
+"""Whole agents in namespaces, in networks of IPv6 and of both families."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.world import KubeWorld, World, ready_the_machine
+from tests.support.world import World, ready_the_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -14,32 +14,23 @@ def _swept() -> None:
     ready_the_machine()
 
 
+@pytest.fixture(params=[(4, 6), (6,)], ids=["dual stack", "IPv6 alone"])
+def world6(request, tmp_path) -> Iterator[World]:
+    """A network with IPv6."""
+    made = World(tmp_path / "world")
+    try:
+        made.use(*request.param)
+        yield made
+    finally:
+        made.close()
+
+
 @pytest.fixture
 def world(tmp_path) -> Iterator[World]:
-    """An underlay with etcd and the default config."""
+    """Of both families."""
     made = World(tmp_path / "world")
     try:
-        made.config()
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
-def kube_world(tmp_path) -> Iterator[KubeWorld]:
-    """An underlay with an API server, and flannel's ConfigMap as files."""
-    made = KubeWorld(tmp_path / "world")
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
-def bare_world(tmp_path) -> Iterator[World]:
-    """The same without a config."""
-    made = World(tmp_path / "world")
-    try:
+        made.use(4, 6)
         yield made
     finally:
         made.close()

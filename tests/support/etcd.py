@@ -36,7 +36,10 @@ class Etcd:
         flags: tuple[str, ...] = (),
         scheme: str = "http",
         peer: int = 0,
+        also: str = "",
     ) -> None:
+        """also: another host that it listens at."""
+        self.also = also
         self.folder, self.host, self.port, self.namespace = folder, host, port or free_port(), namespace
         self.scheme, self.flags = scheme, flags
         self.peer = peer or free_port()
@@ -47,10 +50,14 @@ class Etcd:
     def endpoint(self) -> str:
         return f"{self.scheme}://{self.host}:{self.port}"
 
+    @property
+    def other_endpoints(self) -> list[str]:
+        return [f"{self.scheme}://[{self.also}]:{self.port}"] if self.also else []
+
     def start(self) -> None:
         command = [
             etcd_binary(), "--data-dir", str(self.folder / "data"), "--unsafe-no-fsync", "--log-level", "error",
-            "--listen-client-urls", self.endpoint, "--advertise-client-urls", self.endpoint,
+            "--listen-client-urls", ",".join((self.endpoint, *self.other_endpoints)), "--advertise-client-urls", self.endpoint,
             "--listen-peer-urls", f"http://127.0.0.1:{self.peer}", "--initial-advertise-peer-urls", f"http://127.0.0.1:{self.peer}",
             "--initial-cluster", f"default=http://127.0.0.1:{self.peer}", *self.flags,
         ]  # fmt: skip

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import pytest
 from pyroute2 import IPRoute
 
-from lease.families import V4
+from lease.families import V4, Family
 from lease.model import Prefix, ip_number, prefix
+from overlay.api.family import of_family
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.cni.lists import CONFLIST
 from overlay.kernel.netlink import RequestSocket
@@ -34,6 +35,9 @@ from tests.support.kube import Kube
 from tests.support.wait import until
 
 T = TypeVar("T")
+NETWORK6 = prefix("fd00:10:244::/48")
+KERNELS = (2,)
+"""Routes of addresses (RTPROT_KERNEL)."""
 ROOT = "/coreos.com/network"
 NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
 CNI_CONF = """{"name":"cbr0","cniVersion":"0.3.1","plugins":[
@@ -139,6 +143,7 @@ class World:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.agents: list[Agent] = []
+        self.families: tuple[int, ...] = (4,)
         self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -146,12 +151,19 @@ class World:
         self.make_store(folder)
 
     def make_store(self, folder: Path) -> None:
-        self.etcd = Etcd(folder / "etcd", host=topology.GATEWAY, port=2379, namespace=topology.underlay_name(self.lab))
+        self.etcd = Etcd(
+            folder / "etcd",
+            host=topology.GATEWAY,
+            port=2379,
+            namespace=topology.underlay_name(self.lab),
+            also=topology.GATEWAY6,
+        )
 
     def store_flags(self, node: str) -> list[str]:
         """How an agent reaches the store."""
         del node
-        return [f"--etcd-endpoints={self.etcd.endpoint}"]
+        endpoint = self.etcd.endpoint if 4 in self.families else self.etcd.other_endpoints[0]
+        return [f"--etcd-endpoints={endpoint}"]
 
     # --- nodes and agents
     def namespace(self, node: str) -> str:
@@ -160,10 +172,15 @@ class World:
     def config(self, **fields: Any) -> None:
         self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **fields}))
 
-    def node(self, number: int, families: tuple[int, ...] = (4,)) -> str:
+    def use(self, *families: int, **fields: Any) -> None:
+        """Nodes that are made from now on have addresses of these families; the network has them, too."""
+        self.families = families
+        self.config(EnableIPv4=4 in families, EnableIPv6=6 in families, IPv6Network=str(NETWORK6), **fields)
+
+    def node(self, number: int) -> str:
         """node1 is 192.168.1.2, fd00:192:168:1::2."""
         name = f"node{number}"
-        topology.make_node(self.lab, name, number, families)
+        topology.make_node(self.lab, name, number, self.families)
         self._numbers[name] = number
         return name
 
@@ -179,11 +196,13 @@ class World:
         for agent in agents:
             agent.wait_ready()
         for agent in agents:
-            until(
-                "it has its peers",
-                lambda agent=agent: len(agent.status()["peers"]) == count - 1 and not agent.status()["differences"],
-            )
+            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
         return agents
+
+    def has_peers(self, agent: Agent, count: int) -> bool:
+        """Of each family, and all are in the kernel."""
+        views = [of_family(agent.status(), family) for family in self.families]
+        return all(len(view["peers"]) == count and not view["differences"] for view in views)
 
     def restart(self, agent: Agent, *flags: str) -> Agent:
         if agent.process.poll() is None:
@@ -236,19 +255,24 @@ class World:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def kernel(self, node: str, device: str = "flannel.1") -> dict[str, Any]:
+    def kernel(self, node: str, device: str = "flannel.1", family: Family = V4) -> dict[str, Any]:
         """What peers are to the kernel: routes by our device or protocol, neighbours, FDB."""
+        device = device if family is V4 else device.replace("flannel.", "flannel-v6.")
         index = self.index(node, device)
 
         def read() -> dict[str, Any]:
             requests = RequestSocket()
             try:
                 return {
-                    "routes": {r.key[:2]: r for r in requests.routes(V4) if r.oif == index or r.protocol == 111},
-                    "neighbours": {n.address: n.mac for n in requests.neighbours(V4, index) if n.state & 0x80}
+                    "routes": {
+                        r.key[:2]: r
+                        for r in requests.routes(family)
+                        if (r.oif == index or r.protocol == 111) and r.protocol not in KERNELS
+                    },
+                    "neighbours": {n.address: n.mac for n in requests.neighbours(family, index) if n.state & 0x80}
                     if index
                     else {},
-                    "fdb": {f.mac: f.dst for f in requests.fdb(V4, index) if not f.mac >> 40 & 1} if index else {},
+                    "fdb": {f.mac: f.dst for f in requests.fdb(family, index) if not f.mac >> 40 & 1} if index else {},
                 }
             finally:
                 requests.close()
