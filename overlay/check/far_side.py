@@ -12,11 +12,16 @@ _OF_PEERS = ("unreachable", "path mtu", "loss")
 """Problems of the way between the two, which this side has already."""
 
 
-def said(found: dict[str, Any], peer: dict[str, Any]) -> list[str]:
-    """Lines. found: this agent's status; peer: of it."""
+def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> list[str]:
+    """Lines. found: this agent's status; peer: of it; silent: all is well, so that only an agent that does not answer is
+    worth a line."""
     name, asking = peer["node_name"] or peer["public_ip"], found.get("asking")
     if not asking:
-        return [f"it must be asked there: on {name}: overlay status (with --ask-secret-file agents ask each other)"]
+        return (
+            []
+            if silent
+            else [f"it must be asked there: on {name}: overlay status (with --ask-secret-file agents ask each other)"]
+        )
     own = found["lease"]["subnet"]
     try:
         answer = ask_agent(
@@ -26,6 +31,8 @@ def said(found: dict[str, Any], peer: dict[str, Any]) -> list[str]:
     except NoAnswer as error:
         why = "flannel runs there, or it is dead (the datapath stays, and learns of nobody who joins), or cannot be reached"
         return [f"the agent of {name} was asked, and gives no answer ({error}): {why}"]
+    if silent:
+        return []
     lines = [f"{each['subject']}: {each['text']}" for each in answer["problems"] if each["subject"] not in _OF_PEERS]
     lines = [f"{name} says: {line}" for line in lines[:MOST]]
     ours = next((each for each in answer["reaches"] if each[0] == own), None)
@@ -34,5 +41,5 @@ def said(found: dict[str, Any], peer: dict[str, Any]) -> list[str]:
     elif ours[1] != "ok":
         lines.append(f"{name} says of this node: {ours[4]}")
     else:
-        lines.append(f"{name} says that this node answers: the way there is broken, not the way back")
+        lines.append(f"{name} says that this node answers its probes")
     return lines

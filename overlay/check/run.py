@@ -6,7 +6,7 @@ import ipaddress
 from typing import Any, NamedTuple
 
 from lease.families import V4, Family
-from lease.model import ip_number, ip_text, prefix
+from lease.model import ip_number, ip_text, mac_text, prefix
 from overlay.check import far_side
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
@@ -24,6 +24,8 @@ NAMES = {
     Kind.VTEP: "VTEP",
     Kind.VTEP_FULL: "VTEP {mtu}",
 }
+NUD_FAILED = 32
+"""include/uapi/linux/neighbour.h: nobody answered."""
 GATEWAY, POD, POD_FULL = "pods' gateway", "pod", "pod {mtu}"
 
 
@@ -110,7 +112,8 @@ def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
         for goal, those in zip(goals, rungs, strict=True):
             mine, asked = asked[: len(those)], asked[len(those) :]
             wrong = _look_up(requests, found, goal, links, addresses)
-            results.append(_result(found, goal, those, mine, wrong))
+            nearby = _nearby(requests, found, goal, links)
+            results.append(_result(found, goal, those, mine, wrong, nearby))
         return results
     finally:
         requests.close()
@@ -147,8 +150,9 @@ def _look_up(
 
 
 def _result(
-    found: dict[str, Any], goal: Goal, rungs: list[Rung], asked: list[Asked], wrong: list[str]
+    found: dict[str, Any], goal: Goal, rungs: list[Rung], asked: list[Asked], wrong: list[str], nearby: str
 ) -> dict[str, Any]:
+    """nearby: what the kernel's neighbour table says against the peer's public IP, "" where nothing."""
     by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
     verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
@@ -159,9 +163,11 @@ def _result(
         verdict = Verdict(
             State.REFUSED, f"this node lacks {', '.join(goal.peer['missing'])} of it", "overlay status says why"
         )
-    elif verdict.state is State.OK and goal.pod:
-        verdict = _of_pod(goal, asked[len(Kind) :])
-    far = [] if verdict.state is State.OK else far_side.said(found, goal.peer)
+    elif goal.pod:
+        verdict = _with_pod(verdict, goal, asked[len(Kind) :])
+    if verdict.state is not State.OK and nearby:
+        verdict = verdict._replace(text=f"{verdict.text}; {nearby}")
+    far = far_side.said(found, goal.peer, silent=verdict.state is State.OK)
     peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
     target = ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"]
     return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far}
@@ -194,6 +200,45 @@ def _probe(family: Family, rung: Rung, asked: Asked) -> dict[str, Any]:
     }
 
 
+def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link]) -> str:
+    lower = next((index for index, link in links.items() if link.name == found["underlay"]["interface"]), 0)
+    there = {each.address: each for each in requests.neighbours(V4, lower)} if lower else {}
+    address = ip_number(goal.peer["public_ip"], 4)
+    its = there.get(address)
+    if its is None:
+        return ""
+    if its.state & NUD_FAILED:
+        return f"nobody answers ARP for {goal.peer['public_ip']} on {found['underlay']['interface']}"
+    others = (each["public_ip"] for each in found["peers"] if each["public_ip"] != goal.peer["public_ip"])
+    same = next(
+        (other for other in others if (o := there.get(ip_number(other, 4))) is not None and o.mac == its.mac), ""
+    )
+    if its.mac and same:
+        return f"{goal.peer['public_ip']} and {same} are of one MAC, {mac_text(its.mac)}: has a machine both?"
+    return ""
+
+
+def _with_pod(verdict: Verdict, goal: Goal, asked: list[Asked]) -> Verdict:
+    """What is known with what its pods answered."""
+    gateway, small, full = (each.outcome for each in asked)
+    if verdict.state is State.OK:
+        return _of_pod(goal, asked)
+    node = goal.peer["node_name"] or goal.peer["public_ip"]
+    if full.ok:
+        return Verdict(
+            State.OK,
+            f"the pod answers, though {node} itself does not: it answers no pings (icmp_echo_ignore_all, a filter of ICMP),"
+            " or some flows pass the tunnel and others do not (a filter of UDP source ports, one of several ways)",
+            "overlay doctor there; overlay trace, some times",
+        )
+    if verdict.state is State.UNREACHABLE and (gateway.ok or small.ok):
+        return verdict._replace(
+            text="some packets pass the tunnel and others do not: a filter of UDP source ports, a lossy link, or one of"
+            f" several ways that is broken ({verdict.text})"
+        )
+    return verdict
+
+
 def _heard(found: dict[str, Any], goal: Goal) -> bool:
     """Whether the agent heard that peer lately, though it does not answer."""
     for each in found.get("reachability", ()):
@@ -209,12 +254,25 @@ def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
     node, pod = goal.peer["node_name"] or goal.peer["public_ip"], ip_text(4, goal.pod)
     if full.ok:
         return Verdict(State.OK, "answers")
+    if small.refused:
+        return Verdict(
+            State.REFUSED,
+            f"the tunnel to {node} is whole, but this node's own kernel does not send to the pod: {small.refused}",
+            f"ip route get {pod}; ip rule",
+        )
+    if small.ok and small.answered < small.sent:
+        return Verdict(
+            State.UNREACHABLE,
+            f"the tunnel to {node} is whole, but packets to the pod are lost there, small ones as well: {small.answered} of"
+            f" {small.sent} were answered, of full-size ones {full.answered}",
+            "overlay trace says where",
+        )
     if small.ok:
         return Verdict(
             State.PATH_MTU,
             "the pod answers small packets, not full-size ones, though its node does: its interface has another MTU, or a"
-            " filter of that node drops fragments",
-            f"on {node}: ip link show; FLANNEL_MTU in subnet.env, and the pods' bridge",
+            " rule of that node drops by length or rate",
+            f"overlay trace; on {node}: ip link show; FLANNEL_MTU in subnet.env, and the pods' bridge",
         )
     if not gateway.ok:
         return Verdict(
@@ -236,7 +294,7 @@ def local(found: dict[str, Any], address: int) -> dict[str, Any]:
     rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
     asked = ladder.ask(V4, rungs)
     if asked[1].outcome.ok:
-        verdict = Verdict(State.OK, "answers, from this node")
+        verdict = Verdict(State.OK, "answers this node; overlay trace shows the way of packets from others")
         if found["problems"]:
             verdict = Verdict(State.OK, "answers this node; what comes from others may meet this node's problems")
     elif asked[0].outcome.ok:

@@ -101,7 +101,7 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
     finally:
         requests.close()
     yield from _guarded("firewalls", network.firewalls)
-    for of_node in (network.sysctls, network.offloads):
+    for of_node in (network.sysctls, network.deaf, network.held, network.offloads):
         yield from _guarded(of_node.__name__, of_node, node)
     yield from _guarded("MTU", network.mtus, node, subnet_file)
     yield from _guarded("addresses", network.duplicates, node, who_answers)

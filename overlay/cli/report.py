@@ -29,6 +29,8 @@ COMMANDS = {
     "fdb.txt": ("bridge", "fdb"),
     "bridge-ports.txt": ("bridge", "-d", "link"),
     "nftables.txt": ("nft", "-t", "list", "ruleset"),  # without the elements of sets
+    "queues.txt": ("tc", "-s", "qdisc", "show"),
+    "xfrm.txt": ("ip", "xfrm", "policy"),  # no state: that has keys
     "iptables.txt": ("iptables-save",),
     "iptables-legacy.txt": ("iptables-legacy-save",),
     "sockets.txt": ("ss", "-Hanup"),

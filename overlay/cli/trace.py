@@ -24,8 +24,7 @@ from overlay.trace.end import Passed
 from overlay.trace.node import NotTraceable
 from overlay.trace.probe import PROTOCOLS
 from overlay.trace.run import Request, Traced
-from overlay.trace.values import as_values, text_of, worst
-from overlay.trace.verdict import State
+from overlay.trace.values import as_values, came_through, text_of, worst
 
 
 @click.command()
@@ -74,7 +73,7 @@ def trace(
         click.echo(json.dumps(as_values(request, traced), indent=2))
     else:
         show(terminal.console(), found, request, traced)
-    sys.exit(0 if all(each.verdict.state is State.DELIVERED for each in traced) else 1)
+    sys.exit(0 if all(map(came_through, traced)) else 1)
 
 
 def _end(number: int, _frame: object) -> None:
@@ -97,7 +96,7 @@ def show(console: Console, found: dict[str, Any], request: Request, traced: Sequ
     """The steps of the size that does not come through, else of the last one, and what became of it."""
     shown = worst(traced)
     _table(console, request, shown)
-    good = shown.verdict.state is State.DELIVERED
+    good = came_through(shown)
     console.print(Text(text_of(shown), style="green" if good else "red"))
     for reason in shown.verdict.reasons:
         console.print(Text(f"because: {reason}" if not good else reason))

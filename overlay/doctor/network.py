@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from lease.families import V4
 from lease.model import ip_number, ip_text, mac_text
 from lease.tenure.claim import Answer
 from overlay.doctor.finding import Finding, Findings, State, ok, unknown
-from overlay.kernel.netlink import KernelError, error_text
+from overlay.kernel.netlink import KernelError, RequestSocket, error_text
 from overlay.kernel.nftables import iptables, program
 from overlay.kernel.route.links import read_sysctl, write_sysctl
 from overlay.node.sysctls import bridge_filter_fault, wanted_sysctls
@@ -19,6 +20,7 @@ from overlay.probes import ladder
 from overlay.probes.ladder import Rung
 from overlay.process.files import read_text
 from overlay.trace.node import Node
+from overlay.trace.pods import queues
 
 PEERS, CONNECT_S = 3, 1.0
 CLOSED_PORT = 1
@@ -48,6 +50,48 @@ def sysctls(node: Node) -> Findings:
         )
     else:
         yield ok("bridge filter", "bridge-nf-call-iptables is on")
+
+
+_DEAF = {
+    "net/ipv4/icmp_echo_ignore_all": ("1", State.WARN, "no ping is answered: others call this node unreachable"),
+    "net/ipv4/conf/all/arp_ignore": ("8", State.WRONG, "no ARP is answered: nobody finds this node"),
+    "net/ipv4/conf/{underlay}/arp_ignore": ("8", State.WRONG, "no ARP is answered: nobody finds this node"),
+}
+
+
+def deaf(node: Node) -> Findings:
+    """Sysctls by which a node does not answer others."""
+    for name, (value, state, why) in _DEAF.items():
+        name = name.format(underlay=node.underlay)  # noqa: PLW2901
+        if read_sysctl(name) == value:
+            shown = name.replace("/", ".")
+            yield Finding("sysctls", state, f"{shown} is {value}", why, f"sysctl -w {shown}=0")
+
+
+def held(node: Node) -> Findings:
+    """Queueing disciplines of others, and IPsec policies, on the way of pods' packets."""
+    requests = RequestSocket()
+    try:
+        bridges = {link.ifindex for link in node.links.values() if link.name in node.bridges}
+        ports = (link.name for link in node.links.values() if link.master in bridges)
+        names = node.tunnel, node.underlay, *node.bridges, *ports
+        lines = list(queues(node, names, requests))
+    finally:
+        requests.close()
+    for line in lines:
+        what, _, look = line.partition(": ")
+        yield Finding("queues", State.WARN, what, "it may hold or drop packets of pods", look)
+    done = subprocess.run(["ip", "xfrm", "policy"], capture_output=True, text=True, timeout=5, check=False)
+    if "action block" in done.stdout:
+        yield Finding(
+            "IPsec",
+            State.WARN,
+            "there are policies that block packets",
+            "those of pods may be among them",
+            "ip xfrm policy",
+        )
+    if not lines and done.returncode == 0 and "action block" not in done.stdout:
+        yield ok("queues and IPsec", "none that holds or blocks packets")
 
 
 # --- firewalls

@@ -78,7 +78,13 @@ class UnderlaySource(Source):
         lasting = self._lasting
         found = choice.refresh(wants.settings, lasting, there, lookup, hosts) if lasting is not None else None
         if found is None:
-            chosen = choice.choose(wants.settings, there, lookup, hosts, self._recorded, wants.beside)
+            try:
+                chosen = choice.choose(wants.settings, there, lookup, hosts, self._recorded, wants.beside)
+            except choice.UnderlayError as error:
+                if lasting is None:
+                    raise
+                address = ip_text(number, lasting.local)
+                raise choice.UnderlayError(f"{address} is not on {lasting.name} any more: {error}") from error
             found = chosen.underlay
             self._recorded = self._recorded or found.local
             if chosen.lasting and lasting is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text
@@ -25,6 +25,7 @@ from overlay.peers import plan, report
 from overlay.peers.difference import Device
 from overlay.peers.reconcile import Reconciler, Refused
 from overlay.peers.refusals import Refusals
+from overlay.peers.report import Conflict, PeerWatcher
 from overlay.peers.resync import Resync
 from overlay.peers.status import Peers, node_name
 from overlay.peers.table import PeerChanges, PeerTable
@@ -37,26 +38,6 @@ MANY = 64
 """Notifications at once of neighbours and FDB entries from which on we ask whether their device is there at all."""
 SHOWN = 100
 """How many differing entries a status lists."""
-
-
-class Conflict(NamedTuple):
-    """A route of somebody else's that stands before one of ours. device: "" where it has none, or several."""
-
-    destination: str
-    via: str
-    device: str
-    metric: int
-    protocol: int
-
-
-class PeerWatcher(Protocol):
-    """Who needs to know the peers before their first packet comes (the guard)."""
-
-    def load(self, packed: Collection[bytes]) -> None:
-        """These are all peers."""
-
-    def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
-        """A peer came, changed or went."""
 
 
 class Datapath:
@@ -134,8 +115,8 @@ class Datapath:
         self.conflicting.clear()
 
     def replace(self, leases: Leases, own: str) -> None:
-        """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion. Records without a part of
-        this family are nothing to it."""
+        """A new list: by value, so that a changed MAC is a change and a missed deletion a deletion. Records without a part
+        of this family are nothing to it."""
         leases = leases.of_family(self._family.number)
         if self.node is None or self._unplanned is not None:
             self._unplanned = Leases(dict(leases.packed))  # the tenure's thread may be reading the other

@@ -1,10 +1,11 @@
-"""What the log says of peers: who came, changed and went, and whose entries were put back."""
+"""What is told of peers: to others who need to know them, and to the log: who came, changed and went, whose entries were put
+back."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from lease.families import Family
 from lease.model import Lease, ip_text, mac_text
@@ -16,6 +17,26 @@ from overlay.process.log import log
 
 EACH = 10
 """Of more at once one line speaks."""
+
+
+class Conflict(NamedTuple):
+    """A route of somebody else's that stands before one of ours. device: "" where it has none, or several."""
+
+    destination: str
+    via: str
+    device: str
+    metric: int
+    protocol: int
+
+
+class PeerWatcher(Protocol):
+    """Who needs to know the peers before their first packet comes (the guard)."""
+
+    def load(self, packed: Collection[bytes]) -> None:
+        """These are all peers."""
+
+    def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
+        """A peer came, changed or went."""
 
 
 def log_changes(family: Family, changes: PeerChanges) -> None:

@@ -79,17 +79,24 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool
     if full is not None and full.ok:
         return Verdict(State.OK, "answers")
     if small is not None and small.ok:
-        return _small_alone(full, under_full)
+        return _small_alone(small, full, under_full)
     if refused := next((each.refused for each in tried if each.refused), ""):
         return Verdict(
             State.REFUSED,
             f"this node's kernel does not send there: {refused}",
-            "look at the other problems of this node: routing rules, routes and filters of others",
+            "look at the other problems of this node: routing rules, routes and filters of others; else ip xfrm policy",
         )
     if under is None:
         return Verdict(State.UNREACHABLE, "its VTEP does not answer")
     if not under.ok and not under.refused and not ever:
         return Verdict(State.SILENT, "has never answered, nor does anybody at its public IP")
+    if not under.ok and heard:
+        return Verdict(
+            State.UNREACHABLE,
+            "it answers neither at its underlay address nor at its VTEP, though packets from it come: all that is sent to it"
+            " is lost, or it answers no pings",
+            "overlay check one of its pods; there: sysctl net.ipv4.icmp_echo_ignore_all, filters of ICMP",
+        )
     if not under.ok:
         why = f": {under.refused}" if under.refused else ""
         return Verdict(
@@ -108,9 +115,16 @@ def of_size(verdict: Verdict, mtu: int) -> Verdict:
     return Verdict(verdict.state, f"{verdict.text}; the largest that pass have {mtu} bytes", remedy, mtu)
 
 
-def _small_alone(full: Outcome | None, under_full: Outcome | None) -> Verdict:
+def _small_alone(small: Outcome, full: Outcome | None, under_full: Outcome | None) -> Verdict:
     if full is None:
         return Verdict(State.OK, "answers small packets; full-size ones were not tried")
+    if small.answered < small.sent and not full.refused:
+        return Verdict(
+            State.UNREACHABLE,
+            f"packets are lost on the way, small ones as well: {small.answered} of {small.sent} were answered, of full-size"
+            " ones none",
+            "tc -s qdisc show; ip -s link, on both nodes and on the way between them",
+        )
     if full.refused:
         return Verdict(
             State.PATH_MTU,

@@ -45,6 +45,10 @@ class Flow(NamedTuple):
     """For the operator."""
     answers: bool = False
     """They are answers in connections that were let through."""
+    size: int = 0
+    """Of the packets in bytes, 0: any."""
+    sports: tuple[int, int] = (0, 0)
+    """The source ports that they have, one or another; 0: any."""
 
 
 class Verdict(NamedTuple):
@@ -177,10 +181,35 @@ def _match(match: dict[str, Any], flow: Flow, named: Callable[[str], list[Any] |
         right = named(right[1:])
         if right is None:
             return None
+    if (answer := _of_size(left, right, operator, flow)) is not None:
+        return answer
     answer = _holds(left, right, flow)
     if answer is None or operator not in ("==", "!=", "in"):
         return None
     return not answer if operator == "!=" else answer
+
+
+_COMPARED: dict[str, Callable[[int, int], bool]] = {
+    ">": lambda size, value: size > value,
+    ">=": lambda size, value: size >= value,
+    "<": lambda size, value: size < value,
+    "<=": lambda size, value: size <= value,
+    "==": lambda size, value: size == value,
+    "!=": lambda size, value: size != value,
+}
+
+
+def _of_size(left: Any, right: Any, operator: str, flow: Flow) -> bool | None:
+    """What a match says of the packets' length; None: it is about something else, or that is not known."""
+    if not flow.size or not isinstance(left, dict) or operator not in _COMPARED:
+        return None
+    length = left == {"meta": {"key": "length"}} or left.get("payload") == {"protocol": "ip", "field": "length"}
+    if not length:
+        return None
+    if isinstance(right, int):
+        return _COMPARED[operator](flow.size, right)
+    fits = _number_fits(flow.size, right)
+    return fits if fits is None or operator == "==" else not fits
 
 
 def _holds(left: Any, right: Any, flow: Flow) -> bool | None:
@@ -197,6 +226,8 @@ def _holds(left: Any, right: Any, flow: Flow) -> bool | None:
         return _any(right, lambda value: value == flow.protocol) if key == "l4proto" else None
     if kind == "ct" and key == "state":
         return _any(right, lambda value: value == ("established" if flow.answers else "new"))
+    if kind == "ct" and key == "direction":
+        return _any(right, lambda value: value == ("reply" if flow.answers else "original"))
     if kind == "ct" and key == "status":
         return _any(right, lambda value: None if value not in ("dnat", "snat", "assured", "seen-reply") else False)
     if kind == "meta" and key == "mark":
@@ -231,6 +262,8 @@ def _payload(field: dict[str, Any], right: Any, flow: Flow) -> bool | None:
         if protocol not in ("th", flow.protocol):
             return False
         return _any(right, lambda value: _number_fits(flow.port, value))
+    if protocol in ("udp", "th") and name == "sport" and flow.sports[1]:
+        return _any(right, lambda value: _meets(flow.sports, value))
     if protocol in ("ip", "ip6") and name in ("protocol", "nexthdr") and flow.protocol:
         return _any(right, lambda value: value == flow.protocol)
     return None
@@ -277,6 +310,16 @@ def _address_fits(address: int, value: Any) -> bool | None:
             return first <= address <= last
     except (ValueError, KeyError, TypeError):
         return None
+    return None
+
+
+def _meets(numbers: tuple[int, int], value: Any) -> bool | None:
+    """Whether one of a range of numbers may be meant."""
+    if isinstance(value, int):
+        return numbers[0] <= value <= numbers[1]
+    if isinstance(value, dict) and isinstance(value.get("range"), list):
+        first, last = value["range"]
+        return bool(first <= numbers[1] and numbers[0] <= last)
     return None
 
 

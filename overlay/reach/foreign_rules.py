@@ -19,6 +19,7 @@ from overlay.kernel.events import ForeignRulesSeen
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import iptables, program
 from overlay.kernel.nftables.program import Chain
+from overlay.kernel.route.links import client_ports
 from overlay.reach import filters, iptables_lines, ways
 from overlay.reach.filters import Flow, Rule, Verdict
 
@@ -143,15 +144,15 @@ def flows_of(family: Family, wants: _Wants, peer: ways.Peer) -> Iterator[Flow]:
     for bridge in wants.bridges:
         yield Flow(family.nft, bridge, beyond, us, there, what=f"packets of pods here to {peer.subnet}")
         yield Flow(family.nft, beyond, bridge, there, us, what=f"packets from {peer.subnet} to pods here")
+        yield Flow(family.nft, bridge, beyond, us, there, what=f"answers of pods here to {peer.subnet}", answers=True)
+        yield Flow(family.nft, beyond, bridge, there, us, what=f"answers from {peer.subnet} to pods here", answers=True)
     if wants.port and not peer.direct:
         lower, public_ip = names[here.underlay], ip_text(family.number, peer.public_ip)
-        udp = f"(UDP port {wants.port})"
-        yield Flow(
-            family.nft, lower, "", peer.public_ip, here.local, "udp", wants.port, f"the tunnel from {public_ip} {udp}"
-        )
-        yield Flow(
-            family.nft, "", lower, here.local, peer.public_ip, "udp", wants.port, f"the tunnel to {public_ip} {udp}"
-        )
+        udp, sports = f"(UDP port {wants.port})", client_ports()
+        came = Flow(family.nft, lower, "", peer.public_ip, here.local, "udp", wants.port, sports=sports)
+        yield came._replace(what=f"the tunnel from {public_ip} {udp}")
+        sent = Flow(family.nft, "", lower, here.local, peer.public_ip, "udp", wants.port, sports=sports)
+        yield sent._replace(what=f"the tunnel to {public_ip} {udp}")
 
 
 def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:

@@ -13,11 +13,11 @@ from overlay.control.inputs import Inputs
 from overlay.kernel.netlink import KernelError
 from overlay.trace.leftovers import sweep
 
-EVERY_S, OVER_S = 3600.0, 120.0
+EVERY_S, OVER_S = 300.0, 120.0
 
 
 class TracesController(BackgroundController):
-    """Looks soon after a start, and each hour."""
+    """Looks soon after a start, and every five minutes."""
 
     name = "traces"
     harmless = True

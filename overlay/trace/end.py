@@ -13,15 +13,17 @@ from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import program
 from overlay.reach.foreign_rules import Reader
-from overlay.trace import leftovers
+from overlay.trace import leftovers, pods
 from overlay.trace import node as nodes
 from overlay.trace import points as way
 from overlay.trace.leftovers import TABLE_PREFIX
-from overlay.trace.looks import Deltas, Looks, inside_pod
+from overlay.trace.looks import Deltas, Looks
 from overlay.trace.node import NotTraceable, Peer, Pod
 from overlay.trace.points import Gap, Point
 from overlay.trace.probe import Probe
 
+_LEAVING = Gap.SENT, Gap.BRIDGE, Gap.PREROUTING, Gap.ROUTING
+"""Where packets of a pod are missed that it sends to somebody else than the gateway."""
 OVER_S = 120.0
 """No trace lasts so long."""
 
@@ -193,16 +195,19 @@ class End:
                 if line not in found.setdefault((gap, back), []):
                     found[gap, back].append(line)
         with suppress(OSError):  # the pod is gone
-            for gap, line in self._inside_pods():
-                found.setdefault((gap, gap is Gap.ANSWER), []).append(line)
+            for back, gap, line in self._inside_pods():
+                found.setdefault((gap, back), []).append(line)
         return found
 
-    def _inside_pods(self) -> Iterator[tuple[Gap, str]]:
+    def _inside_pods(self) -> Iterator[tuple[bool, Gap, str]]:
         one, other = self._probe.source, self._probe.destination
         if self.source is not None:
-            yield from inside_pod(self._family, one, other, self.namespace, Gap.SENT)
+            lines = pods.inside(self.node, self._family, one, other, self.namespace, _LEAVING)
+            yield from ((False, *each) for each in lines)
         if self.destination is not None:
-            yield from inside_pod(self._family, other, one, self._namespace(self.destination), Gap.ANSWER)
+            there = self._namespace(self.destination)
+            lines = pods.inside(self.node, self._family, other, one, there, (Gap.ANSWER, *_LEAVING[1:]))
+            yield from ((True, *each) for each in lines)
 
     def close(self) -> None:
         """Take the counters away again."""

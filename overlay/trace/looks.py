@@ -7,17 +7,17 @@ from typing import NamedTuple
 
 from lease.families import V4, Family
 from lease.model import ip_text
-from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket, error_text
-from overlay.kernel.route.lookup import Packet, Way
-from overlay.reach import explain, foreign_rules, ways
+from overlay.kernel.route.links import client_ports
+from overlay.kernel.route.lookup import Packet
+from overlay.reach import foreign_rules, ways
 from overlay.reach.causes import Causes
 from overlay.reach.filters import Flow
+from overlay.trace import pods
 from overlay.trace.node import Node, Peer, Pod
 from overlay.trace.points import Gap
 from overlay.trace.probe import Probe
 
-_NUD_INCOMPLETE, _NUD_FAILED = 1, 32
 _INNER = {"prerouting": Gap.PREROUTING, "forward": Gap.FORWARD, "postrouting": Gap.POSTROUTING, "input": Gap.NODE_INPUT}
 _OUTER = {"output": Gap.OUTPUT, "postrouting": Gap.OUTPUT, "prerouting": Gap.OUTER_ROUTING, "input": Gap.INPUT}
 Found = Iterator[tuple[Gap, str]]
@@ -46,7 +46,9 @@ class Looks:
 
     def leaving(self, pod: Pod, peer: Peer | None) -> Found:
         """From a pod of this node to another node, or (peer None) to somewhere else."""
-        yield from _port(self._node, pod, Gap.BRIDGE)
+        for gap, line in pods.port(self._node, pod, Gap.BRIDGE, self._requests):
+            yield gap, line
+            yield Gap.SENT, line  # a pod that finds no gateway sends nothing
         yield from self._below(self._flow(pod.link.name if pod.link is not None else "", ""), Gap.BRIDGE)
         bridge = self._node.number_of(self._node.bridge)
         oif, via = self._beyond(peer)
@@ -90,7 +92,9 @@ class Looks:
         outer = Packet(peer.public_ip, node.local, 0, node.number_of(node.underlay), 0, 17, node.port)
         yield from ((Gap.OUTPUT, line) for _, line in self._routing(outer, 0, None, ways.OUTER))
         flow = Flow(self._family.nft, "", node.underlay, node.local, peer.public_ip, "udp", node.port, "the tunnel")
-        yield from self._filters(flow, _OUTER)
+        yield from self._filters(flow._replace(sports=client_ports()), _OUTER)
+        lines = pods.queues(node, (node.tunnel, node.underlay), self._requests)
+        yield from ((gap, line) for line in lines for gap in (Gap.OUTPUT, Gap.UNDERLAY))
 
     def arriving(self, pod: Pod | None, peer: Peer | None) -> Found:
         """From another node to a pod of this one, or (None) to the node itself."""
@@ -108,24 +112,23 @@ class Looks:
             underlay = node.number_of(node.underlay)
             question = ways.incoming(node.local, peer.public_ip, underlay, 17, node.port)
             yield from ((Gap.OUTER_ROUTING, line) for _, line in self._routing(question.packet, 0, None, ways.INCOMING))
-            yield from self._filters(flow, _OUTER)
+            yield from self._filters(flow._replace(sports=client_ports()), _OUTER)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:
             yield from self._filters(self._flow(beyond, ""), _INNER)
             return
+        bridge = node.link(node.bridge)
+        if bridge is not None and not bridge.up:
+            yield Gap.ROUTING, f"{bridge.name} is down: ip link set {bridge.name} up"
         yield from self._routing(packet, node.number_of(node.bridge), None)
         yield from self._filters(self._flow(beyond, node.bridge), _INNER)
         yield from self.given(pod)
 
     def given(self, pod: Pod) -> Found:
         """By the bridge to a pod of this node."""
-        yield from _port(self._node, pod, Gap.NEIGHBOUR)
+        yield from pods.port(self._node, pod, Gap.NEIGHBOUR, self._requests)
         yield from self._below(self._flow("", pod.link.name if pod.link is not None else ""), Gap.NEIGHBOUR)
-        bridge = self._node.number_of(self._node.bridge)
-        for each in self._requests.neighbours(self._family, bridge) if bridge else ():
-            if each.address == pod.address and each.state & (_NUD_FAILED | _NUD_INCOMPLETE):
-                text = f"nobody on {self._node.bridge} answers ARP for {ip_text(4, pod.address)}"
-                yield Gap.NEIGHBOUR, f"{text}: ip neigh show {ip_text(4, pod.address)}"
+        yield from pods.given(self._node, pod, self._requests, self._family)
 
     def _below(self, flow: Flow, gap: Gap) -> Found:
         try:
@@ -137,7 +140,7 @@ class Looks:
         probe = self._probe
         return Flow(
             self._family.nft, iif, oif, probe.source, probe.destination, probe.protocol, probe.port, "these packets",
-            self._back,
+            self._back, size=probe.size,
         )  # fmt: skip
 
     def _filters(self, flow: Flow, gaps: dict[str, Gap]) -> Found:
@@ -157,45 +160,6 @@ class Looks:
                 Gap.ROUTING,
                 f"these packets {self._causes.happens(question, way)}: {self._causes.cause(question, way)}",
             )
-
-
-def _port(node: Node, pod: Pod, gap: Gap) -> Found:
-    """The pod's place on its bridge."""
-    address = ip_text(4, pod.address)
-    if pod.link is None:
-        yield gap, f"no veth of this node leads to {address}: no pod here has that address now"
-        return
-    name, bridge = pod.link.name, node.link(node.bridge)
-    if bridge is None:
-        yield gap, f"no interface has the gateway of {node.own}: the CNI plugin makes it with the first pod"
-    elif not bridge.up:
-        yield gap, f"{bridge.name} is down: ip link set {bridge.name} up"
-    elif pod.link.master != bridge.ifindex:
-        yield gap, f"{name}, the pod's, is no port of {bridge.name}: ip link set {name} master {bridge.name}"
-    if not pod.link.up:
-        yield gap, f"{name}, the pod's, is down: ip link set {name} up"
-    elif pod.up is False:
-        yield gap, "the pod's own interface is down: ip link set eth0 up, inside the pod"
-    elif not pod.link.carrier:
-        yield gap, f"{name}, the pod's, has no carrier"
-
-
-def inside_pod(family: Family, pod: int, other: int, namespace: str | None, gap: Gap) -> Found:
-    """The pod's own way to another address. namespace: its, None: it cannot be entered from here. Raises OSError."""
-    if namespace is None:
-        return
-
-    def asked() -> Way:
-        requests = RequestSocket()
-        try:
-            return requests.way(family, Packet(other, pod))
-        finally:
-            requests.close()
-
-    way = namespaces.inside(namespace, asked)
-    if way.error:
-        text = f"inside the pod packets to {ip_text(family.number, other)} {explain.refusal_text(way)}"
-        yield gap, f"{text}: the pod's routes are its CNI plugin's (isDefaultGateway); make the pod anew"
 
 
 class Deltas(NamedTuple):

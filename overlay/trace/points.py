@@ -44,7 +44,8 @@ class Gap(Enum):
     DECAPSULATION = "the tunnel's device: VNI, port, MAC, whether it is up"
     NODE_INPUT = "input chains"
     NEIGHBOUR = "the pod's bridge: ARP, FDB, the port"
-    ANSWER = "the destination: it did not answer"
+    ANSWER = "the destination: it did not take the packet, or did not answer"
+    TAKEN = "the pod's interface: its MAC, what is behind it"
 
 
 class Point(NamedTuple):
@@ -177,6 +178,7 @@ def answered(names: Names) -> Iterator[Point]:
         names.beyond,
         back=True,
     )
+    yield Point("the answer left the IP stack", Gap.POSTROUTING, "ip", "postrouting", LAST, "", names.beyond, back=True)
     yield from into_tunnel(names, True)
 
 

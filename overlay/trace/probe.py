@@ -69,11 +69,13 @@ def _checked(probe: Probe, made: bytes) -> int:
 
 
 class Answer(NamedTuple):
-    """What came back. text: for the operator; good: the destination answered, whatever it said; source: who sent it."""
+    """What came back. text: for the operator; good: it came in the destination's name, whatever it said; source: who sent
+    it, as it says; forgeable: a filter on the way can make it as well (a reset, an ICMP error)."""
 
     text: str
     good: bool
     source: int
+    forgeable: bool = False
 
 
 _UNREACHABLE = {
@@ -101,7 +103,7 @@ def answer(probe: Probe, data: bytes) -> Answer | None:
                 return Answer("the packet's hops were used up on the way: it goes round in a circle", False, source)
             by_itself = source == probe.destination and body[1] in (2, 3)
             text = _UNREACHABLE.get(body[1], f"unreachable (code {body[1]})")
-            return Answer(f"refused ({text})" if by_itself else text, by_itself, source)
+            return Answer(f"refused ({text})" if by_itself else text, by_itself, source, True)
         return None
     if protocol != probe.number or probe.protocol == "icmp" or len(body) < 8:
         return None
@@ -110,7 +112,7 @@ def answer(probe: Probe, data: bytes) -> Answer | None:
         return None
     if probe.protocol == "tcp" and len(body) >= 14:
         if body[13] & _RST:
-            return Answer("refused (nobody listens on that port)", True, source)
+            return Answer("refused (nobody listens on that port)", True, source, True)
         if body[13] & (_SYN | _ACK) == (_SYN | _ACK):
             return Answer("answered (the port is open)", True, source)
     return Answer("answered", True, source)

@@ -33,6 +33,7 @@ class Request(NamedTuple):
 class Traced(NamedTuple):
     """One size. notes: what kept the trace from being whole."""
 
+    protocol: str
     size: int
     seen: Seen
     verdict: Verdict
@@ -56,13 +57,15 @@ def trace(found: Mapping[str, Any], request: Request, status: Callable[[], Mappi
 
 
 def _with_mtu(traced: Traced, small: int) -> Traced:
-    """Where packets of full size alone are lost between the nodes it is the MTU."""
+    """Where packets of full size alone are lost between the nodes it is the MTU, elsewhere their length or rate."""
     verdict = traced.verdict
-    if verdict.gap is not Gap.UNDERLAY:
+    if verdict.state is State.DELIVERED:
         return traced
-    reason = (
-        f"packets of {small} bytes pass, so that the path's MTU is too low: overlay check finds the largest that pass"
-    )
+    if verdict.gap is Gap.UNDERLAY:
+        what = "the path's MTU is too low: overlay check finds the largest that pass"
+    else:
+        what = "what stands there drops large ones alone"
+    reason = f"packets of {small} bytes pass, so that {what}"
     return traced._replace(verdict=verdict._replace(reasons=(reason, *verdict.reasons)))
 
 
@@ -112,7 +115,7 @@ def _one(
             bool(there) or end.inside,
             beyond,
         )
-    return Traced(size, seen, judge(seen), sent.answers, tuple(notes))
+    return Traced(request.protocol, size, seen, judge(seen), sent.answers, tuple(notes))
 
 
 def _end(far: AskedEnd | None, notes: list[str]) -> tuple[list[Passed], list[Passed], Looked]:

@@ -30,7 +30,13 @@ def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
 
 def worst(traced: Sequence[Traced]) -> Traced:
     """The first size that does not come through, else the last."""
-    return next((each for each in traced if each.verdict.state is not State.DELIVERED), traced[-1])
+    return next((each for each in traced if not came_through(each)), traced[-1])
+
+
+def came_through(traced: Traced) -> bool:
+    """Whether it is as it should be: it was delivered and, where the protocol demands one, answered."""
+    state = traced.verdict.state
+    return state is State.DELIVERED or (state is State.UNANSWERED and traced.protocol == "udp")
 
 
 def text_of(traced: Traced) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from itertools import pairwise
 from typing import NamedTuple
 
 from lease.model import ip_text
 from overlay.trace.end import Looked, Passed
-from overlay.trace.points import FROM_ANOTHER, TO_ANOTHER, Gap
+from overlay.trace.points import FROM_ANOTHER, PLAIN, TO_ANOTHER, Gap
 from overlay.trace.probe import Answer
 
 
 class State(Enum):
-    """LOST_BACK: it was delivered, its answer was dropped. LEFT: it left this node, and what came of it there is not known,
+    """UNANSWERED: it was given to the destination, which nobody saw take it, and no answer came. LOST_BACK: it was
+    delivered, its answer was dropped. LEFT: it left this node, and what came of it there is not known,
     since the other node's agent was not asked."""
 
     DELIVERED = "delivered"
+    UNANSWERED = "unanswered"
     DROPPED = "dropped"
     LOST_BACK = "answer dropped"
     LEFT = "left this node"
@@ -52,8 +55,11 @@ def judge(seen: Seen) -> Verdict:
     notes = tuple(_notes(seen))
     good = next((each for each in seen.answers if each.good), None)
     counted = [place for place, each in enumerate(seen.there) if each.total]
-    if good is not None:
+    arrived = not seen.complete or not seen.there or (counted and counted[-1] == len(seen.there) - 1)
+    if good is not None and (arrived or not good.forgeable):
         return Verdict(State.DELIVERED, f"delivered, and {good.text}", "", None, (), notes)
+    if good is not None:
+        notes += (f"somebody on the way {good.text.partition(' ')[0]} in the destination's name: it never came there",)
     if counted and counted[-1] == len(seen.there) - 1:
         if not seen.complete:
             where = f"what became of it at {seen.beyond}" if seen.beyond else "what became of it outside"
@@ -83,10 +89,15 @@ def _answer(seen: Seen, notes: tuple[str, ...]) -> Verdict:
         return Verdict(State.DELIVERED, "delivered; whether it was answered was not counted", "", None, (), notes)
     if not counted:
         node = seen.back[0].node
-        reasons = _reasons(seen, seen.back[0]) or (Gap.ANSWER.value,)
-        return Verdict(State.DELIVERED, "delivered; the destination did not answer", node, Gap.ANSWER, reasons, notes)
+        near = (line for line in seen.looked.get(node, {}).get((seen.there[-1].point.gap, False), ()))
+        reasons = tuple(dict.fromkeys((*_reasons(seen, seen.back[0]), *near))) or (Gap.ANSWER.value,)
+        text = f"{seen.there[-1].point.what} at {node}; whether that took it is not seen, and no answer came"
+        return Verdict(State.UNANSWERED, text, node, Gap.ANSWER, reasons, notes)
     if counted[-1] == len(seen.back) - 1:
-        return Verdict(State.DELIVERED, "delivered, and the answer came back", "", None, (), notes)
+        last = seen.back[-1]
+        reasons = _reasons(seen, last) or (Gap.TAKEN.value,)
+        text = f"delivered; its answer was {last.point.what} at {last.node}, and did not come to who asked"
+        return Verdict(State.LOST_BACK, text, last.node, Gap.TAKEN, reasons, notes)
     at, last = seen.back[counted[-1] + 1], seen.back[counted[-1]]
     text = f"delivered; its answer was dropped at {at.node}, {_between(last, at)}"
     return _dropped(State.LOST_BACK, text, at, seen, notes)
@@ -94,12 +105,21 @@ def _answer(seen: Seen, notes: tuple[str, ...]) -> Verdict:
 
 def _dropped(state: State, text: str, at: Passed, seen: Seen, notes: tuple[str, ...]) -> Verdict:
     gap = at.point.gap
-    reasons = _errors(seen) + _reasons(seen, at)
+    reasons = _errors(seen) + _changed(seen) + _reasons(seen, at)
     return Verdict(state, text, at.node, gap, reasons or (f"it is one of: {gap.value}",), notes)
 
 
 def _reasons(seen: Seen, at: Passed) -> tuple[str, ...]:
     return tuple(seen.looked.get(at.node, {}).get((at.point.gap, at.point.back), ()))
+
+
+def _changed(seen: Seen) -> tuple[str, ...]:
+    """Who sent the packet to another address: it is looked for there."""
+    for each in seen.there:
+        if each.counts.get(TO_ANOTHER) and not each.counts.get(PLAIN):
+            why = seen.looked.get(each.node, {}).get((Gap.PREROUTING, False), ())
+            return (f"its destination was changed at {each.node} before it {each.point.what}", *why)
+    return ()
 
 
 def _errors(seen: Seen) -> tuple[str, ...]:
@@ -118,7 +138,16 @@ def _notes(seen: Seen) -> list[str]:
         if each.counts.get(TO_ANOTHER):
             found.append(f"at {each.node} its destination was changed (a Service, or DNAT): {each.point.what}")
             break
-    most = [each.total for each in seen.there if each.total]
-    if most and min(most) < seen.sent and seen.there[-1].total:
-        found.append(f"of {seen.sent} packets {seen.there[-1].total} came to the end")
+    for way, whose in ((seen.there, "packets"), (seen.back, "answers")):
+        found += _thinned(seen, [each for each in way if each.total], whose)
     return found
+
+
+def _thinned(seen: Seen, counted: Sequence[Passed], whose: str) -> list[str]:
+    """Where some of several packets were lost, and not all."""
+    for last, at in pairwise(counted):
+        if at.total < last.total:
+            why = _reasons(seen, at)
+            line = f"of {last.total} {whose} {at.total} got on at {at.node}, {_between(last, at)}"
+            return [f"{line}: {why[0]}" if why else line]
+    return []

@@ -54,7 +54,8 @@ def ready_the_machine() -> None:
     for name in netns.existing("overlay-t"):
         found = re.match(r"overlay-t(\d+)x", name)
         if found and not Path(f"/proc/{found[1]}").exists():
-            netns.delete(name)
+            with suppress(FileNotFoundError):  # another worker of this run does the same
+                netns.delete(name)
 
 
 def vxlan_record(public_ip: str, mac: str, **more: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def test_answers_are_known_and_those_to_others_are_not():
     assert probe.answer(icmp, reply(icmp, struct.pack("!BBHHH", 0, 0, 0, 61001, 1))) is None
     assert probe.answer(icmp, reply(icmp, struct.pack("!BBHHH", 8, 0, 0, 61000, 1))) is None
     reset = struct.pack("!HHLLBBHHH", 80, 61000, 0, 1, 5 << 4, 20, 0, 0, 0)
-    assert probe.answer(tcp, reply(tcp, reset)) == Answer("refused (nobody listens on that port)", True, OTHER)
+    assert probe.answer(tcp, reply(tcp, reset)) == Answer("refused (nobody listens on that port)", True, OTHER, True)
     accepted = struct.pack("!HHLLBBHHH", 80, 61000, 0, 1, 5 << 4, 18, 0, 0, 0)
     assert probe.answer(tcp, reply(tcp, accepted)).text == "answered (the port is open)"
     assert probe.answer(tcp, reply(tcp, struct.pack("!HHLL", 81, 61000, 0, 1))) is None
@@ -63,9 +63,9 @@ def test_an_error_about_a_probe_is_no_answer_unless_the_destination_itself_refus
     one = made("udp")
     error = struct.pack("!BBHHH", 3, 3, 0, 0, 0) + probe.packet(one, 0)[:28]
     assert probe.answer(one, reply(one, error, OTHER, 1)) == Answer(
-        "refused (nobody listens on that port)", True, OTHER
+        "refused (nobody listens on that port)", True, OTHER, True
     )
-    assert probe.answer(one, reply(one, error, ROUTER, 1)) == Answer("nobody listens on that port", False, ROUTER)
+    assert probe.answer(one, reply(one, error, ROUTER, 1)) == Answer("nobody listens on that port", False, ROUTER, True)
     too_large = struct.pack("!BBHHH", 3, 4, 0, 0, 1400) + probe.packet(one, 0)[:28]
     assert "too large" in probe.answer(one, reply(one, too_large, ROUTER, 1)).text
     anothers = struct.pack("!BBHHH", 3, 4, 0, 0, 1400) + probe.packet(one._replace(ip_id=9), 0)[:28]
@@ -115,6 +115,7 @@ def seen(
 
 
 GOOD, BAD = Answer("answered", True, OTHER), Answer("forbidden by a filter", False, ROUTER)
+RESET = Answer("refused (nobody listens on that port)", True, OTHER, True)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +123,16 @@ GOOD, BAD = Answer("answered", True, OTHER), Answer("forbidden by a filter", Fal
     [
         (seen(3, 3, 3, 3, answers=[GOOD]), State.DELIVERED, None, "delivered, and answered"),
         (seen(3, 3, 3, 3), State.DELIVERED, None, "not counted"),
-        (seen(3, 3, 3, 3, back=(0, 0)), State.DELIVERED, Gap.ANSWER, "did not answer"),
-        (seen(3, 3, 3, 3, back=(3, 3)), State.DELIVERED, None, "the answer came back"),
+        (
+            seen(3, 3, 3, 3, back=(0, 0)),
+            State.UNANSWERED,
+            Gap.ANSWER,
+            "whether that took it is not seen, and no answer came",
+        ),
+        (seen(3, 3, 3, 3, back=(3, 3)), State.LOST_BACK, Gap.TAKEN, "did not come to who asked"),
+        (seen(3, 3, 3, 3, answers=[RESET]), State.DELIVERED, None, "delivered, and refused"),
+        (seen(3, 3, 3, 0, answers=[RESET]), State.DROPPED, Gap.FORWARD, "dropped at n2"),
+        (seen(3, 3, 3, 0, answers=[GOOD]), State.DELIVERED, None, "delivered, and answered"),
         (seen(3, 3, 3, 3, back=(3, 0)), State.LOST_BACK, Gap.INPUT, "its answer was dropped at n2"),
         (seen(3, 0, 0, 0), State.DROPPED, Gap.ROUTING, 'dropped at n1, between "step 0" and "step 1"'),
         (seen(3, 3, 0, 0), State.DROPPED, Gap.UNDERLAY, "dropped at n2"),
@@ -153,4 +162,7 @@ def test_reasons_are_those_of_the_step_and_the_direction():
 def test_another_source_or_destination_on_the_way_is_noted():
     assert "it was masqueraded" in judge(seen(3, 3, 3, 3, form=FROM_ANOTHER)).notes[0]
     assert "its destination was changed" in judge(seen(3, 3, 3, 3, form=TO_ANOTHER)).notes[0]
-    assert judge(seen(3, 3, 3, 2)).notes == ("of 3 packets 2 came to the end",)
+    assert judge(seen(3, 3, 3, 2)).notes == ('of 3 packets 2 got on at n2, between "step 2" and "step 3"',)
+    dropped = judge(seen(3, 3, 3, 0, form=TO_ANOTHER, looked={"n1": {(Gap.PREROUTING, False): ["a rule"]}}))
+    assert dropped.reasons[:2] == ("its destination was changed at n1 before it step 0", "a rule")
+    assert "somebody on the way refused in the destination's name" in judge(seen(3, 0, 0, 0, answers=[RESET])).notes[-1]

@@ -162,6 +162,13 @@ def read_sysctl(name: str) -> str | None:
         os.close(file)
 
 
+def client_ports() -> tuple[int, int]:
+    """The first and last port that the kernel gives to clients; of a vxlan device the source ports, one for each flow
+    (include/net/udp.h udp_flow_src_port)."""
+    low, _, high = (read_sysctl("net/ipv4/ip_local_port_range") or "32768\t60999").partition("\t")
+    return int(low), int(high)
+
+
 def write_sysctl(name: str, value: str) -> None:
     """Raises KernelError (a read-only /proc/sys, as in an unprivileged container)."""
     try:
