@@ -110,7 +110,7 @@ FAULTS = {
     "a node that answers no ARP": Fault(
         "sysctl -qw net.ipv4.conf.eth0.arp_ignore=8; node1: ip neigh flush dev eth0",
         "left this node|dropped at node1",
-        "",
+        "delivered, and |left this node",
         "nobody answers ARP for 192.168.1.3 on eth0",
         doctored="arp_ignore is 8",
     ),
