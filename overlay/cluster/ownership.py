@@ -23,6 +23,8 @@ PUT_RIGHT_S = 60.0
 """So long after our record was put right any other record that claims our MAC is checked."""
 
 
+PARTIAL_S = 10.0
+"""So often it is tried to get the family that the lease lacks: what stands in the way are others' records."""
 DISPUTED_S = 60.0
 """A dispute that went on and on is looked at again after so long without news of it."""
 
@@ -89,6 +91,8 @@ class Ownership(Controller):
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
+        self._partial_at: float | None = None
+        """When to try again for the family that our lease lacks."""
         self._looking_again = False
         """What was in dispute is being settled again."""
         """Somebody disputes our record again and again."""
@@ -137,6 +141,9 @@ class Ownership(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""
+        if self._partial_at is not None and self._clock() >= self._partial_at:
+            self._partial_at = self._clock() + PARTIAL_S
+            self.recheck()
         if self._look_again_at is not None and self._clock() >= self._look_again_at:
             self._look_again_at, self._looking_again = None, True
             self.recheck()
@@ -175,8 +182,8 @@ class Ownership(Controller):
         return self._earlier[number]
 
     def due(self) -> float | None:
-        """When to look again at what is in dispute."""
-        return self._look_again_at
+        """When to look again at what is in dispute, or whether the family that lacks can be had now."""
+        return min((at for at in (self._look_again_at, self._partial_at) if at is not None), default=None)
 
     def unready(self) -> str:
         """Whether it is held."""
@@ -301,6 +308,7 @@ class Ownership(Controller):
 
     def _on_partial(self, event: Partial) -> bool:
         self._health.report("lease family", event.reason, harmless=True)
+        self._partial_at = self._clock() + PARTIAL_S if event.reason else None
         return False
 
     def _displace(self) -> None:

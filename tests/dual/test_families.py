@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import ExitStack
 
 import pytest
 
@@ -112,15 +113,11 @@ def test_a_restart_costs_no_packet_in_either_family(world6, number):
     ends = [world6.pod_ends(agent, "a") for agent in agents]
     until("pods reach each other", lambda: all_reach([end for pair in ends for end in pair]), 25)
     writes_before = world6.kernel("node1", family=V6)
-    streams = [world6.stream(one, other) for one, other in zip(*ends, strict=True)]
-    entered = [stream.__enter__() for stream in streams]
-    try:
+    with ExitStack() as stack:
+        entered = [stack.enter_context(world6.stream(one, other)) for one, other in zip(*ends, strict=True)]
         agents[0].stop(number)
         again = world6.restart(agents[0]).wait_ready()
         until("it is settled", lambda: world6.has_peers(again, 1))
-    finally:
-        for stream in entered:
-            stream.stop()
     assert [stream.lost() for stream in entered] == [0] * len(entered)
     assert world6.kernel("node1", family=V6) == writes_before
     counters = again.status()["counters"]

@@ -15,7 +15,7 @@ from overlay.lab import netns
 from overlay.process.files import write_atomically
 from tests.agent.conftest import _swept, kube_world, world  # noqa: F401 (fixtures)
 from tests.support.wait import until
-from tests.support.world import KubeWorld, World
+from tests.support.world import NETWORK6, KubeWorld, World
 
 BINARY = Path(os.environ.get("FLANNELD", Path(__file__).parents[2] / ".venv" / "flanneld"))
 
@@ -46,14 +46,19 @@ class Flanneld:
 
     def wait_ready(self) -> Flanneld:
         until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)
-        subnet = cni.previous_subnet(str(self.run_dir / "subnet.env"), 4)
-        assert subnet is not None
+        families = self.world.families
+        found = {family: cni.previous_subnet(str(self.run_dir / "subnet.env"), family) for family in families}
+        networks = {4: prefix("10.244.0.0/16"), 6: NETWORK6}
+        pods = [cni.PodNetwork(networks[family], subnet) for family, subnet in found.items() if subnet is not None]
+        assert len(pods) == len(families)
         conflist = self.run_dir / "cni" / CONFLIST
         if not conflist.exists():
             write_atomically(
-                str(conflist), cni.network_list(prefix("10.244.0.0/16"), subnet, 1450, "cni0", f"{self.run_dir}/ipam")
+                str(conflist), cni.network_list(pods, 1430 if 6 in families else 1450, "cni0", f"{self.run_dir}/ipam")
             )
         self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        if 6 in families:
+            self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
         return self
 
     def stop(self) -> None:

@@ -280,12 +280,12 @@ class World:
 
         return self.inside(node, read)
 
-    def peers(self, node: str, device: str = "flannel.1") -> int:
+    def peers(self, node: str, device: str = "flannel.1", family: Family = V4) -> int:
         """How many peers are whole in the kernel: route, neighbour and FDB."""
-        there = self.kernel(node, device)
+        there = self.kernel(node, device, family)
         whole = 0
-        for base, _length in there["routes"]:
-            mac = there["neighbours"].get(base)
+        for route in there["routes"].values():
+            mac = there["neighbours"].get(route.via)
             whole += mac is not None and mac in there["fdb"]
         return whole
 
