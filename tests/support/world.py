@@ -176,7 +176,8 @@ class World:
     def use(self, *families: int, **fields: Any) -> None:
         """Nodes that are made from now on have addresses of these families; the network has them, too."""
         self.families = families
-        self.config(EnableIPv4=4 in families, EnableIPv6=6 in families, IPv6Network=str(NETWORK6), **fields)
+        which = {"EnableIPv4": 4 in families, "EnableIPv6": 6 in families, "IPv6Network": str(NETWORK6)}
+        self.config(**{**which, **fields})
 
     def node(self, number: int) -> str:
         """node1 is 192.168.1.2, fd00:192:168:1::2."""
