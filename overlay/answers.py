@@ -90,12 +90,13 @@ class Answers:
     def check(self, of: str, target: str, ours: bool = False) -> dict[str, Any]:
         """What the node that has the subnet `of` finds of a peer, named by its subnet; else (not `ours`) its agent is asked.
         Raises Refused."""
+        from overlay.api.family import of_family
         from overlay.check.run import NotYet, Unknown, ask_all, resolve
         from overlay.kernel.netlink import error_text
         from overlay.trace import far
         from overlay.trace.node import NotTraceable
 
-        found = self.status()
+        found = of_family(self.status(), 6 if ":" in of else 4)
         try:
             if not ours and not (found["lease"] and found["lease"]["subnet"] == of):
                 return far.ask_of(found, of, CHECK, {"of": of, "target": target})

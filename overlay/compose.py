@@ -208,7 +208,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
         PodsController(FAMILIES[0], pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),
-        AskController(FAMILIES[0], health, outside.ask_routes),
+        AskController(health, outside.ask_routes),
         PageController(outside.page_handler),
         TracesController(outside.post, health, clock),
         NoticesController(outside.post, health, clock, outside.teller),

@@ -297,15 +297,17 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
     def metrics() -> serve.Answer:
         from overlay.agent.loop import PASS_BOUNDS_S
         from overlay.api import process
+        from overlay.api.family import SECOND
         from overlay.api.metrics import CONTENT_TYPE, Outside, Passes, exposition
         from overlay.cni.lists import NETWORK_NAME
 
         found = loop.ask_status()
         if found is None:
             return serve.text(503, "the loop is stuck")
-        device = (found.sections.get("device") or {}).get("name", "")
+        devices = [(found.sections.get(f"device{end}") or {}).get("name", "") for end in ("", SECOND)]
+        traffic = [each for name in devices if name and (each := process.traffic(name)) is not None]
         used = process.used_addresses(settings.cni_data_dir, NETWORK_NAME) if settings.cni_conf_dir else None
-        outside = Outside(process.process(), Passes(*loop.passes(), PASS_BOUNDS_S), process.traffic(device), used)
+        outside = Outside(process.process(), Passes(*loop.passes(), PASS_BOUNDS_S), traffic, used)
         return 200, CONTENT_TYPE, exposition(found, outside)
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}

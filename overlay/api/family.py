@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lease.families import FAMILIES, Family
+from lease.model import Prefix, prefix
 from overlay.control.health import FIRST
 
 SECOND = "_ipv6"
@@ -19,7 +21,8 @@ def families(found: Mapping[str, Any]) -> list[int]:
 
 def of_family(found: Mapping[str, Any], family: int) -> dict[str, Any]:
     """The status, with the sections of a family under plain names. lease: None where it has no subnet of it."""
-    made = {name: section for name, section in found.items() if not name.endswith(SECOND)}
+    made: dict[str, Any] = {"family": family}
+    made |= {name: section for name, section in found.items() if not name.endswith(SECOND)}
     lease = found.get("lease")
     if family != FIRST:
         made |= {name.removesuffix(SECOND): section for name, section in found.items() if name.endswith(SECOND)}
@@ -29,7 +32,20 @@ def of_family(found: Mapping[str, Any], family: int) -> dict[str, Any]:
     return made
 
 
-def of_address(found: Mapping[str, Any], address: str) -> tuple[int, dict[str, Any]]:
-    """The family of an address or prefix, and its view."""
-    family = 6 if ":" in address else 4
-    return family, of_family(found, family)
+def family_of(view: Mapping[str, Any]) -> Family:
+    """The family of a view."""
+    return FAMILIES[view.get("family", FIRST)]
+
+
+def network_of(view: Mapping[str, Any]) -> Prefix:
+    """The pod network of a view's family."""
+    return prefix(view["network"]["subnets"][f"ipv{view.get('family', FIRST)}"]["network"])
+
+
+def views(found: Mapping[str, Any], target: str | None) -> list[dict[str, Any]]:
+    """The views in which a target is looked for: of an address its family's, of a name, or None, all."""
+    known = families(found)
+    if target and (":" in target or target.replace(".", "").replace("/", "").isdigit()):
+        wanted = 6 if ":" in target else 4
+        known = [wanted] if wanted in known else known
+    return [of_family(found, family) for family in known]

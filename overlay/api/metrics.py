@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from overlay.api.family import families, of_family
 from overlay.api.status import Status
+from overlay.control.health import FIRST
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = Mapping[str, str]
@@ -65,7 +67,8 @@ class Outside(NamedTuple):
 
     process: Process
     passes: Passes
-    traffic: Traffic | None = None
+    traffic: Sequence[Traffic] = ()
+    """Of each family's device."""
     used_addresses: int | None = None
 
 
@@ -109,7 +112,7 @@ def exposition(status: Status, outside: Outside) -> str:
     _state(page, status)
     _network(page, status, outside)
     _work(page, status, outside)
-    _traffic(page, status, outside.traffic)
+    _traffic(page, status, outside.traffic or ())
     _process(page, outside.process)
     return page.text()
 
@@ -150,29 +153,35 @@ def reason_label(unreadable: bool, text: str) -> str:
 
 
 def _network(page: _Page, status: Status, outside: Outside) -> None:
-    found: Any = status.sections
-    page.one("overlay_peers", "gauge", "Peers accepted.", len(found.get("peers", ())))
+    views = _views(status)
+
+    def each(name: str, text: str, value: Callable[[Any], float | None]) -> None:
+        samples = ((labels, value(view)) for labels, view in views)
+        page.add(name, "gauge", text, [(labels, count) for labels, count in samples if count is not None])
+
     for name, text in (
+        ("peers", "Peers accepted."),
         ("conflicting_routes", "Routes of others that are preferred to ours."),
         ("retained_subnets", "Subnets lost, on which pods of this node still run."),
     ):
-        page.one(f"overlay_{name}", "gauge", text, len(found.get(name, ())))
-    states = found.get("reachability")
-    if states is not None:
+        each(f"overlay_{name}", text, lambda view, name=name: len(view.get(name, ())))  # type: ignore[misc]
+    states = [(labels, view["reachability"].counts()) for labels, view in views if view.get("reachability") is not None]
+    if states:
         page.add(
             "overlay_peers_reachable",
             "gauge",
             "Peers by what their probes say.",
-            [({"state": state}, count) for state, count in states.counts().items()],
+            [({**labels, "state": state}, count) for labels, counts in states for state, count in counts.items()],
         )
-    differing = found.get("differing_entries", 0)
-    page.one("overlay_differing_entries", "gauge", "Kernel entries that are not as they should be.", differing)
-    network = (found.get("network") or {}).get("subnets", {}).get("ipv4")
-    if network and "size" in network:
-        used = len(found.get("peers", ())) + (found.get("lease") is not None)
-        page.one("overlay_network_subnets", "gauge", "Subnets that the network has.", network["size"])
-        page.one("overlay_network_subnets_used", "gauge", "Subnets that nodes hold, this one's among them.", used)
-    lease = found.get("lease")
+    each(
+        "overlay_differing_entries",
+        "Kernel entries that are not as they should be.",
+        lambda view: view.get("differing_entries", 0),
+    )
+    if any(_pool(view) for _, view in views):
+        each("overlay_network_subnets", "Subnets that the network has.", lambda view: (_pool(view) or {}).get("size"))
+        each("overlay_network_subnets_used", "Subnets that nodes hold, this one's among them.", _used)
+    lease = of_family(status.sections, FIRST).get("lease")
     if lease is not None:
         bits = 32 - int(lease["subnet"].rpartition("/")[2])
         page.one(
@@ -180,6 +189,23 @@ def _network(page: _Page, status: Status, outside: Outside) -> None:
         )
     if outside.used_addresses is not None:
         page.one("overlay_subnet_addresses_used", "gauge", "Addresses of it that pods have.", outside.used_addresses)
+
+
+def _views(status: Status) -> list[tuple[Labels, dict[str, Any]]]:
+    """The sections of each family that the network has; those of IPv4 without a label."""
+    found = families(status.sections)
+    return [
+        ({} if number == FIRST else {"family": f"ipv{number}"}, of_family(status.sections, number)) for number in found
+    ]
+
+
+def _pool(view: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    pool: Mapping[str, Any] | None = ((view.get("network") or {}).get("subnets") or {}).get(f"ipv{view['family']}")
+    return pool if pool and "size" in pool else None
+
+
+def _used(view: Mapping[str, Any]) -> int | None:
+    return len(view.get("peers", ())) + (view.get("lease") is not None) if _pool(view) else None
 
 
 def _work(page: _Page, status: Status, outside: Outside) -> None:
@@ -226,18 +252,18 @@ def _work(page: _Page, status: Status, outside: Outside) -> None:
     page.histogram("overlay_pass_duration_seconds", "How long passes of the loop took.", outside.passes)
 
 
-def _traffic(page: _Page, status: Status, traffic: Traffic | None) -> None:
+def _traffic(page: _Page, status: Status, traffic: Sequence[Traffic]) -> None:
     device = (status.sections.get("device") or {}).get("name", "")
+    traffic = traffic or [Traffic(device, (0, 0, 0, 0), (0, 0, 0, 0))]
     for place, (name, text) in enumerate(
         (("bytes", "Bytes"), ("packets", "Packets"), ("errors", "Errors"), ("dropped", "Packets dropped"))
     ):
         for way, words in (("received", "received by"), ("sent", "sent by")):
-            counts = getattr(traffic, way) if traffic is not None else (0, 0, 0, 0)
             page.add(
                 f"overlay_device_{way}_{name}_total",
                 "counter",
                 f"{text} {words} the tunnel's device.",
-                [({"device": traffic.device if traffic is not None else device}, counts[place])],
+                [({"device": each.device}, getattr(each, way)[place]) for each in traffic],
             )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lease.families import Family
 from lease.model import ip_text
 from overlay.api.serve import TcpDoor
 from overlay.ask.client import NoAnswer, secret_in
@@ -19,7 +18,7 @@ class _Wants(NamedTuple):
     secret_file: str
     port: int
     addresses: tuple[str, ...]
-    public_ip: str
+    public_ips: tuple[str, ...]
 
 
 class AskController(Controller):
@@ -28,21 +27,26 @@ class AskController(Controller):
     name = "asking"
     harmless = True
 
-    def __init__(self, family: Family, health: Health, routes: AskRoutes) -> None:
-        self._family, self._health, self._routes = family, health, routes
+    def __init__(self, health: Health, routes: AskRoutes) -> None:
+        self._health, self._routes = health, routes
         self._doors: dict[str, TcpDoor] = {}
         self._wants: _Wants | None = None
 
     def wants(self, inputs: Inputs) -> object:
         """Where it listens: nowhere without a secret."""
-        settings, family = inputs.settings, self._family.number
+        settings = inputs.settings
         if not settings.ask_secret_file:
             return None
-        under, tunnel, end = inputs.underlays.get(family), inputs.tunnels.get(family), inputs.end(family)
-        if under is None or tunnel is None or end is None or not tunnel.ifindex:
+        addresses: list[str] = []
+        public_ips: list[str] = []
+        for family, tunnel in sorted(inputs.tunnels.items()):
+            under, end = inputs.underlays.get(family), inputs.end(family)
+            if under is not None and end is not None and tunnel.ifindex:
+                addresses += (ip_text(family, each) for each in (end.subnet.base, under.local))
+                public_ips.append(ip_text(family, under.public_ip))
+        if not addresses:
             return Waiting("for a lease and a device")
-        addresses = tuple(ip_text(family, each) for each in (end.subnet.base, under.local))
-        return _Wants(settings.ask_secret_file, settings.ask_port, addresses, ip_text(family, under.public_ip))
+        return _Wants(settings.ask_secret_file, settings.ask_port, tuple(addresses), tuple(public_ips))
 
     def reconcile(self, wants: Any) -> bool:
         """Listen. Raises CannotReconcile: no secret, or the port is another's; OSError."""
@@ -52,7 +56,7 @@ class AskController(Controller):
             raise CannotReconcile(f"{error}; other agents are not answered") from error
         if self._wants != wants:
             self._close()
-            answered = Asked(wants.secret_file, self._routes, also=wants.public_ip)
+            answered = Asked(wants.secret_file, self._routes, also=wants.public_ips)
             self._doors = {each: TcpDoor(each, wants.port, handler(answered), "asked") for each in wants.addresses}
             self._wants = wants
         taken = [address for address, door in self._doors.items() if not door.open()]

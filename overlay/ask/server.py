@@ -27,9 +27,9 @@ class Asked:
     """What decides whether a question is answered. Shared by the servers of all addresses."""
 
     def __init__(
-        self, secret_file: str, routes: AskRoutes, clock: Callable[[], float] = time.time, also: str = ""
+        self, secret_file: str, routes: AskRoutes, clock: Callable[[], float] = time.time, also: tuple[str, ...] = ()
     ) -> None:
-        """also: an address that others ask us by though no interface of ours has it (a public IP behind NAT)."""
+        """also: addresses that others ask us by though no interface of ours has them (a public IP behind NAT)."""
         self._file, self._routes, self._clock, self._also = secret_file, routes, clock, also
         self._once = Once()
         self._began = int(clock())
@@ -40,9 +40,7 @@ class Asked:
         try:
             secret = secret_in(self._file)
             question, signed = read_header(request.headers.get(HEADER, ""), request.target, to)
-            if not any(
-                same(signed, signature(secret, question._replace(to=each))) for each in (to, self._also) if each
-            ):
+            if not any(same(signed, signature(secret, question._replace(to=each))) for each in (to, *self._also)):
                 raise NotSigned("it is not signed with this network's secret")
         except NotSigned as error:
             return 401, _error(str(error)), ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Any, NamedTuple
 
-from lease.families import V4, Family
+from lease.families import FAMILIES, Family
 from lease.model import ip_number, ip_text, mac_text, prefix
+from overlay.api.family import family_of, network_of
 from overlay.check import far_side
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
@@ -43,6 +43,11 @@ class Goal(NamedTuple):
     peer: dict[str, Any]
     pod: int = 0
 
+    @property
+    def text(self) -> str:
+        """The pod's address."""
+        return ip_text(prefix(self.peer["subnet"]).family, self.pod)
+
 
 def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]:
     """The peers that are meant; or an address of this node's own subnet. Raises Unknown, NotYet."""
@@ -55,13 +60,11 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
     if named:
         return [Goal(named[0])], 0
     try:
-        address = int(ipaddress.IPv4Address(target))
+        address = ip_number(target, family_of(found).number)
     except ValueError:
         names = sorted({peer["node_name"] for peer in peers} - {""})
         some = f" (nodes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
-        raise Unknown(
-            f"{target}: no peer has that name, public IP or subnet, and it is no IPv4 address{some}"
-        ) from None
+        raise Unknown(f"{target}: no peer has that name, public IP or subnet, and it is no address{some}") from None
     if prefix(found["lease"]["subnet"]).holds(address):
         return [], address
     holding = [peer for peer in peers if prefix(peer["subnet"]).holds(address)]
@@ -71,10 +74,10 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
     for record in found["refused_records"]:
         if target in record["reason"] or target in record["key"]:
             raise Unknown(f"{target}: record {record['key']} is not used: {record['reason']}")
-    network = found["network"]["subnets"]["ipv4"]["network"]
+    network = network_of(found)
     where = (
         f"in Network {network}, but in no peer's subnet: no node holds it"
-        if prefix(network).holds(address)
+        if network.holds(address)
         else f"outside of Network {network}"
     )
     raise Unknown(f"{target} is {where}")
@@ -86,7 +89,8 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
 def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
     device, under = found["device"]["mtu"], found["underlay"]["mtu"]
     mtu = under if goal.peer["path"] == "direct" else device
-    subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], 4)
+    family = family_of(found)
+    subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], family.number)
     made = [
         Rung(NAMES[Kind.UNDERLAY], public_ip),
         Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
@@ -103,11 +107,13 @@ def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
 
 
 def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
+    """Of one family. found: its view of the status (api.family)."""
+    family = family_of(found)
     rungs = [_rungs(found, goal) for goal in goals]
-    asked = ladder.ask(V4, [rung for those in rungs for rung in those]) if goals else []
+    asked = ladder.ask(family, [rung for those in rungs for rung in those]) if goals else []
     requests = RequestSocket()
     try:
-        links, addresses = {link.ifindex: link for link in requests.links()}, requests.addresses(V4)
+        links, addresses = {link.ifindex: link for link in requests.links()}, requests.addresses(family)
         results = []
         for goal, those in zip(goals, rungs, strict=True):
             mine, asked = asked[: len(those)], asked[len(those) :]
@@ -123,6 +129,7 @@ def _look_up(
     requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link], addresses: list[Address]
 ) -> list[str]:
     """What of the kernel's ways to and from a peer is not as it should be; each with its cause."""
+    family = family_of(found)
     own, index = prefix(found["lease"]["subnet"]), {link.name: number for number, link in links.items()}
     by_key = {(each.oif, each.address, each.length): each for each in addresses}
     lower = index.get(found["underlay"]["interface"], 0)
@@ -133,15 +140,15 @@ def _look_up(
         own,
         tunnel,
         lower,
-        ip_number(found["device"]["local"], 4),
+        ip_number(found["device"]["local"], family.number),
         ways.bridges_of(own, links, by_key),
         found["device"]["port"],
     )
     subnet = prefix(goal.peer["subnet"])
-    peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], 4), goal.peer["path"] == "direct")
-    network = prefix(found["network"]["subnets"]["ipv4"]["network"])
-    causes = Causes(V4, requests, network, {number: name for name, number in index.items()})
-    asked = ((question, requests.way(V4, question.packet)) for question in ways.questions(here, peer))
+    peer = ways.Peer(subnet, ip_number(goal.peer["public_ip"], family.number), goal.peer["path"] == "direct")
+    network = network_of(found)
+    causes = Causes(family, requests, network, {number: name for name, number in index.items()})
+    asked = ((question, requests.way(family, question.packet)) for question in ways.questions(here, peer))
     return [
         f"{question.what.format(peer=subnet)} {causes.happens(question, way)}: {causes.cause(question, way)}"
         for question, way in asked
@@ -156,7 +163,9 @@ def _result(
     by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
     verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
-        verdict = of_size(verdict, ladder.largest(V4, rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0)
+        verdict = of_size(
+            verdict, ladder.largest(family_of(found), rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0
+        )
     if wrong and verdict.state is not State.OK:
         verdict = Verdict(State.REFUSED, f"this node's own kernel: {wrong[0]}", "as it says")
     elif not goal.peer["ok"]:
@@ -169,7 +178,7 @@ def _result(
         verdict = verdict._replace(text=f"{verdict.text}; {nearby}")
     far = far_side.said(found, goal.peer, silent=verdict.state is State.OK)
     peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
-    target = ip_text(4, goal.pod) if goal.pod else goal.peer["subnet"]
+    target = ip_text(family_of(found).number, goal.pod) if goal.pod else goal.peer["subnet"]
     return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far}
 
 
@@ -184,7 +193,9 @@ def _as_json(
         "remedy": verdict.remedy,
         "look_ups": wrong,
         "far_side": [],
-        "probes": [_probe(V4, rung, each) for rung, each in zip(rungs, asked, strict=True)],
+        "probes": [
+            _probe(FAMILIES[6 if ":" in target else 4], rung, each) for rung, each in zip(rungs, asked, strict=True)
+        ],
     }
 
 
@@ -202,16 +213,23 @@ def _probe(family: Family, rung: Rung, asked: Asked) -> dict[str, Any]:
 
 def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link]) -> str:
     lower = next((index for index, link in links.items() if link.name == found["underlay"]["interface"]), 0)
-    there = {each.address: each for each in requests.neighbours(V4, lower)} if lower else {}
-    address = ip_number(goal.peer["public_ip"], 4)
+    family = family_of(found)
+    there = {each.address: each for each in requests.neighbours(family, lower)} if lower else {}
+    address = ip_number(goal.peer["public_ip"], family.number)
     its = there.get(address)
     if its is None:
         return ""
     if its.state & NUD_FAILED:
-        return f"nobody answers ARP for {goal.peer['public_ip']} on {found['underlay']['interface']}"
+        asks = "ARP" if family.by_arp else "neighbour discovery"
+        return f"nobody answers {asks} for {goal.peer['public_ip']} on {found['underlay']['interface']}"
     others = (each["public_ip"] for each in found["peers"] if each["public_ip"] != goal.peer["public_ip"])
     same = next(
-        (other for other in others if (o := there.get(ip_number(other, 4))) is not None and o.mac == its.mac), ""
+        (
+            other
+            for other in others
+            if (o := there.get(ip_number(other, family.number))) is not None and o.mac == its.mac
+        ),
+        "",
     )
     if its.mac and same:
         return f"{goal.peer['public_ip']} and {same} are of one MAC, {mac_text(its.mac)}: has a machine both?"
@@ -251,7 +269,7 @@ def _heard(found: dict[str, Any], goal: Goal) -> bool:
 def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
     """What is behind a tunnel that is whole."""
     gateway, small, full = (each.outcome for each in asked)
-    node, pod = goal.peer["node_name"] or goal.peer["public_ip"], ip_text(4, goal.pod)
+    node, pod = goal.peer["node_name"] or goal.peer["public_ip"], goal.text
     if full.ok:
         return Verdict(State.OK, "answers")
     if small.refused:
@@ -292,7 +310,7 @@ def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
 def local(found: dict[str, Any], address: int) -> dict[str, Any]:
     """A pod of this node."""
     rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
-    asked = ladder.ask(V4, rungs)
+    asked = ladder.ask(family_of(found), rungs)
     if asked[1].outcome.ok:
         verdict = Verdict(State.OK, "answers this node; overlay trace shows the way of packets from others")
         if found["problems"]:
@@ -308,4 +326,4 @@ def local(found: dict[str, Any], address: int) -> dict[str, Any]:
             f"the pod does not answer its own node{refused}: it is down, has no such address, or drops pings",
             "kubectl get pod -o wide; ip neigh show (is it there, with which MAC?); overlay status",
         )
-    return _as_json(ip_text(4, address), None, verdict, [], rungs, asked)
+    return _as_json(ip_text(family_of(found).number, address), None, verdict, [], rungs, asked)

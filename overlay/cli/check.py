@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from overlay.api.family import views
 from overlay.check.run import NotYet, Unknown, ask_all, local, resolve
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
@@ -37,8 +38,7 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
         raise click.ClickException("only root may send probes: run it with sudo")
     found = ask(run_dir)
     try:
-        goals, own = resolve(target, found)
-        results = [local(found, own)] if own else ask_all(found, goals)
+        results = _results(found, target)
     except NotYet as error:
         raise click.ClickException(str(error)) from error
     except Unknown as error:
@@ -48,14 +48,31 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
     except OSError as error:
         raise click.ClickException(f"the kernel could not be asked: {error_text(error)}") from error
     if output == "json" or as_json:
-        click.echo(json.dumps(results if target is None else results[0], indent=2))
+        click.echo(json.dumps(results if target is None or len(results) > 1 else results[0], indent=2))
     else:
         console = terminal.console()
-        if len(results) == 1 and target is not None:
-            _show(console, found, results[0])
+        if results and target is not None:
+            for result in results:
+                _show(console, found, result)
         else:
             _show_all(console, found, results)
     sys.exit(0 if all(result["state"] == "ok" for result in results) else 1)
+
+
+def _results(found: dict[str, Any], target: str | None) -> list[dict[str, Any]]:
+    """Of each family that the target has. Raises Unknown, NotYet, OSError."""
+    results: list[dict[str, Any]] = []
+    unknown: list[Unknown | NotYet] = []
+    for view in views(found, target):
+        try:
+            goals, own = resolve(target, view)
+        except (Unknown, NotYet) as error:
+            unknown.append(error)
+            continue
+        results += [local(view, own)] if own else ask_all(view, goals)
+    if unknown and not results:
+        raise unknown[0]
+    return results
 
 
 # --- showing

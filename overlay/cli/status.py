@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from overlay.api.family import families, network_of, of_family
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.cli import terminal
 from overlay.settings.flags import DEFAULT_RUN_DIR
@@ -126,6 +127,30 @@ def asked(run_dir: str) -> dict[str, Any]:
 def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     """As tables. Others wrote some of the words: they are data (Text), never read as markup."""
     console.print(_node(console, found))
+    for view in every(found):
+        _peers(console, view, all_peers)
+    wrong = list(differences(found))
+    if not wrong:
+        console.print(f"all that the agent manages is as it should be; {tried(found)}")
+        return
+    table = terminal.table(console, "what", "why", title="not as it should be", style="red")
+    for what, why in wrong:
+        table.add_row(Text(what), Text(why))
+    console.print(table)
+    pages = ["docs/operations.md"] * bool(found["problems"]) + ["docs/refused-records.md"] * bool(
+        found["refused_records"]
+    )
+    if pages and console.is_terminal:
+        console.print(f"what to do about each: {', '.join(pages)}")
+
+
+def every(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The views of all families of the network."""
+    return [of_family(found, family) for family in families(found)]
+
+
+def _peers(console: Console, found: dict[str, Any], all_peers: bool) -> None:
+    """Those of a family. found: its view."""
     peers = found["peers"]
     reach = {each["subnet"]: each for each in found.get("reachability", ())}
     columns = [
@@ -141,7 +166,7 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     table = terminal.table(
         console,
         *(column.replace("_", " ") for column in columns),
-        title=f"{len(peers)} peer{'' if len(peers) == 1 else 's'}",
+        title=f"{len(peers)} peer{'' if len(peers) == 1 else 's'}{' by IPv6' if found['family'] == 6 else ''}",
     )
     for peer in peers if all_peers else peers[:PEERS_SHOWN]:
         known = reach.get(peer["subnet"], _UNTRIED)
@@ -159,19 +184,6 @@ def show(console: Console, found: dict[str, Any], all_peers: bool) -> None:
         console.print(table)
     if len(peers) > PEERS_SHOWN and not all_peers:
         console.print(f"... and {len(peers) - PEERS_SHOWN} more: --all")
-    wrong = list(differences(found))
-    if not wrong:
-        console.print(f"all that the agent manages is as it should be; {tried(found)}")
-        return
-    table = terminal.table(console, "what", "why", title="not as it should be", style="red")
-    for what, why in wrong:
-        table.add_row(Text(what), Text(why))
-    console.print(table)
-    pages = ["docs/operations.md"] * bool(found["problems"]) + ["docs/refused-records.md"] * bool(
-        found["refused_records"]
-    )
-    if pages and console.is_terminal:
-        console.print(f"what to do about each: {', '.join(pages)}")
 
 
 _UNTRIED = {"state": "untried", "answered_age_s": None, "heard_age_s": None, "rtt_us": None}
@@ -199,6 +211,13 @@ def rtt_text(rtt_us: int | None) -> str:
 
 def tried(found: dict[str, Any]) -> str:
     """What is known of the peers themselves: nothing is called well that was not tried."""
+    views = every(found)
+    if len(views) == 1:
+        return _tried(views[0])
+    return "; ".join(f"IPv{view['family']}: {_tried(view)}" for view in views)
+
+
+def _tried(found: dict[str, Any]) -> str:
     count = len(found["peers"])
     if not count:
         return "there is no peer"
@@ -220,13 +239,14 @@ def differences(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "store", f"{found['store']['error']} (datapath and peers stay as they are)"
     for record in found["refused_records"]:
         yield f"record {record['key']}", f"not used: {record['reason']}"
-    for item in found["differences"]:
-        tries = f", refused {item['tries']} times: {item['error']}" if item["tries"] else ""
-        yield f"{item['table']} {item['entry']}", f"{item['state']}{tries}"
-    for route in found["conflicting_routes"]:
-        yield f"route {route_text(route)}", "not ours, but preferred to ours"
-    for subnet in found["retained_subnets"]:
-        yield f"subnet {subnet}", "not ours any more; pods made before still use it here"
+    for view in every(found):
+        for item in view["differences"]:
+            tries = f", refused {item['tries']} times: {item['error']}" if item["tries"] else ""
+            yield f"{item['table']} {item['entry']}", f"{item['state']}{tries}"
+        for route in view["conflicting_routes"]:
+            yield f"route {route_text(route)}", "not ours, but preferred to ours"
+        for subnet in view["retained_subnets"]:
+            yield f"subnet {subnet}", "not ours any more; pods made before still use it here"
 
 
 def route_text(route: dict[str, Any]) -> str:
@@ -236,29 +256,38 @@ def route_text(route: dict[str, Any]) -> str:
     return f"{route['destination']}{via}{device} metric {route['metric']} proto {route['protocol']}"
 
 
-def _node(console: Console, found: dict[str, Any]) -> Table:
-    title = f"overlayd {found['version']} {found['node_name']}".strip()
-    table = terminal.table(console, "", "", title=title, show_header=False)
-    table.add_row("ready", Text("yes", style="green") if found["ready"] else Text("no", style="red"))
+def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
+    """What the table says of a family. found: its view."""
+    end = f" (IPv{found['family']})" if second else ""
     lease, device, under = found["lease"], found["device"], found["underlay"]
-    rows = {"store": found["store"]["address"], "underlay": "none chosen yet", "lease": "none"}
+    rows = {f"underlay{end}": "none chosen yet", f"lease{end}": "none"}
     if under:
-        rows["underlay"] = f"{under['interface']} {under['address']} (MTU {under['mtu']}): {under['reason']}"
+        rows[f"underlay{end}"] = f"{under['interface']} {under['address']} (MTU {under['mtu']}): {under['reason']}"
     if lease:
         left = "never expires" if lease["left_s"] is None else f"{lease['left_s'] // 60} min left"
-        network = found["network"]["subnets"]["ipv4"]["network"] if found["network"] else "?"
-        rows["lease"] = f"{lease['subnet']} of {network} ({lease['method']}; {left})"
-        rows["public IP"] = lease["public_ip"]
+        network = network_of(found) if found["network"] else "?"
+        rows[f"lease{end}"] = f"{lease['subnet']} of {network} ({lease['method']}; {left})"
+        rows[f"public IP{end}"] = lease["public_ip"]
     if device:
-        rows["device"] = (
+        rows[f"device{end}"] = (
             f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
             f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not as it should be)'}"
         )
     protection = (("VXLAN guard", found.get("guard")), ("pod anti-spoofing", found.get("antispoof")))
     if off := [name for name, of in protection if of is not None and not of["on"]]:
-        rows["not in force"] = ", ".join(off)
+        rows[f"not in force{end}"] = ", ".join(off)
     if found.get("direct_routing"):
-        rows["direct routes"] = found["direct_routing"]
+        rows[f"direct routes{end}"] = found["direct_routing"]
+    return rows
+
+
+def _node(console: Console, found: dict[str, Any]) -> Table:
+    title = f"overlayd {found['version']} {found['node_name']}".strip()
+    table = terminal.table(console, "", "", title=title, show_header=False)
+    table.add_row("ready", Text("yes", style="green") if found["ready"] else Text("no", style="red"))
+    rows = {"store": found["store"]["address"]}
+    for view in every(found):
+        rows |= _family_rows(view, len(rows) > 1)
     for row in ("mended", "dropped"):
         counts = {
             name.removeprefix(f"{row}_"): n for name, n in found["counters"].items() if name.startswith(f"{row}_")

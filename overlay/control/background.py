@@ -14,9 +14,10 @@ from overlay.kernel.netlink import error_text
 
 
 class Finished(NamedTuple):
-    """A piece of work ended. name: whose; refused: why it could not be done, "" when it was."""
+    """A piece of work ended. worker: whose (several families' controllers have one name); refused: why it could not be done,
+    "" when it was."""
 
-    name: str
+    worker: Worker
     result: Any
     refused: str
 
@@ -35,7 +36,7 @@ class Worker:
         try:
             threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True).start()
         except RuntimeError as error:  # at the limit of what the container may have
-            self._post(Finished(self._name, None, error_text(error)))
+            self._post(Finished(self, None, error_text(error)))
 
     def ended(self) -> None:
         """The loop knows that it ended."""
@@ -43,9 +44,9 @@ class Worker:
 
     def _run(self, work: Callable[[], Any]) -> None:
         try:
-            self._post(Finished(self._name, work(), ""))
+            self._post(Finished(self, work(), ""))
         except Exception as error:  # a thread that ends without a word would never be asked again
-            self._post(Finished(self._name, None, error_text(error)))
+            self._post(Finished(self, None, error_text(error)))
 
 
 class BackgroundController(Controller):
@@ -67,7 +68,7 @@ class BackgroundController(Controller):
         return {Finished: self._on_finished, Overrun: lambda _event: True}
 
     def _on_finished(self, event: Finished) -> bool:
-        if event.name != self.name:
+        if event.worker is not self._worker:
             return False
         self._worker.ended()
         self._refused = event.refused

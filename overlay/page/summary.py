@@ -20,7 +20,7 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
 
     `reaches`: of each of those [subnet, state, rtt_us, loss, text]; `worst`: the same of peers that do not answer.
     """
-    reachability = found.get("reachability") or []
+    reachability = [*(found.get("reachability") or ()), *(found.get("reachability_ipv6") or ())]
     by_subnet = {each["subnet"]: each for each in reachability}
     lease, device = found["lease"] or {}, found["device"] or {}
     bad = [each for each in reachability if each["state"] in _BAD]

@@ -121,7 +121,7 @@ def test_a_question_from_before_this_process_may_have_been_answered(secret_file)
 
 
 def test_an_agent_behind_nat_is_asked_by_its_public_ip(secret_file):
-    asked = Asked(secret_file, {"/status": dict}, lambda: 1_000_000, also="203.0.113.9")
+    asked = Asked(secret_file, {"/status": dict}, lambda: 1_000_000, also=("203.0.113.9",))
     assert put(asked, sent_to="203.0.113.9")[0] == 200
     assert put(asked, sent_to="203.0.113.8", once="b")[0] == 401
 

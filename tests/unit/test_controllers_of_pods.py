@@ -10,7 +10,7 @@ import pytest
 from lease.model import ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
-from overlay.control.background import Finished
+from overlay.control.background import Finished, Worker
 from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
 from overlay.firewall import antispoof, guard, let_in
@@ -115,13 +115,13 @@ def test_what_the_nft_program_does_ends_later(bench, name, monkeypatch):
     bench.reconcile(controller)
     assert controller.unready() == f"for the {name} rules"
     work = begun.pop()
-    assert not bench.tell(controller, Finished("another", None, "")), "not its own"
-    assert bench.tell(controller, Finished(name, None, "no such program"))
+    assert not bench.tell(controller, Finished(Worker("another", bench.posted.append), None, "")), "not its own"
+    assert bench.tell(controller, Finished(controller._worker, None, "no such program"))
     assert controller.unready() == "", "that is told as a problem, and keeps no pod from the node"
     with pytest.raises(CannotReconcile, match="no such program"):
         bench.reconcile(controller)
     bench.reconcile(controller)
-    assert not bench.tell(controller, Finished(name, work(), ""))
+    assert not bench.tell(controller, Finished(controller._worker, work(), ""))
     assert (controller.completed, controller.unready()) == (True, "")
     if name == "forward":
         assert bench.problems() == {"forward chain": "chain x drops"}

@@ -21,7 +21,7 @@ PROCESS = Process(1.5, 30 << 20, 300 << 20, 21, 1024, 1.7e9)
 OUTSIDE = Outside(
     PROCESS,
     Passes((4, 3, 2, 1, 0, 0, 0, 0, 1), 0.75, PASS_BOUNDS_S),
-    Traffic("flannel.1", (1, 2, 3, 4), (5, 6, 7, 8)),
+    (Traffic("flannel.1", (1, 2, 3, 4), (5, 6, 7, 8)),),
     9,
 )
 SECTIONS = {
