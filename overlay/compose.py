@@ -206,7 +206,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
-        PodsController(FAMILIES[0], pods, sets, owned, health, clock),
+        PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),
         AskController(health, outside.ask_routes),
         PageController(outside.page_handler),

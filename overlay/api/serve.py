@@ -225,7 +225,9 @@ class _Server(ThreadingMixIn, BaseServer):
 
 
 class _TcpServer(_Server, TCPServer):
-    pass
+    def __init__(self, where: tuple[str, int], handler: type[Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in where[0] else socket.AF_INET
+        super().__init__(where, handler)
 
 
 class UnixServer(_Server, UnixStreamServer):

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from lease.config import ConfigError
 from overlay.cli import terminal
-from overlay.cli.status import differences
+from overlay.cli.status import differences, every
 from overlay.lab import netns
 from overlay.lab.capture import Captured
-from overlay.lab.lab import DEFAULT_NET_CONF, Lab, existing_labs, locked
+from overlay.lab.lab import DEFAULT_NET_CONF, NET_CONFS, Lab, existing_labs, locked
 from overlay.lab.matrix import Cell, summary
 from overlay.lab.processes import LabError
 
@@ -38,13 +38,19 @@ def lab() -> None:
 @_JSON
 @click.option("--nodes", type=click.IntRange(1, 250), default=3, show_default=True)
 @click.option("--pods", type=click.IntRange(0, 200), default=2, show_default=True, help="on each node")
-@click.option("--net-conf", default=DEFAULT_NET_CONF, show_default=True, help="the network config")
+@click.option(
+    "--family", type=click.Choice(list(NET_CONFS)), default="ipv4", show_default=True, help="of nodes and pods"
+)
+@click.option("--net-conf", default="", help=f"the network config, else that of --family: {DEFAULT_NET_CONF}")
 @click.option("--agent-flag", multiple=True, help="one more flag for each agent, e.g. --agent-flag=--ip-masq")
-def up(name: str, as_json: bool, nodes: int, pods: int, net_conf: str, agent_flag: tuple[str, ...]) -> None:
+def up(
+    name: str, as_json: bool, nodes: int, pods: int, family: str, net_conf: str, agent_flag: tuple[str, ...]
+) -> None:
     """Bring a lab up and prove that every pod reaches every other. It stays up.
 
     An existing lab is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
     """
+    net_conf = net_conf or NET_CONFS[family]
     with _working(name, as_json) as (found, progress):
         it = found
         if it.exists and not it.whole():
@@ -213,7 +219,8 @@ def _prove(it: Lab, as_json: bool, progress: Callable[[str], None]) -> None:
         console = terminal.console()
         _print_nodes(it, statuses, False, console)
         for kinds in ("pod-pod", "node-pod", "pod-node"):
-            print_matrix(console, kinds, [cell for cell in cells if cell.kinds == kinds])
+            for six in (False, True):
+                print_matrix(console, kinds, [c for c in cells if c.kinds == kinds and (":" in c.own) == six])
         if packet is not None:
             _print_packet(console, packet)
         if missed:
@@ -232,8 +239,8 @@ def _capture(it: Lab) -> tuple[Captured | None, str]:
 
 def _encapsulated(it: Lab, packet: Captured) -> bool:
     """Whether a captured packet is what it must be: between nodes outside, between pods inside."""
-    nodes = {node.address for node in it.nodes}
-    pods = {address for node in it.nodes for address in node.pods.values()}
+    nodes = {address for node in it.nodes for address in node.addresses}
+    pods = {address for node in it.nodes for addresses in node.pods.values() for address in addresses}
     return {*packet.outer_ip} <= nodes and {*packet.inner_ip} <= pods and packet.vni == it.config.backend.vni
 
 
@@ -241,9 +248,11 @@ def _node_values(it: Lab, statuses: dict[str, dict[str, Any]]) -> list[dict[str,
     return [
         {
             "name": node.name,
-            "address": node.address,
+            "address": node.addresses[0],
+            "addresses": node.addresses,
             "namespace": f"overlay-{it.name}-{node.name}",
-            "pods": node.pods,
+            "pods": {pod: addresses[0] if addresses else "" for pod, addresses in node.pods.items()},
+            "pod_addresses": node.pods,
             "log": str(it.log(node.name)),
             "status": statuses[node.name],
         }
@@ -261,18 +270,23 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
         table.add_column(column)
     for node in it.nodes:
         found = statuses[node.name]
-        lease, device = found.get("lease") or {}, found.get("device") or {}
-        table.add_row(
-            node.name,
-            node.address,
-            lease.get("subnet", "-"),
-            lease.get("vtep_mac", "-"),
-            device.get("name", "-"),
-            str(device.get("mtu", "-")),
-            str(len(found.get("peers", ()))),
-            "[green]yes[/]" if found.get("ready") else "[red]no[/]",
-            " ".join(address or "?" for address in node.pods.values()),
-        )
+        views: list[dict[str, Any]] = every(found) if "error" not in found else [{"family": 4}]
+        for view in views:
+            number = view["family"]
+            lease, device = view.get("lease") or {}, view.get("device") or {}
+            own = [a for a in node.addresses if (":" in a) == (number == 6)] or node.addresses
+            pods = [[a for a in those if (":" in a) == (number == 6)] or ["?"] for those in node.pods.values()]
+            table.add_row(
+                node.name,
+                own[0],
+                lease.get("subnet", "-"),
+                lease.get("vtep_mac", "-"),
+                device.get("name", "-"),
+                str(device.get("mtu", "-")),
+                str(len(view.get("peers", ()))),
+                "[green]yes[/]" if found.get("ready") else "[red]no[/]",
+                " ".join(address for those in pods for address in those),
+            )
     console.print(table)
     for line in it.broken():
         console.print(Text(line, style="red"))

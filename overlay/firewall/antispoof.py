@@ -18,124 +18,30 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from lease.families import FAMILIES, V4, V6, Family
+from lease.families import FAMILIES
 from lease.model import Prefix, ip_text
 from overlay.cni.results import CniResult
-from overlay.firewall.nat import TABLE_PREFIX
+from overlay.firewall.pods_table import ENDS, MACS, SETS, SPOOFED
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.socket import NetfilterSocket
-from overlay.kernel.nftables.wire import equal, load, meta
 from overlay.kernel.route.entries import Link, PodEnd
 from overlay.process.log import log
 
-SUFFIX = "-pods"
-MACS = "macs"
-
-
-class _Sets(NamedTuple):
-    """The sets of a family. ports: those that are bound in it; addresses: with the port."""
-
-    ports: str
-    addresses: str
-    key: int
-
-
-SETS = {
-    4: _Sets("ports", "addresses", nf_wire.IFACE_AND_IPV4),
-    6: _Sets("ports6", "addresses6", nf_wire.IFACE_AND_IPV6),
-}
-ENDS = "ends"
-"""No rule asks it: the MACs of the node's ends, to know whose bindings those are."""
-SPOOFED = "spoofed"
 SETTLED_S = 5.0
 """After so long an interface has its link-local IPv6 address, too: it makes it when its link comes up, before it is given an
 IPv4 address, but for one whose other end comes up later."""
 FIRST_LOOKS_S, LATER_LOOKS_S = 0.1, 5.0
 """A pod gets its address some 10 ms after its veth; what has none for half a minute is no pod (yet)."""
 HURRIED_S = 30.0
+SECOND_S = 10.0
+"""So long a new pod's address of the second family is waited for: the kernel checks it for others that have it first."""
 MOST = 4
 """Addresses of a family that a pod may show: CNI's result says which it was given, where that can be read."""
 _OF_ADDRESS = 0x0A58 << 32
 """Older bridge plugins give an interface this MAC, with its IPv4 address behind (hwaddr.PrivateMACPrefix)."""
-_NF_BR_PRE_ROUTING, _EARLY = 0, -300
-_IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
-_ICMPV6 = b"\x3a"
-_SOLICIT, _ADVERT, _ROUTER_ADVERT, _REDIRECT = (bytes([value]) for value in (135, 136, 134, 137))
-_NOWHERE = bytes(16)
 _NAME = 16
 """IFNAMSIZ."""
-
-
-def table_name(network: int) -> str:
-    """The table of a network."""
-    return f"{TABLE_PREFIX}{network}{SUFFIX}"
-
-
-def table(network: int) -> nf_wire.Table:
-    """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
-    port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
-    bound, bound6 = ((*port, nf_wire.found_in(SETS[number].ports)) for number in (4, 6))
-    icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
-    drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
-
-    def kind(ethertype: bytes) -> tuple[bytes, ...]:
-        return meta(nf_wire.META_PROTOCOL), equal(ethertype)
-
-    def not_its_own(field: bytes, name: str) -> tuple[bytes, ...]:
-        return meta(nf_wire.META_IIF), field, nf_wire.absent_from(name)
-
-    rules: list[tuple[str, tuple[bytes, ...]]] = [
-        ("a MAC of another", (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
-        ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(_source(V4), SETS[4].addresses))),
-        (
-            "ARP for another's address",  # a probe has none (RFC 5227)
-            (*bound, *kind(_ARP), load("network", 14, 4), nf_wire.differ(bytes(4)),
-             *not_its_own(load("network", 14, 4, True), SETS[4].addresses)),
-        ),
-        (
-            "a probe for another's address",  # who probes for it, too, has it (RFC 5227, 2.1.1)
-            (*bound, *kind(_ARP), load("network", 14, 4), equal(bytes(4)),
-             *not_its_own(load("network", 24, 4, True), SETS[4].addresses)),
-        ),
-        (
-            "an IPv6 source of another",  # one that checks whether an address is free has none yet
-            (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), nf_wire.differ(_NOWHERE),
-             *not_its_own(_source(V6), SETS[6].addresses)),
-        ),
-        (
-            "a neighbour advertisement for another's address",
-            (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT),
-             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
-        ),
-        (
-            "a check whether another's address is free",  # two that check one address have it neither (RFC 4862, 5.4.3)
-            (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), equal(_NOWHERE), *icmpv6, equal(_SOLICIT),
-             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
-        ),
-        ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
-        ("a redirect", (*bound, *kind(_IPV6), *icmpv6, equal(_REDIRECT))),
-        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_VLAN))),
-        ("a VLAN tag, behind which all that could hide", (*bound, *kind(_QINQ))),
-    ]  # fmt: skip
-    return nf_wire.Table(
-        "bridge",
-        table_name(network),
-        (
-            *(nf_wire.Set(each.ports, nf_wire.IFACE_AND_NAME, 20) for each in SETS.values()),
-            nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
-            *(nf_wire.Set(each.addresses, each.key, 4 + FAMILIES[number].size) for number, each in SETS.items()),
-            nf_wire.Set(ENDS, nf_wire.IFACE_AND_ETHER, 12),
-        ),
-        (SPOOFED,),
-        (nf_wire.Chain("prerouting", _NF_BR_PRE_ROUTING, _EARLY),),
-        tuple(nf_wire.Rule("prerouting", comment, (*expressions, *drop)) for comment, expressions in rules),
-    )
-
-
-def _source(family: Family) -> bytes:
-    """The source address, behind the port's number."""
-    return load("network", family.source_at, family.size, True)
 
 
 class Bound(NamedTuple):
@@ -190,7 +96,7 @@ class AntiSpoof:
         self._nodes: set[int] = set()
         """MACs of the bridges: no pod's."""
         self._node_has: frozenset[int] = frozenset()
-        """The node's own IPv4 addresses: no pod's either."""
+        """The node's own addresses: no pod's either."""
         self._subnets: Mapping[int, tuple[Prefix, ...]] = {}
         """Of bridges, by number: pods have addresses of these alone."""
         self._disputes: dict[int, dict[tuple[int, int], str]] = {}
@@ -210,7 +116,8 @@ class AntiSpoof:
         """Ports that are checked once more, and whether their pods had no link-local IPv6 address yet."""
         self._there: dict[str, set[bytes]] = {}
         """What the kernel's sets have."""
-        self._network: Prefix | None = None
+        self._networks: dict[int, Prefix] = {}
+        """The pod networks, by family."""
         self._known = False
         """Whether the bridges are."""
         self._next: float | None = None
@@ -284,9 +191,9 @@ class AntiSpoof:
         self._bound.clear()
         self._later.clear()
 
-    def ensure(self, wanted: nf_wire.Table, network: Prefix) -> None:
+    def ensure(self, wanted: nf_wire.Table, *networks: Prefix) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
-        before, self._network = self._table, network
+        before, self._networks = self._table, {network.family: network for network in networks}
         if before is not None and before.name != wanted.name:
             self._sets.remove(before.family, before.name)
         formed = self._sets.is_formed(wanted)
@@ -334,7 +241,7 @@ class AntiSpoof:
 
     def bind(self) -> None:
         """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
-        if self._table is None or self._network is None or not self._known:
+        if self._table is None or not self._networks or not self._known:
             return
         for index, bound in list(self._bound.items()):
             link = self._ports.get(index)
@@ -372,10 +279,9 @@ class AntiSpoof:
     def _bind_one(self, link: Link) -> float | None:
         """Bind one port, as far as its pod is known. When it is to be checked again, None: it is bound for good. Raises
         KernelError."""
-        assert self._network is not None
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
-        settled, bound = seen + SETTLED_S, self._bound.get(index)
-        if bound is not None and bound.of(4) and 6 in bound.addresses:
+        settled, bound, first = seen + SETTLED_S, self._bound.get(index), min(self._networks)
+        if bound is not None and bound.of(first) and 6 in bound.addresses and not self._lacks(bound, now - seen):
             if index not in self._later:
                 return None
             if now < settled:
@@ -385,18 +291,21 @@ class AntiSpoof:
             return None
         others = [other for port, other in {**self._promised, **self._bound}.items() if port != index]
         if bound is None:
-            own = self._own(link, end)
+            own = self._own(link, end, first)
             if not own:
                 return now + (FIRST_LOOKS_S if now - seen < HURRIED_S else LATER_LOOKS_S)
             bound = self._first(link, end, own, others)
-        elif not bound.of(4):  # all it had was another port's: is it still?
-            bound = bound.with_addresses(4, self._free(4, self._own(link, end), others))
-            if bound.of(4):
+        elif not bound.of(first):  # all it had was another port's: is it still?
+            bound = bound.with_addresses(first, self._free(first, self._own(link, end, first), others))
+            if bound.of(first):
                 self._disputes.pop(index, None)
-        if 6 not in bound.addresses:
+        if index not in self._bound and first == 6:
+            bound = bound.with_addresses(4, self._free(4, self._a_few(link, 4, end.addresses[4]), others))
+        if 6 not in bound.addresses or (index not in self._bound and first == 6):
             # and those that its interface makes of its MAC (RFC 4291, appendix A)
             made = map(_link_local_of, bound.macs)
-            bound = bound.with_addresses(6, self._free(6, (*self._a_few(link, 6, end.addresses[6]), *made), others))
+            shown = self._a_few(link, 6, end.addresses[6])
+            bound = bound.with_addresses(6, bound.of(6) | self._free(6, (*shown, *made), others))
             self._later[index] = not any(map(_is_link_local, end.addresses[6]))
         elif index in self._later and now >= settled:
             # a plugin behind the bridge's may have given it another MAC (tuning)
@@ -405,52 +314,67 @@ class AntiSpoof:
                 more = self._free(6, self._a_few(link, 6, filter(_is_link_local, end.addresses[6])), others)
                 bound = bound.with_addresses(6, bound.of(6) | more)
             if self._results(link.name, link.mac) is not None:  # written when all plugins are done
-                bound = bound.with_addresses(4, self._free(4, self._own(link, end), others))
+                bound = bound.with_addresses(4, self._free(4, self._own(link, end, 4), others))
+        if self._lacks(bound, now - seen):  # the kernel gives it after the first one
+            bound = bound.with_addresses(6, bound.of(6) | self._free(6, self._own(link, end, 6), others))
         self._bound[index] = bound
-        if not bound.of(4):
+        if not bound.of(first):
             return now + LATER_LOOKS_S
+        if self._lacks(bound, now - seen):
+            return now + FIRST_LOOKS_S
         return settled if index in self._later and now < settled else None
+
+    def _lacks(self, bound: Bound, age_s: float) -> bool:
+        """Whether a pod of two families, that was made a moment ago, is not known by its address of the second."""
+        network = self._networks.get(6) if len(self._networks) > 1 else None
+        return network is not None and age_s < SECOND_S and not any(map(network.holds, bound.of(6)))
 
     def _first(self, link: Link, end: PodEnd, own: frozenset[int], others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
-        free = self._free(4, own, others)
+        first = min(self._networks)
+        free = self._free(first, own, others)
         for address in own - free:
-            whose = next((f"{other.name}'s" for other in others if address in other.of(4)), "the node's")
+            whose = next((f"{other.name}'s" for other in others if address in other.of(first)), "the node's")
+            text = ip_text(first, address)
             log.warning(
-                "pods.address_taken", interface=link.name, address=ip_text(4, address), whose=whose,
+                "pods.address_taken",
+                interface=link.name,
+                address=text,
+                whose=whose,
                 effect="this one may not send from it",
-            )  # fmt: skip
-            self._disputes.setdefault(link.ifindex, {})[4, address] = (
-                f"{self._pod(link)} has {ip_text(4, address)}, which is {whose}, and may not send from it"
+            )
+            self._disputes.setdefault(link.ifindex, {})[first, address] = (
+                f"{self._pod(link)} has {text}, which is {whose}, and may not send from it"
             )
         given = self._promised.get(link.ifindex)
         inside = given.macs if given is not None else ()
-        macs = self._free_macs((end.mac, *inside, *(_OF_ADDRESS | address for address in own)), others)
-        return Bound(link.name, link.mac, macs, {4: free})
+        macs = self._free_macs((end.mac, *inside, *(_OF_ADDRESS | each for each in self._own(link, end, 4))), others)
+        return Bound(link.name, link.mac, macs, {first: free})
 
     def _free(self, family: int, addresses: Iterable[int], others: list[Bound]) -> frozenset[int]:
         """Those that are neither another pod's nor the node's."""
-        nodes = self._node_has if family == 4 else map(_link_local_of, self._nodes)
-        return frozenset(addresses).difference(nodes, *(other.of(family) for other in others))
+        made = map(_link_local_of, self._nodes) if family == 6 else ()
+        return frozenset(addresses).difference(self._node_has, made, *(other.of(family) for other in others))
 
     def _free_macs(self, macs: Iterable[int], others: list[Bound]) -> frozenset[int]:
         return frozenset(macs).difference(self._nodes, *(other.macs for other in others))
 
-    def _own(self, link: Link, end: PodEnd) -> frozenset[int]:
-        """The addresses of a pod that are of the network: those that CNI gave it; where nothing says, a few that it shows,
-        of its bridge's subnets."""
-        network = self._network
-        assert network is not None
+    def _own(self, link: Link, end: PodEnd, family: int) -> frozenset[int]:
+        """The addresses of a pod that are of a family's network: those that CNI gave it; where nothing says, a few that it
+        shows, of its bridge's subnets."""
+        network = self._networks.get(family)
+        if network is None:
+            return frozenset()
         given = self._results(link.name, link.mac)
-        if given is not None and (mine := frozenset(filter(network.holds, given.addresses[4]))):
+        if given is not None and (mine := frozenset(filter(network.holds, given.addresses[family]))):
             return mine
-        subnets = self._subnets.get(link.master, ())
+        subnets = [there for there in self._subnets.get(link.master, ()) if there.family == family]
         shown = [
             address
-            for address in end.addresses[4]
+            for address in end.addresses[family]
             if network.holds(address) and (not subnets or any(there.holds(address) for there in subnets))
         ]
-        return frozenset(self._a_few(link, 4, shown))
+        return frozenset(self._a_few(link, family, shown))
 
     def _a_few(self, link: Link, family: int, addresses: Iterable[int]) -> list[int]:
         """What is believed of what a pod shows: it may have given itself any number."""

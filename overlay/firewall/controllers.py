@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lease.families import Family
+from lease.families import FAMILIES, Family
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
-from overlay.firewall import antispoof, guard
+from overlay.firewall import antispoof, guard, pods_table
 from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.netlink import KernelError, error_text
 from overlay.kernel.nftables.socket import NetfilterSocket
@@ -276,7 +276,7 @@ class _PodsWants(NamedTuple):
     """subnets: of interfaces, by number; beside: interfaces by which pods are attached, but by no bridge."""
 
     table: Table
-    network: Prefix
+    networks: tuple[Prefix, ...]
     links: Mapping[int, Link]
     bridges: frozenset[str]
     subnets: Mapping[int, tuple[Prefix, ...]]
@@ -290,40 +290,39 @@ class PodsController(_TableController):
     name = "pods"
     reports = ("unprotected", "pod addresses")
     yields = True
-    suffix = antispoof.SUFFIX
+    suffix = pods_table.SUFFIX
 
     def __init__(
         self,
-        family: Family,
         pods: antispoof.AntiSpoof,
         sets: NetfilterSocket,
         owned: Owned,
         health: Health,
         clock: Callable[[], float],
     ) -> None:
-        """family: of the addresses by which a pod is known to be the network's; bound are those of both."""
         super().__init__(sets, owned, clock)
-        self._family, self._pods, self._health = family, pods, health
+        self._pods, self._health = pods, health
         self._ports: tuple[Any, ...] = ()
 
     def _table_of(self, network: int) -> tuple[str, str]:
-        return "bridge", antispoof.table_name(network)
+        return "bridge", pods_table.table_name(network)
 
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and where pods' ports are."""
         if not inputs.settings.pod_antispoof:
             return None
-        number = self._family.number
-        pool = inputs.pool(number)
-        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+        pools = inputs.config.pools if inputs.config is not None else {}
+        if inputs.config is None or inputs.own is None or not pools.keys() & inputs.tunnels.keys():
             return Waiting("for a lease")
-        own = frozenset(each.address for each in inputs.addresses_of(number).values())
-        table = antispoof.table(backend_of(inputs.config.backend, self._family).network)
-        addresses, under = inputs.addresses_of(number), inputs.underlays.get(number)
-        tunnel = inputs.tunnels[number].name
-        beside = without_bridge(pool.network, inputs.links, addresses, under, inputs.bridges, tunnel)
-        subnets = subnets_of(addresses.values())
-        return _PodsWants(table, pool.network, inputs.links, inputs.bridges, subnets, own, beside)
+        every = [each for number in FAMILIES for each in inputs.addresses_of(number).values()]
+        table = pods_table.table(backend_of(inputs.config.backend, FAMILIES[min(pools)]).network)
+        beside: set[str] = set()
+        for number, pool in pools.items():
+            if (tunnel := inputs.tunnels.get(number)) is not None:
+                there, under = inputs.addresses_of(number), inputs.underlays.get(number)
+                beside.update(without_bridge(pool.network, inputs.links, there, under, inputs.bridges, tunnel.name))
+        own, networks = frozenset(each.address for each in every), tuple(pool.network for pool in pools.values())
+        return _PodsWants(table, networks, inputs.links, inputs.bridges, subnets_of(every), own, tuple(sorted(beside)))
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
@@ -335,7 +334,7 @@ class PodsController(_TableController):
         if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
             self._cadence.began()
             began = time.thread_time()
-            self._pods.ensure(wants.table, wants.network)
+            self._pods.ensure(wants.table, *wants.networks)
             self._cadence.spent(time.thread_time() - began)
             self._cadence.ended()
             self._read_whole, self._wanted = False, wants.table

@@ -132,7 +132,7 @@ class Cluster:
         names = [f"node{number}" for number in range(1, nodes + 1)]
         topology.make_underlay(self.name)
         self._make_credentials(names)
-        self._start("etcd", processes.etcd_command(self.folder, topology.GATEWAY))
+        self._start("etcd", processes.etcd_command(self.folder, [topology.GATEWAY]))
         for number, node in enumerate(names, 1):
             self._make_node(number, node, plugins)
         self.start_api_server()

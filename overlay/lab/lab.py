@@ -35,6 +35,15 @@ from overlay.process.rundir import MODE
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
+NET_CONFS = {
+    "ipv4": DEFAULT_NET_CONF,
+    "dual": '{"EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48",'
+    ' "Backend": {"Type": "vxlan"}}',
+    "ipv6": '{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": {"Type": "vxlan"}}',
+}
+"""By what `overlay lab up --family` says."""
+SETTLED_S = 15.0
+"""So long the kernel may check new IPv6 addresses of pods and bridges for others that have them (RFC 4862, 5.4)."""
 READY_S, PAGE_S = 60.0, 10.0
 NAME = re.compile(r"[a-z0-9]{1,16}")
 Progress = Callable[[str], None]
@@ -42,17 +51,19 @@ Progress = Callable[[str], None]
 
 @dataclass(slots=True)
 class Node:
-    """One node of the lab. pods: name -> address ("" until CNI gave one)."""
+    """One node of the lab. families: of its addresses; pods: name -> addresses (none until CNI gave some)."""
 
     name: str
     number: int
+    families: tuple[int, ...] = (4,)
     agent: Process | None = None
-    pods: dict[str, str] = field(default_factory=dict)
+    pods: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def address(self) -> str:
-        """On the underlay."""
-        return topology.node_address(self.number)
+    def addresses(self) -> list[str]:
+        """On the underlay, of each family one."""
+        of = {4: topology.node_address, 6: topology.node_address6}
+        return [of[family](self.number) for family in self.families]
 
 
 def existing_labs() -> list[str]:
@@ -100,7 +111,7 @@ class Lab:
         for node in self.nodes:
             if (node.agent is None or not node.agent.alive()) and not self._answers(node):
                 found.append(f"{node.name}: its agent does not run")
-            found += [f"{pod} was never attached" for pod, address in node.pods.items() if not address]
+            found += [f"{pod} was never attached" for pod, addresses in node.pods.items() if not addresses]
         return found
 
     def _answers(self, node: Node) -> bool:
@@ -117,7 +128,12 @@ class Lab:
     @property
     def endpoint(self) -> str:
         """Its etcd, from inside the lab."""
-        return f"http://{topology.GATEWAY}:2379"
+        return f"http://{topology.GATEWAY if 4 in self.families else f'[{topology.GATEWAY6}]'}:2379"
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """Of its network, and of its nodes' addresses."""
+        return tuple(sorted(self.config.pools))
 
     def node(self, name: str) -> Node:
         """A node by name. Raises LabError."""
@@ -142,11 +158,11 @@ class Lab:
         found = []
         for node in self.nodes:
             namespace = topology.node_netns(self.name, node.name)
-            found.append(matrix.End(node.name, "node", namespace, node.address, node.name))
+            found += [_end(node.name, "node", namespace, address, node.name) for address in node.addresses]
             found += [
-                matrix.End(pod, "pod", topology.node_netns(self.name, pod), address, node.name)
-                for pod, address in node.pods.items()
-                if address
+                _end(pod, "pod", topology.node_netns(self.name, pod), address, node.name)
+                for pod, addresses in node.pods.items()
+                for address in addresses
             ]
         return found
 
@@ -174,9 +190,10 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._save()
         progress("underlay: bridge 192.168.1.0/24")
-        topology.make_underlay(self.name)
+        topology.make_underlay(self.name, self.families)
         progress("etcd")
-        command = processes.etcd_command(self.folder, topology.GATEWAY)
+        hosts = {4: topology.GATEWAY, 6: f"[{topology.GATEWAY6}]"}
+        command = processes.etcd_command(self.folder, [hosts[family] for family in self.families])
         self.etcd = processes.start(topology.underlay_name(self.name), command, self.log("etcd"))
         self._save()
         self._put_config(net_conf)
@@ -243,21 +260,26 @@ class Lab:
     def prove(self, answer_s: float = matrix.ANSWER_S) -> list[matrix.Cell]:
         """The whole matrix."""
         masq = "--ip-masq" in self.agent_flags
-        addresses = {node.name: node.address for node in self.nodes}
+        addresses = {(node.name, ":" in address): address for node in self.nodes for address in node.addresses}
 
         def expected(source: matrix.End, target: matrix.End, own: str) -> str:
             # A node's underlay address lies outside the pod network: there --ip-masq does what it says.
             if masq and source.kind == "pod" and target.kind == "node" and source.node != target.node:
-                return addresses[source.node]
+                return addresses[source.node, ":" in source.address]
             return own
 
-        with matrix.Wires(self.ends()) as wires:
-            return wires.all(expected, answer_s)
+        until = time.monotonic() + (SETTLED_S if 6 in self.families else 0.0)
+        while True:
+            with matrix.Wires(self.ends()) as wires:
+                cells = wires.all(expected, answer_s)
+            if all(cell.ok or ":" not in cell.own for cell in cells) or time.monotonic() > until:
+                return cells
+            time.sleep(0.5)
 
     def capture(self) -> Captured | None:
         """A packet between pods of two nodes; None where there are no two nodes with pods. Raises LabError."""
         with_pods = [node for node in self.nodes if any(node.pods.values())]
-        if len(with_pods) < 2 or self.config.backend.direct_routing:
+        if len(with_pods) < 2 or self.config.backend.direct_routing or 4 not in self.families:
             return None
         by_name = {end.name: end for end in self.ends()}
         source, target = (by_name[next(iter(node.pods))] for node in with_pods[:2])
@@ -276,11 +298,11 @@ class Lab:
     # --- its parts -----------------------------------------------------------------------------------------------------
 
     def _make_node(self, number: int, progress: Progress) -> Node:
-        node = Node(f"node{number}", number)
+        node = Node(f"node{number}", number, self.families)
         progress(f"{node.name}: namespace, agent")
         self.nodes.append(node)
         self._save()
-        topology.make_node(self.name, node.name, number)
+        topology.make_node(self.name, node.name, number, self.families)
         self._start_agent(node)
         return node
 
@@ -349,7 +371,7 @@ class Lab:
     def _attach(self, nodes: list[Node], pods_each: int, progress: Progress) -> None:
         wanted = [(node, f"{node.name}-pod{i}") for node in nodes for i in range(1, pods_each + 1)]
         for node, pod in wanted:
-            node.pods[pod] = ""
+            node.pods[pod] = []
         self._save()
 
         def one(item: tuple[Node, str]) -> None:
@@ -357,7 +379,7 @@ class Lab:
             namespace = topology.node_netns(self.name, pod)
             netns.create(namespace)
             conflist = self.run_dir(node) / "cni" / CONFLIST
-            node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)[0]
+            node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)
 
         progress(f"{len(wanted)} pods by CNI")
         with ThreadPoolExecutor(max_workers=4) as pool:
@@ -430,9 +452,22 @@ class Lab:
         self.net_conf, self.agent_flags = value["net_conf"], value["agent_flags"]
         self.etcd = Process(*value["etcd"]) if value["etcd"] else None
         self.nodes = [
-            Node(item["name"], item["number"], Process(*item["agent"]) if item["agent"] else None, item["pods"])
+            Node(
+                item["name"],
+                item["number"],
+                self.families,
+                Process(*item["agent"]) if item["agent"] else None,
+                {
+                    pod: [addresses] if isinstance(addresses, str) else addresses
+                    for pod, addresses in item["pods"].items()
+                },
+            )
             for item in value["nodes"]
         ]
+
+
+def _end(name: str, kind: str, namespace: str, address: str, node: str) -> matrix.End:
+    return matrix.End(f"{name}/v6" if ":" in address else name, kind, namespace, address, node)
 
 
 def _checked(name: str) -> str:

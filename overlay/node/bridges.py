@@ -130,7 +130,7 @@ class BridgesController(Controller):
 
     def _release_unused(self, wants: _Wants) -> None:
         for subnet in self._current.inputs.retained:
-            if not self._still_used(subnet, wants):
+            if subnet.family == self._family.number and not self._still_used(subnet, wants):
                 self._current.set(retained=tuple(kept for kept in self._current.inputs.retained if kept != subnet))
                 log.info("subnet.released", subnet=str(subnet), reason="no pod of this node uses it any more")
 
@@ -180,4 +180,5 @@ class BridgesController(Controller):
 
     def status(self) -> Mapping[str, object]:
         """`retained_subnets`."""
-        return {"retained_subnets": [str(subnet) for subnet in self._current.inputs.retained]}
+        retained = self._current.inputs.retained
+        return {"retained_subnets": [str(subnet) for subnet in retained if subnet.family == self._family.number]}

@@ -23,6 +23,8 @@ def interfaces_within(network: Prefix, addresses: Iterable[Address], underlay: U
     )
 
 
+RT_SCOPE_LINK = 253
+"""include/uapi/linux/rtnetlink.h."""
 _OF_PODS = ("veth", "netkit")
 """Kinds of interfaces by which pods are attached without a bridge, also by other programs than ours (Calico)."""
 
@@ -73,8 +75,9 @@ def subnets_of(addresses: Iterable[Address]) -> dict[int, tuple[Prefix, ...]]:
 
 
 def addresses_by_name(links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]) -> dict[str, frozenset[int]]:
-    """Each interface's addresses, by its name."""
-    return {link.name: addresses_of(addresses.values(), link.ifindex) for link in links.values()}
+    """Each interface's addresses, by its name; none that IPv6 gives to every interface."""
+    lasting = [each for each in addresses.values() if each.family == 4 or each.scope < RT_SCOPE_LINK]
+    return {link.name: addresses_of(lasting, link.ifindex) for link in links.values()}
 
 
 def ports_of(links: Mapping[int, Link], bridge: int) -> int:
@@ -128,7 +131,7 @@ def lost_subnets(
     for link in links.values():
         if link.kind != "bridge" or link.ifindex not in inside:
             continue
-        mine = [a for a in addresses.values() if a.oif == link.ifindex]
+        mine = [a for a in addresses.values() if a.oif == link.ifindex and (a.family == 4 or a.scope < RT_SCOPE_LINK)]
         subnets = [around(a.family, a.address, a.length) for a in mine]
         gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
         held = all(

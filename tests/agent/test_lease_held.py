@@ -9,7 +9,7 @@ import time
 
 from lease.model import mac_number
 from overlay.api.serve import SOCKET_NAME, ask_unix
-from overlay.firewall import antispoof
+from overlay.firewall import pods_table
 from overlay.lab import matrix, netns, pods
 from tests.agent.test_lease import other
 from tests.support.wait import until
@@ -91,7 +91,7 @@ def test_a_subnet_that_was_lost_before_a_restart_is_known_by_its_bridge(world):
     one, two = world.nodes(2)
     old_pod = world.pod(one, "a")
     subnet = one.subnet()
-    listing = ("nft", "list", "table", "bridge", antispoof.table_name(1))
+    listing = ("nft", "list", "table", "bridge", pods_table.table_name(1))
     until("it is bound", lambda: old_pod.address in world.run("node1", *listing))
     key = given_away(world, one)
     one.stop()

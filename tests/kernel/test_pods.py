@@ -9,13 +9,13 @@ import pytest
 
 from lease.model import ip_number, prefix
 from overlay.cni.results import CniResult
-from overlay.firewall import antispoof
+from overlay.firewall import antispoof, pods_table
 from overlay.firewall.antispoof import AntiSpoof
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.entries import Link, PodEnd
 
-TABLE, NETWORK = antispoof.table(7), prefix("10.244.0.0/16")
+TABLE, NETWORK = pods_table.table(7), prefix("10.244.0.0/16")
 BRIDGE = Link(2, "cni0", True, 1450, 1, "bridge", True, True)
 
 
@@ -106,7 +106,7 @@ def test_a_table_that_knows_no_ends_yet_is_believed(made, sets, pods):
     made.ensure(TABLE, NETWORK)
     sets.replace(
         TABLE._replace(sets=TABLE.sets[:-1]),
-        {one.name: sets.elements(TABLE, one) for one in TABLE.sets if one.name != antispoof.ENDS},
+        {one.name: sets.elements(TABLE, one) for one in TABLE.sets if one.name != pods_table.ENDS},
     )
     assert not sets.is_formed(TABLE)
     pods.ends = {5: end("10.244.1.99")}
@@ -274,7 +274,7 @@ def test_link_local_addresses_are_bounded_too(sets, pods, made, clock):
     made.ensure(TABLE, NETWORK)
     clock.now += antispoof.SETTLED_S
     made.bind()
-    there = sets.elements(TABLE, next(each for each in TABLE.sets if each.name == antispoof.SETS[6].addresses))
+    there = sets.elements(TABLE, next(each for each in TABLE.sets if each.name == pods_table.SETS[6].addresses))
     assert len(there) <= antispoof.MOST + 2, "and those of its MAC"
     assert "2799 addresses of IPv6" in made.disputes()[0]
 

@@ -153,7 +153,7 @@ class Bench:
 
     def pods(self) -> PodsController:
         made = antispoof.AntiSpoof(self.kernel, self.kernel, self.clock)
-        return PodsController(V4, made, self.kernel, self.owned, self.health, self.clock)
+        return PodsController(made, self.kernel, self.owned, self.health, self.clock)
 
     def nat(self) -> NatController:
         return NatController(V4, self.posted.append, self.health, self.owned)

@@ -13,7 +13,7 @@ from overlay.cni.lists import CONFLIST
 from overlay.control.background import Finished, Worker
 from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
-from overlay.firewall import antispoof, guard, let_in
+from overlay.firewall import guard, let_in, pods_table
 from overlay.firewall.controllers import LOOK_AGAIN_S
 from overlay.kernel import events
 from overlay.kernel.netlink import KernelError
@@ -25,7 +25,7 @@ from tests.support.make import lease
     ("name", "table"),
     [
         ("guard", ("ip", guard.table_name(1))),
-        ("pods", ("bridge", antispoof.table_name(1))),
+        ("pods", ("bridge", pods_table.table_name(1))),
     ],
 )
 def test_a_table_is_made_mended_left_and_withdrawn(bench, name, table):
