@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.world import World, ready_the_machine
+from tests.support.world import KubeWorld, World, ready_the_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,6 +29,17 @@ def world6(request, tmp_path) -> Iterator[World]:
 def world(tmp_path) -> Iterator[World]:
     """Of both families."""
     made = World(tmp_path / "world")
+    try:
+        made.use(4, 6)
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def kube_world(tmp_path) -> Iterator[KubeWorld]:
+    """Of both families, on Kubernetes."""
+    made = KubeWorld(tmp_path / "world")
     try:
         made.use(4, 6)
         yield made

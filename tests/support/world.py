@@ -363,7 +363,8 @@ class World:
 
 
 class KubeWorld(World):
-    """The same on Kubernetes: an API server on the underlay; `node(n)` makes the Node too, with podCIDR 10.244.n.0/24."""
+    """The same on Kubernetes: an API server on the underlay; `node(n)` makes the Node too, with podCIDR 10.244.n.0/24, and
+    fd00:10:244:n::/64 where the network has IPv6."""
 
     def make_store(self, folder: Path) -> None:
         self.kube = Kube(folder / "kube", host=topology.GATEWAY, namespace=topology.underlay_name(self.lab))
@@ -382,7 +383,9 @@ class KubeWorld(World):
 
     def node(self, number: int, pod_cidr: str | None = None) -> str:
         name = super().node(number)
-        self.kube.node(name, f"10.244.{number}.0/24" if pod_cidr is None else pod_cidr)
+        cidrs = {4: f"10.244.{number}.0/24", 6: f"fd00:10:244:{number:x}::/64"}
+        wanted = tuple(cidrs[family] for family in self.families) if pod_cidr is None else tuple(pod_cidr.split(","))
+        self.kube.node(name, pod_cidrs=tuple(each for each in wanted if each))
         # as the node controller does to each; on a Node without any annotation flanneld panics
         self.kube.patch(name, {"metadata": {"annotations": {"node.alpha.kubernetes.io/ttl": "0"}}})
         return name
