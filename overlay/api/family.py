@@ -32,6 +32,11 @@ def of_family(found: Mapping[str, Any], family: int) -> dict[str, Any]:
     return made
 
 
+def primary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The view of the first family of the network."""
+    return of_family(found, families(found)[0])
+
+
 def family_of(view: Mapping[str, Any]) -> Family:
     """The family of a view."""
     return FAMILIES[view.get("family", FIRST)]

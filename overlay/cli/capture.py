@@ -15,10 +15,12 @@ from typing import Any, BinaryIO, NamedTuple
 import click
 
 from lease.model import Prefix, ip_number, prefix
+from overlay.api.family import primary
 from overlay.capture import frames
 from overlay.capture.frames import Frame
 from overlay.cli.complete import TARGET
 from overlay.cli.status import ask
+from overlay.control.health import FIRST
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 ETH_P_ALL, ETH_P_IP = 3, 0x0800
@@ -60,7 +62,9 @@ def capture(
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root may capture: run it with sudo")
-    found = ask(run_dir)
+    found = primary(ask(run_dir))
+    if found["family"] != FIRST:
+        raise click.ClickException("packets of IPv6 are not decoded yet: tcpdump -ni eth0 udp port 8472")
     if not found["device"] or not found["underlay"]:
         raise click.ClickException("this node has no device yet: overlay status says what it waits for")
     goal, interface, port = _goal(target, found), found["underlay"]["interface"], found["device"]["port"]

@@ -14,9 +14,11 @@ import click
 from rich.console import Console
 from rich.text import Text
 
+from overlay.api.family import families, primary
 from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
 from overlay.cli.status import NoAgent, asked
+from overlay.control.health import FIRST
 from overlay.doctor import agent, host, network
 from overlay.doctor.finding import Finding, Findings, State, unknown
 from overlay.kernel.netlink import KernelError, RequestSocket, error_text
@@ -87,8 +89,14 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
             "network", "what needs an agent's word: sysctls, firewalls, MTUs, offloads, addresses, store, lease"
         )
         return
+    whole, found = found, primary(found)
     for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
         yield from _guarded(of_agent.__name__, of_agent, found)
+    if len(families(whole)) > 1:
+        yield unknown("IPv6", "sysctls, MTUs, offloads and addresses are looked at for IPv4 alone")
+    elif found["family"] != FIRST:
+        yield unknown("network", "sysctls, MTUs, offloads and addresses are looked at for IPv4 alone")
+        return
     requests = RequestSocket()
     try:
         node = nodes.read(found, requests)

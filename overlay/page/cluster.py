@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lease.model import ip_number, ip_text
+from lease.model import around, ip_number
 
 SAMPLE = 100
 """So many nodes are asked at most, and shown with all their pairs."""
@@ -76,7 +76,8 @@ def _node(base: Mapping[str, Any], summary: Mapping[str, Any] | None, asked: str
     public_ip = base["public_ip"]
     group = (summary or {}).get("zone", "")
     if public_ip and not group:
-        group = f"{ip_text(4, ip_number(public_ip, 4) & 0xFFFFFF00)}/24"
+        family, length = (6, 64) if ":" in public_ip else (4, 24)
+        group = str(around(family, ip_number(public_ip, family), length))
     made: dict[str, Any] = {"name": base["node"], "public_ip": public_ip, "subnet": base["subnet"], "group": group}
     made |= {"asked": asked, "why": why, "from_here": "here" if summary is base else "untried"}
     if summary is not None:
@@ -136,7 +137,7 @@ def _sum(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _network(found: Mapping[str, Any]) -> dict[str, Any]:
-    subnets = ((found["network"] or {}).get("subnets") or {}).get("ipv4") or {}
+    subnets = ((found["network"] or {}).get("subnets") or {}).get(f"ipv{found.get('family', 4)}") or {}
     network, length, size = subnets.get("network", ""), subnets.get("length", 24), subnets.get("size", 0)
     taken = [peer["subnet"] for peer in found["peers"]] + ([found["lease"]["subnet"]] if found["lease"] else [])
     return {"prefix": network, "subnet_len": length, "subnets": size, "taken": len(taken)}

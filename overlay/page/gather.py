@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from overlay.api.family import primary
 from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
 from overlay.page.cluster import cluster, sample
 from overlay.page.summary import summary
@@ -23,11 +24,12 @@ def route(status: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]
 
 def gather(found: Mapping[str, Any]) -> dict[str, Any]:
     """The cluster as this node and those it can ask see it. found: its agent's status."""
+    whole, found = found, primary(found)
     peers = found["peers"]
-    mine = summary(found, ())
+    mine = summary(whole, ())
     asked = sample(mine, peers, random.Random())  # noqa: S311 (who is shown, where not all can be)
     subnets = [peer["subnet"] for peer in asked]
-    own = summary(found, subnets)
+    own = summary(whole, subnets)
     names = [own["subnet"], *subnets] if own["subnet"] else subnets
     answers = _ask_all(found, asked, names)
     return cluster(own, found, answers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))

@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from overlay.api.family import primary
+from overlay.control.health import FIRST
+
 MOST_ASKED, WORST, MOST_PROBLEMS = 128, 20, 20
 """So many peers are named in a question; so many that do not answer, and problems, in an answer."""
 UNTRIED = "untried"
@@ -20,7 +23,9 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
 
     `reaches`: of each of those [subnet, state, rtt_us, loss, text]; `worst`: the same of peers that do not answer.
     """
-    reachability = [*(found.get("reachability") or ()), *(found.get("reachability_ipv6") or ())]
+    found = {**primary(found), "reachability_ipv6": found.get("reachability_ipv6")}
+    six = found.get("reachability_ipv6") if found["family"] == FIRST else None
+    reachability = [*(found.get("reachability") or ()), *(six or ())]
     by_subnet = {each["subnet"]: each for each in reachability}
     lease, device = found["lease"] or {}, found["device"] or {}
     bad = [each for each in reachability if each["state"] in _BAD]
