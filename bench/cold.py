@@ -46,10 +46,11 @@ class Row:
 def agent(world: World, kind: str, count: int, row: Row, number: int) -> None:
     """One cold start."""
     node = rig.fresh_node(world)
-    watch = rig.RouteWatch(world.namespace(node))
+    watches = [rig.RouteWatch(world.namespace(node), family) for family in world.families]
+    watch = watches[0]
     program = rig.Program(world, node, kind, world.folder / f"{kind}-{count}-{number}")
     try:
-        row.took.append(watch.until(came=count, limit_s=240) - program.began)
+        row.took.append(max(each.until(came=count, limit_s=240) for each in watches) - program.began)
         row.first.append(watch.first - program.began)
         row.cpu.append(rig.cpu_s(program.pid))
         time.sleep(SETTLE_S)
@@ -58,7 +59,8 @@ def agent(world: World, kind: str, count: int, row: Row, number: int) -> None:
         raise SystemExit(f"{kind}: {error}\n{program.log()[-3000:]}") from None
     finally:
         program.kill()
-        watch.close()
+        for each in watches:
+            each.close()
 
 
 def made_device(world: World, node: str) -> int:
@@ -148,11 +150,12 @@ def main() -> None:
     arguments.add_argument(
         "--slow-up-to", type=int, default=20000, help="flanneld and flannel's way up to so many peers"
     )
+    arguments.add_argument("--both", action="store_true", help="a dual-stack network (ours and flanneld)")
     given = arguments.parse_args()
     print(rig.machine())
-    with rig.world() as world:
+    with rig.world(given.both) as world:
         records = rig.Records(world)
-        for count in records.growing(given.peers):
+        for count in records.growing(given.peers, given.both):
             measure(world, count, given.rounds, given.kinds.split(","), given.slow_up_to)
         records.close()
 

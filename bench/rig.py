@@ -32,14 +32,21 @@ NETWORK = "10.0.0.0/8"
 LENGTH = 25
 """Of a subnet: a /8 of them holds 131,072."""
 CONFIG = {"Network": NETWORK, "SubnetLen": LENGTH, "EnableNFTables": True, "Backend": {"Type": "vxlan"}}
+NETWORK6, LENGTH6 = Prefix(6, 0xFD00_0010 << 96, 32), 64
+BOTH = {"EnableIPv6": True, "IPv6Network": str(NETWORK6)}
+"""Of a dual-stack network, beside CONFIG."""
 TICK = os.sysconf("SC_CLK_TCK")
 
 
-def lease(number: int) -> Lease:
-    """Of peer `number`: subnet 10.x.y.z/25, public IP 172.16.0.0 + number, as flannel would write it."""
+def lease(number: int, both: bool = False) -> Lease:
+    """Of peer `number`: subnet 10.x.y.z/25, public IP 172.16.0.0 + number, as flannel would write it; and (both) of IPv6."""
     subnet = Prefix(4, (10 << 24) + ((number + 2) << (32 - LENGTH)), LENGTH)
     end = Endpoint(subnet, (172 << 24 | 16 << 16) + number, 1, 0x0E2A << 32 | number)
-    return Lease(encode_key(subnet), "vxlan", end, None, "", 0, 0, 0)
+    if not both:
+        return Lease(encode_key(subnet), "vxlan", end, None, "", 0, 0, 0)
+    subnet6 = Prefix(6, NETWORK6.base + ((number + 2) << 64), LENGTH6)
+    end6 = Endpoint(subnet6, (0xFD01 << 112) + number + 1, 1, 0x0E2B << 32 | number)
+    return Lease(encode_key(subnet, subnet6), "vxlan", end, end6, "", 0, 0, 0)
 
 
 class Records:
@@ -71,11 +78,11 @@ class Records:
             revision = int(self._client.txn([], batch).header.revision)
         return revision
 
-    def growing(self, counts: str) -> Iterator[int]:
+    def growing(self, counts: str, both: bool = False) -> Iterator[int]:
         """Each of these numbers of peers (`10,200`), the smallest first, when so many are there."""
         there = 0
         for count in sorted(int(text) for text in counts.split(",")):
-            self.put(lease(number) for number in range(there, count))
+            self.put(lease(number, both) for number in range(there, count))
             there = count
             yield count
 
@@ -122,12 +129,14 @@ def cpu_s(pid: int) -> float:
 class RouteWatch:
     """Counts the routes to subnets that come and go in a namespace, as the kernel tells them, with the time of the last."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, family: int = 4) -> None:
+        self._lengths = (LENGTH, 24) if family == 4 else (LENGTH6,)
+
         def listen() -> socket.socket:
             made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
             made.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
             made.bind((0, 0))
-            made.setsockopt(270, 1, 7)  # NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_ROUTE
+            made.setsockopt(270, 1, 7 if family == 4 else 11)  # NETLINK_ADD_MEMBERSHIP, RTNLGRP_IPV4_ROUTE, _IPV6_ROUTE
             made.settimeout(0.05)
             return made
 
@@ -140,7 +149,7 @@ class RouteWatch:
         """perf_counter() at the last of so many; they are counted since the last call. Raises SystemExit."""
         end = time.perf_counter() + limit_s
         self.first = 0.0
-        recv, lengths = self._socket.recv, (LENGTH, 24)
+        recv, lengths = self._socket.recv, self._lengths
         while self.came < came or self.went < went:
             try:
                 data = recv(1 << 16)
@@ -148,7 +157,7 @@ class RouteWatch:
                 if time.perf_counter() > end:
                     raise SystemExit(f"{self.came} of {came} routes came, {self.went} of {went} went") from None
                 continue
-            if data[17] in lengths:  # rtm_dst_len
+            if data[17] in lengths and data[21] != 2:  # rtm_dst_len, and none of an address (RTPROT_KERNEL)
                 kind = data[4]
                 self.came += kind == wire.RTM_NEWROUTE
                 self.went += kind == wire.RTM_DELROUTE
@@ -228,12 +237,13 @@ def compile_sources() -> None:
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def world(both: bool = False) -> Iterator[World]:
     """An underlay, an etcd and the network config in it; all gone afterwards."""
     compile_sources()
     made = World(Path(tempfile.mkdtemp(prefix="overlay-bench-")) / "world")
     try:
-        made.config(**CONFIG)
+        made.families = (4, 6) if both else (4,)
+        made.config(**CONFIG, **(BOTH if both else {}))
         yield made
     finally:
         made.close()

@@ -11,8 +11,8 @@ import marshal
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from socket import inet_pton
-from typing import Any
+from socket import inet_ntop, inet_pton
+from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Endpoint, Lease, Prefix
@@ -20,23 +20,44 @@ from lease.records.codec import MAX_VALUE, encode_key
 
 HEAD = struct.Struct(">IBI6siQQqB")
 """Subnet base, its length, public IP, MAC (0: none), VNI (-1: it says none), created, modified, handle, form."""
-USUAL, NODE, GENERAL, NO_IPV4 = 0, 1, 2, 3
+USUAL, NODE, GENERAL, NO_IPV4, DUAL = 0, 1, 2, 3, 4
 """Forms: flannel's usual record in etcd, whose key follows from its subnet, with the node's text behind the head; a Node's,
 IPv4 alone, with its uid (16 bytes) and name there; any other, with all fields but the IPv4 endpoint marshalled behind
-the head; one without an IPv4 endpoint."""
+the head; one without an IPv4 endpoint; flannel's usual record of both families, with SECOND and the node's text there."""
+SECOND = struct.Struct(">16sB16s6s")
+"""Of the IPv6 endpoint: subnet base, its length, public IP, MAC; the VNI is that of the head."""
 HEAD_FAMILY = 4
 """The family of the endpoint in the head."""
 FORM = HEAD.size - 1
-NUMBER = slice(0, 5)
-PUBLIC_IP = slice(5, 9)
-MAC = slice(9, 15)
 MODIFIED = slice(27, 35)
 """0 in the forms that have it behind the head."""
-LENGTH = 4
+
+
+class Place(NamedTuple):
+    """Where the parts of a family's endpoint are, in the forms that have them there. number: base and length."""
+
+    forms: frozenset[int]
+    number: slice
+    length: int
+    public_ip: slice
+    mac: slice
+
+
+PLACES = {
+    4: Place(frozenset((USUAL, NODE, DUAL)), slice(0, 5), 4, slice(5, 9), slice(9, 15)),
+    6: Place(frozenset((DUAL,)), *(
+        slice(HEAD.size, HEAD.size + 17), HEAD.size + 16, slice(HEAD.size + 17, HEAD.size + 33),
+        slice(HEAD.size + 33, HEAD.size + 39),
+    )),
+}  # fmt: skip
+_NODES = HEAD.size + SECOND.size
+"""Where the node's text of a DUAL begins."""
+NUMBER, LENGTH, PUBLIC_IP, MAC = PLACES[HEAD_FAMILY][1:]
 _LARGEST = (1 << 63) - 1
 _UID, _LATEST = (1 << 128) - 1, (1 << 128 + 63) - 1
 """Of a Node's lease: annotations.seniority."""
-_AF_INET = 2
+_AF_INET, _AF_INET6 = 2, 10
+_ALL6 = (1 << 128) - 1
 _NO_REFERENCES = 0
 """marshal's version in which equal values give equal bytes."""
 
@@ -48,19 +69,29 @@ _USUAL = re.compile(
     re.ASCII,
 )
 """Key and value with a blank between them. A VNI of eight digits is left to codec.py."""
+_DUAL = re.compile(
+    r"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})-([1-9]|[12]\d|3[01])&([a-f\d:]{2,39})-([1-9]\d?|1[01]\d|12[0-7]) "
+    r'\{"PublicIP":"(\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})","PublicIPv6":"([a-f\d:]{2,39})","BackendType":"vxlan",'
+    r'"BackendData":\{"VNI":(0|[1-9]\d{0,6}),"VtepMAC":"([0-9a-f][02468ace](?::[0-9a-f]{2}){5})"\},'
+    r'"BackendV6Data":\{"VNI":(0|[1-9]\d{0,6}),"VtepMAC":"([0-9a-f][02468ace](?::[0-9a-f]{2}){5})"\}'
+    r'(?:,"OverlayNode":"([ !#-\[\]-~]{0,128})")?\}',
+    re.ASCII,
+)
+"""The same of a record of both families."""
 _HEAD_OF_BYTES = struct.Struct(">4sB4s6siQQqB")
 _NO_MAC = "00:00:00:00:00:00"
 
 
 def quick_number(packed: bytes, family: int) -> int | None:
     """The subnet number of a record whose head alone says all that a table of peers of that family needs, else None."""
-    return int.from_bytes(packed[NUMBER], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
+    place = PLACES[family]
+    return int.from_bytes(packed[place.number], "big") if packed[FORM] in place.forms else None
 
 
 def by_flannel(packed: bytes) -> bool:
     """Whether flannel wrote a record of etcd: it says no node, and is no reservation."""
     if packed[FORM] != GENERAL:
-        return packed[FORM] == USUAL and len(packed) == HEAD.size
+        return (packed[FORM], len(packed)) in ((USUAL, HEAD.size), (DUAL, _NODES))
     lease = unpack(packed)
     return not lease.node and any(end.mac is not None for end in lease.ends)
 
@@ -76,7 +107,8 @@ def subnet_number_of(packed: bytes, family: int) -> int | None:
 
 def outer_source(packed: bytes, family: int) -> int | None:
     """The only address that frames of a lease come from, where the head alone says it, else None."""
-    return int.from_bytes(packed[PUBLIC_IP], "big") if family == HEAD_FAMILY and packed[FORM] <= NODE else None
+    place = PLACES[family]
+    return int.from_bytes(packed[place.public_ip], "big") if packed[FORM] in place.forms else None
 
 
 def number(subnet: Prefix) -> int:
@@ -131,7 +163,34 @@ def pack(lease: Lease) -> bytes:
             end.subnet.base, end.subnet.length, end.public_ip, mac, end.vni, lease.created >> 128, 0, 0, NODE
         )
         return head + lease.handle.to_bytes(16, "big") + lease.node.encode("utf-8", "surrogatepass")
+    if end is not None and small and (packed := _dual(lease, end)) is not None:
+        return packed
     return _general(lease, end)
+
+
+def _dual(lease: Lease, end: Endpoint) -> bytes | None:
+    """A lease in flannel's usual form of both families, None: it is no such one."""
+    other = lease.v6
+    if (
+        other is None
+        or other.source
+        or None in (end.mac, end.vni, other.mac)
+        or other.vni != end.vni
+        or lease.backend != "vxlan"
+        or lease.key != encode_key(end.subnet, other.subnet)
+    ):
+        return None
+    assert end.mac is not None
+    assert other.mac is not None
+    head = HEAD.pack(
+        end.subnet.base, end.subnet.length, end.public_ip, end.mac.to_bytes(6, "big"), end.vni,
+        lease.created, lease.modified, lease.handle, DUAL,
+    )  # fmt: skip
+    second = SECOND.pack(
+        other.subnet.base.to_bytes(16, "big"), other.subnet.length, other.public_ip.to_bytes(16, "big"),
+        other.mac.to_bytes(6, "big"),
+    )  # fmt: skip
+    return head + second + lease.node.encode("utf-8", "surrogatepass")
 
 
 def _general(lease: Lease, end: Endpoint | None) -> bytes:
@@ -161,6 +220,13 @@ def unpack(packed: bytes) -> Lease:
         uid = int.from_bytes(packed[HEAD.size : HEAD.size + 16], "big")
         name = packed[HEAD.size + 16 :].decode("utf-8", "surrogatepass")
         return Lease(name, "vxlan", v4, None, name, created << 128 | uid, 0, uid)
+    if form == DUAL:
+        base6, length6, public_ip6, mac6 = SECOND.unpack_from(packed, HEAD.size)
+        subnet6 = Prefix(6, int.from_bytes(base6, "big"), length6)
+        other = Endpoint(subnet6, int.from_bytes(public_ip6, "big"), vni, int.from_bytes(mac6, "big"))
+        assert v4 is not None
+        node = packed[_NODES:].decode("utf-8", "surrogatepass")
+        return Lease(encode_key(v4.subnet, subnet6), "vxlan", v4, other, node, created, modified, handle)
     key, backend, six, node, created, modified, handle, source = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
     v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
     if v4 is not None and source:
@@ -175,6 +241,8 @@ def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -
     """
     if b" " in key or created < 0 or modified < 0:  # no etcd's: it is left to codec.py
         return None
+    if b"&" in key:
+        return _decode_dual(key, value, created, modified, handle)
     found = _USUAL.fullmatch(f"{key.decode('latin-1')} {value.decode('latin-1')}")
     if found is None or len(value) > MAX_VALUE:
         return None
@@ -190,6 +258,27 @@ def decode(key: bytes, value: bytes, created: int, modified: int, handle: int) -
         base, length, address, bytes.fromhex(mac.replace(":", "")), int(vni), created, modified, handle, USUAL
     )
     return head + node.encode() if node else head
+
+
+def _decode_dual(key: bytes, value: bytes, created: int, modified: int, handle: int) -> bytes | None:
+    found = _DUAL.fullmatch(f"{key.decode('latin-1')} {value.decode('latin-1')}")
+    if found is None or len(value) > MAX_VALUE:
+        return None
+    base_text, length_text, base6_text, length6_text, public_ip, public_ip6, vni, mac, vni6, mac6, node = found.groups()
+    try:
+        base, address = inet_pton(_AF_INET, base_text), inet_pton(_AF_INET, public_ip)
+        base6, address6 = inet_pton(_AF_INET6, base6_text), inet_pton(_AF_INET6, public_ip6)
+    except OSError:
+        return None
+    length, length6 = int(length_text), int(length6_text)
+    host_bits = int.from_bytes(base, "big") << length & 0xFFFFFFFF or int.from_bytes(base6, "big") << length6 & _ALL6
+    if host_bits or vni != vni6 or _NO_MAC in (mac, mac6) or base6_text != inet_ntop(_AF_INET6, base6):
+        return None  # the last: the key could not be made of it again
+    head = _HEAD_OF_BYTES.pack(
+        base, length, address, bytes.fromhex(mac.replace(":", "")), int(vni), created, modified, handle, DUAL
+    )
+    second = SECOND.pack(base6, length6, address6, bytes.fromhex(mac6.replace(":", "")))
+    return head + second + (node.encode() if node else b"")
 
 
 class Leases(Mapping[str, Lease]):
@@ -222,7 +311,7 @@ class Leases(Mapping[str, Lease]):
                 return self
             return Leases({key: p for key, p in self.packed.items() if p[FORM] != NO_IPV4})
         found = {key: p for key, p in self.packed.items() if p[FORM] >= GENERAL}
-        return Leases({key: p for key, p in found.items() if unpack(p).endpoint(family) is not None})
+        return Leases({key: p for key, p in found.items() if p[FORM] == DUAL or unpack(p).endpoint(family) is not None})
 
     def having(self, family: Family, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
         """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and
@@ -233,7 +322,12 @@ class Leases(Mapping[str, Lease]):
         found = [
             p
             for p in self.packed.values()
-            if (p[PUBLIC_IP] == address or p[MAC] == hardware if heads else p[FORM] >= GENERAL)
+            if (
+                p[PUBLIC_IP] == address or p[MAC] == hardware
+                if heads
+                else p[FORM] in (GENERAL, NO_IPV4)
+                or (p[FORM] == DUAL and (address in p or (hardware and hardware in p)))
+            )
         ]
         for text in {text.encode() for text in nodes}:
             found += [p for p in self.packed.values() if text in p]
@@ -261,7 +355,7 @@ class Leases(Mapping[str, Lease]):
         """Those of a MAC, in either family."""
         hardware = mac.to_bytes(6, "big")
         for packed in self.packed.values():
-            if packed[MAC] == hardware or packed[FORM] >= GENERAL:
+            if hardware in packed or packed[FORM] in (GENERAL, NO_IPV4):
                 lease = unpack(packed)
                 if any(end.mac == mac for end in lease.ends):
                     yield lease

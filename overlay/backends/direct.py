@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from lease.model import Endpoint, Prefix
+from lease.records.packed import HEAD_FAMILY
 from overlay.backends.base import Backend, Bulk, Entry, Outer, PackedPeers, TunnelDevice, View
 from overlay.kernel.route import fast
 from overlay.kernel.route.entries import PROTOCOL, UNDERLAY, RouteKey, RouteValue
@@ -70,8 +71,8 @@ class Direct(NamedTuple):
         return self.inner.outer()
 
     def bulk(self, view: View) -> Bulk | None:
-        """The inner one's, and plain routes beside it."""
-        inner = self.inner.bulk(view)
+        """The inner one's, and plain routes beside it; of IPv4."""
+        inner = self.inner.bulk(view) if view.network.family == HEAD_FAMILY else None
         return None if inner is None else _DirectBulk(inner, self, view)
 
 
@@ -103,8 +104,9 @@ class _DirectBulk:
         metric = self._backend.route_key(self._view, Prefix(4, number >> 8, number & 255)).metric
         return fast.direct_message(seq + self._route, packed[:4], number & 255, packed[fast.PUBLIC_IP], metric, oif)
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher:
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher | None:
         """The inner one's, which then knows the peers that are direct."""
         made = self._inner.matcher(peers, oifs)
-        made.set_direct(self.direct, oifs.get(UNDERLAY, -1))
+        if made is not None:
+            made.set_direct(self.direct, oifs.get(UNDERLAY, -1))
         return made

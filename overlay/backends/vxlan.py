@@ -12,14 +12,17 @@ from typing import NamedTuple
 from lease.config import VxlanConfig
 from lease.families import V4, V6, Family
 from lease.model import Endpoint, Prefix, ip_text, link_local, mac_text
+from lease.records.packed import FORM, PLACES
 from overlay.backends.base import Bulk, Entry, Lower, Outer, PackedPeers, View
-from overlay.kernel.route import fast
+from overlay.kernel.route import fast, fast6
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
 
 KIND = "vxlan"
+METRIC6 = 2048
+"""Of routes of IPv6."""
 
 
 _LEADS = {4: "flannel.", 6: "flannel-v6."}
@@ -185,7 +188,7 @@ class Vxlan(NamedTuple):
         metric up in a list, which makes N of them cost N^2 (docs/decisions.md). IPv6 has no such list, and 2048 stands
         behind flannel's 1024, as ours of IPv4 stand behind its 0."""
         if self.family is V6:
-            return RouteKey(subnet.base, subnet.length, 2048)
+            return RouteKey(subnet.base, subnet.length, METRIC6)
         place = (subnet.base - view.network.base) >> (self.family.bits - subnet.length)
         return RouteKey(subnet.base, subnet.length, 1 + place)
 
@@ -194,8 +197,8 @@ class Vxlan(NamedTuple):
         return Outer(self.config.port, self.config.vni)
 
     def bulk(self, view: View) -> Bulk | None:
-        """Of IPv4."""
-        return _VxlanBulk(self, view) if self.family is V4 else None
+        """Of either family; dumps of IPv6 are read entry by entry."""
+        return _VxlanBulk(self, view) if self.family is V4 else _VxlanBulk6(self, view)
 
 
 class _VxlanBulk:
@@ -221,7 +224,22 @@ class _VxlanBulk:
         made = fast.peer_messages(seq, packed[:4], number & 255, packed[fast.MAC], packed[fast.PUBLIC_IP], metric, oif)
         return made if bits == self._backend.full else fast.some_of(made, bits)
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher:
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher | None:
         """Of the tunnel."""
         network, oif = self._view.network.base, oifs.get(TUNNEL, -1)
         return fast.DumpMatcher(peers.packed, peers.by_mac, tuple(peers.lengths), network, oif)
+
+
+class _VxlanBulk6(_VxlanBulk):
+    def messages(self, number: int, packed: bytes, bits: int, seq: int, oifs: Mapping[int, int]) -> bytes | None:
+        """Those of fast6.peer_messages; of a record whose form does not say it all, None."""
+        oif, place = oifs.get(TUNNEL), PLACES[6]
+        if oif is None or packed[FORM] not in place.forms:
+            return None
+        base, length, mac = packed[place.number][:16], number & 255, packed[place.mac]
+        made = fast6.peer_messages(seq, base, length, mac, packed[place.public_ip], METRIC6, oif)
+        return made if bits == self._backend.full else fast6.some_of(made, bits)
+
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> None:
+        """None yet."""
+        del peers, oifs

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lease.config import NetworkConfig
-from lease.families import FAMILIES, Family
+from lease.families import FAMILIES, V6, Family
 from lease.model import NO_NODE, Endpoint, Lease, Prefix, ip_text
-from lease.records.packed import HEAD, NODE
-from overlay.backends.base import Backend, Entry, View
+from lease.records.packed import HEAD, PLACES, SECOND
+from overlay.backends.base import Backend, Bulk, Entry, View
 from overlay.backends.choose import backend_of
 from overlay.control.inputs import Underlay
 from overlay.kernel.route.entries import RouteKey
@@ -110,6 +110,9 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     bulk = node.backend.bulk(view(node))
     if bulk is None:
         return lambda _packed: False
+    if node.family is V6:
+        return _quick6(node, bulk)
+    forms = PLACES[node.network.family].forms
     own, network, shortest = node.end, node.network, node.network.length + node.widest
     usable = bulk.usable(own)
     pods = [(there.base, there.last) for there in (own.subnet, *node.retained)]
@@ -123,7 +126,7 @@ def quick(node: Node) -> Callable[[bytes], bool]:
     def passes(packed: bytes) -> bool:
         base, length, public_ip, mac, vni, _, _, _, form = HEAD.unpack_from(packed)
         last = base | ((1 << (32 - length)) - 1)
-        if form > NODE or not usable(vni, mac) or length < shortest or base < low or last > high:
+        if form not in forms or not usable(vni, mac) or length < shortest or base < low or last > high:
             return False
         if public_ip in bad or base <= public_ip <= last or public_ip >> 24 in reserved:
             return False
@@ -138,6 +141,34 @@ def quick(node: Node) -> Callable[[bytes], bool]:
             if first <= last and base <= end:
                 return False
         return True
+
+    return passes
+
+
+def _quick6(node: Node, bulk: Bulk) -> Callable[[bytes], bool]:
+    """The same of IPv6; a node's address inside Network, which may be right, is left to `refusal`."""
+    own, network, forms, usable = node.end, node.network, PLACES[6].forms, bulk.usable(node.end)
+    shortest = network.length + node.widest
+    retained = [kept for kept in node.retained if kept.family == V6.number]
+    closed = [*node.on_link, *node.kept, own.subnet, *retained]
+    nowhere = [network, own.subnet, *retained, *NO_NODE[6]]
+    bad, allowed = node.addresses | {own.public_ip}, node.allowed
+    read = SECOND.unpack_from
+
+    def passes(packed: bytes) -> bool:
+        _, _, _, _, vni, _, _, _, form = HEAD.unpack_from(packed)
+        if form not in forms:
+            return False
+        raw, length, raw_ip, mac = read(packed, HEAD.size)
+        base, public_ip = int.from_bytes(raw, "big"), int.from_bytes(raw_ip, "big")
+        last = base | (1 << 128 - length) - 1
+        if not usable(vni, mac) or length < shortest or base < network.base or last > network.last or public_ip in bad:
+            return False
+        if any(there.holds(public_ip) for there in nowhere):
+            return False
+        if allowed and not any(there.holds(public_ip) for there in allowed):
+            return False
+        return not any(there.base <= last and base <= there.last for there in closed)
 
     return passes
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lease.families import Family
 from lease.model import WIDTH, Endpoint, Lease, Prefix, mac_text, mask
 from lease.records.codec import key_subnet
-from lease.records.packed import FORM, LENGTH, MAC, MODIFIED, USUAL, Leases, number, pack, quick_number, unpack
+from lease.records.packed import FORM, MODIFIED, NODE, PLACES, Leases, number, pack, quick_number, unpack
 from lease.records.subnets import SubnetIndex
 
 Judge = Callable[[Lease], str | None]
@@ -123,7 +123,7 @@ class PeerTable:
         self._outdone: set[str] = set()
         """Refused since another address had their MAC first; these take no part in disputes about subnets."""
         self._numbers: dict[str, int] = {}
-        """Of peers whose key does not say it (Nodes), or not cheaply (dual-stack records)."""
+        """Of peers whose key does not say it (Nodes)."""
         self._losers = SubnetIndex(self._family)
         self._lost_to: dict[str, int] = {}
         """The subnet number of a peer to whom a record lost its subnet last; it may have gone since."""
@@ -228,19 +228,19 @@ class PeerTable:
     def load(self, leases: Leases, without: str = "") -> None:
         """These records into an empty table, all but one."""
         disputed: dict[str, Lease] = {}
-        latest = self._latest
+        latest, family, place = self._latest, self._family, PLACES[self._family]
         for key, packed in leases.packed.items():
             if key == without:
                 continue
-            there, mac = quick_number(packed, self._family), int.from_bytes(packed[MAC], "big")
+            there, mac = quick_number(packed, family), int.from_bytes(packed[place.mac], "big")
             latest = max(latest, int.from_bytes(packed[MODIFIED], "big"))
-            quick = there is not None and (not self.lengths or packed[LENGTH] in self.lengths)
+            quick = there is not None and (not self.lengths or packed[place.length] in self.lengths)
             if quick and there not in self.packed and mac not in self.by_mac and self._quick(packed):
                 assert there is not None
                 self.packed[there] = packed
                 self.by_mac[mac] = there
-                self.lengths[packed[LENGTH]] += 1
-                if packed[FORM] != USUAL:
+                self.lengths[packed[place.length]] += 1
+                if packed[FORM] == NODE:
                     self._numbers[key] = there
             else:
                 disputed[key] = unpack(packed)
@@ -402,7 +402,7 @@ class PeerTable:
             found.add(there)
         elif found != there:
             self.by_mac[mac] = {found, there}
-        if "&" in lease.key or key_subnet(lease.key, self._family) != self._subnet(lease):
+        if key_subnet(lease.key, self._family) != self._subnet(lease):
             self._numbers[lease.key] = there
 
     def _remove(self, lease: Lease) -> None:

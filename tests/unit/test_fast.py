@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.config import VxlanConfig
-from lease.families import V4
+from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import encode_key
 from lease.records.packed import number, pack
@@ -22,6 +22,7 @@ from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.table import Where
 
 NETWORK = Prefix(4, 10 << 24, 8)
+NETWORK6 = Prefix(6, 0xFD00 << 112, 48)
 OIF, UNDERLAY_OIF = 7, 3
 VIEW = View(V4, NETWORK, (Prefix(4, 192 << 24, 25),))
 """Peers 1 to 127 are on the link."""
@@ -53,6 +54,32 @@ def test_the_messages_of_a_peer_are_those_of_its_entries(lease, seq, backend, bi
     quick = backend.bulk(VIEW).messages(number(lease.v4.subnet), pack(lease), asked, seq, OIFS)
     # of the fields that mean something: wire.py pads in another place
     assert [normal(m) for m in wire.split(quick or b"")] == [normal(m) for m in wire.split(b"".join(plain))]
+
+
+PEERS6 = st.builds(
+    lambda n, length, public_ip, mac: Endpoint(
+        Prefix(6, NETWORK6.base + (n << 128 - length), length), public_ip, 1, mac
+    ),
+    st.integers(1, 200), st.integers(56, 120), st.integers(1, (1 << 128) - 1), st.integers(1, (1 << 48) - 1),
+)  # fmt: skip
+
+
+@given(PEERS, PEERS6, st.integers(1, 1 << 30), st.integers(1, 7))
+def test_the_messages_of_a_peer_of_ipv6_are_those_of_its_entries(lease, end, seq, bits):
+    backend, there = Vxlan(VxlanConfig(), V6), View(V6, NETWORK6, ())
+    plain = [
+        backend.tables[table].put(seq + table, key, value, OIF, False)
+        for table, key, value in backend.entries(there, end)
+        if bits >> table & 1
+    ]
+    both = lease._replace(key=encode_key(lease.v4.subnet, end.subnet), v6=end)
+    quick = backend.bulk(there).messages(number(end.subnet), pack(both), bits, seq, OIFS)
+    assert [normal(m) for m in wire.split(quick or b"")] == [normal(m) for m in wire.split(b"".join(plain))]
+    # a form that does not say it, and a device that is not up: the plain way
+    assert (
+        backend.bulk(there).messages(number(end.subnet), pack(lease._replace(v4=None, v6=end)), bits, seq, OIFS) is None
+    )
+    assert backend.bulk(there).messages(number(end.subnet), pack(both), bits, seq, {}) is None
 
 
 @given(PEERS)

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from lease.families import V4
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import BadRecord, decode_lease, encode_key, encode_value
-from lease.records.packed import Leases, decode, number, pack, subnet_of, unpack
+from lease.records.packed import (
+    DUAL,
+    FORM,
+    PLACES,
+    Leases,
+    by_flannel,
+    decode,
+    number,
+    outer_source,
+    pack,
+    quick_number,
+    subnet_of,
+    unpack,
+)
 from tests.unit import recordings
 
 MACS = st.integers(1, (1 << 48) - 1).map(lambda mac: mac & ~(1 << 40) or 2)
@@ -53,9 +66,17 @@ NODES = st.builds(
     ),
     endpoints(4), MACS, TEXTS, st.integers(0, 1 << 64), st.integers(0, (1 << 128) - 1),
 )  # fmt: skip
+DUALS = st.builds(
+    lambda v4, v6, mac, mac6, vni, node, created, handle: Lease(
+        encode_key(v4.subnet, v6.subnet), "vxlan", v4._replace(vni=vni, mac=mac, source=0), v6._replace(vni=vni, mac=mac6),
+        node, created, created + 5, handle,
+    ),
+    endpoints(4), endpoints(6), MACS, MACS, st.integers(0, (1 << 24) - 1), TEXTS, st.integers(0, 1 << 62),
+    st.integers(-(1 << 62), 1 << 62),
+)  # fmt: skip
 
 
-@given(st.one_of(LEASES, USUAL, NODES))
+@given(st.one_of(LEASES, USUAL, NODES, DUALS))
 def test_what_goes_in_comes_out(lease):
     packed = pack(lease)
     assert unpack(packed) == lease
@@ -84,8 +105,30 @@ def test_the_quick_reader_takes_what_we_write(lease):
     assert agree(lease.key, encode_value(lease._replace(node=node)))
 
 
-def test_it_takes_what_flannel_writes():
-    taken = [agree(key, value) for key, value in recordings.read("etcd-vxlan.txt").keys.items()]
+@given(DUALS)
+def test_it_takes_records_of_both_families_that_we_write(lease):
+    node = "".join(letter for letter in lease.node if " " <= letter <= "~" and letter not in '"\\')
+    # A VNI of eight digits is left to codec.py, and addresses that the C library writes with IPv4's dots.
+    left = lease.v4.vni > 9_999_999 or lease.v6.subnet.base < 1 << 48
+    assert agree(lease.key, encode_value(lease._replace(node=node))) or left
+
+
+@given(DUALS)
+def test_a_record_of_both_families_has_each_where_its_place_says(lease):
+    packed = pack(lease)
+    assert packed[FORM] == DUAL
+    for end in lease.ends:
+        family, place = end.subnet.family, PLACES[end.subnet.family]
+        assert quick_number(packed, family) == number(end.subnet)
+        assert packed[place.length] == end.subnet.length
+        assert int.from_bytes(packed[place.public_ip], "big") == end.public_ip == outer_source(packed, family)
+        assert int.from_bytes(packed[place.mac], "big") == end.mac
+    assert by_flannel(packed) == (not lease.node)
+
+
+@pytest.mark.parametrize("name", ["etcd-vxlan.txt", "etcd-vxlan-dualstack.txt"])
+def test_it_takes_what_flannel_writes(name):
+    taken = [agree(key, value) for key, value in recordings.read(name).keys.items()]
     assert taken
     assert all(taken)
 
@@ -120,6 +163,39 @@ def test_keys_of_every_form(key):
 def test_values_of_every_form(old, new):
     assert old in GOOD.decode()
     agree("10.244.1.0-24", GOOD.decode().replace(old, new).encode())
+
+
+BOTH = (
+    b'{"PublicIP":"192.168.1.2","PublicIPv6":"fd01::2","BackendType":"vxlan",'
+    b'"BackendData":{"VNI":1,"VtepMAC":"3e:55:a4:19:3d:d8"},"BackendV6Data":{"VNI":1,"VtepMAC":"3e:55:a4:19:3d:d9"}}'
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "taken"),
+    [
+        ("10.244.1.0-24&fd00:1::-64", True), ("10.244.1.0-24&fd00:01::-64", False), ("10.244.1.0-24&fd00:1:0::-64", False),
+        ("10.244.1.0-24&FD00:1::-64", False), ("10.244.1.0-24&fd00:1::1-64", False), ("10.244.1.1-24&fd00:1::-64", False),
+        ("10.244.1.0-24&fd00:1::-128", False), ("10.244.1.0-24&fd00:1::-0", False), ("10.244.1.0-24&fd00:1::-064", False),
+        ("0.0.0.0-0&fd00:1::-64", False), ("10.244.1.0-24&10.244.2.0-24", False), ("10.244.1.0-24&::1.2.3.0-120", False),
+        ("10.244.1.0-24&fd00:1::-64&fd00:2::-64", False), ("10.244.1.0-24&", False), ("&", False),
+    ],
+)  # fmt: skip
+def test_keys_of_both_families_of_every_form(key, taken):
+    assert agree(key, BOTH) == taken
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"fd01::2"', "null"), ('"fd01::2"', '"fd01::g"'), ('"fd01::2"', '"1.2.3.4"'), ('"fd01::2"', '"fd01::2%eth0"'),
+        ('V6Data":{"VNI":1', 'V6Data":{"VNI":2'), ("3d:d9", "3d:zz"), ("3e:55:a4:19:3d:d9", "00:00:00:00:00:00"),
+        ('d9"}}', 'd9"},"OverlayNode":"' + "n" * 129 + '"}'), ('"PublicIP":"192.168.1.2",', ""), ('BackendV6Data', "BackendV6data"),
+    ],
+)  # fmt: skip
+def test_values_of_both_families_of_every_form(old, new):
+    assert old in BOTH.decode()
+    assert not agree("10.244.1.0-24&fd00:1::-64", BOTH.decode().replace(old, new).encode())
 
 
 @given(st.binary(max_size=40), st.binary(max_size=200))

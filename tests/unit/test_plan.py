@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from lease.config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
+from lease.records.codec import encode_key
 from lease.records.packed import pack, unpack
 from overlay.backends.base import Lower, View
 from overlay.backends.choose import backend_of
@@ -15,7 +16,7 @@ from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, N
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
 from overlay.peers.plan import entries, quick, refusal
-from tests.support.make import lease, node
+from tests.support.make import lease, node, node_in
 
 
 def ip(text: str) -> int:
@@ -260,3 +261,39 @@ def test_everything_else_is_changed_live(change, expected):
 def test_the_quick_judge_says_what_the_plain_one_says(record, retained, widest):
     here = node(retained=retained, widest=widest)
     assert quick(here)(pack(record)) == (refusal(here, record) is None)
+
+
+@given(
+    st.builds(
+        lambda subnet, ip, mac, vni: Endpoint(prefix(subnet), ip_number(ip, 6), vni, mac_number(mac)),
+        st.sampled_from(
+            ["fd00:10:244:9::/64", "fd00:10:244:1::/64", "fd00:10:244:1::/65", "fd00:10:245::/64", "fd00:10:244::/49",
+             "fd00:10:244:8000::/50", "fd00:10:244:7::/64", "fd01::/64", "fd00:10:244:2::/63", "fd00:10:244:ffff::/64"]
+        ),
+        st.sampled_from(
+            ["fd01::9", "fd01::2", "fd01::", "::9", "::1", "ff02::1", "fe80::9", "fd00:10:244:9::9", "fd00:10:244:8::8", "fd05::9",
+             "::ffff:1.2.3.4", "fd00:10:249:7::1"]
+        ),
+        st.sampled_from(["0a:00:00:00:00:09", "0a:00:00:00:00:02", "0a:00:00:00:00:01"]),
+        st.sampled_from([1, 1, 1, 2]),
+    ),
+    st.sampled_from([(), (prefix("fd00:10:244:7::/64"),), (prefix("fd00:10:249:7::/64"),)]),
+    st.sampled_from([1, 2]),
+    st.sampled_from([(), (prefix("fd01::/64"),)]),
+)  # fmt: skip
+def test_the_quick_judge_of_ipv6_lets_nothing_pass_that_the_plain_one_refuses(end, retained, widest, allowed):
+    ours = Endpoint(prefix("fd00:10:244:2::/64"), ip_number("fd01::2", 6), 1, mac_number("0a:00:00:00:00:02"))
+    here = node_in(6)._replace(
+        network=prefix("fd00:10:244::/48"),
+        own=Lease("", "vxlan", None, ours, "", 1, 1, 0),
+        on_link=(prefix("fd01::/64"),),
+        neighbours=(),
+        addresses=frozenset({ours.public_ip}),
+        retained=retained,
+        widest=widest,
+        allowed=allowed,
+    )
+    first = lease("10.244.9.0/24", "192.168.1.9")
+    record = first._replace(key=encode_key(first.v4.subnet, end.subnet), v6=end)
+    assert quick(here)(pack(record)) == (refusal(here, record) is None)
+    assert not quick(here)(pack(record._replace(v4=None))), "left to the plain one"
