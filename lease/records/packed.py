@@ -345,11 +345,14 @@ class Leases(Mapping[str, Lease]):
                 if end is not None and end.subnet.overlaps(subnet):
                     yield lease
 
-    def unusual(self, family: int, length: int) -> Iterator[Lease]:
-        """Those that are not found by the key of a subnet of that length: it has another one, or the key says more."""
-        for packed in self.packed.values():
+    def unusual(self, family: int, length: int) -> Iterator[tuple[str, Prefix]]:
+        """Keys and subnets of a family that are not found by the key of a subnet of that length: it has another one, or the
+        key says more."""
+        for key, packed in self.packed.items():
             if family != HEAD_FAMILY or packed[LENGTH] != length or packed[FORM]:
-                yield unpack(packed)
+                there = subnet_number_of(packed, family)
+                if there is not None:
+                    yield key, Prefix(family, there >> 8, there & 255)
 
     def with_mac(self, mac: int) -> Iterator[Lease]:
         """Those of a MAC, in either family."""

@@ -190,13 +190,12 @@ class Occupied:
         self._leases, self._without, self._claim = snapshot.leases, without, claim
         self._family, self._length = claim.family.number, claim.pool.length
         self._others = SubnetIndex(self._family)
-        for lease in snapshot.leases.unusual(self._family, self._length):
-            end = claim.end(lease)
-            if end is not None and lease.key != without:
-                if usable(claim, end.subnet):
-                    self._others.add(end.subnet, lease.key)
+        for key, subnet in snapshot.leases.unusual(self._family, self._length):
+            if key != without:
+                if usable(claim, subnet):
+                    self._others.add(subnet, key)
                 else:
-                    self._block(end.subnet.base, lease.key)
+                    self._block(subnet.base, key)
         for key in snapshot.refused:
             base = key_base(key, self._family)
             if base is not None and key != without:

@@ -78,8 +78,8 @@ class Bulk(Protocol):
         """Messages that put a peer's entries of these tables, where none stands yet, numbered `seq` + table. oifs:
         interfaces that are up, by role. None: ask `entries`."""
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> DumpMatcher | None:
-        """For reading a dump, and notifications; None: entry by entry."""
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> DumpMatcher:
+        """For reading a dump, and notifications."""
 
 
 class TunnelDevice(Protocol):

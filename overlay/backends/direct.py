@@ -104,9 +104,8 @@ class _DirectBulk:
         metric = self._backend.route_key(self._view, Prefix(4, number >> 8, number & 255)).metric
         return fast.direct_message(seq + self._route, packed[:4], number & 255, packed[fast.PUBLIC_IP], metric, oif)
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher | None:
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher:
         """The inner one's, which then knows the peers that are direct."""
         made = self._inner.matcher(peers, oifs)
-        if made is not None:
-            made.set_direct(self.direct, oifs.get(UNDERLAY, -1))
+        made.set_direct(self.direct, oifs.get(UNDERLAY, -1))
         return made

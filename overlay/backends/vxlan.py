@@ -197,7 +197,7 @@ class Vxlan(NamedTuple):
         return Outer(self.config.port, self.config.vni)
 
     def bulk(self, view: View) -> Bulk | None:
-        """Of either family; dumps of IPv6 are read entry by entry."""
+        """Of either family."""
         return _VxlanBulk(self, view) if self.family is V4 else _VxlanBulk6(self, view)
 
 
@@ -224,7 +224,7 @@ class _VxlanBulk:
         made = fast.peer_messages(seq, packed[:4], number & 255, packed[fast.MAC], packed[fast.PUBLIC_IP], metric, oif)
         return made if bits == self._backend.full else fast.some_of(made, bits)
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher | None:
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast.DumpMatcher:
         """Of the tunnel."""
         network, oif = self._view.network.base, oifs.get(TUNNEL, -1)
         return fast.DumpMatcher(peers.packed, peers.by_mac, tuple(peers.lengths), network, oif)
@@ -240,6 +240,9 @@ class _VxlanBulk6(_VxlanBulk):
         made = fast6.peer_messages(seq, base, length, mac, packed[place.public_ip], METRIC6, oif)
         return made if bits == self._backend.full else fast6.some_of(made, bits)
 
-    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> None:
-        """None yet."""
-        del peers, oifs
+    def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast6.DumpMatcher6:
+        """Of the tunnel."""
+        network, oif = self._view.network.base, oifs.get(TUNNEL, -1)
+        made = fast6.DumpMatcher6(peers.packed, peers.by_mac, tuple(peers.lengths), network, oif)
+        made.metric = METRIC6
+        return made

@@ -40,7 +40,7 @@ _SIZE = struct.Struct("=L")
 _ROUTE_SEEN, _ROUTE_SEEN_SIZE = struct.Struct("=4xH10x1s1s10s8s4s4s4sL4s4s4sL"), 68
 _NEIGHBOUR_SEEN, _NEIGHBOUR_SEEN_SIZE = struct.Struct("=4xH10x12s4s4s4s6s"), 76
 _FDB_SEEN, _FDB_SEEN_SIZE = struct.Struct("=4xH10x12s4s6s2x4s4s"), 68
-_EVENT, _EVENT_SIZE = struct.Struct("=4xH10xB3xl4x4s6s"), 38
+_EVENT = struct.Struct("=4xH10xB3xl4x4s6s")
 _INET = bytes([wire.AF_INET])
 _ROUTE_FORM, _DIRECT_FORM = (
     struct.pack("=BBBBBBL", 0, 0, RT_TABLE_MAIN, PROTOCOL, wire.RT_SCOPE_UNIVERSE, wire.RTN_UNICAST, flags)
@@ -93,6 +93,10 @@ class DumpMatcher:
     network: the base.
     """
 
+    _sizes = (_NEIGHBOUR_SEEN_SIZE, _FDB_SEEN_SIZE, _ROUTE_SEEN_SIZE)
+    _event, _dst_mark, _family = _EVENT, _DST_MARK, wire.AF_INET
+    """Of IPv4, as the kernel lays them out; fast6.py has those of IPv6."""
+
     def __init__(
         self,
         packed: Mapping[int, bytes],
@@ -105,7 +109,7 @@ class DumpMatcher:
         self._direct: Callable[[bytes], bool] | None = None
         self._underlay = -1
         pack = struct.Struct("=BBHlHBB").pack
-        self._neighbour_form = pack(wire.AF_INET, 0, 0, oif, NUD_PERMANENT, 0, wire.RTN_UNICAST)
+        self._neighbour_form = pack(self._family, 0, 0, oif, NUD_PERMANENT, 0, wire.RTN_UNICAST)
         self._fdb_form = pack(wire.AF_BRIDGE, 0, 0, oif, NUD_PERMANENT, wire.NTF_SELF, wire.RTN_UNICAST)
 
     def set_direct(self, direct: Callable[[bytes], bool], underlay: int) -> None:
@@ -114,15 +118,15 @@ class DumpMatcher:
 
     def routes(self, data: bytes) -> Matched:
         """A buffer of a route dump."""
-        return _match_all(data, _ROUTE_SEEN_SIZE, self._route)
+        return _match_all(data, self._sizes[ROUTES], self._route)
 
     def neighbours(self, data: bytes) -> Matched:
         """A buffer of a neighbour dump."""
-        return _match_all(data, _NEIGHBOUR_SEEN_SIZE, self._neighbour)
+        return _match_all(data, self._sizes[NEIGHBOURS], self._neighbour)
 
     def fdb(self, data: bytes) -> Matched:
         """A buffer of an FDB dump."""
-        return _match_all(data, _FDB_SEEN_SIZE, self._fdb)
+        return _match_all(data, self._sizes[FDB], self._fdb)
 
     def of(self, table: int) -> Callable[[bytes], Matched]:
         """The one of these three that is a table's: neighbours, FDB, routes."""
@@ -131,21 +135,21 @@ class DumpMatcher:
     def event(self, data: bytes) -> tuple[int, bool, int] | None:
         """A notification of a neighbour or FDB entry (one message): its table, whether the entry is gone, and the number of
         the peer whose entry is as it should be, or was of that key; 0: ask wire.py. None: of another device."""
-        if len(data) < _EVENT_SIZE:
+        if len(data) < self._event.size:
             return NEIGHBOURS, False, 0
-        message, family, oif, mark, key = _EVENT.unpack_from(data)
+        message, family, oif, mark, key = self._event.unpack_from(data)
         if oif != self._oif:
             return None
         table = FDB if family == wire.AF_BRIDGE else NEIGHBOURS
         if message == wire.RTM_DELNEIGH:
             if table == FDB:
-                ours = mark == _MAC_MARK and len(data) == _FDB_SEEN_SIZE  # shorter: rtnetlink's own (wire.parse_fdb)
-                number = self._by_mac.get(int.from_bytes(key, "big"), 0) if ours else 0
+                ours = mark == _MAC_MARK and len(data) == self._sizes[FDB]  # shorter: rtnetlink's own (wire.parse_fdb)
+                number = self._by_mac.get(int.from_bytes(key[:6], "big"), 0) if ours else 0
                 return table, True, self._by_tunnel(number if isinstance(number, int) else 0)
-            return table, True, self._by_tunnel(self._with_address(key[:4]) if mark == _DST_MARK else 0)
+            return table, True, self._by_tunnel(self._with_address(key) if mark == self._dst_mark else 0)
         if table == FDB:
-            return table, False, self._fdb(data, 0) if len(data) == _FDB_SEEN_SIZE else 0
-        return table, False, self._neighbour(data, 0) if len(data) == _NEIGHBOUR_SEEN_SIZE else 0
+            return table, False, self._fdb(data, 0) if len(data) == self._sizes[FDB] else 0
+        return table, False, self._neighbour(data, 0) if len(data) == self._sizes[NEIGHBOURS] else 0
 
     def _by_tunnel(self, number: int) -> int:
         """A peer, 0 for one that is reached without the tunnel."""
@@ -153,8 +157,8 @@ class DumpMatcher:
         return 0 if direct else number
 
     def _with_address(self, address: bytes) -> int:
-        """The one peer whose subnet has that base, 0 where there is none, or several."""
-        base = int.from_bytes(address, "big") << 8
+        """The one peer whose neighbour entry has that address (its first four bytes), 0 where there is none, or several."""
+        base = int.from_bytes(address[:4], "big") << 8
         found = [base | length for length in self._lengths if base | length in self._packed]
         return found[0] if len(found) == 1 else 0
 
