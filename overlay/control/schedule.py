@@ -283,7 +283,7 @@ class Schedule:
     def waiting(self) -> str:
         """Why the node is not ready: what the first controller that waits waits for; "" where none does."""
         for slot in self._slots:
-            if slot.waits and not slot.harmless:  # without those pods' traffic is as it should be
+            if slot.waits and not (slot.harmless or slot.off):  # without those pods' traffic is as it should be
                 return str(slot.wants.reason)
             if slot.wants is not None and (reason := slot.controller.unready()) and not slot.harmless:
                 return reason

@@ -162,7 +162,7 @@ FLAGS = {
     "--iface-regex=a{4294967296}": "is not a regular expression",
     "--etcd-prefix=/\udcff": "is not UTF-8",
     "--etcd-endpoints=http://root:hunter2@10.0.0.1:2379": "not in an address",
-    "--underlay-cidr=everything": "must be an IPv4 prefix",
+    "--underlay-cidr=everything": "must be a prefix like 192.168.0.0/16 or fd00:1::/48",
     "--public-ip=eth0": "must be an IPv4 address",
 }
 

@@ -181,13 +181,13 @@ def test_after_a_restore_the_list_is_read_whole(odd, store):
 def test_hints_of_a_list_that_failed_are_not_kept(odd, store):
     mine = {**GOOD_META, "name": "me"}
     odd.answer = listed([{"metadata": mine, "spec": {"podCIDR": "10.1.1.0/24"}}])
-    assert store.read().hints.overwrite == 0
+    assert store.read().hints.overwrite == {}
     overwritten = {**mine, "annotations": {f"{DEFAULT_PREFIX}/public-ip-overwrite": "9.9.9.9"}}
     odd.answer = listed([{"metadata": overwritten, "spec": {"podCIDR": "10.1.1.0/24"}}, None])
     with pytest.raises(StoreUnavailable):
         store.read()
     odd.answer = listed([{"metadata": mine, "spec": {"podCIDR": "10.1.1.0/24"}}])
-    assert store.read().hints.overwrite == 0
+    assert store.read().hints.overwrite == {}
 
 
 def test_a_server_that_lags_behind_is_asked_without_a_version(odd, store):
