@@ -286,7 +286,7 @@ def test_the_api_server(kube_scene, how):
         kube_scene, f"API server {'killed' if killed else 'frozen'}", f"{how.name}, back 15 s after it is noticed",
         kube.stop if killed else kube.freeze, kube.start if killed else kube.thaw,
     )  # fmt: skip
-    assert kube_scene.agents[0].problems() == {}
+    until("all is well again", lambda: kube_scene.agents[0].problems() == {})
 
 
 def test_a_black_hole_before_the_api_server(kube_scene):
