@@ -28,7 +28,10 @@ def host(inside) -> Iterator[Callable[[], Inputs]]:
     """The inputs of the namespace, with its links read and its underlay chosen."""
     requests = inside(RequestSocket)
     current = CurrentInputs(Settings(iface=("eth0",)))
-    links, underlay = LinksSource(current, (V4,), requests), UnderlaySource(current, V4, requests, lambda _number: {}, lambda: None)
+    links, underlay = (
+        LinksSource(current, (V4,), requests),
+        UnderlaySource(current, V4, requests, lambda _number: {}, lambda: None),
+    )
 
     def read() -> Inputs:
         links.reconcile(())
