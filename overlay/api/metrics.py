@@ -134,7 +134,9 @@ def _state(page: _Page, status: Status) -> None:
     lease = found.get("lease")
     if lease is not None and lease["left_s"] is not None:
         page.one("overlay_lease_left_seconds", "gauge", "Until the lease in etcd ends.", lease["left_s"])
-    refused = {**found.get("unreadable_records", {}), **found.get("refused_records", {})}
+    refused = dict(found.get("unreadable_records", {}))
+    for _, view in _views(status):
+        refused |= view.get("refused_records", {})
     counts = Counter(reason_label(key in found.get("unreadable_records", {}), text) for key, text in refused.items())
     labels = ["unreadable", *dict.fromkeys(label for _, label in REASONS), "other"]
     page.add(

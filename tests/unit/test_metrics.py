@@ -137,3 +137,22 @@ def test_addresses_in_use_are_host_locals_files(tmp_path):
         (folder / name).write_text("x")
     assert process.used_addresses(str(tmp_path), "cbr0") == 2
     assert process.used_addresses(str(tmp_path / "none"), "cbr0") is None
+
+
+def test_what_is_of_ipv6_is_counted_and_labelled():
+    """In a network of both families, and of IPv6 alone."""
+    six = {
+        "peers_ipv6": [1, 2],
+        "refused_records_ipv6": {"d": "subnet fd00:1::/64 overlaps our own", "b": "who knows"},
+    }
+    own = {"subnet": "10.244.1.0/24", "subnet_ipv6": "fd00:1::/64", "left_s": 3600}
+    both = {**SECTIONS, **six, "lease": own, "network": {"subnets": {"ipv4": {"size": 255}, "ipv6": {"size": 9}}}}
+    found = families(full()._replace(sections=both))
+    assert samples(found, "overlay_peers") == {(): 3, (("family", "ipv6"),): 2}
+    assert samples(found, "overlay_network_subnets_used") == {(): 4, (("family", "ipv6"),): 3}
+    refused = samples(found, "overlay_records_refused")
+    assert sum(refused.values()) == 4, "a, b, c and d; b is refused by both and is one record"
+    alone = {**six, "lease": {"subnet": "fd00:1::/64", "left_s": 3600}, "network": {"subnets": {"ipv6": {"size": 9}}}}
+    found = families(full()._replace(sections=alone))
+    assert samples(found, "overlay_peers") == {(("family", "ipv6"),): 2}
+    assert sum(samples(found, "overlay_records_refused").values()) == 2
