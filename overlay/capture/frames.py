@@ -1,6 +1,6 @@
-"""Frames taken apart: Ethernet, IPv4, UDP, VXLAN and what is inside. Pure.
+"""Frames taken apart: Ethernet, IPv4 or IPv6, UDP, VXLAN and what is inside. Pure.
 
-Sources: IEEE 802.3, RFC 791, RFC 768, RFC 7348; the file: libpcap's savefile format (pcap-savefile(5)).
+Sources: IEEE 802.3, RFC 791, RFC 8200, RFC 4443, RFC 768, RFC 7348; the file: libpcap's savefile format (pcap-savefile(5)).
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ import socket
 import struct
 from typing import NamedTuple
 
+from lease.model import ip_text
+
 VNI_VALID = 0x08
-_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 132: "sctp"}
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmpv6", 132: "sctp"}
 _ETHERNET, _MOST = 1, 262144
 _ICMP = {0: "echo reply", 3: "unreachable", 8: "echo request", 11: "time exceeded"}
+_ICMPV6 = {
+    1: "unreachable", 2: "packet too big", 3: "time exceeded", 128: "echo request", 129: "echo reply",
+    133: "router solicitation", 134: "router advertisement", 135: "neighbour solicitation", 136: "neighbour advertisement",
+}  # fmt: skip
+_ECHO = {1: (0, 8), 58: (128, 129)}
+_FRAGMENT, _MORE_HEADERS = 44, (0, 43, 60)
+"""IPv6's header of a fragment; those of options and routing, which say their length in units of eight bytes (RFC 8200)."""
 _FLAGS = ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (16, "."))
 
 
 class Packet(NamedTuple):
-    """An IPv4 packet. what: its protocol and what stands in that, for people."""
+    """An IP packet. what: its protocol and what stands in that, for people."""
 
     source: str
     destination: str
@@ -37,7 +46,7 @@ class Frame(NamedTuple):
 
 
 def parse(frame: bytes, port: int) -> Frame | None:
-    """port: of the tunnel, 0: there is none. None: no IPv4, or no VXLAN with IPv4 inside."""
+    """port: of the tunnel, 0: there is none. None: no IP, or no VXLAN with IP inside."""
     outer = _ethernet(frame)
     if outer is None:
         return None
@@ -76,6 +85,8 @@ def pcap_record(frame: bytes, at_ns: int) -> bytes:
 
 
 def _ethernet(frame: bytes) -> Packet | None:
+    if frame[12:14] == b"\x86\xdd":
+        return _ipv6(frame[14:])
     if len(frame) < 34 or frame[12:14] != b"\x08\x00" or frame[14] >> 4 != 4:
         return None
     header = (frame[14] & 15) * 4
@@ -87,12 +98,27 @@ def _ethernet(frame: bytes) -> Packet | None:
     return Packet(source, destination, protocol, length, what, b"" if fragment else payload)
 
 
+def _ipv6(packet: bytes) -> Packet | None:
+    if len(packet) < 40 or packet[0] >> 4 != 6:
+        return None
+    length, protocol = 40 + int.from_bytes(packet[4:6], "big"), packet[6]
+    source, destination = (ip_text(6, int.from_bytes(packet[at : at + 16], "big")) for at in (8, 24))
+    payload = packet[40:]
+    while protocol in (*_MORE_HEADERS, _FRAGMENT) and len(payload) >= 8:
+        if protocol == _FRAGMENT and int.from_bytes(payload[2:4], "big") >> 3:
+            what = f"fragment of {_PROTOCOLS.get(payload[0], payload[0])}"
+            return Packet(source, destination, payload[0], length, what, b"")
+        size = 8 if protocol == _FRAGMENT else 8 * (payload[1] + 1)
+        protocol, payload = payload[0], payload[size:]
+    return Packet(source, destination, protocol, length, _what(protocol, payload), payload)
+
+
 def _what(protocol: int, data: bytes) -> str:
     name = _PROTOCOLS.get(protocol, f"protocol {protocol}")
-    if protocol == 1 and len(data) >= 8:
+    if protocol in _ECHO and len(data) >= 8:
         kind, code, ident, sequence = data[0], data[1], *struct.unpack_from("!HH", data, 4)
-        detail = f" id {ident} seq {sequence}" if kind in (0, 8) else f" code {code}"
-        return f"{name} {_ICMP.get(kind, f'type {kind}')}{detail}"
+        detail = f" id {ident} seq {sequence}" if kind in _ECHO[protocol] else f" code {code}"
+        return f"{name} {(_ICMP if protocol == 1 else _ICMPV6).get(kind, f'type {kind}')}{detail}"
     if protocol in (6, 17) and len(data) >= 8:
         source, destination = struct.unpack_from("!HH", data)
         flags = "".join(letter for bit, letter in _FLAGS if len(data) >= 14 and data[13] & bit) if protocol == 6 else ""

@@ -14,13 +14,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import click
 
+from lease.families import FAMILIES, V6
 from lease.model import Prefix, ip_number, prefix
-from overlay.api.family import primary
+from overlay.api.family import views
 from overlay.capture import frames
 from overlay.capture.frames import Frame
 from overlay.cli.complete import TARGET
 from overlay.cli.status import ask
-from overlay.control.health import FIRST
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 ETH_P_ALL, ETH_P_IP = 3, 0x0800
@@ -36,8 +36,11 @@ class Goal(NamedTuple):
     def wants(self, found: Frame) -> bool:
         """Whether a frame is one of them."""
         if self.inner is not None:
-            ends = (ip_number(end, 4) for end in (found.inner.source, found.inner.destination))
-            return any(self.inner.holds(end) for end in ends)
+            family = self.inner.family
+            ends = [
+                end for end in (found.inner.source, found.inner.destination) if (":" in end) == (family == V6.number)
+            ]
+            return any(self.inner.holds(ip_number(end, family)) for end in ends)
         return found.outer is not None and self.outer in (found.outer.source, found.outer.destination)
 
 
@@ -56,18 +59,18 @@ def capture(
     """Show the packets of the tunnel that pass this node's underlay.
 
     TARGET is a node's name, a public IP or a subnet (packets of that peer), or the address of a pod; without one all of the
-    tunnel's are shown. Packets of peers that are reached directly are seen by their pods' addresses.
+    tunnel's are shown. In a network of both families a name means the peer's IPv4. Packets of peers that are reached
+    directly are seen by their pods' addresses.
 
     Exit status: 0 there were some, 1 none passed, 2 a wrong argument, 3 no agent answers here.
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root may capture: run it with sudo")
-    found = primary(ask(run_dir))
-    if found["family"] != FIRST:
-        raise click.ClickException("packets of IPv6 are not decoded yet: tcpdump -ni eth0 udp port 8472")
-    if not found["device"] or not found["underlay"]:
+    there = [view for view in views(ask(run_dir), None) if view.get("device") and view.get("underlay")]
+    if not there:
         raise click.ClickException("this node has no device yet: overlay status says what it waits for")
-    goal, interface, port = _goal(target, found), found["underlay"]["interface"], found["device"]["port"]
+    goal, view = _goal(target, there)
+    interface, port = view["underlay"]["interface"], view["device"]["port"]
     try:
         file: BinaryIO | None = None if path is None else sys.stdout.buffer if path == "-" else open(path, "wb")  # noqa: SIM115
         passed = _run(interface, port, goal, count, seconds, file, as_json)
@@ -80,15 +83,20 @@ def capture(
     sys.exit(0 if passed else 1)
 
 
-def _goal(target: str | None, found: dict[str, Any]) -> Goal | None:
+def _goal(target: str | None, there: list[dict[str, Any]]) -> tuple[Goal | None, dict[str, Any]]:
+    """What is meant, and the view of its family. there: views of the status, by family."""
     if target is None:
-        return None
-    for peer in found["peers"]:
-        if target in (peer["node_name"], peer["public_ip"], peer["subnet"]):
-            direct = peer["path"] == "direct"
-            return Goal(prefix(peer["subnet"]) if direct or target == peer["subnet"] else None, peer["public_ip"])
+        return None, there[0]
+    for view in there:
+        for peer in view.get("peers") or ():
+            if target in (peer["node_name"], peer["public_ip"], peer["subnet"]):
+                direct = peer["path"] == "direct"
+                inner = prefix(peer["subnet"]) if direct or target == peer["subnet"] else None
+                return Goal(inner, peer["public_ip"]), view
     try:
-        return Goal(prefix(target if "/" in target else f"{target}/32"), "")
+        family = FAMILIES[6 if ":" in target else 4]
+        inner = prefix(target if "/" in target else f"{target}/{family.bits}")
+        return Goal(inner, ""), next((view for view in there if view["family"] == family.number), there[0])
     except ValueError:
         raise click.UsageError(f"{target}: no peer has that name, public IP or subnet, and it is no address") from None
 
@@ -122,7 +130,7 @@ def _run(
 
 
 def _frames(interface: str, seconds: float) -> Iterator[tuple[bytes, int, bool]]:
-    """IPv4 frames as they pass, when (ns since the epoch), and whether they leave. Raises OSError."""
+    """Frames as they pass, when (ns since the epoch), and whether they leave. Raises OSError."""
     end = time.monotonic() + seconds
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL)) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)

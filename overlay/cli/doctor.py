@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from overlay.api.family import families, primary
+from overlay.api.family import families, primary, views
 from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
 from overlay.cli.status import NoAgent, asked
@@ -111,7 +111,8 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
     yield from _guarded("firewalls", network.firewalls)
     for of_node in (network.sysctls, network.deaf, network.held, network.offloads):
         yield from _guarded(of_node.__name__, of_node, node)
-    yield from _guarded("MTU", network.mtus, node, subnet_file)
+    devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
+    yield from _guarded("MTU", network.mtus, node, subnet_file, devices)
     yield from _guarded("addresses", network.duplicates, node, who_answers)
 
 

@@ -133,8 +133,8 @@ def _whose(table: str) -> str:
 # --- MTUs
 
 
-def mtus(node: Node, subnet_file: str) -> Findings:
-    """Pods' interfaces must not have a larger one than the tunnel's device."""
+def mtus(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
+    """Pods' interfaces must not have a larger one than the tunnel's device. devices: each family's MTU, by its name."""
     under, tunnel = node.link(node.underlay), node.link(node.tunnel)
     if under is None or tunnel is None:
         yield Finding(
@@ -171,10 +171,12 @@ def mtus(node: Node, subnet_file: str) -> Findings:
     said = next(
         (line.partition("=")[2] for line in read_text(subnet_file).splitlines() if line.startswith("FLANNEL_MTU=")), ""
     )
-    if said and said != str(tunnel.mtu):
+    smallest = min(devices, key=lambda name: devices[name], default=node.tunnel)
+    if said and said != str(devices.get(smallest, tunnel.mtu)):
         wrong += 1
         yield Finding(
-            "MTU", State.WRONG, f"{subnet_file} says {said}, {node.tunnel} has {tunnel.mtu}", "new pods get that",
+            "MTU", State.WRONG, f"{subnet_file} says {said}, {smallest} has {devices.get(smallest, tunnel.mtu)}",
+            "new pods get that",
             "overlay status: the agent writes it",
         )  # fmt: skip
     if not wrong:

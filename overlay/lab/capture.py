@@ -40,6 +40,8 @@ def parse_vxlan(frame: bytes, port: int, interface: str) -> Captured | None:
     if found is None or found.outer is None or found.inner.protocol != UDP or len(found.inner.payload) < 8:
         return None
     outer, inner = found.outer, found.inner
+    if ":" in inner.source:
+        return None
     return Captured(
         interface,
         len(frame),

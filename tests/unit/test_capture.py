@@ -42,10 +42,46 @@ def test_what_is_beside_it_is_shown_as_it_is():
     assert frames.parse(b"\0" * 60, 8472) is None
 
 
+def ipv6(header: int, payload: bytes, source: str = "fd00:1::2", target: str = "fd00:2::2") -> bytes:
+    ends = b"".join(ip_number(end, 6).to_bytes(16, "big") for end in (source, target))
+    return framed(b"")[:12] + b"\x86\xdd" + struct.pack("!LHBB", 6 << 28, len(payload), header, 64) + ends + payload
+
+
+def tunnelled6(inner: bytes) -> bytes:
+    vxlan = bytes([8, 0, 0, 0]) + (5).to_bytes(3, "big") + b"\0" + inner
+    return ipv6(17, struct.pack("!HHHH", 40000, 8472, 8 + len(vxlan), 0) + vxlan, "fd01::2", "fd01::3")
+
+
+ECHO6 = struct.pack("!BBHHH", 128, 0, 0, 7, 1)
+
+
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        (ipv6(58, ECHO6), "fd00:1::2 > fd00:2::2 icmpv6 echo request id 7 seq 1, 48 bytes"),
+        (ipv6(6, struct.pack("!HHLLBB", 1234, 80, 0, 0, 0x50, 2)), "fd00:1::2 > fd00:2::2 tcp 1234 > 80 [S], 54 bytes"),
+        (ipv6(0, bytes([58, 0, 1, 4, 0, 0, 0, 0]) + ECHO6), "icmpv6 echo request id 7 seq 1, 56 bytes"),
+        (ipv6(44, bytes([17, 0, 0x05, 0xA8, 0, 0, 0, 1]) + b"x" * 8), "fragment of udp, 56 bytes"),
+        (ipv6(44, bytes([58, 0, 0, 1, 0, 0, 0, 1]) + ECHO6), "icmpv6 echo request id 7 seq 1, 56 bytes"),
+        (ipv6(58, struct.pack("!BBHL", 135, 0, 0, 0)), "icmpv6 neighbour solicitation code 0, 48 bytes"),
+        (framed(INNER), "10.244.1.2 > 10.244.2.2 tcp 1234 > 80 [S], 40 bytes"),
+    ],
+)
+def test_a_packet_of_ipv6_is_taken_apart(inner, words):
+    found = frames.parse(tunnelled6(inner), 8472)
+    assert frames.line(found).startswith("fd01::2 > fd01::3 vni 5 | ")
+    assert frames.line(found).endswith(words)
+    assert frames.line(frames.parse(inner, 8472)).endswith(words)
+    assert Goal(None, "fd01::3").wants(found)
+    assert Goal(prefix("fd00:2::/64"), "").wants(found) == (":" in found.inner.source)
+    assert not Goal(prefix("fd00:3::/64"), "").wants(found)
+    assert Goal(prefix("10.244.2.0/24"), "").wants(found) == ("10.244" in words)
+
+
 def test_no_length_of_a_frame_is_too_short():
-    whole = tunnelled(framed(INNER))
-    for cut in range(len(whole)):
-        frames.parse(whole[:cut], 8472)
+    for whole in (tunnelled(framed(INNER)), tunnelled6(ipv6(0, bytes([58, 0, 1, 4, 0, 0, 0, 0]) + ECHO6))):
+        for cut in range(len(whole)):
+            frames.parse(whole[:cut], 8472)
 
 
 @pytest.mark.parametrize(
