@@ -8,6 +8,7 @@ from lease.families import FAMILIES, Family
 from lease.model import ip_number, ip_text, mac_text, prefix
 from overlay.api.family import family_of, network_of
 from overlay.check import far_side
+from overlay.kernel import arp
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
@@ -25,6 +26,8 @@ NAMES = {
     Kind.VTEP_FULL: "VTEP {mtu}",
 }
 NUD_FAILED = 32
+ASKED_BY_ARP = 3
+"""Peers at most of which that is asked: it takes a second each."""
 """include/uapi/linux/neighbour.h: nobody answered."""
 GATEWAY, POD, POD_FULL = "pods' gateway", "pod", "pod {mtu}"
 
@@ -118,7 +121,8 @@ def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
         for goal, those in zip(goals, rungs, strict=True):
             mine, asked = asked[: len(those)], asked[len(those) :]
             wrong = _look_up(requests, found, goal, links, addresses)
-            nearby = _nearby(requests, found, goal, links)
+            silent = len(goals) <= ASKED_BY_ARP and not any(each.outcome.answered for each in mine)
+            nearby = _nearby(requests, found, goal, links, silent)
             results.append(_result(found, goal, those, mine, wrong, nearby))
         return results
     finally:
@@ -211,7 +215,9 @@ def _probe(family: Family, rung: Rung, asked: Asked) -> dict[str, Any]:
     }
 
 
-def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link]) -> str:
+def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: dict[int, Link], silent: bool) -> str:
+    """What is wrong with a peer's entry among the neighbours, "": nothing. silent: the peer answered no ping; then
+    it is asked anew by ARP, since what it asks of us itself keeps its entry alive."""
     lower = next((index for index, link in links.items() if link.name == found["underlay"]["interface"]), 0)
     family = family_of(found)
     there = {each.address: each for each in requests.neighbours(family, lower)} if lower else {}
@@ -219,9 +225,10 @@ def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: d
     its = there.get(address)
     if its is None:
         return ""
-    if its.state & NUD_FAILED:
+    interface = found["underlay"]["interface"]
+    if its.state & NUD_FAILED or (silent and family.by_arp and _nobody(interface, address)):
         asks = "ARP" if family.by_arp else "neighbour discovery"
-        return f"nobody answers {asks} for {goal.peer['public_ip']} on {found['underlay']['interface']}"
+        return f"nobody answers {asks} for {goal.peer['public_ip']} on {interface}"
     others = (each["public_ip"] for each in found["peers"] if each["public_ip"] != goal.peer["public_ip"])
     same = next(
         (
@@ -234,6 +241,13 @@ def _nearby(requests: RequestSocket, found: dict[str, Any], goal: Goal, links: d
     if its.mac and same:
         return f"{goal.peer['public_ip']} and {same} are of one MAC, {mac_text(its.mac)}: has a machine both?"
     return ""
+
+
+def _nobody(interface: str, address: int) -> bool:
+    try:
+        return arp.probe(interface, address) is None
+    except OSError:
+        return False  # it could not be asked
 
 
 def _with_pod(verdict: Verdict, goal: Goal, asked: list[Asked]) -> Verdict:
