@@ -13,6 +13,7 @@ from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.probes import ladder
 from overlay.probes.ladder import Asked, Rung
+from overlay.probes.mesh import INTERVAL_S
 from overlay.probes.verdict import Kind, State, Verdict, judge, of_size
 from overlay.reach import ways
 from overlay.reach.causes import Causes
@@ -26,6 +27,7 @@ NAMES = {
     Kind.VTEP_FULL: "VTEP {mtu}",
 }
 NUD_FAILED = 32
+LATELY_S = 30
 ASKED_BY_ARP = 3
 """Peers at most of which that is asked: it takes a second each."""
 """include/uapi/linux/neighbour.h: nobody answered."""
@@ -272,11 +274,12 @@ def _with_pod(verdict: Verdict, goal: Goal, asked: list[Asked]) -> Verdict:
 
 
 def _heard(found: dict[str, Any], goal: Goal) -> bool:
-    """Whether the agent heard that peer lately, though it does not answer."""
+    """Whether the agent heard that peer lately, an interval after its last answer: it was asked in between. (A peer that
+    went away a moment ago may well have been heard after its last answer.)"""
     for each in found.get("reachability", ()):
         if each["subnet"] == goal.peer["subnet"]:
             heard, answered = each["heard_age_s"], each["answered_age_s"]
-            return heard is not None and heard < 30 and (answered is None or heard < answered)
+            return heard is not None and heard < LATELY_S and (answered is None or answered - heard >= INTERVAL_S)
     return False
 
 
