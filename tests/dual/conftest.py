@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -17,31 +18,22 @@ def _swept() -> None:
 @pytest.fixture(params=[(4, 6), (6,)], ids=["dual stack", "IPv6 alone"])
 def world6(request, tmp_path) -> Iterator[World]:
     """A network with IPv6."""
-    made = World(tmp_path / "world")
-    try:
+    with closing(World(tmp_path / "world")) as made:
         made.use(*request.param)
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
 def world(tmp_path) -> Iterator[World]:
     """Of both families."""
-    made = World(tmp_path / "world")
-    try:
+    with closing(World(tmp_path / "world")) as made:
         made.use(4, 6)
         yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
 def kube_world(tmp_path) -> Iterator[KubeWorld]:
     """Of both families, on Kubernetes."""
-    made = KubeWorld(tmp_path / "world")
-    try:
+    with closing(KubeWorld(tmp_path / "world")) as made:
         made.use(4, 6)
         yield made
-    finally:
-        made.close()

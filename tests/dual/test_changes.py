@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 
 from overlay.api.family import of_family
-from overlay.lab.matrix import Wires
+from tests.support.reach import all_reach
 from tests.support.wait import until
-
-
-def all_reach(ends) -> bool:
-    with Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def views(world, agent) -> list[dict]:

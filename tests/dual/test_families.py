@@ -12,15 +12,10 @@ from lease.families import V6
 from lease.model import ip_text
 from overlay.api.family import of_family
 from overlay.lab.matrix import Wires
+from tests.support.reach import all_reach
 from tests.support.wait import until
 
 SOON = 8.0
-
-
-def all_reach(ends) -> bool:
-    """The kernel checks IPv6 addresses of pods and bridges first whether they are another's, some seconds long."""
-    with Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def whole(world, before) -> None:

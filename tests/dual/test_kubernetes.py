@@ -6,13 +6,8 @@ import json
 import signal
 
 from lease.families import V6
-from overlay.lab.matrix import Wires
+from tests.support.reach import all_reach
 from tests.support.wait import until
-
-
-def all_reach(ends) -> bool:
-    with Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def test_nodes_of_both_families(kube_world):

@@ -9,13 +9,8 @@ import pytest
 
 from lease.families import V6
 from lease.model import prefix
-from overlay.lab.matrix import Wires
+from tests.support.reach import all_reach
 from tests.support.wait import until
-
-
-def all_reach(ends) -> bool:
-    with Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def has_both(agent) -> bool:

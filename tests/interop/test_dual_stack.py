@@ -7,14 +7,10 @@ from lease.families import V4, V6
 from lease.records.codec import NODE_FIELD
 from overlay.lab import matrix
 from tests.interop.conftest import Flanneld
+from tests.support.reach import all_reach
 from tests.support.wait import until
 
 CONF = {"EnableNFTables": True}
-
-
-def all_reach(ends) -> bool:
-    with matrix.Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def has_peer(agent) -> bool:

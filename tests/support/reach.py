@@ -1,0 +1,14 @@
+"""Who reaches whom, asked for by tests that wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from overlay.lab.matrix import End, Wires
+
+
+def all_reach(ends: Sequence[End]) -> bool:
+    """Whether each reaches every other now. The kernel checks IPv6 addresses of pods and bridges first whether they are
+    another's, some seconds long."""
+    with Wires(ends) as wires:
+        return all(cell.ok for cell in wires.all(answer_s=0.3))
