@@ -238,7 +238,7 @@ class _VxlanBulk6(_VxlanBulk):
             return None
         base, length, mac = packed[place.number][:16], number & 255, packed[place.mac]
         made = fast6.peer_messages(seq, base, length, mac, packed[place.public_ip], METRIC6, oif)
-        return made if bits == self._backend.full else fast6.some_of(made, bits)
+        return made if bits == self._backend.full else fast.some_of(made, bits, fast6.PARTS)
 
     def matcher(self, peers: PackedPeers, oifs: Mapping[int, int]) -> fast6.DumpMatcher6:
         """Of the tunnel."""

@@ -24,7 +24,7 @@ PUBLIC_IP, MAC = slice(5, 9), slice(9, 15)
 _DIRECT = struct.Struct("=LHHLLBBBBBBBBLHH4sHHLHHLHH4s")
 """A route by a gateway."""
 _NEIGHBOUR_SIZE, _FDB_SIZE, _ROUTE_SIZE = 48, 48, 60
-_PARTS = (
+PARTS = (
     slice(0, _NEIGHBOUR_SIZE),
     slice(_NEIGHBOUR_SIZE, _NEIGHBOUR_SIZE + _FDB_SIZE),
     slice(_NEIGHBOUR_SIZE + _FDB_SIZE, None),
@@ -76,9 +76,9 @@ def direct_message(seq: int, base: bytes, length: int, public_ip: bytes, metric:
     )  # fmt: skip
 
 
-def some_of(messages: bytes, bits: int) -> bytes:
-    """Of a peer's three messages those of the kinds whose bits are set."""
-    return b"".join(messages[part] for kind, part in enumerate(_PARTS) if bits >> kind & 1)
+def some_of(messages: bytes, bits: int, parts: tuple[slice, ...] = PARTS) -> bytes:
+    """Of a peer's three messages those of the kinds whose bits are set. parts: where each is, in the order of the tables."""
+    return b"".join(messages[part] for kind, part in enumerate(parts) if bits >> kind & 1)
 
 
 Matched = tuple[list[int], list[memoryview]]

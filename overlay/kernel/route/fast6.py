@@ -23,7 +23,7 @@ PUBLIC_IP, MAC, FORM = slice(61, 77), slice(77, 83), 43
 DUAL = 4
 """The form of such a one; the others say nothing there."""
 _LINK_LOCAL = bytes.fromhex("fe80000000000000")
-_PARTS = (
+PARTS = (
     slice(0, _NEIGHBOUR.size),
     slice(_NEIGHBOUR.size, _NEIGHBOUR.size + _FDB.size),
     slice(_NEIGHBOUR.size + _FDB.size, None),
@@ -72,11 +72,6 @@ def peer_messages(seq: int, base: bytes, length: int, mac: bytes, public_ip: byt
             20, wire.RTA_DST, base, 8, wire.RTA_OIF, oif, 8, wire.RTA_PRIORITY, metric, 20, wire.RTA_GATEWAY, gateway,
         )
     )  # fmt: skip
-
-
-def some_of(messages: bytes, bits: int) -> bytes:
-    """Of a peer's three messages those of the kinds whose bits are set."""
-    return b"".join(messages[part] for kind, part in enumerate(_PARTS) if bits >> kind & 1)
 
 
 class DumpMatcher6(DumpMatcher):
