@@ -13,7 +13,7 @@ import sys
 import time
 
 from bench import rig
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.etcd.client import EtcdClient, EtcdSettings
 from lease.families import V4
 from lease.model import ip_number, prefix

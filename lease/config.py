@@ -9,25 +9,14 @@ from __future__ import annotations
 import json
 import re
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from lease.families import FAMILIES, V4
+from lease.backend_config import BackendConfig, backend_config
+from lease.families import FAMILIES
+from lease.fields import ConfigError, Fields, show
 from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
 
-MAX_VNI = 9_999_999
-"""24 bits are allowed (RFC 7348), and the device is named after it: flannel.N in the 15 characters of IFNAMSIZ."""
-DEFAULT_PORT = 8472
-"""The kernel's own default, which flannel gets by leaving the attribute out (drivers/net/vxlan/vxlan_core.c)."""
-MIN_MTU = 68 + V4.overhead
-"""ETH_MIN_MTU of the device plus the least overhead; the kernel refuses less with EINVAL."""
-
 _CIDR = re.compile(r"[0-9a-fA-F.:]+/[0-9]{1,3}")
-_MAC_PREFIX = re.compile(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{2}")
-_T = TypeVar("_T")
-
-
-class ConfigError(ValueError):
-    """The network config is wrong. The message names field, value and what is allowed."""
 
 
 class Pool(NamedTuple):
@@ -73,29 +62,12 @@ class Pool(NamedTuple):
         return f"{self.subnet(0)} .. {ip_text(family, self.last)}/{self.length}"
 
 
-class VxlanConfig(NamedTuple):
-    """The Backend object of type vxlan. mtu: the **underlay's** MTU as flannel means it, 0 to follow the underlay."""
-
-    vni: int = 1
-    port: int = DEFAULT_PORT
-    mtu: int = 0
-    direct_routing: bool = False
-    gbp: bool = False
-    learning: bool = False
-    mac_prefix: str = "0E-2A"
-
-    @property
-    def type(self) -> str:
-        """BackendType in records."""
-        return "vxlan"
-
-
 class NetworkConfig(NamedTuple):
     """What every node of the network agrees on."""
 
     v4: Pool | None
     v6: Pool | None
-    backend: VxlanConfig
+    backend: BackendConfig
     ignored: tuple[str, ...] = ()
     """What is wrong with parts that nothing uses, one line each."""
 
@@ -109,39 +81,6 @@ class NetworkConfig(NamedTuple):
         return {family: pool for family in FAMILIES if (pool := self.pool(family)) is not None}
 
 
-class _Fields:
-    """A JSON object read as Go's encoding/json reads it: key names in any case, unknown ones ignored, null = absent."""
-
-    def __init__(self, where: str, value: dict[str, Any]) -> None:
-        self._where = where
-        self._names = list(value)
-        self._values = {key.lower(): item for key, item in value.items() if item is not None}
-
-    def get(self, name: str, kind: type[_T], default: _T) -> _T:
-        value = self._values.get(name.lower(), default)
-        if type(value) is not kind:  # bool is an int to Python, not to Go
-            raise ConfigError(f"{self._where}{name}: {_show(value)} must be {_KINDS[kind]}")
-        return value
-
-    def whole(self, name: str, low: int, high: int, default: int) -> int:
-        value = self.get(name, int, default)
-        if name.lower() in self._values and not low <= value <= high:
-            raise ConfigError(f"{self._where}{name}: {_show(value)} must be a whole number from {low} to {high}")
-        return value
-
-    def has(self, name: str) -> bool:
-        return name.lower() in self._values
-
-    def unknown(self, known: frozenset[str]) -> list[str]:
-        """A line for each name that is none of those."""
-        return [
-            f"{self._where}{_cut(name)}: no such field (ignored)" for name in self._names if name.lower() not in known
-        ]
-
-
-_KINDS: dict[type, str] = {int: "a whole number", bool: "true or false", str: "a string", dict: "an object {...}"}
-
-
 _FIELDS = frozenset(
     name.lower()
     for name in (
@@ -149,7 +88,6 @@ _FIELDS = frozenset(
         *(f"{lead}{name}" for lead in ("", "IPv6") for name in ("Network", "SubnetLen", "SubnetMin", "SubnetMax")),
     )
 )
-_BACKEND_FIELDS = frozenset(("type", "vni", "port", "mtu", "directrouting", "gbp", "learning", "macprefix"))
 
 
 def parse_config(text: str | bytes) -> NetworkConfig:
@@ -169,8 +107,8 @@ def parse_config(text: str | bytes) -> NetworkConfig:
 
 def _read(value: object) -> NetworkConfig:
     if not isinstance(value, dict):
-        raise ConfigError(f"{_show(value)} must be an object like {{'Network': '10.244.0.0/16'}}")
-    fields = _Fields("", value)
+        raise ConfigError(f"{show(value)} must be an object like {{'Network': '10.244.0.0/16'}}")
+    fields = Fields("", value)
     with_v4, with_v6 = fields.get("EnableIPv4", bool, True), fields.get("EnableIPv6", bool, False)
     fields.get("EnableNFTables", bool, False)  # accepted: our rules are nftables always
     if not with_v4 and not with_v6:
@@ -182,13 +120,13 @@ def _read(value: object) -> NetworkConfig:
             pools[family] = _pool(fields, family)
         elif (fault := _fault_of_unused(fields, family)) is not None:
             ignored.append(f"{fault} (ignored: EnableIPv{family} is false)")
-    backend = _Fields("Backend.", fields.get("Backend", dict, {})) if fields.has("Backend") else None
+    backend = Fields("Backend.", fields.get("Backend", dict, {})) if fields.has("Backend") else None
     ignored += fields.unknown(_FIELDS)
-    ignored += backend.unknown(_BACKEND_FIELDS) if backend is not None else ()
-    return NetworkConfig(pools[4], pools[6], _backend(backend), tuple(ignored))
+    made, unused = backend_config(backend)
+    return NetworkConfig(pools[4], pools[6], made, (*ignored, *unused))
 
 
-def _fault_of_unused(fields: _Fields, family: int) -> str | None:
+def _fault_of_unused(fields: Fields, family: int) -> str | None:
     """What is wrong with the part of a family that is switched off: it stops nothing, but a typing error should not wait for
     the switch. A whole address space (`::/0`, as k3s writes) means none."""
     name = f"{_lead(family)}Network"
@@ -209,7 +147,7 @@ def _lead(family: int) -> str:
     return "" if family == 4 else "IPv6"
 
 
-def _pool(fields: _Fields, family: int) -> Pool:
+def _pool(fields: Fields, family: int) -> Pool:
     """The subnets of one family, with flannel's defaults: a first subnet left out, the last one included."""
     lead, width = _lead(family), WIDTH[family]
     longest, default_len = (30, 24) if family == 4 else (126, 64)
@@ -223,7 +161,7 @@ def _pool(fields: _Fields, family: int) -> Pool:
         length = fields.get(len_name, int, 0)
         if not network.length + 2 <= length <= longest:
             raise ConfigError(
-                f"{len_name}: {_show(length)} must be from {network.length + 2} (Network {network} has to hold at least"
+                f"{len_name}: {show(length)} must be from {network.length + 2} (Network {network} has to hold at least"
                 f" four subnets) to {longest}"
             )
     step = 1 << (width - length)
@@ -248,7 +186,7 @@ _NO_NETWORK = {
 """Addresses that no pod can have (RFC 6890)."""
 
 
-def _network(fields: _Fields, name: str, family: int) -> Prefix:
+def _network(fields: Fields, name: str, family: int) -> Prefix:
     example = "10.244.0.0/16" if family == 4 else "fd00:10:244::/48"
     text = fields.get(name, str, "")
     if not text:
@@ -260,14 +198,14 @@ def _network(fields: _Fields, name: str, family: int) -> Prefix:
         if network.family != family:
             raise ValueError
     except ValueError:
-        raise ConfigError(f"{name}: {_show(text)} must be an IPv{family} prefix like {example}") from None
+        raise ConfigError(f"{name}: {show(text)} must be an IPv{family} prefix like {example}") from None
     for text, what in _NO_NETWORK[family].items():
         if network.overlaps(prefix(text)):
             raise ConfigError(f"{name}: {network} must not touch {text} ({what}); use one like {example}")
     return network
 
 
-def _boundary(fields: _Fields, name: str, network: Prefix, length: int, default: int) -> int:
+def _boundary(fields: Fields, name: str, network: Prefix, length: int, default: int) -> int:
     """SubnetMin or SubnetMax: an address in the network, on a subnet boundary. 0.0.0.0 and :: mean the default."""
     text = fields.get(name, str, "")
     if not text:
@@ -276,54 +214,9 @@ def _boundary(fields: _Fields, name: str, network: Prefix, length: int, default:
     try:
         address = ip_number(text, network.family)
     except ValueError:
-        raise ConfigError(f"{name}: {_show(text)} must be {allowed}") from None
+        raise ConfigError(f"{name}: {show(text)} must be {allowed}") from None
     if address == 0:
         return default
     if not network.holds(address) or address & ((1 << (WIDTH[network.family] - length)) - 1):
         raise ConfigError(f"{name}: {text} must be {allowed}")
     return address
-
-
-def _backend(backend: _Fields | None) -> VxlanConfig:
-    """The Backend object; absent means vxlan, as flannel's documentation says (its code takes udp)."""
-    if backend is None:
-        return VxlanConfig()
-    kind = backend.get("Type", str, "")
-    if kind.lower() != "vxlan":
-        raise ConfigError(f"Backend.Type: {_show(kind)} is not supported; allowed is 'vxlan'")
-    mac_prefix = backend.get("MacPrefix", str, "0E-2A")
-    if not _MAC_PREFIX.fullmatch(mac_prefix) or int(mac_prefix[:2], 16) & 1:
-        raise ConfigError(f"Backend.MacPrefix: {_show(mac_prefix)} must be two hex bytes of a unicast MAC like '0E-2A'")
-    mtu = backend.get("MTU", int, 0)
-    if mtu:
-        mtu = backend.whole("MTU", MIN_MTU, 65535, 0)
-    return VxlanConfig(
-        vni=_vni(backend),
-        port=backend.whole("Port", 0, 65535, 0) or DEFAULT_PORT,
-        mtu=mtu,
-        direct_routing=backend.get("DirectRouting", bool, False),
-        gbp=backend.get("GBP", bool, False),
-        learning=backend.get("Learning", bool, False),
-        mac_prefix=mac_prefix,
-    )
-
-
-def _vni(backend: _Fields) -> int:
-    vni = backend.get("VNI", int, 1)
-    if MAX_VNI < vni < 1 << 24:
-        name = f"flannel.{vni}"
-        raise ConfigError(
-            f"Backend.VNI: {vni} would name the device {name}, of {len(name)} characters, and Linux allows 15; allowed is 0"
-            f" to {MAX_VNI}"
-        )
-    return backend.whole("VNI", 0, MAX_VNI, 1)
-
-
-def _show(value: object) -> str:
-    """A value for a message: recognisable, never longer than a line."""
-    return _cut(json.dumps(value, ensure_ascii=True, default=repr))
-
-
-def _cut(text: str) -> str:
-    text = ascii(text)[1:-1] if not text.isascii() or not text.isprintable() else text
-    return text if len(text) <= 60 else text[:57] + "..."

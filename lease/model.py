@@ -7,6 +7,7 @@ what `ipaddress` objects cost (docs/decisions.md, "Leases are tuples of integers
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ class Endpoint(NamedTuple):
     no VNI: the network's then.
     source: the address its frames come from, where that is not its public IP (a node behind NAT, or with several addresses);
     else 0.
+    key, port: of WireGuard, its public key and the UDP port it listens on; b"" and 0 with other backends.
     """
 
     subnet: Prefix
@@ -61,6 +63,22 @@ class Endpoint(NamedTuple):
     vni: int | None
     mac: int | None
     source: int = 0
+    key: bytes = b""
+    port: int = 0
+
+    @property
+    def identity(self) -> int:
+        """What no two nodes have: the VTEP's MAC, else the public key, else the public IP, each in a range of its own."""
+        if self.mac is not None:
+            return self.mac
+        return 1 << 256 | int.from_bytes(self.key, "big") if self.key else 1 << 130 | self.public_ip
+
+    @property
+    def vtep(self) -> str:
+        """What tells its VTEP from others', as people write it: MAC, or public key; "" where the backend has neither."""
+        if self.mac is not None:
+            return mac_text(self.mac)
+        return b64encode(self.key).decode("ascii")
 
     def outer_sources(self) -> tuple[int, ...]:
         """The addresses its frames may come from: its own, or what a NAT makes of that."""

@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, prefix
-from lease.records.codec import SOURCE_FAMILY, BadRecord, backend_data, outer_source, read_parts, vxlan_data
+from lease.records.codec import SOURCE_FAMILY, BadRecord, backend_data, endpoint, outer_source, read_parts
 
 DEFAULT_PREFIX = "flannel.alpha.coreos.com"
 _FORM = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?/(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?-?)?")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+WITH_DATA = ("vxlan", "wireguard")
+"""The backends that publish more than an address."""
 LONGEST = 4096
 """Bytes of an annotation we read; a real one has some 50."""
 
@@ -134,19 +136,18 @@ def _endpoint(subnet: Prefix, annotations: Mapping[str, str], names: Names, back
         address = ip_number(str(public_ip), family)
     except ValueError:
         raise BadRecord(f"{names.public_ip[family]}: {public_ip!a:.80} must be an IPv{family} address") from None
-    vni, mac = _data(names.data[family], data) if backend == "vxlan" else (None, None)
     source = outer_source(annotations.get(names.source), names.source, address) if family == SOURCE_FAMILY else 0
-    return Endpoint(subnet, address, vni, mac, source)
+    value = _data(names.data[family], data) if backend in WITH_DATA else None
+    return endpoint(subnet, address, source, backend, value, names.data[family])
 
 
-def _data(name: str, text: str | None) -> tuple[int | None, int]:
+def _data(name: str, text: str | None) -> object:
     if text is None or len(text) > LONGEST:
         raise BadRecord(f"{name}: missing" if text is None else f"{name}: has {len(text)} bytes")
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{name}: not JSON: {str(error)[:100]!a}") from None
-    return vxlan_data(value, name)
 
 
 def encode(lease: Lease, names: Names) -> dict[str, str | None]:
@@ -156,10 +157,9 @@ def encode(lease: Lease, names: Names) -> dict[str, str | None]:
     """
     wanted: dict[str, str | None] = {names.managed: "true", names.backend_type: lease.backend}
     for family in FAMILIES:
-        end, data = lease.endpoint(family), None
-        if end is not None and end.mac is not None:
-            data = json.dumps(backend_data(end.vni, end.mac), separators=(",", ":"))
-        wanted[names.data[family]] = data
+        end = lease.endpoint(family)
+        # "null" where the backend publishes nothing, as flannel writes it
+        wanted[names.data[family]] = None if end is None else json.dumps(backend_data(end), separators=(",", ":"))
         if family == SOURCE_FAMILY:
             wanted[names.source] = ip_text(family, end.source) if end is not None and end.source else None
         wanted[names.public_ip[family]] = None if end is None else ip_text(family, end.public_ip)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from lease.backend_config import key_bytes, key_text
 from lease.model import WIDTH, Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
 
 NODE_FIELD, SOURCE_FIELD = "OverlayNode", "OverlaySource"
@@ -119,8 +120,8 @@ def encode_value(lease: Lease) -> bytes:
     value[FIELDS[4][0]] = value[FIELDS[4][0]] or NO_PUBLIC_IP
     value["BackendType"] = lease.backend
     for family, end in ends.items():
-        if end is not None and end.mac is not None:
-            value[FIELDS[family][1]] = backend_data(end.vni, end.mac)
+        if end is not None and (data := backend_data(end)) is not None:
+            value[FIELDS[family][1]] = data
     if lease.node:
         value[NODE_FIELD] = lease.node
     if lease.v4 is not None and lease.v4.source:
@@ -186,10 +187,17 @@ def _endpoint(subnet: Prefix, fields: dict[str, Any], backend: str) -> Endpoint:
         public_ip = ip_number(text, subnet.family)
     except ValueError:
         raise BadRecord(f"{ip_name}: {text[:60]!a} must be an IPv{subnet.family} address") from None
-    if backend != "vxlan":
-        return Endpoint(subnet, public_ip, None, None)
     source = outer_source(fields.get(SOURCE_FIELD), SOURCE_FIELD, public_ip) if subnet.family == SOURCE_FAMILY else 0
-    return Endpoint(subnet, public_ip, *vxlan_data(fields.get(data_name), data_name), source)
+    return endpoint(subnet, public_ip, source, backend, fields.get(data_name), data_name)
+
+
+def endpoint(subnet: Prefix, public_ip: int, source: int, backend: str, data: object, name: str) -> Endpoint:
+    """What a record says of one family. data: BackendData, parsed; name: of the field it stood in. Raises BadRecord."""
+    if backend == "vxlan":
+        return Endpoint(subnet, public_ip, *vxlan_data(data, name), source)
+    if backend == "wireguard":
+        return Endpoint(subnet, public_ip, None, None, 0, *wireguard_data(data, name))
+    return Endpoint(subnet, public_ip, None, None, source if backend == "ipip" else 0)
 
 
 def outer_source(text: object, name: str, public_ip: int) -> int:
@@ -205,9 +213,30 @@ def outer_source(text: object, name: str, public_ip: int) -> int:
     return 0 if address == public_ip else address
 
 
-def backend_data(vni: int | None, mac: int) -> dict[str, int | str]:
-    """What `vxlan_data` reads."""
-    return {**({} if vni is None else {"VNI": vni}), "VtepMAC": mac_text(mac)}
+def backend_data(end: Endpoint) -> dict[str, int | str] | None:
+    """What `vxlan_data` and `wireguard_data` read; None: its backend publishes nothing."""
+    if end.mac is not None:
+        return {**({} if end.vni is None else {"VNI": end.vni}), "VtepMAC": mac_text(end.mac)}
+    return {"PublicKey": key_text(end.key), "Port": end.port} if end.key else None
+
+
+def wireguard_data(data: object, name: str) -> tuple[bytes, int]:
+    """Public key and UDP port of `{"PublicKey":"..","Port":51820}` (flannel pkg/backend/wireguard). Raises BadRecord."""
+    if not isinstance(data, dict):
+        there = "missing" if data is None else f"{str(data)[:40]!a}"
+        raise BadRecord(f'{name}: {there}; it must be an object like {{"PublicKey":"..","Port":51820}}')
+    text, port = data.get("PublicKey"), data.get("Port")
+    if not isinstance(text, str):
+        raise BadRecord(f"{name}.PublicKey: missing; it must be a key of WireGuard in base64")
+    try:
+        key = key_bytes(text)
+    except ValueError as error:
+        raise BadRecord(f"{name}.PublicKey: {text[:60]!a}: {error}") from None
+    if not any(key):
+        raise BadRecord(f"{name}.PublicKey: it is all zero")
+    if type(port) is not int or not 1 <= port <= 65535:
+        raise BadRecord(f"{name}.Port: {str(port)[:40]!a} must be a whole number from 1 to 65535")
+    return key, port
 
 
 def vxlan_data(data: object, name: str) -> tuple[int | None, int]:

@@ -93,7 +93,7 @@ def by_flannel(packed: bytes) -> bool:
     if packed[FORM] != GENERAL:
         return (packed[FORM], len(packed)) in ((USUAL, HEAD.size), (DUAL, _NODES))
     lease = unpack(packed)
-    return not lease.node and any(end.mac is not None for end in lease.ends)
+    return not lease.node and (lease.handle != 0 or any(end.mac is not None for end in lease.ends))
 
 
 def subnet_number_of(packed: bytes, family: int) -> int | None:
@@ -129,7 +129,7 @@ def subnet_of(packed: bytes) -> Prefix:
 def pack(lease: Lease) -> bytes:
     """A lease as bytes. Equal leases give equal bytes."""
     end = lease.v4
-    if end is not None and end.source:
+    if end is not None and any(end[4:]):
         return _general(lease, end)
     small = 0 <= lease.created <= _LARGEST and 0 <= lease.modified <= _LARGEST and -_LARGEST <= lease.handle <= _LARGEST
     if (
@@ -173,7 +173,7 @@ def _dual(lease: Lease, end: Endpoint) -> bytes | None:
     other = lease.v6
     if (
         other is None
-        or other.source
+        or any(other[4:])
         or None in (end.mac, end.vni, other.mac)
         or other.vni != end.vni
         or lease.backend != "vxlan"
@@ -195,8 +195,8 @@ def _dual(lease: Lease, end: Endpoint) -> bytes | None:
 
 def _general(lease: Lease, end: Endpoint | None) -> bytes:
     v6 = None if lease.v6 is None else (*lease.v6.subnet, *lease.v6[1:])
-    source = end.source if end is not None else 0
-    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle, source)
+    more = end[4:] if end is not None else ()
+    rest = (lease.key, lease.backend, v6, lease.node, lease.created, lease.modified, lease.handle, more)
     if end is None:
         head = HEAD.pack(0, 255, 0, b"", -1, 0, 0, 0, NO_IPV4)
     else:
@@ -227,10 +227,10 @@ def unpack(packed: bytes) -> Lease:
         assert v4 is not None
         node = packed[_NODES:].decode("utf-8", "surrogatepass")
         return Lease(encode_key(v4.subnet, subnet6), "vxlan", v4, other, node, created, modified, handle)
-    key, backend, six, node, created, modified, handle, source = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
+    key, backend, six, node, created, modified, handle, more = marshal.loads(packed[HEAD.size :])  # noqa: S302 (our own)
     v6 = None if six is None else Endpoint(Prefix(*six[:3]), *six[3:])
-    if v4 is not None and source:
-        v4 = v4._replace(source=source)
+    if v4 is not None:
+        v4 = Endpoint(*v4[:4], *more)
     return Lease(key, backend, v4, v6, node, created, modified, handle)
 
 
@@ -313,9 +313,11 @@ class Leases(Mapping[str, Lease]):
         found = {key: p for key, p in self.packed.items() if p[FORM] >= GENERAL}
         return Leases({key: p for key, p in found.items() if p[FORM] == DUAL or unpack(p).endpoint(family) is not None})
 
-    def having(self, family: Family, public_ip: int, mac: int | None, nodes: tuple[str, ...]) -> Iterator[Lease]:
-        """The leases of that public IP or MAC, or with one of these texts (none is empty) in their node's: these, and
-        maybe some others."""
+    def having(
+        self, family: Family, public_ip: int, mac: int | None, nodes: tuple[str, ...], key: bytes = b""
+    ) -> Iterator[Lease]:
+        """The leases of that public IP, MAC or public key, or with one of these texts (none is empty) in their node's:
+        these, and maybe some others."""
         address = family.packed(public_ip)
         hardware = mac.to_bytes(6, "big") if mac is not None else b""
         heads = family.number == HEAD_FAMILY
@@ -329,7 +331,7 @@ class Leases(Mapping[str, Lease]):
                 or (p[FORM] == DUAL and (address in p or (hardware and hardware in p)))
             )
         ]
-        for text in {text.encode() for text in nodes}:
+        for text in {*(text.encode() for text in nodes), *([key] if key else ())}:
             found += [p for p in self.packed.values() if text in p]
         return map(unpack, dict.fromkeys(found))
 

@@ -13,6 +13,7 @@ import enum
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from lease.backend_config import VxlanConfig
 from lease.config import NetworkConfig, Pool
 from lease.families import V4, Family
 from lease.model import Endpoint, Lease, Prefix, around
@@ -70,6 +71,13 @@ Probe = Callable[[int], Answer]
 """Asks the underlay who answers for an address (ARP, about a second where nobody does)."""
 
 
+class PublicKey(NamedTuple):
+    """What a node of a wireguard network publishes beside its address: public key, and the UDP port it listens on."""
+
+    key: bytes
+    port: int
+
+
 class Part(NamedTuple):
     """The other family that a node wants a subnet of, beside the one by which its record is found; fields as Claim's."""
 
@@ -80,10 +88,12 @@ class Part(NamedTuple):
     avoid: tuple[Prefix, ...] = ()
     local: int = 0
     interface: str = ""
+    public_key: PublicKey | None = None
 
 
 class Claim(NamedTuple):
-    """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none.
+    """What this node wants to hold. device_mac: of the VTEP device in this kernel, None where there is none; public_key:
+    where the backend is wireguard.
 
     previous: the subnet of the old subnet.env. avoid: what a subnet must not touch, the underlay's own prefixes.
     take_over: the operator said that the record of our address is ours; it counts for the first lease only.
@@ -101,6 +111,7 @@ class Claim(NamedTuple):
     local: int = 0
     family: Family = V4
     interface: str = ""
+    public_key: PublicKey | None = None
     second: Part | None = None
     """Of the other family; None: it is not enabled, or this node has no address of it just now."""
 
@@ -121,10 +132,25 @@ class Claim(NamedTuple):
         end = self.end(lease)
         return end is not None and end.public_ip == self.public_ip
 
-    def endpoint(self, subnet: Prefix, public_ip: int, mac: int) -> Endpoint:
-        """What peers read about a subnet of ours."""
-        source = 0 if self.local == public_ip else self.local
-        return Endpoint(subnet, public_ip, self.config.backend.vni, mac, source)
+    @property
+    def wants_mac(self) -> bool:
+        """Whether nodes of this network have VTEPs with MACs."""
+        return isinstance(self.config.backend, VxlanConfig)
+
+    def has_identity(self, end: Endpoint) -> bool:
+        """Whether a record says our device's MAC, or our public key."""
+        if self.public_key is not None:
+            return end.key == self.public_key.key
+        return self.device_mac is not None and end.mac == self.device_mac
+
+    def endpoint(self, subnet: Prefix, public_ip: int, mac: int | None) -> Endpoint:
+        """What peers read about a subnet of ours. mac: None where the backend has none."""
+        backend, source = self.config.backend, 0 if self.local == public_ip else self.local
+        if isinstance(backend, VxlanConfig):
+            return Endpoint(subnet, public_ip, backend.vni, mac, source)
+        if self.public_key is not None:
+            return Endpoint(subnet, public_ip, None, None, 0, *self.public_key)
+        return Endpoint(subnet, public_ip, None, None, source if backend.type == "ipip" else 0)
 
     def lease(self, key: str, ends: Iterable[Endpoint], node: str, created: int = 0, uid: int = 0) -> Lease:
         """Our record, as it shall stand in the store."""
@@ -158,14 +184,15 @@ def find_own(leases: Leases, claim: Claim) -> list[tuple[Kind, Lease, Endpoint]]
     texts = (f"{claim.identity.machine}/{claim.identity.name}/", claim.identity.name)
     # checked before it is decoded: of many thousand records nearly none is ours
     nodes = tuple(text for text in texts if text.strip("/"))
-    for lease in leases.having(claim.family, claim.public_ip, claim.device_mac, nodes):
+    key = claim.public_key.key if claim.public_key is not None else b""
+    for lease in leases.having(claim.family, claim.public_ip, claim.device_mac, nodes, key):
         end = claim.end(lease)
         if end is None:
             continue
-        same_mac = claim.device_mac is not None and end.mac == claim.device_mac
+        same = claim.has_identity(end)
         if end.public_ip == claim.public_ip:
-            found.append((Kind.SURE if same_mac else Kind.ADDRESS, lease, end))
-        elif same_mac or claim.identity.moved_from(Identity.read(lease.node)):
+            found.append((Kind.SURE if same else Kind.ADDRESS, lease, end))
+        elif same or claim.identity.moved_from(Identity.read(lease.node)):
             found.append((Kind.MOVED, lease, end))
 
     def likely(item: tuple[Kind, Lease, Endpoint]) -> tuple[object, ...]:

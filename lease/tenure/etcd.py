@@ -54,6 +54,8 @@ class Tenure:
         """By whose part records are compared: that of the last claim."""
         self._partial = ""
         """Why the lease lacks a family, as it was told last."""
+        self._had_one = False
+        """A lease was held."""
         self._given_up: set[str] = set()
         """Keys that a copy of this node writes over and over."""
 
@@ -64,17 +66,20 @@ class Tenure:
         """
         events, self.unreported = self.unreported, []
         self._family = claim.family.number
+        if self._had_one:
+            claim = claim._replace(take_over=False)
         if self._mac_in_use is not None:
-            claim = claim._replace(device_mac=self._mac_in_use, take_over=False)
+            claim = claim._replace(device_mac=self._mac_in_use)
         for _ in range(RACES):
             try:
                 if snapshot is None or (self.held is not None and snapshot.revision < self.held.modified):
                     snapshot = self._store.read()
                 events += self._keep(claim, snapshot) if self.held is not None else self._acquire(claim, snapshot)
                 if self.held is not None:
-                    if self._mac_in_use not in (None, self._end(self.held).mac):
+                    self._had_one, mac = True, self._end(self.held).mac
+                    if None not in (self._mac_in_use, mac) and mac != self._mac_in_use:
                         self._macs_left.add(self._clock())
-                    self._mac_in_use = self._end(self.held).mac
+                    self._mac_in_use = mac or self._mac_in_use
                     if self._second_lost(claim, self.held, snapshot):
                         snapshot = None
                         continue
@@ -112,7 +117,7 @@ class Tenure:
         used, held = _MacsBefore(snapshot.leases, own), self.held is not None
         end, why = second_of(claim, snapshot, own, first, used, self._rng, held)
         before = own.endpoint(end.subnet.family) if own is not None and end is not None else None
-        if end is not None and before is not None and before.mac not in (None, end.mac):
+        if end is not None and before is not None and None not in (before.mac, end.mac) and before.mac != end.mac:
             if self._macs_left.often(self._clock()):
                 end = end._replace(mac=before.mac)  # a record follows us to each that we take
             else:
@@ -133,7 +138,8 @@ class Tenure:
         theirs = Identity.read(there.node)
         foreign = bool(theirs.link) and not claim.identity.same_link(theirs)
         elsewhere = self._end(there).public_ip not in (self._end(held).public_ip, claim.public_ip)
-        if elsewhere and (self._end(there).mac != self._end(held).mac or foreign):
+        other_vtep = self._end(there).identity != self._end(held).identity
+        if elsewhere and (other_vtep or foreign):
             if there.created != held.created:
                 raise _SubnetLost(f"{there.key} now belongs to {_owner(there)}")
             return self._write_over(claim, snapshot, held, there)
@@ -143,7 +149,7 @@ class Tenure:
                 f"{_owner(there)} has our MAC and interface and writes over {there.key} again and again: one of the two is a"
                 " copy of the other's machine. Give it a machine-id and MACs of its own"
             )
-        if self._end(there).mac != self._end(held).mac and there.node != held.node:
+        if other_vtep and there.node != held.node:
             if there.created != held.created or self._may_live(self._end(there).public_ip):
                 raise _SubnetLost(f"{_owner(there)} took {there.key} over with our own public IP")
             return self._write_over(claim, snapshot, held, there)  # no other machine has that address
@@ -175,7 +181,8 @@ class Tenure:
         if elsewhere:
             self._against_copies.add(self._clock())
         method = "written with what changed on this node" if there.same_claim(held) else "written again as it was"
-        robbed = mac != self._end(held).mac and self._end(there).mac == self._end(held).mac
+        ours = self._end(held).mac
+        robbed = None not in (mac, ours) and mac != ours and self._end(there).mac == ours
         if robbed:
             method = f"with another MAC, since {self._rival(snapshot, held)}"
         return [Held(self.held, method, robbed), *disputed]
@@ -183,7 +190,7 @@ class Tenure:
     def _moved(self, claim: Claim, held: Lease, there: Lease, wanted: Lease) -> list[TenureEvent]:
         """Our record under another key: a family came or went, or its subnet is another."""
         if not there.same_claim(held):  # somebody wrote it: first as it was
-            before = self._lease(claim, self._end(held).subnet, self._end(held).mac or 0, self._other(held))
+            before = self._lease(claim, self._end(held).subnet, self._end(held).mac, self._other(held))
             there = self._put_right(held, there.modified, before)
         self.held = self._store.move(there, wanted)
         return [
@@ -195,16 +202,17 @@ class Tenure:
         end = self._end(lease)
         return next((each for each in lease.ends if each is not end), None)
 
-    def _mac_left(self, held: Lease, unused: int) -> int:
+    def _mac_left(self, held: Lease, unused: int | None) -> int | None:
         """The MAC to have: ours, where it is unused; also where a record has followed us to each that we took lately."""
         ours = self._end(held).mac
-        if ours is None or unused == ours:
+        if ours is None or unused in (None, ours):
             return unused
         return ours if self._macs_left.often(self._clock()) else unused
 
     def _write_over(self, claim: Claim, snapshot: Snapshot, held: Lease, there: Lease) -> list[TenureEvent]:
         """Nobody gives a subnet away in place: it would have been deleted, and created by a transaction."""
-        wanted = self._lease(claim, self._end(held).subnet, self._mac_left_to_us(snapshot, held), self._other(held))
+        mac = self._mac_left_to_us(claim, snapshot, held)
+        wanted = self._lease(claim, self._end(held).subnet, mac, self._other(held))
         self.held = self._put_right(held, there.modified, wanted)
         self._against_others.add(self._clock())
         events: list[TenureEvent] = [Held(self.held, f"written again: {_owner(there)} had overwritten it", warn=True)]
@@ -231,7 +239,8 @@ class Tenure:
 
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
-        subnet, mac, events = self._end(held).subnet, self._mac_left_to_us(snapshot, held), list[TenureEvent]()
+        subnet, mac = self._end(held).subnet, self._mac_left_to_us(claim, snapshot, held)
+        events: list[TenureEvent] = []
         wanted = self._lease(claim, subnet, mac, self._other(held))
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
@@ -319,7 +328,7 @@ class Tenure:
                 return lease, f"taken over from {_owner(lease)}, as the flag says", True
             answer = self._probe(end.public_ip)
             if kind is Kind.MOVED:
-                surely = end.mac == claim.device_mac and claim.identity.same_link(theirs)
+                surely = claim.has_identity(end) and claim.identity.same_link(theirs)
                 if answer.by is None and (answer.conclusive or surely):
                     old = ip_text(end.subnet.family, end.public_ip)
                     return lease, f"kept: ours from {old}, which nobody answers for any more", True
@@ -346,12 +355,15 @@ class Tenure:
             return True  # flannel renews once in 23 h: while the record exists, it is not known
         return left > granted - 2 * renew_every_s(granted)
 
-    def _mac(self, claim: Claim, snapshot: Snapshot, own: Lease | None) -> int:
-        """The device's MAC, else our record's, else a new one: never one that another record had before us.
+    def _mac(self, claim: Claim, snapshot: Snapshot, own: Lease | None) -> int | None:
+        """The device's MAC, else our record's, else a new one: never one that another record had before us. None where the
+        backend has none.
 
         A record that another interface wrote lends us its subnet, never its MAC: its owner may live after all, and then
         neither it nor the peers could distinguish the two.
         """
+        if not claim.wants_mac:
+            return None
         used = _MacsBefore(snapshot.leases, own)
         recorded = None
         if own is not None and claim.identity.same_link(Identity.read(own.node)):
@@ -361,16 +373,18 @@ class Tenure:
                 return mac
         return choose_mac(used, self._rng)
 
-    def _mac_left_to_us(self, snapshot: Snapshot, held: Lease) -> int:
+    def _mac_left_to_us(self, claim: Claim, snapshot: Snapshot, held: Lease) -> int | None:
         """The MAC for a record of ours that was gone or another's for a moment: ours, unless somebody else claims it, who is
-        the first to have it now."""
+        the first to have it now. None where the backend has none."""
+        if not claim.wants_mac:
+            return None
         mac = self._end(held).mac
         others = _MacsBefore(snapshot.leases, None)
         if mac is not None and mac not in others:
             return mac
         return self._mac_left(held, choose_mac(others, self._rng))
 
-    def _lease(self, claim: Claim, subnet: Prefix, mac: int, second: Endpoint | None) -> Lease:
+    def _lease(self, claim: Claim, subnet: Prefix, mac: int | None, second: Endpoint | None) -> Lease:
         ends = [claim.endpoint(subnet, claim.public_ip, mac), *([second] if second is not None else [])]
         return claim.lease(key_of(ends), ends, str(claim.identity))
 

@@ -146,7 +146,8 @@ class NodeTenure:
         differing, condition = self._differing(lease, view), self._condition(view)
         if differing or condition is not None:
             self._store.write(view.uid, differing, *([condition] if condition is not None else []))
-        if self._our_mac(claim.family.number) not in (None, end.mac):
+        ours = self._our_mac(claim.family.number)
+        if None not in (ours, end.mac) and ours != end.mac:
             self._macs_left.add(self._clock())
         same = self.held is not None and self.held == lease and not self._denied
         self.held, self._denied = lease, ""
@@ -236,9 +237,11 @@ class NodeTenure:
             "lastTransitionTime": now,
         }
 
-    def _mac(self, claim: Claim, view: NodeView) -> int:
+    def _mac(self, claim: Claim, view: NodeView) -> int | None:
         """The MAC we hold, the device's, else our annotation's, else a new one; none that an older Node has, unless one
-        follows us to each that we take: agents that run saw us with it first."""
+        follows us to each that we take: agents that run saw us with it first. None where the backend has none."""
+        if not claim.wants_mac:
+            return None
         known = self._store.known()
 
         def free(mac: int) -> bool:

@@ -59,6 +59,8 @@ def second_of(
             subnet = choose_subnet(view.pool, taken, _preferred(claim.pool, view, taken, first), rng)
         except RangeFull as full:
             return Second(None, str(full))
+    if not claim.wants_mac:
+        return Second(view.endpoint(subnet, view.public_ip, None))
     ours = own is not None and (held or claim.identity.same_link(Identity.read(own.node)))
     recorded = before.mac if before is not None and ours else None
     macs = (recorded, view.device_mac) if held else (view.device_mac, recorded)

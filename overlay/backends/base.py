@@ -13,7 +13,7 @@ from lease.families import Family
 from lease.model import Endpoint, Prefix
 from overlay.kernel.route.entries import RouteKey
 from overlay.kernel.route.fast import DumpMatcher
-from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.link_wire import DeviceAttributes, IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.table import Table
 
 Entry = tuple[int, Any, Any]
@@ -37,16 +37,19 @@ class Lower(NamedTuple):
     mtu: int
 
 
-DeviceSpec = VxlanDevice
+DeviceSpec = VxlanDevice | IpipDevice | WireguardDevice
 """What the tunnel's device must be, of any backend that has one."""
 
 
 class Outer(NamedTuple):
-    """What frames of peers look like on the underlay, for guard and nat. port: of UDP; vni: of this network's frames, not
-    of another's on the same port."""
+    """What packets of peers look like on the underlay, for guard and nat. protocol: of IP; port: of UDP, 0: it has none;
+    vni: of this network's frames, not of another's on the same port; None: it has none. sealed: what does not come from a
+    peer is refused by the kernel, since it is encrypted."""
 
+    protocol: int
     port: int
-    vni: int
+    vni: int | None
+    sealed: bool = False
 
 
 class PackedPeers(Protocol):
@@ -86,8 +89,8 @@ class TunnelDevice(Protocol):
     """The device of a backend that encapsulates."""
 
     @property
-    def kind(self) -> str:
-        """As rtnetlink says it (IFLA_INFO_KIND)."""
+    def kinds(self) -> tuple[str, ...]:
+        """As rtnetlink says it (IFLA_INFO_KIND); the first is the one that we make."""
 
     @property
     def name(self) -> str:
@@ -99,13 +102,13 @@ class TunnelDevice(Protocol):
     def device(self, lower: Lower, own: Endpoint) -> DeviceSpec:
         """What it must be for what we publish."""
 
-    def replace_reason(self, wanted: DeviceSpec, found: VxlanAttributes) -> str | None:
+    def replace_reason(self, wanted: DeviceSpec, found: DeviceAttributes) -> str | None:
         """Why a device cannot be changed into the wanted one and must be made again; None where it can."""
 
-    def conflict(self, wanted: DeviceSpec, name: str, other: VxlanAttributes) -> str | None:
+    def conflict(self, wanted: DeviceSpec, name: str, other: DeviceAttributes) -> str | None:
         """Why the kernel may refuse the wanted device beside another one of the node, and what to do; None: it does not."""
 
-    def live_changes(self, wanted: DeviceSpec, found: VxlanAttributes) -> dict[str, str]:
+    def live_changes(self, wanted: DeviceSpec, found: DeviceAttributes) -> dict[str, str]:
         """What to change on a device that stays: attribute -> "old -> new" for people."""
 
 
@@ -136,7 +139,14 @@ class Backend(Protocol):
     def reaches_directly(self) -> bool:
         """Whether some peers may be reached without the tunnel."""
 
-    def fault(self, own: Endpoint, peer: Endpoint) -> str | None:
+    @property
+    def has_vteps(self) -> bool:
+        """Whether the base of each peer's subnet is an address of its node, on the tunnel's device."""
+
+    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
+        """Why peers could not reach this node by its public IP. addresses: of this node."""
+
+    def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
         """Why what a peer publishes for this backend cannot be used; None where it can."""
 
     def entries(self, view: View, peer: Endpoint) -> list[Entry]:

@@ -51,9 +51,18 @@ class Direct(NamedTuple):
         """Yes."""
         return True
 
-    def fault(self, own: Endpoint, peer: Endpoint) -> str | None:
+    @property
+    def has_vteps(self) -> bool:
         """As the inner one's."""
-        return self.inner.fault(own, peer)
+        return self.inner.has_vteps
+
+    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
+        """As the inner one's."""
+        return self.inner.fault_of_own(public_ip, addresses)
+
+    def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
+        """As the inner one's."""
+        return self.inner.fault(view, own, peer)
 
     def entries(self, view: View, peer: Endpoint) -> list[Entry]:
         """A plain route where the peer is a neighbour on the underlay's link."""

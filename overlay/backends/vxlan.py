@@ -9,21 +9,20 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from lease.config import VxlanConfig
-from lease.families import V4, V6, Family
+from lease.backend_config import VxlanConfig
+from lease.families import V4, Family
 from lease.model import Endpoint, Prefix, ip_text, link_local, mac_text
 from lease.records.packed import FORM, PLACES
-from overlay.backends.base import Bulk, Entry, Lower, Outer, PackedPeers, View
+from overlay.backends.base import Bulk, DeviceSpec, Entry, Lower, Outer, PackedPeers, View
+from overlay.backends.routes import METRIC6, route_key
 from overlay.kernel.route import fast, fast6
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
-from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.link_wire import DeviceAttributes, VxlanDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
 
 KIND = "vxlan"
-METRIC6 = 2048
-"""Of routes of IPv6."""
-
+IPPROTO_UDP = 17
 
 _LEADS = {4: "flannel.", 6: "flannel-v6."}
 
@@ -46,9 +45,9 @@ class VxlanTunnel(NamedTuple):
     family: Family
 
     @property
-    def kind(self) -> str:
+    def kinds(self) -> tuple[str, ...]:
         """A vxlan."""
-        return KIND
+        return (KIND,)
 
     @property
     def name(self) -> str:
@@ -75,8 +74,9 @@ class VxlanTunnel(NamedTuple):
             config.gbp, config.learning,
         )  # fmt: skip
 
-    def replace_reason(self, wanted: VxlanDevice, found: VxlanAttributes) -> str | None:
+    def replace_reason(self, wanted: DeviceSpec, found: DeviceAttributes) -> str | None:
         """By what the kernel cannot change (drivers/net/vxlan/vxlan_core.c vxlan_changelink)."""
+        assert isinstance(wanted, VxlanDevice)
         if found.kind != KIND:
             return f"{wanted.name} is a {found.kind or 'device of another kind'}, not a {KIND}"
         for what, want, have in (
@@ -92,9 +92,10 @@ class VxlanTunnel(NamedTuple):
             return f"it has {found.special}, which the kernel cannot take away"
         return None
 
-    def conflict(self, wanted: VxlanDevice, name: str, other: VxlanAttributes) -> str | None:
+    def conflict(self, wanted: DeviceSpec, name: str, other: DeviceAttributes) -> str | None:
         """Two devices on one port must agree in how they use it, and no two may have one VNI there: EADDRINUSE, EEXIST
         (drivers/net/vxlan/vxlan_core.c vxlan_find_sock, vxlan_vni_in_use)."""
+        assert isinstance(wanted, VxlanDevice)
         if other.kind != KIND or other.port != wanted.port:
             return None
         if other.special or other.gbp != wanted.gbp:
@@ -110,9 +111,10 @@ class VxlanTunnel(NamedTuple):
             )
         return None
 
-    def live_changes(self, wanted: VxlanDevice, found: VxlanAttributes) -> dict[str, str]:
+    def live_changes(self, wanted: DeviceSpec, found: DeviceAttributes) -> dict[str, str]:
         """Nothing is lost by any of these but the MAC's, which takes the neighbours with it (and the kernel says so, for
         each)."""
+        assert isinstance(wanted, VxlanDevice)
         family = self.family.number
         pairs = {
             "local": (ip_text(family, found.local), ip_text(family, wanted.local)),
@@ -161,8 +163,19 @@ class Vxlan(NamedTuple):
         """Never: Direct does."""
         return False
 
-    def fault(self, own: Endpoint, peer: Endpoint) -> str | None:
+    @property
+    def has_vteps(self) -> bool:
+        """The base of each subnet is on its node's device."""
+        return True
+
+    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
+        """None."""
+        del public_ip, addresses
+        return None
+
+    def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
         """MAC and VNI."""
+        del view
         if peer.mac is None:
             return "BackendData has no VtepMAC"
         if peer.mac == own.mac:
@@ -184,17 +197,12 @@ class Vxlan(NamedTuple):
         ]
 
     def route_key(self, view: View, subnet: Prefix) -> RouteKey:
-        """With a metric of its own for each subnet of IPv4 (1 + its place in the network): the kernel looks routes of one
-        metric up in a list, which makes N of them cost N^2 (docs/decisions.md). IPv6 has no such list, and 2048 stands
-        behind flannel's 1024, as ours of IPv4 stand behind its 0."""
-        if self.family is V6:
-            return RouteKey(subnet.base, subnet.length, METRIC6)
-        place = (subnet.base - view.network.base) >> (self.family.bits - subnet.length)
-        return RouteKey(subnet.base, subnet.length, 1 + place)
+        """As all."""
+        return route_key(view, subnet)
 
     def outer(self) -> Outer:
         """RFC 7348."""
-        return Outer(self.config.port, self.config.vni)
+        return Outer(IPPROTO_UDP, self.config.port, self.config.vni)
 
     def bulk(self, view: View) -> Bulk | None:
         """Of either family."""

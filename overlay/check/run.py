@@ -96,11 +96,14 @@ def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
     mtu = under if goal.peer["path"] == "direct" else device
     family = family_of(found)
     subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], family.number)
+    vtep = (
+        public_ip if found["network"]["backend"]["type"] == "host-gw" else subnet.base
+    )  # where there is none, the node
     made = [
         Rung(NAMES[Kind.UNDERLAY], public_ip),
         Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
-        Rung(NAMES[Kind.VTEP], subnet.base),
-        Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), subnet.base, mtu),
+        Rung(NAMES[Kind.VTEP], vtep),
+        Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), vtep, mtu),
     ]
     if goal.pod:
         made += [

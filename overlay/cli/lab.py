@@ -15,7 +15,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from lease.config import ConfigError
+from lease.backend_config import VxlanConfig
+from lease.fields import ConfigError
 from overlay.cli import terminal
 from overlay.cli.status import differences, every
 from overlay.lab import netns
@@ -241,7 +242,9 @@ def _encapsulated(it: Lab, packet: Captured) -> bool:
     """Whether a captured packet is what it must be: between nodes outside, between pods inside."""
     nodes = {address for node in it.nodes for address in node.addresses}
     pods = {address for node in it.nodes for addresses in node.pods.values() for address in addresses}
-    return {*packet.outer_ip} <= nodes and {*packet.inner_ip} <= pods and packet.vni == it.config.backend.vni
+    backend = it.config.backend
+    ours = isinstance(backend, VxlanConfig) and packet.vni == backend.vni
+    return {*packet.outer_ip} <= nodes and {*packet.inner_ip} <= pods and ours
 
 
 def _node_values(it: Lab, statuses: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

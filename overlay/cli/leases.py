@@ -13,7 +13,9 @@ from typing import Any
 import click
 from rich.text import Text
 
-from lease.config import ConfigError, NetworkConfig, parse_config
+from lease.backend_config import KEY_SIZE, VxlanConfig, WireguardConfig
+from lease.config import NetworkConfig, parse_config
+from lease.fields import ConfigError
 from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, prefix
 from lease.records.codec import encode_key
 from lease.store import LeaseExpired, RecordChanged, Snapshot, StoreUnavailable, SubnetTaken
@@ -141,10 +143,16 @@ def reserve(subnet: str, public_ip: str, flags: tuple[str, ...]) -> None:
 
 
 def _reserved(config: NetworkConfig, subnet: Prefix, public_ip: int, found: Snapshot) -> Lease:
-    """The node that comes for it writes its own MAC; until then it has one of nobody: no agent reads a record without."""
-    used = {lease.first.mac for lease in map(found.leases.__getitem__, found.leases) if lease.first.mac is not None}
-    end = Endpoint(subnet, public_ip, config.backend.vni, choose_mac(used, random.SystemRandom()))
-    return Lease.of(encode_key(subnet), config.backend.type, [end], "")
+    """The node that comes for it writes its own MAC (or public key); until then it has one of nobody: no agent reads a
+    record without."""
+    backend = config.backend
+    end = Endpoint(subnet, public_ip, None, None)
+    if isinstance(backend, VxlanConfig):
+        used = {lease.first.mac for lease in map(found.leases.__getitem__, found.leases) if lease.first.mac is not None}
+        end = end._replace(vni=backend.vni, mac=choose_mac(used, random.SystemRandom()))
+    elif isinstance(backend, WireguardConfig):
+        end = end._replace(key=os.urandom(KEY_SIZE), port=backend.port)
+    return Lease.of(encode_key(subnet), backend.type, [end], "")
 
 
 @leases.command(context_settings=_FLAGS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lease.config import ConfigError, NetworkConfig, parse_config
+from lease.config import NetworkConfig, parse_config
 from lease.families import FAMILIES
+from lease.fields import ConfigError
 from lease.model import Prefix
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
@@ -75,6 +76,7 @@ def network_status(config: NetworkConfig | None) -> Mapping[str, object] | None:
     """For the status."""
     if config is None:
         return None
+    shown = {name: value for name, value in config.backend._asdict().items() if name != "psk"}  # a secret
     return {
         "subnets": {
             FAMILIES[family].text.lower(): {
@@ -86,16 +88,15 @@ def network_status(config: NetworkConfig | None) -> Mapping[str, object] | None:
             }
             for family, pool in config.pools.items()
         },
-        "backend": {"type": config.backend.type, **config.backend._asdict()},
+        "backend": {"type": config.backend.type, **shown},
     }
 
 
 def backend_fields(config: NetworkConfig) -> Mapping[str, object]:
     """The backend's part, for log and status."""
-    backend = config.backend
+    fields = {**config.backend._asdict(), "type": config.backend.type}
     return {
-        "vni": backend.vni,
-        "port": backend.port,
-        "mtu": backend.mtu or "the underlay's",
-        "direct_routing": backend.direct_routing,
+        name: fields[name] or "the underlay's" if name == "mtu" else fields[name]
+        for name in ("type", "vni", "port", "port6", "mtu", "mode", "direct_routing")
+        if name in fields
     }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from lease.backend_config import WireguardConfig
 from lease.config import NetworkConfig
 from lease.families import FAMILIES, Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.store import Snapshot
-from lease.tenure.claim import Claim, Identity, Part
+from lease.tenure.claim import Claim, Identity, Part, PublicKey
 from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed
+from overlay.backends.choose import backend_of
+from overlay.backends.wireguard import listen_port
 from overlay.cni.lists import previous_subnet
-from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Underlay
 from overlay.peers.plan import underlay_within
@@ -37,13 +40,16 @@ class Claimer(Protocol):
 
 
 class _Wants(NamedTuple):
-    """family: by whose part a lease is found to be ours; underlay: its; second: the other family's, None: there is none."""
+    """family: by whose part a lease is found to be ours; underlay: its; second: the other family's, None: there is none;
+    public_key: of WireGuard, b"": none. fault: why peers could not use what would be published."""
 
     config: NetworkConfig
     family: Family
     underlay: Underlay
     second: Underlay | None
     settings: Settings
+    public_key: bytes
+    fault: str
 
 
 class _Earlier(NamedTuple):
@@ -131,12 +137,16 @@ class Ownership(Controller):
         if under is None:
             return Waiting("for an underlay")
         second = inputs.underlays.get(other[0]) if other else None
+        if isinstance(inputs.config.backend, WireguardConfig) and not inputs.public_key:
+            return Waiting("for a key")
         return _Wants(
             inputs.config,
             FAMILIES[first],
             _address(under),
             None if second is None else _address(second),
             inputs.settings,
+            inputs.public_key,
+            _own_fault(inputs, first) or (_own_fault(inputs, other[0]) if second is not None else ""),
         )
 
     def reconcile(self, wants: Any) -> bool:
@@ -147,7 +157,9 @@ class Ownership(Controller):
         if self._look_again_at is not None and self._clock() >= self._look_again_at:
             self._look_again_at, self._looking_again = None, True
             self.recheck()
-        config, family, under, second, settings = wants
+        config, family, under, second, settings, inputs_key, fault = wants
+        if fault:
+            raise CannotReconcile(fault)
         assert self._identity_of is not None
         mac, subnet = self._of_earlier(family, config, settings)
         part = None
@@ -155,7 +167,8 @@ class Ownership(Controller):
             other = next(FAMILIES[number] for number in config.pools if number != family.number)
             avoid = _not_for_pods(other, config, second, settings)
             earlier = self._of_earlier(other, config, settings)
-            part = Part(other, second.public_ip, *earlier, avoid, second.local, second.name)
+            key = self._public_key(inputs_key, config, other)
+            part = Part(other, second.public_ip, *earlier, avoid, second.local, second.name, key)
         claim = Claim(
             config,
             under.public_ip,
@@ -167,11 +180,17 @@ class Ownership(Controller):
             under.local,
             family,
             under.name,
+            self._public_key(inputs_key, config, family),
             part,
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
         return False
+
+    @staticmethod
+    def _public_key(key: bytes, config: NetworkConfig, family: Family) -> PublicKey | None:
+        backend = config.backend
+        return PublicKey(key, listen_port(backend, family)) if isinstance(backend, WireguardConfig) else None
 
     def _of_earlier(self, family: Family, config: NetworkConfig, settings: Settings) -> _Earlier:
         """Read once. Raises KernelError, CannotReconcile."""
@@ -240,12 +259,13 @@ class Ownership(Controller):
             if theirs is None:
                 continue
             older = lease.created < held.created
-            same_mac = theirs.mac is not None and theirs.mac == ours.mac
+            same_mac = theirs.identity == ours.identity and bool(ours.vtep)
             if (older and (same_mac or theirs.subnet.overlaps(ours.subnet))) or (
                 same_mac and self._clock() < self._put_right_until
             ):
                 self.recheck()
-            if theirs.public_ip == ours.public_ip and theirs.mac != ours.mac and lease.key not in self._logged_rivals:
+            other_vtep = theirs.identity != ours.identity or not ours.vtep
+            if theirs.public_ip == ours.public_ip and other_vtep and lease.key not in self._logged_rivals:
                 self._logged_rivals.add(lease.key)
                 log.warning(
                     "public_ip.claimed_twice",
@@ -356,7 +376,8 @@ class Ownership(Controller):
                 "key": held.key,
                 "subnet": str(end.subnet),
                 "public_ip": ip_text(end.subnet.family, end.public_ip),
-                "vtep_mac": mac_text(end.mac or 0),
+                "vtep_mac": mac_text(end.mac) if end.mac is not None else "",
+                **({"public_key": end.vtep} if end.key else {}),
                 "identity": held.node,
                 "method": self._method,
                 "left_s": left,
@@ -366,11 +387,20 @@ class Ownership(Controller):
                     for name, value in (
                         ("subnet", str(other.subnet)),
                         ("public_ip", ip_text(other.subnet.family, other.public_ip)),
-                        ("vtep_mac", mac_text(other.mac or 0)),
+                        ("vtep_mac", mac_text(other.mac) if other.mac is not None else ""),
                     )
                 },
             }
         }
+
+
+def _own_fault(inputs: Inputs, family: int) -> str:
+    """Why peers could not reach this node by what it would publish of a family."""
+    under = inputs.underlays.get(family)
+    if inputs.config is None or under is None:
+        return ""
+    addresses = frozenset(each.address for each in inputs.addresses_of(family).values())
+    return backend_of(inputs.config.backend, FAMILIES[family]).fault_of_own(under.public_ip, addresses) or ""
 
 
 def _address(under: Underlay) -> Underlay:

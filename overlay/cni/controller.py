@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Endpoint, Prefix
-from overlay.backends.choose import backend_of
+from overlay.backends.choose import backend_of, mark_of
 from overlay.cni import lists
 from overlay.cni.lists import PodNetwork
 from overlay.control.controller import Controller, Waiting
@@ -88,8 +88,8 @@ class CniController(Controller):
         networks = [each.network for each in inputs.config.pools.values()]
         pods = [PodNetwork(inputs.config.pools[end.subnet.family].network, end.subnet) for end in ends]
         devices = (
-            (self._owned.device_file(family), tunnel.name)  # which node/device.py has written first
-            for family, tunnel in sorted(inputs.tunnels.items())
+            (self._owned.device_file(family), mark_of(backend_of(inputs.config.backend, FAMILIES[family])))
+            for family in sorted(inputs.tunnels)  # which node/device.py has written first
         )
         files = (
             *devices,
@@ -194,8 +194,8 @@ def _mtu(inputs: Inputs, ends: Iterable[Endpoint]) -> int:
         under = inputs.underlays.get(family.number) or next(iter(inputs.underlays.values()), None)
         if tunnel is not None:
             found.append(tunnel.mtu)
-        elif device is not None and under is not None:
-            found.append(device.mtu(under.mtu)[0])
+        elif under is not None:
+            found.append(device.mtu(under.mtu)[0] if device is not None else under.mtu)
     return min(found)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lease.model import WIDTH, Endpoint, Prefix, ip_number, ip_text, mac_text, prefix
+from lease.model import WIDTH, Endpoint, Prefix, ip_number, ip_text, prefix
 from overlay.process.files import text_of
 
 CONFLIST = "10-flannel.conflist"
@@ -35,11 +35,10 @@ class PodNetwork(NamedTuple):
 def lease_file(key: str, ends: Sequence[Endpoint], networks: Iterable[Prefix]) -> str:
     """The content of LEASE_FILE. ends: of each family, by the first of which the record is found to be ours."""
     first = ends[0]
-    assert first.mac is not None
     fields: dict[str, Any] = {
         "key": key,
         "public_ip": ip_text(first.subnet.family, first.public_ip),
-        "vtep_mac": mac_text(first.mac),
+        "vtep_mac": first.vtep,
         "networks": [str(network) for network in networks],
     }
     for end in ends[1:]:

@@ -86,6 +86,8 @@ class Inputs(NamedTuple):
     """flannel's cni-conf.json, where there is one."""
     synced_families: frozenset[int] = frozenset()
     """Those of which all peers were in the kernel once, since we hold this lease."""
+    public_key: bytes = b""
+    """Of WireGuard; empty while there is none, or another backend."""
     displacements: int = 0
     """How often we were displaced: what ended before anybody was asked is seen by this."""
 

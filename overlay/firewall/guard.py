@@ -38,7 +38,6 @@ _NF_INET_PRE_ROUTING, _NF_INET_LOCAL_IN, _NF_INET_FORWARD, _NF_INET_POST_ROUTING
 _RAW, _AFTER_SRCNAT = -300, 300
 _LOOPBACK = (1).to_bytes(4, sys.byteorder)
 """LOOPBACK_IFINDEX (include/net/flow.h): of each network namespace's lo."""
-_UDP = b"\x11"
 _IFNAMSIZ = 16
 _REFUSE_SENDER, _REFUSE_BESIDE = nf_wire.goto("unknown"), nf_wire.goto("beside")
 INTERFACES = (POD_INTERFACES, POD_VETHS, ELSEWHERE)
@@ -74,37 +73,45 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
     has many (udp(7), UDP_SEGMENT), and the kernel takes them apart only when it decapsulates.
     """
     network = here.network
-    to_port = (
-        nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
-        nf_wire.load("transport", 2, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
-    )  # fmt: skip
+    port = outer.port.to_bytes(2, "big")
+    by_protocol = (nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(bytes([outer.protocol])))
+    to_port = (*by_protocol, *((nf_wire.load("transport", 2, 2), nf_wire.equal(port)) if outer.port else ()))
     from_port = (
-        nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_UDP),
-        nf_wire.load("transport", 0, 2), nf_wire.equal(outer.port.to_bytes(2, "big")),
-        nf_wire.load("transport", 2, 2), nf_wire.differ(outer.port.to_bytes(2, "big")),
+        *by_protocol, nf_wire.load("transport", 0, 2), nf_wire.equal(port),
+        nf_wire.load("transport", 2, 2), nf_wire.differ(port),
     )  # fmt: skip
     from_pod_interfaces = (nf_wire.meta(nf_wire.META_IIF), nf_wire.found_in(POD_INTERFACES))
     source, destination, size = family.source_at, family.destination_at, family.size
     to_peer = (nf_wire.load("network", destination, size), nf_wire.found_in(VTEPS))
     from_network, beyond = _in(family, source, network), _in(family, destination, network, nf_wire.differ)
-    our_vni = () if here.alone else (nf_wire.load("transport", 12, 3), nf_wire.equal(outer.vni.to_bytes(3, "big")))
+    vni = (outer.vni or 0).to_bytes(3, "big")
+    our_vni = () if here.alone or outer.vni is None else (nf_wire.load("transport", 12, 3), nf_wire.equal(vni))
     pods, forwarded = nf_wire.count(FROM_PODS), nf_wire.count(FORWARDED)
-    rules = (
-        *_beside_the_tunnel(family, here),
+    to_us = (
         nf_wire.Rule("input", "pods to this node's VXLAN port", (*to_port, *from_pod_interfaces, pods, nf_wire.DROP)),
         nf_wire.Rule(
             "input",
             "VXLAN from no peer",
             (*to_port, *our_vni, nf_wire.load("network", source, size), nf_wire.absent_from(VTEPS), _REFUSE_SENDER),
         ),
-        *_refusal("unknown", UNKNOWN_SENDERS, FROM_UNKNOWN, (source, size)),
-        *_refusal("beside", BESIDE_SOURCES, BESIDE, (source, size)),
+    )
+    through_us = (
         nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_pod_interfaces, *beyond, pods, nf_wire.DROP)),
         nf_wire.Rule("forward", "pods to a VXLAN port", (*to_port, *from_network, *beyond, pods, nf_wire.DROP)),
         nf_wire.Rule("forward", "VXLAN of others to a peer", (*to_port, *to_peer, forwarded, nf_wire.DROP)),
+    )
+    from_our_port = nf_wire.Rule(
+        "postrouting", "from VXLAN's port to a peer", (*from_port, *to_peer, forwarded, nf_wire.DROP)
+    )
+    rules = (
+        *_beside_the_tunnel(family, here),
+        *(() if outer.sealed else to_us),
+        *_refusal("unknown", UNKNOWN_SENDERS, FROM_UNKNOWN, (source, size)),
+        *_refusal("beside", BESIDE_SOURCES, BESIDE, (source, size)),
+        *(() if outer.sealed else through_us),
         # behind whatever masquerades: conntrack would take the peer's frames for the answers
-        nf_wire.Rule("postrouting", "from VXLAN's port to a peer", (*from_port, *to_peer, forwarded, nf_wire.DROP)),
-    )  # fmt: skip
+        *((from_our_port,) if outer.port and not outer.sealed else ()),
+    )
     address = nf_wire.ADDRESS[family.number]
     return nf_wire.Table(
         family.nft,

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lease.backend_config import VxlanConfig
 from lease.config import NetworkConfig, parse_config
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.ask.client import NoAnswer, secret_in
@@ -277,15 +278,20 @@ class Lab:
             time.sleep(0.5)
 
     def capture(self) -> Captured | None:
-        """A packet between pods of two nodes; None where there are no two nodes with pods. Raises LabError."""
-        with_pods = [node for node in self.nodes if any(node.pods.values())]
-        if len(with_pods) < 2 or self.config.backend.direct_routing or 4 not in self.families:
+        """A packet between pods of two nodes; None where there are no two nodes with pods, or no VXLAN. Raises LabError."""
+        with_pods, backend = [node for node in self.nodes if any(node.pods.values())], self.config.backend
+        if (
+            not isinstance(backend, VxlanConfig)
+            or backend.direct_routing
+            or len(with_pods) < 2
+            or 4 not in self.families
+        ):
             return None
         by_name = {end.name: end for end in self.ends()}
         source, target = (by_name[next(iter(node.pods))] for node in with_pods[:2])
         with matrix.Wires([source, target]) as wires:
             namespace = topology.node_netns(self.name, with_pods[0].name)
-            return capture(namespace, "eth0", self.config.backend.port, lambda: wires.measure(source, target))
+            return capture(namespace, "eth0", backend.port, lambda: wires.measure(source, target))
 
     def page_url(self) -> str:
         """Where its page is, "" where it has none (yet)."""

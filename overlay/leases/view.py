@@ -50,6 +50,7 @@ def as_values(held: Held) -> dict[str, Any]:
         "node": held.node,
         "public_ip": ip_text(end.subnet.family, end.public_ip),
         "vtep_mac": None if end.mac is None else mac_text(end.mac),
+        "public_key": end.vtep if end.key else None,
         "vni": end.vni,
         "backend": held.lease.backend,
         "left_s": None if held.left_s is None else round(held.left_s),

@@ -10,13 +10,14 @@ from lease.config import NetworkConfig
 from lease.families import V6, Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
 from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
-from overlay.backends.choose import backend_of, network_of, tunnel_devices
+from overlay.backends.choose import backend_of, mark_of, network_of, tunnel_devices
 from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
+from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
@@ -66,7 +67,7 @@ def ensure(
         links.change(index, wanted)
     if "mtu" in changes:
         links.set_mtu(index, wanted.mtu)
-    if "mac" in changes:
+    if "mac" in changes and isinstance(wanted, VxlanDevice):
         links.set_mac(index, mac_text(wanted.mac))
     if "up" in changes:
         before_up(wanted.name)
@@ -99,6 +100,13 @@ def ensure_address(links: Links, index: int, base: int, network: Prefix, there: 
             links.remove_address(index, address.address, address.length)
             did.append(f"removed {ip_text(family, address.address)}/{address.length}")
     return did
+
+
+class _Beside(NamedTuple):
+    """Where the backend has no device: what stands in its place. mark: what names the backend."""
+
+    mark: str
+    tunnel: Tunnel
 
 
 class _Wants(NamedTuple):
@@ -137,6 +145,8 @@ class DeviceController(Controller):
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
         self._device: DeviceSpec | None = None
+        self._mark = ""
+        """What names it, or the backend where it has none, in the file of our device; "" before it was made sure of."""
         self._vrf: int | None = None
         """The underlay's VRF when the device was made sure of last."""
         self._base: int | None = None
@@ -169,7 +179,7 @@ class DeviceController(Controller):
         """Never coalesced: a device that was down for a moment lost its routes in it, without another word from the
         kernel."""
         tunnel, link = self._tunnel, event.link
-        if link.ifindex == tunnel.ifindex:
+        if link.ifindex == tunnel.ifindex and self._device is not None:
             if not event.gone and link.up:
                 self._set(tunnel._replace(rising=False))
             elif event.gone or not tunnel.rising:  # else: how it was before we set it up
@@ -196,24 +206,27 @@ class DeviceController(Controller):
             return Waiting("for a network config")
         if under is None:
             return Waiting("for an underlay")
-        if end is None or end.mac is None:
+        if end is None or inputs.own is None or inputs.own.backend != inputs.config.backend.type:
             return Waiting("for a lease")
-        tunnel = backend_of(inputs.config.backend, self._family).tunnel
+        backend = backend_of(inputs.config.backend, self._family)
+        tunnel = backend.tunnel
         if tunnel is None:
-            return None
+            return _Beside(mark_of(backend), Tunnel(under.name, under.ifindex, under.mtu, under.up))
         device = tunnel.device(Lower(under.ifindex, under.local, under.mtu), end)
         seen = next((link for link in inputs.links.values() if link.name == device.name), None)
         return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen, under.vrf)
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
+        if isinstance(wants, _Beside):
+            return self._go_without(wants)
         device: DeviceSpec = wants.device
         if not self._alone(device.name):
             self._asks_again = self._clock() + LOCK_RETRY_S
             self._set(None)
             return False
         self._asks_again = None
-        old = self._device.name if self._device is not None else self._owned.recorded_device(self._family.number)
+        old = self._mark or self._owned.recorded_device(self._family.number)
         if self._vrf not in (None, wants.vrf) and self._tunnel.ifindex:
             # its socket was bound to the VRF, or to none, when it came up (drivers/net/vxlan: vxlan_open)
             log.info("device", device=device.name, reopened="the underlay's VRF changed")
@@ -248,7 +261,7 @@ class DeviceController(Controller):
                 before, device.name, True
             )  # a refused entry may show it before the kernel's own notification
         other = ensured.ifindex != before.ifindex
-        self._device = device
+        self._device, self._mark = device, device.name
         self._set(
             Tunnel(
                 device.name, ensured.ifindex, device.mtu,
@@ -265,11 +278,29 @@ class DeviceController(Controller):
             write_atomically(file, device.name)
         return False
 
+    def _go_without(self, wants: _Beside) -> bool:
+        """Pods' packets go by the underlay. Raises OSError."""
+        if not self._alone(wants.mark):
+            self._asks_again = self._clock() + LOCK_RETRY_S
+            self._set(None)
+            return False
+        self._asks_again = None
+        old = self._mark or self._owned.recorded_device(self._family.number)
+        if old not in ("", wants.mark):
+            self._drop(old)
+        self._device, self._base, self._mark = None, None, wants.mark
+        self._set(wants.tunnel)
+        file = self._owned.device_file(self._family.number)
+        if not up_to_date(file, wants.mark):
+            write_atomically(file, wants.mark)
+        return False
+
     def _conflicts(self, tunnel: TunnelDevice, wanted: DeviceSpec) -> str:
         """Which devices are in the way of one that the kernel refused."""
         found = []
         for link in self._links.all():
-            other = self._links.read(link.name) if link.kind == tunnel.kind and link.name != wanted.name else None
+            there = link.kind in tunnel.kinds and link.name != wanted.name
+            other = self._links.read(link.name) if there else None
             if other is not None and (why := tunnel.conflict(wanted, link.name, other)) is not None:
                 found.append(why)
         return "".join(f"; {why}" for why in found)
@@ -298,7 +329,7 @@ class DeviceController(Controller):
         if tunnel is not None and not self._alone(tunnel.name):
             raise CannotReconcile(f"another agent keeps {tunnel.name} on this node, and its lease")
         there = self._links.read(tunnel.name) if tunnel is not None else None
-        return there.mac if tunnel is not None and there is not None and there.kind == tunnel.kind else None
+        return there.mac if tunnel is not None and there is not None and there.kind in tunnel.kinds else None
 
     def _drop(self, name: str) -> None:
         """The device of an earlier network, ours since our own file names it, and what belongs to it. Raises OSError."""
@@ -311,37 +342,41 @@ class DeviceController(Controller):
             )
             return
         there = self._links.read(name)
-        if there is not None and there.kind in tunnel_devices([network], self._family).values():
-            log.info("device.removed", device=name, reason="the VNI of the network config changed")
+        if there is not None and there.kind in tunnel_devices([network], self._family).get(name, ()):
+            log.info("device.removed", device=name, reason="the network config names another device now")
             self._links.delete(there.ifindex)
         self._leave(network)
 
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""
-        for name, kind in tunnel_devices(self._owned.networks(), self._family).items():
+        for name, kinds in tunnel_devices(self._owned.networks(), self._family).items():
             there = self._links.read(name)
-            if there is not None and there.kind == kind and not self._owned.flannel_has_it():
+            if there is not None and there.kind in kinds and not self._owned.flannel_has_it():
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
         self._device = self._base = None
+        self._mark = ""
         self._set(None)
 
     def status(self) -> Mapping[str, object]:
         """`device`."""
-        device, under = self._device, self._current.inputs.underlays.get(self._family.number)
-        if device is None or under is None:
+        device, under, tunnel = self._device, self._current.inputs.underlays.get(self._family.number), self._tunnel
+        config = self._current.inputs.config
+        if not self._mark or under is None or config is None or tunnel is _NO_TUNNEL:
             return {"device": None}
-        tunnel = self._tunnel
+        outer = backend_of(config.backend, self._family).outer()
+        vxlan = device if isinstance(device, VxlanDevice) else None
         return {
             "device": {
-                "name": device.name,
+                "name": tunnel.name,
+                "kind": config.backend.type,
                 "index": tunnel.ifindex,
-                "mac": mac_text(device.mac),
-                "vni": device.vni,
-                "port": device.port,
-                "local": ip_text(self._family.number, device.local),
+                "mac": mac_text(vxlan.mac) if vxlan is not None else "",
+                "vni": vxlan.vni if vxlan is not None else None,
+                "port": outer.port if outer is not None else 0,
+                "local": ip_text(self._family.number, device.local if device is not None else under.local),
                 "lower": under.name,
-                "mtu": device.mtu,
+                "mtu": tunnel.mtu,
                 "ok": bool(tunnel.ifindex) and tunnel.up and self.name not in self._health.problems(),
             }
         }

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 
-from lease.config import ConfigError, parse_config
+from lease.config import parse_config
 from lease.families import FAMILIES
+from lease.fields import ConfigError
 from lease.model import Prefix
 from overlay.backends.choose import backend_of, network_of
 from overlay.cni import lists

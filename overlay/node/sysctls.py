@@ -37,7 +37,7 @@ def wanted_sysctls(
     for name in (device, *bridges, lower) if direct_routing else (device, *bridges):
         if read(f"net/ipv4/conf/{name}/forwarding") == "0":
             wrong[f"net/ipv4/conf/{name}/forwarding"] = "1"
-    if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
+    if device != lower and read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
         wrong[f"net/ipv6/conf/{device}/accept_ra"] = "0"
     return wrong
 
@@ -54,7 +54,7 @@ def wanted_sysctls_of_ipv6(
     for name in (device, *bridges):
         if read(f"net/ipv6/conf/{name}/disable_ipv6") == "1":
             wrong[f"net/ipv6/conf/{name}/disable_ipv6"] = "0"
-    if read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
+    if device != lower and read(f"net/ipv6/conf/{device}/accept_ra") not in (None, "0"):
         wrong[f"net/ipv6/conf/{device}/accept_ra"] = "0"
     forwards = read(f"{_FORWARDING6}") == "1"
     for name in {lower: None, **dict.fromkeys(() if forwards else routers)}:

@@ -18,7 +18,7 @@ from overlay.control.schedule import Cadence, Retry
 from overlay.kernel import events, netlink
 from overlay.kernel.netlink import error_text
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FoundRoute, RouteValue
+from overlay.kernel.route.entries import PROTOCOL, UNDERLAY, FoundRoute, RouteValue
 from overlay.node.interfaces import addresses_of
 from overlay.node.owned import Owned
 from overlay.peers import plan
@@ -71,6 +71,8 @@ class PeerTableController(Controller):
         under = inputs.underlays.get(number)
         if not inputs.listed or inputs.own is None or inputs.config is None or under is None:
             return Waiting("for a lease")
+        if inputs.own.backend != inputs.config.backend.type:
+            return Waiting(f"for a lease of type {inputs.config.backend.type}")
         if number not in inputs.tunnels:
             return Waiting("for the tunnel device")
         return plan.node_of(
@@ -97,7 +99,7 @@ class PeerTableController(Controller):
         """A network config that switches DirectRouting on reaches nodes one after the other, and none takes packets from
         outside the tunnel before it knows. An agent that starts may have come with that config. Raises KernelError."""
         before = self._path.node
-        if not node.backend.reaches_directly:
+        if not node.backend.reaches_directly or node.backend.tunnel is None:
             self._directly_from = None
             return node
         if self._only_by_tunnel(node) if before is None else not before.backend.reaches_directly:
@@ -123,7 +125,7 @@ class PeerTableController(Controller):
 
     def _direct_routing(self) -> str:
         node, under = self._path.node, self._current.inputs.underlays.get(self._family.number)
-        if node is None or under is None or not node.backend.reaches_directly:
+        if node is None or under is None or not node.backend.reaches_directly or node.backend.tunnel is None:
             return ""
         if self._directly_from is not None:
             return "no peer yet: it was switched on a moment ago, which others must know first"
@@ -236,7 +238,7 @@ class PeersController(Controller):
             return False
         self._read_whole |= path.set_tunnel(wants.tunnel)
         self._read_whole |= path.set_underlay(wants.underlay, wants.underlay_up)
-        more = TUNNEL in path.rec.devices and self._read_slice()
+        more = path.rec.main in path.rec.devices and self._read_slice()
         if path.dumped:
             more = path.apply() or more
         self._note_doubts()
@@ -293,7 +295,7 @@ class PeersController(Controller):
     def due(self) -> float | None:
         """A retry, a doubt, the next check."""
         asked = [self._path.rec.next_retry(), self._device_doubt_at]
-        if TUNNEL in self._path.rec.devices:  # else there is nothing to read, however long it is due
+        if self._path.rec.main in self._path.rec.devices:  # else there is nothing to read, however long it is due
             asked += [self._doubt_at, self._cadence.at, (self._reading.at or 0.0) if self._read_whole else None]
         return min((at for at in asked if at is not None), default=None)
 
@@ -309,7 +311,7 @@ class PeersController(Controller):
         self._path.reset()
         self._current.set(synced_families=self._current.inputs.synced_families - {self._family.number})
         kinds = tunnel_devices(self._owned.networks(), self._family)
-        tunnels = {link.ifindex for link in self._requests.links() if kinds.get(link.name) == link.kind}
+        tunnels = {link.ifindex for link in self._requests.links() if link.kind in kinds.get(link.name, ())}
         dying = set() if self._owned.flannel_has_it() else tunnels
         networks = self._owned.prefixes(self._family.number)
         left = [

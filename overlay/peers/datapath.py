@@ -85,6 +85,7 @@ class Datapath:
         if records is None:
             records = self._unplanned if self._unplanned is not None else self.table.records()
         self._unplanned, self.node = None, node
+        self._stand_on(TUNNEL if node.backend.tunnel is not None else UNDERLAY)
         self.table = PeerTable(
             self._family, lambda lease: plan.refusal(node, lease), plan.quick(node), self.table.listed
         )
@@ -95,6 +96,12 @@ class Datapath:
         for key, reason in self.table.refused.items():
             self.refusals.report(key, reason)
         log.info("peers", wanted=len(self.table.packed), refused=len(self.table.refused))
+
+    def _stand_on(self, main: int) -> None:
+        """The backend may be another, without a tunnel or with one: that device is to be found anew."""
+        if self.rec.main != main:
+            self.rec.main, self._tunnel = main, None
+            self.rec.devices.pop(TUNNEL, None)
 
     def _forget_kernel(self) -> None:
         assert self.node is not None
@@ -317,7 +324,7 @@ class Datapath:
         """The tunnel device as it is now, and what was lost with it meanwhile; whether the kernel is to be read whole,
         since somebody else made the device, or a resync was at another."""
         before, self._tunnel = self._tunnel, tunnel
-        if before == tunnel:
+        if before == tunnel or self.rec.main != TUNNEL:
             return False
         known = self.rec.devices.get(TUNNEL)
         made = before is None or before.makes != tunnel.makes
@@ -344,7 +351,7 @@ class Datapath:
     def resync(self, links: Mapping[int, Link]) -> bool:
         """Read routes, neighbours and FDB whole, a slice for each call; whether there is more of it. Raises KernelError."""
         if self._resync is None:
-            if TUNNEL not in self.rec.devices:
+            if self.rec.main not in self.rec.devices:
                 return False
             self._resync = self._whole_resync(links)
         try:
@@ -466,7 +473,8 @@ class Datapath:
         lease = unpack(packed)
         end = lease.endpoint(self._family.number)
         assert end is not None, "a peer has the family's part"
-        return end.subnet, end.public_ip, len(plan.entries(self.node, lease)) == 1, node_name(lease.node)
+        direct = plan.is_direct(plan.entries(self.node, lease))
+        return end.subnet, end.public_ip, direct, node_name(lease.node)
 
     def differences(self) -> Iterator[dict[str, object]]:
         """The entries that are not as they should be, at most SHOWN."""

@@ -12,7 +12,7 @@ from lease.records.packed import HEAD, PLACES, SECOND
 from overlay.backends.base import Backend, Bulk, Entry, View
 from overlay.backends.choose import backend_of
 from overlay.control.inputs import Underlay
-from overlay.kernel.route.entries import RouteKey
+from overlay.kernel.route.entries import UNDERLAY, RouteKey
 
 
 class Node(NamedTuple):
@@ -101,7 +101,9 @@ def refusal(node: Node, lease: Lease) -> str | None:
     if end is None:
         return f"it has no {node.family.text} part"
     return (
-        _subnet_fault(node, end.subnet, end.public_ip) or _outer_fault(node, end) or node.backend.fault(node.end, end)
+        _subnet_fault(node, end.subnet, end.public_ip)
+        or _outer_fault(node, end)
+        or node.backend.fault(view(node), node.end, end)
     )
 
 
@@ -228,6 +230,11 @@ def entries(node: Node, lease: Lease) -> list[Entry]:
     end = lease.endpoint(node.network.family)
     assert end is not None
     return node.backend.entries(view(node), end)
+
+
+def is_direct(entries: list[Entry]) -> bool:
+    """Whether a peer of these entries is reached without a tunnel: by its route, the last one."""
+    return bool(entries[-1][2].role == UNDERLAY)
 
 
 def route_key(node: Node, subnet: Prefix) -> RouteKey:

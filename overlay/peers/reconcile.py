@@ -63,6 +63,8 @@ class Reconciler(Difference):
         nothing is sent."""
         self.observe: Callable[[str, int, Any, int], None] = lambda *_: None
         """Given each entry that is sent, at debug: put or remove, table, key, peer (0: of a removal, nobody's)."""
+        self.main = TUNNEL
+        """The role of the device without which nothing is done."""
         self._needs_up = sum(1 << number for number, table in enumerate(tables) if table.needs_up)
         self._retries: list[tuple[float, int, int, Hashable]] = []
         self._tokens = 0
@@ -117,8 +119,8 @@ class Reconciler(Difference):
 
     def _puts(self) -> _Puts:
         oifs = {role: device.ifindex for role, device in self.devices.items() if device.up}
-        ready = TUNNEL in oifs
-        if TUNNEL not in self.devices and self.wanted.uniform():
+        ready = self.main in oifs
+        if self.main not in self.devices and self.wanted.uniform():
             return self._Puts(0, [], [])
         stride = len(self.tables)
         first = seq = self._requests.take_seqs(SLICE + stride)
@@ -128,7 +130,7 @@ class Reconciler(Difference):
         for peer, bits in self.pending.items():
             if seq - first >= SLICE:
                 break
-            if not ready and not bits & ~self._needs_up and not bits & ~self.wanted.bits_on(peer, TUNNEL):
+            if not ready and not bits & ~self._needs_up and not bits & ~self.wanted.bits_on(peer, self.main):
                 continue  # skipped cheaply: all 20,000 may wait for the device
             whole = None if replaces else self.wanted.messages(peer, bits, seq, oifs)
             sent = bits
@@ -206,7 +208,7 @@ class Reconciler(Difference):
 
     def _next_removals(self) -> list[tuple[int, Any]]:
         """What leads traffic first (routes), then what it used."""
-        if TUNNEL not in self.devices:
+        if self.main not in self.devices:
             return []
         others = []
         for number, table in enumerate(self.tables):

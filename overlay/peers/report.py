@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lease.families import Family
-from lease.model import Lease, ip_text, mac_text
+from lease.model import Lease, ip_text
 from overlay.kernel.table import Table
 from overlay.peers.difference import NAMED
 from overlay.peers.status import node_name
@@ -51,7 +51,7 @@ def log_changes(family: Family, changes: PeerChanges) -> None:
         elif after is None and before is not None:
             log.info("peer.removed", **before)
         elif before is not None and after is not None:
-            log.info("peer.changed", **after, was=f"{before['public_ip']} {before['vtep_mac']}")
+            log.info("peer.changed", **after, was=f"{before['public_ip']} {before['vtep']}")
 
 
 def _log_many(family: Family, changes: PeerChanges) -> None:
@@ -71,7 +71,7 @@ def _fields(family: Family, lease: Lease | None) -> dict[str, str] | None:
         "subnet": str(end.subnet),
         "public_ip": ip_text(family.number, end.public_ip),
         "node": node_name(lease.node),
-        "vtep_mac": mac_text(end.mac or 0),
+        "vtep": end.vtep,
     }
 
 

@@ -39,6 +39,8 @@ class Resync:
         """All of it, with a pause after each buffer of a dump; what leads traffic first. Raises KernelError."""
         requests, rec = RequestSocket(), self._rec
         order = sorted(range(len(rec.tables)), key=lambda number: not rec.tables[number].takes_over)
+        assert isinstance(rec.wanted, Wanted)
+        order = [number for number in order if rec.wanted.full >> number & 1]
         try:
             for table in order:
                 rec.touched = Touched(len(rec.tables))
@@ -59,7 +61,7 @@ class Resync:
 
     def _dump(self, requests: RequestSocket, number: int) -> Iterator[None]:
         rec, table = self._rec, self._rec.tables[number]
-        wanted, oif = rec.wanted, rec.devices[TUNNEL].ifindex
+        wanted, oif = rec.wanted, rec.devices[TUNNEL if TUNNEL in rec.devices else rec.main].ifindex
         assert isinstance(wanted, Wanted)
         matcher = wanted.matcher({role: device.ifindex for role, device in rec.devices.items()})
         match = match_nothing if matcher is None else matcher.of(number)

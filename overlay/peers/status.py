@@ -33,9 +33,10 @@ class Peers:
         return {
             "subnet": str(end.subnet),
             "public_ip": ip_text(family, end.public_ip),
-            "vtep_mac": mac_text(end.mac or 0),
+            "vtep_mac": mac_text(end.mac) if end.mac is not None else "",
+            **({"public_key": end.vtep} if end.key else {}),
             "node_name": node_name(lease.node),
-            "path": node.backend.type if len(plan.entries(node, lease)) > 1 else "direct",
+            "path": "direct" if plan.is_direct(plan.entries(node, lease)) else node.backend.type,
             "ok": not missing,
             "missing": missing,
         }

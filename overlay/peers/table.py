@@ -160,7 +160,8 @@ class PeerTable:
         if key in self._outdone:
             mac = self._mac(self._waiting[key])
             oldest = self._claimants[mac].ages[0][2]
-            return f"VtepMAC {mac_text(mac)} is already used by {oldest}, which had it first"
+            what = f"VtepMAC {mac_text(mac)}" if mac < 1 << 48 else "PublicKey"
+            return f"{what} is already used by {oldest}, which had it first"
         return self.reasons[key]
 
     def covering(self, prefix: Prefix) -> Iterator[Lease]:
@@ -468,9 +469,9 @@ class PeerTable:
         return self._end(lease).public_ip
 
     def _mac(self, lease: Lease) -> int:
-        """0 where it has none."""
+        """What it has alone (Endpoint.identity); 0 of one without the family's part."""
         end = lease.endpoint(self._family)
-        return (end.mac if end is not None else None) or 0
+        return end.identity if end is not None else 0
 
     def _overlap(self, lease: Lease, winner: Lease) -> str:
         return f"subnet {self._subnet(lease)} overlaps {winner.key}, which is older"

@@ -26,7 +26,8 @@ class Wanted:
         self.node, self.table = node, table
         self._backend, self._view = node.backend, plan.view(node)
         self._bulk = self._backend.bulk(self._view)
-        self._full, self._directly = self._backend.full, self._backend.reaches_directly
+        self.full, self._directly = self._backend.full, self._backend.reaches_directly
+        """full: the tables in which it has entries at all, as bits."""
         self._route = len(self._backend.tables) - 1
         self._kept: dict[int, tuple[bytes, list[Entry]]] = {}
         """Of the peers asked for last, the record and the entries made of it: a change is asked about several times."""
@@ -37,19 +38,19 @@ class Wanted:
 
     def bits(self, peer: int) -> int:
         """The tables in which a peer has an entry, as bits."""
-        return 1 << self._route if self._directly and self._is_direct(peer) else self._full
+        return 1 << self._route if self._directly and self._is_direct(peer) else self.full
 
     def bits_on(self, peer: int, role: int) -> int:
         """The same, of entries on the device of a role."""
         direct = self._directly and self._is_direct(peer)
         if role == TUNNEL:
-            return 0 if direct else self._full
+            return 0 if direct else self.full
         return 1 << self._route if direct and role == UNDERLAY else 0
 
     def _is_direct(self, peer: int) -> bool:
         if self._bulk is not None:
             return self._bulk.direct(self.table.packed[peer])
-        return len(self.entries(peer)) == 1
+        return plan.is_direct(self.entries(peer))
 
     def entries(self, peer: int) -> list[Entry]:
         """A peer's entries, in the order in which they are put in place; not to be changed."""
@@ -85,7 +86,7 @@ class Wanted:
 
     def uniform(self) -> int:
         """The bits that all peers surely have, by the tunnel; 0 where some may be reached directly."""
-        return 0 if self._directly else self._full
+        return 0 if self._directly else self.full
 
     def messages(self, peer: int, bits: int, seq: int, oifs: Mapping[int, int]) -> bytes | None:
         """The messages that put a peer's entries of these tables at once; None: one by one."""

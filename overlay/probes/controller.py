@@ -37,13 +37,14 @@ class PeerOfPath(NamedTuple):
 
 
 class _Wants(NamedTuple):
-    """network, length: of subnets; port: the tunnel's; tunnel_mtu, underlay_mtu."""
+    """network, length: of subnets; port: the tunnel's; tunnel_mtu, underlay_mtu; vteps: peers have them."""
 
     network: Prefix
     length: int
     port: int
     tunnel_mtu: int
     underlay_mtu: int
+    vteps: bool
 
 
 class ProbesController(Controller):
@@ -69,6 +70,7 @@ class ProbesController(Controller):
         self._family, self._health, self._clock = family, health, clock
         self._some_peers, self._peer_of, self._make_socket = some_peers, peer_of, make_socket
         self._port = 0
+        self._vteps = True
         self._mtus = 0, 0
         """The tunnel's, the underlay's."""
         self.mesh = Mesh(lambda: self._port, self._largest)
@@ -114,12 +116,14 @@ class ProbesController(Controller):
             return Waiting("for a lease")
         if not (family in inputs.synced_families and under.up and under.carrier and tunnel.ifindex):
             return Waiting("for peers to be in the kernel, and a link")
-        outer = backend_of(inputs.config.backend, self._family).outer()
-        return _Wants(pool.network, pool.length, outer.port if outer is not None else 0, tunnel.mtu, under.mtu)
+        backend = backend_of(inputs.config.backend, self._family)
+        outer = backend.outer()
+        port = outer.port if outer is not None else 0
+        return _Wants(pool.network, pool.length, port, tunnel.mtu, under.mtu, backend.has_vteps)
 
     def reconcile(self, wants: Any) -> bool:
         """Take the answers, send what is due. Raises OSError: no raw socket."""
-        self._port, self._mtus = wants.port, (wants.tunnel_mtu, wants.underlay_mtu)
+        self._port, self._mtus, self._vteps = wants.port, (wants.tunnel_mtu, wants.underlay_mtu), wants.vteps
         if self._socket is None or self._askers is None or self._of != (wants.network, wants.length):
             self._close()
             self._socket = self._make_socket(self._family, None, 0)
@@ -162,14 +166,19 @@ class ProbesController(Controller):
         left = min(left - len(asked), int(self._credit))
         self._credit -= max(left, 0)
         for peer in self._next_peers(left):
-            target = _target(peer)
+            target = self._target(peer)
             if target.number not in asked and not self.mesh.in_doubt(target.number):
                 yield self.mesh.visit(target, bool(self._round % 2))
 
     def _target_of(self, there: int) -> Target | None:
         """How a peer is asked, None where its entries do not stand."""
         peer = self._peer_of(there)
-        return None if peer is None else _target(peer)
+        return None if peer is None else self._target(peer)
+
+    def _target(self, peer: PeerOfPath) -> Target:
+        """Where it has no VTEP its node is asked, which is all that lies on the way."""
+        there = peer.subnet.base if self._vteps else peer.public_ip
+        return Target(number(peer.subnet), there, peer.public_ip, peer.direct)
 
     def _next_peers(self, count: int) -> list[PeerOfPath]:
         """So many in turn, each once."""
@@ -282,10 +291,6 @@ class ProbesController(Controller):
     def counters(self) -> Mapping[str, int]:
         """Probes sent, answered, lost, refused by this node's kernel."""
         return {f"probes_{what}": count for what, count in self.mesh.counts.items()}
-
-
-def _target(peer: PeerOfPath) -> Target:
-    return Target(number(peer.subnet), peer.subnet.base, peer.public_ip, peer.direct)
 
 
 class Reachability:

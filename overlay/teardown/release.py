@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lease.model import ip_text, mac_text
+from lease.model import ip_text
 from lease.store import RecordChanged, StoreUnavailable
 from overlay.cni.lists import LEASE_FILE
 from overlay.process.files import remove
@@ -63,7 +63,7 @@ def _release(settings: Settings, dry_run: bool) -> str:
                 f" If it expired, there is nothing to release (rm {file})"
             )
         end = lease.first
-        there = (ip_text(end.subnet.family, end.public_ip), mac_text(end.mac or 0))
+        there = (ip_text(end.subnet.family, end.public_ip), end.vtep)
         if there != (public_ip, vtep_mac):
             raise ReleaseError(f"{key} belongs to {there[0]} (VTEP {there[1]}) now; nothing was released")
         if not dry_run:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4
 from lease.model import Lease, prefix
 from lease.records.packed import Leases

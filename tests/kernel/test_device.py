@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from pyroute2 import IPRoute
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4
 from lease.model import ip_number, mac_number, prefix
 from overlay.backends.vxlan import Vxlan

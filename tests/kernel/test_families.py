@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from pyroute2 import IPRoute
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4, V6, Family
 from lease.model import Endpoint, Prefix, ip_number, ip_text, prefix
 from overlay.backends.base import Entry, Outer, View

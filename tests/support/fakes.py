@@ -12,7 +12,7 @@ from lease.model import ip_number
 from overlay.control.inputs import Inputs, Underlay
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.entries import Address, FoundRoute, Link
-from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.link_wire import DeviceAttributes, VxlanDevice
 from overlay.kernel.route.lookup import AnyRoute, Packet, Rule, Way
 from overlay.settings.settings import Settings
 
@@ -36,7 +36,7 @@ class FakeKernel:
         self.addresses_there: list[Address] = [address(2, "192.168.1.2")]
         self.routes_there: list[FoundRoute] = []
         self.ways: dict[int, Way | None] = {}
-        self.vxlans: dict[str, VxlanAttributes] = {}
+        self.vxlans: dict[str, DeviceAttributes] = {}
         self.tables: dict[tuple[str, str], dict[str, set[bytes]]] = {}
         self.forms: dict[tuple[str, str], Any] = {}
         """Of tables that were made here."""
@@ -92,7 +92,7 @@ class FakeKernel:
     def all(self) -> list[Link]:
         return list(self.there.values())
 
-    def read(self, name: str) -> VxlanAttributes | None:
+    def read(self, name: str) -> DeviceAttributes | None:
         self._asked(f"read {name}")
         return self.vxlans.get(name)
 
@@ -100,7 +100,7 @@ class FakeKernel:
         name, vni, port, local, lower, mtu, mac, gbp, learning = device
         self._asked(f"create {name}")
         index = max(self.there, default=0) + 1
-        self.vxlans[name] = VxlanAttributes(
+        self.vxlans[name] = DeviceAttributes(
             index, "vxlan", False, mtu, mac, vni, port, local, lower, gbp, learning, True, ""
         )
         self.there[index] = link(index, name, "vxlan", mac=mac, up=False)

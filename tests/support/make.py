@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix, ip_number, mac_number, prefix
 from overlay.backends.choose import backend_of

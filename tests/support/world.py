@@ -27,7 +27,7 @@ from overlay.api.family import of_family
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.cni.lists import CONFLIST
 from overlay.kernel.netlink import RequestSocket
-from overlay.kernel.route.link_wire import VxlanAttributes
+from overlay.kernel.route.link_wire import DeviceAttributes
 from overlay.kernel.route.links import Links
 from overlay.lab import matrix, netns, pods, topology
 from tests.support.etcd import Etcd
@@ -235,10 +235,10 @@ class World:
         found = self.ipr(node, lambda ipr: ipr.link_lookup(ifname=name))
         return int(found[0]) if found else 0
 
-    def device(self, node: str, name: str = "flannel.1") -> VxlanAttributes | None:
+    def device(self, node: str, name: str = "flannel.1") -> DeviceAttributes | None:
         """The vxlan device as rtnetlink shows it."""
 
-        def read() -> VxlanAttributes | None:
+        def read() -> DeviceAttributes | None:
             links = Links()
             try:
                 return links.read(name)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lease.config import parse_config
 from lease.model import Endpoint, Lease, Prefix, mac_fault, prefix
 from lease.records.codec import NODE_FIELD, BadRecord, decode_key, decode_lease, encode_key, encode_value
+from lease.records.packed import pack, unpack
 from tests.unit import recordings
 
 ETCD = [name for name in recordings.FILES if name.startswith("etcd")]
@@ -137,17 +138,37 @@ v6_prefixes = st.builds(
 )
 macs = st.integers(1, (1 << 48) - 1).filter(lambda mac: mac_fault(mac) is None)
 addresses, vnis = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 24) - 1)
-v4_ends = st.builds(Endpoint, v4_prefixes, addresses, vnis, macs, st.just(0) | addresses).filter(
-    lambda end: end.source != end.public_ip or not end.source
-)
-v6_ends = st.builds(Endpoint, v6_prefixes, st.integers(0, (1 << 128) - 1), vnis, macs, st.just(0))
+addresses6, nobody, none = st.integers(0, (1 << 128) - 1), st.none(), st.just(0)
+keys, ports = st.binary(min_size=32, max_size=32).filter(any), st.integers(1, 65535)
 
 
-@given(v4_ends, st.none() | v6_ends, st.text(max_size=60))
-def test_round_trip(v4, v6, node):
+def _ends(prefixes, public_ips, sources):
+    """Endpoints as each backend publishes them, by its name."""
+    sources = none | sources
+
+    def made(vni, mac, source, key, port):
+        ends = st.builds(Endpoint, prefixes, public_ips, vni, mac, source, key, port)
+        return ends.filter(lambda end: end.source != end.public_ip or not end.source)
+
+    return {
+        "vxlan": made(vnis, macs, sources, st.just(b""), none),
+        "host-gw": made(nobody, nobody, none, st.just(b""), none),
+        "ipip": made(nobody, nobody, sources, st.just(b""), none),
+        "wireguard": made(nobody, nobody, none, keys, ports),
+    }
+
+
+V4_ENDS, V6_ENDS = _ends(v4_prefixes, addresses, addresses), _ends(v6_prefixes, addresses6, none)
+
+
+@pytest.mark.parametrize("backend", V4_ENDS)
+@given(st.data())
+def test_round_trip(backend, data):
+    v4, v6 = data.draw(V4_ENDS[backend]), data.draw(st.none() | V6_ENDS[backend])
     key = encode_key(v4.subnet, v6.subnet if v6 else None)
-    lease = Lease(key, "vxlan", v4, v6, node, 1, 2, 3)
+    lease = Lease(key, backend, v4, v6, data.draw(st.text(max_size=60)), 1, 2, 3)
     assert decode_lease(key, encode_value(lease), 1, 2, 3) == lease
+    assert unpack(pack(lease)) == lease
 
 
 def test_prefix_arithmetic():

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.config import ConfigError, NetworkConfig, VxlanConfig, parse_config
+from lease.backend_config import VxlanConfig
+from lease.config import NetworkConfig, parse_config
+from lease.fields import ConfigError
 from lease.model import Prefix, ip_text, prefix
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import encode_key

@@ -107,14 +107,14 @@ def test_a_vxlan_device_is_read(more, expected):
         ("IFLA_LINKINFO", info),
     ]
     message = theirs(ifinfmsg, 16, 0, 1, {"index": 9, "flags": 1}, attrs)
-    plain = link_wire.VxlanAttributes(
+    plain = link_wire.DeviceAttributes(
         ifindex=9, kind="vxlan", up=True, mtu=1450, mac=0x0A0000000007, vni=5, port=8472, local=0, lower=2, gbp=False,
         learning=False, checksums=True, special="",
     )  # fmt: skip
-    assert link_wire.parse_vxlan(memoryview(message)[16:]) == plain._replace(**expected)
+    assert link_wire.parse_device(memoryview(message)[16:]) == plain._replace(**expected)
 
 
 def test_a_device_of_another_kind_is_no_vxlan():
     attrs = [("IFLA_IFNAME", "flannel.1"), ("IFLA_LINKINFO", {"attrs": [("IFLA_INFO_KIND", "bridge")]})]
-    found = link_wire.parse_vxlan(memoryview(theirs(ifinfmsg, 16, 0, 1, {"index": 3}, attrs))[16:])
+    found = link_wire.parse_device(memoryview(theirs(ifinfmsg, 16, 0, 1, {"index": 3}, attrs))[16:])
     assert (found.kind, found.vni, found.port, found.up) == ("bridge", -1, -1, False)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.config import VxlanConfig
+from lease.backend_config import VxlanConfig
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, ip_number, mac_number, prefix
 from lease.records.codec import encode_key
@@ -14,7 +14,7 @@ from overlay.backends.choose import backend_of
 from overlay.backends.vxlan import Vxlan
 from overlay.kernel.route.entries import PROTOCOL, TUNNEL, UNDERLAY, FdbValue, NeighbourValue, RouteKey, RouteValue
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
-from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.link_wire import DeviceAttributes, VxlanDevice
 from overlay.peers.plan import entries, quick, refusal
 from tests.support.make import lease, node, node_in
 
@@ -176,8 +176,8 @@ DEVICE = VxlanDevice("flannel.1", 1, 8472, ip("192.168.1.2"), 2, 1450, 5, False,
 PLAIN = Vxlan(VxlanConfig(), V4).tunnel
 
 
-def found(**change) -> VxlanAttributes:
-    return VxlanAttributes(
+def found(**change) -> DeviceAttributes:
+    return DeviceAttributes(
         4, "vxlan", True, 1450, 5, 1, 8472, ip("192.168.1.2"), 2, False, False, checksums=True, special=""
     )._replace(**change)
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from lease.families import V4, Family
 from overlay.kernel.route import wire
+from overlay.kernel.route.entries import Link
 
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 (
@@ -22,6 +23,8 @@ IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 ) = (1, 2, 3, 4, 7, 13, 15, 16, 17, 18, 19, 20, 23, 25)  # fmt: skip
 _IFINFO = struct.Struct("=BBHlLL")
 IFINFO_SIZE = _IFINFO.size
+IPTUN_LOCAL, IPTUN_REMOTE, IPTUN_PMTUDISC, IPTUN_ENCAP_TYPE, IPTUN_COLLECT_METADATA = 2, 3, 10, 15, 19
+"""include/uapi/linux/if_tunnel.h: IFLA_IPTUN_..."""
 _IFADDR = struct.Struct("=BBBBL")
 IFA_F_NODAD = 0x02
 
@@ -40,8 +43,26 @@ class VxlanDevice(NamedTuple):
     learning: bool
 
 
-class VxlanAttributes(NamedTuple):
-    """A device as rtnetlink shows it. For one that is no vxlan, vni and port are -1.
+class IpipDevice(NamedTuple):
+    """What an ipip device is made of. local: underlay address."""
+
+    name: str
+    local: int
+    mtu: int
+
+
+class WireguardDevice(NamedTuple):
+    """What a WireGuard device is made of; key, port and peers are set by generic netlink. local: underlay address, for
+    messages."""
+
+    name: str
+    local: int
+    mtu: int
+
+
+class DeviceAttributes(NamedTuple):
+    """A device as rtnetlink shows it. For one that is no vxlan, vni and port are -1; of one that is no ipip either, local is
+    0.
 
     checksums: udpcsum set, no zero checksum for IPv6. special: what flannel's form never has, in words.
     """
@@ -89,6 +110,39 @@ def vxlan_create(family: Family, seq: int, device: VxlanDevice) -> bytes:
     return wire.message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
 
 
+def ipip_create(seq: int, device: IpipDevice) -> bytes:
+    """RTM_NEWLINK of an ipip device to anybody, down: in flannel's form, which takes DF and TTL from the packet inside."""
+    data = wire.attr(IPTUN_LOCAL, device.local.to_bytes(4, "big")) + wire.attr(IPTUN_PMTUDISC, b"\0")
+    return _create(seq, device.name, device.mtu, "ipip", data)
+
+
+def ipip_change(seq: int, index: int, device: IpipDevice) -> bytes:
+    """RTM_NEWLINK that gives an ipip device another address; traffic goes on."""
+    data = wire.attr(IPTUN_LOCAL, device.local.to_bytes(4, "big")) + wire.attr(IPTUN_PMTUDISC, b"\0")
+    body = _IFINFO.pack(0, 0, 0, index, 0, 0) + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, _info("ipip", data))
+    return wire.message(wire.RTM_NEWLINK, 0, seq, body)
+
+
+def wireguard_create(seq: int, device: WireguardDevice) -> bytes:
+    """RTM_NEWLINK of a WireGuard device, down."""
+    return _create(seq, device.name, device.mtu, "wireguard", b"")
+
+
+def _create(seq: int, name: str, mtu: int, kind: str, data: bytes) -> bytes:
+    body = (
+        _IFINFO.pack(0, 0, 0, 0, 0, 0)
+        + wire.attr(wire.IFLA_IFNAME, wire.text(name))
+        + wire.attr(wire.IFLA_MTU, struct.pack("=L", mtu))
+        + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, _info(kind, data))
+    )
+    return wire.message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
+
+
+def _info(kind: str, data: bytes) -> bytes:
+    made = wire.attr(IFLA_INFO_KIND, wire.text(kind))
+    return made + wire.attr(IFLA_INFO_DATA | wire.NESTED, data) if data else made
+
+
 def link_up(seq: int, index: int, up: bool = True) -> bytes:
     """RTM_NEWLINK that sets a link up, or down."""
     return wire.message(wire.RTM_NEWLINK, 0, seq, _IFINFO.pack(0, 0, 0, index, wire.IFF_UP * up, wire.IFF_UP))
@@ -102,14 +156,16 @@ def address_add(family: Family, seq: int, index: int, address: int, length: int)
     return wire.message(wire.RTM_NEWADDR, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
 
 
-def parse_vxlan(body: memoryview) -> VxlanAttributes:
+def parse_device(body: memoryview) -> DeviceAttributes:
     """A link, with what is a vxlan's if it is one."""
     link = wire.parse_link(body)
     attrs = wire.attributes(body, _IFINFO.size)
     has: dict[int, memoryview] = {}
-    if link.kind == "vxlan" and (info := attrs.get(wire.IFLA_LINKINFO)) is not None:
+    if link.kind in ("vxlan", "ipip") and (info := attrs.get(wire.IFLA_LINKINFO)) is not None:
         data = wire.attributes(info, 0).get(IFLA_INFO_DATA)
         has = wire.attributes(data, 0) if data is not None else {}
+    if link.kind == "ipip":
+        return _parse_ipip(link, has)
 
     def flag(kind: int) -> bool:
         """A byte that is not 0."""
@@ -124,7 +180,7 @@ def parse_vxlan(body: memoryview) -> VxlanAttributes:
         special.append("external (collect metadata) mode")
     if flag(VXLAN_L2MISS):
         special.append("l2miss")
-    return VxlanAttributes(
+    return DeviceAttributes(
         ifindex=link.ifindex,
         kind=link.kind,
         up=link.up,
@@ -138,4 +194,18 @@ def parse_vxlan(body: memoryview) -> VxlanAttributes:
         learning=flag(VXLAN_LEARNING),
         checksums=flag(VXLAN_UDP_CSUM) and not flag(VXLAN_UDP_ZERO_CSUM6_TX) and not flag(VXLAN_UDP_ZERO_CSUM6_RX),
         special=" and ".join(special),
+    )
+
+
+def _parse_ipip(link: Link, has: dict[int, memoryview]) -> DeviceAttributes:
+    special = []
+    if IPTUN_REMOTE in has and any(has[IPTUN_REMOTE]):
+        special.append(f"remote {'.'.join(map(str, has[IPTUN_REMOTE]))}")
+    if IPTUN_ENCAP_TYPE in has and any(has[IPTUN_ENCAP_TYPE]):
+        special.append("an encapsulation of its own")
+    if IPTUN_COLLECT_METADATA in has:
+        special.append("external (collect metadata) mode")
+    local = int.from_bytes(has.get(IPTUN_LOCAL, b""), "big")
+    return DeviceAttributes(
+        link.ifindex, link.kind, link.up, link.mtu, 0, -1, -1, local, 0, False, False, True, " and ".join(special)
     )

@@ -16,7 +16,7 @@ from lease.families import V4, Family
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route import link_wire, wire
 from overlay.kernel.route.entries import Link
-from overlay.kernel.route.link_wire import VxlanAttributes, VxlanDevice
+from overlay.kernel.route.link_wire import DeviceAttributes, IpipDevice, VxlanDevice, WireguardDevice
 
 SYSCTL = "/proc/sys"
 _net = f"{SYSCTL}/net"
@@ -47,7 +47,7 @@ class Links:
         """All links. Raises KernelError."""
         return list(self._requests.links())
 
-    def read(self, name: str) -> VxlanAttributes | None:
+    def read(self, name: str) -> DeviceAttributes | None:
         """The device of a name, None where there is none. Raises KernelError."""
         try:
             found = self._requests.ask(lambda seq: link_wire.link_by_name(seq, name))
@@ -55,19 +55,34 @@ class Links:
             if error.errno == errno.ENODEV:
                 return None
             raise KernelError(error.errno, f"reading {name}: {error.strerror or error}") from error
-        return link_wire.parse_vxlan(found)
+        return link_wire.parse_device(found)
 
-    def create(self, device: VxlanDevice) -> None:
-        """Make it, down. The MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
+    def create(self, device: VxlanDevice | IpipDevice | WireguardDevice) -> None:
+        """Make it, down. Of a vxlan the MAC is set with it, so that no udev rule can put its own. Raises KernelError."""
+        if isinstance(device, IpipDevice):
+            ipip = device
+            self._do(
+                f"making {ipip.name} (local {self._text(ipip.local)})", lambda seq: link_wire.ipip_create(seq, ipip)
+            )
+            return
+        if isinstance(device, WireguardDevice):
+            made = device
+            self._do(f"making {made.name} (wireguard)", lambda seq: link_wire.wireguard_create(seq, made))
+            return
         doing = (
             f"making {device.name} (vni {device.vni}, port {device.port}, local {self._text(device.local)},"
             f" mtu {device.mtu})"
         )
         self._do(doing, lambda seq: link_wire.vxlan_create(self._family, seq, device))
 
-    def change(self, index: int, device: VxlanDevice) -> None:
+    def change(self, index: int, device: VxlanDevice | IpipDevice | WireguardDevice) -> None:
         """Change what a device of its kind lets change; FDB and traffic stay. Raises KernelError."""
         local = self._text(device.local)
+        if isinstance(device, IpipDevice):
+            ipip = device
+            self._do(f"changing {ipip.name} to local {local}", lambda seq: link_wire.ipip_change(seq, index, ipip))
+            return
+        assert isinstance(device, VxlanDevice), "of a WireGuard device nothing is changed so"
         data = [
             ("IFLA_VXLAN_ID", device.vni),
             ("IFLA_VXLAN_LOCAL" if self._family is V4 else "IFLA_VXLAN_LOCAL6", local),
