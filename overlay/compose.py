@@ -15,6 +15,7 @@ from lease.tenure.claim import Answer
 from overlay.api.serve import Handler
 from overlay.ask.controller import AskController
 from overlay.ask.server import NO_ROUTES, AskRoutes
+from overlay.backends.wireguard import KIND
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
 from overlay.cluster.ownership import Ownership
@@ -29,11 +30,13 @@ from overlay.firewall.antispoof import AntiSpoof
 from overlay.firewall.controllers import GuardController, PodsController
 from overlay.firewall.guard import Guard
 from overlay.firewall.rules import ForwardController, NatController
-from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.links import Links
+from overlay.kernel.wireguard.genl import KernelWireguard
+from overlay.kernel.wireguard.userspace import UserspaceWireguard
 from overlay.node.bridges import BridgesController
-from overlay.node.device import DeviceController
+from overlay.node.device import DeviceController, userspace_folder
 from overlay.node.duplicates import AddressController
 from overlay.node.links import LinksSource
 from overlay.node.owned import Owned
@@ -51,6 +54,10 @@ from overlay.reach.controller import ReachController
 from overlay.reach.foreign_rules import ForeignRulesController
 from overlay.settings.settings import Settings
 from overlay.trace.controller import TracesController
+from overlay.wireguard.controller import Device as WireguardDevice
+from overlay.wireguard.controller import WireguardController
+from overlay.wireguard.keys import KeyController, KeyHolder
+from overlay.wireguard.peers import Keyed
 
 if TYPE_CHECKING:
     from lease.tenure.claim import Identity
@@ -126,7 +133,8 @@ class _OfFamily:
         guard = Guard(family, sets, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
         probes = ProbesController(family, health, clock, self._paths, self._path_of)
-        self.path = Datapath(family, requests, clock, rng, refusals, (guard, probes))
+        self.keyed = Keyed(family)
+        self.path = Datapath(family, requests, clock, rng, refusals, (guard, probes, self.keyed))
 
         def recorded(now: Settings) -> int:
             return recorded_public_ip(now.run_dir, family.number)
@@ -198,14 +206,18 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     ownership.displaced_record = entered
     ownership.refused_records = lambda: (lease for of in each for lease in of.peers.refused())
 
+    keys = KeyHolder()
     pods = AntiSpoof(sets, requests, clock, CniResults(settings.cni_results_dir).of)
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),
         *(of.underlay for of in each),
         RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place, clock),
+        KeyController(current, keys, clock),
         ownership,
-        *(part for of in each for part in (of.device, of.bridges, of.table, *of.rest)),
+        *(part for of in each for part in (of.device, of.bridges, of.table)),
+        WireguardController(keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock),
+        *(part for of in each for part in of.rest),
         PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),
         AskController(health, outside.ask_routes),
@@ -214,6 +226,25 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         NoticesController(outside.post, health, clock, outside.teller),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
+
+
+def _wireguard(name: str, settings: Settings) -> WireguardDevice:
+    """The device of a name, of the kernel or of a program. One whose program cannot be asked is deleted, and then made
+    again. Raises KernelError."""
+    links, folder = Links(), userspace_folder(settings.run_dir)
+    try:
+        there = links.read(name)
+        if there is None or there.kind == KIND:
+            return KernelWireguard(name)
+        made = UserspaceWireguard(name, folder)
+        try:
+            made.read()
+        except KernelError:
+            links.delete(there.ifindex)
+            raise
+        return made
+    finally:
+        links.close()
 
 
 def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lease.families import FAMILIES
 from lease.model import ip_text
 from overlay.api.serve import TcpDoor
 from overlay.ask.client import NoAnswer, secret_in
 from overlay.ask.server import Asked, AskRoutes, handler
+from overlay.backends.choose import backend_of
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
@@ -41,8 +43,10 @@ class AskController(Controller):
         public_ips: list[str] = []
         for family, tunnel in sorted(inputs.tunnels.items()):
             under, end = inputs.underlays.get(family), inputs.end(family)
-            if under is not None and end is not None and tunnel.ifindex:
-                addresses += (ip_text(family, each) for each in (end.subnet.base, under.local))
+            if under is not None and end is not None and tunnel.ifindex and inputs.config is not None:
+                vtep = backend_of(inputs.config.backend, FAMILIES[family]).has_vteps
+                own = (end.subnet.base, under.local) if vtep else (under.local,)
+                addresses += (ip_text(family, each) for each in own)
                 public_ips.append(ip_text(family, under.public_ip))
         if not addresses:
             return Waiting("for a lease and a device")

@@ -140,6 +140,10 @@ class Backend(Protocol):
         """Whether some peers may be reached without the tunnel."""
 
     @property
+    def overhead(self) -> int:
+        """Bytes by which the underlay's MTU must be larger than the tunnel's."""
+
+    @property
     def has_vteps(self) -> bool:
         """Whether the base of each peer's subnet is an address of its node, on the tunnel's device."""
 

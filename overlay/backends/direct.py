@@ -52,6 +52,11 @@ class Direct(NamedTuple):
         return True
 
     @property
+    def overhead(self) -> int:
+        """As the inner one's."""
+        return self.inner.overhead
+
+    @property
     def has_vteps(self) -> bool:
         """As the inner one's."""
         return self.inner.has_vteps

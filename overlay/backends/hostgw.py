@@ -52,6 +52,11 @@ class HostGw(NamedTuple):
         return True
 
     @property
+    def overhead(self) -> int:
+        """Outer headers."""
+        return 0
+
+    @property
     def has_vteps(self) -> bool:
         """No peer has an address on a tunnel device."""
         return False

@@ -107,6 +107,11 @@ class Ipip(NamedTuple):
         return False
 
     @property
+    def overhead(self) -> int:
+        """Outer headers."""
+        return OVERHEAD
+
+    @property
     def has_vteps(self) -> bool:
         """The base of each subnet is on its node's device."""
         return True

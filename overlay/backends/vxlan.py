@@ -164,6 +164,11 @@ class Vxlan(NamedTuple):
         return False
 
     @property
+    def overhead(self) -> int:
+        """Outer headers."""
+        return self.family.overhead
+
+    @property
     def has_vteps(self) -> bool:
         """The base of each subnet is on its node's device."""
         return True

@@ -136,6 +136,11 @@ class Wireguard(NamedTuple):
         return False
 
     @property
+    def overhead(self) -> int:
+        """Outer headers."""
+        return OVERHEAD
+
+    @property
     def has_vteps(self) -> bool:
         """The base of each subnet is on its node's device."""
         return True

@@ -269,16 +269,24 @@ def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
         rows[f"lease{end}"] = f"{lease['subnet']} of {network} ({lease['method']}; {left})"
         rows[f"public IP{end}"] = lease["public_ip"]
     if device:
-        rows[f"device{end}"] = (
-            f"{device['name']} {device['mac']} local {device['local']} dev {device['lower']}"
-            f" port {device['port']} MTU {device['mtu']}{'' if device['ok'] else ' (not as it should be)'}"
-        )
-    protection = (("VXLAN guard", found.get("guard")), ("pod anti-spoofing", found.get("antispoof")))
+        rows[f"device{end}"] = _device(device)
+    guard = None if device and device.get("kind") == "host-gw" else found.get("guard")  # nothing to guard there
+    protection = (("VXLAN guard", guard), ("pod anti-spoofing", found.get("antispoof")))
     if off := [name for name, of in protection if of is not None and not of["on"]]:
         rows[f"not in force{end}"] = ", ".join(off)
     if found.get("direct_routing"):
         rows[f"direct routes{end}"] = found["direct_routing"]
     return rows
+
+
+def _device(device: dict[str, Any]) -> str:
+    if device.get("kind") == "host-gw":
+        words = [f"none: plain routes by {device['lower']}"]
+    else:
+        words = [device["name"], device["mac"], f"local {device['local']} dev {device['lower']}"]
+        words += [f"port {device['port']}"] if device["port"] else []
+    words += [f"MTU {device['mtu']}", "" if device["ok"] else "(not as it should be)"]
+    return " ".join(word for word in words if word)
 
 
 def _node(console: Console, found: dict[str, Any]) -> Table:

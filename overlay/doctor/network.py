@@ -142,13 +142,13 @@ def mtus(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
         )
         return
     wrong = 0
-    if tunnel.mtu > under.mtu - V4.overhead:
+    if tunnel.mtu > under.mtu - node.overhead:
         wrong += 1
         yield Finding(
             "MTU",
             State.WRONG,
             f"{node.tunnel} has {tunnel.mtu}, {node.underlay} {under.mtu}",
-            f"the tunnel's packets need {V4.overhead} bytes more than what they carry: full-size ones are lost",
+            f"the tunnel's packets need {node.overhead} bytes more than what they carry: full-size ones are lost",
             f"set Backend.MTU in the network config to {under.mtu} or less, or take it out",
         )
     bridges = {link.ifindex for link in node.links.values() if link.name in node.bridges}
@@ -194,6 +194,8 @@ def offloads(node: Node) -> Findings:
     ]
     asked = ladder.ask(V4, [Rung("", vtep) for _, vtep in peers[: 4 * PEERS]], 2, 0.5) if peers else []
     answering = [peer for peer, each in zip(peers, asked, strict=False) if each.outcome.ok][:PEERS]
+    if not node.overhead:
+        return  # nothing encapsulates
     if not answering:
         yield unknown("offloads", "no peer answers pings, by which a fault of checksums could be told from others")
         return

@@ -17,12 +17,19 @@ from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
-from overlay.kernel.route.link_wire import VxlanDevice
+from overlay.kernel.route.link_wire import IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
+from overlay.kernel.wireguard import userspace
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
+
+
+def userspace_folder(run_dir: str) -> str:
+    """Where the programs that keep WireGuard devices have their sockets."""
+    return f"{run_dir}/wireguard"
+
 
 LOCK_RETRY_S = 1.0
 """While another agent has the device: no event reports when that ends."""
@@ -40,9 +47,14 @@ class Ensured(NamedTuple):
 
 
 def ensure(
-    links: Links, tunnel: TunnelDevice, wanted: DeviceSpec, before_up: Callable[[str], None] = lambda _name: None
+    links: Links,
+    tunnel: TunnelDevice,
+    wanted: DeviceSpec,
+    before_up: Callable[[str], None] = lambda _name: None,
+    folder: str = "",
 ) -> Ensured:
-    """Make the device what it must be; it is up afterwards. before_up: called before it takes frames.
+    """Make the device what it must be; it is up afterwards. before_up: called before it takes frames. folder: for the
+    program that keeps a WireGuard device where the kernel has none.
 
     Raises:
         KernelError: the kernel refused a step; what was done before stays.
@@ -56,7 +68,7 @@ def ensure(
         found = None
     made = found is None
     if found is None:
-        links.create(wanted)
+        _create(links, wanted, folder)
         did["made"] = wanted.name
         found = links.read(wanted.name)
         if found is None:
@@ -74,6 +86,19 @@ def ensure(
         links.set_up(index)
     did |= {name: change for name, change in changes.items() if not made}
     return Ensured(index, "up" in changes, made, did, why)
+
+
+def _create(links: Links, wanted: DeviceSpec, folder: str) -> None:
+    """Raises KernelError."""
+    try:
+        links.create(wanted)
+    except KernelError as error:
+        if error.errno == errno.EOPNOTSUPP and isinstance(wanted, IpipDevice):
+            raise KernelError(error.errno, f"this kernel has no ipip: modprobe ipip ({error})") from error
+        if error.errno != errno.EOPNOTSUPP or not isinstance(wanted, WireguardDevice):
+            raise
+        pid = userspace.start(wanted.name, folder)
+        log.warning("device.userspace", device=wanted.name, pid=pid, reason="this kernel has no WireGuard")
 
 
 def _enable_ipv6(name: str) -> None:
@@ -233,7 +258,8 @@ class DeviceController(Controller):
             self._links.set_down(self._tunnel.ifindex)
         self._vrf = wants.vrf
         try:
-            ensured = ensure(self._links, wants.tunnel, device, self.before_up)
+            folder = userspace_folder(self._current.inputs.settings.run_dir)
+            ensured = ensure(self._links, wants.tunnel, device, self.before_up, folder)
         except KernelError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EEXIST):
                 raise
@@ -364,7 +390,8 @@ class DeviceController(Controller):
         config = self._current.inputs.config
         if not self._mark or under is None or config is None or tunnel is _NO_TUNNEL:
             return {"device": None}
-        outer = backend_of(config.backend, self._family).outer()
+        backend = backend_of(config.backend, self._family)
+        outer = backend.outer()
         vxlan = device if isinstance(device, VxlanDevice) else None
         return {
             "device": {
@@ -377,6 +404,7 @@ class DeviceController(Controller):
                 "local": ip_text(self._family.number, device.local if device is not None else under.local),
                 "lower": under.name,
                 "mtu": tunnel.mtu,
+                "overhead": backend.overhead,
                 "ok": bool(tunnel.ifindex) and tunnel.up and self.name not in self._health.problems(),
             }
         }

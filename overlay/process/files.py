@@ -36,8 +36,8 @@ def up_to_date(path: str, content: str) -> bool:
         return False
 
 
-def write_atomically(path: str, content: str) -> None:
-    """Put a file in place whole: temporary name beside it, fsync, rename. 0644 whatever the umask, an existing file's
+def write_atomically(path: str, content: str, new_mode: int = 0o644) -> None:
+    """Put a file in place whole: temporary name beside it, fsync, rename. new_mode whatever the umask, an existing file's
     mode kept, folders 0755: as flannel does. Raises OSError."""
     if dry.run:
         return
@@ -46,7 +46,7 @@ def write_atomically(path: str, content: str) -> None:
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
-        mode = 0o644
+        mode = new_mode
     # Not tempfile: it would cost the agent 1 MiB. The folder is root's, the process has its run directory for itself. One
     # name for all: what a crash left is gone with the next write.
     temporary = f"{folder}/.{name}.new"

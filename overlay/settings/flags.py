@@ -160,6 +160,13 @@ FLAGS = (
         ours=True,
     ),
     Flag(
+        "wireguard-key-file",
+        "str",
+        "",
+        "this node's private key, made where there is none (else $WIREGUARD_KEY_FILE, else wgkey beside --subnet-file)",
+        ours=True,
+    ),
+    Flag(
         "take-over",
         "bool",
         False,

@@ -86,6 +86,7 @@ class Settings(NamedTuple):
     probes: bool = True
     ask_secret_file: str = ""
     ask_port: int = 8473
+    wireguard_key_file: str = "/run/flannel/wgkey"
     page: tuple[str, int] | None = None
     take_over: bool = False
     log_level: str = "info"
@@ -142,6 +143,9 @@ def read_settings(
         values[flag.name] = value
     if not values["node-name"] and values["kube-subnet-mgr"]:
         values["node-name"] = environ.get("NODE_NAME", "")
+    if not values["wireguard-key-file"]:
+        beside = f"{os.path.dirname(values['subnet-file'])}/wgkey"
+        values["wireguard-key-file"] = environ.get("WIREGUARD_KEY_FILE", "") or beside
     return _settings(values), values["version"]
 
 
@@ -238,7 +242,7 @@ def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             raise SettingsError(f"--iface-regex: {pattern[:60]!r} is not a regular expression: {error}") from None
-    for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net", "cni-results-dir"):
+    for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net", "cni-results-dir", "wireguard-key-file"):
         check(name, os.path.isabs, "an absolute path")
     for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings"):
         check(name, lambda path: not path or os.path.isabs(path), "an absolute path, or empty")
@@ -325,6 +329,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         probes=values["probes"],
         ask_secret_file=values["ask-secret-file"],
         ask_port=check("ask-port", lambda n: 1 <= n <= 65535, "a TCP port from 1 to 65535"),
+        wireguard_key_file=values["wireguard-key-file"],
         page=_page(values),
         take_over=values["take-over"],
         log_level="debug" if values["v"] > 0 else values["log-level"],

@@ -50,6 +50,7 @@ class Node(NamedTuple):
     local: int
     port: int
     mtu: int
+    overhead: int
     links: Mapping[int, Link]
     addresses: tuple[Address, ...]
     bridges: tuple[str, ...]
@@ -110,6 +111,7 @@ def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4)
         local=ip_number(found["device"]["local"], family.number),
         port=found["device"]["port"],
         mtu=found["device"]["mtu"],
+        overhead=found["device"]["overhead"],
         links=links,
         addresses=addresses,
         bridges=names,

@@ -1,0 +1,1 @@
+"""WireGuard: this node's key, and its peers on the device."""
