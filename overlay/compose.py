@@ -46,6 +46,7 @@ from overlay.notices.controller import NoticesController, Teller
 from overlay.page.controller import MakeHandler, PageController
 from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
+from overlay.peers.mixed import MixedController
 from overlay.peers.refusals import Refusals
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.process.rundir import DeviceLock
@@ -158,6 +159,7 @@ class _OfFamily:
             ReachController(family, requests, health, clock, self._some_peers, self.peers.refused),
             ForeignRulesController(family, post, health, clock, self._some_peers),
             probes,
+            MixedController(family, self.path, health, clock),
         )
         used = bool(owned.prefixes(family.number))
         for controller in (self.underlay, self.device, self.bridges, self.table, *self.rest):

@@ -15,7 +15,7 @@ from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed
 from overlay.backends.choose import backend_of
 from overlay.backends.wireguard import listen_port
 from overlay.cni.lists import previous_subnet
-from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
+from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Underlay
 from overlay.peers.plan import underlay_within
@@ -64,7 +64,7 @@ class Ownership(Controller):
 
     name = "lease"
     rechecked = False
-    reports = ("disputed record",)
+    reports = ("disputed record", "public ip")
     answers_later = True  # a claim is no lease: only the tenure's word clears a problem
 
     def __init__(
@@ -158,8 +158,9 @@ class Ownership(Controller):
             self._look_again_at, self._looking_again = None, True
             self.recheck()
         config, family, under, second, settings, inputs_key, fault = wants
+        self._health.report("public ip", fault)
         if fault:
-            raise CannotReconcile(fault)
+            return False  # what is held already holds
         assert self._identity_of is not None
         mac, subnet = self._of_earlier(family, config, settings)
         part = None

@@ -83,19 +83,28 @@ def subnet_env(pods: Iterable[PodNetwork], mtu: int, ip_masq: bool) -> str:
 
 def previous_subnet(path: str, family: int) -> Prefix | None:
     """The subnet of a family in an old subnet.env; None where there is none, or none that can be read."""
+    subnet = _of_env(path).get(_SUBNET_OF[family])
+    return subnet if subnet is not None and subnet.family == family and subnet.length < WIDTH[family] else None
+
+
+def networks_of(path: str) -> list[Prefix]:
+    """The networks that a subnet.env names, [] where there is none."""
+    found = _of_env(path)
+    return [found[name] for name in ("FLANNEL_NETWORK", "FLANNEL_IPV6_NETWORK") if name in found]
+
+
+def _of_env(path: str) -> dict[str, Prefix]:
+    """The prefixes of a subnet.env, by name; of two lines the first counts."""
     try:
         text = text_of(path)
     except OSError:
-        return None
+        return {}
+    found: dict[str, Prefix] = {}
     for line in text.splitlines():
         name, _, value = line.strip().removeprefix("export ").partition("=")
-        if name.strip() == _SUBNET_OF[family]:
-            try:
-                subnet = prefix(value.strip().strip("\"'"))
-            except ValueError:
-                return None
-            return subnet if subnet.family == family and subnet.length < WIDTH[family] else None
-    return None
+        with suppress(ValueError):
+            found.setdefault(name.strip(), prefix(value.strip().strip("\"'")))
+    return found
 
 
 def network_list(pods: Sequence[PodNetwork], mtu: int, bridge: str, data_dir: str, waits_for: str = "") -> str:

@@ -65,10 +65,11 @@ class Cadence:
     """How often something is checked whose cost grows with the number of peers: once a minute, less often where it
     is expensive."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float], least_s: float = RECHECK_S) -> None:
+        """least_s: once in so long at most."""
+        self._clock, self._least_s = clock, least_s
         self._cost = 0.0
-        self.at = clock() + RECHECK_S
+        self.at = clock() + least_s
         """When the next check is due."""
         self.count, self.total_s, self.longest_s = 0, 0.0, 0.0
         """Checks that ended, their CPU seconds in all, and those of the longest slice."""
@@ -81,7 +82,7 @@ class Cadence:
     def began(self) -> None:
         """A check begins."""
         self._cost = 0.0
-        self.at = self._clock() + RECHECK_S
+        self.at = self._clock() + self._least_s
 
     def spent(self, seconds: float) -> None:
         """A slice of it cost so much CPU time."""
@@ -92,7 +93,7 @@ class Cadence:
         """It is over."""
         self.count += 1
         self.total_s += self._cost
-        self.at = self._clock() + max(RECHECK_S, self._cost * CHECK_SHARE)
+        self.at = self._clock() + max(self._least_s, self._cost * CHECK_SHARE)
 
 
 class _Slot:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2 import config as _config
 from pyroute2 import netns as _netns
+
+from overlay.kernel.wireguard import userspace
 
 _T = TypeVar("_T")
 FOLDER = Path("/run/netns")
@@ -43,7 +47,18 @@ def create(name: str) -> None:
 def delete(name: str) -> None:
     """Remove a namespace with all that is in it; one that is gone is no error."""
     if (FOLDER / name).exists():
+        _end_programs(name)
         _netns.remove(name)
+
+
+def _end_programs(name: str) -> None:
+    """End what keeps devices of a namespace there (wireguard-go), and the namespace by that."""
+    ours = (FOLDER / name).stat()
+    for program in userspace.running():
+        with suppress(OSError):
+            there = os.stat(f"/proc/{program}/ns/net")
+            if (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino):
+                os.kill(program, signal.SIGTERM)
 
 
 def existing(prefix: str) -> list[str]:

@@ -332,8 +332,9 @@ class DeviceController(Controller):
         return "".join(f"; {why}" for why in found)
 
     def _alone(self, device: str) -> bool:
+        shared = self._family is V6 and "v6" not in device  # both families may go without a device, or by one
         try:
-            pid = self._lock.take(device)
+            pid = self._lock.take(f"{device}-v6" if shared else device)
         except OSError as error:
             self._health.problem("another agent", f"it is not known whether one manages {device}: {error.strerror}")
             return False

@@ -27,6 +27,8 @@ class Owned:
     def __init__(self, settings: Settings, named: Iterable[int] = ()) -> None:
         """named: numbers of networks that are known to be ours without a trace."""
         self._settings, self._named = settings, tuple(named)
+        self._of_env = lists.networks_of(settings.subnet_file)
+        """Read now: who uninstalls takes that file away first."""
 
     def device_file(self, family: int) -> str:
         """The file that names our device of a family."""
@@ -46,7 +48,8 @@ class Owned:
 
     def prefixes(self, family: int) -> list[Prefix]:
         """The pod networks of a family that this node is or was in."""
-        found = {network for network in lists.recorded_networks(self._settings.run_dir) if network.family == family}
+        recorded = (*lists.recorded_networks(self._settings.run_dir), *self._of_env)
+        found = {network for network in recorded if network.family == family}
         with suppress(ConfigError):
             pool = parse_config(read(self._settings.net_config_path) or b"").pool(family)
             found |= {pool.network} if pool is not None else set()

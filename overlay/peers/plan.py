@@ -14,6 +14,9 @@ from overlay.backends.choose import backend_of
 from overlay.control.inputs import Underlay
 from overlay.kernel.route.entries import UNDERLAY, RouteKey
 
+OTHER_BACKEND = "BackendType is"
+"""What the refusal of a node of another backend begins with."""
+
 
 class Node(NamedTuple):
     """What plan needs to know of this node.
@@ -96,7 +99,7 @@ def view(node: Node) -> View:
 def refusal(node: Node, lease: Lease) -> str | None:
     """Why a record cannot be a peer, whatever the other records say; None where it can."""
     if lease.backend != node.backend.type:
-        return f"BackendType is {lease.backend or 'missing (udp?)'!a}; this network's is {node.backend.type!a}"
+        return f"{OTHER_BACKEND} {lease.backend or 'missing (udp?)'!a}; this network's is {node.backend.type!a}"
     end = lease.endpoint(node.network.family)
     if end is None:
         return f"it has no {node.family.text} part"

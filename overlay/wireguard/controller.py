@@ -21,6 +21,8 @@ from overlay.wireguard.peers import Keyed, Of, differing, wanted
 
 SLICE = 500
 """Peers put at once."""
+LEAST_S = 5.0
+"""A device with few peers is read so often: the kernel notifies of no change."""
 
 
 class Device(Protocol):
@@ -77,7 +79,7 @@ class WireguardController(Controller):
         """tables: of peers, by family. open_device: given its name; raises KernelError."""
         self._holder, self._tables, self._open, self._clock = holder, tables, open_device, clock
         self._states: dict[str, _State] = {}
-        self._cadence = Cadence(clock)
+        self._cadence = Cadence(clock, LEAST_S)
         self._counts: Counter[str] = Counter()
         self._public_key = b""
 

@@ -9,11 +9,10 @@ import contextlib
 import errno
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lease.families import FAMILIES
@@ -47,7 +46,6 @@ def start(name: str, folder: str) -> int:
     environ = {**os.environ, "LOG_LEVEL": "error"}
     quiet = subprocess.DEVNULL
     made = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environ, start_new_session=True)
-    (Path(folder) / f"{name}.pid").write_text(f"{made.pid}\n")
     end = time.monotonic() + START_S
     while not path.exists():
         if made.poll() is not None:
@@ -60,14 +58,12 @@ def start(name: str, folder: str) -> int:
     return made.pid
 
 
-def stop_all(folder: str) -> None:
-    """End the programs that were started with that folder, where they run yet."""
-    for path in Path(folder).glob("*.pid"):
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.read_text())
-            if PROGRAM.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGTERM)
-        path.unlink(missing_ok=True)
+def running() -> Iterator[int]:
+    """The pids of all such programs on this machine."""
+    for there in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if there.name.isdecimal() and (there / "comm").read_text().strip() == PROGRAM:
+                yield int(there.name)
 
 
 class UserspaceWireguard:
