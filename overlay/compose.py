@@ -218,7 +218,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         KeyController(current, keys, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table)),
-        WireguardController(keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock),
+        WireguardController(current, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock),
         *(part for of in each for part in of.rest),
         PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),

@@ -137,7 +137,7 @@ class Ownership(Controller):
         if under is None:
             return Waiting("for an underlay")
         second = inputs.underlays.get(other[0]) if other else None
-        if isinstance(inputs.config.backend, WireguardConfig) and not inputs.public_key:
+        if isinstance(inputs.config.backend, WireguardConfig) and not inputs.published_key:
             return Waiting("for a key")
         return _Wants(
             inputs.config,
@@ -145,7 +145,7 @@ class Ownership(Controller):
             _address(under),
             None if second is None else _address(second),
             inputs.settings,
-            inputs.public_key,
+            inputs.published_key,
             _own_fault(inputs, first) or (_own_fault(inputs, other[0]) if second is not None else ""),
         )
 

@@ -88,6 +88,8 @@ class Inputs(NamedTuple):
     """Those of which all peers were in the kernel once, since we hold this lease."""
     public_key: bytes = b""
     """Of WireGuard; empty while there is none, or another backend."""
+    published_key: bytes = b""
+    """The one that our record is to say: after a rotation that of before, until our device has the new one."""
     displacements: int = 0
     """How often we were displaced: what ended before anybody was asked is seen by this."""
 

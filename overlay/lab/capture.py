@@ -34,7 +34,7 @@ class Captured:
     payload: str
 
 
-def parse_device(frame: bytes, port: int, interface: str) -> Captured | None:
+def parse_vxlan(frame: bytes, port: int, interface: str) -> Captured | None:
     """Take a frame apart; None where it is no VXLAN packet to that port with IPv4 and UDP inside. Pure."""
     found = frames.parse(frame, port)
     if found is None or found.outer is None or found.inner.protocol != UDP or len(found.inner.payload) < 8:
@@ -74,7 +74,7 @@ def capture(namespace: str, interface: str, port: int, cause: Callable[[], Any],
         until = time.monotonic() + wait_s
         while (left := until - time.monotonic()) > 0 and select.select([listening], [], [], left)[0]:
             frame, where = listening.recvfrom(65535)
-            found = parse_device(frame, port, interface)
+            found = parse_vxlan(frame, port, interface)
             if found is not None and where[2] == socket.PACKET_OUTGOING:
                 return found
     raise LabError(f"no VXLAN packet left by {interface} of {namespace} within {wait_s:.0f} s")

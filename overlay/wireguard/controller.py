@@ -11,7 +11,7 @@ from lease.backend_config import WireguardConfig
 from lease.families import FAMILIES
 from overlay.backends.wireguard import device_name, listen_port
 from overlay.control.controller import Controller, Handler, Waiting
-from overlay.control.inputs import Inputs
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.control.schedule import Cadence
 from overlay.kernel.events import LinkSeen
 from overlay.kernel.wireguard.device import NO_KEY, Place, WgDevice, WgPeer
@@ -21,6 +21,8 @@ from overlay.wireguard.peers import Keyed, Of, differing, wanted
 
 SLICE = 500
 """Peers put at once."""
+LINGER_S = 2.0
+"""A key whose subnets another has now stays on the device for so long, with none: what is on its way by it still arrives."""
 LEAST_S = 5.0
 """A device with few peers is read so often: the kernel notifies of no change."""
 
@@ -59,7 +61,13 @@ class _State:
         self.found: dict[bytes, WgPeer] = {}
         self.todo: dict[bytes, None] = {}
         self.given: tuple[bytes, int] | None = None
+        self.lingering: dict[bytes, float] = {}
+        """Keys that are to be removed, and when."""
         self.read = False
+
+    def over(self, now: float) -> list[bytes]:
+        """The keys that have lingered long enough."""
+        return [key for key, at in self.lingering.items() if at <= now]
 
 
 class WireguardController(Controller):
@@ -71,12 +79,14 @@ class WireguardController(Controller):
 
     def __init__(
         self,
+        current: CurrentInputs,
         holder: KeyHolder,
         tables: Sequence[Keyed],
         open_device: Callable[[str], Device],
         clock: Callable[[], float],
     ) -> None:
         """tables: of peers, by family. open_device: given its name; raises KernelError."""
+        self._current = current
         self._holder, self._tables, self._open, self._clock = holder, tables, open_device, clock
         self._states: dict[str, _State] = {}
         self._cadence = Cadence(clock, LEAST_S)
@@ -132,6 +142,7 @@ class WireguardController(Controller):
                     state.wants = each
                     self._read(state)
                 state.todo.update(dict.fromkeys(stale))
+                state.todo.update(dict.fromkeys(state.over(self._clock())))
                 more = self._put(state) or more
             except OSError:
                 state.read = False
@@ -140,6 +151,9 @@ class WireguardController(Controller):
             table.stale.clear()
             table.all_stale = False
         self._public_key = wants.public_key
+        more |= self._current.set(
+            published_key=wants.public_key
+        )  # which the lease's controller, before this, is to see
         self._cadence.spent(time.thread_time() - began)
         if whole:
             self._cadence.ended()
@@ -179,12 +193,23 @@ class WireguardController(Controller):
                 state.sent[key] = want.place if want is not None else None
                 continue
             assert not isinstance(change, bool)
-            (gone if change is None else batch)[key] = change
-            if want is None:
-                state.found.pop(key, None)
-                state.sent.pop(key, None)
+            if change is None:
+                gone[key] = None
             else:
+                batch[key] = change
+                state.lingering.pop(key, None)
+                assert want is not None
                 state.found[key], state.sent[key] = want, want.place
+        taken = {there for peer in batch.values() if peer is not None for there in peer.allowed}
+        for key in list(gone):
+            if key not in state.lingering and state.found[key].allowed & taken:
+                state.lingering[key] = self._clock() + LINGER_S
+            if state.lingering.get(key, 0.0) > self._clock():
+                del gone[key]
+                continue
+            state.lingering.pop(key, None)
+            state.found.pop(key, None)
+            state.sent.pop(key, None)
         # first those that get a prefix, which takes it from whoever had it: at no moment has it nobody
         for some in (batch, gone):
             if some:
@@ -203,7 +228,8 @@ class WireguardController(Controller):
         """When peers changed, and now and then."""
         if any(table.stale or table.all_stale for table in self._tables) and self._states:
             return 0.0
-        return self._cadence.at if self._states else None
+        lingering = (at for state in self._states.values() for at in state.lingering.values())
+        return min((self._cadence.at, *lingering)) if self._states else None
 
     def unready(self) -> str:
         """Whether all peers were put once."""

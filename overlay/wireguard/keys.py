@@ -101,7 +101,7 @@ class KeyController(Controller):
             changed = bool(self._holder.private)
             self._holder.private = key
             public = public_of(key)
-            self._current.set(public_key=public)
+            self._current.set(public_key=public, published_key=self._current.inputs.published_key or public)
             log.info("key.changed" if changed else "key", public_key=key_text(public))
         return False
 
@@ -112,7 +112,7 @@ class KeyController(Controller):
     def withdraw(self) -> Iterator[str]:
         """The file stays while the node is flannel's or ours: peers know the key. Of no use to anybody else."""
         self._holder.private, self._stamp = b"", None
-        self._current.set(public_key=b"")
+        self._current.set(public_key=b"", published_key=b"")
         return iter(())
 
     def status(self) -> Mapping[str, object]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from overlay.lab import netns
-from overlay.lab.capture import parse_device
+from overlay.lab.capture import parse_vxlan
 from overlay.lab.lab import Lab
 from tests.support.wait import until
 
@@ -263,7 +263,7 @@ def test_a_vxlan_frame_is_taken_apart():
         + bytes.fromhex("c35012b500000000")
         + vxlan
     )
-    found = parse_device(outer, 4789, "eth0")
+    found = parse_vxlan(outer, 4789, "eth0")
     assert found is not None
     assert (found.vni, found.outer_ip, found.inner_ip, found.inner_port) == (
         42,
@@ -272,6 +272,6 @@ def test_a_vxlan_frame_is_taken_apart():
         (1024, 2048),
     )
     assert found.outer_mac == ("02:00:00:00:00:01", "02:00:00:00:00:02")
-    assert parse_device(outer, 8472, "eth0") is None
+    assert parse_vxlan(outer, 8472, "eth0") is None
     for cut in range(len(outer)):
-        parse_device(outer[:cut], 4789, "eth0")
+        parse_vxlan(outer[:cut], 4789, "eth0")
