@@ -14,11 +14,13 @@ from overlay.kernel.route.entries import TUNNEL
 
 class Where(NamedTuple):
     """How it is known which entries are ours. roles: of devices, by interface number. network: first and last address of
-    the pod network. is_wanted: whether an entry of a key is wanted."""
+    the pod network. is_wanted: whether an entry of a key is wanted. is_copy: whether an entry, as found, leads where one of
+    ours does, by another key: flannel's of the same peer."""
 
     roles: Mapping[int, int]
     network: tuple[int, int]
     is_wanted: Callable[[Any], bool]
+    is_copy: Callable[[Any], bool] = lambda _found: False
 
 
 class Table:

@@ -17,7 +17,16 @@ from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
 from overlay.kernel import events, netlink
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import TUNNEL, UNDERLAY, FoundFdb, FoundNeighbour, FoundRoute, Link, RouteKey
+from overlay.kernel.route.entries import (
+    RTNH_F_ONLINK,
+    TUNNEL,
+    UNDERLAY,
+    FoundFdb,
+    FoundNeighbour,
+    FoundRoute,
+    Link,
+    RouteKey,
+)
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Where
@@ -231,7 +240,20 @@ class Datapath:
         """How entries of a table are recognised as ours."""
         roles = {device.ifindex: role for role, device in self.rec.devices.items()}
         network = (self.node.network.base, self.node.network.last) if self.node is not None else (0, 0)
-        return Where(roles, network, lambda key: self.rec.wanted.value(table, key) is not None)
+        wanted = self.rec.wanted
+        return Where(
+            roles, network, lambda key: wanted.value(table, key) is not None, lambda it: self._is_copy(it, roles)
+        )
+
+    def _is_copy(self, found: FoundRoute, roles: Mapping[int, int]) -> bool:
+        """Whether a route leads where that of a peer of the same subnet does: flannel's of host-gw, DirectRouting, ipip. One
+        of nobody's, or that leads elsewhere, is a stranger's."""
+        peer = self.rec.wanted.successor(ROUTES, found.key)
+        if not peer or found.key.metric:
+            return False
+        _, _, value = self.rec.wanted.entries(peer)[-1]
+        onlink = bool(found.flags & RTNH_F_ONLINK)
+        return (roles.get(found.oif), found.via, onlink) == (value.role, value.via, value.onlink)
 
     def on_route(self, event: events.RouteSeen, links: Mapping[int, Link]) -> None:
         """A route of the main table came, changed or went."""
@@ -478,29 +500,7 @@ class Datapath:
 
     def differences(self) -> Iterator[dict[str, object]]:
         """The entries that are not as they should be, at most SHOWN."""
-        return islice(self._differences(), SHOWN)
-
-    def _differences(self) -> Iterator[dict[str, object]]:
-        rec = self.rec
-        for peer in (*rec.backing_off, *(peer for peer in rec.pending if peer not in rec.backing_off)):
-            for table, key, _ in rec.wanted.entries(peer):
-                if rec.is_missing(peer, table):
-                    yield self._difference(table, key, "wrong" if key in rec.extra[table] else "missing")
-        for table, extra in enumerate(rec.extra):
-            for key in extra:
-                if rec.wanted.value(table, key) is None:
-                    yield self._difference(table, key, "extra")
-
-    def _difference(self, table: int, key: Any, state: str) -> dict[str, object]:
-        failure = self.rec.failures.get((table, key))
-        error, tries = (str(failure.refusal), failure.count) if failure else ("", 0)
-        return {
-            "table": self._tables[table].name,
-            "entry": self._tables[table].text(key),
-            "state": state,
-            "error": error,
-            "tries": tries,
-        }
+        return islice(report.differences(self.rec), SHOWN)
 
 
 def _by_kind(item: tuple[int, Entry]) -> tuple[int, int]:

@@ -4,13 +4,14 @@ back."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lease.families import Family
 from lease.model import Lease, ip_text
 from overlay.kernel.table import Table
 from overlay.peers.difference import NAMED
+from overlay.peers.reconcile import Reconciler
 from overlay.peers.status import node_name
 from overlay.peers.table import PeerChanges
 from overlay.process.log import log
@@ -110,3 +111,27 @@ class WorkLog:
         fields: dict[str, Any] = _fields(self._family, lease) or {"subnet": "a peer that went", "node": ""}
         name = f" ({fields['node']})" if fields["node"] else ""
         return f"{self._tables[table].name} of {fields['subnet']}{name}"
+
+
+def differences(rec: Reconciler) -> Iterator[dict[str, object]]:
+    """The entries that are not as they should be, for the status."""
+    for peer in (*rec.backing_off, *(peer for peer in rec.pending if peer not in rec.backing_off)):
+        for table, key, _ in rec.wanted.entries(peer):
+            if rec.is_missing(peer, table):
+                yield _difference(rec, table, key, "wrong" if key in rec.extra[table] else "missing")
+    for table, extra in enumerate(rec.extra):
+        for key in extra:
+            if rec.wanted.value(table, key) is None:
+                yield _difference(rec, table, key, "extra")
+
+
+def _difference(rec: Reconciler, table: int, key: Any, state: str) -> dict[str, object]:
+    failure = rec.failures.get((table, key))
+    error, tries = (str(failure.refusal), failure.count) if failure else ("", 0)
+    return {
+        "table": rec.tables[table].name,
+        "entry": rec.tables[table].text(key),
+        "state": state,
+        "error": error,
+        "tries": tries,
+    }

@@ -21,7 +21,7 @@ from overlay.wireguard.peers import Keyed, Of, differing, wanted
 
 SLICE = 500
 """Peers put at once."""
-LINGER_S = 2.0
+LINGER_S = 0.2
 """A key whose subnets another has now stays on the device for so long, with none: what is on its way by it still arrives."""
 LEAST_S = 5.0
 """A device with few peers is read so often: the kernel notifies of no change."""

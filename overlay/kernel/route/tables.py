@@ -11,6 +11,7 @@ from overlay.kernel.route import wire
 from overlay.kernel.route.entries import (
     ELSEWHERE,
     RTNH_F_ONLINK,
+    RTPROT_BOOT,
     TUNNEL,
     UNDERLAY,
     FdbValue,
@@ -140,6 +141,8 @@ class RouteTable(Table):
         role = route_role(found, where.roles, where.network)
         if role is None and where.roles.get(found.oif) == TUNNEL and where.is_wanted(found.key):
             role = TUNNEL
+        if role is None and found.protocol == RTPROT_BOOT and not found.unexpected and where.is_copy(found):
+            role = where.roles.get(found.oif)
         if role is None:
             return None
         onlink = bool(found.flags & RTNH_F_ONLINK)
