@@ -33,8 +33,6 @@ from overlay.firewall.rules import ForwardController, NatController
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.kernel.route.links import Links
-from overlay.kernel.wireguard.genl import KernelWireguard
-from overlay.kernel.wireguard.userspace import UserspaceWireguard
 from overlay.node.bridges import BridgesController
 from overlay.node.device import DeviceController, userspace_folder
 from overlay.node.duplicates import AddressController
@@ -233,6 +231,9 @@ def compose(settings: Settings, outside: Outside) -> Composed:
 def _wireguard(name: str, settings: Settings) -> WireguardDevice:
     """The device of a name, of the kernel or of a program. One whose program cannot be asked is deleted, and then made
     again. Raises KernelError."""
+    from overlay.kernel.wireguard.genl import KernelWireguard
+    from overlay.kernel.wireguard.userspace import UserspaceWireguard
+
     links, folder = Links(), userspace_folder(settings.run_dir)
     try:
         there = links.read(name)

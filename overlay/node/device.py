@@ -19,7 +19,6 @@ from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.link_wire import IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
-from overlay.kernel.wireguard import userspace
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
@@ -97,6 +96,8 @@ def _create(links: Links, wanted: DeviceSpec, folder: str) -> None:
             raise KernelError(error.errno, f"this kernel has no ipip: modprobe ipip ({error})") from error
         if error.errno != errno.EOPNOTSUPP or not isinstance(wanted, WireguardDevice):
             raise
+        from overlay.kernel.wireguard import userspace  # subprocess: 2 MiB that no other agent need hold
+
         pid = userspace.start(wanted.name, folder)
         log.warning("device.userspace", device=wanted.name, pid=pid, reason="this kernel has no WireGuard")
 

@@ -200,7 +200,9 @@ def test_the_guards_table_and_its_set(world):
     family = world.family
     sets = world.inside(NetfilterSocket)
     try:
-        wanted = guard.table(family, 9, Outer(8473, 9), guard.Where(world.network, world.peer(250).subnet, "flannel.9"))
+        wanted = guard.table(
+            family, 9, Outer(17, 8473, 9), guard.Where(world.network, world.peer(250).subnet, "flannel.9")
+        )
         made = Guard(family, sets, lambda: 0.0)
         made.ensure(wanted)
         assert sets.is_formed(wanted)

@@ -21,7 +21,7 @@ from overlay.kernel.route import wire
 
 NETWORK = prefix("10.244.0.0/14")
 HERE = guard.Where(NETWORK, prefix("10.244.200.0/24"), "flannel.7", alone=False)
-TABLE = guard.table(V4, 7, Outer(8472, 7), HERE)
+TABLE = guard.table(V4, 7, Outer(17, 8472, 7), HERE)
 
 
 def nft(*words: str) -> str:
@@ -71,7 +71,7 @@ def test_nft_lists_what_is_meant(inside, sets):
 
 def test_the_form_follows_where_the_node_is(inside, sets):
     here = HERE._replace(nodes=(prefix("10.246.0.0/16"),), alone=True, direct=24)
-    table = guard.table(V4, 7, Outer(8472, 7), here)
+    table = guard.table(V4, 7, Outer(17, 8472, 7), here)
     inside(lambda: sets.replace(table, {guard.DIRECT: [b"\x0a\xf4\x05\0"]}))
     assert sets.is_formed(table)
     assert not sets.is_formed(TABLE)
@@ -90,7 +90,7 @@ def test_the_form_follows_where_the_node_is(inside, sets):
 def test_subnets_of_peers_that_may_be_reached_directly(inside, made, clock):
     """Those with a public IP on the link; of another length, by the network's."""
     here = HERE._replace(direct=24)
-    table = guard.table(V4, 7, Outer(8472, 7), here)
+    table = guard.table(V4, 7, Outer(17, 8472, 7), here)
 
     def direct() -> list[str]:
         return sorted(
@@ -127,7 +127,7 @@ def test_subnets_of_peers_that_may_be_reached_directly(inside, made, clock):
 
 def test_a_set_that_the_table_has_no_more_asks_for_nothing(inside, made, sets):
     """Else the loop would be asked at once, for ever: peers change, and nobody can let them in."""
-    direct = guard.table(V4, 7, Outer(8472, 7), HERE._replace(direct=24))
+    direct = guard.table(V4, 7, Outer(17, 8472, 7), HERE._replace(direct=24))
     peers = [pack(peer(1, "192.168.1.2"))]
     made.load(peers)
     made.reached_directly(24, (prefix("192.168.1.0/24"),))
@@ -279,7 +279,7 @@ def test_an_alteration_of_the_pods_interfaces_is_seen_by_the_check(inside, made,
 def test_another_vni_takes_the_table_of_the_first_away(inside, made):
     made.load([pack(peer(1, "192.168.1.2"))])
     made.ensure(TABLE)
-    made.ensure(guard.table(V4, 8, Outer(8472, 8), HERE))
+    made.ensure(guard.table(V4, 8, Outer(17, 8472, 8), HERE))
     assert "overlay-8-guard" in inside(lambda: nft("list", "tables"))
     assert "overlay-7-guard" not in inside(lambda: nft("list", "tables"))
     made.ensure(TABLE)

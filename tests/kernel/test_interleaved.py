@@ -35,7 +35,7 @@ from tests.support.tunnel import TunnelNews
 from tests.unit.test_peers import by_the_plain_rule
 
 NODE = node()
-TABLE = guards.table(V4, 1, Outer(8472, 1), guards.Where(NODE.network, prefix("10.244.250.0/24"), "flannel.1"))
+TABLE = guards.table(V4, 1, Outer(17, 8472, 1), guards.Where(NODE.network, prefix("10.244.250.0/24"), "flannel.1"))
 SUBNETS = [f"10.244.{number}.0/24" for number in range(8, 13)] + ["10.244.8.0/23", "10.244.9.128/25", "10.245.0.0/24"]
 RECORDS = st.lists(
     st.tuples(
