@@ -97,7 +97,7 @@ chart-test: setup ## the Helm chart rendered by the real helm and compared with 
 	.ci/helm/build
 	$(PY) -m pytest tests/chart
 
-KERNEL_TESTS := tests/kernel tests/kernels tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
+KERNEL_TESTS := tests/kernel tests/kernels tests/backends tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
 	tests/agent/test_antispoof.py tests/agent/test_other_doors.py tests/agent/test_reach.py
 NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
 

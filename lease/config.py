@@ -123,6 +123,10 @@ def _read(value: object) -> NetworkConfig:
     backend = Fields("Backend.", fields.get("Backend", dict, {})) if fields.has("Backend") else None
     ignored += fields.unknown(_FIELDS)
     made, unused = backend_config(backend)
+    if with_v6 and made.type == "ipip":
+        raise ConfigError(
+            "Backend.Type: 'ipip' carries IPv4 alone, and EnableIPv6 is true; switch that off, or take another"
+        )
     return NetworkConfig(pools[4], pools[6], made, (*ignored, *unused))
 
 

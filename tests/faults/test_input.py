@@ -92,7 +92,7 @@ CONFIGS = {
     "no Network": (b'{"Backend":{"Type":"vxlan"}}', "Network: missing"),
     "half of all for Network": (b'{"Network":"128.0.0.0/1"}', "must not touch"),
     "another Network": (b'{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}', "does not contain our subnet"),
-    "another backend": (b'{"Network":"10.244.0.0/16","Backend":{"Type":"host-gw"}}', "Backend.Type"),
+    "a backend that is none": (b'{"Network":"10.244.0.0/16","Backend":{"Type":"udp"}}', "Backend.Type"),
     "a VNI too large": (b'{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan","VNI":16777216}}', "VNI"),
     "a number of 4000 digits": (b'{"Network":"10.244.0.0/16","SubnetLen":' + b"9" * 4000 + b"}", "SubnetLen"),
     "a megabyte": (b'{"Network":"' + b"x" * 1_000_000 + b'"}', "Network"),

@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lease.backend_config import VxlanConfig
+from lease.backend_config import HostGwConfig, IpipConfig, VxlanConfig, WireguardConfig
 from lease.config import NetworkConfig, parse_config
+from lease.families import V4, V6
 from lease.fields import ConfigError
 from lease.model import Prefix, ip_text, prefix
+from overlay.backends.choose import backend_of
+from overlay.cluster.network import backend_fields, network_status
 
 
 def parse(**fields) -> NetworkConfig:
@@ -89,10 +92,50 @@ def test_ipv6_alone():
             VxlanConfig(42, 4789, 1400, True, True, True, "0A-00"),
             id="everything",
         ),
+        pytest.param({"Type": "Host-GW"}, HostGwConfig(), id="host-gw"),
+        pytest.param({"Type": "ipip", "DirectRouting": True}, IpipConfig(True), id="ipip"),
+        pytest.param({"Type": "wireguard"}, WireguardConfig(51820, 51821, 0, b"", 0, "separate"), id="wireguard"),
+        pytest.param(
+            {
+                "Type": "wireguard",
+                "ListenPort": 7,
+                "ListenPortV6": 8,
+                "MTU": 1400,
+                "PSK": "CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk=",
+                "PersistentKeepaliveInterval": 25,
+                "Mode": "auto",
+            },
+            WireguardConfig(7, 8, 1400, b"\x09" * 32, 25, "auto"),
+            id="all of wireguard",
+        ),
     ],
 )
 def test_backend(backend, expected):
     assert parse(Network="10.244.0.0/16", Backend=backend).backend == expected
+
+
+def test_backends_of_two_kinds_are_never_equal():
+    kinds = (
+        {"Type": "host-gw"},
+        {"Type": "ipip"},
+        {"Type": "ipip", "DirectRouting": True},
+        {"Type": "vxlan"},
+        {"Type": "wireguard"},
+    )
+    made = [parse(Network="10.244.0.0/16", Backend=kind) for kind in kinds]
+    assert len(set(made)) == len(kinds)
+    for family in (V4, V6):
+        backends = [backend_of(config.backend, family) for config in made]
+        assert len(set(backends)) == len(kinds)
+
+
+def test_a_pre_shared_key_is_in_no_text():
+    config = parse(
+        Network="10.244.0.0/16", Backend={"Type": "wireguard", "PSK": "CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk="}
+    )
+    for text in (repr(config), str(config), json.dumps(network_status(config)), repr(backend_fields(config))):
+        assert "CQkJ" not in text
+        assert "\\t\\t" not in text
 
 
 def test_a_missing_backend_is_vxlan_as_the_documentation_says():
@@ -146,6 +189,31 @@ def test_a_missing_backend_is_vxlan_as_the_documentation_says():
         ),
         pytest.param(
             {"Network": "10.0.0.0/16", "Backend": {}}, ["Backend.Type", "vxlan"], id="a backend without a type"
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "EnableIPv6": True, "IPv6Network": "fd00::/48", "Backend": {"Type": "ipip"}},
+            ["Backend.Type", "ipip", "EnableIPv6"],
+            id="ipip carries no IPv6",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "wireguard", "Mode": "both"}},
+            ["Backend.Mode", "both", "separate"],
+            id="a mode that is none",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "wireguard", "PSK": "c2hvcnQ="}},
+            ["Backend.PSK", "5 bytes"],
+            id="a pre-shared key that is too short",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "wireguard", "ListenPort": 51821}},
+            ["Backend.ListenPortV6", "51821", "ListenPort"],
+            id="one port for two devices",
+        ),
+        pytest.param(
+            {"Network": "10.0.0.0/16", "Backend": {"Type": "wireguard", "PersistentKeepaliveInterval": -1}},
+            ["Backend.PersistentKeepaliveInterval", "-1"],
+            id="a negative interval",
         ),
         pytest.param(
             {"Network": "10.0.0.0/16", "Backend": {"Type": "udp"}},
