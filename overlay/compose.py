@@ -213,7 +213,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         LinksSource(current, FAMILIES, requests),
         *(of.underlay for of in each),
         RecordsSource(current, health, paths, ownership, network, refusals, outside.store_place, clock),
-        KeyController(current, keys, clock),
+        KeyController(current, keys, owned, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table)),
         WireguardController(current, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock),

@@ -17,7 +17,7 @@ from overlay.control.health import FIRST
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = Mapping[str, str]
-_ENTRIES = ("route", "neighbour", "fdb")
+_ENTRIES = ("route", "neighbour", "fdb", "wireguard")
 _MENDED = (*_ENTRIES, "device", "nat", "guard", "pods", "file", "sysctl")
 _DROPPED = {
     "from_unknown_senders": "unknown_sender",
@@ -28,7 +28,7 @@ _DROPPED = {
 }
 REASONS = (
     ("overlaps", "overlap"), ("PublicIP", "public_ip"), ("OverlaySource", "public_ip"), ("VtepMAC", "vtep_mac"),
-    ("MAC", "vtep_mac"), ("VNI", "vni"), ("BackendType", "backend"), ("subnet", "subnet"),
+    ("PublicKey", "public_key"),    ("MAC", "vtep_mac"), ("VNI", "vni"), ("BackendType", "backend"), ("subnet", "subnet"),
 )  # fmt: skip
 """A word of a refusal's text, and the label it gets; the first that is found counts."""
 

@@ -65,11 +65,11 @@ class Cadence:
     """How often something is checked whose cost grows with the number of peers: once a minute, less often where it
     is expensive."""
 
-    def __init__(self, clock: Callable[[], float], least_s: float = RECHECK_S) -> None:
+    def __init__(self, clock: Callable[[], float], least_s: float | None = None) -> None:
         """least_s: once in so long at most."""
-        self._clock, self._least_s = clock, least_s
+        self._clock, self._least_s = clock, RECHECK_S if least_s is None else least_s
         self._cost = 0.0
-        self.at = clock() + least_s
+        self.at = clock() + self._least_s
         """When the next check is due."""
         self.count, self.total_s, self.longest_s = 0, 0.0, 0.0
         """Checks that ended, their CPU seconds in all, and those of the longest slice."""

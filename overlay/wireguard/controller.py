@@ -254,8 +254,11 @@ class WireguardController(Controller):
 
     def counters(self) -> Mapping[str, int]:
         """Peers put, removed, and put back."""
-        return {f"wireguard_{what}": self._counts[what] for what in ("put", "removed")} | {
-            "mended_wireguard": self._counts["mended"]
+        counts = self._counts
+        return {
+            "put_wireguard": counts["put"],
+            "remove_wireguard": counts["removed"],
+            "mended_wireguard": counts["mended"],
         }
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 from lease.backend_config import KEY_SIZE, WireguardConfig, key_bytes, key_text
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.inputs import CurrentInputs, Inputs
-from overlay.process.files import text_of, write_atomically
+from overlay.node.owned import Owned
+from overlay.process.files import remove, text_of, write_atomically
 from overlay.process.log import log
 
 CHECK_EVERY_S = 1.0
@@ -69,8 +71,8 @@ class KeyController(Controller):
 
     name = "key"
 
-    def __init__(self, current: CurrentInputs, holder: KeyHolder, clock: Callable[[], float]) -> None:
-        self._current, self._holder, self._clock = current, holder, clock
+    def __init__(self, current: CurrentInputs, holder: KeyHolder, owned: Owned, clock: Callable[[], float]) -> None:
+        self._current, self._holder, self._owned, self._clock = current, holder, owned, clock
         self._next = 0.0
         self._stamp: tuple[int, int] | None = None
 
@@ -110,10 +112,14 @@ class KeyController(Controller):
         return self._next if self._holder.private else None
 
     def withdraw(self) -> Iterator[str]:
-        """The file stays while the node is flannel's or ours: peers know the key. Of no use to anybody else."""
-        self._holder.private, self._stamp = b"", None
+        """Remove the file, where it holds a key; where flannel has the node again it is flannel's."""
+        path, self._stamp = self._current.inputs.settings.wireguard_key_file, None
+        self._holder.private = b""
         self._current.set(public_key=b"", published_key=b"")
-        return iter(())
+        with suppress(CannotReconcile):
+            if read_key(path) is not None and not self._owned.flannel_has_it():
+                remove(path)
+                yield path
 
     def status(self) -> Mapping[str, object]:
         """`key`."""
