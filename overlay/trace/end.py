@@ -19,7 +19,7 @@ from overlay.trace import points as way
 from overlay.trace.leftovers import TABLE_PREFIX
 from overlay.trace.looks import Deltas, Looks
 from overlay.trace.node import NotTraceable, Peer, Pod
-from overlay.trace.points import Gap, Point
+from overlay.trace.points import OF_TUNNEL, Gap, Point
 from overlay.trace.probe import Probe
 
 _LEAVING = Gap.SENT, Gap.BRIDGE, Gap.PREROUTING, Gap.ROUTING
@@ -197,6 +197,10 @@ class End:
         with suppress(OSError):  # the pod is gone
             for back, gap, line in self._inside_pods():
                 found.setdefault((gap, back), []).append(line)
+        for back in (False, True):
+            of_tunnel = dict.fromkeys(line for gap in OF_TUNNEL for line in found.get((gap, back), ()))
+            if of_tunnel and self.node.kind != "vxlan":
+                found[Gap.TUNNEL, back] = [*of_tunnel]
         return found
 
     def _inside_pods(self) -> Iterator[tuple[bool, Gap, str]]:

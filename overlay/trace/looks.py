@@ -89,10 +89,12 @@ class Looks:
                 yield gap, f"{name} has no carrier"
         if peer.direct:
             return
-        outer = Packet(peer.public_ip, node.local, 0, node.number_of(node.underlay), 0, 17, node.port)
+        udp = 17 if node.port else 0
+        outer = Packet(peer.public_ip, node.local, 0, node.number_of(node.underlay), 0, udp, node.port)
         yield from ((Gap.OUTPUT, line) for _, line in self._routing(outer, 0, None, ways.OUTER))
-        flow = Flow(self._family.nft, "", node.underlay, node.local, peer.public_ip, "udp", node.port, "the tunnel")
-        yield from self._filters(flow._replace(sports=client_ports()), _OUTER)
+        if node.port:
+            flow = Flow(self._family.nft, "", node.underlay, node.local, peer.public_ip, "udp", node.port, "the tunnel")
+            yield from self._filters(flow._replace(sports=self._sports()), _OUTER)
         lines = pods.queues(node, (node.tunnel, node.underlay), self._requests)
         yield from ((gap, line) for line in lines for gap in (Gap.OUTPUT, Gap.UNDERLAY))
 
@@ -108,11 +110,13 @@ class Looks:
             yield Gap.DECAPSULATION, f"{beyond} is {'not there' if link is None else 'down'}: overlay status says why"
         if peer is not None and not direct:
             flow = Flow(self._family.nft, node.underlay, "", peer.public_ip, node.local, "udp", node.port, "the tunnel")
-            yield from self._below(flow, Gap.UNDERLAY)
+            if node.port:
+                yield from self._below(flow, Gap.UNDERLAY)
             underlay = node.number_of(node.underlay)
-            question = ways.incoming(node.local, peer.public_ip, underlay, 17, node.port)
+            question = ways.incoming(node.local, peer.public_ip, underlay, 17 if node.port else 0, node.port)
             yield from ((Gap.OUTER_ROUTING, line) for _, line in self._routing(question.packet, 0, None, ways.INCOMING))
-            yield from self._filters(flow._replace(sports=client_ports()), _OUTER)
+            if node.port:
+                yield from self._filters(flow._replace(sports=self._sports()), _OUTER)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:
             yield from self._filters(self._flow(beyond, ""), _INNER)
@@ -123,6 +127,10 @@ class Looks:
         yield from self._routing(packet, node.number_of(node.bridge), None)
         yield from self._filters(self._flow(beyond, node.bridge), _INNER)
         yield from self.given(pod)
+
+    def _sports(self) -> tuple[int, int]:
+        """The ports that the tunnel's packets come from: VXLAN takes one for each flow, WireGuard the one it listens on."""
+        return client_ports() if self._node.kind == "vxlan" else (self._node.port, self._node.port)
 
     def given(self, pod: Pod) -> Found:
         """By the bridge to a pod of this node."""
@@ -174,7 +182,7 @@ class Deltas(NamedTuple):
             more = count - self.before.get(name, 0)
             if more > 0:
                 gap = _OURS.get(name)
-                where = "VXLAN guard" if gap is not Gap.BRIDGE else "pod anti-spoofing"
+                where = "guard" if gap is not Gap.BRIDGE else "pod anti-spoofing"
                 what = name.removeprefix("dropped_").replace("_", " ")
                 if gap is not None:
                     yield gap, f"our {where} dropped {more} packets meanwhile ({what})"

@@ -48,6 +48,7 @@ class Node(NamedTuple):
     tunnel: str
     underlay: str
     local: int
+    kind: str
     port: int
     mtu: int
     overhead: int
@@ -90,7 +91,7 @@ class Node(NamedTuple):
         veth = pod.link.name if pod is not None and pod.link is not None else ""
         if not tunnel:
             return Names(veth, self.bridge, "", "", self.port)
-        return Names(veth, self.bridge, "" if direct else self.tunnel, self.underlay, self.port)
+        return Names(veth, self.bridge, "" if direct else self.tunnel, self.underlay, self.port, self.kind == "vxlan")
 
 
 def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4) -> Node:
@@ -109,6 +110,7 @@ def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4)
         tunnel=found["device"]["name"],
         underlay=found["underlay"]["interface"],
         local=ip_number(found["device"]["local"], family.number),
+        kind=found["device"]["kind"],
         port=found["device"]["port"],
         mtu=found["device"]["mtu"],
         overhead=found["device"]["overhead"],

@@ -42,6 +42,7 @@ class Gap(Enum):
     OUTER_ROUTING = "the routing decision for the tunnel's packets: is the address still this node's, rp_filter"
     INPUT = "input chains, for the tunnel's packets: firewalls, our VXLAN guard"
     DECAPSULATION = "the tunnel's device: VNI, port, MAC, whether it is up"
+    TUNNEL = "the tunnel: its device on either node, filters of its packets, the underlay between the nodes"
     NODE_INPUT = "input chains"
     NEIGHBOUR = "the pod's bridge: ARP, FDB, the port"
     ANSWER = "the destination: it did not take the packet, or did not answer"
@@ -72,11 +73,17 @@ class Names(NamedTuple):
     tunnel: str
     underlay: str
     port: int
+    seen_inside: bool = True
+    """Packets can be counted inside of the tunnel's: VXLAN's. Else between two nodes all is one gap."""
 
     @property
     def beyond(self) -> str:
         """The interface of packets of pods to the other node."""
         return self.tunnel or self.underlay
+
+
+OF_TUNNEL = (Gap.DEVICE, Gap.OUTPUT, Gap.UNDERLAY, Gap.OUTER_ROUTING, Gap.INPUT, Gap.DECAPSULATION)
+"""What is one gap where packets cannot be counted inside of the tunnel's."""
 
 
 def from_pod(names: Names) -> Iterator[Point]:
@@ -112,7 +119,7 @@ def by_itself(names: Names) -> Iterator[Point]:
 
 def into_tunnel(names: Names, back: bool = False) -> Iterator[Point]:
     """It is put into a packet of the tunnel."""
-    if names.tunnel:
+    if names.tunnel and names.seen_inside:
         yield Point(f"{names.tunnel} put it into VXLAN", Gap.DEVICE, "ip", "output", FIRST, outer=True, back=back)
         yield Point(
             f"left this node by {names.underlay}", Gap.OUTPUT, "ip", "postrouting", LAST, "", names.underlay, True, back
@@ -121,7 +128,7 @@ def into_tunnel(names: Names, back: bool = False) -> Iterator[Point]:
 
 def out_of_tunnel(names: Names, back: bool = False) -> Iterator[Point]:
     """It comes from the other node."""
-    if names.tunnel:
+    if names.tunnel and names.seen_inside:
         yield Point(
             f"came by {names.underlay}, in VXLAN",
             Gap.UNDERLAY,
@@ -135,8 +142,9 @@ def out_of_tunnel(names: Names, back: bool = False) -> Iterator[Point]:
         )
         yield Point("is for this node", Gap.OUTER_ROUTING, "ip", "input", FIRST, outer=True, back=back)
         yield Point("passed the input chains", Gap.INPUT, "ip", "input", LAST, outer=True, back=back)
-    gap = Gap.DECAPSULATION if names.tunnel else Gap.UNDERLAY
-    how = "took it out of VXLAN" if names.tunnel else "brought it, without the tunnel"
+    gap = Gap.UNDERLAY if not names.tunnel else Gap.DECAPSULATION if names.seen_inside else Gap.TUNNEL
+    out = "took it out of VXLAN" if names.seen_inside else "took it out of the tunnel"
+    how = out if names.tunnel else "brought it, without the tunnel"
     yield Point(f"{names.beyond} {how}", gap, "ip", "prerouting", FIRST, names.beyond, back=back)
     yield Point("passed prerouting", Gap.PREROUTING, "ip", "prerouting", LAST, names.beyond, back=back)
 

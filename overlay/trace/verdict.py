@@ -110,6 +110,12 @@ def _dropped(state: State, text: str, at: Passed, seen: Seen, notes: tuple[str, 
 
 
 def _reasons(seen: Seen, at: Passed) -> tuple[str, ...]:
+    if (
+        at.point.gap is Gap.TUNNEL
+    ):  # which begins at one node and ends at the other: of each what goes out, and what comes in
+        there = (f"{node}: {line}" for node, looked in seen.looked.items() for back in (False, True)
+                 for line in looked.get((Gap.TUNNEL, back), ()))  # fmt: skip
+        return tuple(dict.fromkeys(there))
     return tuple(seen.looked.get(at.node, {}).get((at.point.gap, at.point.back), ()))
 
 
