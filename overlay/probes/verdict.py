@@ -150,16 +150,17 @@ def _tunnel_silent(port: int, direct: bool, heard: bool) -> Verdict:
             "its underlay address answers, its pods' network by the direct route does not",
             "does that node forward, and let packets from this node's subnet in (its guard, rp_filter)?",
         )
+    what = f"UDP {port}" if port else "IP protocol 4 (ipip)"
     if heard:
         return Verdict(
             State.UNREACHABLE,
             "its underlay address answers, its VTEP does not, though packets from it come: the way there is broken, not the"
             " way back",
-            f"UDP {port} from this node to that one is filtered, or that node does not take our frames: look at its status",
+            f"{what} from this node to that one is filtered, or that node does not take our frames: look at its status",
         )
     return Verdict(
         State.UNREACHABLE,
-        f"its underlay address answers, its VTEP does not: UDP {port} is filtered on the way, or that node's device does not"
+        f"its underlay address answers, its VTEP does not: {what} is filtered on the way, or that node's device does not"
         " take our packets",
-        f"let UDP {port} pass in both directions; on that node: overlay status, ip -d link show type vxlan",
+        f"let {what} pass in both directions; on that node: overlay status, ip -d link",
     )
