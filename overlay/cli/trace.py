@@ -26,7 +26,7 @@ from overlay.trace.end import Passed
 from overlay.trace.node import NotTraceable
 from overlay.trace.probe import PROTOCOLS
 from overlay.trace.run import Request, Traced
-from overlay.trace.values import as_values, came_through, text_of, worst
+from overlay.trace.values import as_values, came_through, flows_text, text_of, worst
 
 
 @click.command()
@@ -37,12 +37,19 @@ from overlay.trace.values import as_values, came_through, text_of, worst
 @click.option(
     "--size", type=click.IntRange(28, 65000), help="of the packets in bytes; else small ones, then full-size ones"
 )
+@click.option(
+    "--flows",
+    type=click.IntRange(1, 32),
+    default=1,
+    show_default=True,
+    help="so many, each from another port; with tcp and udp: where some packets pass and others do not",
+)
 @click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
 @click.option("-o", "--output", type=click.Choice(["json"]), help="everything, as JSON")
 @click.option("--json", "as_json", is_flag=True, help="the same as -o json")
 def trace(
-    source: str, destination: str, proto: str, port: int | None, size: int | None, run_dir: str, output: str | None,
-    as_json: bool,
+    source: str, destination: str, proto: str, port: int | None, size: int | None, flows: int, run_dir: str,
+    output: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Follow packets from SOURCE to DESTINATION, and say where they are dropped, and why.
 
@@ -59,10 +66,12 @@ def trace(
         raise click.ClickException("only root may send probes: run it with sudo")
     if (proto == "icmp") == (port is not None):
         raise click.UsageError("--port goes with --proto tcp or udp, and they need it")
+    if flows > 1 and proto == "icmp":
+        raise click.UsageError("--flows goes with --proto tcp or udp: all pings between two addresses take one way")
     found = ask(run_dir)
     if ":" in f"{source}{destination}" or primary(found)["family"] != FIRST:
         raise click.ClickException("packets of IPv6 are not traced yet: overlay check asks a pod of IPv6")
-    request = Request(_address(source, found), _address(destination, found), proto, port or 0, size)
+    request = Request(_address(source, found), _address(destination, found), proto, port or 0, size, flows)
     try:
         traced = run.trace(found, request, lambda: ask(run_dir))
     except NotTraceable as error:
@@ -102,6 +111,8 @@ def show(console: Console, found: dict[str, Any], request: Request, traced: Sequ
     _table(console, request, shown)
     good = came_through(shown)
     console.print(Text(text_of(shown), style="green" if good else "red"))
+    if flows := flows_text(request, traced):
+        console.print(Text(flows, style="green" if good else "red"))
     for reason in shown.verdict.reasons:
         console.print(Text(f"because: {reason}" if not good else reason))
     for note in (*shown.verdict.notes, *shown.notes):

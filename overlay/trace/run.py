@@ -28,6 +28,8 @@ class Request(NamedTuple):
     protocol: str
     port: int
     size: int | None
+    flows: int = 1
+    """So many are tried, each from a port of its own: of several ways between nodes each flow takes one."""
 
 
 class Traced(NamedTuple):
@@ -42,7 +44,12 @@ class Traced(NamedTuple):
 
 
 def trace(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
-    """Each size that was tried. found: the agent's status; status: asks for that of now. Raises NotTraceable, OSError."""
+    """Each size that was tried, of each flow. found: the agent's status; status: asks for that of now. Raises NotTraceable,
+    OSError."""
+    return [each for _ in range(request.flows) for each in _flow(found, request, status)]
+
+
+def _flow(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
     small = probes.least(request.protocol)
     traced = [_one(found, request, request.size or small, status)]
     mtu = (found["device"] or {}).get("mtu", 0)

@@ -24,6 +24,7 @@ def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
         "step": shown.verdict.gap.name.lower() if shown.verdict.gap is not None else "",
         "because": list(shown.verdict.reasons),
         "notes": [*shown.verdict.notes, *shown.notes],
+        "flows": flows_text(request, traced),
         "rounds": [_round(each) for each in traced],
     }
 
@@ -37,6 +38,22 @@ def came_through(traced: Traced) -> bool:
     """Whether it is as it should be: it was delivered and, where the protocol demands one, answered."""
     state = traced.verdict.state
     return state is State.DELIVERED or (state is State.UNANSWERED and traced.protocol == "udp")
+
+
+def flows_text(request: Request, traced: Sequence[Traced]) -> str:
+    """How many of several flows came through, "" of one. A flow begins with its smallest packets."""
+    if request.flows == 1:
+        return ""
+    first = traced[0].size
+    starts = [place for place, each in enumerate(traced) if each.size == first]
+    flows = [traced[start:end] for start, end in zip(starts, [*starts[1:], len(traced)], strict=True)]
+    whole = sum(all(map(came_through, flow)) for flow in flows)
+    if whole in (0, len(flows)):
+        return f"{whole} of {len(flows)} flows came through"
+    return (
+        f"{whole} of {len(flows)} flows came through: one of several ways (ECMP, a bond, a queue), or a filter that goes by"
+        " the tunnel's source port"
+    )
 
 
 def text_of(traced: Traced) -> str:

@@ -467,6 +467,22 @@ def test_a_healthy_lab_says_nothing_and_check_and_trace_agree(world, asking):
     counters_are_gone(world, agents)
 
 
+def test_a_filter_that_lets_some_flows_pass_is_seen_by_several(world, asking):
+    agents = world.nodes(2, *asking)
+    pods = [world.pod(agent, "a") for agent in agents]
+    until("all is well", lambda: is_well(agents), 30)
+    world.run(
+        "node2", "nft", "add table ip planted; add chain ip planted in { type filter hook input priority 0; };"
+        " add rule ip planted in udp dport 8472 udp sport & 1 == 1 drop",
+    )  # fmt: skip
+    flows = "--proto", "tcp", "--port", "81", "--flows", "14"  # all take one side: 2 of 2^14 times
+    found = trace(world, agents[0], pods[0].address, pods[1].address, *flows)
+    assert re.search(r"^(\d|1[0-3]) of 14 flows came through: one of several ways", found["flows"]), found["flows"]
+    assert found["verdict"] != "delivered"
+    assert (found["node"], found["step"]) == ("node2", "input")
+    counters_are_gone(world, agents)
+
+
 def test_what_cannot_be_checked_is_said(world):
     (one,) = world.nodes(1)
     nobodys = "10.244.7.9" if str(one.subnet()) != "10.244.7.0/24" else "10.244.8.9"
