@@ -25,6 +25,9 @@ class Of(NamedTuple):
     psk: bytes = NO_KEY
     keepalive_s: int = 0
 
+    def __repr__(self) -> str:
+        return f"Of({self.mode}, {self.families}, {self.able}, keepalive_s={self.keepalive_s})"  # no secret
+
 
 class Keyed:
     """The peers of one family, by public key; a watcher of its table (peers.report.PeerWatcher)."""

@@ -91,7 +91,7 @@ def test_the_underlay_sees_plaintext_with_vxlan_alone(network):
 
 def test_the_device_holds_what_the_records_say(network):
     network.config(Backend={**BACKEND, "PSK": key_text(bytes(range(32))), "PersistentKeepaliveInterval": 25})
-    agents = network.nodes(3)
+    agents = network.nodes(3, "--log-level=debug")
     pods_of(network, agents)
     device, *peers = shown(network, "node1")
     assert (device[1], device[2]) == (key_of(agents[0]), "51820")
@@ -107,7 +107,8 @@ def test_the_device_holds_what_the_records_say(network):
     assert (mode, len((agents[0].run_dir / "wgkey").read_text())) == (0o400, 44)
     status = json.dumps(agents[0].status()) + agents[0].log()
     assert (agents[0].run_dir / "wgkey").read_text() not in status
-    assert key_text(bytes(range(32))) not in status, "the pre-shared key is shown to nobody"
+    for secret in (key_text(bytes(range(32))), bytes(range(32)).hex(), repr(bytes(range(32)))[2:-1], "\\x1d\\x1e\\x1f"):
+        assert secret not in status, "the pre-shared key is shown to nobody"
 
 
 def test_a_key_is_rotated_without_a_lost_packet(network):
