@@ -100,7 +100,7 @@ class RecordsSource(Source):
             log.info("store.back", store=self._place(), records=len(snapshot.leases))
         if log.debugging:
             count, refused = len(snapshot.leases), len(snapshot.refused)
-            log.debug("store.list", records=count, unreadable=refused, config=str(snapshot.config)[:CUT])
+            log.debug("store.list", records=count, unreadable=refused, config_bytes=len(snapshot.config or b""))
         self._down, self._down_since, self._stale = "", None, False
         self._health.solved("store")
         if not self._kube:  # there the config is a file, which was read already
@@ -123,7 +123,9 @@ class RecordsSource(Source):
         self._ownership.changes_came()
         if log.debugging:
             for change in changes.changes:
-                log.debug("store.change", what=str(change)[:CUT])
+                # of a config the length alone: a pre-shared key stands in it
+                text = f"{len(change.text or b'')} bytes of config" if isinstance(change, ConfigText) else str(change)
+                log.debug("store.change", what=text[:CUT])
         for change in changes.changes:
             if isinstance(change, ConfigText):
                 self._network.read(change.text)
