@@ -151,7 +151,7 @@ def _wireguard(backend: Fields) -> WireguardConfig:
         port,
         port6,
         mtu=_mtu(backend, MIN_MTU_WIREGUARD),
-        psk=_psk(backend.get("PSK", str, "")),
+        psk=_psk(backend.secret("PSK")),
         keepalive_s=backend.whole("PersistentKeepaliveInterval", 0, 65535, 0),
         mode=mode,
     )

@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from typing import NamedTuple
 
-from lease.backend_config import BackendConfig, backend_config
+from lease.backend_config import BackendConfig, WireguardConfig, backend_config
 from lease.families import FAMILIES
 from lease.fields import ConfigError, Fields, show
 from lease.model import WIDTH, Prefix, ip_number, ip_text, prefix
@@ -120,13 +120,16 @@ def _read(value: object) -> NetworkConfig:
             pools[family] = _pool(fields, family)
         elif (fault := _fault_of_unused(fields, family)) is not None:
             ignored.append(f"{fault} (ignored: EnableIPv{family} is false)")
-    backend = Fields("Backend.", fields.get("Backend", dict, {})) if fields.has("Backend") else None
+    backend = fields.part("Backend")
     ignored += fields.unknown(_FIELDS)
     made, unused = backend_config(backend)
     if with_v6 and made.type == "ipip":
         raise ConfigError(
             "Backend.Type: 'ipip' carries IPv4 alone, and EnableIPv6 is true; switch that off, or take another"
         )
+    needed = made.mode if isinstance(made, WireguardConfig) else ""
+    if (needed == "ipv4" and not with_v4) or (needed == "ipv6" and not with_v6):
+        raise ConfigError(f"Backend.Mode: {show(needed)} has no underlay: EnableIPv{needed[-1]} is false")
     return NetworkConfig(pools[4], pools[6], made, (*ignored, *unused))
 
 

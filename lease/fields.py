@@ -28,6 +28,20 @@ class Fields:
             raise ConfigError(f"{self._where}{name}: {show(value)} must be {_KINDS[kind]}")
         return value
 
+    def secret(self, name: str) -> str:
+        """A text that no message shows, "" where it is absent. Raises ConfigError."""
+        value = self._values.get(name.lower(), "")
+        if type(value) is not str:
+            raise ConfigError(f"{self._where}{name}: it must be {_KINDS[str]} (not shown: it is a secret)")
+        return value
+
+    def part(self, name: str) -> Fields | None:
+        """An object within, None where it is absent; secrets may stand in it. Raises ConfigError."""
+        value = self._values.get(name.lower())
+        if value is not None and type(value) is not dict:
+            raise ConfigError(f"{self._where}{name}: it must be {_KINDS[dict]}, not {type(value).__name__}")
+        return None if value is None else Fields(f"{name}.", value)
+
     def whole(self, name: str, low: int, high: int, default: int) -> int:
         """A whole number from low to high. Raises ConfigError."""
         value = self.get(name, int, default)

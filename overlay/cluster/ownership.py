@@ -92,8 +92,8 @@ class Ownership(Controller):
         """Ours, or what somebody put there."""
         self._first_list: Snapshot | None = None
         """Read before anything was held: it saves the tenure another."""
-        self._earlier: dict[int, _Earlier] = {}
-        """By family, where it was read."""
+        self._earlier: dict[tuple[int, str], _Earlier] = {}
+        """By family and backend, where it was read."""
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
@@ -195,11 +195,11 @@ class Ownership(Controller):
 
     def _of_earlier(self, family: Family, config: NetworkConfig, settings: Settings) -> _Earlier:
         """Read once. Raises KernelError, CannotReconcile."""
-        number = family.number
-        if number not in self._earlier:
+        number, kind = family.number, config.backend.type
+        if (number, kind) not in self._earlier:
             mac = self._existing_macs[number](config)
-            self._earlier[number] = _Earlier(mac, previous_subnet(settings.subnet_file, number))
-        return self._earlier[number]
+            self._earlier[number, kind] = _Earlier(mac, previous_subnet(settings.subnet_file, number))
+        return self._earlier[number, kind]
 
     def due(self) -> float | None:
         """When to look again at what is in dispute, or whether the family that lacks can be had now."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.config import NetworkConfig
-from lease.families import V6, Family
+from lease.families import V4, V6, Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
 from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
 from overlay.backends.choose import backend_of, mark_of, network_of, tunnel_devices
@@ -258,6 +258,8 @@ class DeviceController(Controller):
             log.info("device", device=device.name, reopened="the underlay's VRF changed")
             self._links.set_down(self._tunnel.ifindex)
         self._vrf = wants.vrf
+        if (self._mark and self._device is None) or (self._device and type(self._device) is not type(device)):
+            self._set(None)  # what is planned for this one must not be put on that of the backend before
         try:
             folder = userspace_folder(self._current.inputs.settings.run_dir)
             ensured = ensure(self._links, wants.tunnel, device, self.before_up, folder)
@@ -280,9 +282,9 @@ class DeviceController(Controller):
             write_log("device.address", device=device.name, action=", ".join(moved))
         self._lost += altered + bool(moved and address_altered)
         self._base = wants.base
-        if old not in ("", device.name):
-            self._drop(old)
         before = self._tunnel
+        if old not in ("", device.name):
+            self._drop(old, device.name)
         if ensured.made and before.up and before.ifindex and before.name == device.name:
             self._note_lost(
                 before, device.name, True
@@ -314,8 +316,8 @@ class DeviceController(Controller):
         self._asks_again = None
         old = self._mark or self._owned.recorded_device(self._family.number)
         if old not in ("", wants.mark):
-            self._drop(old)
-        self._device, self._base, self._mark = None, None, wants.mark
+            self._drop(old, wants.mark)
+        self._device, self._base, self._mark, self._vrf = None, None, wants.mark, None
         self._set(wants.tunnel)
         file = self._owned.device_file(self._family.number)
         if not up_to_date(file, wants.mark):
@@ -357,10 +359,19 @@ class DeviceController(Controller):
         if tunnel is not None and not self._alone(tunnel.name):
             raise CannotReconcile(f"another agent keeps {tunnel.name} on this node, and its lease")
         there = self._links.read(tunnel.name) if tunnel is not None else None
-        return there.mac if tunnel is not None and there is not None and there.kind in tunnel.kinds else None
+        found = tunnel is not None and there is not None and there.kind in tunnel.kinds
+        return (there.mac or None) if found and there is not None else None
 
-    def _drop(self, name: str) -> None:
-        """The device of an earlier network, ours since our own file names it, and what belongs to it. Raises OSError."""
+    def _others(self, name: str) -> bool:
+        """Whether it is the other family's device as well: WireGuard has modes with one for both."""
+        if self._family is V6 and self._owned.recorded_device(V4.number) == name:
+            return True
+        tunnels = self._current.inputs.tunnels
+        return any(tunnel.name == name for family, tunnel in tunnels.items() if family != self._family.number)
+
+    def _drop(self, name: str, now: str) -> None:
+        """The device of an earlier network, ours since our own file names it, and what belongs to it. now: the device, or
+        backend, in its place. Raises OSError."""
         network = network_of(name)
         if network is None:
             log.warning(
@@ -369,16 +380,17 @@ class DeviceController(Controller):
                 reason=f"{name[:20]!a} is not one of our devices",
             )
             return
-        there = self._links.read(name)
+        there = self._links.read(name) if not self._others(name) else None
         if there is not None and there.kind in tunnel_devices([network], self._family).get(name, ()):
             log.info("device.removed", device=name, reason="the network config names another device now")
             self._links.delete(there.ifindex)
-        self._leave(network)
+        if network != network_of(now):
+            self._leave(network)
 
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""
         for name, kinds in tunnel_devices(self._owned.networks(), self._family).items():
-            there = self._links.read(name)
+            there = self._links.read(name) if not self._others(name) else None
             if there is not None and there.kind in kinds and not self._owned.flannel_has_it():
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"

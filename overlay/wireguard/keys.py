@@ -94,7 +94,8 @@ class KeyController(Controller):
             write_key(wants, key)
             log.info("key.made", path=wants)
         if stat.S_IMODE(os.stat(wants).st_mode) & 0o077:
-            os.chmod(wants, MODE)
+            with suppress(OSError):  # a mount that is read-only
+                os.chmod(wants, MODE)
             log.warning(
                 "key.mode", path=wants, effect="others could read it; made 0400. overlay rotate-key makes a new one"
             )
@@ -112,12 +113,17 @@ class KeyController(Controller):
         return self._next if self._holder.private else None
 
     def withdraw(self) -> Iterator[str]:
-        """Remove the file, where it holds a key; where flannel has the node again it is flannel's."""
-        path, self._stamp = self._current.inputs.settings.wireguard_key_file, None
+        """Forget it. At an uninstall (there is no config then) remove the file where it holds a key and stands beside
+        subnet.env, where we made it; one elsewhere is the operator's, and where flannel is back it is flannel's."""
+        settings, self._stamp = self._current.inputs.settings, None
+        path = settings.wireguard_key_file
         self._holder.private = b""
         self._current.set(public_key=b"", published_key=b"")
-        with suppress(CannotReconcile):
-            if read_key(path) is not None and not self._owned.flannel_has_it():
+        beside = os.path.dirname(path) == os.path.dirname(settings.subnet_file)
+        if self._current.inputs.config is not None or not beside or self._owned.flannel_has_it():
+            return
+        with suppress(CannotReconcile, OSError):
+            if read_key(path) is not None:
                 remove(path)
                 yield path
 

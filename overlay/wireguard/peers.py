@@ -34,7 +34,8 @@ class Keyed:
 
     def __init__(self, family: Family) -> None:
         self.family = family.number
-        self._ends: dict[bytes, dict[int, Endpoint]] = {}
+        self._ends: dict[bytes, dict[int, tuple[str, Endpoint]]] = {}
+        """By public key and subnet: of which record, and what it says."""
         self.all_stale = True
         """They were loaded anew."""
         self.stale: set[bytes] = set()
@@ -48,7 +49,7 @@ class Keyed:
         self._ends, self._at, self.all_stale = {}, {}, True
         self.stale.clear()
         for each in packed:
-            self._enter(unpack(each).endpoint(self.family))
+            self._enter(unpack(each))
 
     def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""
@@ -59,17 +60,18 @@ class Keyed:
             if not there:
                 self._ends.pop(before.key, None)
             self.stale |= self._at.get(before.public_ip, set())
-            if all(end.public_ip != before.public_ip for end in there.values()):
+            if all(end.public_ip != before.public_ip for _, end in there.values()):
                 self._at.get(before.public_ip, set()).discard(before.key)
                 if not self._at.get(before.public_ip):
                     self._at.pop(before.public_ip, None)
-        self._enter(after)
+        self._enter(now)
         if after is not None and after.key:
             self.stale |= self._at[after.public_ip]
 
-    def _enter(self, end: Endpoint | None) -> None:
-        if end is not None and end.key:
-            self._ends.setdefault(end.key, {})[number(end.subnet)] = end
+    def _enter(self, lease: Lease | None) -> None:
+        end = lease.endpoint(self.family) if lease is not None else None
+        if lease is not None and end is not None and end.key:
+            self._ends.setdefault(end.key, {})[number(end.subnet)] = lease.key, end
             self._at.setdefault(end.public_ip, set()).add(end.key)
 
     @property
@@ -77,8 +79,8 @@ class Keyed:
         """All."""
         return self._ends.keys()
 
-    def ends(self, key: bytes) -> Iterable[Endpoint]:
-        """Of a key: several where its node holds several subnets."""
+    def ends(self, key: bytes) -> Iterable[tuple[str, Endpoint]]:
+        """Of a key, each with that of its record: several where its node holds several subnets."""
         return self._ends.get(key, {}).values()
 
     def own_address(self, end: Endpoint) -> bool:
@@ -90,14 +92,16 @@ def wanted(of: Of, tables: Iterable[Keyed], key: bytes) -> WgPeer | None:
     """The peer of a key; None: there is none, or no underlay of this node leads to it. It may send from its subnets, and
     from its public IP, by which its node answers pods that come there without masquerade (flannel: from subnets alone)."""
     tables = list(tables)
-    ends = [end for table in tables for end in table.ends(key)]
-    if not ends:
-        return None
+    found = [(record, table, end) for table in tables for record, end in table.ends(key)]
     able = of.families if of.mode == "separate" else of.able
-    outer = endpoint_of(of.mode, ends, able)
+    outer = endpoint_of(of.mode, (end for _, _, end in found), able)
     if outer is None:
         return None
-    nodes = (end for table in tables for end in table.ends(key) if table.own_address(end))
+    # each family settles by itself who has a key: a part of another record than the outer address's is somebody else's
+    records = {record for record, _, end in found if end.subnet.family == outer.subnet.family}
+    found = [each for each in found if each[0] in records]
+    ends = [end for _, _, end in found]
+    nodes = (end for _, table, end in found if table.own_address(end))
     addresses = {Prefix(end.subnet.family, end.public_ip, WIDTH[end.subnet.family]) for end in nodes}
     allowed = frozenset({*(end.subnet for end in ends), *addresses})
     place = Place(outer.subnet.family, outer.public_ip, outer.port)

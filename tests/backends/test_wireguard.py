@@ -224,3 +224,56 @@ def test_the_backend_of_a_running_cluster_is_another_live(network):
             tables = network.run(agent.node, "nft", "list", "tables")
             assert len({line.split()[2].split("-")[1] for line in tables.splitlines() if "overlay-" in line}) == 1
     assert [agent.subnet() for agent in agents] == subnets
+
+
+def test_a_family_that_is_switched_off_costs_the_other_nothing(tmp_path):
+    with closing(World(tmp_path / "world")) as world:
+        world.use(4, 6, Backend=BACKEND)
+        agents = world.nodes(2)
+        ends = pods_of(world, agents)
+        source, target = (next(e for e in ends if e.node == node and e.family == 4) for node in ("node1", "node2"))
+        index = world.index("node1", "flannel-wg")
+        with world.stream(source, target) as there, world.stream(target, source) as back:
+            world.families = (4,)
+            world.config(Backend=BACKEND)
+            for agent in agents:
+                until("IPv6 is gone", lambda agent=agent: world.index(agent.node, "flannel-wg-v6") == 0, 20)
+            until("enough was sent", lambda sent=there.sent: there.sent > sent + 300)
+        assert (there.lost(), back.lost()) == (0, 0)
+        assert world.index("node1", "flannel-wg") == index, "the same device"
+        assert agents[0].events("guard.mended") == agents[0].events("nat.mended") == []
+        for agent in agents:
+            until("nothing is wrong", lambda agent=agent: well(agent), 20)
+
+
+def test_a_backend_that_cannot_be_made_puts_nothing_on_the_one_before(network):
+    """Else packets that were to be encrypted would go out as they are. (No kernel has a program in ipip's place.)"""
+    network.config(Backend={"Type": "host-gw"})
+    agents = network.nodes(2)
+    pods_of(network, agents)
+    agents[0].stop()
+    one = network.agent("node1", "--node-name=node1", run_dir="node1", program=NO_WIREGUARD).wait_ready()
+    network.config(Backend=BACKEND)
+    until("it says why", lambda: "wireguard-go" in one.problems().get("device", ""), 20)
+    routes = network.run("node1", "ip", "route", "show", "proto", "111")
+    assert "flannel-wg" not in routes
+    assert all("via 192.168.1.3 dev eth0" in line for line in routes.splitlines()), "as planned for host-gw, or none"
+    until("it is not ready", lambda: not one.ready(), 30)
+
+
+NO_WIREGUARD = """
+import errno, shutil
+from overlay.kernel.netlink import KernelError
+from overlay.kernel.route import links
+from overlay.kernel.route.link_wire import WireguardDevice
+make = links.Links.create
+def create(self, device):
+    if isinstance(device, WireguardDevice):
+        raise KernelError(errno.EOPNOTSUPP, "Unknown device type")
+    make(self, device)
+links.Links.create = create
+which = shutil.which
+shutil.which = lambda name: None if name == "wireguard-go" else which(name)
+from overlay.__main__ import main
+raise SystemExit(main())
+"""

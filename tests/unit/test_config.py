@@ -133,6 +133,13 @@ def test_a_pre_shared_key_is_in_no_text():
     config = parse(
         Network="10.244.0.0/16", Backend={"Type": "wireguard", "PSK": "CQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQkJCQk="}
     )
+    for wrong in (["CQkJCQkJ"], {"k": "CQkJCQkJ"}, 7):
+        with pytest.raises(ConfigError, match=r"Backend\.PSK: it must be a string") as refused:
+            parse(Network="10.244.0.0/16", Backend={"Type": "wireguard", "PSK": wrong})
+        assert "CQkJ" not in str(refused.value)
+    with pytest.raises(ConfigError, match="Backend: it must be an object") as refused:
+        parse(Network="10.244.0.0/16", Backend='{"Type":"wireguard","PSK":"CQkJCQkJ"}')
+    assert "CQkJ" not in str(refused.value)
     for text in (repr(config), str(config), json.dumps(network_status(config)), repr(backend_fields(config))):
         assert "CQkJ" not in text
         assert "\\t\\t" not in text

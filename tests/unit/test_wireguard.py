@@ -204,7 +204,7 @@ def test_changes_end_in_what_a_load_gives(changes):
     assert set(made.keys) == set(anew.keys)
     for key in KEYS[:4]:
         assert (found := wanted(of, [made], key)) == wanted(of, [anew], key) or (
-            found is not None and {each.public_ip for each in made.ends(key)} != {found.place.address}
+            found is not None and {each.public_ip for _, each in made.ends(key)} != {found.place.address}
         )
 
 
@@ -218,3 +218,28 @@ def test_a_peer_that_roamed_is_as_it_should_be():
     assert differing(None, PEER, PEER.place) == PEER
     assert differing(PEER, None, PEER.place) is None
     assert differing(None, None, None) is False
+
+
+def test_a_peer_of_any_number_of_prefixes_and_any_number_of_peers_fit():
+    """A nested attribute has 16 bits for its length: a record must not end the agent by it."""
+    many = PEER._replace(allowed=frozenset((4, number << 8, 24) for number in range(2500)))
+    peers = {KEYS[0]: many, **{bytes([9, number]) * 16: PEER for number in range(200)}, KEYS[2]: None}
+    messages = [genl._set_encoded(27, 1, "flannel-wg", parts) for parts in genl.batches(peers.items())]
+    assert max(map(len, messages)) < 1 << 16
+    found = genl.parse_device(memoryview(message)[16:] for message in messages).peers
+    assert found == {**peers, KEYS[2]: WgPeer(frozenset(), None)}
+    flags = []
+    for message in messages:
+        decoded = wgmsg(message)
+        decoded.decode()
+        flags += [p.get_attr("WGPEER_A_FLAGS") for p in decoded.get_attr("WGDEVICE_A_PEERS")]
+    assert flags.count(2) == 201, "what follows of a peer is added"
+
+
+def test_of_two_records_of_one_key_no_subnet_goes_to_the_other_ones_node():
+    """Each family settles by itself who has a key."""
+    one = lease(end("10.244.2.0/24", "192.168.1.3", KEYS[0]))
+    two = lease(end("fd00:10:244:9::/64", "fd00::9", KEYS[0], 51821))
+    found = wanted(Of("auto", (4, 6), (4, 6)), tables(one, two), KEYS[0])
+    assert found is not None
+    assert found.allowed == allowed("10.244.2.0/24", "192.168.1.3/32")

@@ -23,8 +23,10 @@ _PUBLIC_KEY, _PSK, _FLAGS, _ENDPOINT, _KEEPALIVE, _ALLOWED = 1, 2, 3, 4, 5, 9
 _REMOVE_ME, _REPLACE_ALLOWED = 1, 2
 _AF, _ADDRESS, _CIDR = 1, 2, 3
 _HEAD = struct.Struct("=BBH")
-AT_ONCE = 200
-"""Peers in one message: a nested attribute has 64 KiB at most, a peer some 200 bytes."""
+MOST_BYTES = 32 << 10
+"""Of peers in one message: a nested attribute has 64 KiB at most."""
+MOST_ALLOWED = 400
+"""Prefixes of a peer in one attribute, 36 bytes each: more follow in another of the same peer."""
 
 
 def family_request(seq: int, name: str) -> bytes:
@@ -44,25 +46,48 @@ def set_device(number: int, seq: int, name: str, key: bytes, port: int) -> bytes
 
 
 def set_peers(number: int, seq: int, name: str, peers: Iterable[tuple[bytes, WgPeer | None]]) -> bytes:
-    """Puts peers as they are to be, or (None) takes them away; of one without a place the place stays as it is."""
-    made = b"".join(wire.attr(0 | wire.NESTED, _peer(key, peer)) for key, peer in peers)
+    """Puts peers as they are to be, or (None) takes them away; of one without a place the place stays as it is. All must fit
+    one message."""
+    return _set_encoded(number, seq, name, (part for key, peer in peers for part in _parts(key, peer)))
+
+
+def batches(peers: Iterable[tuple[bytes, WgPeer | None]]) -> Iterator[list[bytes]]:
+    """The same of any number of peers: encoded, for one message each."""
+    some: list[bytes] = []
+    size = 0
+    for part in (part for key, peer in peers for part in _parts(key, peer)):
+        if some and size + len(part) > MOST_BYTES:
+            yield some
+            some, size = [], 0
+        some.append(part)
+        size += len(part)
+    if some:
+        yield some
+
+
+def _set_encoded(number: int, seq: int, name: str, parts: Iterable[bytes]) -> bytes:
+    made = b"".join(parts)
     body = _HEAD.pack(_SET_DEVICE, 1, 0) + wire.attr(_IFNAME, wire.text(name)) + wire.attr(_PEERS | wire.NESTED, made)
     return wire.message(number, 0, seq, body)
 
 
-def _peer(key: bytes, peer: WgPeer | None) -> bytes:
+def _parts(key: bytes, peer: WgPeer | None) -> Iterator[bytes]:
+    """A peer's attribute; more where it has many prefixes, which the later ones add."""
     head = wire.attr(_PUBLIC_KEY, key)
     if peer is None:
-        return head + wire.attr(_FLAGS, struct.pack("=L", _REMOVE_ME))
-    allowed = b"".join(wire.attr(0 | wire.NESTED, _allowed(there)) for there in sorted(peer.allowed))
-    return (
+        yield wire.attr(0 | wire.NESTED, head + wire.attr(_FLAGS, struct.pack("=L", _REMOVE_ME)))
+        return
+    nets = sorted(peer.allowed)
+    first = (
         head
         + wire.attr(_FLAGS, struct.pack("=L", _REPLACE_ALLOWED))
         + wire.attr(_PSK, peer.psk)
         + (wire.attr(_ENDPOINT, _sockaddr(peer.place)) if peer.place is not None else b"")
         + wire.attr(_KEEPALIVE, struct.pack("=H", peer.keepalive_s))
-        + wire.attr(_ALLOWED | wire.NESTED, allowed)
     )
+    for at in range(0, max(1, len(nets)), MOST_ALLOWED):
+        allowed = b"".join(wire.attr(0 | wire.NESTED, _allowed(there)) for there in nets[at : at + MOST_ALLOWED])
+        yield wire.attr(0 | wire.NESTED, (head if at else first) + wire.attr(_ALLOWED | wire.NESTED, allowed))
 
 
 def _allowed(there: Net) -> bytes:
@@ -167,11 +192,9 @@ class KernelWireguard:
 
     def put(self, peers: Mapping[bytes, WgPeer | None]) -> None:
         """Peers, by their keys, as they are to be; None: away. Raises KernelError."""
-        items = list(peers.items())
-        for first in range(0, len(items), AT_ONCE):
-            some = items[first : first + AT_ONCE]
+        for parts in batches(peers.items()):
             seq = self._requests.take_seqs(1)
-            refusal = self._requests.execute([set_peers(self._number, seq, self._name, some)], seq).get(0)
+            refusal = self._requests.execute([_set_encoded(self._number, seq, self._name, parts)], seq).get(0)
             if refusal is not None:
                 raise KernelError(refusal.errno, f"peers of {self._name}: {refusal}")
 
