@@ -5,6 +5,7 @@ A new feature is a folder and a line here. `overlay uninstall` withdraws the sam
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -242,8 +243,9 @@ def _wireguard(name: str, settings: Settings) -> WireguardDevice:
         made = UserspaceWireguard(name, folder)
         try:
             made.read()
-        except KernelError:
-            links.delete(there.ifindex)
+        except KernelError as error:
+            if error.errno in (errno.ENOENT, errno.ECONNREFUSED):  # it is dead, and its device serves nobody
+                links.delete(there.ifindex)
             raise
         return made
     finally:

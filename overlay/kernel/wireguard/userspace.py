@@ -88,7 +88,11 @@ class UserspaceWireguard:
         try:
             with socket.socket(socket.AF_UNIX) as made:
                 made.settimeout(ANSWER_S)
-                made.connect(self._path)
+                folder = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:  # of a path a socket's address has 108 bytes (unix(7)), and run directories may be deep
+                    made.connect(f"/proc/self/fd/{folder}/{os.path.basename(self._path)}")
+                finally:
+                    os.close(folder)
                 made.sendall(request.encode())
                 answer = b""
                 while not answer.endswith(b"\n\n") and (more := made.recv(1 << 16)):
