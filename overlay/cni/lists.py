@@ -102,6 +102,8 @@ def _of_env(path: str) -> dict[str, Prefix]:
     found: dict[str, Prefix] = {}
     for line in text.splitlines():
         name, _, value = line.strip().removeprefix("export ").partition("=")
+        if not name.strip().startswith("FLANNEL_"):
+            continue  # whatever somebody made of the file: megabytes of it are read in a moment
         with suppress(ValueError):
             found.setdefault(name.strip(), prefix(value.strip().strip("\"'")))
     return found

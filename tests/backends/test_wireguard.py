@@ -172,6 +172,7 @@ def record(number: int, **data) -> dict:
 
 
 def test_hostile_records_cost_nobody_a_packet(network):
+    network.config(Backend=BACKEND, SubnetMax="10.244.150.0")  # the records' subnets are nobody's
     agents = network.nodes(2)
     source, target = pods_of(network, agents)
     victim, own = key_of(agents[1]), key_of(agents[0])
