@@ -6,13 +6,13 @@ docs/compatibility.md says so.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from lease.families import V4
 from lease.fields import ConfigError, Fields, show
+from lease.model import key_bytes
 
 MAX_VNI = 9_999_999
 """24 bits are allowed (RFC 7348), and the device is named after it: flannel.N in the 15 characters of IFNAMSIZ."""
@@ -23,8 +23,6 @@ MIN_MTU = 68 + V4.overhead
 WIREGUARD_PORT, WIREGUARD_PORT6 = 51820, 51821
 """flannel's."""
 MIN_MTU_WIREGUARD = 68 + 80
-KEY_SIZE = 32
-"""Bytes of a key of WireGuard."""
 MODES = ("separate", "auto", "ipv4", "ipv6")
 
 _MAC_PREFIX = re.compile(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{2}")
@@ -79,33 +77,18 @@ class WireguardConfig(NamedTuple):
 
 BackendConfig = VxlanConfig | HostGwConfig | IpipConfig | WireguardConfig
 
-TYPES: tuple[str, ...] = ("vxlan", "host-gw", "ipip", "wireguard")
-
-
-_KNOWN = {
-    "vxlan": frozenset(("type", "vni", "port", "mtu", "directrouting", "gbp", "learning", "macprefix")),
-    "host-gw": frozenset(("type",)),
-    "ipip": frozenset(("type", "directrouting")),
-    "wireguard": frozenset(("type", "listenport", "listenportv6", "mtu", "psk", "persistentkeepaliveinterval", "mode")),
-}
-
 
 def backend_config(backend: Fields | None) -> tuple[BackendConfig, list[str]]:
     """The Backend object, and a line for each field that says nothing to it; absent means vxlan, as flannel's documentation
     says (its code takes udp). Raises ConfigError."""
     if backend is None:
         return VxlanConfig(), []
-    kind = backend.get("Type", str, "").lower()
-    if kind == "vxlan":
-        return _vxlan(backend), backend.unknown(_KNOWN[kind])
-    if kind == "host-gw":
-        return HostGwConfig(), backend.unknown(_KNOWN[kind])
-    if kind == "ipip":
-        return IpipConfig(backend.get("DirectRouting", bool, False)), backend.unknown(_KNOWN[kind])
-    if kind == "wireguard":
-        return _wireguard(backend), backend.unknown(_KNOWN[kind])
     named = backend.get("Type", str, "")
-    raise ConfigError(f"Backend.Type: {show(named)} is not supported; allowed is one of {', '.join(map(repr, TYPES))}")
+    read, fields = _KINDS.get(named.lower(), (None, ()))
+    if read is None:
+        allowed = ", ".join(map(repr, _KINDS))
+        raise ConfigError(f"Backend.Type: {show(named)} is not supported; allowed is one of {allowed}")
+    return read(backend), backend.unknown(frozenset(("type", *fields)))
 
 
 def _vxlan(backend: Fields) -> VxlanConfig:
@@ -167,17 +150,13 @@ def _psk(text: str) -> bytes:
         raise ConfigError(f"Backend.PSK: it must be a key as `wg genpsk` prints one; {error}") from None
 
 
-def key_bytes(text: str) -> bytes:
-    """A key of WireGuard as people write it: base64 of 32 bytes. Raises ValueError, which does not show it."""
-    try:
-        key = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError("it is not base64") from None
-    if len(key) != KEY_SIZE or key_text(key) != text:
-        raise ValueError(f"it has {len(key)} bytes, not {KEY_SIZE}")
-    return key
-
-
-def key_text(key: bytes) -> str:
-    """What `key_bytes` reads."""
-    return base64.b64encode(key).decode("ascii")
+_KINDS: dict[str, tuple[Callable[[Fields], BackendConfig], tuple[str, ...]]] = {
+    "vxlan": (_vxlan, ("vni", "port", "mtu", "directrouting", "gbp", "learning", "macprefix")),
+    "host-gw": (lambda _backend: HostGwConfig(), ()),
+    "ipip": (lambda backend: IpipConfig(backend.get("DirectRouting", bool, False)), ("directrouting",)),
+    "wireguard": (
+        _wireguard,
+        ("listenport", "listenportv6", "mtu", "psk", "persistentkeepaliveinterval", "mode"),
+    ),
+}
+"""By type: how the rest of the object is read, and the names of its fields, in lower case."""

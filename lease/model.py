@@ -6,8 +6,9 @@ what `ipaddress` objects cost (docs/decisions.md, "Leases are tuples of integers
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
-from base64 import b64encode
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ WIDTH = {4: 32, 6: 128}
 _BYTE = "(0|[1-9][0-9]?|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _IPV4 = re.compile(rf"{_BYTE}\.{_BYTE}\.{_BYTE}\.{_BYTE}")
 _LENGTH = re.compile(r"0|[1-9][0-9]{0,2}")
+KEY_SIZE = 32
+"""Bytes of a key of WireGuard."""
 MAC_FORM = re.compile(r"[0-9a-fA-F]{2}(?::[0-9a-fA-F]{2}){5}")
 
 
@@ -78,7 +81,7 @@ class Endpoint(NamedTuple):
         """What tells its VTEP from others', as people write it: MAC, or public key; "" where the backend has neither."""
         if self.mac is not None:
             return mac_text(self.mac)
-        return b64encode(self.key).decode("ascii")
+        return key_text(self.key)
 
     def outer_sources(self) -> tuple[int, ...]:
         """The addresses its frames may come from: its own, or what a NAT makes of that."""
@@ -199,6 +202,22 @@ def mac_number(text: str) -> int:
     if not MAC_FORM.fullmatch(text):
         raise ValueError(f"{text[:40]!r} is not six colon-separated hex bytes")
     return int(text.replace(":", ""), 16)
+
+
+def key_bytes(text: str) -> bytes:
+    """A key of WireGuard as people write it: base64 of 32 bytes. Raises ValueError, which does not show it."""
+    try:
+        key = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("it is not base64") from None
+    if len(key) != KEY_SIZE or key_text(key) != text:
+        raise ValueError(f"it has {len(key)} bytes, not {KEY_SIZE}")
+    return key
+
+
+def key_text(key: bytes) -> str:
+    """What `key_bytes` reads."""
+    return base64.b64encode(key).decode("ascii")
 
 
 def link_local(mac: int) -> int:

@@ -11,8 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from lease.backend_config import key_bytes, key_text
-from lease.model import WIDTH, Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, mac_number, mac_text
+from lease.model import (
+    WIDTH,
+    Endpoint,
+    Lease,
+    Prefix,
+    ip_number,
+    ip_text,
+    key_bytes,
+    key_text,
+    mac_fault,
+    mac_number,
+    mac_text,
+)
 
 NODE_FIELD, SOURCE_FIELD = "OverlayNode", "OverlaySource"
 """The JSON fields of ours: the identity of the node, and the outer source of its frames where that is not PublicIP. flannel

@@ -41,6 +41,9 @@ DeviceSpec = VxlanDevice | IpipDevice | WireguardDevice
 """What the tunnel's device must be, of any backend that has one."""
 
 
+IPPROTO_UDP = 17
+
+
 class Outer(NamedTuple):
     """What packets of peers look like on the underlay, for guard and nat. protocol: of IP; port: of UDP, 0: it has none;
     vni: of this network's frames, not of another's on the same port; None: it has none. sealed: what does not come from a

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lease.families import Family
-from lease.model import Endpoint, Prefix, ip_text
-from overlay.backends.base import Bulk, Entry, Outer, TunnelDevice, View
-from overlay.backends.routes import ROUTE, ROUTE_ALONE, route_key
-from overlay.kernel.route.entries import PROTOCOL, UNDERLAY, RouteKey, RouteValue
+from lease.model import Endpoint, ip_text
+from overlay.backends.base import Entry, Outer, TunnelDevice, View
+from overlay.backends.routes import ROUTE, RouteAlone
+from overlay.kernel.route.entries import PROTOCOL, UNDERLAY, RouteValue
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
 
@@ -20,11 +20,15 @@ NETWORK = 10_000_000
 """Its number among the networks of one node: above those of VNIs."""
 
 
-class HostGw(NamedTuple):
-    """family: of pods and underlay. type: BackendType; a field, so that backends of two kinds are never equal."""
-
+class _Fields(NamedTuple):
     family: Family
     type: str = TYPE
+
+
+class HostGw(RouteAlone, _Fields):
+    """family: of pods and underlay. type: BackendType; a field, so that backends of two kinds are never equal."""
+
+    __slots__ = ()
 
     @property
     def network(self) -> int:
@@ -40,11 +44,6 @@ class HostGw(NamedTuple):
     def tables(self) -> tuple[Table, ...]:
         """All; it has entries in the last alone."""
         return TABLES[self.family.number]
-
-    @property
-    def full(self) -> int:
-        """A route."""
-        return ROUTE_ALONE
 
     @property
     def reaches_directly(self) -> bool:
@@ -86,15 +85,6 @@ class HostGw(NamedTuple):
         value = RouteValue(UNDERLAY, peer.public_ip, False, PROTOCOL)
         return [(ROUTE, self.route_key(view, peer.subnet), value)]
 
-    def route_key(self, view: View, subnet: Prefix) -> RouteKey:
-        """As all."""
-        return route_key(view, subnet)
-
     def outer(self) -> Outer | None:
         """Nothing encapsulates."""
-        return None
-
-    def bulk(self, view: View) -> Bulk | None:
-        """None: as many peers as a link has."""
-        del view
         return None

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from lease.backend_config import IpipConfig
 from lease.families import Family
-from lease.model import Endpoint, Prefix, ip_text
-from overlay.backends.base import Bulk, DeviceSpec, Entry, Lower, Outer, View
-from overlay.backends.routes import ROUTE, ROUTE_ALONE, route_key
-from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
+from lease.model import Endpoint, ip_text
+from overlay.backends.base import DeviceSpec, Entry, Lower, Outer, View
+from overlay.backends.devices import changed
+from overlay.backends.routes import ROUTE, RouteAlone
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteValue
 from overlay.kernel.route.link_wire import DeviceAttributes, IpipDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
@@ -65,16 +66,19 @@ class IpipTunnel(NamedTuple):
         pairs = {
             "local": (ip_text(number, found.local), ip_text(number, wanted.local)),
             "mtu": (str(found.mtu), str(wanted.mtu)),
-            "up": ("down" if not found.up else "up", "up"),
         }
-        return {name: f"{old} -> {new}" for name, (old, new) in pairs.items() if old != new}
+        return changed(pairs, found.up)
 
 
-class Ipip(NamedTuple):
-    """Every peer by the tunnel, with a route alone. family: of pods and underlay, IPv4."""
-
+class _Fields(NamedTuple):
     config: IpipConfig
     family: Family
+
+
+class Ipip(RouteAlone, _Fields):
+    """Every peer by the tunnel, with a route alone. family: of pods and underlay, IPv4."""
+
+    __slots__ = ()
 
     @property
     def type(self) -> str:
@@ -97,29 +101,9 @@ class Ipip(NamedTuple):
         return TABLES[self.family.number]
 
     @property
-    def full(self) -> int:
-        """A route."""
-        return ROUTE_ALONE
-
-    @property
-    def reaches_directly(self) -> bool:
-        """Never: Direct does."""
-        return False
-
-    @property
     def overhead(self) -> int:
         """Outer headers."""
         return OVERHEAD
-
-    @property
-    def has_vteps(self) -> bool:
-        """The base of each subnet is on its node's device."""
-        return True
-
-    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
-        """None."""
-        del public_ip, addresses
-        return None
 
     def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
         """None: a peer publishes its address alone."""
@@ -131,15 +115,6 @@ class Ipip(NamedTuple):
         value = RouteValue(TUNNEL, peer.public_ip, True, PROTOCOL)
         return [(ROUTE, self.route_key(view, peer.subnet), value)]
 
-    def route_key(self, view: View, subnet: Prefix) -> RouteKey:
-        """As all."""
-        return route_key(view, subnet)
-
     def outer(self) -> Outer:
         """RFC 2003."""
         return Outer(IPPROTO_IPIP, 0, None)
-
-    def bulk(self, view: View) -> Bulk | None:
-        """None: entry by entry."""
-        del view
-        return None

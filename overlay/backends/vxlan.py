@@ -11,19 +11,18 @@ from typing import NamedTuple
 
 from lease.backend_config import VxlanConfig
 from lease.families import V4, Family
-from lease.model import Endpoint, Prefix, ip_text, link_local, mac_text
+from lease.model import Endpoint, ip_text, link_local, mac_text
 from lease.records.packed import FORM, PLACES
-from overlay.backends.base import Bulk, DeviceSpec, Entry, Lower, Outer, PackedPeers, View
-from overlay.backends.routes import METRIC6, route_key
+from overlay.backends.base import IPPROTO_UDP, Bulk, DeviceSpec, Entry, Lower, Outer, PackedPeers, View
+from overlay.backends.devices import changed, inner_mtu
+from overlay.backends.routes import METRIC6, Common
 from overlay.kernel.route import fast, fast6
-from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteKey, RouteValue
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, FdbValue, NeighbourValue, RouteValue
 from overlay.kernel.route.link_wire import DeviceAttributes, VxlanDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
 
 KIND = "vxlan"
-IPPROTO_UDP = 17
-
 _LEADS = {4: "flannel.", 6: "flannel-v6."}
 
 
@@ -56,14 +55,7 @@ class VxlanTunnel(NamedTuple):
 
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""
-        configured, overhead = self.config.mtu, self.family.overhead
-        if configured > underlay_mtu:
-            lowered = underlay_mtu - overhead
-            return lowered, (
-                f"MTU {configured} of the network config is above the underlay's {underlay_mtu}; lowered to that"
-                f" (device and pods: {lowered})"
-            )
-        return (configured or underlay_mtu) - overhead, ""
+        return inner_mtu(self.config.mtu, underlay_mtu, self.family.overhead)
 
     def device(self, lower: Lower, own: Endpoint) -> VxlanDevice:
         """A vxlan with the MAC that we publish."""
@@ -122,16 +114,19 @@ class VxlanTunnel(NamedTuple):
             "learning": (str(found.learning), str(wanted.learning)),
             "mtu": (str(found.mtu), str(wanted.mtu)),
             "mac": (mac_text(found.mac), mac_text(wanted.mac)),
-            "up": ("down" if not found.up else "up", "up"),
         }
-        return {name: f"{old} -> {new}" for name, (old, new) in pairs.items() if old != new}
+        return changed(pairs, found.up)
 
 
-class Vxlan(NamedTuple):
-    """Every peer by the tunnel: a neighbour, an FDB entry, a route. family: of pods and underlay."""
-
+class _Fields(NamedTuple):
     config: VxlanConfig
     family: Family
+
+
+class Vxlan(Common, _Fields):
+    """Every peer by the tunnel: a neighbour, an FDB entry, a route. family: of pods and underlay."""
+
+    __slots__ = ()
 
     @property
     def type(self) -> str:
@@ -159,24 +154,9 @@ class Vxlan(NamedTuple):
         return 0b111
 
     @property
-    def reaches_directly(self) -> bool:
-        """Never: Direct does."""
-        return False
-
-    @property
     def overhead(self) -> int:
         """Outer headers."""
         return self.family.overhead
-
-    @property
-    def has_vteps(self) -> bool:
-        """The base of each subnet is on its node's device."""
-        return True
-
-    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
-        """None."""
-        del public_ip, addresses
-        return None
 
     def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
         """MAC and VNI."""
@@ -200,10 +180,6 @@ class Vxlan(NamedTuple):
             (1, peer.mac, FdbValue(peer.public_ip)),
             (2, self.route_key(view, peer.subnet), RouteValue(TUNNEL, gateway, True, PROTOCOL)),
         ]
-
-    def route_key(self, view: View, subnet: Prefix) -> RouteKey:
-        """As all."""
-        return route_key(view, subnet)
 
     def outer(self) -> Outer:
         """RFC 7348."""

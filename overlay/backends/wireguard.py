@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from lease.backend_config import WireguardConfig
 from lease.families import V4, Family
-from lease.model import Endpoint, Prefix, ip_text
-from overlay.backends.base import Bulk, DeviceSpec, Entry, Lower, Outer, View
-from overlay.backends.routes import ROUTE, ROUTE_ALONE, route_key
-from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteKey, RouteValue
+from lease.model import Endpoint, ip_text
+from overlay.backends.base import IPPROTO_UDP, DeviceSpec, Entry, Lower, Outer, View
+from overlay.backends.devices import changed, inner_mtu
+from overlay.backends.routes import ROUTE, RouteAlone
+from overlay.kernel.route.entries import PROTOCOL, TUNNEL, RouteValue
 from overlay.kernel.route.link_wire import DeviceAttributes, WireguardDevice
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Table
@@ -26,7 +27,6 @@ NETWORK = 10_000_002
 """Its number among the networks of one node: above those of VNIs."""
 OVERHEAD = 80
 """flannel's, for either family: outer header 40 at most, UDP 8, WireGuard 32."""
-IPPROTO_UDP = 17
 
 
 def device_name(mode: str, family: Family) -> str:
@@ -65,14 +65,7 @@ class WireguardTunnel(NamedTuple):
 
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""
-        configured = self.config.mtu
-        if configured > underlay_mtu:
-            lowered = underlay_mtu - OVERHEAD
-            return lowered, (
-                f"MTU {configured} of the network config is above the underlay's {underlay_mtu}; lowered to that"
-                f" (device and pods: {lowered})"
-            )
-        return (configured or underlay_mtu) - OVERHEAD, ""
+        return inner_mtu(self.config.mtu, underlay_mtu, OVERHEAD)
 
     def device(self, lower: Lower, own: Endpoint) -> DeviceSpec:
         """Key, port and peers are set by wireguard/controller.py."""
@@ -94,16 +87,19 @@ class WireguardTunnel(NamedTuple):
         """Peers survive down and up."""
         pairs = {
             "mtu": (str(found.mtu), str(wanted.mtu)),
-            "up": ("down" if not found.up else "up", "up"),
         }
-        return {name: f"{old} -> {new}" for name, (old, new) in pairs.items() if old != new}
+        return changed(pairs, found.up)
 
 
-class Wireguard(NamedTuple):
-    """Every peer by the tunnel. family: of the pods."""
-
+class _Fields(NamedTuple):
     config: WireguardConfig
     family: Family
+
+
+class Wireguard(RouteAlone, _Fields):
+    """Every peer by the tunnel. family: of the pods."""
+
+    __slots__ = ()
 
     @property
     def type(self) -> str:
@@ -126,29 +122,9 @@ class Wireguard(NamedTuple):
         return TABLES[self.family.number]
 
     @property
-    def full(self) -> int:
-        """A route."""
-        return ROUTE_ALONE
-
-    @property
-    def reaches_directly(self) -> bool:
-        """Never: what is not encrypted is not sent."""
-        return False
-
-    @property
     def overhead(self) -> int:
         """Outer headers."""
         return OVERHEAD
-
-    @property
-    def has_vteps(self) -> bool:
-        """The base of each subnet is on its node's device."""
-        return True
-
-    def fault_of_own(self, public_ip: int, addresses: frozenset[int]) -> str | None:
-        """None."""
-        del public_ip, addresses
-        return None
 
     def fault(self, view: View, own: Endpoint, peer: Endpoint) -> str | None:
         """Its key. (The kernel ignores a peer of our own key without a word.)"""
@@ -163,15 +139,6 @@ class Wireguard(NamedTuple):
         """The route: where it leads beyond the device is said by the peer's AllowedIPs."""
         return [(ROUTE, self.route_key(view, peer.subnet), RouteValue(TUNNEL, 0, False, PROTOCOL))]
 
-    def route_key(self, view: View, subnet: Prefix) -> RouteKey:
-        """As all."""
-        return route_key(view, subnet)
-
     def outer(self) -> Outer:
         """Whoever has no key of a peer is refused by the kernel itself."""
         return Outer(IPPROTO_UDP, listen_port(self.config, self.family), None, sealed=True)
-
-    def bulk(self, view: View) -> Bulk | None:
-        """None: entry by entry."""
-        del view
-        return None

@@ -13,10 +13,10 @@ from typing import Any
 import click
 from rich.text import Text
 
-from lease.backend_config import KEY_SIZE, VxlanConfig, WireguardConfig
+from lease.backend_config import VxlanConfig, WireguardConfig
 from lease.config import NetworkConfig, parse_config
 from lease.fields import ConfigError
-from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, prefix
+from lease.model import KEY_SIZE, Endpoint, Lease, Prefix, ip_number, ip_text, prefix
 from lease.records.codec import encode_key
 from lease.store import LeaseExpired, RecordChanged, Snapshot, StoreUnavailable, SubnetTaken
 from lease.stores.etcd import EtcdStore

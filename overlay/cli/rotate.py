@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from lease.backend_config import key_text
+from lease.model import key_text
 from overlay.cli.status import ask
 from overlay.settings.flags import DEFAULT_RUN_DIR
 from overlay.wireguard.keys import new_key, public_of, write_key

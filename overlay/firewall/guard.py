@@ -72,6 +72,31 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
     uses the port, though that of the first frame says nothing of those behind it: with UDP segmentation offload a datagram
     has many (udp(7), UDP_SEGMENT), and the kernel takes them apart only when it decapsulates.
     """
+    address, size = nf_wire.ADDRESS[family.number], family.size
+    return nf_wire.Table(
+        family.nft,
+        table_name(number),
+        (
+            nf_wire.Set(VTEPS, address, size),
+            *((nf_wire.Set(DIRECT, address, size),) if here.direct else ()),
+            *(nf_wire.Set(name, nf_wire.IFACE_INDEX, 4) for name in INTERFACES),
+            nf_wire.Set(UNKNOWN_SENDERS, address, size, UNKNOWN_S, MOST_UNKNOWN),
+            nf_wire.Set(BESIDE_SOURCES, address, size, UNKNOWN_S, MOST_UNKNOWN),
+        ),
+        (FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE),
+        (
+            nf_wire.Chain("prerouting", _NF_INET_PRE_ROUTING, _RAW),
+            nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
+            nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
+            nf_wire.Chain("postrouting", _NF_INET_POST_ROUTING, _AFTER_SRCNAT),
+            nf_wire.Chain("unknown"),
+            nf_wire.Chain("beside"),
+        ),
+        _rules(family, outer, here),
+    )
+
+
+def _rules(family: Family, outer: Outer, here: Where) -> tuple[nf_wire.Rule, ...]:
     network = here.network
     port = outer.port.to_bytes(2, "big")
     by_protocol = (nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(bytes([outer.protocol])))
@@ -103,7 +128,7 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
     from_our_port = nf_wire.Rule(
         "postrouting", "from VXLAN's port to a peer", (*from_port, *to_peer, forwarded, nf_wire.DROP)
     )
-    rules = (
+    return (
         *_beside_the_tunnel(family, here),
         *(() if outer.sealed else to_us),
         *_refusal("unknown", UNKNOWN_SENDERS, FROM_UNKNOWN, (source, size)),
@@ -111,28 +136,6 @@ def table(family: Family, number: int, outer: Outer, here: Where) -> nf_wire.Tab
         *(() if outer.sealed else through_us),
         # behind whatever masquerades: conntrack would take the peer's frames for the answers
         *((from_our_port,) if outer.port and not outer.sealed else ()),
-    )
-    address = nf_wire.ADDRESS[family.number]
-    return nf_wire.Table(
-        family.nft,
-        table_name(number),
-        (
-            nf_wire.Set(VTEPS, address, size),
-            *((nf_wire.Set(DIRECT, address, size),) if here.direct else ()),
-            *(nf_wire.Set(name, nf_wire.IFACE_INDEX, 4) for name in INTERFACES),
-            nf_wire.Set(UNKNOWN_SENDERS, address, size, UNKNOWN_S, MOST_UNKNOWN),
-            nf_wire.Set(BESIDE_SOURCES, address, size, UNKNOWN_S, MOST_UNKNOWN),
-        ),
-        (FROM_UNKNOWN, FROM_PODS, FORWARDED, BESIDE),
-        (
-            nf_wire.Chain("prerouting", _NF_INET_PRE_ROUTING, _RAW),
-            nf_wire.Chain("input", _NF_INET_LOCAL_IN, _RAW),
-            nf_wire.Chain("forward", _NF_INET_FORWARD, _RAW),
-            nf_wire.Chain("postrouting", _NF_INET_POST_ROUTING, _AFTER_SRCNAT),
-            nf_wire.Chain("unknown"),
-            nf_wire.Chain("beside"),
-        ),
-        rules,
     )
 
 

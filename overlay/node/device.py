@@ -24,14 +24,13 @@ from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
 
+LOCK_RETRY_S = 1.0
+"""While another agent has the device: no event reports when that ends."""
+
 
 def userspace_folder(run_dir: str) -> str:
     """Where the programs that keep WireGuard devices have their sockets."""
     return f"{run_dir}/wireguard"
-
-
-LOCK_RETRY_S = 1.0
-"""While another agent has the device: no event reports when that ends."""
 
 
 class Ensured(NamedTuple):
@@ -244,15 +243,30 @@ class DeviceController(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
-        if isinstance(wants, _Beside):
-            return self._go_without(wants)
-        device: DeviceSpec = wants.device
-        if not self._alone(device.name):
+        mark = wants.mark if isinstance(wants, _Beside) else wants.device.name
+        if not self._alone(mark):
             self._asks_again = self._clock() + LOCK_RETRY_S
             self._set(None)
             return False
         self._asks_again = None
         old = self._mark or self._owned.recorded_device(self._family.number)
+        if isinstance(wants, _Beside):
+            tunnel, device, base, self._vrf = wants.tunnel, None, None, None
+        else:
+            tunnel, device, base = self._made(wants), wants.device, wants.base
+        if old not in ("", mark):
+            self._drop(old, mark)
+        self._device, self._base, self._mark = device, base, mark
+        self._set(tunnel)
+        # By it a later run knows what is ours: before any table is made for this network. A disk that is full costs no peer.
+        file = self._owned.device_file(self._family.number)
+        if not up_to_date(file, mark):
+            write_atomically(file, mark)
+        return False
+
+    def _made(self, wants: _Wants) -> Tunnel:
+        """The device, as it is to be. Raises OSError."""
+        device = wants.device
         if self._vrf not in (None, wants.vrf) and self._tunnel.ifindex:
             # its socket was bound to the VRF, or to none, when it came up (drivers/net/vxlan: vxlan_open)
             log.info("device", device=device.name, reopened="the underlay's VRF changed")
@@ -281,48 +295,20 @@ class DeviceController(Controller):
             write_log = log.warning if address_altered else log.info
             write_log("device.address", device=device.name, action=", ".join(moved))
         self._lost += altered + bool(moved and address_altered)
-        self._base = wants.base
         before = self._tunnel
-        if old not in ("", device.name):
-            self._drop(old, device.name)
         if ensured.made and before.up and before.ifindex and before.name == device.name:
             self._note_lost(
                 before, device.name, True
             )  # a refused entry may show it before the kernel's own notification
-        other = ensured.ifindex != before.ifindex
-        self._device, self._mark = device, device.name
-        self._set(
-            Tunnel(
-                device.name, ensured.ifindex, device.mtu,
-                rising=ensured.made or ensured.lost or (before.rising and not other),
-                downs=before.downs + ensured.lost,
-                makes=before.makes + ensured.made,
-                checks=before.checks + 1,
-            )
-        )  # fmt: skip
         self._health.report("mtu", wants.lowered, harmless=True)
-        # By it a later run knows what is ours: before any table is made for this network. A disk that is full costs no peer.
-        file = self._owned.device_file(self._family.number)
-        if not up_to_date(file, device.name):
-            write_atomically(file, device.name)
-        return False
-
-    def _go_without(self, wants: _Beside) -> bool:
-        """Pods' packets go by the underlay. Raises OSError."""
-        if not self._alone(wants.mark):
-            self._asks_again = self._clock() + LOCK_RETRY_S
-            self._set(None)
-            return False
-        self._asks_again = None
-        old = self._mark or self._owned.recorded_device(self._family.number)
-        if old not in ("", wants.mark):
-            self._drop(old, wants.mark)
-        self._device, self._base, self._mark, self._vrf = None, None, wants.mark, None
-        self._set(wants.tunnel)
-        file = self._owned.device_file(self._family.number)
-        if not up_to_date(file, wants.mark):
-            write_atomically(file, wants.mark)
-        return False
+        other = ensured.ifindex != before.ifindex
+        return Tunnel(
+            device.name, ensured.ifindex, device.mtu,
+            rising=ensured.made or ensured.lost or (before.rising and not other),
+            downs=before.downs + ensured.lost,
+            makes=before.makes + ensured.made,
+            checks=before.checks + 1,
+        )  # fmt: skip
 
     def _conflicts(self, tunnel: TunnelDevice, wanted: DeviceSpec) -> str:
         """Which devices are in the way of one that the kernel refused."""
@@ -359,8 +345,9 @@ class DeviceController(Controller):
         if tunnel is not None and not self._alone(tunnel.name):
             raise CannotReconcile(f"another agent keeps {tunnel.name} on this node, and its lease")
         there = self._links.read(tunnel.name) if tunnel is not None else None
-        found = tunnel is not None and there is not None and there.kind in tunnel.kinds
-        return (there.mac or None) if found and there is not None else None
+        if tunnel is None or there is None or there.kind not in tunnel.kinds:
+            return None
+        return there.mac or None  # of a vxlan alone it has one
 
     def _others(self, name: str) -> bool:
         """Whether it is the other family's device as well: WireGuard has modes with one for both."""

@@ -17,16 +17,7 @@ from overlay.backends.base import Entry
 from overlay.control.inputs import Tunnel
 from overlay.kernel import events, netlink
 from overlay.kernel.route import wire
-from overlay.kernel.route.entries import (
-    RTNH_F_ONLINK,
-    TUNNEL,
-    UNDERLAY,
-    FoundFdb,
-    FoundNeighbour,
-    FoundRoute,
-    Link,
-    RouteKey,
-)
+from overlay.kernel.route.entries import TUNNEL, UNDERLAY, FoundFdb, FoundNeighbour, FoundRoute, Link, RouteKey
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
 from overlay.kernel.route.tables import TABLES
 from overlay.kernel.table import Where
@@ -38,7 +29,7 @@ from overlay.peers.report import Conflict, PeerWatcher
 from overlay.peers.resync import Resync
 from overlay.peers.status import Peers, node_name
 from overlay.peers.table import PeerChanges, PeerTable
-from overlay.peers.wanted import NothingWanted, Wanted
+from overlay.peers.wanted import NothingWanted, Wanted, leads_as_ours
 from overlay.process.log import log
 
 TOLD_AT = (2, 10, 100, 1000, 10000)
@@ -241,19 +232,11 @@ class Datapath:
         roles = {device.ifindex: role for role, device in self.rec.devices.items()}
         network = (self.node.network.base, self.node.network.last) if self.node is not None else (0, 0)
         wanted = self.rec.wanted
-        return Where(
-            roles, network, lambda key: wanted.value(table, key) is not None, lambda it: self._is_copy(it, roles)
-        )
 
-    def _is_copy(self, found: FoundRoute, roles: Mapping[int, int]) -> bool:
-        """Whether a route leads where that of a peer of the same subnet does: flannel's of host-gw, DirectRouting, ipip. One
-        of nobody's, or that leads elsewhere, is a stranger's."""
-        peer = self.rec.wanted.successor(ROUTES, found.key)
-        if not peer or found.key.metric:
-            return False
-        _, _, value = self.rec.wanted.entries(peer)[-1]
-        onlink = bool(found.flags & RTNH_F_ONLINK)
-        return (roles.get(found.oif), found.via, onlink) == (value.role, value.via, value.onlink)
+        def is_copy(found: FoundRoute) -> bool:
+            return leads_as_ours(wanted, table, found, roles.get(found.oif))
+
+        return Where(roles, network, lambda key: wanted.value(table, key) is not None, is_copy)
 
     def on_route(self, event: events.RouteSeen, links: Mapping[int, Link]) -> None:
         """A route of the main table came, changed or went."""

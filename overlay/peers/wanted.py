@@ -11,9 +11,10 @@ from typing import Any
 
 from lease.model import mac_of
 from overlay.backends.base import Entry
-from overlay.kernel.route.entries import TUNNEL, UNDERLAY
+from overlay.kernel.route.entries import RTNH_F_ONLINK, TUNNEL, UNDERLAY, FoundRoute
 from overlay.kernel.route.fast import DumpMatcher
 from overlay.peers import plan
+from overlay.peers.difference import WantedEntries
 from overlay.peers.table import PeerTable
 
 MOST_KEPT = 64
@@ -109,6 +110,16 @@ class Wanted:
         if (mac := mac_of(key)) is not None:
             return self.table.with_mac(mac)
         return [peer for length in self.table.lengths if (peer := key << 8 | length) in self.table.packed]
+
+
+def leads_as_ours(wanted: WantedEntries, table: int, found: FoundRoute, role: int | None) -> bool:
+    """Whether a route leads where that of a peer of the same subnet does: flannel's of host-gw, DirectRouting, ipip. One of
+    nobody's, or that leads elsewhere, is a stranger's. role: of its device."""
+    peer = wanted.successor(table, found.key)
+    if not peer or found.key.metric:
+        return False
+    _, _, value = wanted.entries(peer)[-1]
+    return (role, found.via, bool(found.flags & RTNH_F_ONLINK)) == (value.role, value.via, value.onlink)
 
 
 class NothingWanted:

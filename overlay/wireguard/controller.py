@@ -91,7 +91,6 @@ class WireguardController(Controller):
         self._states: dict[str, _State] = {}
         self._cadence = Cadence(clock, LEAST_S)
         self._counts: Counter[str] = Counter()
-        self._public_key = b""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -125,7 +124,7 @@ class WireguardController(Controller):
     def reconcile(self, wants: _Wants) -> bool:
         """One slice. Raises KernelError: it is all read again."""
         self._forget({each.name for each in wants.devices})
-        whole = self._clock() >= self._cadence.at or self._public_key != wants.public_key
+        whole = self._clock() >= self._cadence.at or wants.public_key != self._current.inputs.published_key
         if whole:
             self._cadence.began()
         began = time.thread_time()
@@ -150,10 +149,8 @@ class WireguardController(Controller):
         for table in self._tables:
             table.stale.clear()
             table.all_stale = False
-        self._public_key = wants.public_key
-        more |= self._current.set(
-            published_key=wants.public_key
-        )  # which the lease's controller, before this, is to see
+        # which the lease's controller, before this, is to see
+        more |= self._current.set(published_key=wants.public_key)
         self._cadence.spent(time.thread_time() - began)
         if whole:
             self._cadence.ended()

@@ -10,7 +10,8 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
-from lease.backend_config import KEY_SIZE, WireguardConfig, key_bytes, key_text
+from lease.backend_config import WireguardConfig
+from lease.model import KEY_SIZE, key_bytes, key_text
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.node.owned import Owned

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 
 import pytest
 
-from lease.backend_config import key_text
+from lease.model import key_text
 from overlay.kernel.wireguard import userspace
 from overlay.lab.matrix import Wires
 from tests.backends.contract import pods_of, well

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.generic.wireguard import wgmsg
 
-from lease.backend_config import key_bytes, key_text
 from lease.families import V4, V6
-from lease.model import Endpoint, Lease, Prefix, ip_number, prefix
+from lease.model import Endpoint, Lease, Prefix, ip_number, key_bytes, key_text, prefix
 from lease.records.packed import pack
 from overlay.control.controller import CannotReconcile
 from overlay.kernel.wireguard import genl, userspace

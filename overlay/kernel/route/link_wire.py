@@ -99,28 +99,24 @@ def vxlan_create(family: Family, seq: int, device: VxlanDevice) -> bytes:
         wire.attr(VXLAN_LEARNING, bytes([learning])),
         *([wire.attr(VXLAN_GBP, b"")] if gbp else []),
     ]
-    info = wire.attr(IFLA_INFO_KIND, wire.text("vxlan")) + wire.attr(IFLA_INFO_DATA | wire.NESTED, b"".join(data))
-    body = (
-        _IFINFO.pack(0, 0, 0, 0, 0, 0)
-        + wire.attr(wire.IFLA_IFNAME, wire.text(name))
-        + wire.attr(wire.IFLA_ADDRESS, mac.to_bytes(6, "big"))
-        + wire.attr(wire.IFLA_MTU, struct.pack("=L", mtu))
-        + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, info)
-    )
-    return wire.message(wire.RTM_NEWLINK, wire.NLM_F_CREATE | wire.NLM_F_EXCL, seq, body)
+    address = wire.attr(wire.IFLA_ADDRESS, mac.to_bytes(6, "big"))
+    return _create(seq, name, mtu, "vxlan", b"".join(data), address)
 
 
 def ipip_create(seq: int, device: IpipDevice) -> bytes:
     """RTM_NEWLINK of an ipip device to anybody, down: in flannel's form, which takes DF and TTL from the packet inside."""
-    data = wire.attr(IPTUN_LOCAL, device.local.to_bytes(4, "big")) + wire.attr(IPTUN_PMTUDISC, b"\0")
-    return _create(seq, device.name, device.mtu, "ipip", data)
+    return _create(seq, device.name, device.mtu, "ipip", _ipip_data(device))
 
 
 def ipip_change(seq: int, index: int, device: IpipDevice) -> bytes:
     """RTM_NEWLINK that gives an ipip device another address; traffic goes on."""
-    data = wire.attr(IPTUN_LOCAL, device.local.to_bytes(4, "big")) + wire.attr(IPTUN_PMTUDISC, b"\0")
-    body = _IFINFO.pack(0, 0, 0, index, 0, 0) + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, _info("ipip", data))
+    info = _info("ipip", _ipip_data(device))
+    body = _IFINFO.pack(0, 0, 0, index, 0, 0) + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, info)
     return wire.message(wire.RTM_NEWLINK, 0, seq, body)
+
+
+def _ipip_data(device: IpipDevice) -> bytes:
+    return wire.attr(IPTUN_LOCAL, device.local.to_bytes(4, "big")) + wire.attr(IPTUN_PMTUDISC, b"\0")
 
 
 def wireguard_create(seq: int, device: WireguardDevice) -> bytes:
@@ -128,10 +124,12 @@ def wireguard_create(seq: int, device: WireguardDevice) -> bytes:
     return _create(seq, device.name, device.mtu, "wireguard", b"")
 
 
-def _create(seq: int, name: str, mtu: int, kind: str, data: bytes) -> bytes:
+def _create(seq: int, name: str, mtu: int, kind: str, data: bytes, address: bytes = b"") -> bytes:
+    """address: an attribute, where the device has one."""
     body = (
         _IFINFO.pack(0, 0, 0, 0, 0, 0)
         + wire.attr(wire.IFLA_IFNAME, wire.text(name))
+        + address
         + wire.attr(wire.IFLA_MTU, struct.pack("=L", mtu))
         + wire.attr(wire.IFLA_LINKINFO | wire.NESTED, _info(kind, data))
     )
