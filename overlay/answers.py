@@ -91,7 +91,7 @@ class Answers:
         """What the node that has the subnet `of` finds of a peer, named by its subnet; else (not `ours`) its agent is asked.
         Raises Refused."""
         from overlay.api.family import of_family
-        from overlay.check.run import NotYet, Unknown, ask_all, resolve
+        from overlay.check.run import NotYet, Refused, Unknown, ask_all, resolve
         from overlay.kernel.netlink import error_text
         from overlay.trace import far
         from overlay.trace.node import NotTraceable
@@ -104,7 +104,7 @@ class Answers:
             if len(goals) != 1:
                 raise Refused("of one peer at a time")
             return ask_all(found, goals)[0]
-        except (NotYet, Unknown, NotTraceable) as error:
+        except (NotYet, Refused, Unknown, NotTraceable) as error:
             raise Refused(str(error)) from error
         except OSError as error:
             raise Refused(error_text(error)) from error

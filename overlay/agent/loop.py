@@ -6,6 +6,7 @@ says that something is to be checked; a lost one costs time until the next check
 
 from __future__ import annotations
 
+import os
 import queue
 import time
 from bisect import bisect_left
@@ -18,6 +19,7 @@ from overlay.control.controller import Controller
 from overlay.control.health import FIRST, Health
 from overlay.control.inputs import CurrentInputs
 from overlay.control.schedule import Schedule
+from overlay.kernel import namespaces
 from overlay.process.log import SILENT_S, log
 
 if TYPE_CHECKING:
@@ -208,4 +210,6 @@ class Loop:
             counters=counters,
             past=self.health.past(),
             mends_per_minute=tuple(self._mends),
+            pid=os.getpid(),
+            network_namespace=os.readlink(namespaces.OWN),
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lease.families import V6
 from overlay.api.family import SECOND
-from overlay.control.health import Past, Problem
+from overlay.control.health import Past, Problem, rank
 
 SCHEMA = 1
 
@@ -36,6 +36,9 @@ class Status(NamedTuple):
     counters: Mapping[str, int]
     past: Sequence[Past] = ()
     mends_per_minute: Sequence[int] = ()
+    pid: int = 0
+    network_namespace: str = ""
+    """As /proc/PID/ns/net reads."""
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -48,6 +51,7 @@ class Status(NamedTuple):
             "version": self.version,
             "node_name": self.node_name,
             "uptime_s": self.uptime_s,
+            "process": {"pid": self.pid, "network_namespace": self.network_namespace},
             "ready": self.ready,
             "problems": list(self._problems()),
             "history": [
@@ -62,7 +66,7 @@ class Status(NamedTuple):
         return made
 
     def _problems(self) -> Iterator[dict[str, Any]]:
-        for subject, problem in self.problems.items():
+        for subject, problem in sorted(self.problems.items(), key=lambda item: rank(item[0])):
             yield {
                 "subject": subject,
                 "text": problem.text,

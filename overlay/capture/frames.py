@@ -1,6 +1,7 @@
-"""Frames taken apart: Ethernet, IPv4 or IPv6, UDP, VXLAN and what is inside. Pure.
+"""Frames taken apart: Ethernet, IPv4 or IPv6, UDP, VXLAN, ipip and WireGuard, and what is inside. Pure.
 
-Sources: IEEE 802.3, RFC 791, RFC 8200, RFC 4443, RFC 768, RFC 7348; the file: libpcap's savefile format (pcap-savefile(5)).
+Sources: IEEE 802.3, RFC 791, RFC 8200, RFC 4443, RFC 768, RFC 7348, RFC 2003; WireGuard's paper, section 5.4 (messages); the
+file: libpcap's savefile format (pcap-savefile(5)).
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ _ICMPV6 = {
 _ECHO = {1: (0, 8), 58: (128, 129)}
 _FRAGMENT, _MORE_HEADERS = 44, (0, 43, 60)
 """IPv6's header of a fragment; those of options and routing, which say their length in units of eight bytes (RFC 8200)."""
+_IPIP, _UDP = 4, 17
+_MESSAGES = {1: "handshake initiation", 2: "handshake response", 3: "cookie reply", 4: "data"}
+"""WireGuard's, by the first byte; three zeroes follow."""
+_NO_MACS = bytes(12)
 _FLAGS = ((2, "S"), (1, "F"), (4, "R"), (8, "P"), (16, "."))
 
 
@@ -37,23 +42,46 @@ class Packet(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """What came by an interface. outer, vni: where it is of the tunnel, else None and 0; inner_macs: source, destination."""
+    """What came by an interface. outer: where it is of the tunnel, else None; vni: of VXLAN, None: it is none; inner: None
+    where it cannot be read, since it is encrypted; inner_macs: source, destination, "" where there are none."""
 
     outer: Packet | None
-    vni: int
-    inner: Packet
+    vni: int | None
+    inner: Packet | None
     inner_macs: tuple[str, str]
 
 
-def parse(frame: bytes, port: int) -> Frame | None:
-    """port: of the tunnel, 0: there is none. None: no IP, or no VXLAN with IP inside."""
+def parse(frame: bytes, port: int, kind: str = "vxlan") -> Frame | None:
+    """kind: the backend's type; port: of the tunnel, 0: there is none. None: no IP, or no VXLAN with IP inside."""
     outer = _ethernet(frame)
     if outer is None:
         return None
     macs = frame[6:12].hex(":"), frame[0:6].hex(":")
-    ports = struct.unpack_from("!HH", outer.payload) if outer.protocol == 17 and len(outer.payload) >= 16 else (0, 0)
-    if not port or ports[1] != port:
-        return Frame(None, 0, outer, macs)
+    if kind == "ipip" and outer.protocol == _IPIP:
+        inner = _ethernet(_NO_MACS + b"\x08\x00" + outer.payload)
+        return None if inner is None else Frame(outer, None, inner, ("", ""))
+    ports = struct.unpack_from("!HH", outer.payload) if outer.protocol == _UDP and len(outer.payload) >= 16 else (0, 0)
+    if kind == "wireguard" and port and port in ports:
+        message = _MESSAGES.get(outer.payload[8], f"of type {outer.payload[8]}")
+        return Frame(outer._replace(what=f"wireguard {message}"), None, None, ("", ""))
+    if kind != "vxlan" or not port or ports[1] != port:
+        return Frame(None, None, outer, macs)
+    return _vxlan(outer)
+
+
+def parse_bare(packet: bytes) -> Frame | None:
+    """A packet of a tunnel's device that has no link layer."""
+    framed = with_link_layer(packet)
+    found = _ethernet(framed)
+    return None if found is None else Frame(None, None, found, ("", ""))
+
+
+def with_link_layer(packet: bytes) -> bytes:
+    """An IP packet behind an Ethernet header without addresses, so that one file holds it beside others."""
+    return _NO_MACS + (b"\x86\xdd" if packet[:1] and packet[0] >> 4 == 6 else b"\x08\x00") + packet
+
+
+def _vxlan(outer: Packet) -> Frame | None:
     vxlan = outer.payload[8:]
     if vxlan[0] & VNI_VALID == 0:
         return None
@@ -67,10 +95,16 @@ def parse(frame: bytes, port: int) -> Frame | None:
 
 def line(found: Frame) -> str:
     """For people."""
-    inner = f"{found.inner.source} > {found.inner.destination} {found.inner.what}, {found.inner.length} bytes"
     if found.outer is None:
-        return inner
-    return f"{found.outer.source} > {found.outer.destination} vni {found.vni} | {inner}"
+        return _line(found.inner)
+    if found.inner is None:
+        return _line(found.outer)
+    how = "ipip" if found.vni is None else f"vni {found.vni}"
+    return f"{found.outer.source} > {found.outer.destination} {how} | {_line(found.inner)}"
+
+
+def _line(packet: Packet | None) -> str:
+    return "" if packet is None else f"{packet.source} > {packet.destination} {packet.what}, {packet.length} bytes"
 
 
 def pcap_head() -> bytes:

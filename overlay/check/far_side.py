@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
 from overlay.page.gather import ROUTE
@@ -12,16 +12,24 @@ _OF_PEERS = ("unreachable", "path mtu", "loss")
 """Problems of the way between the two, which this side has already."""
 
 
-def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> list[str]:
-    """Lines. found: this agent's status; peer: of it; silent: all is well, so that only an agent that does not answer is
-    worth a line."""
+_OF_PODS = ("foreign rules", "ways", "routes", "carrier", "marks", "forward chain", "duplicate address")
+"""Problems that may keep packets from pods, though that node is ready."""
+
+
+class Said(NamedTuple):
+    """lines: for the operator; problem: the first that its pods may meet, "": none, or it was not asked."""
+
+    lines: list[str]
+    problem: str = ""
+
+
+def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> Said:
+    """found: this agent's status; peer: of it; silent: all is well, so that of what concerns the way between the two only an
+    agent that does not answer is worth a line."""
     name, asking = peer["node_name"] or peer["public_ip"], found.get("asking")
     if not asking:
-        return (
-            []
-            if silent
-            else [f"it must be asked there: on {name}: overlay status (with --ask-secret-file agents ask each other)"]
-        )
+        ask = f"it must be asked there: on {name}: overlay status (with --ask-secret-file agents ask each other)"
+        return Said([] if silent else [ask])
     own = found["lease"]["subnet"]
     try:
         answer = ask_agent(
@@ -30,11 +38,15 @@ def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> l
         )  # fmt: skip
     except NoAnswer as error:
         why = "flannel runs there, or it is dead (the datapath stays, and learns of nobody who joins), or cannot be reached"
-        return [f"the agent of {name} was asked, and gives no answer ({error}): {why}"]
+        return Said([f"the agent of {name} was asked, and gives no answer ({error}): {why}"])
+    its = [each for each in answer["problems"] if each["subject"] not in _OF_PEERS]
+    lines = [f"{name} says: {each['subject']}: {each['text']}" for each in its[:MOST]]
+    of_pods = (
+        f"{each['subject']}: {each['text']}" for each in its if each["keeps_unready"] or each["subject"] in _OF_PODS
+    )
+    problem = next(of_pods, "")
     if silent:
-        return []
-    lines = [f"{each['subject']}: {each['text']}" for each in answer["problems"] if each["subject"] not in _OF_PEERS]
-    lines = [f"{name} says: {line}" for line in lines[:MOST]]
+        return Said(lines, problem)
     ours = next((each for each in answer["reaches"] if each[0] == own), None)
     if ours is None:
         lines.append(f"{name} does not know this node: its record has not come there, or is refused")
@@ -42,4 +54,4 @@ def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> l
         lines.append(f"{name} says of this node: {ours[4]}")
     else:
         lines.append(f"{name} says that this node answers its probes")
-    return lines
+    return Said(lines, problem)

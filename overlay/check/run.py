@@ -8,13 +8,16 @@ from lease.families import FAMILIES, Family
 from lease.model import ip_number, ip_text, mac_text, prefix
 from overlay.api.family import family_of, network_of
 from overlay.check import far_side
+from overlay.check.refused import refused_record
 from overlay.kernel import arp
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import Address, Link
+from overlay.node.interfaces import gateway_holders
 from overlay.probes import ladder
+from overlay.probes import verdict as verdicts
 from overlay.probes.ladder import Asked, Rung
 from overlay.probes.mesh import INTERVAL_S
-from overlay.probes.verdict import Kind, State, Verdict, judge, of_size
+from overlay.probes.verdict import Kind, Outcome, State, Verdict, judge, of_size
 from overlay.reach import ways
 from overlay.reach.causes import Causes
 
@@ -38,6 +41,10 @@ class Unknown(Exception):
     """One line: what was asked about is not there."""
 
 
+class Refused(Exception):
+    """One line: its record is there and not used, and why."""
+
+
 class NotYet(Exception):
     """One line: this node cannot ask anybody."""
 
@@ -55,7 +62,7 @@ class Goal(NamedTuple):
 
 
 def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]:
-    """The peers that are meant; or an address of this node's own subnet. Raises Unknown, NotYet."""
+    """The peers that are meant; or an address of this node's own subnet. Raises Unknown, Refused, NotYet."""
     peers = found["peers"]
     if not found["device"] or not found["lease"]:
         raise NotYet("this node has no lease or no device yet: overlay status says what it waits for")
@@ -64,9 +71,12 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
     named = [peer for peer in peers if target in (peer["node_name"], peer["public_ip"], peer["subnet"])]
     if named:
         return [Goal(named[0])], 0
+    refused = refused_record(found, target)
     try:
         address = ip_number(target, family_of(found).number)
     except ValueError:
+        if refused is not None:
+            raise Refused(f"{target}: {refused}") from None
         names = sorted({peer["node_name"] for peer in peers} - {""})
         some = f" (nodes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
         raise Unknown(f"{target}: no peer has that name, public IP or subnet, and it is no address{some}") from None
@@ -76,9 +86,8 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
     if holding:
         subnet = prefix(holding[0]["subnet"])
         return [Goal(holding[0], address if address != subnet.base else 0)], 0
-    for record in found["refused_records"]:
-        if target in record["reason"] or target in record["key"]:
-            raise Unknown(f"{target}: record {record['key']} is not used: {record['reason']}")
+    if refused is not None:
+        raise Refused(f"{target}: {refused}")
     network = network_of(found)
     where = (
         f"in Network {network}, but in no peer's subnet: no node holds it"
@@ -91,37 +100,41 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
 # --- asking
 
 
-def _rungs(found: dict[str, Any], goal: Goal) -> list[Rung]:
+def _rungs(found: dict[str, Any], goal: Goal, addresses: list[Address]) -> list[Rung]:
     device, under = found["device"]["mtu"], found["underlay"]["mtu"]
     mtu = under if goal.peer["path"] == "direct" else device
     family = family_of(found)
     subnet, public_ip = prefix(goal.peer["subnet"]), ip_number(goal.peer["public_ip"], family.number)
-    vtep = (
-        public_ip if found["network"]["backend"]["type"] == "host-gw" else subnet.base
-    )  # where there is none, the node
     made = [
         Rung(NAMES[Kind.UNDERLAY], public_ip),
         Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
-        Rung(NAMES[Kind.VTEP], vtep),
-        Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), vtep, mtu),
     ]
+    source = 0
+    if _has_vteps(found):
+        made += [Rung(NAMES[Kind.VTEP], subnet.base), Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), subnet.base, mtu)]
+    else:  # from our pods' gateway where there is one: the answers come by the way of pods' packets
+        own = prefix(found["lease"]["subnet"])
+        source = own.base + 1 if gateway_holders(own, addresses) else 0
+        made += [Rung(GATEWAY, subnet.base + 1, 0, source), Rung(f"{GATEWAY} {mtu}", subnet.base + 1, mtu, source)]
     if goal.pod:
-        made += [
-            Rung(GATEWAY, subnet.base + 1),
-            Rung(POD, goal.pod),
-            Rung(POD_FULL.format(mtu=device), goal.pod, device),
-        ]
+        made += [Rung(GATEWAY, subnet.base + 1, 0, source)] if _has_vteps(found) else []
+        made += [Rung(POD, goal.pod, 0, source), Rung(POD_FULL.format(mtu=device), goal.pod, device, source)]
     return made
+
+
+def _has_vteps(found: dict[str, Any]) -> bool:
+    """Whether peers have an address of their own on a device."""
+    return bool(found["network"]["backend"]["type"] != "host-gw")
 
 
 def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
     """Of one family. found: its view of the status (api.family)."""
     family = family_of(found)
-    rungs = [_rungs(found, goal) for goal in goals]
-    asked = ladder.ask(family, [rung for those in rungs for rung in those]) if goals else []
     requests = RequestSocket()
     try:
         links, addresses = {link.ifindex: link for link in requests.links()}, requests.addresses(family)
+        rungs = [_rungs(found, goal, addresses) for goal in goals]
+        asked = ladder.ask(family, [rung for those in rungs for rung in those]) if goals else []
         results = []
         for goal, those in zip(goals, rungs, strict=True):
             mine, asked = asked[: len(those)], asked[len(those) :]
@@ -145,6 +158,10 @@ def _look_up(
     tunnel = index.get(found["device"]["name"], 0)
     if not tunnel:
         return [f"{found['device']['name']} is not there"]
+    under = links.get(lower)
+    if under is not None and not (under.up and under.carrier):
+        state = "is down" if not under.up else "has no carrier"
+        return [f"{under.name}, which leads to peers, {state}"]
     here = ways.Here(
         own,
         tunnel,
@@ -170,25 +187,34 @@ def _result(
 ) -> dict[str, Any]:
     """nearby: what the kernel's neighbour table says against the peer's public IP, "" where nothing."""
     by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
-    verdict = judge(by_kind, found["device"]["port"], goal.peer["path"] == "direct", _heard(found, goal))
+    verdict = judge(by_kind, found["device"]["port"], _known(found, goal))
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
         verdict = of_size(
             verdict, ladder.largest(family_of(found), rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0
         )
-    if wrong and verdict.state is not State.OK:
-        verdict = Verdict(State.REFUSED, f"this node's own kernel: {wrong[0]}", "as it says")
+    if wrong:
+        answered = "pings of this node are answered, but " if verdict.state is State.OK else ""
+        verdict = Verdict(
+            State.REFUSED, f"{answered}this node's own kernel: {wrong[0]}", "take away or mend what that line names"
+        )
     elif not goal.peer["ok"]:
         verdict = Verdict(
             State.REFUSED, f"this node lacks {', '.join(goal.peer['missing'])} of it", "overlay status says why"
         )
     elif goal.pod:
-        verdict = _with_pod(verdict, goal, asked[len(Kind) :])
+        verdict = _with_pod(verdict, goal, [each.outcome for each in (asked[-3], *asked[-2:])])
     if verdict.state is not State.OK and nearby:
         verdict = verdict._replace(text=f"{verdict.text}; {nearby}")
     far = far_side.said(found, goal.peer, silent=verdict.state is State.OK)
+    if verdict.state is State.OK and far.problem and not goal.pod:
+        node = goal.peer["node_name"] or goal.peer["public_ip"]
+        text = f"answers pings, but {node} has a problem that its pods may meet: {far.problem}"
+        verdict = Verdict(
+            State.UNREACHABLE, text, f"mend that; overlay check one of its pods; on {node}: overlay status"
+        )
     peer = {name: goal.peer[name] for name in ("node_name", "public_ip", "subnet", "path")}
     target = ip_text(family_of(found).number, goal.pod) if goal.pod else goal.peer["subnet"]
-    return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far}
+    return {**_as_json(target, peer, verdict, wrong, rungs, asked), "far_side": far.lines}
 
 
 def _as_json(
@@ -255,10 +281,10 @@ def _nobody(interface: str, address: int) -> bool:
         return False  # it could not be asked
 
 
-def _with_pod(verdict: Verdict, goal: Goal, asked: list[Asked]) -> Verdict:
-    """What is known with what its pods answered."""
-    gateway, small, full = (each.outcome for each in asked)
-    if verdict.state is State.OK:
+def _with_pod(verdict: Verdict, goal: Goal, asked: list[Outcome]) -> Verdict:
+    """What is known with what its pods answered. asked: the gateway, the pod, the same by packets of full size."""
+    gateway, small, full = asked
+    if verdict.state is State.OK or (verdict.state is State.UNTRIED and small.ok):
         return _of_pod(goal, asked)
     node = goal.peer["node_name"] or goal.peer["public_ip"]
     if full.ok:
@@ -276,32 +302,34 @@ def _with_pod(verdict: Verdict, goal: Goal, asked: list[Asked]) -> Verdict:
     return verdict
 
 
-def _heard(found: dict[str, Any], goal: Goal) -> bool:
-    """Whether the agent heard that peer lately, an interval after its last answer: it was asked in between. (A peer that
-    went away a moment ago may well have been heard after its last answer.)"""
+def _known(found: dict[str, Any], goal: Goal) -> verdicts.Peer:
+    """What the agent knows of it. Heard is one that was heard lately, an interval after its last answer: it was asked in
+    between. (A peer that went away a moment ago may well have been heard after its last answer.)"""
+    direct, gateway = goal.peer["path"] == "direct", not _has_vteps(found)
     for each in found.get("reachability", ()):
         if each["subnet"] == goal.peer["subnet"]:
             heard, answered = each["heard_age_s"], each["answered_age_s"]
-            return heard is not None and heard < LATELY_S and (answered is None or answered - heard >= INTERVAL_S)
-    return False
+            lately = heard is not None and heard < LATELY_S and (answered is None or answered - heard >= INTERVAL_S)
+            return verdicts.Peer(direct, gateway, lately, proven=heard is not None or answered is not None)
+    return verdicts.Peer(direct, gateway, proven=False)
 
 
-def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
-    """What is behind a tunnel that is whole."""
-    gateway, small, full = (each.outcome for each in asked)
+def _of_pod(goal: Goal, asked: list[Outcome]) -> Verdict:
+    """What is behind a way to the node that is whole."""
+    gateway, small, full = asked
     node, pod = goal.peer["node_name"] or goal.peer["public_ip"], goal.text
     if full.ok:
         return Verdict(State.OK, "answers")
     if small.refused:
         return Verdict(
             State.REFUSED,
-            f"the tunnel to {node} is whole, but this node's own kernel does not send to the pod: {small.refused}",
+            f"the way to {node} is whole, but this node's own kernel does not send to the pod: {small.refused}",
             f"ip route get {pod}; ip rule",
         )
     if small.ok and small.answered < small.sent:
         return Verdict(
             State.UNREACHABLE,
-            f"the tunnel to {node} is whole, but packets to the pod are lost there, small ones as well: {small.answered} of"
+            f"the way to {node} is whole, but packets to the pod are lost there, small ones as well: {small.answered} of"
             f" {small.sent} were answered, of full-size ones {full.answered}",
             "overlay trace says where",
         )
@@ -315,13 +343,13 @@ def _of_pod(goal: Goal, asked: list[Asked]) -> Verdict:
     if not gateway.ok:
         return Verdict(
             State.UNREACHABLE,
-            f"the tunnel to {node} is whole, but neither the gateway of its pods nor the pod answers: no pod was made there"
+            f"the way to {node} is whole, but neither the gateway of its pods nor the pod answers: no pod was made there"
             " yet, or its bridge is down, or another filter drops them",
             f"on {node}: overlay check {pod}; overlay status",
         )
     return Verdict(
         State.UNREACHABLE,
-        f"the tunnel to {node} is whole, and its pods' gateway answers; the pod does not: it is down or drops pings, or"
+        f"the way to {node} is whole, and its pods' gateway answers; the pod does not: it is down or drops pings, or"
         f" {node} does not forward to it (forwarding of the bridge, a filter, a policy)",
         f"on {node}: overlay check {pod}",
     )

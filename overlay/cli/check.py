@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from overlay.api.family import views
-from overlay.check.run import NotYet, Unknown, ask_all, local, resolve
+from overlay.check.run import NotYet, Refused, Unknown, ask_all, local, resolve
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
-from overlay.cli.status import ask, rtt_text
+from overlay.cli.here import ask_in_place
+from overlay.cli.status import rtt_text
 from overlay.kernel.netlink import error_text
 from overlay.probes.verdict import Kind
 from overlay.settings.flags import DEFAULT_RUN_DIR
@@ -36,10 +37,10 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root may send probes: run it with sudo")
-    found = ask(run_dir)
+    found = ask_in_place(run_dir)
     try:
         results = _results(found, target)
-    except NotYet as error:
+    except (NotYet, Refused) as error:
         raise click.ClickException(str(error)) from error
     except Unknown as error:
         raise click.UsageError(str(error)) from error
@@ -60,18 +61,18 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
 
 
 def _results(found: dict[str, Any], target: str | None) -> list[dict[str, Any]]:
-    """Of each family that the target has. Raises Unknown, NotYet, OSError."""
+    """Of each family that the target has. Raises Unknown, Refused, NotYet, OSError."""
     results: list[dict[str, Any]] = []
-    unknown: list[Unknown | NotYet] = []
+    unknown: list[Unknown | Refused | NotYet] = []
     for view in views(found, target):
         try:
             goals, own = resolve(target, view)
-        except (Unknown, NotYet) as error:
+        except (Unknown, Refused, NotYet) as error:
             unknown.append(error)
             continue
         results += [local(view, own)] if own else ask_all(view, goals)
     if unknown and not results:
-        raise unknown[0]
+        raise next((each for each in unknown if isinstance(each, Refused)), unknown[0])
     return results
 
 
@@ -114,7 +115,14 @@ def _show_all(console: Console, found: dict[str, Any], results: list[dict[str, A
         console.print("there is no peer to ask")
         return
     table = terminal.table(
-        console, "node", "public ip", "subnet", "state", "rtt", "why", title=f"{len(results)} of {count} peers"
+        console,
+        "node",
+        "public ip",
+        "subnet",
+        "state",
+        "rtt",
+        "why",
+        title=f"{len(results)} of {count} peers were asked, {sum(each['state'] == 'ok' for each in results)} answer",
     )
     for result in results:
         peer, vtep = result["peer"], result["probes"][Kind.VTEP_FULL]

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.text import Text
 from overlay.api.family import families, primary, views
 from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
+from overlay.cli.here import go_to
 from overlay.cli.status import NoAgent, asked
 from overlay.control.health import FIRST
 from overlay.doctor import agent, host, network
@@ -58,6 +60,8 @@ def doctor(
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root can look at all of it: run it with sudo")
+    with suppress(NoAgent):
+        go_to(asked(run_dir))
     found = list(findings(run_dir, subnet_file, cni_conf_dir, root))
     fixed = _fix(found) if fix else {}
     if as_json:
@@ -70,19 +74,21 @@ def doctor(
 
 def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> Iterator[Finding]:
     """All of them. One that cannot be looked at costs no other."""
-    for of_kernel in (host.kernel, host.clock):
-        yield from _guarded(of_kernel.__name__, of_kernel)
+    try:
+        found, silent = asked(run_dir), ""
+    except NoAgent as error:
+        found, silent = {}, str(error)
+    yield from _guarded("kernel", host.kernel, *_backend(found))
+    yield from _guarded("clock", host.clock)
     for of_host in (host.networkd, host.network_manager, host.mac_policy):
         yield from _guarded(of_host.__name__.replace("_", " "), of_host, root)
     yield from _guarded("CNI", agent.cni, root, cni_conf_dir)
-    try:
-        found = asked(run_dir)
-    except NoAgent as error:
+    if silent:
         yield Finding(
             "agent",
             State.WRONG,
-            str(error),
-            "nobody sees to the tunnel",
+            silent,
+            "nobody sees to the ways to peers",
             "systemctl status overlayd, or kubectl -n kube-flannel get pods",
         )
         yield unknown(
@@ -114,6 +120,13 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
     devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
     yield from _guarded("MTU", network.mtus, node, subnet_file, devices)
     yield from _guarded("addresses", network.duplicates, node, who_answers)
+
+
+def _backend(found: Mapping[str, Any]) -> tuple[str, str]:
+    """The backend's type, and the program that encrypts. found: the agent's status, empty where it does not answer."""
+    of_wireguard = (found.get("wireguard") or {}).values()
+    kind = ((found.get("network") or {}).get("backend") or {}).get("type") or "vxlan"
+    return kind, next((each["program"] for each in of_wireguard if each["program"]), "")
 
 
 def _guarded(subject: str, check: Callable[..., Findings], *arguments: Any) -> Findings:

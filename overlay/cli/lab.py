@@ -269,8 +269,10 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
         return
     console = console or terminal.console()
     table = terminal.table(console, title=f"lab {it.name}: {len(it.nodes)} nodes")
+    with_mac = any((found.get("lease") or {}).get("vtep_mac") for found in statuses.values())
     for column in ("node", "underlay", "lease", "VTEP MAC", "device", "MTU", "peers", "ready", "pods"):
-        table.add_column(column)
+        if with_mac or column != "VTEP MAC":
+            table.add_column(column)
     for node in it.nodes:
         found = statuses[node.name]
         views: list[dict[str, Any]] = every(found) if "error" not in found else [{"family": 4}]
@@ -283,8 +285,8 @@ def _print_nodes(it: Lab, statuses: dict[str, dict[str, Any]], as_json: bool, co
                 node.name,
                 own[0],
                 lease.get("subnet", "-"),
-                lease.get("vtep_mac", "-"),
-                device.get("name", "-"),
+                *([lease.get("vtep_mac") or "-"] if with_mac else []),
+                device.get("name") or "none",
                 str(device.get("mtu", "-")),
                 str(len(view.get("peers", ()))),
                 "[green]yes[/]" if found.get("ready") else "[red]no[/]",
@@ -377,6 +379,7 @@ def _print_verdict(console: Console, it: Lab, cells: list[Cell], all_reach: bool
     first = it.nodes[0].name if it.nodes else "node1"
     console.print(
         f"it stays up; try:\n  {command} lab exec{name} {first} -- ip route\n"
+        f"  {command} lab exec{name} {first} -- {command} check --run-dir {it.folder}/{first}\n"
         f"  {command} status --run-dir {it.folder}/{first}\n  {command} lab down{name}"
     )
     if url := it.page_url():

@@ -221,9 +221,11 @@ def _config(found: Snapshot) -> NetworkConfig | None:
 
 
 def _table(held: list[Held]) -> Any:
-    table = terminal.table(terminal.console(), "key", "node", "public ip", "VTEP MAC", "left", title="")
+    table = terminal.table(terminal.console(), "key", "node", "public ip", "backend", "MAC or key", "left", title="")
     for each in held:
-        values = view.as_values(each)
+        values = {**view.as_values(each), "vtep": each.lease.first.vtep}
         left = "reserved" if each.reserved else "no end" if each.left_s is None else f"{each.left_s / 3600:.1f} h"
-        table.add_row(*(Text(str(values[name] or "")) for name in ("key", "node", "public_ip", "vtep_mac")), Text(left))
+        table.add_row(
+            *(Text(str(values[name] or "")) for name in ("key", "node", "public_ip", "backend", "vtep")), Text(left)
+        )
     return table

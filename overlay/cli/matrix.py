@@ -28,6 +28,9 @@ def show(console: Console, found: dict[str, Any]) -> None:
         if len(found[what]) > 1:
             said = "; ".join(f"{value}: {', '.join(who[:4])}" for value, who in found[what].items())
             console.print(Text(f"{what} differ: {said}", style="yellow"))
+    for record in found["refused"]:
+        said = f"{len(record['said_by'])} agents: {', '.join(record['said_by'][:3])}"
+        console.print(Text(f"record {record['key']} is not used: {record['reason']} (said by {said})", style="red"))
     for problem in found["problems"]:
         console.print(
             Text(f"{problem['node']}: {problem['subject']}: {problem['text']} (since {problem['since']})", style="red")

@@ -10,12 +10,16 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
 from overlay import __version__
 from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.cli.here import go_to
+from overlay.cli.status import NoAgent, asked
 from overlay.settings.flags import DEFAULT_CNI_CONF_DIR, DEFAULT_RUN_DIR, DEFAULT_SUBNET_FILE
 
 PROGRAM_S, MOST_BYTES = 15.0, 4 << 20
@@ -30,6 +34,7 @@ COMMANDS = {
     "bridge-ports.txt": ("bridge", "-d", "link"),
     "nftables.txt": ("nft", "-t", "list", "ruleset"),  # without the elements of sets
     "queues.txt": ("tc", "-s", "qdisc", "show"),
+    "wireguard.txt": ("wg", "show", "all"),  # which hides keys that are secret
     "xfrm.txt": ("ip", "xfrm", "policy"),  # no state: that has keys
     "iptables.txt": ("iptables-save",),
     "iptables-legacy.txt": ("iptables-legacy-save",),
@@ -75,6 +80,8 @@ def report(path: str | None, log_file: str | None, run_dir: str, subnet_file: st
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root can read all of it: run it with sudo")
+    with suppress(NoAgent):
+        go_to(asked(run_dir))
     at = time.strftime("%Y%m%d-%H%M%S")
     where = path or f"overlay-report-{os.uname().nodename}-{at}.tar.gz"
     count = 0
@@ -97,6 +104,7 @@ def parts(run_dir: str, subnet_file: str, cni_conf_dir: str, log_file: str | Non
     yield "version.txt", f"overlay {__version__}\n{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n"
     for route in ("status", "metrics", "readyz"):
         yield f"{route}.{'json' if route == 'status' else 'txt'}", _asked(run_dir, route)
+    yield "wireguard.json", _wireguard(run_dir)
     yield "doctor.json", _doctor(run_dir, subnet_file, cni_conf_dir)
     for name, command in COMMANDS.items():
         yield name, _output(command)
@@ -118,6 +126,32 @@ def _asked(run_dir: str, route: str) -> str:
         return ask_unix(f"{run_dir}/{SOCKET_NAME}", f"/{route}")[1]
     except OSError as error:
         return f"no agent answers at {run_dir}/{SOCKET_NAME}: {error.strerror or error}\n"
+
+
+def _wireguard(run_dir: str) -> str:
+    """What the devices have: no key that is secret."""
+    from lease.model import Prefix, ip_text, key_text
+    from overlay.kernel.wireguard.genl import KernelWireguard
+    from overlay.kernel.wireguard.userspace import UserspaceWireguard
+    from overlay.node.device import userspace_folder
+
+    try:
+        devices = asked(run_dir).get("wireguard") or {}
+        made: dict[str, Any] = {}
+        for name, about in devices.items():
+            device = UserspaceWireguard(name, userspace_folder(run_dir)) if about["program"] else KernelWireguard(name)
+            there = device.read()
+            device.close()
+            made[name] = {"port": there.port, "program": about["program"], "peers": {
+                key_text(key): {
+                    "allowed_ips": sorted(str(Prefix(*net)) for net in peer.allowed),
+                    "endpoint": peer.place and f"{ip_text(peer.place.family, peer.place.address)} {peer.place.port}",
+                }
+                for key, peer in there.peers.items()
+            }}  # fmt: skip
+        return json.dumps(made, indent=2)
+    except (NoAgent, OSError) as error:
+        return f"WireGuard's devices could not be read: {error}\n"
 
 
 def _doctor(run_dir: str, subnet_file: str, cni_conf_dir: str) -> str:

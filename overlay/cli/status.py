@@ -52,6 +52,9 @@ def status(
     while True:
         found = ask(run_dir)
         if cluster:
+            from overlay.cli.here import go_to
+
+            go_to(found)
             _show_cluster(found, output, watch)
         elif output == "json":
             click.echo(json.dumps(found, indent=2))
@@ -153,10 +156,11 @@ def _peers(console: Console, found: dict[str, Any], all_peers: bool) -> None:
     """Those of a family. found: its view."""
     peers = found["peers"]
     reach = {each["subnet"]: each for each in found.get("reachability", ())}
+    vtep = [name for name in ("vtep_mac", "public_key") if any(peer.get(name) for peer in peers)]
     columns = [
         "subnet",
         "public_ip",
-        "vtep_mac",
+        *(vtep if all_peers else vtep[:1] if vtep != ["public_key"] else ()),
         "node_name",
         "path",
         "missing",
@@ -225,8 +229,8 @@ def _tried(found: dict[str, Any]) -> str:
     if not states:
         return "whether peers answer is not asked (--probes=false)"
     untried = states["untried"] + count - states.total()
-    words = [f"{states['ok']} of {count} peers answer through the tunnel or directly"]
-    words += [f"{untried} were not asked yet"] if untried else []
+    words = [f"{states['ok']} of {count} peers answer"]
+    words += [f"of {untried} it is not known"] if untried else []
     words += [f"{states['silent']} never answered, nor did their public IPs"] if states["silent"] else []
     return ", ".join(words)
 
@@ -269,9 +273,12 @@ def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
         rows[f"lease{end}"] = f"{lease['subnet']} of {network} ({lease['method']}; {left})"
         rows[f"public IP{end}"] = lease["public_ip"]
     if device:
-        rows[f"device{end}"] = _device(device)
+        of_wireguard = (found.get("wireguard") or {}).get(device["name"]) or {}
+        rows[f"device{end}"] = _device(device, of_wireguard.get("program", ""))
+    if (key := found.get("key")) and not second:
+        rows["public key"] = key["public_key"]
     guard = None if device and device.get("kind") == "host-gw" else found.get("guard")  # nothing to guard there
-    protection = (("VXLAN guard", guard), ("pod anti-spoofing", found.get("antispoof")))
+    protection = (("guard", guard), ("pod anti-spoofing", found.get("antispoof")))
     if off := [name for name, of in protection if of is not None and not of["on"]]:
         rows[f"not in force{end}"] = ", ".join(off)
     if found.get("direct_routing"):
@@ -279,12 +286,13 @@ def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
     return rows
 
 
-def _device(device: dict[str, Any]) -> str:
+def _device(device: dict[str, Any], program: str) -> str:
     if device.get("kind") == "host-gw":
         words = [f"none: plain routes by {device['lower']}"]
     else:
         words = [device["name"], device["mac"], f"local {device['local']} dev {device['lower']}"]
         words += [f"port {device['port']}"] if device["port"] else []
+        words += [f"(by {program}: this kernel has no WireGuard)"] if program else []
     words += [f"MTU {device['mtu']}", "" if device["ok"] else "(not as it should be)"]
     return " ".join(word for word in words if word)
 

@@ -15,8 +15,10 @@ from rich.text import Text
 
 from lease.model import ip_number, ip_text
 from overlay.api.family import primary
+from overlay.check.refused import refused_record
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
+from overlay.cli.here import ask_in_place
 from overlay.cli.status import ask
 from overlay.control.health import FIRST
 from overlay.kernel.netlink import error_text
@@ -68,7 +70,7 @@ def trace(
         raise click.UsageError("--port goes with --proto tcp or udp, and they need it")
     if flows > 1 and proto == "icmp":
         raise click.UsageError("--flows goes with --proto tcp or udp: all pings between two addresses take one way")
-    found = ask(run_dir)
+    found = ask_in_place(run_dir)
     if ":" in f"{source}{destination}" or primary(found)["family"] != FIRST:
         raise click.ClickException("packets of IPv6 are not traced yet: overlay check asks a pod of IPv6")
     request = Request(_address(source, found), _address(destination, found), proto, port or 0, size, flows)
@@ -102,6 +104,8 @@ def _address(text: str, found: dict[str, Any]) -> int:
     try:
         return ip_number(text, 4)
     except ValueError:
+        if (refused := refused_record(found, text)) is not None:
+            raise click.ClickException(f"{text}: {refused}") from None
         raise click.UsageError(f"{text}: it is no IPv4 address, no peer's name, and not `node`") from None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
-from lease.families import Family
+from lease.families import V6, Family
 from overlay.process.log import log
 
 UNREADY_AFTER_S = 10.0
@@ -20,6 +20,18 @@ FIRST = 4
 """The family whose problems and sections of the status have no family in their names."""
 REMEMBERED = 50
 """So many problems that are over."""
+
+
+_CAUSES = ("carrier", "duplicate address", "routes", "forward chain")
+_EFFECTS = ("ways", "ways to single peers", "unreachable", "path mtu", "loss")
+
+
+def rank(subject: str) -> int:
+    """The place of a problem among others, for people: causes before what follows from them."""
+    name = subject.removesuffix(f" {V6.text}")
+    if name in _CAUSES:
+        return _CAUSES.index(name) - len(_CAUSES)
+    return 1 + _EFFECTS.index(name) if name in _EFFECTS else 0
 
 
 def few(words: Iterable[str], count: int, most: int) -> str:

@@ -18,11 +18,28 @@ _STA_UNSYNC, _TIME_ERROR = 0x40, 5
 PROGRAMS_S = 10.0
 
 
-def kernel() -> Findings:
-    """Whether it has what a tunnel needs: tried in a network namespace that nobody uses."""
+_OF_BACKEND = {
+    "vxlan": ("ip", "link", "add", "ov0", "type", "vxlan", "id", "1", "dstport", "8472", "dev", "lo"),
+    "ipip": ("ip", "link", "add", "ov0", "type", "ipip", "local", "127.0.0.1"),
+    "wireguard": ("ip", "link", "add", "ov0", "type", "wireguard"),
+}
+
+
+def kernel(backend: str, program: str) -> Findings:
+    """Whether it has what a backend needs: tried in a network namespace that nobody uses. program: that encrypts in the
+    kernel's place, "": none."""
     release = os.uname().release
+    if backend == "wireguard" and program:
+        yield Finding(
+            "kernel: wireguard",
+            State.WARN,
+            f"{program} encrypts, since {release} has no WireGuard",
+            "it costs several times the kernel's time for each packet",
+            f"modprobe wireguard; apt-get install linux-modules-extra-{release}; then restart the agent",
+        )
+    own = {backend: _OF_BACKEND[backend]} if backend in _OF_BACKEND and not program else {}
     tried = {
-        "vxlan": ("ip", "link", "add", "ov0", "type", "vxlan", "id", "1", "dstport", "8472", "dev", "lo"),
+        **own,
         "bridge": ("ip", "link", "add", "ov0", "type", "bridge"),
         "veth": ("ip", "link", "add", "ov0", "type", "veth", "peer", "name", "ov1"),
         "nf_tables": ("nft", "add", "table", "ip", "ov"),

@@ -42,7 +42,7 @@ def sysctls(node: Node) -> Findings:
             partial(write_sysctl, name, value),
         )
     if not wrong:
-        yield ok("sysctls", "forwarding is on, and rp_filter lets the tunnel's packets in")
+        yield ok("sysctls", "forwarding is on, and rp_filter lets packets of peers in")
     if fault := bridge_filter_fault(read_sysctl):
         what, _, mend = fault.partition("; ")
         yield Finding(

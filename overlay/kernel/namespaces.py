@@ -13,6 +13,7 @@ from lease.families import Family
 from overlay.kernel.netlink import RequestSocket
 
 _T = TypeVar("_T")
+OWN = "/proc/self/ns/net"
 FOLDERS = ("/run/netns", "/run/docker/netns")
 CLONE_NEWNET = 0x40000000
 
@@ -53,7 +54,7 @@ def inside(path: str, act: Callable[[], _T]) -> _T:
 def namespaces() -> Iterator[str]:
     """Paths to the namespaces that can be found from here, each once: those with names, and those of processes (which a
     container sees with hostPID alone)."""
-    seen = {os.stat("/proc/self/ns/net").st_ino}
+    seen = {os.stat(OWN).st_ino}
     paths = [f"{folder}/{name}" for folder in FOLDERS if os.path.isdir(folder) for name in sorted(os.listdir(folder))]
     paths += [f"/proc/{name}/ns/net" for name in os.listdir("/proc") if name.isdigit()]
     for path in paths:

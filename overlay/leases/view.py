@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lease.config import NetworkConfig, Pool
-from lease.model import Lease, Prefix, Refused, ip_text, mac_text
+from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, key_text, mac_text
 from lease.records.subnets import SubnetIndex
 from lease.tenure.claim import Identity
 
+_T = TypeVar("_T")
 SOON_S = 3600.0
 """A lease that ends so soon is not renewed: flannel renews an hour before the end, our agents each hour."""
 FULL = 0.9
@@ -99,6 +100,7 @@ def faults(config: NetworkConfig | None, held: Iterable[Held], refused: Iterable
             )
     yield from _overlaps(leases)
     yield from _twice(leases, "MAC", lambda end: end.mac, mac_text, True)
+    yield from _twice(leases, "public key", lambda end: end.key or None, key_text, True)
     yield from _twice(leases, "public IP", lambda end: end.public_ip, lambda value: ip_text(4, value), False)
 
 
@@ -121,9 +123,9 @@ def _overlaps(leases: list[Held]) -> Iterator[Fault]:
 
 
 def _twice(
-    leases: list[Held], what: str, of: Callable[[Any], int | None], text: Callable[[int], str], serious: bool
+    leases: list[Held], what: str, of: Callable[[Endpoint], _T | None], text: Callable[[_T], str], serious: bool
 ) -> Iterator[Fault]:
-    first: dict[int, str] = {}
+    first: dict[_T, str] = {}
     for each in sorted(leases, key=lambda one: one.lease.created):
         value = of(each.lease.first)
         if value is None:

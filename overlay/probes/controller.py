@@ -14,12 +14,15 @@ from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Waiting
 from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
+from overlay.node.interfaces import gateway_holders
 from overlay.probes.echo import SMALL, EchoSocket, data_of, refusal_text
-from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Target
-from overlay.probes.verdict import Kind, State
+from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Report, Target
+from overlay.probes.verdict import Kind, State, Verdict
 from overlay.process.log import log
 
 TICK_S = 1.0
+STALE_S = 2 * INTERVAL_S
+"""After so long without a turn it is said that nobody is asked."""
 MOST_READ = 256
 """Answers a turn, and packets of those who ask us; who sends more is not read."""
 NAMED = 3
@@ -37,7 +40,8 @@ class PeerOfPath(NamedTuple):
 
 
 class _Wants(NamedTuple):
-    """network, length: of subnets; port: the tunnel's; tunnel_mtu, underlay_mtu; vteps: peers have them."""
+    """network, length: of subnets; port: the tunnel's; tunnel_mtu, underlay_mtu; vteps: peers have them; gateway: our pods',
+    which is asked from where there are none, so that answers come by the way of pods' packets; 0: we have none yet."""
 
     network: Prefix
     length: int
@@ -45,6 +49,7 @@ class _Wants(NamedTuple):
     tunnel_mtu: int
     underlay_mtu: int
     vteps: bool
+    gateway: int = 0
 
 
 class ProbesController(Controller):
@@ -63,14 +68,15 @@ class ProbesController(Controller):
         clock: Callable[[], float],
         some_peers: Callable[[int, int], list[PeerOfPath]],
         peer_of: Callable[[int], PeerOfPath | None],
-        make_socket: Callable[[Family, Prefix | None, int], EchoSocket] = EchoSocket,
+        make_socket: Callable[[Family, Prefix | None, int, int], EchoSocket] = EchoSocket,
     ) -> None:
         """some_peers: so many peers whose entries stand, from a place in their order on; peer_of: one, by its subnet's
         number, None: there is none, or its entries do not stand."""
         self._family, self._health, self._clock = family, health, clock
         self._some_peers, self._peer_of, self._make_socket = some_peers, peer_of, make_socket
-        self._port = 0
-        self._vteps = True
+        self._port = self._source = 0
+        self._place = 0
+        """Of the address that peers are asked at, in their subnets: 0, the VTEP, or 1, their pods' gateway."""
         self._mtus = 0, 0
         """The tunnel's, the underlay's."""
         self.mesh = Mesh(lambda: self._port, self._largest)
@@ -80,9 +86,9 @@ class ProbesController(Controller):
         self._socket: EchoSocket | None = None
         self._askers: EchoSocket | None = None
         """What asks us comes by a socket of its own: who asks very often does not take the place of answers."""
-        self._of: tuple[Prefix, int] | None = None
+        self._of: tuple[Prefix, int, int] | None = None
         """What that listens for."""
-        self._place = self._round = 0
+        self._turn = self._round = 0
         self._next, self._last = 0.0, 0.0
         self._loss_at, self._lossy = 0.0, ""
         self._told: dict[int, Target] = {}
@@ -119,16 +125,25 @@ class ProbesController(Controller):
         backend = backend_of(inputs.config.backend, self._family)
         outer = backend.outer()
         port = outer.port if outer is not None else 0
-        return _Wants(pool.network, pool.length, port, tunnel.mtu, under.mtu, backend.has_vteps)
+        gateway = 0 if backend.has_vteps else self._gateway(inputs)
+        return _Wants(pool.network, pool.length, port, tunnel.mtu, under.mtu, backend.has_vteps, gateway)
+
+    def _gateway(self, inputs: Inputs) -> int:
+        end = inputs.end(self._family.number)
+        if end is None or not gateway_holders(end.subnet, inputs.addresses_of(self._family.number).values()):
+            return 0
+        return end.subnet.base + 1
 
     def reconcile(self, wants: Any) -> bool:
         """Take the answers, send what is due. Raises OSError: no raw socket."""
-        self._port, self._mtus, self._vteps = wants.port, (wants.tunnel_mtu, wants.underlay_mtu), wants.vteps
-        if self._socket is None or self._askers is None or self._of != (wants.network, wants.length):
+        self._port, self._mtus = wants.port, (wants.tunnel_mtu, wants.underlay_mtu)
+        self._place, self._source = 0 if wants.vteps else 1, wants.gateway
+        listened = (wants.network, wants.length, self._place)
+        if self._socket is None or self._askers is None or self._of != listened:
             self._close()
-            self._socket = self._make_socket(self._family, None, 0)
-            self._askers = self._make_socket(self._family, wants.network, wants.length)
-            self._of = (wants.network, wants.length)
+            self._socket = self._make_socket(self._family, None, 0, 0)
+            self._askers = self._make_socket(self._family, *listened)
+            self._of = listened
         now = self._clock()
         self._take(self._socket, self._askers, wants, now)
         if now < self._next:
@@ -145,7 +160,9 @@ class ProbesController(Controller):
         for seen in echoes.seen(MOST_READ):
             if seen.answer:
                 self.mesh.answered(seen.sequence, seen.source, seen.at_ns, now)
-        for there in {seen.source << 8 | wants.length for seen in askers.seen(MOST_READ) if not seen.answer}:
+        for there in {
+            seen.source - self._place << 8 | wants.length for seen in askers.seen(MOST_READ) if not seen.answer
+        }:
             if self._peer_of(there) is not None:
                 self.mesh.heard(there, now)
 
@@ -176,19 +193,19 @@ class ProbesController(Controller):
         return None if peer is None else self._target(peer)
 
     def _target(self, peer: PeerOfPath) -> Target:
-        """Where it has no VTEP its node is asked, which is all that lies on the way."""
-        there = peer.subnet.base if self._vteps else peer.public_ip
-        return Target(number(peer.subnet), there, peer.public_ip, peer.direct)
+        return Target(
+            number(peer.subnet), peer.subnet.base + self._place, peer.public_ip, peer.direct, self._place != 0
+        )
 
     def _next_peers(self, count: int) -> list[PeerOfPath]:
         """So many in turn, each once."""
         if count <= 0:
             return []
-        if self._place >= len(self._packed):
-            self._place = 0
+        if self._turn >= len(self._packed):
+            self._turn = 0
             self._round += 1
-        peers = self._some_peers(self._place, count)
-        self._place += count
+        peers = self._some_peers(self._turn, count)
+        self._turn += count
         return peers
 
     def _largest(self, target: Target, by_tunnel: bool = True) -> int:
@@ -199,7 +216,7 @@ class ProbesController(Controller):
         size = data_of(self._family, mtu) if probe.kind.full or probe.mtu else SMALL
         address = probe.target.vtep if probe.kind.by_tunnel else probe.target.public_ip
         sequence = self.mesh.sent(probe, now, time.time_ns())
-        refused = echoes.send(address, sequence, size)
+        refused = echoes.send(address, sequence, size, self._source if probe.kind.by_tunnel else 0)
         if refused:
             self.mesh.refused(sequence, refusal_text(refused), now)
 
@@ -286,17 +303,26 @@ class ProbesController(Controller):
 
     def status(self) -> Mapping[str, object]:
         """`reachability`: of each peer what its probes say."""
-        return {"reachability": Reachability(self.mesh.known(), self._family, tuple(self._packed), self._clock())}
+        now = self._clock()
+        asking = self._socket is not None and now - self._last < STALE_S
+        known = self.mesh.known() if asking else None
+        return {"reachability": Reachability(known, self._family, tuple(self._packed), now)}
 
     def counters(self) -> Mapping[str, int]:
         """Probes sent, answered, lost, refused by this node's kernel."""
         return {f"probes_{what}": count for what, count in self.mesh.counts.items()}
 
 
+_NOT_NOW = Report(
+    Verdict(State.UNTRIED, "not asked now: this node waits for its own link or lease"), None, None, 0, None
+)
+
+
 class Reachability:
     """Each peer's report, written out by whoever asked."""
 
-    def __init__(self, known: Known, family: Family, packed: tuple[bytes, ...], now: float) -> None:
+    def __init__(self, known: Known | None, family: Family, packed: tuple[bytes, ...], now: float) -> None:
+        """known: None while nobody is asked, so that what was answered before says nothing of now."""
         self._known, self._family, self._packed, self._now = known, family, packed, now
 
     def json(self) -> list[dict[str, Any]]:
@@ -310,11 +336,14 @@ class Reachability:
 
     def counts(self) -> dict[str, int]:
         """How many peers are in each state."""
-        found = Counter(self._known.report(there, self._now).verdict.state for there in self._numbers())
+        found = Counter(self._report(there).verdict.state for there in self._numbers())
         return {state.name.lower(): found[state] for state in State}
 
+    def _report(self, there: int) -> Report:
+        return _NOT_NOW if self._known is None else self._known.report(there, self._now)
+
     def _peer(self, there: int) -> dict[str, Any]:
-        report = self._known.report(there, self._now)
+        report = self._report(there)
         return {
             "subnet": str(prefix_of(there, self._family.number)),
             "state": report.verdict.state.name.lower(),

@@ -26,6 +26,8 @@ _SO_TIMESTAMPNS, _SO_ATTACH_FILTER = 35, 26
 _ICMP6_FILTER = 1
 _SKF_NET_OFF = 0xFFF00000
 """linux/filter.h: -0x100000, from where on offsets count from the network header."""
+_PKTINFO = {4: (socket.IPPROTO_IP, 8), 6: (socket.IPPROTO_IPV6, 50)}
+"""IP_PKTINFO with struct in_pktinfo (ip(7)), IPV6_PKTINFO with struct in6_pktinfo (RFC 3542)."""
 _HEAD = struct.Struct("!BBHHH")
 _TOKEN = 8
 _BUFFER = 1 << 18
@@ -104,28 +106,27 @@ def _folded(total: int) -> int:
     return total
 
 
-def interesting(identifier: int, askers: Prefix, length: int) -> bytes:
-    """A filter for an IPv4 raw socket, as struct sock_filter: answers to this identifier, and requests from VTEPs, which are
-    the first addresses of subnets of that length within a prefix: no pod can have one."""
+def interesting(identifier: int, askers: Prefix, length: int, place: int = 0) -> bytes:
+    """A filter for an IPv4 raw socket, as struct sock_filter: answers to this identifier, and requests from the address at a
+    place in subnets of that length within a prefix: 0, the VTEP, or 1, the pods' gateway; no pod can have one."""
     hosts, mask = (1 << 32 - length) - 1, ~((1 << 32 - askers.length) - 1) & 0xFFFFFFFF
     program = (
         (0xB1, 0, 0, 0),  # ldx 4*([0]&0xf): behind the IP header
         (0x50, 0, 0, 0),  # ldb [x]: the type
         (0x15, 0, 2, 0),  # an answer:
         (0x48, 0, 0, 4),  # ldh [x+4]: the identifier
-        (0x15, 5, 6, identifier),
-        (0x15, 0, 5, 8),  # a request:
+        (0x15, 4, 5, identifier),
+        (0x15, 0, 4, 8),  # a request:
         (0x20, 0, 0, 12),  # ld [12]: the source
-        (0x45, 3, 0, hosts),  # jset
-        (0x54, 0, 0, mask),  # and
-        (0x15, 0, 1, askers.base),
+        (0x54, 0, 0, hosts | mask),  # and: the prefix's bits as they are, and those of the host
+        (0x15, 0, 1, askers.base | place),
         (0x06, 0, 0, 0xFFFF),
         (0x06, 0, 0, 0),
     )
     return b"".join(struct.pack("=HBBI", *one) for one in program)
 
 
-def interesting6(identifier: int, askers: Prefix, length: int) -> bytes:
+def interesting6(identifier: int, askers: Prefix, length: int, place: int = 0) -> bytes:
     """The same for ICMPv6, which a raw socket sees from the ICMP header on; the IPv6 header is at SKF_NET_OFF."""
     form, hosts, mask = _FORMS[6], (1 << 128 - length) - 1, ~((1 << 128 - askers.length) - 1) & (1 << 128) - 1
     program = [
@@ -135,9 +136,9 @@ def interesting6(identifier: int, askers: Prefix, length: int) -> bytes:
         (0x15, 13, 14, identifier),
         (0x15, 0, 13, form.request),  # a request:
     ]
-    for word in range(4):  # of the source: the prefix's bits as they are, those of a host 0
+    for word in range(4):  # of the source
         low = 96 - 32 * word
-        bits, wanted = (hosts | mask) >> low & 0xFFFFFFFF, askers.base >> low & 0xFFFFFFFF
+        bits, wanted = (hosts | mask) >> low & 0xFFFFFFFF, (askers.base | place) >> low & 0xFFFFFFFF
         program += [
             (0x20, 0, 0, _SKF_NET_OFF + 8 + 4 * word),  # ld
             (0x54, 0, 0, bits),  # and
@@ -147,11 +148,19 @@ def interesting6(identifier: int, askers: Prefix, length: int) -> bytes:
     return b"".join(struct.pack("=HBBI", *one) for one in program)
 
 
+def _from(family: Family, source: int) -> tuple[int, int, bytes]:
+    """The control message by which the kernel takes a source address."""
+    address = source.to_bytes(family.bits // 8, "big")
+    value = address + struct.pack("=i", 0) if family is V6 else struct.pack("=i4s4x", 0, address)
+    return *_PKTINFO[family.number], value
+
+
 class EchoSocket:
     """Sends requests, takes answers and what peers ask. Not blocking. Raises OSError: no CAP_NET_RAW."""
 
-    def __init__(self, family: Family, askers: Prefix | None = None, length: int = 0) -> None:
-        """askers, length: requests of VTEPs of subnets of that length within the prefix are seen as well."""
+    def __init__(self, family: Family, askers: Prefix | None = None, length: int = 0, place: int = 0) -> None:
+        """askers, length, place: requests from that address of subnets of that length within the prefix are seen as well
+        (`interesting`)."""
         self._family, self._form = family, _FORMS[family.number]
         self._identifier, self._token = int.from_bytes(os.urandom(2), "big"), os.urandom(_TOKEN)
         self._socket = socket.socket(
@@ -161,15 +170,15 @@ class EchoSocket:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             self._socket.setsockopt(*_MTU_DISCOVER[family.number], _PROBE)
-            self._filter(askers, length)
+            self._filter(askers, length, place)
         except BaseException:
             self._socket.close()
             raise
 
-    def _filter(self, askers: Prefix | None, length: int) -> None:
+    def _filter(self, askers: Prefix | None, length: int, place: int) -> None:
         nobody = Prefix(self._family.number, (1 << self._family.bits) - 1, self._family.bits)
         make = interesting if self._family is V4 else interesting6
-        program = make(self._identifier, askers or nobody, length if askers else 0)
+        program = make(self._identifier, askers or nobody, length if askers else 0, place)
         held = array("B", program)  # whose address is known without ctypes, half a MiB
         form = struct.pack("HP", len(program) // 8, held.buffer_info()[0])
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, form)
@@ -191,11 +200,13 @@ class EchoSocket:
         """Close it."""
         self._socket.close()
 
-    def send(self, address: int, sequence: int, size: int) -> int:
-        """Ask an address; 0, or the errno by which the kernel refuses: EMSGSIZE, ENETUNREACH, EPERM (a filter)..."""
+    def send(self, address: int, sequence: int, size: int, source: int = 0) -> int:
+        """Ask an address; 0, or the errno by which the kernel refuses: EMSGSIZE, ENETUNREACH, EPERM (a filter)...
+        source: an address of this node, 0: the kernel's choice."""
         message = request(self._family, self._identifier, sequence & 0xFFFF, self._token, size)
+        with_source = [_from(self._family, source)] if source else []
         try:
-            self._socket.sendto(message, (ip_text(self._family.number, address), 0))
+            self._socket.sendmsg([message], with_source, 0, (ip_text(self._family.number, address), 0))
         except OSError as error:
             busy = error.errno in (errno.EAGAIN, errno.ENOBUFS)  # as lost: nothing refuses it
             return 0 if busy else error.errno or errno.EIO

@@ -18,11 +18,12 @@ MTUS = (9000, 8950, 1500, 1492, 1480, 1450, 1430, 1420, 1410, 1400, 1380, 1350, 
 
 
 class Rung(NamedTuple):
-    """What is asked. mtu: the size of the packet, 0: a small one."""
+    """What is asked. mtu: the size of the packet, 0: a small one; source: from which address, 0: the kernel's choice."""
 
     name: str
     address: int
     mtu: int = 0
+    source: int = 0
 
 
 class Asked(NamedTuple):
@@ -42,7 +43,9 @@ def ask(family: Family, rungs: Sequence[Rung], rounds: int = ROUNDS, wait_s: flo
             for place, rung in enumerate(rungs):
                 sequence = (turn * len(rungs) + place) & 0xFFFF
                 sent[sequence] = (place, time.time_ns())
-                code = echoes.send(rung.address, sequence, data_of(family, rung.mtu) if rung.mtu else SMALL)
+                code = echoes.send(
+                    rung.address, sequence, data_of(family, rung.mtu) if rung.mtu else SMALL, rung.source
+                )
                 refused[place] = refusal_text(code) if code else refused[place]
                 if place % MOST_AT_ONCE == MOST_AT_ONCE - 1:
                     _take(echoes, rungs, sent, count, fastest, 0.0)

@@ -4,6 +4,7 @@ A visit is one full-size probe of a peer's VTEP: where that is answered everythi
 answer is in doubt, and asked by all four kinds, once a second for ROUNDS, before anything is said of it. Peers that came or
 changed are asked first, those in doubt next, the others in turn; in all no more than a budget of packets a second, however
 many there are. Of peers that never answered, nor did their underlay address, nothing is made: records outlive their nodes.
+Nor of those whose pods' gateway, asked where there are no VTEPs, never answered: it may not be there yet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from overlay.probes.path import Search
-from overlay.probes.verdict import Kind, Outcome, State, Verdict, judge, of_size
+from overlay.probes.verdict import NO_GATEWAY, Kind, Outcome, Peer, State, Verdict, judge, of_size
 
 INTERVAL_S = 10.0
 """Each peer is visited so often where there are not too many for the budget."""
@@ -34,12 +35,13 @@ RTT_UNIT_NS = 20_000
 
 
 class Target(NamedTuple):
-    """A peer to be asked. number: of its subnet (records.packed.number)."""
+    """A peer to be asked. number: of its subnet (records.packed.number); vtep: or its pods' gateway (gateway)."""
 
     number: int
     vtep: int
     public_ip: int
     direct: bool
+    gateway: bool = False
 
 
 class Probe(NamedTuple):
@@ -79,7 +81,8 @@ class Report(NamedTuple):
 class Known(NamedTuple):
     """What is known of all peers at a moment. slots: of those that were asked or heard of, by number, places in the others:
     when each answered and was heard (0: never), its RTT, lost visits as bits, how many there were; verdicts: of those in
-    doubt, None: nothing is said yet; silent: those that never answered."""
+    doubt, None: nothing is said yet; silent: those that never answered; unproven: those of which the underlay address alone
+    did."""
 
     slots: dict[int, int]
     answered: array[float]
@@ -89,6 +92,7 @@ class Known(NamedTuple):
     visits: array[int]
     verdicts: dict[int, Verdict | None]
     silent: frozenset[int]
+    unproven: frozenset[int] = frozenset()
 
     def report(self, number: int, now: float) -> Report:
         """How a peer is."""
@@ -99,6 +103,8 @@ class Known(NamedTuple):
         verdict = self.verdicts.get(number)
         if verdict is None and number in self.silent:
             verdict = Verdict(State.SILENT, "has never answered")
+        elif verdict is None and number in self.unproven:
+            verdict = Verdict(State.UNTRIED, NO_GATEWAY)
         elif verdict is None and answered:
             verdict = Verdict(State.OK, "answers")
         elif verdict is None:
@@ -129,6 +135,8 @@ class Mesh:
         self._doubts: dict[int, _Doubt] = {}
         self._silent: set[int] = set()
         """Peers that never answered, nor did anybody at their underlay address."""
+        self._unproven: set[int] = set()
+        """Peers whose underlay address answered, and their pods' gateway never."""
         self._waiting: deque[tuple[float, int, Probe]] = deque()
         """Probes under way, in the order in which they were sent: when they are lost, their sequence number."""
         self._sent: dict[int, tuple[Probe, int]] = {}
@@ -172,6 +180,7 @@ class Mesh:
         self._first.pop(number, None)
         self._doubts.pop(number, None)
         self._silent.discard(number)
+        self._unproven.discard(number)
         for sequence in [sequence for sequence, (probe, _) in self._sent.items() if probe.target.number == number]:
             del self._sent[sequence]  # of its answer, or that there is none, nothing follows for the next one
 
@@ -188,7 +197,8 @@ class Mesh:
 
     def visit(self, target: Target, odd: bool) -> Probe:
         """What a peer is asked in its turn; one that never answered at its underlay address as well, every other time."""
-        return Probe(target, Kind.UNDERLAY if odd and target.number in self._silent else Kind.VTEP_FULL)
+        never = target.number in self._silent or target.number in self._unproven
+        return Probe(target, Kind.UNDERLAY if odd and never else Kind.VTEP_FULL)
 
     def in_doubt(self, number: int) -> bool:
         """Whether a peer did not answer, and has rounds of its own."""
@@ -255,6 +265,7 @@ class Mesh:
             return
         self._silent.discard(target.number)
         if kind.by_tunnel:
+            self._proven(target.number, slot)
             self._answered[slot] = now
             self._rtt[slot] = min(0xFFFF, max(1, (at_ns - sent_ns) // RTT_UNIT_NS))
         doubt = self._doubts.get(target.number)
@@ -267,14 +278,23 @@ class Mesh:
         if kind is Kind.VTEP_FULL:
             if doubt is None:
                 self._visited(slot, lost=False)
-            elif doubt.verdict is not None:  # loss is that of a peer that answers
-                self._lost[slot] = self._visits[slot] = 0
+            elif doubt.verdict is not None and self._visits[slot]:  # loss is that of a peer that answers
+                self._lost[slot] >>= 1  # so the visit by which it came into doubt is not counted
+                self._visits[slot] -= 1
             self._doubts.pop(target.number, None)
 
     def heard(self, number: int, now: float) -> None:
         """A peer asked us through the tunnel."""
-        self._heard[self._slot(number)] = now
+        slot = self._slot(number)
+        self._heard[slot] = now
         self._silent.discard(number)
+        self._proven(number, slot)
+
+    def _proven(self, number: int, slot: int) -> None:
+        """It is there, so that from now on its silence says something; loss is that of a peer that answers."""
+        if number in self._unproven:
+            self._unproven.discard(number)
+            self._lost[slot] = self._visits[slot] = 0
 
     def expire(self, now: float) -> None:
         """What was not answered in time is lost; a look that is whole is judged."""
@@ -295,8 +315,15 @@ class Mesh:
         if doubt is None:
             if kind is Kind.VTEP_FULL:
                 self._visited(slot, lost=True)
-                if target.number not in self._silent and len(self._doubts) < MOST_DOUBTS:
-                    self._doubts[target.number] = _Doubt(target, now)
+            unproven = (
+                target.number in self._unproven
+            )  # of those the node's own silence is news, not that of the gateway
+            if (
+                kind is (Kind.UNDERLAY if unproven else Kind.VTEP_FULL)
+                and target.number not in self._silent
+                and len(self._doubts) < MOST_DOUBTS
+            ):
+                self._doubts[target.number] = _Doubt(target, now)
             return
         if mtu:
             if doubt.path is not None:
@@ -304,11 +331,13 @@ class Mesh:
             return
         self._note(doubt, kind, False, refused)
         if doubt.rounds >= ROUNDS and kind is Kind.VTEP_FULL:
-            heard, ever = self._heard[slot] > doubt.since_s, bool(self._heard[slot] or self._answered[slot])
-            doubt.verdict = judge(doubt.outcomes, self._port(), doubt.target.direct, heard, ever)
-            if doubt.verdict.state is State.SILENT:
+            heard, proven = self._heard[slot] > doubt.since_s, bool(self._heard[slot] or self._answered[slot])
+            ever = proven or target.number in self._unproven
+            peer = Peer(target.direct, target.gateway, heard, proven, ever)
+            doubt.verdict = judge(doubt.outcomes, self._port(), peer)
+            if doubt.verdict.state in (State.SILENT, State.UNTRIED):
                 del self._doubts[target.number]
-                self._silent.add(target.number)
+                (self._silent if doubt.verdict.state is State.SILENT else self._unproven).add(target.number)
             self._look_for_path(doubt, refused)
 
     def _look_for_path(self, doubt: _Doubt, refused: str) -> None:
@@ -338,14 +367,14 @@ class Mesh:
         slots = dict(self._slots)
         return Known(
             slots, self._answered[:], self._heard[:], self._rtt[:], self._lost[:], self._visits[:], verdicts,
-            frozenset(self._silent),
+            frozenset(self._silent), frozenset(self._unproven),
         )  # fmt: skip
 
     def lossy(self, least: float, visits: int) -> Iterator[tuple[int, float]]:
         """The peers that answer, but lost so much of their last visits, of which there were so many; their numbers."""
         for number, slot in self._slots.items():
             count = self._visits[slot]
-            if count < visits or number in self._doubts or number in self._silent:
+            if count < visits or number in self._doubts or number in self._silent or number in self._unproven:
                 continue
             lost = self._lost[slot].bit_count() / count
             if lost >= least:

@@ -2,7 +2,8 @@
 
 Four probes separate the causes (measured, docs/diagnosis.md): pings of a peer's underlay address and of its VTEP (the first
 address of its subnet, through the tunnel), each small and of full size with don't fragment. The peer's kernel answers, so
-that peers that run flannel do as well.
+that peers that run flannel do as well. Where peers have no VTEP (host-gw), their pods' gateway is asked in its place, the
+second address of the subnet: it is there once a pod was made, and before it answered once its silence says nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 
 class Kind(IntEnum):
-    """A probe: where to, and of which size."""
+    """A probe: where to, and of which size. VTEP: or the pods' gateway, where there is none."""
 
     UNDERLAY = 0
     UNDERLAY_FULL = 1
@@ -57,6 +58,12 @@ class State(IntEnum):
     SILENT = 5
 
 
+NO_GATEWAY = (
+    "its underlay address answers, its pods' gateway has not yet: no pod was made there, or pods' packets are lost on the"
+    " way"
+)
+
+
 class Verdict(NamedTuple):
     """state; text: what was found, for the operator; remedy: what to do, "" where nothing."""
 
@@ -67,10 +74,25 @@ class Verdict(NamedTuple):
     """The size of the largest packets that pass where full-size ones do not, 0: not known."""
 
 
-def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool, ever: bool = True) -> Verdict:
-    """What the outcomes mean. port: the tunnel's UDP port; direct: the peer is reached without the tunnel; heard: it asked
-    us in the meantime, so that the way from it is whole; ever: it answered or asked before. A kind that is missing was not
-    tried."""
+class Peer(NamedTuple):
+    """What else is known of a peer. direct: it is reached without the tunnel; gateway: its pods' gateway is asked in the
+    VTEP's place; heard: it asked us in the meantime, so that the way from it is whole; proven: it answered there, or asked,
+    before; ever: so did it, or its underlay address."""
+
+    direct: bool = False
+    gateway: bool = False
+    heard: bool = False
+    proven: bool = True
+    ever: bool = True
+
+    @property
+    def inner(self) -> str:
+        """What is asked behind its underlay address."""
+        return "its pods' gateway" if self.gateway else "its VTEP"
+
+
+def judge(outcomes: Mapping[Kind, Outcome], port: int, peer: Peer = Peer()) -> Verdict:  # noqa: B008 (it never changes)
+    """What the outcomes mean. port: the tunnel's UDP port, 0: none. A kind that is missing was not tried."""
     small, full = outcomes.get(Kind.VTEP), outcomes.get(Kind.VTEP_FULL)
     under, under_full = outcomes.get(Kind.UNDERLAY), outcomes.get(Kind.UNDERLAY_FULL)
     tried = [each for each in (small, full) if each is not None]
@@ -79,7 +101,7 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool
     if full is not None and full.ok:
         return Verdict(State.OK, "answers")
     if small is not None and small.ok:
-        return _small_alone(small, full, under_full)
+        return _small_alone(small, full, under_full, peer)
     if refused := next((each.refused for each in tried if each.refused), ""):
         return Verdict(
             State.REFUSED,
@@ -87,24 +109,26 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, direct: bool, heard: bool
             "look at the other problems of this node: routing rules, routes and filters of others; else ip xfrm policy",
         )
     if under is None:
-        return Verdict(State.UNREACHABLE, "its VTEP does not answer")
-    if not under.ok and not under.refused and not ever:
+        return Verdict(State.UNREACHABLE, f"{peer.inner} does not answer")
+    if not under.ok and not under.refused and not peer.ever:
         return Verdict(State.SILENT, "has never answered, nor does anybody at its public IP")
-    if not under.ok and heard:
+    if not under.ok and peer.heard:
         return Verdict(
             State.UNREACHABLE,
-            "it answers neither at its underlay address nor at its VTEP, though packets from it come: all that is sent to it"
-            " is lost, or it answers no pings",
+            f"it answers neither at its underlay address nor at {peer.inner}, though packets from it come: all that is"
+            " sent to it is lost, or it answers no pings",
             "overlay check one of its pods; there: sysctl net.ipv4.icmp_echo_ignore_all, filters of ICMP",
         )
     if not under.ok:
         why = f": {under.refused}" if under.refused else ""
         return Verdict(
             State.UNREACHABLE,
-            f"neither its underlay address nor its VTEP answers{why}",
+            f"neither its underlay address nor {peer.inner} answers{why}",
             "is that node up, and its link? A filter on the way may drop both",
         )
-    return _tunnel_silent(port, direct, heard)
+    if peer.gateway:
+        return _gateway_silent(peer)
+    return _tunnel_silent(port, peer.direct, peer.heard)
 
 
 def of_size(verdict: Verdict, mtu: int) -> Verdict:
@@ -115,7 +139,7 @@ def of_size(verdict: Verdict, mtu: int) -> Verdict:
     return Verdict(verdict.state, f"{verdict.text}; the largest that pass have {mtu} bytes", remedy, mtu)
 
 
-def _small_alone(small: Outcome, full: Outcome | None, under_full: Outcome | None) -> Verdict:
+def _small_alone(small: Outcome, full: Outcome | None, under_full: Outcome | None, peer: Peer) -> Verdict:
     if full is None:
         return Verdict(State.OK, "answers small packets; full-size ones were not tried")
     if small.answered < small.sent and not full.refused:
@@ -129,17 +153,32 @@ def _small_alone(small: Outcome, full: Outcome | None, under_full: Outcome | Non
         return Verdict(
             State.PATH_MTU,
             f"full-size packets are not sent: {full.refused}",
-            "the tunnel's device and the route to that peer disagree about the MTU: ip route get its VTEP",
+            f"the MTU of the device and of the route to that peer differ: ip route get, of {peer.inner}",
         )
     cause = (
         "the path's MTU is below the underlay interface's"
         if under_full is not None and not under_full.ok
-        else "something on the way drops large packets of the tunnel"
+        else f"something on the way drops large packets {'to its pods' if peer.gateway else 'of the tunnel'}"
     )
     return Verdict(
         State.PATH_MTU,
         f"small packets pass, full-size ones are lost: {cause}",
         "set Backend.MTU in the network config to what passes, or mend the link",
+    )
+
+
+def _gateway_silent(peer: Peer) -> Verdict:
+    if not peer.proven:
+        return Verdict(
+            State.UNTRIED, NO_GATEWAY, "once that node has a pod: overlay check that pod; on that node: overlay status"
+        )
+    heard = ", though packets from it come" if peer.heard else ""
+    return Verdict(
+        State.UNREACHABLE,
+        f"its underlay address answers, its pods' gateway, which did, does not{heard}: something on the way drops packets"
+        " with pods' addresses, or that node has lost its bridge",
+        "let packets of the pod network pass on the underlay (a router's or a cloud's source check); on that node: overlay"
+        " status, ip route",
     )
 
 

@@ -281,9 +281,9 @@ def _by_cause(found: Mapping[str, list[str]]) -> str:
 
 def _carrier(underlay: Underlay) -> str:
     if not underlay.up:
-        return f"{underlay.name}, which carries the tunnel, is down: ip link set {underlay.name} up"
+        return f"{underlay.name}, which leads to peers, is down: ip link set {underlay.name} up"
     if not underlay.carrier:
-        return f"{underlay.name}, which carries the tunnel, has no carrier: its cable, switch port or virtual network"
+        return f"{underlay.name}, which leads to peers, has no carrier: its cable, switch port or virtual network"
     return ""
 
 

@@ -12,7 +12,7 @@ from lease.model import ip_text
 from overlay.backends.choose import backend_of
 from overlay.control.background import BackgroundController
 from overlay.control.controller import Handler, Waiting
-from overlay.control.health import Health
+from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.events import ForeignRulesSeen
@@ -34,6 +34,7 @@ PLUGINS = "CNI-"
 """Chains of the bridge plugin begin so: it masquerades where our own network list says ipMasq, as flannel's does without
 --ip-masq."""
 PEERS = 2
+NAMED = 2
 """Whose traffic is tried: rules are about networks, seldom about one peer."""
 CHAINS, MOST_ELEMENTS = 64, 5000
 """So many chains of others are read, and sets with so many elements, at most."""
@@ -116,11 +117,11 @@ class ForeignRulesController(BackgroundController):
         }
         try:
             for _, subject, line, packets in findings(self._family, wants):
-                found[subject].setdefault(line, {}).setdefault(packets)
+                found[subject].setdefault(line, {}).setdefault(packets)  # a set that keeps its order
         except KernelError as error:
             found[UNREAD].setdefault(f"rules of other programs are not checked: {error}", {})
         lines = {
-            subject: [line.replace("{these}", ", ".join(packets)) for line, packets in those.items()]
+            subject: [line.replace("{these}", few(packets, len(packets), NAMED)) for line, packets in those.items()]
             for subject, those in found.items()
         }
         return lines, time.monotonic() - began
@@ -158,6 +159,7 @@ def flows_of(family: Family, wants: _Wants, peer: ways.Peer) -> Iterator[Flow]:
 def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
     """The hooks that a flow passes, and what is known of it there."""
     if flow.iif:
+        yield "ingress", flow._replace(oif="")
         yield "prerouting", flow._replace(oif="")
     if flow.iif and flow.oif:
         yield "forward", flow
@@ -167,6 +169,12 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
         yield "output", flow
     if flow.oif:
         yield "postrouting", flow
+        yield "egress", flow
+
+
+def _attached(chain: Chain, flow: Flow) -> bool:
+    """Whether a chain of family netdev is on the flow's way; all others are."""
+    return not chain.devices or (flow.oif if chain.hook == "egress" else flow.iif) in chain.devices
 
 
 def findings(family: Family, flows: list[Flow], reader: Reader | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -181,9 +189,12 @@ def findings(family: Family, flows: list[Flow], reader: Reader | None = None) ->
         yield "", UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}", ""
     except KernelError as error:  # nft's are judged all the same
         yield "", UNREAD, f"rules of other programs are not checked: {error}", ""
+    chains += [chain for chain in reader.chains("netdev") if chain.devices]
     for flow in flows:
         for hook, seen in _hooks(flow):
             for chain in chains:
+                if not _attached(chain, flow):
+                    continue
                 if chain.hook != hook:
                     continue
                 verdict = filters.judge(chain, seen, reader.rules, reader.elements)
@@ -196,6 +207,8 @@ def findings_below(family: Family, flow: Flow, reader: Reader | None = None) -> 
     it. Raises KernelError."""
     reader = reader or Reader(family)
     for chain in reader.chains("bridge", "netdev"):
+        if not _attached(chain, flow):
+            continue
         verdict = filters.judge(chain, flow, reader.rules, reader.elements)
         if (line := _about(family, chain, flow, verdict)) is not None:
             yield line[1].replace("{these}", flow.what)

@@ -87,6 +87,7 @@ class Looks:
                 yield gap, f"{name} is down: ip link set {name} up"
             elif not link.carrier:
                 yield gap, f"{name} has no carrier"
+        yield from self._next_hop(peer)
         if peer.direct:
             return
         udp = 17 if node.port else 0
@@ -97,6 +98,19 @@ class Looks:
             yield from self._filters(flow._replace(sports=self._sports()), _OUTER)
         lines = pods.queues(node, (node.tunnel, node.underlay), self._requests)
         yield from ((gap, line) for line in lines for gap in (Gap.OUTPUT, Gap.UNDERLAY))
+
+    def _next_hop(self, peer: Peer) -> Found:
+        """Whether anybody answers ARP where the underlay's packets to the peer go."""
+        node = self._node
+        way = self._requests.way(self._family, Packet(peer.public_ip))
+        if way.oif != node.number_of(node.underlay):
+            return
+        hop = way.via or peer.public_ip
+        if pods.is_silent(self._requests, self._family, way.oif, hop):
+            asks, text = "ARP" if self._family.by_arp else "neighbour discovery", ip_text(self._family.number, hop)
+            line = f"nobody answers {asks} for {text} on {node.underlay}: is that node up, and its link?"
+            yield Gap.NEXT_HOP, line
+            yield Gap.UNDERLAY, line
 
     def arriving(self, pod: Pod | None, peer: Peer | None) -> Found:
         """From another node to a pod of this one, or (None) to the node itself."""

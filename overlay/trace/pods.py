@@ -63,7 +63,7 @@ def given(node: Node, pod: Pod, requests: RequestSocket, family: Family) -> Foun
     there = _neighbour(requests, family, bridge, pod.address) if bridge else None
     if there is None:
         return
-    if there.state & (_FAILED | _INCOMPLETE):
+    if is_silent(requests, family, bridge, pod.address):
         asks = "ARP" if family.by_arp else "neighbour discovery"
         yield Gap.NEIGHBOUR, f"nobody on {node.bridge} answers {asks} for {address}: ip neigh show {address}"
     elif pod.mac and there.mac not in (None, pod.mac):
@@ -73,6 +73,12 @@ def given(node: Node, pod: Pod, requests: RequestSocket, family: Family) -> Foun
         )
         yield Gap.NEIGHBOUR, text
         yield Gap.ANSWER, text
+
+
+def is_silent(requests: RequestSocket, family: Family, oif: int, address: int) -> bool:
+    """Whether a neighbour was asked for, and does not answer."""
+    there = _neighbour(requests, family, oif, address)
+    return there is not None and bool(there.state & (_FAILED | _INCOMPLETE))
 
 
 def _neighbour(requests: RequestSocket, family: Family, oif: int, address: int) -> FoundNeighbour | None:

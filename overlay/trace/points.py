@@ -38,6 +38,7 @@ class Gap(Enum):
     POSTROUTING = "postrouting chains, NAT"
     DEVICE = "the tunnel's device: MTU, neighbour and FDB entry"
     OUTPUT = "output chains, for the tunnel's packets"
+    NEXT_HOP = "the next hop on the underlay: ARP"
     UNDERLAY = "the underlay between the nodes"
     OUTER_ROUTING = "the routing decision for the tunnel's packets: is the address still this node's, rp_filter"
     INPUT = "input chains, for the tunnel's packets: firewalls, our VXLAN guard"
@@ -82,7 +83,7 @@ class Names(NamedTuple):
         return self.tunnel or self.underlay
 
 
-OF_TUNNEL = (Gap.DEVICE, Gap.OUTPUT, Gap.UNDERLAY, Gap.OUTER_ROUTING, Gap.INPUT, Gap.DECAPSULATION)
+OF_TUNNEL = (Gap.DEVICE, Gap.OUTPUT, Gap.NEXT_HOP, Gap.UNDERLAY, Gap.OUTER_ROUTING, Gap.INPUT, Gap.DECAPSULATION)
 """What is one gap where packets cannot be counted inside of the tunnel's."""
 
 

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from lease.model import ip_text
+from overlay.check.refused import refused_record
 from overlay.trace import far as far_ends
 from overlay.trace import probe as probes
 from overlay.trace.end import End, Looked, Passed
@@ -96,7 +97,10 @@ def _one(
         far = None
         if end.peer is None and end.node.network.holds(probe.destination) and not end.inside:
             where = ip_text(4, probe.destination)
-            notes.append(f"{where} is in Network {end.node.network}, but in no peer's subnet: no node holds it")
+            refused = refused_record(found, where)
+            notes.append(
+                refused or f"{where} is in Network {end.node.network}, but in no peer's subnet: no node holds it"
+            )
         if end.peer is not None:
             try:
                 addresses = ip_text(4, end.peer.subnet.base), ip_text(4, end.peer.public_ip)

@@ -64,6 +64,9 @@ def judge(seen: Seen) -> Verdict:
         if not seen.complete:
             where = f"what became of it at {seen.beyond}" if seen.beyond else "what became of it outside"
             last = seen.there[-1]
+            if silent := seen.looked.get(last.node, {}).get((Gap.NEXT_HOP, False), ()):
+                text = f'dropped at {last.node}, behind "{last.point.what}"'
+                return Verdict(State.DROPPED, text, last.node, Gap.NEXT_HOP, (*_errors(seen), *silent), notes)
             beside = (
                 line
                 for gap in (Gap.DEVICE, Gap.OUTPUT)
@@ -76,7 +79,7 @@ def judge(seen: Seen) -> Verdict:
         return Verdict(State.LEFT, "nothing could be counted here", "", None, _errors(seen), notes)
     at = seen.there[counted[-1] + 1 if counted else 0]
     between = _between(seen.there[counted[-1]], at) if counted else f'before "{at.point.what}"'
-    return _dropped(State.DROPPED, f"dropped at {at.node}, {between}", at, seen, notes)
+    return _dropped(State.DROPPED, "dropped", between, at, seen, notes)
 
 
 def _between(last: Passed, at: Passed) -> str:
@@ -99,14 +102,19 @@ def _answer(seen: Seen, notes: tuple[str, ...]) -> Verdict:
         text = f"delivered; its answer was {last.point.what} at {last.node}, and did not come to who asked"
         return Verdict(State.LOST_BACK, text, last.node, Gap.TAKEN, reasons, notes)
     at, last = seen.back[counted[-1] + 1], seen.back[counted[-1]]
-    text = f"delivered; its answer was dropped at {at.node}, {_between(last, at)}"
-    return _dropped(State.LOST_BACK, text, at, seen, notes)
+    return _dropped(State.LOST_BACK, "delivered; its answer was dropped", _between(last, at), at, seen, notes)
 
 
-def _dropped(state: State, text: str, at: Passed, seen: Seen, notes: tuple[str, ...]) -> Verdict:
-    gap = at.point.gap
+def _dropped(state: State, what: str, between: str, at: Passed, seen: Seen, notes: tuple[str, ...]) -> Verdict:
+    """between: the points it was lost between, for people. Where these are of two nodes, and what lies between them cannot
+    be counted, it is the node that has a reason, or neither."""
+    gap, node = at.point.gap, at.node
     reasons = _errors(seen) + _changed(seen) + _reasons(seen, at)
-    return Verdict(state, text, at.node, gap, reasons or (f"it is one of: {gap.value}",), notes)
+    if gap is Gap.TUNNEL:
+        having = [name for name, looked in seen.looked.items() if any(place is gap for place, _ in looked)]
+        node = having[0] if len(having) == 1 else ""
+    where = f"at {node}" if node else f"between {' and '.join(seen.looked) if len(seen.looked) > 1 else 'the nodes'}"
+    return Verdict(state, f"{what} {where}, {between}", node, gap, reasons or (f"it is one of: {gap.value}",), notes)
 
 
 def _reasons(seen: Seen, at: Passed) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ LEAST_S = 5.0
 class Device(Protocol):
     """A device, of the kernel or of a program."""
 
+    program: str
+
     def read(self) -> WgDevice: ...
     def set(self, key: bytes, port: int) -> None: ...
     def put(self, peers: Mapping[bytes, WgPeer | None]) -> None: ...
@@ -244,7 +246,12 @@ class WireguardController(Controller):
             return {"wireguard": None}
         return {
             "wireguard": {
-                name: {"port": state.wants.port, "peers": len(state.found), "todo": len(state.todo)}
+                name: {
+                    "port": state.wants.port,
+                    "program": state.device.program,
+                    "peers": len(state.found),
+                    "todo": len(state.todo),
+                }
                 for name, state in self._states.items()
             }
         }

@@ -45,7 +45,7 @@ FAULTS = {
         "ip neigh replace {pod2} lladdr 02:00:00:00:00:99 nud permanent dev cni0",
         "whether that took it is not seen, and no answer came.*neighbour entry of {pod2} has 02:00:00:00:00:99",
         "its answer was given to the pod by .* did not come to who asked.*neighbour entry of {pod2} has 02:00:00:00:00:99",
-        "the tunnel to node2 is whole",
+        "the way to node2 is whole",
     ),
     "a shaper that large packets do not pass": Fault(
         "tc qdisc add dev {veth2} root tbf rate 100mbit burst 600 latency 50ms",
@@ -83,15 +83,15 @@ FAULTS = {
         + "nft add rule inet planted n ip daddr {pod2} dnat ip to {elsewhere}",
         "its destination was changed at node2 before it passed prerouting",
         "",
-        "the tunnel to node2 is whole",
+        "the way to node2 is whole",
     ),
     "a port of the bridge that is switched off": Fault(
         "bridge link set dev {veth2} state 0",
         "{veth2}, the pod's port of cni0, is disabled",
         "{veth2}, the pod's port of cni0, is disabled",
-        "the tunnel to node2 is whole",
+        "the way to node2 is whole",
     ),
-    "the bridge down": Fault("ip link set cni0 down", "cni0 is down", "cni0 is down", "the tunnel to node2 is whole"),
+    "the bridge down": Fault("ip link set cni0 down", "cni0 is down", "cni0 is down", "the way to node2 is whole"),
     "a route inside the pod by another pod": Fault(
         "pod1: ip route replace 10.244.0.0/16 via {beside1}",
         "inside the pod packets to {pod2} go by {beside1}, not by this node's gateway",
@@ -102,7 +102,7 @@ FAULTS = {
         "pod2: ip neigh replace {gateway2} lladdr 02:00:00:00:00:99 nud permanent dev eth0",
         "inside the pod the gateway's neighbour entry has 02:00:00:00:00:99",
         "inside the pod the gateway's neighbour entry has 02:00:00:00:00:99",
-        "the tunnel to node2 is whole",
+        "the way to node2 is whole",
     ),
     "a node that answers no pings": Fault(
         "sysctl -qw net.ipv4.icmp_echo_ignore_all=1", "", "", "", doctored="icmp_echo_ignore_all is 1",

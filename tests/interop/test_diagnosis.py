@@ -25,7 +25,7 @@ class Fault(NamedTuple):
 UNKNOWN = "left this node; what became of it at node2 is not known"
 FAULTS = {
     "UDP 8472 dropped": Fault(DROP, GONE, f"unreachable: node2 192.168.1.3: {SILENT}", SILENT, UNKNOWN),
-    "a drop rule in its forward chain": Fault(FORWARD, GONE, "", "the tunnel to .* is whole.*a filter", UNKNOWN),
+    "a drop rule in its forward chain": Fault(FORWARD, GONE, "", "the way to .* is whole.*a filter", UNKNOWN),
     "an ip rule with a blackhole": Fault(
         "ip route add blackhole 10.244.0.0/16 table 52; ip rule add pref 5270 lookup 52",
         "ip rule del pref 5270; ip route flush table 52",

@@ -42,6 +42,42 @@ def test_what_is_beside_it_is_shown_as_it_is():
     assert frames.parse(b"\0" * 60, 8472) is None
 
 
+def of_ip(protocol: int, payload: bytes) -> bytes:
+    ends = ip_number("192.168.1.2", 4), ip_number("192.168.1.3", 4)
+    return framed(struct.pack("!BBHHHBBHLL", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0, *ends) + payload)
+
+
+def test_a_packet_of_ipip_is_taken_apart():
+    found = frames.parse(of_ip(4, INNER), 0, "ipip")
+    assert frames.line(found) == "192.168.1.2 > 192.168.1.3 ipip | 10.244.1.2 > 10.244.2.2 tcp 1234 > 80 [S], 40 bytes"
+    assert found.vni is None
+    assert Goal(prefix("10.244.2.2/32"), "").wants(found)
+    assert frames.parse(of_ip(4, b"\x45"), 0, "ipip") is None
+    assert frames.parse(of_ip(4, INNER), 8472).outer is None, "it is none of a network with VXLAN"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"), [(1, "handshake initiation"), (2, "handshake response"), (4, "data"), (9, "of type 9")]
+)
+@pytest.mark.parametrize("ports", [(51820, 40000), (40000, 51820)])
+def test_what_wireguard_encrypts_is_shown_by_its_kind_and_length(message, words, ports):
+    sealed = of_ip(17, struct.pack("!HHHH", *ports, 8 + 32, 0) + bytes([message, 0, 0, 0]) + b"x" * 28)
+    found = frames.parse(sealed, 51820, "wireguard")
+    assert frames.line(found) == f"192.168.1.2 > 192.168.1.3 wireguard {words}, 60 bytes"
+    assert found.inner is None
+    assert Goal(prefix("10.244.2.0/24"), "192.168.1.3").wants(found)
+    assert not Goal(prefix("10.244.2.2/32"), "").wants(found), "whose packet it is nobody can read"
+
+
+def test_a_packet_of_a_device_without_a_link_layer_goes_into_the_same_file():
+    found = frames.parse_bare(INNER)
+    assert frames.line(found) == "10.244.1.2 > 10.244.2.2 tcp 1234 > 80 [S], 40 bytes"
+    assert frames.parse(frames.with_link_layer(INNER), 0, "wireguard").inner == found.inner
+    six = ipv6(58, ECHO6)[14:]
+    assert frames.line(frames.parse_bare(six)).endswith("icmpv6 echo request id 7 seq 1, 48 bytes")
+    assert frames.parse_bare(b"") is None
+
+
 def ipv6(header: int, payload: bytes, source: str = "fd00:1::2", target: str = "fd00:2::2") -> bytes:
     ends = b"".join(ip_number(end, 6).to_bytes(16, "big") for end in (source, target))
     return framed(b"")[:12] + b"\x86\xdd" + struct.pack("!LHBB", 6 << 28, len(payload), header, 64) + ends + payload
@@ -91,7 +127,8 @@ def test_no_length_of_a_frame_is_too_short():
         (Goal(None, "192.168.1.4"), False),
         (Goal(prefix("10.244.2.2/32"), ""), True),
         (Goal(prefix("10.244.2.0/24"), "x"), True),
-        (Goal(prefix("10.244.3.0/24"), "192.168.1.3"), False),
+        (Goal(prefix("10.244.3.0/24"), "192.168.1.3"), True),
+        (Goal(prefix("10.244.3.0/24"), ""), False),
     ],
 )
 def test_which_packets_are_meant(goal, wants):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
+from lease.config import parse_config
 from lease.families import V4, V6
 from lease.model import ip_number, prefix
 from lease.records.packed import number, pack
+from overlay.kernel.route.entries import Address
 from overlay.probes import echo
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.probes.mesh import ANSWER_S, BUDGET, INTERVAL_S, OF_DOUBTS
@@ -45,11 +48,13 @@ class Network:
 
     def __init__(self, answers: Answers) -> None:
         self.answers, self.sent, self._came = answers, [], []
+        self.sources: set[tuple[int, int]] = set()
         self.refuses = 0
         self.asking = Asking()
 
-    def send(self, address: int, sequence: int, size: int) -> int:
+    def send(self, address: int, sequence: int, size: int, source: int = 0) -> int:
         self.sent.append((address, size))
+        self.sources.add((address, source))
         if self.refuses:
             return self.refuses
         if self.answers(address, size):
@@ -88,7 +93,8 @@ class Probed:
             self.controller.peer_changed(None, one)
         return peer
 
-    def socket(self, _family, askers, _length):
+    def socket(self, _family, askers, _length, place):
+        self.place = place
         return self.network if askers is None else self.network.asking
 
     def some(self, place: int, count: int) -> list[PeerOfPath]:
@@ -227,6 +233,68 @@ def test_who_never_answered_nor_anybody_at_its_address_is_no_problem(bench):
     assert "n150 192.168.0.150: its underlay address answers, its VTEP does not" in bench.problems()["unreachable"]
 
 
+GATEWAY = "its underlay address answers, its pods' gateway, which did, does not"
+
+
+@pytest.fixture
+def without_vteps(bench):
+    """A network of host-gw, in which pods' gateways are asked."""
+    bench.current.set(config=parse_config('{"Network":"10.64.0.0/10","Backend":{"Type":"host-gw"}}'))
+    return Probed(bench, 4, lambda address, _size: address > 1 << 31)
+
+
+def test_a_gateway_that_was_never_there_is_no_problem_and_not_called_well(bench, without_vteps):
+    it = without_vteps
+    it.run(6 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.states() == {"untried": 4}
+    assert it.place == 1
+    assert "no pod was made there" in it.controller.status()["reachability"].json()[0]["text"]
+    before = len(it.network.sent)
+    it.run(10 * INTERVAL_S)
+    assert len(it.network.sent) - before <= 4 * 10 * 2, "it costs a visit in its turn"
+    it.network.answers = lambda _address, _size: True
+    it.run(2 * INTERVAL_S)
+    assert it.states() == {"ok": 4}
+    it.network.answers = lambda address, _size: address > 1 << 31
+    it.run(2 * INTERVAL_S)
+    assert GATEWAY in bench.problems()["unreachable"]
+    it.network.answers = lambda _address, _size: False
+    it.run(2 * INTERVAL_S)
+    assert "neither its underlay address nor its pods' gateway answers" in bench.problems()["unreachable"]
+
+
+def test_a_node_without_pods_that_goes_is_said(bench, without_vteps):
+    it = without_vteps
+    it.run(6 * INTERVAL_S)
+    it.network.answers = lambda _address, _size: False
+    it.run(4 * INTERVAL_S)
+    assert "neither its underlay address nor its pods' gateway answers" in bench.problems()["unreachable"]
+    it.network.answers = lambda address, _size: address > 1 << 31
+    it.run(4 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.states() == {"untried": 4}
+
+
+def test_a_gateway_that_asks_is_there(bench, without_vteps):
+    it = without_vteps
+    it.run(6 * INTERVAL_S)
+    it.network.asking.asks(ip_number("10.64.2.1", 4))
+    it.run(3 * INTERVAL_S)
+    assert "n2 192.168.0.2: its underlay address answers" in bench.problems()["unreachable"]
+
+
+def test_gateways_are_asked_from_our_own_where_there_is_one(bench, without_vteps):
+    it = without_vteps
+    it.run(2)
+    assert {source for _, source in it.network.sources} == {0}
+    own = bench.current.inputs.end(4).subnet.base + 1
+    bench.current.set(addresses={4: {(7, own, 24): Address(4, 7, own, 24, 0, False, False, True)}})
+    it.run(2 * INTERVAL_S)
+    assert {source for address, source in it.network.sources if address < 1 << 31} == {0, own}
+    assert {source for address, source in it.network.sources if address > 1 << 31} == {0}
+
+
 def test_much_loss_is_said(bench):
     it = Probed(bench, 3)
     turns = Counter()
@@ -244,6 +312,22 @@ def test_much_loss_is_said(bench):
     it.network.answers = lambda _address, _size: True
     it.run(30 * INTERVAL_S)
     assert bench.problems() == {}
+
+
+def test_half_of_the_packets_lost_is_said_whichever_they_are(bench):
+    """A peer that seems gone for a moment, and is not, keeps what is known of its visits before."""
+    late = []
+    for seed in range(40):
+        luck = random.Random(seed)
+        it = Probed(bench, 3)
+        it.run(3 * INTERVAL_S)
+        gone = it.peers[number(prefix("10.64.1.0/24"))]
+        lost = {gone.public_ip, gone.subnet.base}
+        it.network.answers = lambda address, _size, lost=lost, luck=luck: address not in lost or luck.random() < 0.5
+        said = (it.run(1) and "n1 " in bench.problems().get("loss", "") for _ in range(int(20 * INTERVAL_S)))
+        late += [] if any(said) else [seed]
+        list(it.controller.withdraw())
+    assert late == []
 
 
 def test_who_asks_us_is_heard(bench):
@@ -359,7 +443,7 @@ def test_peers_that_go_are_forgotten(bench):
     ],
 )
 def test_what_it_means(outcomes, state, words):
-    found = judge(outcomes, 8472, direct=False, heard=False)
+    found = judge(outcomes, 8472)
     assert (found.state, words in found.text) == (state, True), found
     assert bool(found.remedy) == (state not in (State.OK, State.UNTRIED))
 

@@ -159,6 +159,28 @@ def test_reasons_are_those_of_the_step_and_the_direction():
     assert judge(seen(3, 0, 0, 0, looked=looked, answers=[BAD])).reasons[0] == "192.168.1.9 says: forbidden by a filter"
 
 
+@pytest.mark.parametrize(
+    ("looked", "node", "words"),
+    [
+        ({"n1": {(Gap.TUNNEL, False): ["a rule"]}, "n2": {}}, "n1", "dropped at n1, between"),
+        ({"n1": {}, "n2": {(Gap.TUNNEL, True): ["a rule"]}}, "n2", "dropped at n2, between"),
+        ({"n1": {}, "n2": {}}, "", "dropped between n1 and n2, between"),
+        ({"n1": {}}, "", "dropped between the nodes, between"),
+    ],
+)
+def test_where_nobody_can_look_into_the_tunnel_the_node_with_a_reason_is_named(looked, node, words):
+    there = [passed("n1", "left", Gap.SENT, 3), passed("n2", "came", Gap.TUNNEL, 0)]
+    found = judge(Seen(there, [], looked, (), 3, True, "n2"))
+    assert (found.state, found.node) == (State.DROPPED, node)
+    assert words in found.text
+
+
+def test_what_nobody_answered_arp_for_did_not_leave():
+    looked = {"n1": {(Gap.NEXT_HOP, False): ["nobody answers ARP"]}}
+    found = judge(seen(3, 3, complete=False, looked=looked))
+    assert (found.state, found.node, found.reasons) == (State.DROPPED, "n1", ("nobody answers ARP",))
+
+
 def test_another_source_or_destination_on_the_way_is_noted():
     assert "it was masqueraded" in judge(seen(3, 3, 3, 3, form=FROM_ANOTHER)).notes[0]
     assert "its destination was changed" in judge(seen(3, 3, 3, 3, form=TO_ANOTHER)).notes[0]

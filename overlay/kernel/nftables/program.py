@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from overlay.kernel.netlink import KernelError
@@ -55,8 +56,12 @@ def tables() -> list[tuple[str, str]]:
     return [(item["family"], item["name"]) for item in _listed("table", "tables")]
 
 
+_DEVICES = re.compile(r"\bdevices? (?:= )?\{? ?([^{}]*?) ?\}? priority\b")
+
+
 class Chain(NamedTuple):
-    """A base chain. kind: `filter`, `nat`...; hook: `forward`...; priority: by which the kernel asks them in turn."""
+    """A base chain. kind: `filter`, `nat`...; hook: `forward`...; priority: by which the kernel asks them in turn; devices:
+    of family netdev, what it is attached to."""
 
     family: str
     table: str
@@ -65,6 +70,7 @@ class Chain(NamedTuple):
     kind: str = "filter"
     hook: str = "forward"
     priority: int = 0
+    devices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.family} {self.table} {self.name}"
@@ -86,10 +92,23 @@ def all_base_chains() -> list[Chain]:
             str(item.get("type")),
             item["hook"],
             item.get("prio", 0),
+            _devices(item) if item["family"] == "netdev" else (),
         )
         for item in _listed("chain", "chains")
         if item.get("hook")
     ]
+
+
+def _devices(item: dict[str, Any]) -> tuple[str, ...]:
+    """What a chain of family netdev is attached to. nft writes it as JSON from 1.0.8 on, as text always."""
+    there = item.get("dev")
+    if there:
+        return tuple(there) if isinstance(there, list) else (there,)
+    text = _bounded(["nft", "-t", "list", "chain", item["family"], item["table"], item["name"]]).decode(
+        "utf-8", "replace"
+    )
+    found = _DEVICES.search(text)
+    return () if found is None else tuple(name.strip(' "') for name in found[1].split(","))
 
 
 def forward_chains(family: str) -> list[Chain]:

@@ -165,6 +165,9 @@ def _parse_sockaddr(body: memoryview) -> Place | None:
 class KernelWireguard:
     """A device of the kernel. To be closed. Raises KernelError."""
 
+    program = ""
+    """None encrypts: the kernel does."""
+
     def __init__(self, name: str) -> None:
         self._name, self._requests = name, RequestSocket(NETLINK_GENERIC)
         try:

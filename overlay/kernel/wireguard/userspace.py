@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from overlay.kernel.wireguard.device import NO_KEY, Net, Place, WgDevice, WgPeer
 
 PROGRAM = "wireguard-go"
 SOCKETS = "/var/run/wireguard"
+TUN = "/dev/net/tun"
 """Where the program makes its socket, whatever the network namespace: of two namespaces each needs a folder of its own."""
 ANSWER_S, START_S = 5.0, 5.0
 MISSING = (
@@ -36,6 +38,7 @@ def start(name: str, folder: str) -> int:
     if program is None or shutil.which("unshare") is None:
         why = MISSING if program is None else "unshare is missing: apt-get install util-linux"
         raise KernelError(errno.EOPNOTSUPP, why)
+    _make_tun()
     os.makedirs(folder, mode=0o700, exist_ok=True)
     os.makedirs(SOCKETS, mode=0o755, exist_ok=True)
     path = Path(folder) / f"{name}.sock"
@@ -58,6 +61,14 @@ def start(name: str, folder: str) -> int:
     return made.pid
 
 
+def _make_tun() -> None:
+    """A container, or a root file system that was unpacked, may lack the device file (Documentation/networking/tuntap.rst).
+    Where it cannot be made the program says so."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(TUN), mode=0o755, exist_ok=True)
+        os.mknod(TUN, stat.S_IFCHR | 0o666, os.makedev(10, 200))
+
+
 def running() -> Iterator[int]:
     """The pids of all such programs on this machine."""
     for there in Path("/proc").iterdir():
@@ -68,6 +79,8 @@ def running() -> Iterator[int]:
 
 class UserspaceWireguard:
     """A device of the program. Raises KernelError."""
+
+    program = PROGRAM
 
     def __init__(self, name: str, folder: str) -> None:
         self._name, self._path = name, f"{folder}/{name}.sock"
