@@ -66,17 +66,21 @@ class Answers:
     def run(self, source: str, destination: str, ours: bool = False) -> dict[str, Any]:
         """A trace from a pod of this node or, unless `ours`, of another, whose agent is asked then. Raises Refused."""
         from lease.model import ip_number, prefix
+        from overlay.api.family import of_family
         from overlay.kernel.netlink import error_text
         from overlay.trace import far
         from overlay.trace.node import NotTraceable
         from overlay.trace.run import Request, trace
         from overlay.trace.values import as_values
 
+        family = 6 if ":" in source else 4
         try:
-            request = Request(ip_number(source, 4), ip_number(destination, 4), "icmp", 0, None)
+            ends = ip_number(source, family), ip_number(destination, family)
         except ValueError as error:
-            raise Refused(f"from {source[:40]!r} to {destination[:40]!r}: IPv4 addresses of pods are needed") from error
-        found = self.status()
+            raise Refused(
+                f"from {source[:40]!r} to {destination[:40]!r}: two addresses of one family are needed"
+            ) from error
+        request, found = Request(*ends, "icmp", 0, None, version=family), of_family(self.status(), family)
         lease = found["lease"]
         try:
             if not ours and lease and not prefix(lease["subnet"]).holds(request.source):
@@ -91,7 +95,7 @@ class Answers:
         """What the node that has the subnet `of` finds of a peer, named by its subnet; else (not `ours`) its agent is asked.
         Raises Refused."""
         from overlay.api.family import of_family
-        from overlay.check.run import NotYet, Refused, Unknown, ask_all, resolve
+        from overlay.check.run import NotYet, RefusedRecord, Unknown, ask_all, resolve
         from overlay.kernel.netlink import error_text
         from overlay.trace import far
         from overlay.trace.node import NotTraceable
@@ -104,7 +108,7 @@ class Answers:
             if len(goals) != 1:
                 raise Refused("of one peer at a time")
             return ask_all(found, goals)[0]
-        except (NotYet, Refused, Unknown, NotTraceable) as error:
+        except (NotYet, RefusedRecord, Unknown, NotTraceable) as error:
             raise Refused(str(error)) from error
         except OSError as error:
             raise Refused(error_text(error)) from error

@@ -41,7 +41,7 @@ class Unknown(Exception):
     """One line: what was asked about is not there."""
 
 
-class Refused(Exception):
+class RefusedRecord(Exception):
     """One line: its record is there and not used, and why."""
 
 
@@ -62,7 +62,7 @@ class Goal(NamedTuple):
 
 
 def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]:
-    """The peers that are meant; or an address of this node's own subnet. Raises Unknown, Refused, NotYet."""
+    """The peers that are meant; or an address of this node's own subnet. Raises Unknown, RefusedRecord, NotYet."""
     peers = found["peers"]
     if not found["device"] or not found["lease"]:
         raise NotYet("this node has no lease or no device yet: overlay status says what it waits for")
@@ -76,7 +76,7 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
         address = ip_number(target, family_of(found).number)
     except ValueError:
         if refused is not None:
-            raise Refused(f"{target}: {refused}") from None
+            raise RefusedRecord(f"{target}: {refused}") from None
         names = sorted({peer["node_name"] for peer in peers} - {""})
         some = f" (nodes: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})" if names else ""
         raise Unknown(f"{target}: no peer has that name, public IP or subnet, and it is no address{some}") from None
@@ -87,7 +87,7 @@ def resolve(target: str | None, found: dict[str, Any]) -> tuple[list[Goal], int]
         subnet = prefix(holding[0]["subnet"])
         return [Goal(holding[0], address if address != subnet.base else 0)], 0
     if refused is not None:
-        raise Refused(f"{target}: {refused}")
+        raise RefusedRecord(f"{target}: {refused}")
     network = network_of(found)
     where = (
         f"in Network {network}, but in no peer's subnet: no node holds it"

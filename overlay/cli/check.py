@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from overlay.api.family import views
-from overlay.check.run import NotYet, Refused, Unknown, ask_all, local, resolve
+from overlay.check.run import NotYet, RefusedRecord, Unknown, ask_all, local, resolve
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
 from overlay.cli.here import ask_in_place
@@ -40,7 +40,7 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
     found = ask_in_place(run_dir)
     try:
         results = _results(found, target)
-    except (NotYet, Refused) as error:
+    except (NotYet, RefusedRecord) as error:
         raise click.ClickException(str(error)) from error
     except Unknown as error:
         raise click.UsageError(str(error)) from error
@@ -61,18 +61,18 @@ def check(target: str | None, run_dir: str, output: str | None, as_json: bool) -
 
 
 def _results(found: dict[str, Any], target: str | None) -> list[dict[str, Any]]:
-    """Of each family that the target has. Raises Unknown, Refused, NotYet, OSError."""
+    """Of each family that the target has. Raises Unknown, RefusedRecord, NotYet, OSError."""
     results: list[dict[str, Any]] = []
-    unknown: list[Unknown | Refused | NotYet] = []
+    unknown: list[Unknown | RefusedRecord | NotYet] = []
     for view in views(found, target):
         try:
             goals, own = resolve(target, view)
-        except (Unknown, Refused, NotYet) as error:
+        except (Unknown, RefusedRecord, NotYet) as error:
             unknown.append(error)
             continue
         results += [local(view, own)] if own else ask_all(view, goals)
     if unknown and not results:
-        raise next((each for each in unknown if isinstance(each, Refused)), unknown[0])
+        raise next((each for each in unknown if isinstance(each, RefusedRecord)), unknown[0])
     return results
 
 

@@ -21,13 +21,13 @@ from overlay.cli import terminal
 from overlay.cli.here import go_to
 from overlay.cli.status import NoAgent, asked
 from overlay.control.health import FIRST
-from overlay.doctor import agent, host, network
+from overlay.doctor import agent, alone, host, network
 from overlay.doctor.finding import Finding, Findings, State, unknown
-from overlay.kernel.netlink import KernelError, RequestSocket, error_text
+from overlay.kernel.netlink import RequestSocket, error_text
 from overlay.node.prober import who_answers
 from overlay.settings.flags import DEFAULT_CNI_CONF_DIR, DEFAULT_RUN_DIR, DEFAULT_SUBNET_FILE
 from overlay.trace import node as nodes
-from overlay.trace.node import NotTraceable
+from overlay.trace.node import Node, NotTraceable
 
 _STYLES = {State.OK: "green", State.WARN: "yellow", State.WRONG: "red", State.UNKNOWN: "dim"}
 
@@ -91,9 +91,8 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
             "nobody sees to the ways to peers",
             "systemctl status overlayd, or kubectl -n kube-flannel get pods",
         )
-        yield unknown(
-            "network", "what needs an agent's word: sysctls, firewalls, MTUs, offloads, addresses, store, lease"
-        )
+        yield unknown("store and lease", "only the agent knows them")
+        yield from _without_agent(subnet_file)
         return
     whole, found = found, primary(found)
     for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
@@ -106,20 +105,36 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
     requests = RequestSocket()
     try:
         node = nodes.read(found, requests)
-    except NotTraceable as error:
-        yield unknown("network", str(error))
-        return
-    except KernelError as error:
-        yield unknown("network", error_text(error))
+    except (NotTraceable, OSError) as error:
+        yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
         return
     finally:
         requests.close()
-    yield from _guarded("firewalls", network.firewalls)
-    for of_node in (network.sysctls, network.deaf, network.held, network.offloads):
-        yield from _guarded(of_node.__name__, of_node, node)
     devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
+    yield from _of_network(node, subnet_file, devices)
+    yield from _guarded("offloads", network.offloads, node)
+
+
+def _of_network(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
+    """What can be looked at whether an agent runs or not. devices: each family's MTU, by its name."""
+    yield from _guarded("firewalls", network.firewalls)
+    for of_node in (network.sysctls, network.deaf, network.held):
+        yield from _guarded(of_node.__name__, of_node, node)
     yield from _guarded("MTU", network.mtus, node, subnet_file, devices)
     yield from _guarded("addresses", network.duplicates, node, who_answers)
+
+
+def _without_agent(subnet_file: str) -> Findings:
+    requests = RequestSocket()
+    try:
+        node = alone.node_of(subnet_file, requests)
+        yield from _guarded("entries", alone.entries, node, requests)
+    except (NotTraceable, OSError) as error:
+        yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
+        return
+    finally:
+        requests.close()
+    yield from _of_network(node, subnet_file, {node.tunnel: node.mtu})
 
 
 def _backend(found: Mapping[str, Any]) -> tuple[str, str]:

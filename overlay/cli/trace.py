@@ -13,20 +13,19 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from lease.model import ip_number, ip_text
-from overlay.api.family import primary
+from lease.model import ip_number, prefix
+from overlay.api.family import of_family, primary
 from overlay.check.refused import refused_record
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
 from overlay.cli.here import ask_in_place
 from overlay.cli.status import ask
-from overlay.control.health import FIRST
 from overlay.kernel.netlink import error_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 from overlay.trace import run
 from overlay.trace.end import Passed
 from overlay.trace.node import NotTraceable
-from overlay.trace.probe import PROTOCOLS
+from overlay.trace.probe import PROTOCOLS, header_bytes
 from overlay.trace.run import Request, Traced
 from overlay.trace.values import as_values, came_through, flows_text, text_of, worst
 
@@ -71,9 +70,15 @@ def trace(
     if flows > 1 and proto == "icmp":
         raise click.UsageError("--flows goes with --proto tcp or udp: all pings between two addresses take one way")
     found = ask_in_place(run_dir)
-    if ":" in f"{source}{destination}" or primary(found)["family"] != FIRST:
-        raise click.ClickException("packets of IPv6 are not traced yet: overlay check asks a pod of IPv6")
-    request = Request(_address(source, found), _address(destination, found), proto, port or 0, size, flows)
+    named = [address for address in (source, destination) if ":" in address or "." in address]
+    family = (6 if ":" in named[0] else 4) if named else primary(found)["family"]
+    if size is not None and size < header_bytes(proto, family):
+        raise click.UsageError(f"--size {size}: the headers alone have {header_bytes(proto, family)} bytes")
+    whole, found = found, of_family(found, family)
+    if not found["lease"]:
+        raise click.ClickException(f"this node has no subnet of IPv{family}: overlay status")
+    ends = _address(source, found, family), _address(destination, found, family)
+    request = Request(*ends, proto, port or 0, size, flows, family)
     try:
         traced = run.trace(found, request, lambda: ask(run_dir))
     except NotTraceable as error:
@@ -87,7 +92,7 @@ def trace(
     if as_json or output == "json":
         click.echo(json.dumps(as_values(request, traced), indent=2))
     else:
-        show(terminal.console(), found, request, traced)
+        show(terminal.console(), whole, request, traced)
     sys.exit(0 if all(map(came_through, traced)) else 1)
 
 
@@ -95,18 +100,19 @@ def _end(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _address(text: str, found: dict[str, Any]) -> int:
-    if text == "node" and found["lease"]:
-        return ip_number(found["lease"]["subnet"].partition("/")[0], 4)
+def _address(text: str, found: dict[str, Any], family: int) -> int:
+    """found: the view of the family."""
+    if text == "node":
+        return prefix(found["lease"]["subnet"]).base
     named = [peer for peer in found["peers"] if text == peer["node_name"]]
     if named:
-        return ip_number(named[0]["subnet"].partition("/")[0], 4)
+        return prefix(named[0]["subnet"]).base
     try:
-        return ip_number(text, 4)
+        return ip_number(text, family)
     except ValueError:
         if (refused := refused_record(found, text)) is not None:
             raise click.ClickException(f"{text}: {refused}") from None
-        raise click.UsageError(f"{text}: it is no IPv4 address, no peer's name, and not `node`") from None
+        raise click.UsageError(f"{text}: it is no IPv{family} address, no peer's name, and not `node`") from None
 
 
 def show(console: Console, found: dict[str, Any], request: Request, traced: Sequence[Traced]) -> None:
@@ -129,7 +135,7 @@ def _table(console: Console, request: Request, traced: Traced) -> None:
     """The steps of the answer where it came that far."""
     port = f" port {request.port}" if request.port else ""
     title = (
-        f"{ip_text(4, request.source)} to {ip_text(4, request.destination)}, {request.protocol}{port}:"
+        f"{request.text(request.source)} to {request.text(request.destination)}, {request.protocol}{port}:"
         f" {traced.seen.sent} packets of {traced.size} bytes"
     )
     console.print(Text(title, style="italic"))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lease.families import V4, Family
 from lease.model import ip_text, prefix
 from overlay.kernel import namespaces
 from overlay.kernel.netlink import KernelError, RequestSocket
@@ -54,8 +53,9 @@ def _nothing() -> Iterator[tuple[Gap, str]]:
 class End:
     """A node through which probes go. To be closed."""
 
-    def __init__(self, found: Mapping[str, Any], probe: Probe, family: Family = V4) -> None:
-        """found: the agent's status. Raises NotTraceable, KernelError."""
+    def __init__(self, found: Mapping[str, Any], probe: Probe) -> None:
+        """found: the agent's status, as a view of the probe's family. Raises NotTraceable, KernelError."""
+        family = probe.family
         self._requests = RequestSocket()
         self._probe, self._family = probe, family
         self._table = f"{TABLE_PREFIX}{int(time.time())}_{probe.ip_id:04x}"
@@ -94,7 +94,7 @@ class End:
         self._look: _Look
         self._look_back: _Look = _nothing
         if self.source is not None and self.source.link is None and self.namespace is None:
-            raise NotTraceable(f"no pod of this node has {ip_text(4, probe.source)}")
+            raise NotTraceable(f"no pod of this node has {ip_text(probe.version, probe.source)}")
         if self.source is not None and self.destination is not None:
             self._between(looks)
         elif self.source is not None or ours[0]:
@@ -106,9 +106,8 @@ class End:
         elif self.destination is not None or ours[1]:
             self._arriving(looks, back)
         else:
-            raise NotTraceable(
-                f"neither {ip_text(4, probe.source)} nor {ip_text(4, probe.destination)} is of this node"
-            )
+            ends = (ip_text(probe.version, end) for end in (probe.source, probe.destination))
+            raise NotTraceable(f"neither {' nor '.join(ends)} is of this node")
 
     def _between(self, looks: Looks) -> None:
         assert self.source is not None
@@ -181,7 +180,7 @@ class End:
     def passed(self) -> list[Passed]:
         """What was counted so far, by point. Raises KernelError."""
         counts: list[dict[str, int]] = [{} for _ in self.points]
-        for family in {point.family for point in self.points}:
+        for family in self._tables():
             for place, seen, packets in way.counted(program.read_table(family, self._table)):
                 counts[place][seen] = packets
         return [Passed(self.node.name, point, each) for point, each in zip(self.points, counts, strict=True)]
@@ -213,10 +212,14 @@ class End:
             lines = pods.inside(self.node, self._family, other, one, there, (Gap.ANSWER, *_LEAVING[1:]))
             yield from ((True, *each) for each in lines)
 
+    def _tables(self) -> set[str]:
+        """nftables' families of those that count."""
+        return {way.table_family(point, self._probe) for point in self.points}
+
     def close(self) -> None:
         """Take the counters away again."""
         try:
-            for family in {point.family for point in self.points}:
+            for family in self._tables():
                 with suppress(KernelError):
                     program.load_table(family, self._table, [])
         finally:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+from lease.families import FAMILIES
 from lease.model import ip_text, prefix
+from overlay.api.family import of_family
 from overlay.ask.client import COUNTED_S, NoAnswer, ask_agent, path_of, secret_in
 from overlay.ask.server import Refused
 from overlay.kernel.netlink import KernelError, error_text
@@ -41,12 +43,12 @@ class Traces:
             if len(self._timers) >= MOST:
                 raise Refused(f"{MOST} traces are under way here: try again in {FORGOTTEN_S:.0f} s")
             try:
-                end = End(self._status(), probe)
+                end = End(of_family(self._status(), probe.version), probe)
             except (NotTraceable, KernelError) as error:
                 raise Refused(str(error)) from error
             if not end.arrives:
                 end.close()
-                raise Refused(f"{ip_text(4, probe.destination)} is of no pod here")
+                raise Refused(f"{ip_text(probe.version, probe.destination)} is of no pod here")
             try:
                 end.begin()
             except KernelError as error:
@@ -103,14 +105,16 @@ def _probe_of(words: Mapping[str, str]) -> Probe:
     """Raises Refused."""
     try:
         numbers = {name: int(words[name]) for name in ("source", "destination", "port", "ident", "ip_id", "size")}
-        protocol = words["protocol"]
+        protocol, version = words["protocol"], int(words.get("version", "4"))
     except (KeyError, ValueError) as error:
         raise Refused(f"not a question of a trace: {error}") from error
-    longest = 0xFFFFFFFF, 0xFFFF
+    if version not in FAMILIES:
+        raise Refused("not a question of a trace: an unknown family")
+    longest = (1 << FAMILIES[version].bits) - 1, 0xFFFF
     fits = all(0 <= number <= longest[name not in ("source", "destination")] for name, number in numbers.items())
     if not fits or protocol not in PROTOCOLS:
         raise Refused("not a question of a trace: a number out of range, or an unknown protocol")
-    return Probe(protocol=protocol, **numbers)
+    return Probe(protocol=protocol, version=version, **numbers)
 
 
 def _as_values(passed: Passed) -> dict[str, Any]:
@@ -148,10 +152,10 @@ class AskedEnd:
 
 
 def ask_run(found: Mapping[str, Any], source: int, path: str, words: Mapping[str, str]) -> dict[str, Any]:
-    """A whole trace, by the agent of the node that a pod is on. Raises NotTraceable."""
+    """A whole trace, by the agent of the node that a pod is on. found: a view of the pod's family. Raises NotTraceable."""
     peer = next((each for each in found["peers"] if prefix(each["subnet"]).holds(source)), None)
     if peer is None:
-        raise NotTraceable(f"{ip_text(4, source)} is in no node's subnet")
+        raise NotTraceable(f"{words['source'][:60]} is in no node's subnet")
     return ask_of(found, peer["subnet"], path, words)
 
 

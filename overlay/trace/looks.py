@@ -116,7 +116,10 @@ class Looks:
         """From another node to a pod of this one, or (None) to the node itself."""
         node = self._node
         if peer is None:
-            yield Gap.INPUT, f"this node knows no peer whose pods have {ip_text(4, self._probe.source)}: overlay status"
+            yield (
+                Gap.INPUT,
+                f"no peer is known here whose pods have {ip_text(self._probe.version, self._probe.source)}: overlay status",
+            )
         direct = peer is not None and peer.direct
         beyond = node.underlay if direct else node.tunnel
         link = node.link(beyond)
@@ -161,7 +164,7 @@ class Looks:
     def _flow(self, iif: str, oif: str) -> Flow:
         probe = self._probe
         return Flow(
-            self._family.nft, iif, oif, probe.source, probe.destination, probe.protocol, probe.port, "these packets",
+            self._family.nft, iif, oif, probe.source, probe.destination, probe.name, probe.port, "these packets",
             self._back, size=probe.size,
         )  # fmt: skip
 

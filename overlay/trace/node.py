@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lease.families import V4, Family
 from lease.model import Prefix, ip_number, prefix
+from overlay.api.family import network_of
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.node.interfaces import gateway_holders
@@ -95,7 +96,7 @@ class Node(NamedTuple):
 
 
 def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4) -> Node:
-    """This node, by its agent's status. Raises NotTraceable, KernelError."""
+    """This node, by its agent's status, as a view of the family. Raises NotTraceable, KernelError."""
     if not found["lease"] or not found["device"] or not found["underlay"]:
         raise NotTraceable("this node has no lease or no device yet: overlay status says what it waits for")
     own = prefix(found["lease"]["subnet"])
@@ -106,7 +107,7 @@ def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4)
     return Node(
         name=found["node_name"] or found["lease"]["public_ip"],
         own=own,
-        network=prefix(found["network"]["subnets"]["ipv4"]["network"]),
+        network=network_of(found),
         tunnel=found["device"]["name"],
         underlay=found["underlay"]["interface"],
         local=ip_number(found["device"]["local"], family.number),

@@ -11,16 +11,15 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from lease.model import ip_text
-from overlay.trace.probe import Probe
+from overlay.trace.probe import ICMP, Probe
 
 FIRST, LAST = -500, 500
 """Priorities before and behind those that others use (nft(8): raw -300 to srcnat 100, our guard 300)."""
-_INNER_ID, _INNER_SOURCE, _INNER_DESTINATION = 8 + 8 + 14 + 4, 8 + 8 + 14 + 12, 8 + 8 + 14 + 16
-"""Bytes of the inner IPv4 header behind the start of the outer UDP header: UDP, VXLAN, Ethernet before it (RFC 7348)."""
-_INNER_PORTS = 8 + 8 + 14 + 20
-_UNREACHABLE, _ECHO, _SYN = 3, 8, 2
-_QUOTED_ID = 8 + 4
-"""ICMP's types, TCP's flags, and where the quoted header's identification is, behind the start of ICMP (RFC 792)."""
+_INNER = 8 + 8 + 14
+"""Where the inner IP header is, in bytes behind the start of the outer UDP header: UDP, VXLAN, Ethernet (RFC 7348)."""
+_MARK, _HEADER = {4: 4, 6: 2}, {4: 20, 6: 40}
+"""By family, where the probe's mark is in an IP header, and how long that is."""
+_ICMP_HEADER, _SYN = 8, 2
 PLAIN, TO_ANOTHER, FROM_ANOTHER, ERROR = "plain", "to another", "from another", "error"
 """How a packet may be seen: as it was sent; its destination changed on the way; its source changed; in place of the answer
 an ICMP error about it."""
@@ -51,8 +50,8 @@ class Gap(Enum):
 
 
 class Point(NamedTuple):
-    """hook: of nftables, family: ip, bridge or netdev; priority; iif, oif: names of interfaces, "": any. outer: the packet
-    is inside one of the tunnel's, of UDP port `port`. back: it is the answer."""
+    """hook: of nftables; family: its, ip (also of IPv6: table_family), bridge or netdev; priority; iif, oif: names of
+    interfaces, "": any. outer: the packet is inside one of the tunnel's, of UDP port `port`. back: it is the answer."""
 
     what: str
     gap: Gap
@@ -200,23 +199,29 @@ def objects(points: Iterable[Point], probe: Probe, port: int, table: str) -> dic
     made: dict[str, dict[tuple[str, int, str], str]] = {}
     found: dict[str, list[dict[str, Any]]] = {}
     for place, point in enumerate(points):
+        family = table_family(point, probe)
         device = point.iif if point.family == "netdev" else ""
-        chains = made.setdefault(point.family, {})
-        those = found.setdefault(point.family, [])
+        chains = made.setdefault(family, {})
+        those = found.setdefault(family, [])
         key = point.hook, point.priority, device
         if key not in chains:
             chains[key] = name = f"c{len(chains)}"
             chain: dict[str, Any] = {
-                "family": point.family, "table": table, "name": name, "type": "filter", "hook": point.hook,
+                "family": family, "table": table, "name": name, "type": "filter", "hook": point.hook,
                 "prio": point.priority, "policy": "accept",
             }  # fmt: skip
             those.append({"chain": {**chain, "dev": device} if device else chain})
         for seen, match in _matches(point, probe, port):
-            rule = {"family": point.family, "table": table, "chain": chains[key], "comment": f"{place} {seen}"}
+            rule = {"family": family, "table": table, "chain": chains[key], "comment": f"{place} {seen}"}
             those.append(
                 {"rule": {**rule, "expr": [*_interfaces(point), *match, {"counter": {"packets": 0, "bytes": 0}}]}}
             )
     return found
+
+
+def table_family(point: Point, probe: Probe) -> str:
+    """Of the table that counts a probe at a point."""
+    return probe.family.nft if point.family == "ip" else point.family
 
 
 def counted(listed: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, str, int]]:
@@ -237,50 +242,60 @@ def _interfaces(point: Point) -> Iterator[dict[str, Any]]:
 
 
 def _matches(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    source, destination = ip_text(4, probe.source), ip_text(4, probe.destination)
-    if point.outer:
-        head = [_equal(_field("udp", "dport"), port)]
-        if point.back:
-            ends = [*head, _raw(_INNER_SOURCE, 4, probe.destination), _raw(_INNER_DESTINATION, 4, probe.source)]
-            yield PLAIN, [*ends, *_answers(probe, True)]
-            if probe.protocol != "icmp":
-                error = _raw(_INNER_PORTS, 1, _UNREACHABLE), _raw(_INNER_PORTS + _QUOTED_ID, 2, probe.ip_id)
-                yield ERROR, [*ends, *error]
-            return
-        marked = [*head, _raw(_INNER_ID, 2, probe.ip_id)]
-        from_it, to_it = _raw(_INNER_SOURCE, 4, probe.source), _raw(_INNER_DESTINATION, 4, probe.destination)
-        from_another = _raw(_INNER_SOURCE, 4, probe.source, "!=")
-        yield PLAIN, [*marked, from_it, to_it, *_kept(probe, True, True, True)]
-        yield TO_ANOTHER, [*marked, from_it, _not(to_it), *_kept(probe, True, True, False)]
-        yield FROM_ANOTHER, [*marked, from_another, to_it, *_kept(probe, True, False, True)]
-        return
-    protocol = _equal(_field("ip", "protocol"), probe.protocol)
+    yield from _matches_outer(point, probe, port) if point.outer else _matches_bare(point, probe)
+
+
+def _matches_outer(point: Point, probe: Probe, port: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Inside of a packet of the tunnel."""
+    size, ip = probe.family.size, probe.family
+    head = [_equal(_field("udp", "dport"), port)]
+    from_at, to_at = _INNER + ip.source_at, _INNER + ip.destination_at
     if point.back:
-        to_source = _equal(_field("ip", "daddr"), source)
+        ends = [*head, _raw(from_at, size, probe.destination), _raw(to_at, size, probe.source)]
+        yield PLAIN, [*ends, *_answers(probe, True)]
+        if probe.protocol != "icmp":
+            at = _INNER + _HEADER[probe.version]
+            quoted = at + _ICMP_HEADER + _MARK[probe.version]
+            yield ERROR, [*ends, _raw(at, 1, ICMP[probe.version].unreachable), _raw(quoted, 2, probe.ip_id)]
+        return
+    marked = [*head, _raw(_INNER + _MARK[probe.version], 2, probe.ip_id)]
+    from_it, to_it = _raw(from_at, size, probe.source), _raw(to_at, size, probe.destination)
+    yield PLAIN, [*marked, from_it, to_it, *_kept(probe, True, True, True)]
+    yield TO_ANOTHER, [*marked, from_it, _not(to_it), *_kept(probe, True, True, False)]
+    yield FROM_ANOTHER, [*marked, _not(from_it), to_it, *_kept(probe, True, False, True)]
+
+
+def _matches_bare(point: Point, probe: Probe) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    source, destination = (ip_text(probe.version, end) for end in (probe.source, probe.destination))
+    ip = probe.family.nft
+    protocol = _equal({"meta": {"key": "l4proto"}}, probe.name)
+    if point.back:
+        to_source = _equal(_field(ip, "daddr"), source)
         yield PLAIN, [to_source, protocol, *_answers(probe, False)]
         if probe.protocol != "icmp":
-            error = _equal(_field("icmp", "type"), "destination-unreachable"), _raw(_QUOTED_ID, 2, probe.ip_id)
-            yield ERROR, [to_source, *error]
+            quoted = _raw(_ICMP_HEADER + _MARK[probe.version], 2, probe.ip_id)
+            icmp = "icmp" if probe.version == 4 else "icmpv6"
+            yield ERROR, [to_source, _equal(_field(icmp, "type"), "destination-unreachable"), quoted]
         return
-    marked = [protocol, _equal(_field("ip", "id"), probe.ip_id)]
-    from_it, to_it = _equal(_field("ip", "saddr"), source), _equal(_field("ip", "daddr"), destination)
-    yield PLAIN, [*marked, from_it, to_it, *_kept(probe, False, True, True)]
-    yield TO_ANOTHER, [*marked, from_it, _not(to_it), *_kept(probe, False, True, False)]
-    yield FROM_ANOTHER, [*marked, _not(from_it), to_it, *_kept(probe, False, False, True)]
+    from_it, to_it = _equal(_field(ip, "saddr"), source), _equal(_field(ip, "daddr"), destination)
+    marked = [protocol, _raw(_MARK[probe.version], 2, probe.ip_id, base="nh")]
+    yield PLAIN, [from_it, to_it, *marked, *_kept(probe, False, True, True)]
+    yield TO_ANOTHER, [from_it, _not(to_it), *marked, *_kept(probe, False, True, False)]
+    yield FROM_ANOTHER, [_not(from_it), to_it, *marked, *_kept(probe, False, False, True)]
 
 
 def _kept(probe: Probe, outer: bool, source: bool, destination: bool) -> list[dict[str, Any]]:
-    """What NAT leaves alone, by which packets of others that have the same identification are told apart (those of each
+    """What NAT leaves alone, by which packets of others that have the same mark are told apart (identifications of each
     socket count up through all): of TCP that it is a first SYN, of UDP its length, of ICMP (whose identifier NAT may change)
     the type. source, destination: those ends were not changed, nor their ports."""
-    at = _INNER_PORTS if outer else 0
+    at = _INNER + _HEADER[probe.version] if outer else 0
     if probe.protocol == "icmp":
-        kinds = [_raw(at, 1, _ECHO)]
+        kinds = [_raw(at, 1, ICMP[probe.version].request)]
         return [*kinds, _raw(at + 4, 2, probe.ident)] if source else kinds
     ports = [_raw(at, 2, probe.ident)] if source else []
     ports += [_raw(at + 2, 2, probe.port)] if destination else []
     if probe.protocol == "udp":
-        return [*ports, _raw(at + 4, 2, max(0, probe.size - 28) + 8)]
+        return [*ports, _raw(at + 4, 2, probe.data + 8)]
     return [*ports, _raw(at + 8, 4, 0), _raw(at + 13, 1, _SYN)]
 
 
@@ -291,12 +306,13 @@ def _not(match: dict[str, Any]) -> dict[str, Any]:
 
 def _answers(probe: Probe, outer: bool) -> list[dict[str, Any]]:
     """What says that a packet is an answer to the probe."""
-    if probe.protocol == "icmp":
-        if outer:
-            return [_raw(_INNER_PORTS, 1, 0), _raw(_INNER_PORTS + 4, 2, probe.ident)]
-        return [_equal(_field("icmp", "type"), "echo-reply"), _equal(_field("icmp", "id"), probe.ident)]
     if outer:
-        return [_raw(_INNER_PORTS, 2, probe.port), _raw(_INNER_PORTS + 2, 2, probe.ident)]
+        at = _INNER + _HEADER[probe.version]
+        if probe.protocol == "icmp":
+            return [_raw(at, 1, ICMP[probe.version].answer), _raw(at + 4, 2, probe.ident)]
+        return [_raw(at, 2, probe.port), _raw(at + 2, 2, probe.ident)]
+    if probe.protocol == "icmp":
+        return [_equal(_field(probe.name, "type"), "echo-reply"), _equal(_field(probe.name, "id"), probe.ident)]
     return [_equal(_field(probe.protocol, "sport"), probe.port), _equal(_field(probe.protocol, "dport"), probe.ident)]
 
 
@@ -304,8 +320,9 @@ def _field(protocol: str, name: str) -> dict[str, Any]:
     return {"payload": {"protocol": protocol, "field": name}}
 
 
-def _raw(at: int, size: int, value: int, operator: str = "==") -> dict[str, Any]:
-    return _equal({"payload": {"base": "th", "offset": at * 8, "len": size * 8}}, value, operator)
+def _raw(at: int, size: int, value: int, base: str = "th") -> dict[str, Any]:
+    """size: bytes. JSON has no numbers of an IPv6 address's size: nft reads them as text."""
+    return _equal({"payload": {"base": base, "offset": at * 8, "len": size * 8}}, value if size < 8 else f"{value:#x}")
 
 
 def _equal(left: dict[str, Any], right: Any, operator: str = "==") -> dict[str, Any]:

@@ -22,7 +22,7 @@ WAIT_S = 1.0
 
 
 class Request(NamedTuple):
-    """What is to be traced. size: of the packets, None: small ones, then full-size ones."""
+    """What is to be traced. size: of the packets, None: small ones, then full-size ones; version: of the addresses."""
 
     source: int
     destination: int
@@ -31,6 +31,11 @@ class Request(NamedTuple):
     size: int | None
     flows: int = 1
     """So many are tried, each from a port of its own: of several ways between nodes each flow takes one."""
+    version: int = 4
+
+    def text(self, address: int) -> str:
+        """An address of the request's family."""
+        return ip_text(self.version, address)
 
 
 class Traced(NamedTuple):
@@ -45,13 +50,13 @@ class Traced(NamedTuple):
 
 
 def trace(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
-    """Each size that was tried, of each flow. found: the agent's status; status: asks for that of now. Raises NotTraceable,
-    OSError."""
+    """Each size that was tried, of each flow. found: the agent's status, as a view of the family; status: asks for that of
+    now. Raises NotTraceable, OSError."""
     return [each for _ in range(request.flows) for each in _flow(found, request, status)]
 
 
 def _flow(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
-    small = probes.least(request.protocol)
+    small = probes.least(request.protocol, request.version)
     traced = [_one(found, request, request.size or small, status)]
     mtu = (found["device"] or {}).get("mtu", 0)
     if (
@@ -83,11 +88,12 @@ def _one(
     size: int,
     status: Callable[[], Mapping[str, Any]],
 ) -> Traced:
-    probe = Probe(request.source, request.destination, request.protocol, request.port, *numbers(), size)
+    ends = request.source, request.destination
+    probe = Probe(*ends, request.protocol, request.port, *numbers(), size, request.version)
     with closing(End(found, probe)) as end:
         if end.arrives:
             where = end.peer.name if end.peer is not None else "the node of the source"
-            raise NotTraceable(f"{ip_text(4, probe.source)} is not of this node: run it at {where}")
+            raise NotTraceable(f"{request.text(probe.source)} is not of this node: run it at {where}")
         notes = []
         if end.source is not None and end.namespace is None:
             notes.append(
@@ -96,14 +102,14 @@ def _one(
             )
         far = None
         if end.peer is None and end.node.network.holds(probe.destination) and not end.inside:
-            where = ip_text(4, probe.destination)
+            where = request.text(probe.destination)
             refused = refused_record(found, where)
             notes.append(
                 refused or f"{where} is in Network {end.node.network}, but in no peer's subnet: no node holds it"
             )
         if end.peer is not None:
             try:
-                addresses = ip_text(4, end.peer.subnet.base), ip_text(4, end.peer.public_ip)
+                addresses = request.text(end.peer.subnet.base), request.text(end.peer.public_ip)
                 far = far_ends.ask_far(found, *addresses, end.peer.name, probe)
             except NotTraceable as error:
                 notes.append(str(error))

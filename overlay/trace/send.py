@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lease.model import ip_text
+from lease.model import ip_number, ip_text
 from overlay.kernel import namespaces
-from overlay.trace.probe import Answer, Probe, answer, packet
+from overlay.trace.probe import Answer, Probe, answer, answer_of_packet, packet
 
 COUNT, GAP_S = 3, 0.1
-_IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE = 10, 3
+_MTU_DISCOVER = {4: (socket.IPPROTO_IP, 10), 6: (socket.IPPROTO_IPV6, 23)}
+_PROBE = 3
+"""IP_MTU_DISCOVER and IPV6_MTU_DISCOVER: what is known of the path's MTU is not asked."""
 
 
 class Sent(NamedTuple):
@@ -36,19 +38,20 @@ class Sender:
 
     def _sockets(self) -> list[socket.socket]:
         flags = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        made = [socket.socket(socket.AF_INET, flags, socket.IPPROTO_RAW)]
-        made[0].setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_PROBE)
-        protocols = {int(socket.IPPROTO_ICMP), self._probe.number}
-        return made + [socket.socket(socket.AF_INET, flags, protocol) for protocol in protocols]
+        family = self._probe.family
+        made = [socket.socket(family.af, flags, socket.IPPROTO_RAW)]  # with the header; so is all that is of IPv6
+        made[0].setsockopt(*_MTU_DISCOVER[family.number], _PROBE)
+        icmp = self._probe._replace(protocol="icmp").number
+        return made + [socket.socket(family.af, flags, protocol) for protocol in {icmp, self._probe.number}]
 
     def send(self, wait_s: float) -> Sent:
         """All of them, and what is answered within a time behind the last."""
         found: list[tuple[Answer, int]] = []
-        count, refused = 0, ""
+        count, refused, where = 0, "", ip_text(self._probe.version, self._probe.destination)
         for sequence in range(COUNT):
             at = time.monotonic()
             try:
-                self._sending.sendto(packet(self._probe, sequence), (ip_text(4, self._probe.destination), 0))
+                self._sending.sendto(packet(self._probe, sequence), (where, 0))
                 count += 1
             except OSError as error:
                 refused = error.strerror or str(error)
@@ -61,12 +64,18 @@ class Sender:
         while (left := end - time.monotonic()) > 0 and len(found) < most:
             for each in select.select(self._receiving, [], [], left)[0]:
                 try:
-                    data = each.recv(1 << 16)
+                    data, (source, *_) = each.recvfrom(1 << 16)
                 except BlockingIOError:
                     continue
-                if (one := answer(self._probe, data)) is not None:
+                if (one := self._answer(each.proto, source, data)) is not None:
                     found.append((one, round((time.monotonic() - sent_at) * 1e6)))
         return found
+
+    def _answer(self, protocol: int, source: str, data: bytes) -> Answer | None:
+        """Of IPv6 a raw socket gives what is behind the header (ipv6(7))."""
+        if self._probe.version == 4:
+            return answer_of_packet(self._probe, data)
+        return answer(self._probe, protocol, ip_number(source.partition("%")[0], 6), data)
 
     def close(self) -> None:
         """Close the sockets."""

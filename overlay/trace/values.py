@@ -14,8 +14,8 @@ def as_values(request: Request, traced: Sequence[Traced]) -> dict[str, Any]:
     """As JSON values. The verdict is that of the first size that does not come through, else of the last."""
     shown = worst(traced)
     return {
-        "source": ip_text(4, request.source),
-        "destination": ip_text(4, request.destination),
+        "source": request.text(request.source),
+        "destination": request.text(request.destination),
         "protocol": request.protocol,
         "port": request.port or None,
         "verdict": shown.verdict.state.value,
@@ -69,7 +69,8 @@ def _round(traced: Traced) -> dict[str, Any]:
         "sent": traced.seen.sent,
         "verdict": traced.verdict.state.value,
         "answers": [
-            {"text": each.text, "from": ip_text(4, each.source), "rtt_us": took} for each, took in traced.answers
+            {"text": each.text, "from": ip_text(each.version, each.source), "rtt_us": took}
+            for each, took in traced.answers
         ],
         "steps": [
             {

@@ -138,7 +138,9 @@ def _changed(seen: Seen) -> tuple[str, ...]:
 
 def _errors(seen: Seen) -> tuple[str, ...]:
     """What somebody on the way answered instead."""
-    bad = dict.fromkeys(f"{ip_text(4, each.source)} says: {each.text}" for each in seen.answers if not each.good)
+    bad = dict.fromkeys(
+        f"{ip_text(each.version, each.source)} says: {each.text}" for each in seen.answers if not each.good
+    )
     return tuple(bad)
 
 

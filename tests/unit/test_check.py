@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from overlay.check.refused import refused_record
-from overlay.check.run import Refused, Unknown, resolve
+from overlay.check.run import RefusedRecord, Unknown, resolve
 from overlay.control.health import rank
 
 KEY, REASON = "10.244.9.0-24&fd00:9::-64", "PublicIP 192.168.1.9 is also 10.244.8.0-24's (node8)"
@@ -39,9 +39,9 @@ def test_nobody_else_is(target):
 
 
 def test_check_says_why_it_is_not_known():
-    with pytest.raises(Refused, match=r"10\.244\.9\.7: record .* is refused.*PublicIP"):
+    with pytest.raises(RefusedRecord, match=r"10\.244\.9\.7: record .* is refused.*PublicIP"):
         resolve("10.244.9.7", FOUND)
-    with pytest.raises(Refused, match=r"node7: record node7 is refused.*no VtepMAC"):
+    with pytest.raises(RefusedRecord, match=r"node7: record node7 is refused.*no VtepMAC"):
         resolve("node7", FOUND)
     with pytest.raises(Unknown, match="no node holds it"):
         resolve("10.244.77.7", FOUND)

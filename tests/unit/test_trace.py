@@ -46,30 +46,34 @@ def reply(one: Probe, body: bytes, source: int = OTHER, protocol: int | None = N
 
 def test_answers_are_known_and_those_to_others_are_not():
     icmp, tcp, udp = made(), made("tcp", 40), made("udp")
-    assert probe.answer(icmp, reply(icmp, struct.pack("!BBHHH", 0, 0, 0, 61000, 1))).good
-    assert probe.answer(icmp, reply(icmp, struct.pack("!BBHHH", 0, 0, 0, 61001, 1))) is None
-    assert probe.answer(icmp, reply(icmp, struct.pack("!BBHHH", 8, 0, 0, 61000, 1))) is None
+    assert probe.answer_of_packet(icmp, reply(icmp, struct.pack("!BBHHH", 0, 0, 0, 61000, 1))).good
+    assert probe.answer_of_packet(icmp, reply(icmp, struct.pack("!BBHHH", 0, 0, 0, 61001, 1))) is None
+    assert probe.answer_of_packet(icmp, reply(icmp, struct.pack("!BBHHH", 8, 0, 0, 61000, 1))) is None
     reset = struct.pack("!HHLLBBHHH", 80, 61000, 0, 1, 5 << 4, 20, 0, 0, 0)
-    assert probe.answer(tcp, reply(tcp, reset)) == Answer("refused (nobody listens on that port)", True, OTHER, True)
+    assert probe.answer_of_packet(tcp, reply(tcp, reset)) == Answer(
+        "refused (nobody listens on that port)", True, OTHER, True
+    )
     accepted = struct.pack("!HHLLBBHHH", 80, 61000, 0, 1, 5 << 4, 18, 0, 0, 0)
-    assert probe.answer(tcp, reply(tcp, accepted)).text == "answered (the port is open)"
-    assert probe.answer(tcp, reply(tcp, struct.pack("!HHLL", 81, 61000, 0, 1))) is None
-    assert probe.answer(udp, reply(udp, struct.pack("!HHHH", 80, 61000, 8, 0))).good
+    assert probe.answer_of_packet(tcp, reply(tcp, accepted)).text == "answered (the port is open)"
+    assert probe.answer_of_packet(tcp, reply(tcp, struct.pack("!HHLL", 81, 61000, 0, 1))) is None
+    assert probe.answer_of_packet(udp, reply(udp, struct.pack("!HHHH", 80, 61000, 8, 0))).good
     for rubbish in (b"", b"\x45", b"\x60" * 60, b"\x45" * 27):
-        assert probe.answer(icmp, rubbish) is None
+        assert probe.answer_of_packet(icmp, rubbish) is None
 
 
 def test_an_error_about_a_probe_is_no_answer_unless_the_destination_itself_refuses():
     one = made("udp")
     error = struct.pack("!BBHHH", 3, 3, 0, 0, 0) + probe.packet(one, 0)[:28]
-    assert probe.answer(one, reply(one, error, OTHER, 1)) == Answer(
+    assert probe.answer_of_packet(one, reply(one, error, OTHER, 1)) == Answer(
         "refused (nobody listens on that port)", True, OTHER, True
     )
-    assert probe.answer(one, reply(one, error, ROUTER, 1)) == Answer("nobody listens on that port", False, ROUTER, True)
+    assert probe.answer_of_packet(one, reply(one, error, ROUTER, 1)) == Answer(
+        "nobody listens on that port", False, ROUTER, True
+    )
     too_large = struct.pack("!BBHHH", 3, 4, 0, 0, 1400) + probe.packet(one, 0)[:28]
-    assert "too large" in probe.answer(one, reply(one, too_large, ROUTER, 1)).text
+    assert "too large" in probe.answer_of_packet(one, reply(one, too_large, ROUTER, 1)).text
     anothers = struct.pack("!BBHHH", 3, 4, 0, 0, 1400) + probe.packet(one._replace(ip_id=9), 0)[:28]
-    assert probe.answer(one, reply(one, anothers, ROUTER, 1)) is None
+    assert probe.answer_of_packet(one, reply(one, anothers, ROUTER, 1)) is None
 
 
 # --- points

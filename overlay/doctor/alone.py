@@ -1,0 +1,106 @@
+"""A node whose agent does not answer: what stands in its kernel, by subnet.env and the devices' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lease.families import V4
+from lease.model import Prefix, ip_text, mac_text
+from overlay.cni.lists import networks_of, previous_subnet
+from overlay.doctor.finding import Finding, Findings, State, ok
+from overlay.kernel.netlink import RequestSocket
+from overlay.kernel.route.entries import PROTOCOL, FoundRoute, Link
+from overlay.kernel.route.links import Links
+from overlay.node.interfaces import gateway_holders
+from overlay.trace.node import Node, NotTraceable
+
+_KINDS = {"vxlan": ("vxlan", 50), "ipip": ("ipip", 20), "wireguard": ("wireguard", 80), "tun": ("wireguard", 80)}
+"""Backend and bytes of its outer headers, by the kind of the device."""
+_NAMES = ("flannel.", "flannel-wg")
+"""flannel.VNI, flannel.ipip; flannel-wg."""
+NAMED = 3
+
+
+def node_of(subnet_file: str, requests: RequestSocket) -> Node:
+    """This node, for IPv4. Raises NotTraceable: no network was made here; KernelError, OSError."""
+    own = previous_subnet(subnet_file, 4)
+    network = next((each for each in networks_of(subnet_file) if each.family == 4), None)
+    if own is None or network is None:
+        raise NotTraceable(f"{subnet_file} is not there, or names no subnet: no agent has made a network here")
+    links = {link.ifindex: link for link in requests.links()}
+    addresses = tuple(requests.addresses(V4))
+    tunnel = _tunnel(links)
+    routes = [route for route in requests.routes(V4) if _is_of_peer(route, network, own, tunnel)]
+    local, lower, port = _under(tunnel, routes)
+    local = local or next((each.address for each in addresses if each.oif == lower and not each.scope), 0)
+    under = links.get(lower)
+    if under is None or not local:
+        raise NotTraceable("there is neither a tunnel's device nor a route to a peer: nothing stands of the network")
+    kind, overhead = _KINDS[tunnel.kind] if tunnel is not None else ("host-gw", 0)
+    beyond = tunnel or under
+    bridges = sorted(links[index].name for index in gateway_holders(own, addresses) if index in links)
+    return Node(
+        name="this node", own=own, network=network, tunnel=beyond.name, underlay=under.name, local=local, kind=kind,
+        port=port, mtu=beyond.mtu, overhead=overhead, links=links, addresses=addresses, bridges=tuple(bridges),
+        problems={}, dropped={}, peers=tuple({"path": "direct"} for route in routes if route.oif == lower),
+    )  # fmt: skip
+
+
+def _tunnel(links: dict[int, Link]) -> Link | None:
+    return next((link for link in links.values() if link.name.startswith(_NAMES) and link.kind in _KINDS), None)
+
+
+def _is_of_peer(route: FoundRoute, network: Prefix, own: Prefix, tunnel: Link | None) -> bool:
+    """Ours, and flannel's that go by the device."""
+    there = Prefix(network.family, route.key.base, route.key.length)
+    by_tunnel = tunnel is not None and route.oif == tunnel.ifindex
+    return network.covers(there) and there != own and bool(route.via) and (by_tunnel or route.protocol == PROTOCOL)
+
+
+def _under(tunnel: Link | None, routes: list[FoundRoute]) -> tuple[int, int, int]:
+    """Local address and interface of the underlay, and the tunnel's port; 0: not known."""
+    if tunnel is None:
+        return 0, next((route.oif for route in routes), 0), 0
+    links = Links()
+    try:
+        found = links.read(tunnel.name)
+    finally:
+        links.close()
+    if found is None:
+        return 0, 0, 0
+    return max(found.local, 0), found.lower, max(found.port, 0)
+
+
+def entries(node: Node, requests: RequestSocket) -> Findings:
+    """Whether each peer's entries are whole: they stay while no agent runs, but nobody puts them right."""
+    tunnel = node.link(node.tunnel)
+    if tunnel is None or not tunnel.up:
+        what = f"{node.tunnel} is {'not there' if tunnel is None else 'down'}"
+        yield Finding("entries", State.WRONG, what, "no packet goes to or comes from a peer", "start the agent")
+        return
+    of_tunnel = tunnel if node.kind != "host-gw" else None
+    routes = [route for route in requests.routes(V4) if _is_of_peer(route, node.network, node.own, of_tunnel)]
+    lacking = list(_lacking(node, tunnel.ifindex, routes, requests)) if node.kind == "vxlan" else []
+    if lacking:
+        shown = "; ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+        yield Finding(
+            "entries", State.WRONG, f"of {len(routes)} peers: {shown}", "their pods are not reached from here",
+            "start the agent: it puts them back",
+        )  # fmt: skip
+        return
+    whole = "a route, a neighbour and an FDB entry" if node.kind == "vxlan" else "a route"
+    yield ok("entries", f"{len(routes)} peers have {whole} each; who joins while no agent runs gets none")
+
+
+def _lacking(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSocket) -> Iterator[str]:
+    macs = {each.address: each.mac for each in requests.neighbours(V4, oif)}
+    known = {each.mac: each.dst for each in requests.fdb(V4, oif)}
+    for route in routes:
+        if route.oif != oif:
+            continue
+        subnet = Prefix(4, route.key.base, route.key.length)
+        mac = macs.get(route.via)
+        if mac is None:
+            yield f"{subnet} has no neighbour entry for {ip_text(4, route.via)} on {node.tunnel}"
+        elif not known.get(mac):
+            yield f"{subnet} has no FDB entry for {mac_text(mac)} on {node.tunnel}"
