@@ -15,12 +15,12 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from overlay.api.family import families, primary, views
+from lease.families import V4, Family
+from overlay.api.family import family_of, primary, views
 from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
 from overlay.cli.here import go_to
 from overlay.cli.status import NoAgent, asked
-from overlay.control.health import FIRST
 from overlay.doctor import agent, alone, host, network
 from overlay.doctor.finding import Finding, Findings, State, unknown
 from overlay.kernel.netlink import RequestSocket, error_text
@@ -92,42 +92,47 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
             "systemctl status overlayd, or kubectl -n kube-flannel get pods",
         )
         yield unknown("store and lease", "only the agent knows them")
-        yield from _without_agent(subnet_file)
+        for family in alone.families_of(subnet_file):
+            end = "" if family is V4 else f" {family.text}"
+            for each in _without_agent(subnet_file, family):
+                yield each._replace(subject=f"{each.subject}{end}")
         return
     whole, found = found, primary(found)
     for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
         yield from _guarded(of_agent.__name__, of_agent, found)
-    if len(families(whole)) > 1:
-        yield unknown("IPv6", "sysctls, MTUs, offloads and addresses are looked at for IPv4 alone")
-    elif found["family"] != FIRST:
-        yield unknown("network", "sysctls, MTUs, offloads and addresses are looked at for IPv4 alone")
-        return
+    devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
+    for view in views(whole, None):
+        end = f" {family_of(view).text}" if view["family"] != found["family"] else ""
+        for each in _of_family(view, subnet_file, devices):
+            yield each._replace(subject=f"{each.subject}{end}")
+
+
+def _of_family(view: Mapping[str, Any], subnet_file: str, devices: Mapping[str, int]) -> Findings:
+    """view: the status, as a view of the family."""
     requests = RequestSocket()
     try:
-        node = nodes.read(found, requests)
+        node = nodes.read(view, requests, family_of(view))
     except (NotTraceable, OSError) as error:
         yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
         return
     finally:
         requests.close()
-    devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
     yield from _of_network(node, subnet_file, devices)
     yield from _guarded("offloads", network.offloads, node)
 
 
 def _of_network(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
     """What can be looked at whether an agent runs or not. devices: each family's MTU, by its name."""
-    yield from _guarded("firewalls", network.firewalls)
-    for of_node in (network.sysctls, network.deaf, network.held):
+    for of_node in (network.firewalls, network.sysctls, network.deaf, network.held):
         yield from _guarded(of_node.__name__, of_node, node)
     yield from _guarded("MTU", network.mtus, node, subnet_file, devices)
     yield from _guarded("addresses", network.duplicates, node, who_answers)
 
 
-def _without_agent(subnet_file: str) -> Findings:
+def _without_agent(subnet_file: str, family: Family) -> Findings:
     requests = RequestSocket()
     try:
-        node = alone.node_of(subnet_file, requests)
+        node = alone.node_of(subnet_file, requests, family)
         yield from _guarded("entries", alone.entries, node, requests)
     except (NotTraceable, OSError) as error:
         yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lease.families import V4
+from lease.families import FAMILIES, V4, V6, Family
 from lease.model import Prefix, ip_text, mac_text
 from overlay.cni.lists import networks_of, previous_subnet
 from overlay.doctor.finding import Finding, Findings, State, ok
@@ -14,29 +14,35 @@ from overlay.kernel.route.links import Links
 from overlay.node.interfaces import gateway_holders
 from overlay.trace.node import Node, NotTraceable
 
-_KINDS = {"vxlan": ("vxlan", 50), "ipip": ("ipip", 20), "wireguard": ("wireguard", 80), "tun": ("wireguard", 80)}
-"""Backend and bytes of its outer headers, by the kind of the device."""
-_NAMES = ("flannel.", "flannel-wg")
-"""flannel.VNI, flannel.ipip; flannel-wg."""
+_KINDS = {"vxlan": ("vxlan", 0), "ipip": ("ipip", 20), "wireguard": ("wireguard", 80), "tun": ("wireguard", 80)}
+"""Backend and bytes of its outer headers (of VXLAN the family's), by the kind of the device."""
+_NAMES = {4: ("flannel.", "flannel-wg"), 6: ("flannel-v6.", "flannel-wg")}
+"""flannel.VNI, flannel.ipip, flannel-wg; flannel-v6.VNI, flannel-wg-v6, and flannel-wg of both families."""
 NAMED = 3
 
 
-def node_of(subnet_file: str, requests: RequestSocket) -> Node:
-    """This node, for IPv4. Raises NotTraceable: no network was made here; KernelError, OSError."""
-    own = previous_subnet(subnet_file, 4)
-    network = next((each for each in networks_of(subnet_file) if each.family == 4), None)
+def families_of(subnet_file: str) -> list[Family]:
+    """Of which a network was made here; IPv4, where none was."""
+    return [each for each in FAMILIES.values() if previous_subnet(subnet_file, each.number)] or [V4]
+
+
+def node_of(subnet_file: str, requests: RequestSocket, family: Family) -> Node:
+    """This node. Raises NotTraceable: no network was made here; KernelError, OSError."""
+    own = previous_subnet(subnet_file, family.number)
+    network = next((each for each in networks_of(subnet_file) if each.family == family.number), None)
     if own is None or network is None:
         raise NotTraceable(f"{subnet_file} is not there, or names no subnet: no agent has made a network here")
     links = {link.ifindex: link for link in requests.links()}
-    addresses = tuple(requests.addresses(V4))
-    tunnel = _tunnel(links)
-    routes = [route for route in requests.routes(V4) if _is_of_peer(route, network, own, tunnel)]
+    addresses = tuple(requests.addresses(family))
+    tunnel = _tunnel(links, family)
+    routes = [route for route in requests.routes(family) if _is_of_peer(route, network, own, tunnel)]
     local, lower, port = _under(tunnel, routes)
     local = local or next((each.address for each in addresses if each.oif == lower and not each.scope), 0)
     under = links.get(lower)
     if under is None or not local:
         raise NotTraceable("there is neither a tunnel's device nor a route to a peer: nothing stands of the network")
     kind, overhead = _KINDS[tunnel.kind] if tunnel is not None else ("host-gw", 0)
+    overhead = family.overhead if kind == "vxlan" else overhead
     beyond = tunnel or under
     bridges = sorted(links[index].name for index in gateway_holders(own, addresses) if index in links)
     return Node(
@@ -46,8 +52,10 @@ def node_of(subnet_file: str, requests: RequestSocket) -> Node:
     )  # fmt: skip
 
 
-def _tunnel(links: dict[int, Link]) -> Link | None:
-    return next((link for link in links.values() if link.name.startswith(_NAMES) and link.kind in _KINDS), None)
+def _tunnel(links: dict[int, Link], family: Family) -> Link | None:
+    names = _NAMES[family.number]
+    found = [link for link in links.values() if link.name.startswith(names) and link.kind in _KINDS]
+    return next(iter(sorted(found, key=lambda link: ("-v6" in link.name) != (family is V6))), None)
 
 
 def _is_of_peer(route: FoundRoute, network: Prefix, own: Prefix, tunnel: Link | None) -> bool:
@@ -79,7 +87,7 @@ def entries(node: Node, requests: RequestSocket) -> Findings:
         yield Finding("entries", State.WRONG, what, "no packet goes to or comes from a peer", "start the agent")
         return
     of_tunnel = tunnel if node.kind != "host-gw" else None
-    routes = [route for route in requests.routes(V4) if _is_of_peer(route, node.network, node.own, of_tunnel)]
+    routes = [route for route in requests.routes(node.family) if _is_of_peer(route, node.network, node.own, of_tunnel)]
     lacking = list(_lacking(node, tunnel.ifindex, routes, requests)) if node.kind == "vxlan" else []
     if lacking:
         shown = "; ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
@@ -89,18 +97,21 @@ def entries(node: Node, requests: RequestSocket) -> Findings:
         )  # fmt: skip
         return
     whole = "a route, a neighbour and an FDB entry" if node.kind == "vxlan" else "a route"
-    yield ok("entries", f"{len(routes)} peers have {whole} each; who joins while no agent runs gets none")
+    yield ok(
+        "entries", f"peers in the kernel: {len(routes)}, with {whole} each; who joins while no agent runs gets none"
+    )
 
 
 def _lacking(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSocket) -> Iterator[str]:
-    macs = {each.address: each.mac for each in requests.neighbours(V4, oif)}
-    known = {each.mac: each.dst for each in requests.fdb(V4, oif)}
+    number = node.family.number
+    macs = {each.address: each.mac for each in requests.neighbours(node.family, oif)}
+    known = {each.mac: each.dst for each in requests.fdb(node.family, oif)}
     for route in routes:
         if route.oif != oif:
             continue
-        subnet = Prefix(4, route.key.base, route.key.length)
+        subnet = Prefix(number, route.key.base, route.key.length)
         mac = macs.get(route.via)
         if mac is None:
-            yield f"{subnet} has no neighbour entry for {ip_text(4, route.via)} on {node.tunnel}"
+            yield f"{subnet} has no neighbour entry for {ip_text(number, route.via)} on {node.tunnel}"
         elif not known.get(mac):
             yield f"{subnet} has no FDB entry for {mac_text(mac)} on {node.tunnel}"

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 from lease.families import V4
-from lease.model import ip_number, ip_text, mac_text
+from lease.model import ip_text, mac_text, prefix
 from lease.tenure.claim import Answer
 from overlay.doctor.finding import Finding, Findings, State, ok, unknown
 from overlay.kernel.netlink import KernelError, RequestSocket, error_text
 from overlay.kernel.nftables import iptables, program
 from overlay.kernel.route.links import read_sysctl, write_sysctl
-from overlay.node.sysctls import bridge_filter_fault, wanted_sysctls
+from overlay.node.sysctls import bridge_filter_fault, wanted_sysctls, wanted_sysctls_of_ipv6
 from overlay.probes import ladder
 from overlay.probes.ladder import Rung
 from overlay.process.files import read_text
@@ -30,7 +30,11 @@ CLOSED_PORT = 1
 def sysctls(node: Node) -> Findings:
     """Those that pods' traffic needs."""
     direct = any(each["path"] == "direct" for each in node.peers)
-    wrong = wanted_sysctls(node.tunnel, node.underlay, direct, node.bridges, read_sysctl)
+    if node.family is V4:
+        wrong = wanted_sysctls(node.tunnel, node.underlay, direct, node.bridges, read_sysctl)
+    else:
+        own = (link.name for link in node.links.values() if link.kind not in ("veth", "bridge"))
+        wrong = wanted_sysctls_of_ipv6(node.tunnel, node.underlay, node.bridges, own, read_sysctl)
     for name, value in wrong.items():
         shown = name.replace("/", ".")
         yield Finding(
@@ -42,7 +46,10 @@ def sysctls(node: Node) -> Findings:
             partial(write_sysctl, name, value),
         )
     if not wrong:
-        yield ok("sysctls", "forwarding is on, and rp_filter lets packets of peers in")
+        filters = ", and rp_filter lets packets of peers in" if node.family is V4 else ""
+        yield ok("sysctls", f"forwarding is on{filters}")
+    if node.family is not V4:
+        return
     if fault := bridge_filter_fault(read_sysctl):
         what, _, mend = fault.partition("; ")
         yield Finding(
@@ -59,9 +66,12 @@ _DEAF = {
 }
 
 
+_DEAF6 = {"net/ipv6/icmp/echo_ignore_all": ("1", State.WARN, "no ping is answered: others call this node unreachable")}
+
+
 def deaf(node: Node) -> Findings:
     """Sysctls by which a node does not answer others."""
-    for name, (value, state, why) in _DEAF.items():
+    for name, (value, state, why) in (_DEAF if node.family is V4 else _DEAF6).items():
         name = name.format(underlay=node.underlay)  # noqa: PLW2901
         if read_sysctl(name) == value:
             shown = name.replace("/", ".")
@@ -102,10 +112,11 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def firewalls() -> Findings:
+def firewalls(node: Node) -> Findings:
     """Who has rules where packets of pods go, in the order in which they are asked; and what they do."""
+    family = node.family
     try:
-        chains = program.base_chains("ip")
+        chains = program.base_chains(family.nft)
     except KernelError as error:
         yield unknown("firewalls", error_text(error), "apt-get install nftables")
         return
@@ -114,7 +125,7 @@ def firewalls() -> Findings:
         there.sort(key=lambda chain: chain.priority)
         order = ", ".join(f"{chain.table} {chain.name} ({_whose(chain.table)}, {chain.priority})" for chain in there)
         yield ok(f"firewalls: {hook}", order or "nobody has rules")
-    old = iptables.legacy_tables(4)
+    old = iptables.legacy_tables(family.number)
     if old and any(chain.table in ("filter", "nat") for chain in chains):
         yield Finding(
             "firewalls",
@@ -189,17 +200,15 @@ def mtus(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
 def offloads(node: Node) -> Findings:
     """Whether packets whose checksum the network card (or the device of a virtual machine) makes arrive: some make it wrong
     inside of VXLAN. A TCP connection is tried where pings pass, whose checksum is made by us."""
-    peers = [
-        (each["node_name"] or each["public_ip"], ip_number(each["subnet"].partition("/")[0], 4)) for each in node.peers
-    ]
-    asked = ladder.ask(V4, [Rung("", vtep) for _, vtep in peers[: 4 * PEERS]], 2, 0.5) if peers else []
+    peers = [(each["node_name"] or each["public_ip"], prefix(each["subnet"]).base) for each in node.peers]
+    asked = ladder.ask(node.family, [Rung("", vtep) for _, vtep in peers[: 4 * PEERS]], 2, 0.5) if peers else []
     answering = [peer for peer, each in zip(peers, asked, strict=False) if each.outcome.ok][:PEERS]
     if not node.overhead:
         return  # nothing encapsulates
     if not answering:
         yield unknown("offloads", "no peer answers pings, by which a fault of checksums could be told from others")
         return
-    silent = [name for name, vtep in answering if not _takes_tcp(vtep)]
+    silent = [name for name, vtep in answering if not _takes_tcp(ip_text(node.family.number, vtep))]
     if len(silent) == len(answering):
         yield Finding(
             "offloads",
@@ -215,9 +224,9 @@ def offloads(node: Node) -> Findings:
         )
 
 
-def _takes_tcp(address: int) -> bool:
+def _takes_tcp(address: str) -> bool:
     try:
-        with socket.create_connection((ip_text(4, address), CLOSED_PORT), CONNECT_S):
+        with socket.create_connection((address, CLOSED_PORT), CONNECT_S):
             return True
     except ConnectionRefusedError:
         return True
@@ -226,8 +235,11 @@ def _takes_tcp(address: int) -> bool:
 
 
 def duplicates(node: Node, who_answers: Callable[[int], Answer]) -> Findings:
-    """Whether another machine has our address."""
-    address = ip_text(4, node.local)
+    """Whether another machine has our address. Of IPv6 the kernel finds that itself (RFC 4862, 5.4)."""
+    address = ip_text(node.family.number, node.local)
+    if not node.family.by_arp:
+        yield from _refused_by_kernel(address)
+        return
     found = who_answers(node.local)
     if found.by is not None:
         yield Finding(
@@ -241,6 +253,25 @@ def duplicates(node: Node, who_answers: Callable[[int], Answer]) -> Findings:
         yield ok("addresses", f"nobody else answers for {address}")
     else:
         yield unknown("addresses", f"whether anybody else has {address} cannot be asked on this link")
+
+
+def _refused_by_kernel(address: str) -> Findings:
+    done = subprocess.run(
+        ["ip", "-6", "-o", "addr", "show", "dadfailed"], capture_output=True, text=True, timeout=5, check=False
+    )
+    taken = [words[3] for words in map(str.split, done.stdout.splitlines()) if len(words) > 3]
+    if done.returncode:
+        yield unknown("addresses", f"duplicate addresses cannot be asked for: {done.stderr.strip()}")
+    elif taken:
+        yield Finding(
+            "addresses",
+            State.WRONG,
+            f"another machine has {', '.join(taken)}, so that the kernel does not use it here",
+            "who is sent to it there gets nothing",
+            "give one of both another address; ip -6 addr show dadfailed",
+        )
+    else:
+        yield ok("addresses", f"nobody else has {address}")
 
 
 def counters(found: Mapping[str, Any]) -> Findings:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from lease.families import V4, Family
+from lease.families import FAMILIES, V4, Family
 from lease.model import Prefix, ip_number, prefix
 from overlay.api.family import network_of
 from overlay.kernel.netlink import KernelError, RequestSocket
@@ -59,6 +59,11 @@ class Node(NamedTuple):
     problems: Mapping[str, str]
     dropped: Mapping[str, int]
     peers: tuple[Mapping[str, Any], ...]
+
+    @property
+    def family(self) -> Family:
+        """Of its pods."""
+        return FAMILIES[self.own.family]
 
     def number_of(self, name: str) -> int:
         """The number of an interface, 0: there is none of that name."""

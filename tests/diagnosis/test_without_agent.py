@@ -20,7 +20,10 @@ def test_entries_that_stand_are_counted_and_a_missing_one_is_named(world, backen
     one, two, _ = world.nodes(3)
     world.pod(one, "a")
     one.kill()
-    assert entries(world, one) == ("ok", f"2 peers have {whole} each; who joins while no agent runs gets none")
+    assert entries(world, one) == (
+        "ok",
+        f"peers in the kernel: 2, with {whole} each; who joins while no agent runs gets none",
+    )
     subjects = {each["subject"]: each["state"] for each in doctor(world, one)}
     assert subjects["agent"] == "wrong"
     assert {subjects[name] for name in ("sysctls", "firewalls: forward", "MTU", "addresses")} == {"ok"}

@@ -19,6 +19,19 @@ def test_doctor_finds_nothing_wrong_with_a_healthy_node(world):
     found = {(each["subject"], each["state"]): each for each in json.loads(done.stdout)}
     assert ("MTU", "ok") in found, found
     assert ("MTU", "wrong") not in found
+    assert {subject for subject, _ in found} >= {"sysctls IPv6", "MTU IPv6", "addresses IPv6", "offloads IPv6"}, found
+    assert {state for subject, state in found if subject.endswith("IPv6")} == {"ok"}, found
+    one.kill()
+    done = subprocess.run(
+        ["ip", "netns", "exec", world.namespace(one.node), *command, "--subnet-file", str(one.run_dir / "subnet.env")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    alone = {each["subject"]: (each["state"], each["what"]) for each in json.loads(done.stdout)}
+    whole = (
+        "ok",
+        "peers in the kernel: 1, with a route, a neighbour and an FDB entry each; who joins while no agent runs gets none",
+    )
+    assert alone["entries"] == alone["entries IPv6"] == whole
 
 
 def test_capture_shows_packets_of_ipv6(world):
