@@ -217,7 +217,9 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         KeyController(current, keys, owned, clock),
         ownership,
         *(part for of in each for part in (of.device, of.bridges, of.table)),
-        WireguardController(current, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock),
+        WireguardController(
+            current, health, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock
+        ),
         *(part for of in each for part in of.rest),
         PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),

@@ -99,6 +99,10 @@ class TunnelDevice(Protocol):
     def name(self) -> str:
         """flannel's."""
 
+    @property
+    def shared(self) -> bool:
+        """Whether one device carries both families."""
+
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """The tunnel's MTU, and why it is not the configured one ("" when it is)."""
 

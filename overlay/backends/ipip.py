@@ -38,6 +38,11 @@ class IpipTunnel(NamedTuple):
         """An ipip."""
         return (KIND,)
 
+    @property
+    def shared(self) -> bool:
+        """Whether one device carries both families."""
+        return False
+
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the outer header."""
         return underlay_mtu - OVERHEAD, ""

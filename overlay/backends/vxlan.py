@@ -53,6 +53,11 @@ class VxlanTunnel(NamedTuple):
         """flannel's name of it."""
         return device_name(self.config.vni, self.family)
 
+    @property
+    def shared(self) -> bool:
+        """Whether one device carries both families."""
+        return False
+
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""
         return inner_mtu(self.config.mtu, underlay_mtu, self.family.overhead)

@@ -63,6 +63,11 @@ class WireguardTunnel(NamedTuple):
         """The kernel's, or a program's."""
         return KIND, USERSPACE
 
+    @property
+    def shared(self) -> bool:
+        """Whether one device carries both families."""
+        return self.config.mode != "separate"
+
     def mtu(self, underlay_mtu: int) -> tuple[int, str]:
         """That of the underlay without the headers."""
         return inner_mtu(self.config.mtu, underlay_mtu, OVERHEAD)

@@ -237,9 +237,10 @@ class DeviceController(Controller):
         tunnel = backend.tunnel
         if tunnel is None:
             return _Beside(mark_of(backend), Tunnel(under.name, under.ifindex, under.mtu, under.up))
-        device = tunnel.device(Lower(under.ifindex, under.local, under.mtu), end)
+        mtu = min(each.mtu for each in inputs.underlays.values()) if tunnel.shared else under.mtu
+        device = tunnel.device(Lower(under.ifindex, under.local, mtu), end)
         seen = next((link for link in inputs.links.values() if link.name == device.name), None)
-        return _Wants(tunnel, device, tunnel.mtu(under.mtu)[1], end.subnet.base, pool.network, seen, under.vrf)
+        return _Wants(tunnel, device, tunnel.mtu(mtu)[1], end.subnet.base, pool.network, seen, under.vrf)
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
@@ -252,6 +253,7 @@ class DeviceController(Controller):
         old = self._mark or self._owned.recorded_device(self._family.number)
         if isinstance(wants, _Beside):
             tunnel, device, base, self._vrf = wants.tunnel, None, None, None
+            self._health.report("mtu", "", harmless=True)
         else:
             tunnel, device, base = self._made(wants), wants.device, wants.base
         if old not in ("", mark):
@@ -367,12 +369,25 @@ class DeviceController(Controller):
                 reason=f"{name[:20]!a} is not one of our devices",
             )
             return
-        there = self._links.read(name) if not self._others(name) else None
+        there = self._links.read(name)
         if there is not None and there.kind in tunnel_devices([network], self._family).get(name, ()):
-            log.info("device.removed", device=name, reason="the network config names another device now")
-            self._links.delete(there.ifindex)
+            if self._others(name):
+                self._leave_device(there.ifindex, name)
+            else:
+                log.info("device.removed", device=name, reason="the network config names another device now")
+                self._links.delete(there.ifindex)
         if network != network_of(now):
             self._leave(network)
+
+    def _leave_device(self, ifindex: int, name: str) -> None:
+        """Take this family's address from a device that stays the other's. Raises KernelError."""
+        end = self._current.inputs.end(self._family.number)
+        base = end.subnet.base if end is not None else None
+        for each in self._requests.addresses(self._family):
+            if each.oif == ifindex and each.address == base:
+                shown = f"{ip_text(each.family, each.address)}/{each.length}"
+                log.info("device.address", device=name, action=f"removed {shown}")
+                self._links.remove_address(ifindex, each.address, each.length)
 
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""

@@ -56,6 +56,7 @@ _REFUSALS = {
     errno.EHOSTUNREACH: "an unreachable route, or nobody there",
     errno.EACCES: "a prohibit route",
     errno.EPERM: "a filter of this node drops it",
+    errno.ENOKEY: "no WireGuard peer has that address; does its record name an address of the family that Mode wants?",
     errno.EMSGSIZE: "it is larger than the MTU of the interface or route",
 }
 

@@ -11,6 +11,7 @@ from lease.backend_config import WireguardConfig
 from lease.families import FAMILIES
 from overlay.backends.wireguard import device_name, listen_port
 from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health, few
 from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.control.schedule import Cadence
 from overlay.kernel.events import LinkSeen
@@ -19,6 +20,7 @@ from overlay.process.log import log
 from overlay.wireguard.keys import KeyHolder
 from overlay.wireguard.peers import Keyed, Of, differing, wanted
 
+NAMED = 3
 SLICE = 500
 """Peers put at once."""
 LINGER_S = 0.2
@@ -66,6 +68,8 @@ class _State:
         self.lingering: dict[bytes, float] = {}
         """Keys that are to be removed, and when."""
         self.read = False
+        self.lacking: dict[bytes, str] = {}
+        """Keys of peers that no underlay of this node leads to, with one of their records."""
 
     def over(self, now: float) -> list[bytes]:
         """The keys that have lingered long enough."""
@@ -77,18 +81,20 @@ class WireguardController(Controller):
     read again now and then."""
 
     name = "wireguard"
+    reports = ("endpoints",)
     rechecked = False
 
     def __init__(
         self,
         current: CurrentInputs,
+        health: Health,
         holder: KeyHolder,
         tables: Sequence[Keyed],
         open_device: Callable[[str], Device],
         clock: Callable[[], float],
     ) -> None:
         """tables: of peers, by family. open_device: given its name; raises KernelError."""
-        self._current = current
+        self._current, self._health = current, health
         self._holder, self._tables, self._open, self._clock = holder, tables, open_device, clock
         self._states: dict[str, _State] = {}
         self._cadence = Cadence(clock, LEAST_S)
@@ -151,6 +157,7 @@ class WireguardController(Controller):
         for table in self._tables:
             table.stale.clear()
             table.all_stale = False
+        self._health.report("endpoints", self._lacking(), harmless=True)
         # which the lease's controller, before this, is to see
         more |= self._current.set(published_key=wants.public_key)
         self._cadence.spent(time.thread_time() - began)
@@ -187,6 +194,7 @@ class WireguardController(Controller):
         while state.todo and len(batch) + len(gone) < SLICE:
             key, _ = state.todo.popitem()
             want = wanted(state.wants.of, tables, key)
+            self._note(state, tables, key, want)
             change = differing(state.found.get(key), want, state.sent.get(key))
             if change is False:
                 state.sent[key] = want.place if want is not None else None
@@ -219,6 +227,26 @@ class WireguardController(Controller):
             log.info("wireguard.peers", device=state.wants.name, put=len(batch), removed=len(gone))
         return bool(state.todo)
 
+    @staticmethod
+    def _note(state: _State, tables: Sequence[Keyed], key: bytes, want: WgPeer | None) -> None:
+        there = next((record for table in tables for record, _ in table.ends(key)), None)
+        if want is None and there is not None:
+            state.lacking[key] = there
+        else:
+            state.lacking.pop(key, None)
+
+    def _lacking(self) -> str:
+        """The peers that a record names and no underlay leads to, for the operator."""
+        found = [record for state in self._states.values() for record in state.lacking.values()]
+        if not found:
+            return ""
+        mode = next(iter(self._states.values())).wants.of.mode
+        names = few(sorted(found), len(found), NAMED)
+        return (
+            f"pods of {names} are not reached: with Mode {mode} these records name no address of a family that this node has"
+            " an underlay of; give their nodes and this one an address of it, or set another Mode in the network config"
+        )
+
     def _forget(self, keep: set[str]) -> None:
         for name in self._states.keys() - keep:
             self._states.pop(name).device.close()
@@ -238,6 +266,7 @@ class WireguardController(Controller):
     def withdraw(self) -> Iterator[str]:
         """Nothing: peers go with their device."""
         self._forget(set())
+        self._health.solved("endpoints")
         return iter(())
 
     def status(self) -> Mapping[str, object]:

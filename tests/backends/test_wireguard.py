@@ -278,3 +278,45 @@ shutil.which = lambda name: None if name == "wireguard-go" else which(name)
 from overlay.__main__ import main
 raise SystemExit(main())
 """
+
+
+def test_modes_are_changed_live(tmp_path):
+    """One device for both families or two: what a family had on a device that stays the other's goes with it."""
+    with closing(World(tmp_path / "world")) as world:
+        world.use(4, 6, Backend={**BACKEND, "Mode": "auto"})
+        agents = world.nodes(2)
+        ends = pods_of(world, agents)
+        bases = [agent.status()["lease"]["subnet_ipv6"].partition("/")[0] for agent in agents]
+        for mode, device6 in (("separate", "flannel-wg-v6"), ("auto", "flannel-wg"), ("ipv6", "flannel-wg")):
+            world.use(4, 6, Backend={**BACKEND, "Mode": mode})
+            for agent, base in zip(agents, bases, strict=True):
+                until(
+                    "it follows",
+                    lambda agent=agent, device6=device6: (
+                        agent.status()["device_ipv6"]["name"] == device6 and well(agent)
+                    ),
+                    30,
+                )
+                shown6 = world.run(agent.node, "ip", "-6", "-o", "addr", "show", "scope", "global").splitlines()
+                assert [line.split()[1] for line in shown6 if f"{base}/128" in line] == [device6]
+            until("pods reach each other", lambda: all_reach(ends), 25)
+
+
+def test_a_peer_without_the_family_that_the_mode_wants_is_told_of(tmp_path):
+    with closing(World(tmp_path / "world")) as world:
+        world.use(4, 6, Backend={**BACKEND, "Mode": "ipv4"})
+        (agent,) = world.nodes(1)
+        key = key_text(os.urandom(32))
+        world.put_record(
+            "0.0.0.0-0&fd00:10:244:77::-64",
+            {
+                "PublicIP": "0.0.0.0", "PublicIPv6": "fd00:192:168:1::1", "BackendType": "wireguard",
+                "BackendData": None, "BackendV6Data": {"PublicKey": key, "Port": 51821},
+            },
+        )  # fmt: skip
+        words = "with Mode ipv4 these records name no address of a family that this node has an underlay of"
+        until("it is said", lambda: words in agent.problems().get("endpoints", ""), 20)
+        assert "0.0.0.0-0&fd00:10:244:77::-64" in agent.problems()["endpoints"]
+        world.use(4, 6, Backend={**BACKEND, "Mode": "auto"})
+        until("it is over", lambda: "endpoints" not in agent.problems(), 20)
+        assert key in {line[0] for line in shown(world, "node1")[1:]}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyroute2.netlink.generic.wireguard import wgmsg
 
+from lease.config import parse_config
 from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix, ip_number, key_bytes, key_text, prefix
 from lease.records.packed import pack
@@ -242,3 +245,19 @@ def test_of_two_records_of_one_key_no_subnet_goes_to_the_other_ones_node():
     found = wanted(Of("auto", (4, 6), (4, 6)), tables(one, two), KEYS[0])
     assert found is not None
     assert found.allowed == allowed("10.244.2.0/24", "192.168.1.3/32")
+
+
+@pytest.mark.parametrize(("mode", "mtu"), [("auto", 1320), ("separate", 1420)])
+def test_a_device_of_both_families_has_the_smaller_mtu_of_their_underlays(bench, mode, mtu):
+    """Else each family's controller would set it to its own in turn."""
+    backend = {"Type": "wireguard", "Mode": mode}
+    config = parse_config(json.dumps({"Network": "10.244.0.0/16", "Backend": backend}))
+    own = bench.current.inputs.own
+    end = own.first._replace(mac=None, vni=None, key=b"k" * 32, port=51820)
+    under = bench.current.inputs.underlays[4]
+    bench.current.set(
+        config=config,
+        own=Lease.of(own.key, "wireguard", [end], own.node),
+        underlays={4: under, 6: under._replace(mtu=1400)},
+    )
+    assert bench.device().wants(bench.current.inputs).device.mtu == mtu

@@ -10,6 +10,7 @@ from lease.families import V4
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.packed import pack
 from overlay.control.controller import Waiting
+from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Tunnel
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.wireguard.device import NO_KEY, WgDevice
@@ -81,7 +82,9 @@ class Setting:
         self.current = CurrentInputs(Settings())
         self.current.set(config=CONFIG, public_key=PUBLIC, published_key=PUBLIC)
         self.current.set_family("tunnels", 4, Tunnel("flannel-wg", 7, 1420))
-        self.it = WireguardController(self.current, holder, [self.table], lambda _name: self.device, self.clock)
+        self.it = WireguardController(
+            self.current, Health(self.clock), holder, [self.table], lambda _name: self.device, self.clock
+        )
 
     def run(self) -> int:
         """All that is to do; in how many slices."""
