@@ -89,6 +89,7 @@ class Part(NamedTuple):
     local: int = 0
     interface: str = ""
     public_key: PublicKey | None = None
+    asked: Prefix | None = None
 
 
 class Claim(NamedTuple):
@@ -114,6 +115,8 @@ class Claim(NamedTuple):
     public_key: PublicKey | None = None
     second: Part | None = None
     """Of the other family; None: it is not enabled, or this node has no address of it just now."""
+    asked: Prefix | None = None
+    """The subnet that the operator wants for this node; its length may be another than the config's."""
 
     def of_second(self) -> Claim | None:
         """What is claimed of the other family, as a claim of its own."""
@@ -165,7 +168,12 @@ class Claim(NamedTuple):
 
     def allows(self, subnet: Prefix) -> bool:
         """Whether this node may hold a subnet."""
-        return self.pool.allows(subnet) and not any(subnet.overlaps(there) for there in self.avoid)
+        ours = self.pool.allows(subnet) or subnet == self.asked
+        return ours and not any(subnet.overlaps(there) for there in self.avoid)
+
+    def moves_from(self, subnet: Prefix, taken: Occupied) -> bool:
+        """Whether another subnet was asked for than the one that is held, and is free. taken: but for ours."""
+        return self.asked is not None and self.asked != subnet and taken.free(self.asked)
 
 
 class Kind(enum.Enum):

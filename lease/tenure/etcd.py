@@ -11,7 +11,8 @@ from lease.model import Endpoint, Lease, Prefix, ip_text, mac_text
 from lease.records.codec import key_of
 from lease.records.packed import Leases
 from lease.store import LeaseExpired, RecordChanged, Snapshot, Store, StoreUnavailable, SubnetTaken
-from lease.tenure.allocate import MACS_S, MOST_MACS, RangeFull, choose_mac, choose_subnet
+from lease.tenure.allocate import MACS_S, MOST_MACS, RangeFull, choose_mac
+from lease.tenure.asked import choose
 from lease.tenure.claim import Answer, Claim, Identity, Kind, Occupied, Probe, earlier_overlap, find_own
 from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed, TenureEvent
 from lease.tenure.recent import Recent
@@ -260,18 +261,21 @@ class Tenure:
         if isinstance(method, Denied):
             return [method]
         events: list[TenureEvent] = []
-        if own is not None and claim.allows(self._end(own).subnet) and earlier_overlap(snapshot, claim, own) is None:
+        fits = own is not None and claim.allows(self._end(own).subnet) and earlier_overlap(snapshot, claim, own) is None
+        but_ours = Occupied(snapshot, claim, own.key) if own is not None else None
+        moves = own is not None and but_ours is not None and claim.moves_from(self._end(own).subnet, but_ours)
+        if own is not None and fits and not moves:
             subnet = self._end(own).subnet
             second = self._second(claim, snapshot, own, subnet, events)
             wanted = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
             put = self._store.change if wanted.key == own.key else self._store.move
             self.held = own if own.same_claim(wanted) else put(own, wanted)
             return [Held(self.held, method, warn), *events]
-        taken = Occupied(snapshot, claim)
+        taken = but_ours if moves and but_ours is not None else Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
         try:
-            subnet = choose_subnet(claim.pool, taken, claim.previous, self._rng)
+            subnet = choose(claim, taken, claim.previous, self._rng)
         except RangeFull as full:
             return [Denied(_because_of_underlay(claim) or str(full))]
         second = self._second(claim, snapshot, None, subnet, events)
@@ -280,10 +284,19 @@ class Tenure:
         if own is None:
             if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
-            return [Held(self.held, "as in subnet.env" if subnet == claim.previous else "allocated", warn), *events]
+            how = (
+                "as asked for"
+                if subnet == claim.asked
+                else "as in subnet.env"
+                if subnet == claim.previous
+                else "allocated"
+            )
+            return [Held(self.held, how, warn), *events]
         self._to_remove = own
         self._remove_old(snapshot)
         method = f"allocated, since our old {own.key} does not fit the config any more"
+        if moves:
+            method = f"as asked for, in place of our old {own.key}: pods made before are to be made again"
         return [Held(self.held, method, warn=True), *events]
 
     def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:

@@ -13,7 +13,8 @@ from lease.config import Pool
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.packed import by_flannel
 from lease.store import Snapshot
-from lease.tenure.allocate import RangeFull, Used, choose_mac, choose_subnet
+from lease.tenure.allocate import RangeFull, Used, choose_mac
+from lease.tenure.asked import choose
 from lease.tenure.claim import Claim, Identity, Occupied, earlier_overlap
 
 
@@ -49,14 +50,15 @@ def second_of(
             f"{alone} is of a flannel that runs without IPv{other}, which hangs for good at the first record of both:"
             f" IPv{other} waits until those flannels are restarted with the network config of now, or gone",
         )
-    if before is not None and own is not None and _may_stay(view, snapshot, own, before.subnet):
+    taken = Occupied(snapshot, view, own.key if own is not None else None)
+    stays = before is not None and own is not None and _may_stay(view, snapshot, own, before.subnet)
+    if before is not None and stays and (held or not view.moves_from(before.subnet, taken)):
         subnet = before.subnet
     else:
-        taken = Occupied(snapshot, view, own.key if own is not None else None)
         for there in view.avoid:
             taken.add(there, "our underlay")
         try:
-            subnet = choose_subnet(view.pool, taken, _preferred(claim.pool, view, taken, first), rng)
+            subnet = choose(view, taken, _preferred(claim.pool, view, taken, first), rng)
         except RangeFull as full:
             return Second(None, str(full))
     if not claim.wants_mac:

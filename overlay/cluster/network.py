@@ -8,6 +8,7 @@ from lease.config import NetworkConfig, parse_config
 from lease.families import FAMILIES
 from lease.fields import ConfigError
 from lease.model import Prefix
+from lease.tenure.asked import asked_fault
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs
 from overlay.process.log import log
@@ -65,7 +66,10 @@ class NetworkConfigInput:
         pool = config.pool(subnet.family)
         if pool is None:
             return False
-        return pool.network.covers(subnet) if self._current.inputs.settings.kube else pool.allows(subnet)
+        settings = self._current.inputs.settings
+        if settings.kube:
+            return pool.network.covers(subnet)
+        return pool.allows(subnet) or (subnet in settings.subnets and not asked_fault(config, subnet))
 
 
 def _comma_list(values: Iterable[object]) -> str:

@@ -10,6 +10,7 @@ from lease.config import NetworkConfig
 from lease.families import FAMILIES, Family
 from lease.model import Lease, Prefix, ip_text, mac_text
 from lease.store import Snapshot
+from lease.tenure.asked import asked_fault
 from lease.tenure.claim import Claim, Identity, Part, PublicKey
 from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed
 from overlay.backends.choose import backend_of
@@ -64,7 +65,7 @@ class Ownership(Controller):
 
     name = "lease"
     rechecked = False
-    reports = ("disputed record", "public ip")
+    reports = ("disputed record", "public ip", "subnet")
     answers_later = True  # a claim is no lease: only the tenure's word clears a problem
 
     def __init__(
@@ -158,6 +159,8 @@ class Ownership(Controller):
             self._look_again_at, self._looking_again = None, True
             self.recheck()
         config, family, under, second, settings, inputs_key, fault = wants
+        faults = (asked_fault(config, each) for each in settings.subnets)
+        self._health.report("subnet", "; ".join(each for each in faults if each), harmless=True)
         self._health.report("public ip", fault)
         if fault:
             return False  # what is held already holds
@@ -169,7 +172,8 @@ class Ownership(Controller):
             avoid = _not_for_pods(other, config, second, settings)
             earlier = self._of_earlier(other, config, settings)
             key = self._public_key(inputs_key, config, other)
-            part = Part(other, second.public_ip, *earlier, avoid, second.local, second.name, key)
+            asked = self._asked(config, settings, other)
+            part = Part(other, second.public_ip, *earlier, avoid, second.local, second.name, key, asked)
         claim = Claim(
             config,
             under.public_ip,
@@ -183,10 +187,17 @@ class Ownership(Controller):
             under.name,
             self._public_key(inputs_key, config, family),
             part,
+            self._asked(config, settings, family),
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
         return False
+
+    @staticmethod
+    def _asked(config: NetworkConfig, settings: Settings, family: Family) -> Prefix | None:
+        """The subnet that this node is to have, None: any."""
+        fitting = (each for each in settings.subnets if each.family == family.number and not asked_fault(config, each))
+        return next(fitting, None)
 
     @staticmethod
     def _public_key(key: bytes, config: NetworkConfig, family: Family) -> PublicKey | None:

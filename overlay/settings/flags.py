@@ -64,6 +64,14 @@ FLAGS = (
     Flag("iface-can-reach", "str", "", "underlay interface and address: those that route to this address"),
     Flag("public-ip", "str", "", "address that peers send to; one that is not local is advertised only"),
     Flag("public-ipv6", "str", "", "the same of IPv6"),
+    Flag(
+        "subnet",
+        "list",
+        (),
+        "etcd: the subnet this node is to have, of any length inside Network; of each family one; while another node has it"
+        " this one waits, or keeps what it has",
+        ours=True,
+    ),
     Flag("subnet-file", "str", DEFAULT_SUBNET_FILE, "where subnet.env is written, as flannel writes it"),
     Flag(
         "subnet-lease-renew-margin",

@@ -89,6 +89,8 @@ class Settings(NamedTuple):
     wireguard_key_file: str = "/run/flannel/wgkey"
     page: tuple[str, int] | None = None
     take_over: bool = False
+    subnets: tuple[Prefix, ...] = ()
+    """Those asked for, one of each family at most."""
     log_level: str = "info"
     log_format: str = "auto"
 
@@ -332,6 +334,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         wireguard_key_file=values["wireguard-key-file"],
         page=_page(values),
         take_over=values["take-over"],
+        subnets=_subnets(values),
         log_level="debug" if values["v"] > 0 else values["log-level"],
         log_format=values["log-format"],
     )
@@ -362,6 +365,15 @@ def _prefixes(values: Mapping[str, Any], name: str) -> tuple[Prefix, ...]:
             raise SettingsError(f"--{name}: {text[:60]!r} must be a prefix like 192.168.0.0/16 or fd00:1::/48")
         found.append(there)
     return tuple(found)
+
+
+def _subnets(values: Mapping[str, Any]) -> tuple[Prefix, ...]:
+    found = _prefixes(values, "subnet")
+    if found and values["kube-subnet-mgr"]:
+        raise SettingsError("--subnet: on Kubernetes a node's subnet is its podCIDR, which the cluster gives")
+    if len({each.family for each in found}) < len(found):
+        raise SettingsError(f"--subnet: one of each family, not {', '.join(map(str, found))}")
+    return found
 
 
 def _is_address(text: str) -> bool:

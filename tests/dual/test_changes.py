@@ -81,3 +81,17 @@ def test_direct_routing_is_switched_on_and_off_under_traffic(world6):
     until("routes lead by the tunnel", lambda: by("flannel"), 20)
     until("pods reach each other by the tunnel", lambda: all_reach([end for ends in pods for end in ends]), 10)
     until("all is well", lambda: settled(world6, agents), 20)
+
+
+def test_a_subnet_of_each_family_can_be_asked_for(world):
+    asked = "10.244.8.0/23", "fd00:10:244:8000::/60"
+    flags = [f"--subnet={each}" for each in asked]
+    one = world.agent(world.node(1), "--node-name=node1", *flags).wait_ready()
+    two = world.agent(world.node(2), "--node-name=node2").wait_ready()
+    lease = one.status()["lease"]
+    assert (lease["subnet"], lease["subnet_ipv6"]) == asked
+    ends = [*world.pod_ends(one, "a"), *world.pod_ends(two, "a")]
+    until("pods reach each other", lambda: all_reach(ends), 25)
+    assert world.restart(one, *flags).wait_ready().status()["lease"]["subnet_ipv6"] == asked[1]
+    two = world.restart(two, f"--subnet={asked[1]}").wait_ready()
+    assert two.status()["lease"]["subnet_ipv6"] != asked[1], "it is taken"
