@@ -27,9 +27,9 @@ test: setup
 	$(PY) -m pytest tests -n 4 --dist worksteal --ignore=tests/interop --ignore=tests/cluster --ignore=tests/faults \
 		--ignore=tests/kernels --ignore=tests/chart --ignore=tests/page --ignore=tests/healthy
 
-cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes)
+cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and what operators do to it (first time: 10 minutes); IP_FAMILY=dual
 	.ci/cluster-setup
-	.venv/bin/overlay cluster prove
+	.venv/bin/overlay cluster prove --family $(or $(IP_FAMILY),ipv4)
 
 cluster-test: setup ## the same as tests; and the move from the real flannel (builds it: Go, some minutes) and back
 	.ci/cluster-setup

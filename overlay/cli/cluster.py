@@ -29,14 +29,17 @@ def cluster() -> None:
 @cluster.command()
 @NAME
 @click.option("--keep", is_flag=True, help="leave it running, with the network installed")
+@click.option(
+    "--family", type=click.Choice(["ipv4", "dual"]), default="ipv4", show_default=True, help="of pods and Services"
+)
 @click.option("--outage", default=60.0, show_default=True, help="seconds that the API server is away")
-def prove(name: str, keep: bool, outage: float) -> None:
+def prove(name: str, keep: bool, family: str, outage: float) -> None:
     """Bring it up, apply the manifest, show who reaches whom, then do to it what operators do.
 
     Exit status: 0 all checks passed, 1 one failed.
     """
     console = terminal.console()
-    it, began = Cluster(name), time.monotonic()
+    it, began = Cluster(name, families=(4, 6) if family == "dual" else (4,)), time.monotonic()
 
     def progress(line: str) -> None:
         console.print(Text(f"{time.monotonic() - began:6.1f} s  {line}"))

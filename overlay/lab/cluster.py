@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ CACHE = SOURCES / ".venv/images"
 PLUGINS = Path("/usr/lib/cni")
 CGROUPS = Path("/sys/fs/cgroup")
 SERVER = f"https://{topology.GATEWAY}:6443"
-CLUSTER_NETWORK, SERVICE_NETWORK, SERVICE_ADDRESS = "10.244.0.0/16", "10.96.0.0/16", "10.96.0.1"
+SERVICE_ADDRESS = "10.96.0.1"
+CLUSTER_NETWORKS = {4: "10.244.0.0/16", 6: "fd00:10:244::/48"}
+SERVICE_NETWORKS = {4: "10.96.0.0/16", 6: "fd00:10:96::/112"}
 IMAGES = ("pause.tar", "overlayd.tar")
 AGENT_IMAGE = "localhost/overlayd:dev"
 # The standard paths that a node has for itself; /run comes on top.
@@ -101,7 +103,6 @@ PROXY: dict[str, Any] = {
     "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
     "kind": "KubeProxyConfiguration",
     "mode": "nftables",
-    "clusterCIDR": CLUSTER_NETWORK,
     "conntrack": {"maxPerCore": 0, "tcpEstablishedTimeout": "0s", "tcpCloseWaitTimeout": "0s"},
     "nftables": {"minSyncPeriod": "0s", "syncPeriod": "30s"},
 }
@@ -110,8 +111,9 @@ PROXY: dict[str, Any] = {
 class Cluster:
     """A cluster by its name; what there is of it, if anything."""
 
-    def __init__(self, name: str = "cluster", folder: Path | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str = "cluster", folder: Path | None = None, families: tuple[int, ...] = (4,)) -> None:
+        """families: of pods and Services: (4,), or (4, 6)."""
+        self.name, self.families = name, families
         self.folder = folder or ROOT / name
         self.started: dict[str, Process] = {}
         with contextlib.suppress(OSError, ValueError):
@@ -130,7 +132,7 @@ class Cluster:
             raise LabError(f"missing: {', '.join(missing)}; run `make cluster`, or .ci/cluster-setup")
         self.folder.mkdir(parents=True)
         names = [f"node{number}" for number in range(1, nodes + 1)]
-        topology.make_underlay(self.name)
+        topology.make_underlay(self.name, self.families)
         self._make_credentials(names)
         self._start("etcd", processes.etcd_command(self.folder, [topology.GATEWAY]))
         for number, node in enumerate(names, 1):
@@ -304,7 +306,7 @@ class Cluster:
         return holder.pid
 
     def _make_node(self, number: int, node: str, plugins: bool) -> None:
-        topology.make_node(self.name, node, number)
+        topology.make_node(self.name, node, number, self.families)
         own = self.folder / node
         binaries = own / "opt/cni/bin"
         binaries.mkdir(parents=True)
@@ -313,7 +315,11 @@ class Cluster:
             shutil.copytree(PLUGINS, binaries, dirs_exist_ok=True)
         (own / "containerd.toml").write_text(CONTAINERD)
         (own / "kubelet.json").write_text(json.dumps(KUBELET))
-        proxy = {**PROXY, "clientConnection": {"kubeconfig": f"{self.folder}/{node}-kube-proxy.kubeconfig"}}
+        proxy = {
+            **PROXY,
+            "clusterCIDR": self._of(CLUSTER_NETWORKS),
+            "clientConnection": {"kubeconfig": f"{self.folder}/{node}-kube-proxy.kubeconfig"},
+        }
         (own / "kube-proxy.json").write_text(json.dumps(proxy))
         arguments = [str(self.folder), str(own), " ".join(OWN), " ".join(MACHINE_WIDE)]
         hold = ["unshare", "--mount", "sh", "-euc", MOUNTS, "mounts", *arguments]
@@ -323,6 +329,16 @@ class Cluster:
         self.wait(f"{node}'s mounts", (own / "mounted").exists, 10)
         self._start(f"{node}-containerd", ["containerd", "--config", f"{own}/containerd.toml"], node)
         self.wait(f"{node}'s containerd", lambda: bool(self.run(node, ["ctr", "version"], timeout=10)), 30)
+
+    def _of(self, networks: Mapping[int, str]) -> str:
+        """Those of our families, as Kubernetes' flags take them."""
+        return ",".join(networks[family] for family in self.families)
+
+    def node_addresses(self, node: str) -> dict[int, str]:
+        """By family."""
+        number = int(node.removeprefix("node"))
+        every = {4: topology.node_address(number), 6: topology.node_address6(number)}
+        return {family: every[family] for family in self.families}
 
     def _api_server(self) -> list[str]:
         return [
@@ -334,7 +350,7 @@ class Cluster:
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
             "--allow-privileged=true",
-            f"--service-cluster-ip-range={SERVICE_NETWORK}",
+            f"--service-cluster-ip-range={self._of(SERVICE_NETWORKS)}",
             f"--service-account-issuer={SERVER}",
             f"--service-account-key-file={self.folder}/accounts.pub",
             f"--service-account-signing-key-file={self.folder}/accounts.key",
@@ -353,9 +369,9 @@ class Cluster:
             f"--service-account-private-key-file={self.folder}/accounts.key",
             f"--root-ca-file={self.folder}/ca.crt",
             "--allocate-node-cidrs=true",
-            f"--cluster-cidr={CLUSTER_NETWORK}",
-            f"--service-cluster-ip-range={SERVICE_NETWORK}",
-            "--node-cidr-mask-size=24",
+            f"--cluster-cidr={self._of(CLUSTER_NETWORKS)}",
+            f"--service-cluster-ip-range={self._of(SERVICE_NETWORKS)}",
+            *(["--node-cidr-mask-size-ipv4=24"] if 6 in self.families else ["--node-cidr-mask-size=24"]),
             f"--flex-volume-plugin-dir={self.folder}/volume-plugins",  # and not /usr/libexec
             "--node-monitor-period=2s",
             "--node-monitor-grace-period=20s",
@@ -375,7 +391,7 @@ class Cluster:
             f"--kubeconfig={self.folder}/{node}.kubeconfig",
             f"--config={self.folder}/{node}/kubelet.json",
             f"--hostname-override={node}",
-            f"--node-ip={topology.node_address(int(node.removeprefix('node')))}",
+            f"--node-ip={','.join(self.node_addresses(node).values())}",
         ]
 
     def _kube_proxy(self, node: str) -> list[str]:

@@ -11,12 +11,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from overlay.cni.lists import CONFLIST
 from overlay.lab import matrix, netns, topology
-from overlay.lab.cluster import AGENT_IMAGE, SOURCES, Cluster
+from overlay.lab.cluster import AGENT_IMAGE, CLUSTER_NETWORKS, SOURCES, Cluster
 from overlay.lab.processes import LabError
 
 RELEASED_IMAGE = "ghcr.io/overlay/overlayd:0.1.0"
@@ -25,26 +25,29 @@ AGENTS = "app.kubernetes.io/component=agent"
 PREFIX = "flannel.alpha.coreos.com/"
 WEB_PORT = 8080
 _WEB = (
-    "import http.server, socket\n"
+    "import http.server, socket, sys\n"
     "class H(http.server.BaseHTTPRequestHandler):\n"
     "    def do_GET(self):\n"
     "        body = (socket.gethostname() + ' ' + self.client_address[0]).encode()\n"
     "        self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers()\n"
     "        self.wfile.write(body)\n"
     "    def log_message(self, *a): pass\n"
-    f"http.server.ThreadingHTTPServer(('', {WEB_PORT}), H).serve_forever()\n"
+    "class S(http.server.ThreadingHTTPServer):\n"
+    "    address_family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET\n"
+    f"S((sys.argv[1], {WEB_PORT}), H).serve_forever()\n"
 )
 
 
-def workload() -> str:
+def workload(families: Collection[int]) -> str:
     """A Deployment `web` behind a Service, and a DaemonSet `everywhere`, as kubectl takes them."""
+    dual = len(families) > 1
 
     def template(app: str) -> dict[str, object]:
         container = {
             "name": "web",
             "image": AGENT_IMAGE,
             "imagePullPolicy": "IfNotPresent",
-            "command": ["python3", "-c", _WEB],
+            "command": ["python3", "-c", _WEB, "::" if dual else "0.0.0.0"],  # noqa: S104 (inside a pod)
             "readinessProbe": {"tcpSocket": {"port": WEB_PORT}, "periodSeconds": 1},
         }
         spec = {"containers": [container], "terminationGracePeriodSeconds": 0, "enableServiceLinks": False}
@@ -58,7 +61,11 @@ def workload() -> str:
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": {"name": "web"},
-        "spec": {"selector": {"app": "web"}, "ports": [{"port": 80, "targetPort": WEB_PORT}]},
+        "spec": {
+            "selector": {"app": "web"},
+            "ports": [{"port": 80, "targetPort": WEB_PORT}],
+            "ipFamilyPolicy": "RequireDualStack" if dual else "SingleStack",
+        },
     }
     items = [set_of("Deployment", "web", replicas=2), set_of("DaemonSet", "everywhere"), service]
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
@@ -74,7 +81,7 @@ class Proof:
     def install(self) -> str:
         """Apply the manifest; every node becomes Ready."""
         began = time.monotonic()
-        self.cluster.kubectl("apply", "-f", "-", input=manifest("overlay.yaml"))
+        self.cluster.kubectl("apply", "-f", "-", input=self.manifest())
         self.cluster.wait_running(AGENTS, len(self.names), 180, NAMESPACE)
         self.cluster.wait_ready(60)
         for name in self.names:
@@ -83,32 +90,38 @@ class Proof:
 
     def pods(self) -> list[matrix.End]:
         """Pods of a Deployment and of a DaemonSet, all Ready."""
-        self.cluster.kubectl("apply", "-f", "-", input=workload())
+        self.cluster.kubectl("apply", "-f", "-", input=workload(self.cluster.families))
         self.cluster.wait_running("app=web", 2, 120)
         self.cluster.wait_running("app=everywhere", len(self.names), 120)
         return self.ends()
 
     def ends(self) -> list[matrix.End]:
-        """All pods and nodes that there are now."""
+        """All pods and nodes that there are now, by each of their addresses."""
         found = []
         for name in self.names:
-            address = topology.node_address(int(name.removeprefix("node")))
-            found.append(matrix.End(name, "node", topology.node_netns(self.cluster.name, name), address, name))
+            for family, address in self.cluster.node_addresses(name).items():
+                there = topology.node_netns(self.cluster.name, name)
+                found.append(matrix.End(f"{name}{_end(family)}", "node", there, address, name))
         for pod in self.cluster.objects("pods", "-l", "app in (web, everywhere)"):
             if not pod["metadata"].get("deletionTimestamp") and pod["status"].get("podIP"):
                 name, node = pod["metadata"]["name"], pod["spec"]["nodeName"]
-                found.append(matrix.End(name, "pod", self._namespace(node, name), pod["status"]["podIP"], node))
+                namespace = self._namespace(node, name)
+                addresses = [each["ip"] for each in pod["status"]["podIPs"]]
+                found += [
+                    matrix.End(f"{name}{_end(6 if ':' in address else 4)}", "pod", namespace, address, node)
+                    for address in addresses
+                ]
         return found
 
     def reach(self) -> list[matrix.Cell]:
         """The whole matrix. Raises LabError where a pair does not reach each other."""
         ends = self.ends()
-        addresses = {end.name: end.address for end in ends if end.kind == "node"}
+        addresses = {(end.node, end.family): end.address for end in ends if end.kind == "node"}
 
         def expected(source: matrix.End, target: matrix.End, own: str) -> str:
             # A node's underlay address lies outside the pod network: there masquerade does what it says.
             if source.kind == "pod" and target.kind == "node" and source.node != target.node:
-                return addresses[source.node]
+                return addresses[source.node, source.family]
             return own
 
         with matrix.Wires(ends) as wires:
@@ -119,20 +132,25 @@ class Proof:
 
     def service(self) -> str:
         """The Service answers from every pod by both its pods; through kube-proxy's rules."""
-        address = self.cluster.objects("service", "web")[0]["spec"]["clusterIP"]
-        answered: dict[str, set[str]] = {end.name: set() for end in self.ends() if end.kind == "pod"}
+        addresses = self.cluster.objects("service", "web")[0]["spec"]["clusterIPs"]
+        return "; ".join(self._service_at(address) for address in addresses)
+
+    def _service_at(self, address: str) -> str:
+        family = 6 if ":" in address else 4
+        ends = [end for end in self.ends() if end.kind == "pod" and end.family == family]
+        answered: dict[str, set[str]] = {end.name: set() for end in ends}
 
         def both() -> bool:
-            for end in self.ends():
-                if end.kind == "pod":
-                    for _ in range(12):
-                        pod, _saw = netns.inside(end.namespace, lambda: _http(address, 80)).split()
-                        answered[end.name].add(pod)
+            for end in ends:
+                for _ in range(12):
+                    pod, _saw = netns.inside(end.namespace, lambda: _http(address, 80)).split()
+                    answered[end.name].add(pod)
             return all(len(pods) > 1 for pods in answered.values())
 
         # kube-proxy hears of a pod a moment after it is Ready
         self.cluster.wait(f"the Service {address} answered by both its pods", both, 20)
-        return f"{address}:80 answers {len(answered)} pods, by {len(set().union(*answered.values()))} pods"
+        where = f"[{address}]" if family == 6 else address
+        return f"{where}:80 answers {len(answered)} pods, by {len(set().union(*answered.values()))} pods"
 
     def rolling_restart(self) -> str:
         """A new version of the DaemonSet and back, under a connection."""
@@ -196,8 +214,20 @@ class Proof:
         if left:
             raise LabError(f"left behind: {left}")
         kubectl("delete", "-f", "-", "--ignore-not-found", input=manifest("uninstall.yaml"))
-        kubectl("delete", "-f", "-", "--ignore-not-found", input=manifest("overlay.yaml"))
+        kubectl("delete", "-f", "-", "--ignore-not-found", input=self.manifest())
         return "no CNI list, device, route, nft table, file, annotation or condition is left"
+
+    def manifest(self) -> str:
+        """Ours, with the families of the cluster."""
+        text = manifest("overlay.yaml")
+        if 6 not in self.cluster.families:
+            return text
+        network = f'"Network": "{CLUSTER_NETWORKS[4]}",'
+        if text.count(network) != 1:
+            raise LabError(f"manifests/overlay.yaml does not say {network} once")
+        return text.replace(
+            network, f'{network}\n      "EnableIPv6": true,\n      "IPv6Network": "{CLUSTER_NETWORKS[6]}",'
+        )
 
     # --- looking ---------------------------------------------------------------------------------------------------------
 
@@ -217,7 +247,8 @@ class Proof:
         found = [
             f"link {line.split()[1]}" for line in run(name, ["ip", "-o", "link"]).splitlines() if "flannel" in line
         ]
-        found += [line for line in run(name, ["ip", "route", "show", "proto", "111"]).splitlines() if line]
+        for family in ("-4", "-6"):
+            found += [line for line in run(name, ["ip", family, "route", "show", "proto", "111"]).splitlines() if line]
         found += [line for line in run(name, ["nft", "list", "tables"]).splitlines() if "overlay-" in line]
         found += [str(there) for folder in ("/run/overlay", "/run/flannel") for there in path(name, folder).glob("*")]
         list_ = path(name, f"/etc/cni/net.d/{CONFLIST}")
@@ -255,7 +286,7 @@ class Proof:
     @contextmanager
     def connection(self) -> Iterator[Connection]:
         """A TCP connection between pods of two nodes while something is done. Raises LabError when it suffered."""
-        pods = [end for end in self.ends() if end.kind == "pod"]
+        pods = [end for end in self.ends() if end.kind == "pod" and end.family == self.cluster.families[-1]]
         target = next(end for end in pods if end.node != pods[0].node)
         connection = Connection(pods[0], target)
         try:
@@ -315,6 +346,10 @@ class Connection:
     def verdict(self) -> str:
         """In words."""
         return f"{self.answers} round trips on one connection, none lost, the longest {self.longest_s * 1000:.0f} ms"
+
+
+def _end(family: int) -> str:
+    return "" if family == 4 else "/v6"
 
 
 def manifest(name: str) -> str:
