@@ -193,7 +193,8 @@ def _result(
             verdict, ladder.largest(family_of(found), rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0
         )
     if wrong:
-        answered = "pings of this node are answered, but " if verdict.state is State.OK else ""
+        all_pass = all(each.outcome.ok for each in asked)
+        answered = "pings of this node are answered, but " if all_pass else ""
         verdict = Verdict(
             State.REFUSED, f"{answered}this node's own kernel: {wrong[0]}", "take away or mend what that line names"
         )

@@ -116,7 +116,7 @@ FAULTS = {
         (("underlay", "ip link set {to_node1} down"),),
         (("underlay", "ip link set {to_node1} up"),),
         {
-            "node1": {"carrier": "eth0, which carries the tunnel, has no carrier"},
+            "node1": {"carrier": "eth0, which leads to peers, has no carrier"},
             "node2": {"unreachable": "node1 192.168.1.2: neither its underlay address nor its VTEP answers"},
             "node3": {"unreachable": "node1 192.168.1.2: neither"},
         },
@@ -128,7 +128,7 @@ FAULTS = {
         (("node2", "ip link set eth0 down"),),
         (("node2", "ip link set eth0 up"),),
         {
-            "node2": {"carrier": "eth0, which carries the tunnel, is down"},
+            "node2": {"carrier": "eth0, which leads to peers, is down"},
             "node1": {"unreachable": "node2 192.168.1.3: neither its underlay address nor its VTEP answers"},
             "node3": {"unreachable": "node2 192.168.1.3: neither"},
         },
@@ -148,13 +148,16 @@ FAULTS = {
         "node2",
         frozenset({"ways", "unreachable"}),
     ),
-    "a wrong VTEP on the far side": Fault(
+    "frames of one node dropped below IP on the far side": Fault(
         (("node2", ("nft add table netdev planted; nft add chain netdev planted in"
           " '{ type filter hook ingress device eth0 priority 0; }'; nft add rule netdev planted in udp dport 8472 ip saddr 192.168.1.2 drop")),),
         (("node2", "nft delete table netdev planted"),),
         {
             "node1": {"unreachable": f"node2 192.168.1.3: {SILENT}|the way there is broken"},
-            "node2": {"unreachable": f"node1 192.168.1.2: {SILENT}"},
+            "node2": {
+                "unreachable": f"node1 192.168.1.2: {SILENT}",
+                "foreign rules": "chain netdev planted in drops the tunnel from 192.168.1.2",
+            },
         },
         "VTEP does not",
         "dropped at node2, .*came by eth0.*chain netdev planted in drops the tunnel",
