@@ -8,6 +8,7 @@ from typing import NamedTuple
 from lease.families import V4, Family
 from lease.model import ip_text
 from overlay.kernel.netlink import KernelError, RequestSocket, error_text
+from overlay.kernel.route.entries import Link
 from overlay.kernel.route.links import client_ports
 from overlay.kernel.route.lookup import Packet
 from overlay.reach import foreign_rules, ways
@@ -79,14 +80,9 @@ class Looks:
         node = self._node
         if peer.missing:
             yield Gap.DEVICE, f"this node lacks {', '.join(peer.missing)} of {peer.name}: overlay status says why"
-        for name, gap in ((node.tunnel, Gap.DEVICE), (node.underlay, Gap.OUTPUT)):
-            link = node.link(name)
-            if link is None:
-                yield gap, f"{name} is not there"
-            elif not link.up:
-                yield gap, f"{name} is down: ip link set {name} up"
-            elif not link.carrier:
-                yield gap, f"{name} has no carrier"
+        for name, gaps in ((node.tunnel, (Gap.DEVICE,)), (node.underlay, (Gap.OUTPUT, Gap.NEXT_HOP))):
+            if line := _link_fault(name, node.link(name)):
+                yield from ((gap, line) for gap in gaps)
         yield from self._next_hop(peer)
         if peer.direct:
             return
@@ -106,7 +102,9 @@ class Looks:
         if way.oif != node.number_of(node.underlay):
             return
         hop = way.via or peer.public_ip
-        if pods.is_silent(self._requests, self._family, way.oif, hop):
+        if not _link_fault(node.underlay, node.link(node.underlay)) and pods.is_silent(
+            self._requests, self._family, way.oif, hop
+        ):
             asks, text = "ARP" if self._family.by_arp else "neighbour discovery", ip_text(self._family.number, hop)
             line = f"nobody answers {asks} for {text} on {node.underlay}: is that node up, and its link?"
             yield Gap.NEXT_HOP, line
@@ -185,6 +183,14 @@ class Looks:
                 Gap.ROUTING,
                 f"these packets {self._causes.happens(question, way)}: {self._causes.cause(question, way)}",
             )
+
+
+def _link_fault(name: str, link: Link | None) -> str:
+    if link is None:
+        return f"{name} is not there"
+    if not link.up:
+        return f"{name} is down: ip link set {name} up"
+    return "" if link.carrier else f"{name} has no carrier"
 
 
 class Deltas(NamedTuple):
