@@ -158,7 +158,12 @@ def ip_number(text: str, family: int) -> int:
     if family != 4:
         from ipaddress import IPv6Address
 
-        return int(IPv6Address(text))
+        address = IPv6Address(text)
+        if (
+            address.scope_id is not None
+        ):  # int() would forget it: what stands before it is somebody else's, on another link
+            raise ValueError(f"{text[:60]!a} is an address with a zone")
+        return int(address)
     found = _IPV4.fullmatch(text)
     if found is None:
         raise ValueError(f"{text[:60]!a} is not an IPv4 address")

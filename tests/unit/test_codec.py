@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lease.config import parse_config
-from lease.model import Endpoint, Lease, Prefix, mac_fault, prefix
+from lease.model import Endpoint, Lease, Prefix, ip_number, ip_text, mac_fault, prefix
 from lease.records.codec import NODE_FIELD, BadRecord, decode_key, decode_lease, encode_key, encode_value
 from lease.records.packed import pack, unpack
 from tests.unit import recordings
@@ -178,3 +178,30 @@ def test_prefix_arithmetic():
     assert prefix("10.244.255.0/24").overlaps(network)
     assert not network.overlaps(prefix("10.245.0.0/24"))
     assert not network.overlaps(prefix("fd00::/8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fe80::1%eth0",
+        "fd00::9%",
+        "fd00::9%junk",
+        "",
+        "fd00::9\0",
+        "1.2.3.4",
+        "fd00::/64",
+        " fd00::9",
+        "fd00:::9",
+        "\uff11::",
+        "[::1]",
+    ],
+)
+def test_what_is_no_address_of_ipv6(text):
+    """A zone least of all: it says on which link, and what stands before it would be somebody else's."""
+    with pytest.raises(ValueError):
+        ip_number(text, 6)
+
+
+@given(st.integers(0, (1 << 128) - 1))
+def test_an_address_of_ipv6_is_read_as_it_is_written(address):
+    assert ip_number(ip_text(6, address), 6) == address
