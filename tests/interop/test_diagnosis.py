@@ -22,6 +22,7 @@ class Fault(NamedTuple):
     trace: str
 
 
+KEPT = "/tmp/overlay-t-kept"
 UNKNOWN = "left this node; what became of it at node2 is not known"
 FAULTS = {
     "UDP 8472 dropped": Fault(DROP, GONE, f"unreachable: node2 192.168.1.3: {SILENT}", SILENT, UNKNOWN),
@@ -35,6 +36,22 @@ FAULTS = {
     ),
     "its device down": Fault(
         "ip link set flannel.1 down", "true", f"unreachable: node2 192.168.1.3: {SILENT}", SILENT, UNKNOWN
+    ),
+    "wrong FDB entries": Fault(  # flannel puts none right
+        f"bridge fdb show dev flannel.1 | grep dst >{KEPT}; while read -r mac _ dst _; do"
+        f" bridge fdb replace $mac dev flannel.1 dst 192.168.1.77 self; done <{KEPT}",
+        f"while read -r mac _ dst _; do bridge fdb replace $mac dev flannel.1 dst $dst self; done <{KEPT}; rm {KEPT}",
+        f"unreachable: node2 192.168.1.3: {SILENT}",
+        SILENT,
+        UNKNOWN,
+    ),
+    "wrong MACs of peers": Fault(
+        f"ip neigh show dev flannel.1 nud permanent >{KEPT}; while read -r base _ mac _; do"
+        f" ip neigh replace $base lladdr 0a:00:00:00:00:99 dev flannel.1 nud permanent; done <{KEPT}",
+        f"while read -r base _ mac _; do ip neigh replace $base lladdr $mac dev flannel.1 nud permanent; done <{KEPT}; rm {KEPT}",
+        f"unreachable: node2 192.168.1.3: {SILENT}",
+        SILENT,
+        UNKNOWN,
     ),
     "the node down": Fault(
         "ip link set eth0 down",
