@@ -147,8 +147,8 @@ function details(lines, from, to) {
   const command = `overlay check ${other.name}; overlay trace POD POD`;
   box.append(make("p", { class: "dim" }, `on ${one.name}: `, make("code", {}, command)));
   if (!live) return;
-  const form = make("form", {}, make("label", {}, `a pod of ${one.name}`, make("input", { name: "source", required: "", placeholder: one.subnet.replace(/\.\d+\/\d+$/, ".2") })),
-    make("label", {}, `a pod of ${other.name}`, make("input", { name: "destination", required: "", placeholder: other.subnet.replace(/\.\d+\/\d+$/, ".2") })), make("button", {}, "trace"));
+  const form = make("form", {}, make("label", {}, `a pod of ${one.name}`, make("input", { name: "source", required: "", placeholder: aPod(one.subnet) })),
+    make("label", {}, `a pod of ${other.name}`, make("input", { name: "destination", required: "", placeholder: aPod(other.subnet) })), make("button", {}, "trace"));
   const out = make("div", { role: "status" });
   form.onsubmit = (event) => { event.preventDefault(); traced(out, form.source.value, form.destination.value); };
   const ladder = make("button", { type: "button" }, "ask both now"), rungs = make("div", { role: "status" });
@@ -173,6 +173,11 @@ async function asked(out, directions) {
       make("p", { class: found.state === "ok" ? "ok" : "bad" }, found.verdict), make("ul", {}, says.map((line) => make("li", {}, line)))];
   }));
   out.replaceChildren(...parts.flat());
+}
+
+// An address that a pod can have, of either family.
+function aPod(subnet) {
+  return subnet.includes(":") ? subnet.replace(/\/\d+$/, "2") : subnet.replace(/\.\d+\/\d+$/, ".2");
 }
 
 async function traced(out, source, destination) {
