@@ -14,6 +14,8 @@ def choose(claim: Claim, taken: Occupied, preferred: Prefix | None, rng: random.
     """A subnet for a node that has none: the one that was asked for, else as allocate.choose_subnet. Raises RangeFull."""
     if claim.asked is None:
         return choose_subnet(claim.pool, taken, preferred, rng)
+    if any(claim.asked.overlaps(there) for there in claim.avoid):
+        raise RangeFull(f"--subnet {claim.asked} touches this node's own underlay: ask for another")
     if (holder := next(taken.overlapping(claim.asked), None)) is not None:
         raise RangeFull(f"--subnet {claim.asked} is not free: {holder} has it, or a part of it; this node waits")
     return claim.asked

@@ -173,7 +173,8 @@ class Claim(NamedTuple):
 
     def moves_from(self, subnet: Prefix, taken: Occupied) -> bool:
         """Whether another subnet was asked for than the one that is held, and is free. taken: but for ours."""
-        return self.asked is not None and self.asked != subnet and taken.free(self.asked)
+        asked = self.asked
+        return asked is not None and asked != subnet and self.allows(asked) and taken.free(asked)
 
 
 class Kind(enum.Enum):

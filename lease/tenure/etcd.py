@@ -261,43 +261,44 @@ class Tenure:
         if isinstance(method, Denied):
             return [method]
         events: list[TenureEvent] = []
-        fits = own is not None and claim.allows(self._end(own).subnet) and earlier_overlap(snapshot, claim, own) is None
-        but_ours = Occupied(snapshot, claim, own.key) if own is not None else None
-        moves = own is not None and but_ours is not None and claim.moves_from(self._end(own).subnet, but_ours)
-        if own is not None and fits and not moves:
-            subnet = self._end(own).subnet
-            second = self._second(claim, snapshot, own, subnet, events)
-            wanted = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
-            put = self._store.change if wanted.key == own.key else self._store.move
-            self.held = own if own.same_claim(wanted) else put(own, wanted)
-            return [Held(self.held, method, warn), *events]
-        taken = but_ours if moves and but_ours is not None else Occupied(snapshot, claim)
+        if own is not None and (kept := self._kept(claim, snapshot, own, method, warn, events)) is not None:
+            return [kept, *events]
+        taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
         try:
             subnet = choose(claim, taken, claim.previous, self._rng)
         except RangeFull as full:
-            return [Denied(_because_of_underlay(claim) or str(full))]
+            return [Denied((_because_of_underlay(claim) if claim.asked is None else "") or str(full))]
         second = self._second(claim, snapshot, None, subnet, events)
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
             if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
-            how = (
-                "as asked for"
-                if subnet == claim.asked
-                else "as in subnet.env"
-                if subnet == claim.previous
-                else "allocated"
-            )
-            return [Held(self.held, how, warn), *events]
+            hows = {claim.previous: "as in subnet.env", claim.asked: "as asked for"}
+            return [Held(self.held, hows.get(subnet, "allocated"), warn), *events]
         self._to_remove = own
         self._remove_old(snapshot)
         method = f"allocated, since our old {own.key} does not fit the config any more"
-        if moves:
-            method = f"as asked for, in place of our old {own.key}: pods made before are to be made again"
         return [Held(self.held, method, warn=True), *events]
+
+    def _kept(
+        self, claim: Claim, snapshot: Snapshot, own: Lease, method: str, warn: bool, events: list[TenureEvent]
+    ) -> Held | None:
+        """Our record, where it fits, or moved to the subnet that was asked for; None: another one is needed."""
+        subnet = self._end(own).subnet
+        if claim.moves_from(subnet, Occupied(snapshot, claim, own.key)):
+            assert claim.asked is not None
+            subnet, warn = claim.asked, True
+            method = f"as asked for, in place of our old {own.key}: pods made before are to be made again"
+        elif not claim.allows(subnet) or earlier_overlap(snapshot, claim, own) is not None:
+            return None
+        second = self._second(claim, snapshot, own, subnet, events)
+        wanted = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
+        put = self._store.change if wanted.key == own.key else self._store.move
+        self.held = own if own.same_claim(wanted) else put(own, wanted)
+        return Held(self.held, method, warn)
 
     def _first_with_our_address(self, claim: Claim, snapshot: Snapshot) -> Denied | None:
         """Two nodes with one address may start at the same moment, and neither find a record of it: the one whose record

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Collection
 from typing import NamedTuple
 
 from lease.model import ip_text
@@ -51,8 +52,8 @@ class Frame(NamedTuple):
     inner_macs: tuple[str, str]
 
 
-def parse(frame: bytes, port: int, kind: str = "vxlan") -> Frame | None:
-    """kind: the backend's type; port: of the tunnel, 0: there is none. None: no IP, or no VXLAN with IP inside."""
+def parse(frame: bytes, known: Collection[int], kind: str = "vxlan") -> Frame | None:
+    """kind: the backend's type; known: UDP ports of the tunnel. None: no IP, or no VXLAN with IP inside."""
     outer = _ethernet(frame)
     if outer is None:
         return None
@@ -61,10 +62,10 @@ def parse(frame: bytes, port: int, kind: str = "vxlan") -> Frame | None:
         inner = _ethernet(_NO_MACS + b"\x08\x00" + outer.payload)
         return None if inner is None else Frame(outer, None, inner, ("", ""))
     ports = struct.unpack_from("!HH", outer.payload) if outer.protocol == _UDP and len(outer.payload) >= 16 else (0, 0)
-    if kind == "wireguard" and port and port in ports:
+    if kind == "wireguard" and any(port and port in known for port in ports):
         message = _MESSAGES.get(outer.payload[8], f"of type {outer.payload[8]}")
         return Frame(outer._replace(what=f"wireguard {message}"), None, None, ("", ""))
-    if kind != "vxlan" or not port or ports[1] != port:
+    if kind != "vxlan" or not ports[1] or ports[1] not in known:
         return Frame(None, None, outer, macs)
     return _vxlan(outer)
 

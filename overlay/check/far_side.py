@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from lease.families import FAMILIES, V6, Family
+from lease.model import prefix
 from overlay.ask.client import NoAnswer, ask_agent, path_of, secret_in
 from overlay.page.gather import ROUTE
 
@@ -12,8 +14,28 @@ _OF_PEERS = ("unreachable", "path mtu", "loss")
 """Problems of the way between the two, which this side has already."""
 
 
-_OF_PODS = ("foreign rules", "ways", "routes", "carrier", "marks", "forward chain", "duplicate address")
-"""Problems that may keep packets from pods, though that node is ready."""
+_OF_PODS = (
+    "foreign rules",
+    "ways",
+    "routes",
+    "carrier",
+    "forward chain",
+    "duplicate address",
+    "kernel",
+    "device",
+    "sysctl",
+)
+"""Problems that keep packets from pods; the others (its store, its renewal...) do not, whatever that node is."""
+
+
+def _plain(subject: str) -> str:
+    """A problem's subject without its family (control.health.name_of)."""
+    return subject.removesuffix(f" {V6.text}")
+
+
+def _is_of(subject: str, family: Family) -> bool:
+    """Whether a problem is a family's, or no family's."""
+    return (subject != _plain(subject)) == (family is V6) or _plain(subject) not in (*_OF_PODS, *_OF_PEERS)
 
 
 class Said(NamedTuple):
@@ -39,12 +61,11 @@ def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> S
     except NoAnswer as error:
         why = "flannel runs there, or it is dead (the datapath stays, and learns of nobody who joins), or cannot be reached"
         return Said([f"the agent of {name} was asked, and gives no answer ({error}): {why}"])
-    its = [each for each in answer["problems"] if each["subject"] not in _OF_PEERS]
-    lines = [f"{name} says: {each['subject']}: {each['text']}" for each in its[:MOST]]
-    of_pods = (
-        f"{each['subject']}: {each['text']}" for each in its if each["keeps_unready"] or each["subject"] in _OF_PODS
-    )
-    problem = next(of_pods, "")
+    family = FAMILIES[prefix(peer["subnet"]).family]
+    its = [(each["subject"], each["text"]) for each in answer["problems"]]
+    its = [(subject, text) for subject, text in its if _is_of(subject, family)]
+    lines = [f"{name} says: {subject}: {text}" for subject, text in its[:MOST] if _plain(subject) not in _OF_PEERS]
+    problem = next((f"{subject}: {text}" for subject, text in its if _plain(subject) in _OF_PODS), "")
     if silent:
         return Said(lines, problem)
     ours = next((each for each in answer["reaches"] if each[0] == own), None)

@@ -19,7 +19,7 @@ from lease.families import FAMILIES, V6
 from lease.model import Prefix, ip_number, prefix
 from overlay.api.family import network_of, views
 from overlay.capture import frames
-from overlay.capture.frames import Frame
+from overlay.capture.frames import Frame, Packet
 from overlay.cli.complete import TARGET
 from overlay.cli.here import ask_in_place
 from overlay.settings.flags import DEFAULT_RUN_DIR
@@ -39,14 +39,27 @@ class Goal(NamedTuple):
 
     def wants(self, found: Frame) -> bool:
         """Whether a frame is one of them."""
-        if self.inner is not None and found.inner is not None:
-            family = self.inner.family
-            ends = [
-                end for end in (found.inner.source, found.inner.destination) if (":" in end) == (family == V6.number)
-            ]
-            if any(self.inner.holds(ip_number(end, family)) for end in ends):
-                return True
+        if self.inner is not None and found.inner is not None and any(_within(found.inner, self.inner)):
+            return True
         return found.outer is not None and self.outer in (found.outer.source, found.outer.destination)
+
+
+class Every(NamedTuple):
+    """All packets of the tunnel, and those from pod to pod that go without it. networks: of pods."""
+
+    networks: tuple[Prefix, ...]
+
+    def wants(self, found: Frame) -> bool:
+        """Whether a frame is one of them."""
+        if found.outer is not None:
+            return True
+        return found.inner is not None and any(all(_within(found.inner, each)) for each in self.networks)
+
+
+def _within(packet: Packet, there: Prefix) -> Iterator[bool]:
+    """Of each end of a packet."""
+    for end in (packet.source, packet.destination):
+        yield (":" in end) == (there.family == V6.number) and there.holds(ip_number(end, there.family))
 
 
 class Seen(NamedTuple):
@@ -85,15 +98,16 @@ def capture(
     there = [view for view in views(ask_in_place(run_dir), None) if view.get("device") and view.get("underlay")]
     if not there:
         raise click.ClickException("this node has no device yet: overlay status says what it waits for")
-    goal, view = _goal(target, there)
-    interface, device = view["underlay"]["interface"], view["device"]
-    kind = device.get("kind", "vxlan")
-    interfaces = [interface, device["name"]] if kind == "wireguard" else [interface]
+    goal, shown = _goal(target, there)
+    kind, ports = shown[0]["device"].get("kind", "vxlan"), frozenset(view["device"]["port"] for view in shown)
+    interfaces = list(dict.fromkeys(view["underlay"]["interface"] for view in shown))
+    if kind == "wireguard":
+        interfaces += dict.fromkeys(view["device"]["name"] for view in shown)
     try:
         file: BinaryIO | None = None if path is None else sys.stdout.buffer if path == "-" else open(path, "wb")  # noqa: SIM115
-        passed = _run(_decoded(interfaces, kind, device["port"], seconds), goal, count, file, as_json)
+        passed = _run(_decoded(interfaces, kind, ports, seconds), goal, count, file, as_json)
     except OSError as error:
-        raise click.ClickException(f"{error.filename or interface}: {error.strerror or error}") from error
+        raise click.ClickException(f"{error.filename or ', '.join(interfaces)}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         passed = 1
     if not passed:
@@ -101,39 +115,38 @@ def capture(
     sys.exit(0 if passed else 1)
 
 
-def _goal(target: str | None, there: list[dict[str, Any]]) -> tuple[Goal | None, dict[str, Any]]:
-    """What is meant, and the view of its family. there: views of the status, by family. None: all of the tunnel's."""
+def _goal(target: str | None, there: list[dict[str, Any]]) -> tuple[Goal | Every, list[dict[str, Any]]]:
+    """What is meant, and the views of its families. there: views of the status, by family."""
     if target is None:
-        network = network_of(there[0]) if there[0]["device"].get("kind") == "host-gw" else None
-        return (None if network is None else Goal(network, "")), there[0]
+        return Every(tuple(map(network_of, there))), there
     for view in there:
         for peer in view.get("peers") or ():
             if target in (peer["node_name"], peer["public_ip"], peer["subnet"]):
                 tunnelled = peer["path"] != "direct" and target != peer["subnet"]
-                return Goal(prefix(peer["subnet"]), peer["public_ip"] if tunnelled else ""), view
+                return Goal(prefix(peer["subnet"]), peer["public_ip"] if tunnelled else ""), [view]
     try:
         family = FAMILIES[6 if ":" in target else 4]
         inner = prefix(target if "/" in target else f"{target}/{family.bits}")
-        return Goal(inner, ""), next((view for view in there if view["family"] == family.number), there[0])
+        return Goal(inner, ""), [view for view in there if view["family"] == family.number] or there[:1]
     except ValueError:
         raise click.UsageError(f"{target}: no peer has that name, public IP or subnet, and it is no address") from None
 
 
-def _decoded(interfaces: list[str], kind: str, port: int, seconds: float) -> Iterator[tuple[Seen, Frame]]:
+def _decoded(interfaces: list[str], kind: str, ports: frozenset[int], seconds: float) -> Iterator[tuple[Seen, Frame]]:
     for seen in _frames(interfaces, seconds):
-        decoded = frames.parse_bare(seen.frame) if seen.bare else frames.parse(seen.frame, port, kind)
+        decoded = frames.parse_bare(seen.frame) if seen.bare else frames.parse(seen.frame, ports, kind)
         if decoded is not None:
             yield seen, decoded
 
 
 def _run(
-    passing: Iterator[tuple[Seen, Frame]], goal: Goal | None, count: int | None, file: BinaryIO | None, as_json: bool
+    passing: Iterator[tuple[Seen, Frame]], goal: Goal | Every, count: int | None, file: BinaryIO | None, as_json: bool
 ) -> int:
     passed = 0
     if file is not None:
         file.write(frames.pcap_head())
     for seen, decoded in passing:
-        if not (goal.wants(decoded) if goal is not None else seen.bare or decoded.outer is not None):
+        if not goal.wants(decoded):
             continue
         passed += 1
         if file is not None:

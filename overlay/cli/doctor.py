@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,10 @@ def doctor(
     """
     if os.geteuid() != 0:
         raise click.ClickException("only root can look at all of it: run it with sudo")
-    with suppress(NoAgent):
-        go_to(asked(run_dir))
-    found = list(findings(run_dir, subnet_file, cni_conf_dir, root))
+    elsewhere = _entered(run_dir)
+    if fix and elsewhere:
+        raise click.ClickException(f"{elsewhere}; nothing was mended")
+    found = list(findings(run_dir, subnet_file, cni_conf_dir, root, elsewhere))
     fixed = _fix(found) if fix else {}
     if as_json:
         click.echo(json.dumps([as_values(each, fixed.get(place)) for place, each in enumerate(found)], indent=2))
@@ -72,8 +72,19 @@ def doctor(
     sys.exit(1 if wrong else 0)
 
 
-def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> Iterator[Finding]:
-    """All of them. One that cannot be looked at costs no other."""
+def _entered(run_dir: str) -> str:
+    """Go to the agent's network namespace; why not, "" where there is none to go to, or it is this one."""
+    try:
+        go_to(asked(run_dir))
+    except NoAgent:
+        return ""
+    except click.ClickException as error:
+        return error.message
+    return ""
+
+
+def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path, elsewhere: str = "") -> Iterator[Finding]:
+    """All of them. One that cannot be looked at costs no other. elsewhere: why the agent's network is not looked at."""
     try:
         found, silent = asked(run_dir), ""
     except NoAgent as error:
@@ -100,6 +111,9 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path) -> I
     whole, found = found, primary(found)
     for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
         yield from _guarded(of_agent.__name__, of_agent, found)
+    if elsewhere:
+        yield unknown("network", elsewhere)
+        return
     devices = {view["device"]["name"]: view["device"]["mtu"] for view in views(whole, None) if view.get("device")}
     for view in views(whole, None):
         end = f" {family_of(view).text}" if view["family"] != found["family"] else ""
@@ -146,7 +160,7 @@ def _backend(found: Mapping[str, Any]) -> tuple[str, str]:
     """The backend's type, and the program that encrypts. found: the agent's status, empty where it does not answer."""
     of_wireguard = (found.get("wireguard") or {}).values()
     kind = ((found.get("network") or {}).get("backend") or {}).get("type") or "vxlan"
-    return kind, next((each["program"] for each in of_wireguard if each["program"]), "")
+    return kind, next((each["program"] for each in of_wireguard if each.get("program")), "")
 
 
 def _guarded(subject: str, check: Callable[..., Findings], *arguments: Any) -> Findings:

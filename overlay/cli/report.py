@@ -81,7 +81,10 @@ def report(path: str | None, log_file: str | None, run_dir: str, subnet_file: st
     if os.geteuid() != 0:
         raise click.ClickException("only root can read all of it: run it with sudo")
     with suppress(NoAgent):
-        go_to(asked(run_dir))
+        try:
+            go_to(asked(run_dir))
+        except click.ClickException as error:
+            click.echo(f"{error.message}; what this shell's network has is in the report instead", err=True)
     at = time.strftime("%Y%m%d-%H%M%S")
     where = path or f"overlay-report-{os.uname().nodename}-{at}.tar.gz"
     count = 0
@@ -139,10 +142,12 @@ def _wireguard(run_dir: str) -> str:
         devices = asked(run_dir).get("wireguard") or {}
         made: dict[str, Any] = {}
         for name, about in devices.items():
-            device = UserspaceWireguard(name, userspace_folder(run_dir)) if about["program"] else KernelWireguard(name)
+            device = (
+                UserspaceWireguard(name, userspace_folder(run_dir)) if about.get("program") else KernelWireguard(name)
+            )
             there = device.read()
             device.close()
-            made[name] = {"port": there.port, "program": about["program"], "peers": {
+            made[name] = {"port": there.port, "program": about.get("program", ""), "peers": {
                 key_text(key): {
                     "allowed_ips": sorted(str(Prefix(*net)) for net in peer.allowed),
                     "endpoint": peer.place and f"{ip_text(peer.place.family, peer.place.address)} {peer.place.port}",

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -70,8 +71,7 @@ def trace(
     if flows > 1 and proto == "icmp":
         raise click.UsageError("--flows goes with --proto tcp or udp: all pings between two addresses take one way")
     found = ask_in_place(run_dir)
-    named = [address for address in (source, destination) if ":" in address or "." in address]
-    family = (6 if ":" in named[0] else 4) if named else primary(found)["family"]
+    family = _family(source) or _family(destination) or primary(found)["family"]
     if size is not None and size < header_bytes(proto, family):
         raise click.UsageError(f"--size {size}: the headers alone have {header_bytes(proto, family)} bytes")
     whole, found = found, of_family(found, family)
@@ -98,6 +98,15 @@ def trace(
 
 def _end(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
+
+
+def _family(text: str) -> int | None:
+    """Of an address; None: it is none, but a name."""
+    for family in (4, 6):
+        with suppress(ValueError):
+            ip_number(text, family)
+            return family
+    return None
 
 
 def _address(text: str, found: dict[str, Any], family: int) -> int:

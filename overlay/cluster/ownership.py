@@ -159,8 +159,7 @@ class Ownership(Controller):
             self._look_again_at, self._looking_again = None, True
             self.recheck()
         config, family, under, second, settings, inputs_key, fault = wants
-        faults = (asked_fault(config, each) for each in settings.subnets)
-        self._health.report("subnet", "; ".join(each for each in faults if each), harmless=True)
+        self._report_asked()
         self._health.report("public ip", fault)
         if fault:
             return False  # what is held already holds
@@ -192,6 +191,22 @@ class Ownership(Controller):
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
         return False
+
+    def _report_asked(self) -> None:
+        """What was asked for by --subnet, and is not held."""
+        config, settings = self._current.inputs.config, self._current.inputs.settings
+        lines = []
+        for asked in settings.subnets if config is not None else ():
+            assert config is not None
+            end = self.held.endpoint(asked.family) if self.held is not None else None
+            if fault := asked_fault(config, asked):
+                lines.append(fault)
+            elif end is not None and end.subnet != asked:
+                lines.append(
+                    f"--subnet {asked} is another node's, or a part of it, or touches the underlay: this node keeps"
+                    f" {end.subnet} (overlay leases list; it is asked for again at the next start)"
+                )
+        self._health.report("subnet", "; ".join(lines), harmless=True)
 
     @staticmethod
     def _asked(config: NetworkConfig, settings: Settings, family: Family) -> Prefix | None:
@@ -308,6 +323,7 @@ class Ownership(Controller):
         if event.warn:
             self._put_right_until = self._clock() + PUT_RIGHT_S
         self.check_rivals()
+        self._report_asked()
         self._health.solved(self.name)
         return False
 

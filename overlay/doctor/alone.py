@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from lease.families import FAMILIES, V4, V6, Family
+from lease.families import FAMILIES, V4, Family
 from lease.model import Prefix, ip_text, mac_text
 from overlay.cni.lists import networks_of, previous_subnet
 from overlay.doctor.finding import Finding, Findings, State, ok
 from overlay.kernel.netlink import RequestSocket
-from overlay.kernel.route.entries import PROTOCOL, FoundRoute, Link
+from overlay.kernel.route.entries import PROTOCOL, Address, FoundRoute, Link
 from overlay.kernel.route.links import Links
 from overlay.node.interfaces import gateway_holders
 from overlay.trace.node import Node, NotTraceable
@@ -19,6 +19,8 @@ _KINDS = {"vxlan": ("vxlan", 0), "ipip": ("ipip", 20), "wireguard": ("wireguard"
 _NAMES = {4: ("flannel.", "flannel-wg"), 6: ("flannel-v6.", "flannel-wg")}
 """flannel.VNI, flannel.ipip, flannel-wg; flannel-v6.VNI, flannel-wg-v6, and flannel-wg of both families."""
 NAMED = 3
+_BY_KERNEL = 2
+"""RTPROT_KERNEL: of a route that came with an address."""
 
 
 def families_of(subnet_file: str) -> list[Family]:
@@ -34,12 +36,15 @@ def node_of(subnet_file: str, requests: RequestSocket, family: Family) -> Node:
         raise NotTraceable(f"{subnet_file} is not there, or names no subnet: no agent has made a network here")
     links = {link.ifindex: link for link in requests.links()}
     addresses = tuple(requests.addresses(family))
-    tunnel = _tunnel(links, family)
-    routes = [route for route in requests.routes(family) if _is_of_peer(route, network, own, tunnel)]
-    local, lower, port = _under(tunnel, routes)
+    tunnel = _tunnel(links, family, own, addresses)
+    every = requests.routes(family)
+    routes = [route for route in every if _is_of_peer(route, network, own, tunnel)]
+    local, lower, port = _under(tunnel)
+    lower = lower or next((route.oif for route in routes if tunnel is None or route.oif != tunnel.ifindex), 0)
+    lower = lower or next((route.oif for route in every if not route.key.length), 0)
     local = local or next((each.address for each in addresses if each.oif == lower and not each.scope), 0)
     under = links.get(lower)
-    if under is None or not local:
+    if (tunnel is None and not routes) or under is None or not local:
         raise NotTraceable("there is neither a tunnel's device nor a route to a peer: nothing stands of the network")
     kind, overhead = _KINDS[tunnel.kind] if tunnel is not None else ("host-gw", 0)
     overhead = family.overhead if kind == "vxlan" else overhead
@@ -52,23 +57,25 @@ def node_of(subnet_file: str, requests: RequestSocket, family: Family) -> Node:
     )  # fmt: skip
 
 
-def _tunnel(links: dict[int, Link], family: Family) -> Link | None:
+def _tunnel(links: dict[int, Link], family: Family, own: Prefix, addresses: Iterable[Address]) -> Link | None:
+    """The device that has the base of our subnet: of several networks on a node each has its own."""
+    having = {each.oif for each in addresses if each.address == own.base}
     names = _NAMES[family.number]
-    found = [link for link in links.values() if link.name.startswith(names) and link.kind in _KINDS]
-    return next(iter(sorted(found, key=lambda link: ("-v6" in link.name) != (family is V6))), None)
+    found = (link for link in links.values() if link.name.startswith(names) and link.kind in _KINDS)
+    return next((link for link in found if link.ifindex in having), None)
 
 
 def _is_of_peer(route: FoundRoute, network: Prefix, own: Prefix, tunnel: Link | None) -> bool:
     """Ours, and flannel's that go by the device."""
     there = Prefix(network.family, route.key.base, route.key.length)
-    by_tunnel = tunnel is not None and route.oif == tunnel.ifindex
-    return network.covers(there) and there != own and bool(route.via) and (by_tunnel or route.protocol == PROTOCOL)
+    by_tunnel = tunnel is not None and route.oif == tunnel.ifindex and route.protocol != _BY_KERNEL
+    return network.covers(there) and there != own and (by_tunnel or (bool(route.via) and route.protocol == PROTOCOL))
 
 
-def _under(tunnel: Link | None, routes: list[FoundRoute]) -> tuple[int, int, int]:
+def _under(tunnel: Link | None) -> tuple[int, int, int]:
     """Local address and interface of the underlay, and the tunnel's port; 0: not known."""
     if tunnel is None:
-        return 0, next((route.oif for route in routes), 0), 0
+        return 0, 0, 0
     links = Links()
     try:
         found = links.read(tunnel.name)
@@ -88,18 +95,30 @@ def entries(node: Node, requests: RequestSocket) -> Findings:
         return
     of_tunnel = tunnel if node.kind != "host-gw" else None
     routes = [route for route in requests.routes(node.family) if _is_of_peer(route, node.network, node.own, of_tunnel)]
-    lacking = list(_lacking(node, tunnel.ifindex, routes, requests)) if node.kind == "vxlan" else []
+    by_tunnel = [route for route in routes if of_tunnel is not None and route.oif == of_tunnel.ifindex]
+    lacking = list(_lacking(node, tunnel.ifindex, by_tunnel, requests)) if node.kind == "vxlan" else []
     if lacking:
         shown = "; ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
         yield Finding(
-            "entries", State.WRONG, f"of {len(routes)} peers: {shown}", "their pods are not reached from here",
+            "entries", State.WRONG, f"of {len(by_tunnel)} peers: {shown}", "their pods are not reached from here",
             "start the agent: it puts them back",
         )  # fmt: skip
         return
-    whole = "a route, a neighbour and an FDB entry" if node.kind == "vxlan" else "a route"
-    yield ok(
-        "entries", f"peers in the kernel: {len(routes)}, with {whole} each; who joins while no agent runs gets none"
-    )
+    if not routes:
+        yield Finding(
+            "entries", State.WARN, "no peer has any", "no pod of another node is reached from here", "start the agent"
+        )
+        return
+    parts = []
+    if by_tunnel:
+        whole = {
+            "vxlan": "a route, a neighbour and an FDB entry",
+            "wireguard": "a route (their keys were not looked at)",
+        }
+        parts.append(f"{len(by_tunnel)} by {node.tunnel}, with {whole.get(node.kind, 'a route')} each")
+    if len(routes) > len(by_tunnel):
+        parts.append(f"{len(routes) - len(by_tunnel)} directly, with a route each")
+    yield ok("entries", f"peers in the kernel: {'; '.join(parts)}. Who joins while no agent runs gets none")
 
 
 def _lacking(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSocket) -> Iterator[str]:
@@ -107,8 +126,6 @@ def _lacking(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSo
     macs = {each.address: each.mac for each in requests.neighbours(node.family, oif)}
     known = {each.mac: each.dst for each in requests.fdb(node.family, oif)}
     for route in routes:
-        if route.oif != oif:
-            continue
         subnet = Prefix(number, route.key.base, route.key.length)
         mac = macs.get(route.via)
         if mac is None:

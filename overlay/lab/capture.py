@@ -36,7 +36,7 @@ class Captured:
 
 def parse_vxlan(frame: bytes, port: int, interface: str) -> Captured | None:
     """Take a frame apart; None where it is no VXLAN packet to that port with IPv4 and UDP inside. Pure."""
-    found = frames.parse(frame, port)
+    found = frames.parse(frame, (port,))
     if found is None or found.outer is None or found.inner is None or found.vni is None:
         return None
     outer, inner = found.outer, found.inner

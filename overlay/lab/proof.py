@@ -5,6 +5,7 @@ Each step raises LabError with what failed, and returns what it saw, as text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -114,7 +115,20 @@ class Proof:
         return found
 
     def reach(self) -> list[matrix.Cell]:
-        """The whole matrix. Raises LabError where a pair does not reach each other."""
+        """The whole matrix. Raises LabError where a pair does not reach each other. The IPv6 address of a bridge that was
+        just made serves after a moment: the kernel checks it for others that have it (RFC 4862, 5.4)."""
+        cells: list[matrix.Cell] = []
+
+        def whole() -> bool:
+            cells[:] = self._reach()
+            return True
+
+        if 6 in self.cluster.families:
+            with contextlib.suppress(LabError):
+                self.cluster.wait("pods reach each other", whole, 20)
+        return cells or self._reach()
+
+    def _reach(self) -> list[matrix.Cell]:
         ends = self.ends()
         addresses = {(end.node, end.family): end.address for end in ends if end.kind == "node"}
 
@@ -304,7 +318,9 @@ class Connection:
 
     def __init__(self, source: matrix.End, target: matrix.End) -> None:
         def listen() -> socket.socket:
-            made = socket.create_server((target.address, 0))
+            made = socket.create_server(
+                (target.address, 0), family=socket.AF_INET6 if target.family == 6 else socket.AF_INET
+            )
             made.settimeout(10)
             return made
 

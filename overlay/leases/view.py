@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from lease.config import NetworkConfig, Pool
-from lease.model import Endpoint, Lease, Prefix, Refused, ip_text, key_text, mac_text
+from lease.model import WIDTH, Endpoint, Lease, Prefix, Refused, ip_text, key_text, mac_text
 from lease.records.subnets import SubnetIndex
 from lease.tenure.claim import Identity
 
@@ -136,7 +136,7 @@ def _twice(
 
 
 class Use(NamedTuple):
-    """Of the range. taken: leases within it; reserved: of those, without a node."""
+    """Of the range. taken: subnets of its length of which a lease has a part; reserved: leases without a node."""
 
     pool: Pool
     taken: int
@@ -154,7 +154,13 @@ def use(config: NetworkConfig, held: Iterable[Held]) -> Use | None:
     if pool is None:
         return None
     within = [each for each in held if each.lease.v4 is not None and pool.network.covers(each.lease.v4.subnet)]
-    return Use(pool, len(within), sum(each.reserved for each in within))
+    step, touched = WIDTH[4] - pool.length, set[int]()
+    for each in within:
+        there = each.lease.first.subnet
+        touched.update(
+            range(max(pool.first, there.base) >> step, (min(pool.subnet(pool.size - 1).last, there.last) >> step) + 1)
+        )
+    return Use(pool, len(touched), sum(each.reserved for each in within))
 
 
 def reservation_fault(config: NetworkConfig | None, subnet: Prefix, leases: Iterable[Lease]) -> str:
@@ -163,7 +169,10 @@ def reservation_fault(config: NetworkConfig | None, subnet: Prefix, leases: Iter
     if pool is None:
         return "there is no network config of that family: nobody would ask for it"
     if not pool.allows(subnet):
-        return f"{subnet} is no subnet of the range {pool}"
+        other = (
+            "" if subnet.length == pool.length else "; one of another length a node asks for itself: overlayd --subnet"
+        )
+        return f"{subnet} is no subnet of the range {pool}{other}"
     index = SubnetIndex.of(4, ((lease.first.subnet, lease.key) for lease in leases if lease.v4 is not None))
     taken = next(index.overlapping(subnet), None)
     return f"{taken} is taken already" if taken is not None else ""

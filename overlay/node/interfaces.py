@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lease.config import Pool
-from lease.model import Prefix, around
+from lease.model import WIDTH, Prefix, around
 from overlay.control.inputs import AddressKey, Underlay
 from overlay.kernel.route.entries import Address, Link
 
@@ -124,7 +124,7 @@ def lost_subnets(
     """Other subnets of the pod network whose gateway is a bridge for pods, by the bridge's name: this node held them
     before, and pods may run there yet. A bridge that has any other address is somebody else's.
 
-    any_place: subnets come from the cluster (Kubernetes), wherever in the network; else the pool says which can be ours.
+    any_place: subnets come from the cluster (Kubernetes), all of one length.
     """
     found: dict[str, list[Prefix]] = {}
     inside = interfaces_within(pool.network, addresses.values(), underlay)
@@ -134,8 +134,10 @@ def lost_subnets(
         mine = [a for a in addresses.values() if a.oif == link.ifindex and (a.family == 4 or a.scope < RT_SCOPE_LINK)]
         subnets = [around(a.family, a.address, a.length) for a in mine]
         gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
+        network = pool.network
+        lengths = range(network.length + 2, WIDTH[network.family] - 1)  # a node may have asked for any (--subnet)
         held = all(
-            pool.network.covers(subnet) and subnet.length == own.length if any_place else pool.allows(subnet)
+            network.covers(subnet) and (subnet.length == own.length if any_place else subnet.length in lengths)
             for subnet in subnets
         )
         if gateways and held and own not in subnets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import Family
@@ -81,6 +81,8 @@ class ProbesController(Controller):
         """The tunnel's, the underlay's."""
         self.mesh = Mesh(lambda: self._port, self._largest)
         self._packed: Collection[bytes] = ()
+        self._lengths: set[int] | None = set()
+        """Of peers' subnets: nodes may ask for others than the config's. None: to be found."""
         self._credit = 0.0
         """Visits that are due, by the interval."""
         self._socket: EchoSocket | None = None
@@ -98,7 +100,7 @@ class ProbesController(Controller):
 
     def load(self, packed: Collection[bytes]) -> None:
         """These are all peers."""
-        self._packed = packed
+        self._packed, self._lengths = packed, None
         self.mesh.keep(lambda there: self._peer_of(there) is not None)
         self._credit = float(BUDGET)  # soon after a start all have their turn, where they are few
 
@@ -109,6 +111,8 @@ class ProbesController(Controller):
             self.mesh.gone(number(before.subnet))
         if after is not None:
             self.mesh.came(number(after.subnet))
+            if self._lengths is not None:
+                self._lengths.add(after.subnet.length)
 
     # --- asking
 
@@ -138,14 +142,18 @@ class ProbesController(Controller):
         """Take the answers, send what is due. Raises OSError: no raw socket."""
         self._port, self._mtus = wants.port, (wants.tunnel_mtu, wants.underlay_mtu)
         self._place, self._source = 0 if wants.vteps else 1, wants.gateway
-        listened = (wants.network, wants.length, self._place)
+        if self._lengths is None:
+            found = (subnet_number_of(each, self._family.number) for each in self._packed)
+            self._lengths = {there & 0xFF for there in found if there is not None}
+        lengths = self._lengths | {wants.length}
+        listened = (wants.network, max(lengths), self._place)
         if self._socket is None or self._askers is None or self._of != listened:
             self._close()
             self._socket = self._make_socket(self._family, None, 0, 0)
             self._askers = self._make_socket(self._family, *listened)
             self._of = listened
         now = self._clock()
-        self._take(self._socket, self._askers, wants, now)
+        self._take(self._socket, self._askers, lengths, now)
         if now < self._next:
             return False
         passed = min(now - self._last, 5.0) if self._last else TICK_S
@@ -156,13 +164,12 @@ class ProbesController(Controller):
         self._report()
         return False
 
-    def _take(self, echoes: EchoSocket, askers: EchoSocket, wants: _Wants, now: float) -> None:
+    def _take(self, echoes: EchoSocket, askers: EchoSocket, lengths: Iterable[int], now: float) -> None:
         for seen in echoes.seen(MOST_READ):
             if seen.answer:
                 self.mesh.answered(seen.sequence, seen.source, seen.at_ns, now)
-        for there in {
-            seen.source - self._place << 8 | wants.length for seen in askers.seen(MOST_READ) if not seen.answer
-        }:
+        asked = {seen.source - self._place << 8 for seen in askers.seen(MOST_READ) if not seen.answer}
+        for there in (base | length for base in asked for length in lengths):
             if self._peer_of(there) is not None:
                 self.mesh.heard(there, now)
 

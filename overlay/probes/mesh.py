@@ -263,9 +263,8 @@ class Mesh:
         slot = self._slots.get(target.number)
         if slot is None:
             return
-        self._silent.discard(target.number)
+        self._proven(target.number, slot, by_tunnel=kind.by_tunnel)
         if kind.by_tunnel:
-            self._proven(target.number, slot)
             self._answered[slot] = now
             self._rtt[slot] = min(0xFFFF, max(1, (at_ns - sent_ns) // RTT_UNIT_NS))
         doubt = self._doubts.get(target.number)
@@ -287,13 +286,14 @@ class Mesh:
         """A peer asked us through the tunnel."""
         slot = self._slot(number)
         self._heard[slot] = now
-        self._silent.discard(number)
-        self._proven(number, slot)
+        self._proven(number, slot, by_tunnel=True)
 
-    def _proven(self, number: int, slot: int) -> None:
+    def _proven(self, number: int, slot: int, by_tunnel: bool) -> None:
         """It is there, so that from now on its silence says something; loss is that of a peer that answers."""
-        if number in self._unproven:
-            self._unproven.discard(number)
+        if number in self._silent or (by_tunnel and number in self._unproven):
+            self._silent.discard(number)
+            if by_tunnel:
+                self._unproven.discard(number)
             self._lost[slot] = self._visits[slot] = 0
 
     def expire(self, now: float) -> None:
@@ -318,11 +318,8 @@ class Mesh:
             unproven = (
                 target.number in self._unproven
             )  # of those the node's own silence is news, not that of the gateway
-            if (
-                kind is (Kind.UNDERLAY if unproven else Kind.VTEP_FULL)
-                and target.number not in self._silent
-                and len(self._doubts) < MOST_DOUBTS
-            ):
+            news = kind is (Kind.UNDERLAY if unproven else Kind.VTEP_FULL) or (unproven and bool(refused))
+            if news and target.number not in self._silent and len(self._doubts) < MOST_DOUBTS:
                 self._doubts[target.number] = _Doubt(target, now)
             return
         if mtu:
@@ -333,6 +330,11 @@ class Mesh:
         if doubt.rounds >= ROUNDS and kind is Kind.VTEP_FULL:
             heard, proven = self._heard[slot] > doubt.since_s, bool(self._heard[slot] or self._answered[slot])
             ever = proven or target.number in self._unproven
+            under = doubt.outcomes.get(Kind.UNDERLAY)
+            if target.gateway and ever and under is not None and not under.ok:
+                # it may have started anew, and its gateway comes back with its first pod
+                self._unproven.add(target.number)
+                self._heard[slot] = self._answered[slot] = 0.0
             peer = Peer(target.direct, target.gateway, heard, proven, ever)
             doubt.verdict = judge(doubt.outcomes, self._port(), peer)
             if doubt.verdict.state in (State.SILENT, State.UNTRIED):

@@ -173,8 +173,8 @@ def _hooks(flow: Flow) -> Iterator[tuple[str, Flow]]:
 
 
 def _attached(chain: Chain, flow: Flow) -> bool:
-    """Whether a chain of family netdev is on the flow's way; all others are."""
-    return not chain.devices or (flow.oif if chain.hook == "egress" else flow.iif) in chain.devices
+    """Whether a chain of a device is on the flow's way (none whose device is not known); all others are."""
+    return chain.hook not in program.BELOW or (flow.oif if chain.hook == "egress" else flow.iif) in chain.devices
 
 
 def findings(family: Family, flows: list[Flow], reader: Reader | None = None) -> Iterator[tuple[str, str, str, str]]:
@@ -189,7 +189,7 @@ def findings(family: Family, flows: list[Flow], reader: Reader | None = None) ->
         yield "", UNREAD, f"the old iptables are in use on this node, and they cannot be read: {missing.strerror}", ""
     except KernelError as error:  # nft's are judged all the same
         yield "", UNREAD, f"rules of other programs are not checked: {error}", ""
-    chains += [chain for chain in reader.chains("netdev") if chain.devices]
+    chains += reader.chains("netdev")
     for flow in flows:
         for hook, seen in _hooks(flow):
             for chain in chains:
@@ -244,7 +244,13 @@ def _about(family: Family, chain: Chain, flow: Flow, verdict: Verdict) -> tuple[
         )
     if rule is None:
         accept = "iptables-legacy -A INPUT" if chain.family == _OLD else f"nft add rule {chain}"
-        accept += f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
+        if flow.port:
+            accept += (
+                f" -p udp --dport {flow.port} -j ACCEPT" if chain.family == _OLD else f" udp dport {flow.port} accept"
+            )
+        else:
+            of_pods = "the pod network: saddr and daddr"
+            accept = f"accept {of_pods}, in that chain"
         return DROPS, f"{where} {does}: {accept}", flow.what
     tool = f"{'iptables' if family.number == 4 else 'ip6tables'}{'-legacy' if chain.family == _OLD else ''}"
     table = verdict.where.split()[1]

@@ -73,7 +73,7 @@ def uninstall(
         if failed:
             raise UninstallError("; ".join(failed))
         kept = {lease_file(settings)} if leased(settings) else set()
-        for left in (*_marks(settings), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/{LOCK_NAME}"):
+        for left in (*_marks(settings, owned), f"{settings.run_dir}/{SOCKET_NAME}", f"{settings.run_dir}/{LOCK_NAME}"):
             if left not in kept:
                 remove(left)
     if dry_run:
@@ -118,9 +118,10 @@ def _begin(settings: Settings) -> None:
     write_atomically(begun, "\n".join(sorted(there)))
 
 
-def _marks(settings: Settings) -> list[str]:
+def _marks(settings: Settings, owned: Owned) -> list[str]:
     """The files by which a later run knows that this node was ours, until all is done."""
-    return [f"{settings.run_dir}/device", lease_file(settings), f"{settings.run_dir}/{BEGUN}"]
+    devices = (owned.device_file(family) for family in FAMILIES)
+    return [*devices, lease_file(settings), f"{settings.run_dir}/{BEGUN}"]
 
 
 def _ours(settings: Settings, owned: Owned) -> bool:
@@ -128,7 +129,7 @@ def _ours(settings: Settings, owned: Owned) -> bool:
     plugin, which outlives one."""
     conflist = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
     listed = bool(settings.cni_conf_dir) and any(lists.listed_subnet(conflist, family) for family in FAMILIES)
-    return any(Path(mark).exists() for mark in _marks(settings)) or (listed and not owned.flannel_has_it())
+    return any(Path(mark).exists() for mark in _marks(settings, owned)) or (listed and not owned.flannel_has_it())
 
 
 @contextmanager

@@ -19,8 +19,16 @@ from overlay.trace.node import Node, Peer, Pod
 from overlay.trace.points import Gap
 from overlay.trace.probe import Probe
 
-_INNER = {"prerouting": Gap.PREROUTING, "forward": Gap.FORWARD, "postrouting": Gap.POSTROUTING, "input": Gap.NODE_INPUT}
-_OUTER = {"output": Gap.OUTPUT, "postrouting": Gap.OUTPUT, "prerouting": Gap.OUTER_ROUTING, "input": Gap.INPUT}
+_INNER = {
+    "ingress": Gap.BRIDGE, "prerouting": Gap.PREROUTING, "forward": Gap.FORWARD, "postrouting": Gap.POSTROUTING,
+    "egress": Gap.DEVICE, "input": Gap.NODE_INPUT,
+}  # fmt: skip
+"""By hook, where packets are missed that a rule there drops; of those that arrive: _ARRIVING."""
+_ARRIVING = {**_INNER, "ingress": Gap.DECAPSULATION, "egress": Gap.NEIGHBOUR}
+_OUTER = {
+    "output": Gap.OUTPUT, "postrouting": Gap.OUTPUT, "egress": Gap.OUTPUT, "ingress": Gap.UNDERLAY,
+    "prerouting": Gap.OUTER_ROUTING, "input": Gap.INPUT,
+}  # fmt: skip
 Found = Iterator[tuple[Gap, str]]
 
 
@@ -134,13 +142,13 @@ class Looks:
                 yield from self._filters(flow._replace(sports=self._sports()), _OUTER)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:
-            yield from self._filters(self._flow(beyond, ""), _INNER)
+            yield from self._filters(self._flow(beyond, ""), _ARRIVING)
             return
         bridge = node.link(node.bridge)
         if bridge is not None and not bridge.up:
             yield Gap.ROUTING, f"{bridge.name} is down: ip link set {bridge.name} up"
         yield from self._routing(packet, node.number_of(node.bridge), None)
-        yield from self._filters(self._flow(beyond, node.bridge), _INNER)
+        yield from self._filters(self._flow(beyond, node.bridge), _ARRIVING)
         yield from self.given(pod)
 
     def _sports(self) -> tuple[int, int]:

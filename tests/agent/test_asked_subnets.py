@@ -60,13 +60,35 @@ def test_a_node_moves_to_what_is_asked_for_and_stays_where_that_is_taken(world):
     before = str(one.subnet())
     one = world.restart(one, f"--subnet={two.subnet()}").wait_ready()
     assert str(one.subnet()) == before, "another node has it: nothing is lost"
+    assert f"this node keeps {before}" in one.problems()["subnet"]
     one = world.restart(one, f"--subnet={LARGE}").wait_ready()
+    assert one.problems() == {}
     assert str(one.subnet()) == LARGE
     until(
         "the old one is given back",
         lambda: set(world.records()) == {"10.244.8.0-23", str(two.subnet()).replace("/", "-")},
     )
     until("its peer follows", lambda: LARGE in world.run("node2", "ip", "route"))
+
+
+@pytest.mark.parametrize("length", [23, 25, 26])
+def test_a_part_of_what_is_held_or_more_is_moved_to(world, length):
+    """Its key is another, of the same base."""
+    world.config()
+    one = world.agent(world.node(1), "--node-name=node1", "--subnet=10.244.4.0/24").wait_ready()
+    one = world.restart(one, f"--subnet=10.244.4.0/{length}").wait_ready()
+    assert str(one.subnet()) == f"10.244.4.0/{length}"
+    assert set(world.records()) == {f"10.244.4.0-{length}"}
+    assert one.problems() == {}
+
+
+def test_pods_on_a_subnet_that_was_asked_for_are_told_of_when_it_is_another_nodes(world):
+    world.config()
+    one = world.agent(world.node(1), "--node-name=node1", f"--subnet={SMALL}").wait_ready()
+    world.pod(one, "a")
+    one = world.restart(one).wait_ready()
+    assert one.subnet().length == 24
+    until("its pod's subnet is known as lost", lambda: SMALL in one.problems().get("retained", ""), 20)
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,22 @@ def entries(world, agent) -> tuple[str, str]:
     return found["state"], found["what"]
 
 
-@pytest.mark.parametrize(
-    ("backend", "whole"), [("vxlan", "a route, a neighbour and an FDB entry"), ("host-gw", "a route")]
-)
-def test_entries_that_stand_are_counted_and_a_missing_one_is_named(world, backend, whole):
+WHOLE = {
+    "vxlan": "2 by flannel.1, with a route, a neighbour and an FDB entry each",
+    "host-gw": "2 directly, with a route each",
+    "wireguard": "2 by flannel-wg, with a route (their keys were not looked at) each",
+}
+
+
+@pytest.mark.parametrize("backend", WHOLE)
+def test_entries_that_stand_are_counted_and_a_missing_one_is_named(world, backend):
     world.config(Backend={"Type": backend})
     one, two, _ = world.nodes(3)
     world.pod(one, "a")
     one.kill()
     assert entries(world, one) == (
         "ok",
-        f"peers in the kernel: 2, with {whole} each; who joins while no agent runs gets none",
+        f"peers in the kernel: {WHOLE[backend]}. Who joins while no agent runs gets none",
     )
     subjects = {each["subject"]: each["state"] for each in doctor(world, one)}
     assert subjects["agent"] == "wrong"
@@ -34,9 +39,27 @@ def test_entries_that_stand_are_counted_and_a_missing_one_is_named(world, backen
         world.run("node1", "ip", "neigh", "del", str(two.subnet()).partition("/")[0], "dev", "flannel.1")
         state, what = entries(world, one)
         assert (state, "has no neighbour entry for" in what) == ("wrong", True)
-        world.run("node1", "ip", "link", "del", "flannel.1")
+    if backend != "wireguard":
+        world.run("node1", "ip", "route", "flush", "proto", "111")
+        if backend == "vxlan":
+            assert entries(world, one) == ("warning", "no peer has any")
+            world.run("node1", "ip", "link", "del", "flannel.1")
         (found,) = (each for each in doctor(world, one) if each["subject"] == "network")
         assert "nothing stands of the network" in found["what"]
+
+
+def test_of_two_networks_the_one_that_is_asked_about_is_looked_at(world):
+    world.etcd.put(
+        "/second/network/config", '{"Network":"10.50.0.0/16","Backend":{"Type":"vxlan","VNI":7,"Port":8473}}'
+    )
+    one, two = world.nodes(2)
+    flags = "--etcd-prefix=/second/network", "--node-name=node1"
+    other = world.agent("node1", *flags, run_dir="node1-second").wait_ready()
+    one.kill()
+    other.kill()
+    world.run("node1", "bridge", "fdb", "del", two.mac(), "dev", "flannel.1")
+    assert entries(world, one)[0] == "wrong"
+    assert entries(world, other) == ("warning", "no peer has any")
 
 
 def test_where_no_network_was_made_that_is_said(world):

@@ -95,3 +95,16 @@ def test_a_subnet_of_each_family_can_be_asked_for(world):
     assert world.restart(one, *flags).wait_ready().status()["lease"]["subnet_ipv6"] == asked[1]
     two = world.restart(two, f"--subnet={asked[1]}").wait_ready()
     assert two.status()["lease"]["subnet_ipv6"] != asked[1], "it is taken"
+
+
+def test_a_subnet_of_one_family_that_is_asked_for_leaves_the_other(world):
+    (agent,) = world.nodes(1)
+    before = agent.status()["lease"]["subnet_ipv6"]
+    agent = world.restart(agent, "--subnet=10.244.8.0/23").wait_ready()
+    lease = agent.status()["lease"]
+    assert (lease["subnet"], lease["subnet_ipv6"]) == ("10.244.8.0/23", before)
+    flags = "--subnet=10.244.64.0/24", f"--subnet={before}"
+    agent = world.restart(agent, *flags).wait_ready()
+    lease = agent.status()["lease"]
+    assert (lease["subnet"], lease["subnet_ipv6"]) == ("10.244.64.0/24", before)
+    assert len(world.records()) == 1

@@ -22,3 +22,4 @@ def test_nothing_of_either_family_is_left(world6):
         assert world6.run("node1", "ip", family, "route", "show", "proto", "111") == ""
     assert "overlay" not in world6.run("node1", "nft", "list", "tables")
     assert not (one.run_dir / "subnet.env").exists()
+    assert [path.name for path in one.run_dir.glob("device*")] == [], "by them a later run would take it for ours"

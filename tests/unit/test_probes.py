@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import struct
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from lease.config import parse_config
-from lease.families import V4, V6
+from lease.families import V4
 from lease.model import ip_number, prefix
 from lease.records.packed import number, pack
 from overlay.kernel.route.entries import Address
@@ -93,8 +92,10 @@ class Probed:
             self.controller.peer_changed(None, one)
         return peer
 
-    def socket(self, _family, askers, _length, place):
+    def socket(self, _family, askers, length, place):
         self.place = place
+        if askers is not None:
+            self.askers = askers, length, place
         return self.network if askers is None else self.network.asking
 
     def some(self, place: int, count: int) -> list[PeerOfPath]:
@@ -276,6 +277,38 @@ def test_a_node_without_pods_that_goes_is_said(bench, without_vteps):
     assert it.states() == {"untried": 4}
 
 
+def test_a_node_that_started_anew_without_pods_is_no_problem(bench, without_vteps):
+    it = without_vteps
+    it.network.answers = lambda _address, _size: True
+    it.run(3 * INTERVAL_S)
+    assert it.states() == {"ok": 4}
+    it.network.answers = lambda _address, _size: False
+    it.run(4 * INTERVAL_S)
+    assert "neither its underlay address nor its pods' gateway answers" in bench.problems()["unreachable"]
+    it.network.answers = lambda address, _size: address > 1 << 31
+    it.run(4 * INTERVAL_S)
+    assert bench.problems() == {}
+    assert it.states() == {"untried": 4}
+
+
+def test_a_kernel_that_refuses_is_said_of_a_gateway_that_never_answered(bench, without_vteps):
+    it = without_vteps
+    it.run(6 * INTERVAL_S)
+    it.network.refuses = 22
+    it.run(4 * INTERVAL_S)
+    assert "this node's kernel does not send there" in bench.problems()["unreachable"]
+
+
+def test_a_node_that_comes_up_is_not_called_lossy(bench):
+    it = Probed(bench, 2, lambda _address, _size: False)
+    it.run(20 * INTERVAL_S)
+    assert it.states() == {"silent": 2}
+    it.network.answers = lambda _address, _size: True
+    it.run(3 * INTERVAL_S)
+    assert (bench.problems(), it.states()) == ({}, {"ok": 2})
+    assert not list(it.controller.mesh.lossy(0.01, 1))
+
+
 def test_a_gateway_that_asks_is_there(bench, without_vteps):
     it = without_vteps
     it.run(6 * INTERVAL_S)
@@ -342,6 +375,22 @@ def test_who_asks_us_is_heard(bench):
     (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.0/24")
     assert heard["heard_age_s"] <= 2
     assert heard["answered_age_s"] is None
+
+
+def test_peers_with_subnets_of_other_lengths_are_heard(bench):
+    it = Probed(bench, 2)
+    it.run(1)
+    small = lease("10.64.0.192/26", "192.168.9.9")
+    number_of = number(small.first.subnet)
+    it.leases[number_of] = small
+    it.peers[number_of] = PeerOfPath(small.first.subnet, small.first.public_ip, False, "small")
+    it.controller.load({each: pack(one) for each, one in it.leases.items()}.values())
+    it.run(1)
+    assert it.askers[1:] == (26, 0), "the socket lets its questions in"
+    it.network.asking.asks(small.first.subnet.base)
+    it.run(1)
+    (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.192/26")
+    assert heard["heard_age_s"] is not None
 
 
 def test_who_asks_very_often_takes_no_place_of_answers(bench):
@@ -446,27 +495,3 @@ def test_what_it_means(outcomes, state, words):
     found = judge(outcomes, 8472)
     assert (found.state, words in found.text) == (state, True), found
     assert bool(found.remedy) == (state not in (State.OK, State.UNTRIED))
-
-
-@pytest.mark.parametrize("size", [8, 56, 57, 1422])
-def test_a_request_is_as_rfc_792_says(size):
-    made = echo.request(V4, 0x1234, 7, b"8 bytes.", size)
-    assert struct.unpack("!BBxxHH", made[:8]) == (8, 0, 0x1234, 7)
-    assert len(made) == 8 + size
-    assert echo.sum_of(made) == 0xFFFF
-    assert echo.data_of(V4, 1450) == 1422
-    assert echo.data_of(V6, 1430) == 1382
-
-
-def test_answers_of_loopback_are_recognised_in_both_families(closing):
-    for family, address in ((V4, "127.0.0.1"), (V6, "::1")):
-        one, other = closing(echo.EchoSocket(family)), closing(echo.EchoSocket(family))
-        target = ip_number(address, family.number)
-        assert [one.send(target, sequence, 1000) for sequence in (1, 2)] == [0, 0]
-        found: list[echo.Seen] = []
-        for _ in range(200):
-            found += one.seen(10)
-            if len(found) == 2:
-                break
-        assert [(each.source, each.answer, each.sequence) for each in found] == [(target, True, 1), (target, True, 2)]
-        assert list(other.seen(10)) == [], "somebody else's"

@@ -59,9 +59,13 @@ def tables() -> list[tuple[str, str]]:
 _DEVICES = re.compile(r"\bdevices? (?:= )?\{? ?([^{}]*?) ?\}? priority\b")
 
 
+BELOW = ("ingress", "egress")
+"""Hooks of single devices, of families netdev and inet."""
+
+
 class Chain(NamedTuple):
     """A base chain. kind: `filter`, `nat`...; hook: `forward`...; priority: by which the kernel asks them in turn; devices:
-    of family netdev, what it is attached to."""
+    what it is attached to, where its hook is one of BELOW."""
 
     family: str
     table: str
@@ -92,7 +96,7 @@ def all_base_chains() -> list[Chain]:
             str(item.get("type")),
             item["hook"],
             item.get("prio", 0),
-            _devices(item) if item["family"] == "netdev" else (),
+            _devices(item) if item["hook"] in BELOW else (),
         )
         for item in _listed("chain", "chains")
         if item.get("hook")
@@ -100,7 +104,7 @@ def all_base_chains() -> list[Chain]:
 
 
 def _devices(item: dict[str, Any]) -> tuple[str, ...]:
-    """What a chain of family netdev is attached to. nft writes it as JSON from 1.0.8 on, as text always."""
+    """What a chain is attached to. nft writes it as JSON from 1.0.8 on, as text always."""
     there = item.get("dev")
     if there:
         return tuple(there) if isinstance(there, list) else (there,)
