@@ -11,9 +11,10 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bench import rig
+from lease.model import Lease
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from tests.support.world import World
 
@@ -22,18 +23,42 @@ FIRST_JOIN = 90_000
 REST_S = 60.0
 
 
+class Watches:
+    """The routes of all families of a node."""
+
+    def __init__(self, namespace: str, families: Iterable[int]) -> None:
+        self.each = [rig.RouteWatch(namespace, family) for family in families]
+
+    def until(self, came: int = 0, went: int = 0, limit_s: float = 120.0) -> float:
+        """When the last of them was there."""
+        return max(watch.until(came, went, limit_s) for watch in self.each)
+
+    def forget(self) -> None:
+        for watch in self.each:
+            watch.forget()
+
+    def close(self) -> None:
+        for watch in self.each:
+            watch.close()
+
+
 class Standing:
     """An agent beside `count` peers, all in the kernel."""
 
     def __init__(self, world: World, kind: str, count: int, folder: str) -> None:
         self.world, self.kind, self.count = world, kind, count
         self.node = rig.fresh_node(world)
-        self.watch = rig.RouteWatch(world.namespace(self.node))
+        self.watch = Watches(world.namespace(self.node), world.families)
+        self.both = len(world.families) > 1
         self.folder = world.folder / folder
         self.program = rig.Program(world, self.node, kind, self.folder)
         self.watch.until(came=count, limit_s=240)
         time.sleep(3.0)
         self.watch.forget()
+
+    def lease(self, number: int) -> Lease:
+        """A peer's, of the network's families."""
+        return rig.lease(number, self.both)
 
     def counters(self) -> dict[str, int]:
         """Of ours."""
@@ -69,11 +94,12 @@ def main() -> None:
     arguments.add_argument("--joins", type=int, default=200)
     arguments.add_argument("--flanneld-up-to", type=int, default=20000)
     arguments.add_argument("--only", default="joins,burst,growth,device,restart,check,rest")
+    arguments.add_argument("--both", action="store_true", help="a dual-stack network")
     given = arguments.parse_args()
     print(rig.machine())
-    with rig.world() as world:
+    with rig.world(given.both) as world:
         records = rig.Records(world)
-        for count in records.growing(given.peers):
+        for count in records.growing(given.peers, given.both):
             kinds = ["ours", *(["flanneld"] if count <= given.flanneld_up_to else [])]
             for kind in kinds:
                 standing = Standing(world, kind, count, f"{kind}-{count}")
@@ -109,18 +135,18 @@ def say(it: Standing, what: str, figure: str) -> None:
 
 def arrive(it: Standing, records: rig.Records, joins: int, when: str = "") -> None:
     """Store commit (the moment etcd answers the writer) to the kernel's word that the route came or went."""
-    records.put([rig.lease(FIRST_JOIN - 1)])  # the first event of a run finds this program's own ways cold
+    records.put([it.lease(FIRST_JOIN - 1)])  # the first event of a run finds this program's own ways cold
     it.watch.until(came=1)
-    records.drop([rig.lease(FIRST_JOIN - 1)])
+    records.drop([it.lease(FIRST_JOIN - 1)])
     it.watch.until(went=1)
     came, went, before = [], [], rig.cpu_s(it.program.pid)
     for number in range(FIRST_JOIN, FIRST_JOIN + joins):
-        records.put([rig.lease(number)])
+        records.put([it.lease(number)])
         committed = time.perf_counter()
         came.append(it.watch.until(came=1) - committed)
         time.sleep(0.02)
     for number in range(FIRST_JOIN, FIRST_JOIN + joins):
-        records.drop([rig.lease(number)])
+        records.drop([it.lease(number)])
         committed = time.perf_counter()
         went.append(it.watch.until(went=1) - committed)
         time.sleep(0.02)
@@ -137,7 +163,7 @@ def burst(it: Standing, records: rig.Records, count: int) -> None:
     """Many at once; from the last commit, and from the first."""
     before = rig.cpu_s(it.program.pid)
     began = time.perf_counter()
-    records.put(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
+    records.put(it.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
     committed = time.perf_counter()
     done = it.watch.until(came=count, limit_s=240)
     spent = rig.cpu_s(it.program.pid) - before
@@ -146,7 +172,7 @@ def burst(it: Standing, records: rig.Records, count: int) -> None:
         f"{count} joins in a burst",
         f"{done - began:.2f} s, {done - committed:.2f} s after the last commit, CPU {spent:.2f} s",
     )
-    records.drop(rig.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
+    records.drop(it.lease(number) for number in range(FIRST_JOIN, FIRST_JOIN + count))
     it.watch.until(went=count, limit_s=240)
 
 
@@ -174,9 +200,9 @@ def growth(it: Standing, records: rig.Records) -> None:
         for start in range(0, count // 2, 500):
             some = range(FIRST_JOIN + start, FIRST_JOIN + start + 500)
             it.watch.forget()
-            records.put(rig.lease(number) for number in some)
+            records.put(it.lease(number) for number in some)
             it.watch.until(came=500)
-            records.drop(rig.lease(number) for number in some)
+            records.drop(it.lease(number) for number in some)
             it.watch.until(went=500)
 
     change(1000)  # what a first change takes once
@@ -193,13 +219,11 @@ def growth(it: Standing, records: rig.Records) -> None:
 
 def device(it: Standing) -> None:
     """Set down, then deleted: until the last route is back."""
-    for what, command in (
-        ("set down", ("ip", "link", "set", "flannel.1", "down")),
-        ("deleted", ("ip", "link", "del", "flannel.1")),
-    ):
+    devices = ["flannel.1", *(["flannel-v6.1"] if it.both else [])]
+    for what, command in (("set down", "ip link set {} down"), ("deleted", "ip link del {}")):
         it.watch.forget()
         began = time.perf_counter()
-        it.world.run(it.node, *command)
+        it.world.run(it.node, "sh", "-c", "; ".join(command.format(name) for name in devices))
         done = it.watch.until(came=it.count)
         say(it, f"device {what}: whole again", f"{done - began:.2f} s")
         time.sleep(2.0)
