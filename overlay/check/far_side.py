@@ -65,6 +65,13 @@ def said(found: dict[str, Any], peer: dict[str, Any], silent: bool = False) -> S
     its = [(each["subject"], each["text"]) for each in answer["problems"]]
     its = [(subject, text) for subject, text in its if _is_of(subject, family)]
     lines = [f"{name} says: {subject}: {text}" for subject, text in its[:MOST] if _plain(subject) not in _OF_PEERS]
+    theirs, mine = (answer.get("mtus") or {}).get(str(family.number)), found["device"]["mtu"]
+    if theirs not in (None, mine):
+        smaller = name if theirs < mine else "this node"
+        lines.append(
+            f"MTU of pods: {theirs} on {name}, {mine} on this node: packets above {min(theirs, mine)} bytes do not pass both"
+            f" ways, by {smaller}'s underlay; give both underlays one MTU, or set Backend.MTU"
+        )
     problem = next((f"{subject}: {text}" for subject, text in its if _plain(subject) in _OF_PODS), "")
     if silent:
         return Said(lines, problem)

@@ -24,10 +24,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
     if len(shown) <= WIDE:
         _matrix(console, found)
     _worst(console, found)
-    for what in ("versions", "configs"):
+    for what, name in (("versions", "versions"), ("configs", "configs"), ("mtus", "MTUs of pods")):
         if len(found[what]) > 1:
             said = "; ".join(f"{value}: {', '.join(who[:4])}" for value, who in found[what].items())
-            console.print(Text(f"{what} differ: {said}", style="yellow"))
+            console.print(Text(f"{name} differ: {said}", style="yellow"))
     for record in found["refused"]:
         said = f"{len(record['said_by'])} agents: {', '.join(record['said_by'][:3])}"
         console.print(Text(f"record {record['key']} is not used: {record['reason']} (said by {said})", style="red"))

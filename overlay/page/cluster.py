@@ -66,6 +66,7 @@ def cluster(
         "worst": _worst(said, names, places),
         "versions": _count(said, "version"),
         "configs": _count(said, "config"),
+        "mtus": _count(said, "mtu"),
         "problems": [{"node": each["node"], **problem} for each in said for problem in each["problems"]],
         "refused": _refused(said),
         "mends_per_minute": _sum([each["mends_per_minute"] for each in said]),

@@ -249,8 +249,8 @@ function range() {
 
 function skew() {
   const line = (what, those) => [what, Object.entries(those).map(([value, who]) => `${value}: ${who.length} (${who.slice(0, 3).join(", ")}${who.length > 3 ? ", …" : ""})`).join("; ")];
-  const more = Object.keys(data.versions).length > 1 || Object.keys(data.configs).length > 1;
-  const rows = [line("version", data.versions), line("network config", data.configs)];
+  const more = [data.versions, data.configs, data.mtus].some((each) => Object.keys(each).length > 1);
+  const rows = [line("version", data.versions), line("network config", data.configs), line("MTU of pods", data.mtus)];
   const others = data.nodes.filter((node) => node.asked === "no answer").length;
   byId("skew").replaceChildren(make("p", { class: more ? "warn" : "dim" }, more ? "they are not the same everywhere" : "the same on all that answered"), table(["", ""], rows), others ? nothing(`${others} gave no answer: flannel's, older ones, or nodes that are down`) : "");
 }

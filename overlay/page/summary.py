@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from overlay.api.family import primary
+from overlay.api.family import primary, views
 from overlay.control.health import FIRST
 
 MOST_ASKED, WORST, MOST_PROBLEMS = 128, 20, 20
@@ -23,6 +23,7 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
 
     `reaches`: of each of those [subnet, state, rtt_us, loss, text]; `worst`: the same of peers that do not answer.
     """
+    whole = dict(found)
     found = {**primary(found), "reachability_ipv6": found.get("reachability_ipv6")}
     six = found.get("reachability_ipv6") if found["family"] == FIRST else None
     reachability = [*(found.get("reachability") or ()), *(six or ())]
@@ -37,6 +38,7 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
         "ready": found["ready"],
         "uptime_s": found["uptime_s"],
         "mtu": device.get("mtu"),
+        "mtus": {str(view["family"]): view["device"]["mtu"] for view in views(whole, None) if view.get("device")},
         "zone": found.get("zone", ""),
         "time_s": int(time.time()),
         "config": config_of(found),

@@ -59,6 +59,18 @@ def test_all_are_asked_and_one_that_does_not_answer_is_not_called_well(world, se
     assert three.problems() == {}
 
 
+def test_mtus_that_differ_are_named_of_both_ends(world, secret):
+    one, two = world.nodes(2, f"--ask-secret-file={secret}")
+    world.run("node2", "ip", "link", "set", "eth0", "mtu", "1400")
+    until("it follows", lambda: two.status()["device"]["mtu"] == 1350)
+    found = json.loads(overlay(world, one, "check", "--json", "node2").stdout)
+    assert any(line.startswith("MTU of pods: 1350 on node2, 1450 on this node") for line in found["far_side"]), found
+    there = json.loads(overlay(world, two, "check", "--json", "node1").stdout)
+    assert any("MTU of pods: 1450 on node1, 1350 on this node" in line for line in there["far_side"]), there
+    shown = overlay(world, one, "status", "--cluster").stdout
+    assert "MTUs of pods differ: 1450: node1; 1350: node2" in shown
+
+
 def test_without_the_secret_nothing_is_listened_at_and_a_wrong_one_gets_nothing(world, secret, tmp_path):
     (one,) = world.nodes(1)
     assert one.status()["asking"] is None
