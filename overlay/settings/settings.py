@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lease.endpoint import LIKE, endpoint_parts
 from lease.model import NO_NODE, Prefix, ip_number, prefix
 from lease.records.annotations import DEFAULT_PREFIX, Names
+from overlay.settings.distributions import OPTIONS, flags_of
 from overlay.settings.flags import (
     DEFAULT_CNI_CONF_DIR,
     DEFAULT_RUN_DIR,
@@ -126,7 +127,11 @@ def read_settings(
         SystemExit: after --help.
     """
     try:
-        given = parse(arguments)
+        before = flags_of(environ)
+    except ValueError as error:
+        raise SettingsError(f"{OPTIONS}: {environ[OPTIONS][:60]!r}: {error}; write flags as in a shell") from None
+    try:
+        given = parse(before) | parse(arguments)
     except FlagError as error:
         raise SettingsError(f"{error}; `{prog} --help` lists the flags") from None
     if "help" in given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -34,7 +35,7 @@ class Flanneld:
                     "nsenter", f"--net={netns.path(where.namespace(node))}", str(BINARY),
                     *self._store_flags(where), "-iface=eth0", f"-subnet-file={self.run_dir}/subnet.env",
                 ],
-                stdout=log, stderr=log, env=os.environ | {"NODE_NAME": node},
+                stdout=log, stderr=log, env=os.environ | {"NODE_NAME": node, "WIREGUARD_KEY_FILE": f"{self.run_dir}/wgkey"},
             )  # fmt: skip
         where.agents.append(self)  # type: ignore[arg-type]  # ended with the others
 
@@ -53,9 +54,8 @@ class Flanneld:
         assert len(pods) == len(families)
         conflist = self.run_dir / "cni" / CONFLIST
         if not conflist.exists():
-            write_atomically(
-                str(conflist), cni.network_list(pods, 1430 if 6 in families else 1450, "cni0", f"{self.run_dir}/ipam")
-            )
+            mtu = int(re.search(r"FLANNEL_MTU=(\d+)", (self.run_dir / "subnet.env").read_text())[1])  # type: ignore[index]
+            write_atomically(str(conflist), cni.network_list(pods, mtu, "cni0", f"{self.run_dir}/ipam"))
         self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         if 6 in families:
             self.world.run(self.node, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")

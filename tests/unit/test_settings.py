@@ -104,6 +104,21 @@ def test_the_environment_is_read_and_the_command_line_wins():
     assert settings.public_ip == 0
 
 
+def test_the_variables_of_distributions_are_flags_before_the_command_lines():
+    settings = read(
+        "--etcd-prefix=/a",
+        FLANNEL_ETCD_ENDPOINTS="http://10.0.0.1:2379",
+        FLANNEL_ETCD="http://older:4001",
+        FLANNEL_ETCD_KEY="/atomic.io/network",
+        FLANNEL_OPTIONS="-iface=eth1 -ip-masq --subnet-file='/run/a b.env'",
+        FLANNELD_IFACE="eth9",
+    )
+    assert settings.etcd_endpoints == ("http://10.0.0.1:2379",)
+    assert settings.etcd_prefix == "/a", "the command line wins"
+    assert (settings.iface, settings.ip_masq, settings.subnet_file) == (("eth1",), True, "/run/a b.env")
+    assert read(FLANNEL_ETCD="http://older:4001").etcd_endpoints == ("http://older:4001",)
+
+
 def test_addresses_endpoints_and_levels():
     settings = read("--etcd-endpoints= http://a:1 ,http://b:2", "--public-ip=203.0.113.9", "-v=2")
     assert settings.etcd_endpoints == ("http://a:1", "http://b:2")
@@ -115,6 +130,8 @@ def test_addresses_endpoints_and_levels():
     ("arguments", "environ", "words"),
     [
         (["--no-such-flag"], {}, ["no-such-flag"]),
+        ([], {"FLANNEL_OPTIONS": "--iface='eth0"}, ["FLANNEL_OPTIONS", "No closing quotation"]),
+        ([], {"FLANNEL_OPTIONS": "--no-such-flag"}, ["no-such-flag"]),
         (["stray"], {}, ["stray"]),
         (["--healthz-port=x"], {}, ["--healthz-port", "'x'", "whole number"]),
         (["--healthz-port=70000"], {}, ["--healthz-port", "65535"]),
