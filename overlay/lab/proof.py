@@ -325,7 +325,7 @@ class Connection:
             return made
 
         listening = netns.inside(target.namespace, listen)
-        where = listening.getsockname()
+        where = listening.getsockname()[:2]  # of IPv6 it has four parts
         with listening:
             self._near = netns.inside(source.namespace, lambda: socket.create_connection(where, 10))
             self._far, _ = listening.accept()
