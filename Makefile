@@ -31,9 +31,10 @@ cluster: setup ## a real two-node Kubernetes, our image and manifest on it, and 
 	.ci/cluster-setup
 	.venv/bin/overlay cluster prove --family $(or $(IP_FAMILY),ipv4)
 
-cluster-test: setup ## the same as tests; and the move from the real flannel (builds it: Go, some minutes) and back
+cluster-test: setup ## the same as tests, in both families; the move from the real flannel and back; flannel's end-to-end list with CoreDNS (Go)
 	.ci/cluster-setup
 	.ci/flannel-image
+	.ci/coredns-image
 	$(PY) -m pytest tests/cluster
 
 bundle: setup ## image and manifests in one archive, for machines that reach no registry
