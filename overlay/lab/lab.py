@@ -42,11 +42,9 @@ NET_CONFS = {
     ' "Backend": {"Type": "vxlan"}}',
     "ipv6": '{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48", "Backend": {"Type": "vxlan"}}',
 }
-"""By what `overlay lab up --family` says."""
 SETTLED_S = 15.0
 """So long the kernel may check new IPv6 addresses of pods and bridges for others that have them (RFC 4862, 5.4)."""
-READY_S, PAGE_S = 60.0, 10.0
-NAME = re.compile(r"[a-z0-9]{1,16}")
+READY_S, PAGE_S, NAME = 60.0, 10.0, re.compile(r"[a-z0-9]{1,16}")
 Progress = Callable[[str], None]
 
 

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -290,7 +291,6 @@ class World:
             whole += mac is not None and mac in there["fdb"]
         return whole
 
-    # --- records
     def records(self) -> dict[str, dict[str, Any]]:
         return {
             key.rpartition("/")[2]: kv | json.loads(kv["value"])
@@ -311,7 +311,6 @@ class World:
     def drop_record(self, key: str) -> None:
         self.etcd.delete(f"{ROOT}/subnets/{key}")
 
-    # --- pods
     def pod(self, agent: Agent, name: str) -> matrix.End:
         return self.pod_ends(agent, name)[0]
 
@@ -497,5 +496,4 @@ class Stream:
         return self.sent - len(self.came)
 
 
-def number(text: str) -> int:
-    return ip_number(text, 4)
+number = partial(ip_number, family=4)
