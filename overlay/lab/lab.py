@@ -36,7 +36,7 @@ from overlay.process.rundir import MODE
 
 ROOT = Path("/run/overlay-lab")
 DEFAULT_NET_CONF = '{"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}'
-NET_CONFS = {
+NET_CONFS = {  # by what `overlay lab up --family` says
     "ipv4": DEFAULT_NET_CONF,
     "dual": '{"EnableIPv6": true, "Network": "10.244.0.0/16", "IPv6Network": "fd00:10:244::/48",'
     ' "Backend": {"Type": "vxlan"}}',
