@@ -104,11 +104,13 @@ NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
 
 kernels: setup ## what an agent does to the kernel, on Debian's 5.10, 6.1 and 6.12 under QEMU: table of docs/reliability.md (hours)
 	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
+	bench/flanneld/build
 	for it in 5.10 6.1 6.12; do .ci/kernel-run $$it build/kernels/$$it $(KERNEL_TESTS) -n 2; done; \
 	$(PY) -m tests.support.kernels docs/reliability.md build/kernels/*
 
 kernel-test: setup ## one of them: make kernel-test KERNEL=6.1 TESTS=tests/kernel
 	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
+	bench/flanneld/build
 	.ci/kernel-run $(or $(KERNEL),6.1) build/kernels/$(or $(KERNEL),6.1) $(or $(TESTS),tests/kernel) -n 2
 
 reference: setup ## docs/reference.md's table of flags, from the flags themselves
