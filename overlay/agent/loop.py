@@ -195,6 +195,7 @@ class Loop:
 
         sections: dict[str, object] = {}
         counters: dict[str, int] = {}
+        settings = self._current.inputs.settings
         for controller in self._schedule.working():
             end = "" if controller.family is None or controller.family.number == FIRST else SECOND
             sections.update({f"{name}{end}": section for name, section in controller.status().items()})
@@ -202,7 +203,7 @@ class Loop:
                 counters[name] = counters.get(name, 0) + count
         return Status(
             version=__version__,
-            node_name=self._current.inputs.settings.node_name,
+            node_name=settings.node_name,
             uptime_s=round(self._clock() - self._began, 1),
             ready=self.health.readiness()[0],
             problems=self.health.problems(),
@@ -212,4 +213,5 @@ class Loop:
             mends_per_minute=tuple(self._mends),
             pid=os.getpid(),
             network_namespace=os.readlink(namespaces.OWN),
+            files={"subnet_file": settings.subnet_file, "cni_conf_dir": settings.cni_conf_dir},
         )

@@ -24,6 +24,9 @@ def of_family(found: Mapping[str, Any], family: int) -> dict[str, Any]:
     made: dict[str, Any] = {"family": family}
     made |= {name: section for name, section in found.items() if not name.endswith(SECOND)}
     lease = found.get("lease")
+    devices = (found.get(name) or {} for name in ("device", f"device{SECOND}"))
+    mtus = [device["mtu"] for device in devices if "mtu" in device]
+    made["pods_mtu"] = min(mtus, default=0)  # subnet.env has one for all: the smaller one
     if family != FIRST:
         made |= {name.removesuffix(SECOND): section for name, section in found.items() if name.endswith(SECOND)}
     if lease and (":" in lease["subnet"]) != (family != FIRST):

@@ -39,6 +39,8 @@ class Status(NamedTuple):
     pid: int = 0
     network_namespace: str = ""
     """As /proc/PID/ns/net reads."""
+    files: Mapping[str, str] = {}
+    """Where it writes, by what its flags are called."""
 
     def json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -51,7 +53,7 @@ class Status(NamedTuple):
             "version": self.version,
             "node_name": self.node_name,
             "uptime_s": self.uptime_s,
-            "process": {"pid": self.pid, "network_namespace": self.network_namespace},
+            "process": {"pid": self.pid, "network_namespace": self.network_namespace, **self.files},
             "ready": self.ready,
             "problems": list(self._problems()),
             "history": [

@@ -118,8 +118,14 @@ def _rungs(found: dict[str, Any], goal: Goal, addresses: list[Address]) -> list[
         made += [Rung(GATEWAY, subnet.base + 1, 0, source), Rung(f"{GATEWAY} {mtu}", subnet.base + 1, mtu, source)]
     if goal.pod:
         made += [Rung(GATEWAY, subnet.base + 1, 0, source)] if _has_vteps(found) else []
-        made += [Rung(POD, goal.pod, 0, source), Rung(POD_FULL.format(mtu=device), goal.pod, device, source)]
+        pods = pods_mtu(found)
+        made += [Rung(POD, goal.pod, 0, source), Rung(POD_FULL.format(mtu=pods), goal.pod, pods, source)]
     return made
+
+
+def pods_mtu(found: dict[str, Any]) -> int:
+    """Of pods, which is that of the family with the smaller one."""
+    return int(found.get("pods_mtu") or found["device"]["mtu"])
 
 
 def _has_vteps(found: dict[str, Any]) -> bool:
@@ -189,9 +195,9 @@ def _result(
     by_kind = {kind: each.outcome for kind, each in zip(Kind, asked, strict=False)}
     verdict = judge(by_kind, found["device"]["port"], _known(found, goal))
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
-        verdict = of_size(
-            verdict, ladder.largest(family_of(found), rungs[Kind.VTEP_FULL].address, rungs[Kind.VTEP_FULL].mtu) or 0
-        )
+        full = rungs[Kind.VTEP_FULL]
+        largest = ladder.largest(family_of(found), full.address, full.mtu) or 0
+        verdict = of_size(verdict, largest, gateway=not _has_vteps(found))
     if wrong:
         all_pass = all(each.outcome.ok for each in asked)
         answered = "pings of this node are answered, but " if all_pass else ""
@@ -358,7 +364,8 @@ def _of_pod(goal: Goal, asked: list[Outcome]) -> Verdict:
 
 def local(found: dict[str, Any], address: int) -> dict[str, Any]:
     """A pod of this node."""
-    rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=found["device"]["mtu"]), address, found["device"]["mtu"])]
+    mtu = pods_mtu(found)
+    rungs = [Rung(POD, address), Rung(POD_FULL.format(mtu=mtu), address, mtu)]
     asked = ladder.ask(family_of(found), rungs)
     if asked[1].outcome.ok:
         verdict = Verdict(State.OK, "answers this node; overlay trace shows the way of packets from others")

@@ -122,7 +122,7 @@ def _show_all(console: Console, found: dict[str, Any], results: list[dict[str, A
         "state",
         "rtt",
         "why",
-        title=f"{len(results)} of {count} peers were asked, {sum(each['state'] == 'ok' for each in results)} answer",
+        title=f"{len(results)} were asked, {sum(each['state'] == 'ok' for each in results)} answer",
     )
     for result in results:
         peer, vtep = result["peer"], result["probes"][Kind.VTEP_FULL]

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from lease.families import V4, Family
+from lease.families import V4
 from overlay.api.family import family_of, primary, views
 from overlay.ask.client import NoAnswer
 from overlay.cli import terminal
@@ -39,8 +39,8 @@ _STYLES = {State.OK: "green", State.WARN: "yellow", State.WRONG: "red", State.UN
 )
 @click.option("--all", "everything", is_flag=True, help="also what is as it should be")
 @click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
-@click.option("--subnet-file", default=DEFAULT_SUBNET_FILE, show_default=True, help="the agent's")
-@click.option("--cni-conf-dir", default=DEFAULT_CNI_CONF_DIR, show_default=True, help="the agent's")
+@click.option("--subnet-file", help=f"the agent's; where it does not answer {DEFAULT_SUBNET_FILE}")
+@click.option("--cni-conf-dir", help=f"the agent's; where it does not answer {DEFAULT_CNI_CONF_DIR}")
 @click.option(
     "--root",
     default="/",
@@ -50,8 +50,8 @@ _STYLES = {State.OK: "green", State.WARN: "yellow", State.WRONG: "red", State.UN
 )
 @click.option("--json", "as_json", is_flag=True, help="everything, as JSON")
 def doctor(
-    fix: bool, everything: bool, run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path, as_json: bool
-) -> None:
+    fix: bool, everything: bool, run_dir: str, subnet_file: str | None, cni_conf_dir: str | None, root: Path, as_json: bool
+) -> None:  # fmt: skip
     """Look at this machine: kernel, sysctls, firewalls and their order, MTUs, offloads (by real packets), the programs that
     see to interfaces beside us, duplicate addresses, clock, store, lease, CNI.
 
@@ -83,12 +83,17 @@ def _entered(run_dir: str) -> str:
     return ""
 
 
-def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path, elsewhere: str = "") -> Iterator[Finding]:
+def findings(
+    run_dir: str, subnet_given: str | None, cni_given: str | None, root: Path, elsewhere: str = ""
+) -> Iterator[Finding]:
     """All of them. One that cannot be looked at costs no other. elsewhere: why the agent's network is not looked at."""
     try:
         found, silent = asked(run_dir), ""
     except NoAgent as error:
         found, silent = {}, str(error)
+    files = found.get("process") or {}
+    subnet_file = subnet_given or files.get("subnet_file") or DEFAULT_SUBNET_FILE
+    cni_conf_dir = cni_given or files.get("cni_conf_dir") or DEFAULT_CNI_CONF_DIR
     yield from _guarded("kernel", host.kernel, *_backend(found))
     yield from _guarded("clock", host.clock)
     for of_host in (host.networkd, host.network_manager, host.mac_policy):
@@ -98,15 +103,12 @@ def findings(run_dir: str, subnet_file: str, cni_conf_dir: str, root: Path, else
         yield Finding(
             "agent",
             State.WRONG,
-            silent,
+            f"{silent}; what follows of the network is what this shell's own network namespace has",
             "nobody sees to the ways to peers",
-            "systemctl status overlayd, or kubectl -n kube-flannel get pods",
+            "systemctl status overlayd, or kubectl -n kube-overlay get pods",
         )
         yield unknown("store and lease", "only the agent knows them")
-        for family in alone.families_of(subnet_file):
-            end = "" if family is V4 else f" {family.text}"
-            for each in _without_agent(subnet_file, family):
-                yield each._replace(subject=f"{each.subject}{end}")
+        yield from _without_agent(subnet_file)
         return
     whole, found = found, primary(found)
     for of_agent in (agent.agent, agent.store, agent.lease, agent.clocks, network.counters):
@@ -132,7 +134,12 @@ def _of_family(view: Mapping[str, Any], subnet_file: str, devices: Mapping[str, 
     finally:
         requests.close()
     yield from _of_network(node, subnet_file, devices)
-    yield from _guarded("offloads", network.offloads, node)
+    if explained := {"ways", "foreign rules"} & node.problems.keys():
+        yield unknown(
+            "offloads", f"TCP and pings are not compared while there is a problem {' and '.join(sorted(explained))}"
+        )
+    else:
+        yield from _guarded("offloads", network.offloads, node)
 
 
 def _of_network(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Findings:
@@ -143,17 +150,23 @@ def _of_network(node: Node, subnet_file: str, devices: Mapping[str, int]) -> Fin
     yield from _guarded("addresses", network.duplicates, node, who_answers)
 
 
-def _without_agent(subnet_file: str, family: Family) -> Findings:
+def _without_agent(subnet_file: str) -> Findings:
     requests = RequestSocket()
     try:
-        node = alone.node_of(subnet_file, requests, family)
-        yield from _guarded("entries", alone.entries, node, requests)
+        nodes_of = {family: alone.node_of(subnet_file, requests, family) for family in alone.families_of(subnet_file)}
+        devices = {node.tunnel: node.mtu for node in nodes_of.values()}
+        for family, node in nodes_of.items():
+            end = "" if family is V4 else f" {family.text}"
+            of_peers = (
+                *_guarded("entries", alone.entries, node, requests),
+                *_guarded("ways", alone.ways_of, node, requests),
+            )
+            for each in (*of_peers, *_of_network(node, subnet_file, devices)):
+                yield each._replace(subject=f"{each.subject}{end}")
     except (NotTraceable, OSError) as error:
         yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
-        return
     finally:
         requests.close()
-    yield from _of_network(node, subnet_file, {node.tunnel: node.mtu})
 
 
 def _backend(found: Mapping[str, Any]) -> tuple[str, str]:

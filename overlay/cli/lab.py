@@ -51,6 +51,10 @@ def up(
 
     An existing lab is shown again; what is left of a broken one is replaced. Exit status 0 only if all is reached.
     """
+    if net_conf and family != "ipv4" and "EnableIPv6" not in net_conf:
+        raise click.UsageError(
+            f"--net-conf is used as it is, and has no EnableIPv6: --family {family} would make no IPv6"
+        )
     net_conf = net_conf or NET_CONFS[family]
     with _working(name, as_json) as (found, progress):
         it = found

@@ -65,7 +65,8 @@ def _cell(pair: list[Any] | None) -> Text:
     state, rtt_us = pair[2], pair[3]
     if state == "ok" and rtt_us is not None:
         return Text(f"{rtt_us / 1000:.2f} ms", style="green")
-    return Text(_WORDS.get(state, "?"), style=_STYLES.get(state, "dim"))
+    six = " (IPv6)" if str(pair[5]).startswith("IPv6: ") else ""
+    return Text(f"{_WORDS.get(state, '?')}{six}", style=_STYLES.get(state, "dim"))
 
 
 def _worst(console: Console, found: dict[str, Any]) -> None:

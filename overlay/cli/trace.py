@@ -25,7 +25,7 @@ from overlay.kernel.netlink import error_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 from overlay.trace import run
 from overlay.trace.end import Passed
-from overlay.trace.node import NotTraceable
+from overlay.trace.node import NotTraceable, WrongEnds
 from overlay.trace.probe import PROTOCOLS, header_bytes
 from overlay.trace.run import Request, Traced
 from overlay.trace.values import as_values, came_through, flows_text, text_of, worst
@@ -81,6 +81,8 @@ def trace(
     request = Request(*ends, proto, port or 0, size, flows, family)
     try:
         traced = run.trace(found, request, lambda: ask(run_dir))
+    except WrongEnds as error:
+        raise click.UsageError(str(error)) from error
     except NotTraceable as error:
         raise click.ClickException(str(error)) from error
     except PermissionError as error:
@@ -110,12 +112,15 @@ def _family(text: str) -> int | None:
 
 
 def _address(text: str, found: dict[str, Any], family: int) -> int:
-    """found: the view of the family."""
+    """found: the view of the family. A node is its VTEP; where there is none (host-gw) this one its underlay's address,
+    another its pods' gateway."""
+    vteps = found["network"]["backend"]["type"] != "host-gw"
     if text == "node":
-        return prefix(found["lease"]["subnet"]).base
+        own = found["lease"]["subnet"].partition("/")[0] if vteps else found["underlay"]["address"]
+        return ip_number(own, family)
     named = [peer for peer in found["peers"] if text == peer["node_name"]]
     if named:
-        return prefix(named[0]["subnet"]).base
+        return prefix(named[0]["subnet"]).base + (not vteps)
     try:
         return ip_number(text, family)
     except ValueError:

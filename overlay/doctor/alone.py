@@ -7,18 +7,20 @@ from collections.abc import Iterable, Iterator
 from lease.families import FAMILIES, V4, Family
 from lease.model import Prefix, ip_text, mac_text
 from overlay.cni.lists import networks_of, previous_subnet
-from overlay.doctor.finding import Finding, Findings, State, ok
+from overlay.doctor.finding import Finding, Findings, State, ok, unknown
 from overlay.kernel.netlink import RequestSocket
 from overlay.kernel.route.entries import PROTOCOL, Address, FoundRoute, Link
 from overlay.kernel.route.links import Links
 from overlay.node.interfaces import gateway_holders
+from overlay.reach import foreign_rules, ways
+from overlay.reach.causes import Causes
 from overlay.trace.node import Node, NotTraceable
 
 _KINDS = {"vxlan": ("vxlan", 0), "ipip": ("ipip", 20), "wireguard": ("wireguard", 80), "tun": ("wireguard", 80)}
 """Backend and bytes of its outer headers (of VXLAN the family's), by the kind of the device."""
 _NAMES = {4: ("flannel.", "flannel-wg"), 6: ("flannel-v6.", "flannel-wg")}
 """flannel.VNI, flannel.ipip, flannel-wg; flannel-v6.VNI, flannel-wg-v6, and flannel-wg of both families."""
-NAMED = 3
+NAMED, ASKED = 3, 3
 _BY_KERNEL = 2
 """RTPROT_KERNEL: of a route that came with an address."""
 
@@ -97,6 +99,8 @@ def entries(node: Node, requests: RequestSocket) -> Findings:
     routes = [route for route in requests.routes(node.family) if _is_of_peer(route, node.network, node.own, of_tunnel)]
     by_tunnel = [route for route in routes if of_tunnel is not None and route.oif == of_tunnel.ifindex]
     lacking = list(_lacking(node, tunnel.ifindex, by_tunnel, requests)) if node.kind == "vxlan" else []
+    if node.kind == "vxlan":
+        lacking += _without_route(node, tunnel.ifindex, by_tunnel, requests)
     if lacking:
         shown = "; ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
         yield Finding(
@@ -118,7 +122,61 @@ def entries(node: Node, requests: RequestSocket) -> Findings:
         parts.append(f"{len(by_tunnel)} by {node.tunnel}, with {whole.get(node.kind, 'a route')} each")
     if len(routes) > len(by_tunnel):
         parts.append(f"{len(routes) - len(by_tunnel)} directly, with a route each")
-    yield ok("entries", f"peers in the kernel: {'; '.join(parts)}. Who joins while no agent runs gets none")
+    what = f"peers in the kernel: {'; '.join(parts)}. Who joins while no agent runs gets none"
+    if node.kind == "vxlan":
+        yield ok("entries", what)
+    else:
+        yield unknown("entries", f"{what}; whether these are all is known to the agent alone")
+
+
+def _without_route(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSocket) -> list[str]:
+    """Peers whose neighbour entry stands, and whose route is gone."""
+    routed = {route.via for route in routes}
+    there = (
+        each.address for each in requests.neighbours(node.family, oif) if each.mac and node.network.holds(each.address)
+    )
+    return [
+        f"{ip_text(node.family.number, address)} has a neighbour entry on {node.tunnel}, and no route leads to its subnet"
+        for address in there
+        if address not in routed
+    ]
+
+
+def ways_of(node: Node, requests: RequestSocket) -> Findings:
+    """What the kernel's look-ups and the rules of others do with packets to and from the first peers."""
+    tunnel, family = node.number_of(node.tunnel), node.family
+    lower = node.number_of(node.underlay)
+    of_tunnel = node.link(node.tunnel) if node.kind != "host-gw" else None
+    routes = [route for route in requests.routes(family) if _is_of_peer(route, node.network, node.own, of_tunnel)]
+    known = {each.mac: each.dst for each in requests.fdb(family, tunnel)} if node.kind == "vxlan" else {}
+    macs = {each.address: each.mac for each in requests.neighbours(family, tunnel)} if node.kind == "vxlan" else {}
+    bridges = tuple(node.number_of(name) for name in node.bridges)
+    here = ways.Here(node.own, tunnel, lower, node.local, bridges, node.port)
+    names = {index: link.name for index, link in node.links.items()}
+    causes, reader = Causes(family, requests, node.network, names), foreign_rules.Reader(family)
+    wrong = [f"{node.link(name).name} is down" for name in node.bridges if not node.link(name).up]  # type: ignore[union-attr]
+    flows = []
+    for route in routes[:ASKED]:
+        direct = of_tunnel is None or route.oif != tunnel
+        public_ip = route.via if direct else known.get(macs.get(route.via) or 0) or 0
+        peer = ways.Peer(Prefix(family.number, route.key.base, route.key.length), public_ip, direct)
+        questions = (each for each in ways.questions(here, peer) if public_ip or each.what not in ways.OF_ONE_PEER)
+        for question in questions:
+            way = requests.way(family, question.packet)
+            if not ways.is_as_asked(question, way):
+                what = question.what.format(peer=peer.subnet)
+                wrong.append(f"{what} {causes.happens(question, way)}: {causes.cause(question, way)}")
+        wants = foreign_rules.of_node(here, {**names, tunnel: node.tunnel}, node.bridges or ("cni0",), node.port)
+        flows += [flow for flow in foreign_rules.flows_of(family, wants, peer) if public_ip or not flow.port]
+    for _, subject, line, packets in foreign_rules.findings(family, flows, reader):
+        if subject == foreign_rules.DROPS:
+            wrong.append(line.replace("{these}", packets))
+    for line in dict.fromkeys(wrong):
+        what, _, mend = line.partition(": ")
+        yield Finding("ways", State.WRONG, what, "packets of pods do not get through", mend)
+    if not wrong and routes:
+        asked = f"{min(len(routes), ASKED)} of {len(routes)} peers"
+        yield ok("ways", f"neither the kernel's look-ups nor rules of others stand in the way of {asked}")
 
 
 def _lacking(node: Node, oif: int, routes: list[FoundRoute], requests: RequestSocket) -> Iterator[str]:

@@ -124,7 +124,7 @@ def firewalls(node: Node) -> Findings:
         there = [chain for chain in chains if chain.hook == hook]
         there.sort(key=lambda chain: chain.priority)
         order = ", ".join(f"{chain.table} {chain.name} ({_whose(chain.table)}, {chain.priority})" for chain in there)
-        yield ok(f"firewalls: {hook}", order or "nobody has rules")
+        yield ok(f"firewalls: {hook}", f"in this order: {order}" if order else "nobody has rules")
     old = iptables.legacy_tables(family.number)
     if old and any(chain.table in ("filter", "nat") for chain in chains):
         yield Finding(

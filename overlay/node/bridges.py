@@ -11,6 +11,7 @@ from lease.config import Pool
 from lease.families import V4, Family
 from lease.model import Prefix
 from lease.tenure.events import Held, Lost
+from overlay.cni.lists import previous_subnet
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.inputs import AddressKey, CurrentInputs, Inputs, Underlay
 from overlay.kernel.netlink import KernelError
@@ -51,6 +52,9 @@ class BridgesController(Controller):
         self._io = links
         self._listed = frozenset(named)
         """Those that a network list of ours names, or named."""
+        earlier = previous_subnet(current.inputs.settings.subnet_file, family.number)
+        self._before = () if earlier is None else (earlier,)
+        """The subnet of an earlier run."""
         self._refused: KernelError | None = None
         """What the kernel said to the last deletion that it refused, in the pass under way."""
 
@@ -122,7 +126,10 @@ class BridgesController(Controller):
 
     def _find(self, wants: _Wants) -> None:
         """Those that an earlier run lost are on their bridges yet."""
-        found = lost_subnets(wants.pool, wants.own, wants.any_place, wants.links, wants.addresses, wants.underlay)
+        before = (*self._before, *self._current.inputs.settings.subnets)
+        found = lost_subnets(
+            wants.pool, wants.own, wants.any_place, wants.links, wants.addresses, wants.underlay, before
+        )
         if not found:
             return
         self._attached(found)

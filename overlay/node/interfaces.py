@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from lease.config import Pool
-from lease.model import WIDTH, Prefix, around
+from lease.model import Prefix, around
 from overlay.control.inputs import AddressKey, Underlay
 from overlay.kernel.route.entries import Address, Link
 
@@ -120,11 +120,13 @@ def lost_subnets(
     links: Mapping[int, Link],
     addresses: Mapping[AddressKey, Address],
     underlay: Underlay | None,
+    before: Collection[Prefix] = (),
 ) -> dict[str, list[Prefix]]:
     """Other subnets of the pod network whose gateway is a bridge for pods, by the bridge's name: this node held them
     before, and pods may run there yet. A bridge that has any other address is somebody else's.
 
-    any_place: subnets come from the cluster (Kubernetes), all of one length.
+    any_place: subnets come from the cluster (Kubernetes), wherever in the network; else the pool says which can be ours, or
+    (before) that this node had it, or asked for it: of whatever length.
     """
     found: dict[str, list[Prefix]] = {}
     inside = interfaces_within(pool.network, addresses.values(), underlay)
@@ -134,10 +136,10 @@ def lost_subnets(
         mine = [a for a in addresses.values() if a.oif == link.ifindex and (a.family == 4 or a.scope < RT_SCOPE_LINK)]
         subnets = [around(a.family, a.address, a.length) for a in mine]
         gateways = all(a.address == subnet.base + 1 for a, subnet in zip(mine, subnets, strict=True))
-        network = pool.network
-        lengths = range(network.length + 2, WIDTH[network.family] - 1)  # a node may have asked for any (--subnet)
         held = all(
-            network.covers(subnet) and (subnet.length == own.length if any_place else subnet.length in lengths)
+            pool.network.covers(subnet) and subnet.length == own.length
+            if any_place
+            else pool.allows(subnet) or (subnet in before and pool.network.covers(subnet))
             for subnet in subnets
         )
         if gateways and held and own not in subnets:

@@ -34,9 +34,10 @@ def cluster(
     found: Mapping[str, Any],
     answers: Mapping[str, Mapping[str, Any] | str],
     made_at: str,
+    others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """own: this node's summary; found: its status; answers: by subnet of each peer that was asked its summary, or why there
-    is none."""
+    is none; others: of subnets those of the same node in the other family."""
     names = {each["subnet"]: each["node_name"] or each["public_ip"] for each in found["peers"]}
     names[own["subnet"]] = own["node"]
     seen = {each["subnet"]: each for each in found.get("reachability") or ()}
@@ -52,6 +53,10 @@ def cluster(
             nodes.append(_node(base, answer, "answered", ""))
         nodes[-1]["from_here"] = seen.get(peer["subnet"], {}).get("state", "untried")
     places = {node["subnet"]: place for place, node in enumerate(nodes)}
+    for subnet, other in {own["subnet"]: own.get("subnet_ipv6", ""), **(others or {})}.items():
+        if other and subnet in places:
+            places[other] = places[subnet]
+            names[other] = names[subnet]
     shown = [0, *(places[subnet] for subnet in answers if subnet in places)]
     said = [own, *(each for each in answers.values() if not isinstance(each, str))]
     return {
@@ -61,7 +66,7 @@ def cluster(
         "network": _network(found),
         "nodes": nodes,
         "shown": shown,
-        "pairs": [pair for summary in said for pair in _pairs(summary, places)],
+        "pairs": [pair for summary in said for pair in _worse(_pairs(summary, places))],
         "counts": own["states"],
         "worst": _worst(said, names, places),
         "versions": _count(said, "version"),
@@ -92,11 +97,34 @@ def _node(base: Mapping[str, Any], summary: Mapping[str, Any] | None, asked: str
     return made
 
 
+_ORDER = ("unreachable", "refused", "path_mtu", "silent", "untried", "ok")
+"""Of two families what is worse stands for a pair."""
+
+
+def _worse(pairs: list[list[Any]]) -> list[list[Any]]:
+    """One of each two nodes; that of IPv6 says so."""
+    found: dict[tuple[int, int], list[Any]] = {}
+    for pair in pairs:
+        before = found.get((pair[0], pair[1]))
+        if before is None or _rank(pair) < _rank(before):
+            found[pair[0], pair[1]] = pair
+    return list(found.values())
+
+
+def _rank(pair: list[Any]) -> int:
+    return _ORDER.index(pair[2]) if pair[2] in _ORDER else len(_ORDER)
+
+
 def _pairs(summary: Mapping[str, Any], places: Mapping[str, int]) -> list[list[Any]]:
     here = places.get(summary["subnet"])
     if here is None:
         return []
-    return [[here, places[subnet], *rest] for subnet, *rest in summary["reaches"] if subnet in places]
+    second = ":" not in summary["subnet"]
+    return [
+        [here, places[subnet], *rest, f"IPv6: {text}" if second and ":" in subnet else text]
+        for subnet, *rest, text in summary["reaches"]
+        if subnet in places
+    ]
 
 
 def _worst(

@@ -26,13 +26,23 @@ def gather(found: Mapping[str, Any]) -> dict[str, Any]:
     """The cluster as this node and those it can ask see it. found: its agent's status."""
     whole, found = found, primary(found)
     peers = found["peers"]
+    others = second_subnets(whole)
     mine = summary(whole, ())
     asked = sample(mine, peers, random.Random())  # noqa: S311 (who is shown, where not all can be)
     subnets = [peer["subnet"] for peer in asked]
+    subnets += [six for peer in asked if (six := others.get(peer["subnet"]))]
     own = summary(whole, subnets)
-    names = [own["subnet"], *subnets] if own["subnet"] else subnets
+    ours = [each for each in (own["subnet"], own["subnet_ipv6"]) if each]
+    names = [*ours, *subnets]
     answers = _ask_all(found, asked, names)
-    return cluster(own, found, answers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    return cluster(own, found, answers, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), others)
+
+
+def second_subnets(whole: Mapping[str, Any]) -> dict[str, str]:
+    """Of each peer's IPv4 subnet that of IPv6, by the node that has both; empty in a network of one family."""
+    six = {peer["node_name"]: peer["subnet"] for peer in whole.get("peers_ipv6") or () if peer["node_name"]}
+    found = ((peer["subnet"], six.get(peer["node_name"])) for peer in whole["peers"])
+    return {subnet: other for subnet, other in found if other}
 
 
 def _ask_all(

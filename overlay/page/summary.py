@@ -34,6 +34,7 @@ def summary(found: Mapping[str, Any], subnets: Iterable[str]) -> dict[str, Any]:
         "node": found["node_name"] or lease.get("public_ip", ""),
         "public_ip": lease.get("public_ip", ""),
         "subnet": lease.get("subnet", ""),
+        "subnet_ipv6": lease.get("subnet_ipv6", ""),
         "version": found["version"],
         "ready": found["ready"],
         "uptime_s": found["uptime_s"],

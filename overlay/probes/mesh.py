@@ -350,7 +350,7 @@ class Mesh:
             return
         if doubt.path is None or doubt.path.largest != largest:
             doubt.path = Search(largest)
-        doubt.verdict = of_size(doubt.verdict, doubt.path.found)
+        doubt.verdict = of_size(doubt.verdict, doubt.path.found, doubt.target.gateway)
 
     @staticmethod
     def _note(doubt: _Doubt, kind: Kind, answered: bool, refused: str = "") -> None:

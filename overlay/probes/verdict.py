@@ -91,6 +91,9 @@ class Peer(NamedTuple):
         return "its pods' gateway" if self.gateway else "its VTEP"
 
 
+ONE_MTU = "give the underlay's interfaces of all nodes one MTU (pods have that of their node's), or mend the link"
+
+
 def judge(outcomes: Mapping[Kind, Outcome], port: int, peer: Peer = Peer()) -> Verdict:  # noqa: B008 (it never changes)
     """What the outcomes mean. port: the tunnel's UDP port, 0: none. A kind that is missing was not tried."""
     small, full = outcomes.get(Kind.VTEP), outcomes.get(Kind.VTEP_FULL)
@@ -131,11 +134,12 @@ def judge(outcomes: Mapping[Kind, Outcome], port: int, peer: Peer = Peer()) -> V
     return _tunnel_silent(port, peer.direct, peer.heard)
 
 
-def of_size(verdict: Verdict, mtu: int) -> Verdict:
-    """What it says once the size is known of the largest packets that pass; 0: it is not."""
+def of_size(verdict: Verdict, mtu: int, gateway: bool = False) -> Verdict:
+    """What it says once the size is known of the largest packets that pass; 0: it is not. gateway: nothing encapsulates."""
     if not mtu:
         return verdict
     remedy = f"set Backend.MTU so that pods get {mtu} or less (flannel.N: {mtu}), or mend the link"
+    remedy = ONE_MTU if gateway else remedy
     return Verdict(verdict.state, f"{verdict.text}; the largest that pass have {mtu} bytes", remedy, mtu)
 
 
@@ -163,7 +167,7 @@ def _small_alone(small: Outcome, full: Outcome | None, under_full: Outcome | Non
     return Verdict(
         State.PATH_MTU,
         f"small packets pass, full-size ones are lost: {cause}",
-        "set Backend.MTU in the network config to what passes, or mend the link",
+        ONE_MTU if peer.gateway else "set Backend.MTU in the network config to what passes, or mend the link",
     )
 
 
@@ -201,5 +205,5 @@ def _tunnel_silent(port: int, direct: bool, heard: bool) -> Verdict:
         State.UNREACHABLE,
         f"its underlay address answers, its VTEP does not: {what} is filtered on the way, or that node's device does not"
         " take our packets",
-        f"let {what} pass in both directions; on that node: overlay status, ip -d link",
+        f"let {what} pass in both directions; on that node: overlay status (a routing rule may drop its answers), ip link",
     )

@@ -57,16 +57,18 @@ class Causes:
             lower = self._names.get(packet.oif, "the underlay")
             address = ip_text(self._family.number, packet.address)
             return f"no route by {lower} leads to {address}, its public IP: ip route get {address} oif {lower}"
-        if way.error and packet.iif and packet.source:
+        if way.error and packet.iif and packet.source and not explain.refuses(self._decision(packet)):
             onward = self._requests.way(self._family, Packet(packet.address, mark=packet.mark))
             if not onward.error and onward.oif == question.oif:  # it is the way back to its source that is refused
                 return self._decided(Packet(packet.source, packet.address, mark=packet.mark))
         return self._decided(packet)
 
-    def _decided(self, packet: Packet) -> str:
-        """By which rule and route, and what to do about it."""
+    def _decision(self, packet: Packet) -> explain.Decision:
         rules = self._requests.rules(self._family)
-        found = explain.decision(
+        return explain.decision(
             self._family, rules, lambda table: self._requests.routes_of(self._family, table), self._names, packet
         )
-        return explain.cause(self._family, self._network, found, self._names)
+
+    def _decided(self, packet: Packet) -> str:
+        """By which rule and route, and what to do about it."""
+        return explain.cause(self._family, self._network, self._decision(packet), self._names)

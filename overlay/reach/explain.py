@@ -57,6 +57,11 @@ def decision(
     return Decision(None, None)
 
 
+def refuses(found: Decision) -> bool:
+    """Whether it is a rule or a route that sends packets nowhere."""
+    return found.rule is not None and (found.route is None or found.route.kind in TYPES)
+
+
 def matches(rule: Rule, names: Mapping[int, str], packet: Packet, family: Family) -> bool:
     """Whether a rule is about a packet; of selectors that are not known here it is not."""
     width = family.bits

@@ -137,6 +137,11 @@ class ForeignRulesController(BackgroundController):
         return self._next
 
 
+def of_node(here: ways.Here, names: Mapping[int, str], bridges: tuple[str, ...], port: int) -> _Wants:
+    """What flows are made of, of a node that no agent says anything of."""
+    return _Wants(here, names, bridges, port, True)
+
+
 def flows_of(family: Family, wants: _Wants, peer: ways.Peer) -> Iterator[Flow]:
     """The packets whose way through the filters matters: between pods here and a peer's, and those of the tunnel."""
     names, here = wants.names, wants.here

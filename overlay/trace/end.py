@@ -17,7 +17,7 @@ from overlay.trace import node as nodes
 from overlay.trace import points as way
 from overlay.trace.leftovers import TABLE_PREFIX
 from overlay.trace.looks import Deltas, Looks
-from overlay.trace.node import NotTraceable, Peer, Pod
+from overlay.trace.node import Peer, Pod, WrongEnds
 from overlay.trace.points import OF_TUNNEL, Gap, Point
 from overlay.trace.probe import Probe
 
@@ -94,20 +94,20 @@ class End:
         self._look: _Look
         self._look_back: _Look = _nothing
         if self.source is not None and self.source.link is None and self.namespace is None:
-            raise NotTraceable(f"no pod of this node has {ip_text(probe.version, probe.source)}")
+            raise WrongEnds(f"no pod of this node has {ip_text(probe.version, probe.source)}")
         if self.source is not None and self.destination is not None:
             self._between(looks)
         elif self.source is not None or ours[0]:
             if ours[1]:
-                raise NotTraceable("that is this node itself, from itself or one of its pods: it needs no tunnel")
+                raise WrongEnds("that is this node itself, from itself or one of its pods: it needs no tunnel")
             if self.destination is not None:
-                raise NotTraceable("from this node to its own pod no tunnel is needed: overlay check asks it")
+                raise WrongEnds("from this node to its own pod no tunnel is needed: overlay check asks it")
             self._leaving(looks, back)
         elif self.destination is not None or ours[1]:
             self._arriving(looks, back)
         else:
             ends = (ip_text(probe.version, end) for end in (probe.source, probe.destination))
-            raise NotTraceable(f"neither {' nor '.join(ends)} is of this node")
+            raise WrongEnds(f"neither {' nor '.join(ends)} is of this node")
 
     def _between(self, looks: Looks) -> None:
         assert self.source is not None

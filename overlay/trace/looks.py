@@ -140,6 +140,8 @@ class Looks:
             yield from ((Gap.OUTER_ROUTING, line) for _, line in self._routing(question.packet, 0, None, ways.INCOMING))
             if node.port:
                 yield from self._filters(flow._replace(sports=self._sports()), _OUTER)
+        if direct:
+            yield from self._below(self._flow(beyond, ""), Gap.UNDERLAY)
         packet = Packet(self._probe.destination, self._probe.source, node.number_of(beyond))
         if pod is None:
             yield from self._filters(self._flow(beyond, ""), _ARRIVING)

@@ -19,6 +19,10 @@ class NotTraceable(Exception):
     """One line for the operator: what is missing."""
 
 
+class WrongEnds(NotTraceable):
+    """The addresses are not those of a trace from here."""
+
+
 class Peer(NamedTuple):
     """A peer, as the status has it. name: of its node, else its public IP."""
 

@@ -12,7 +12,7 @@ from overlay.trace import far as far_ends
 from overlay.trace import probe as probes
 from overlay.trace.end import End, Looked, Passed
 from overlay.trace.far import AskedEnd
-from overlay.trace.node import NotTraceable
+from overlay.trace.node import NotTraceable, WrongEnds
 from overlay.trace.points import Gap
 from overlay.trace.probe import Answer, Probe
 from overlay.trace.send import Sender, numbers
@@ -58,7 +58,7 @@ def trace(found: Mapping[str, Any], request: Request, status: Callable[[], Mappi
 def _flow(found: Mapping[str, Any], request: Request, status: Callable[[], Mapping[str, Any]]) -> list[Traced]:
     small = probes.least(request.protocol, request.version)
     traced = [_one(found, request, request.size or small, status)]
-    mtu = (found["device"] or {}).get("mtu", 0)
+    mtu = found.get("pods_mtu") or (found["device"] or {}).get("mtu", 0)
     if (
         request.size is None
         and request.protocol != "tcp"
@@ -93,7 +93,7 @@ def _one(
     with closing(End(found, probe)) as end:
         if end.arrives:
             where = end.peer.name if end.peer is not None else "the node of the source"
-            raise NotTraceable(f"{request.text(probe.source)} is not of this node: run it at {where}")
+            raise WrongEnds(f"{request.text(probe.source)} is not of this node: run it at {where}")
         notes = []
         if end.source is not None and end.namespace is None:
             notes.append(

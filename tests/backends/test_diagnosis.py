@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from overlay.lab import netns
-from tests.diagnosis.test_faults import asking, check, counters_are_gone, trace  # noqa: F401 (a fixture)
+from tests.diagnosis.test_faults import asking, check, counters_are_gone, doctor, trace  # noqa: F401 (a fixture)
 from tests.support.wait import until
 from tests.support.world import World
 
@@ -79,7 +80,7 @@ def test_a_healthy_network_and_a_fault_of_it(network, asking):  # noqa: F811
     assert "chain ip planted" in "; ".join(found["because"])
     asked = check(network, agents[0], pods[1].address)
     if network.backend == "wireguard":
-        assert "UDP 51820 is filtered on the way" in asked["verdict"]
+        assert re.search("UDP 51820 is filtered on the way|the way there is broken", asked["verdict"])
     else:
         assert "does not forward to it" in asked["verdict"]
     counters_are_gone(network, agents)
@@ -123,6 +124,44 @@ def test_a_rule_that_pods_packets_fall_into_is_named_though_nodes_answer_each_ot
     asked = check(hostgw, agents[0], "node2")
     assert asked["state"] == "refused", "this node's own packets pass, its pods' do not"
     assert "pings of this node are answered, but this node's own kernel: packets of pods here" in asked["verdict"]
+
+
+def test_a_rule_that_goes_by_the_source_is_named_and_not_the_pods_own_route(network, asking):  # noqa: F811
+    agents = network.nodes(2, *asking)
+    pods = [network.pod(agent, "a") for agent in agents]
+    until("all is well", lambda: states(agents[0]) == {"ok"}, 30)
+    network.run("node2", "ip", "rule", "add", "from", str(agents[1].subnet()), "blackhole", "pref", "100")
+    until("it is said", lambda: "ways" in agents[1].problems(), 30)
+    assert "ip rule 100 (from" in agents[1].problems()["ways"]
+    assert "ip route del" not in agents[1].problems()["ways"]
+    found = trace(network, agents[0], pods[0].address, pods[1].address)
+    assert "ip rule 100 (from" in "; ".join(found["because"]), found
+    agents[1].kill()
+    ways = {each["subject"]: each for each in doctor(network, agents[1])}["ways"]
+    assert (ways["state"], "ip rule 100 (from" in f"{ways['what']}{ways['mend']}") == ("wrong", True), ways
+
+
+def test_a_node_is_traced_to_and_from_by_name(hostgw, asking):  # noqa: F811
+    agents = hostgw.nodes(2, *asking)
+    pods = [hostgw.pod(agent, "a") for agent in agents]
+    until("all is well", lambda: states(agents[0]) == {"ok"}, 30)
+    assert trace(hostgw, agents[0], "node", pods[1].address)["verdict"] == "delivered"
+    assert trace(hostgw, agents[0], pods[0].address, "node2")["verdict"] == "delivered"
+    rules = INGRESS.replace("udp dport 51820", "ip saddr 10.244.0.0/16 ip daddr 10.244.0.0/16")
+    hostgw.run("node2", "nft", rules)
+    found = trace(hostgw, agents[0], pods[0].address, pods[1].address)
+    assert (found["node"], "planted ahead drops" in "; ".join(found["because"])) == ("node2", True), found
+
+
+def test_of_different_mtus_no_field_is_named_that_there_is_not(hostgw, asking):  # noqa: F811
+    agents = hostgw.nodes(2, *asking)
+    for agent in agents:
+        hostgw.pod(agent, "a")
+    until("all is well", lambda: states(agents[0]) == {"ok"}, 30)
+    hostgw.run("node2", "ip", "link", "set", "eth0", "mtu", "1400")
+    asked = check(hostgw, agents[0], "node2")
+    assert asked["state"] == "path_mtu", asked
+    assert "give the underlay's interfaces of all nodes one MTU" in asked["remedy"]
 
 
 def test_what_keeps_packets_from_its_pods_is_asked_of_the_far_side(hostgw, asking):  # noqa: F811

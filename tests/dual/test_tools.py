@@ -6,6 +6,9 @@ import json
 import subprocess
 import threading
 
+from tests.diagnosis.test_faults import asking  # noqa: F401 (a fixture)
+from tests.support.wait import until
+
 
 def test_doctor_finds_nothing_wrong_with_a_healthy_node(world):
     """subnet.env has the smaller MTU of both: that of IPv6, not that of the device of IPv4."""
@@ -45,3 +48,43 @@ def test_capture_shows_packets_of_ipv6(world):
     assert {seen["outer"]["source"], seen["outer"]["destination"]} == {"fd00:192:168:1::2", "fd00:192:168:1::3"}
     assert subnet.removesuffix("/64") in (seen["source"], seen["destination"])
     assert seen["what"].startswith("icmpv6 echo")
+
+
+def overlay(world, agent, *words: str) -> subprocess.CompletedProcess[str]:
+    command = (agent.command[2], "-m", "overlay.cli.app", *words, "--run-dir", str(agent.run_dir))
+    return subprocess.run(
+        ["ip", "netns", "exec", world.namespace(agent.node), *command], capture_output=True, text=True, check=False
+    )
+
+
+def test_full_size_is_that_of_pods_which_is_the_smaller_of_both_families(world, asking):  # noqa: F811
+    agents = world.nodes(2, *asking)
+    pods = [[end.address for end in world.pod_ends(agent, "a")] for agent in agents]
+    until("all answer", lambda: not agents[0].problems() and len(agents[0].status()["peers_ipv6"]) == 1)
+    for ours, theirs in zip(*pods, strict=True):
+        for words in (
+            ("check", "--json", theirs),
+            ("trace", "--json", ours, theirs),
+            ("trace", "--json", "node", theirs),
+        ):
+            done = overlay(world, agents[0], *words)
+            assert done.returncode == 0, (words, done.stdout, done.stderr)
+    assert overlay(world, agents[1], "check", pods[1][0]).returncode == 0, "of its own pod"
+    assert overlay(world, agents[0], "trace", "--json", pods[0][0], "node2").returncode == 0
+    wrong = overlay(world, agents[0], "trace", pods[1][0], pods[0][0])
+    assert (wrong.returncode, "run it at node2" in wrong.stderr) == (2, True)
+    assert overlay(world, agents[0], "check").stdout.count("2 were asked, 2 answer") == 1
+
+
+def test_the_cluster_shows_what_is_wrong_in_ipv6_alone(world, asking):  # noqa: F811
+    agents = world.nodes(2, *asking)
+    until("all is well", lambda: {each["state"] for each in agents[0].status()["reachability_ipv6"]} == {"ok"}, 30)
+    shown = overlay(world, agents[0], "status", "--cluster")
+    assert "NO" not in shown.stdout
+    rules = "add table ip6 planted; add chain ip6 planted in { type filter hook input priority 0; }; add rule ip6 planted in udp dport 8472 drop"
+    world.run("node2", "nft", rules)
+    until("it is said", lambda: "unreachable IPv6" in agents[0].problems(), 40)
+    shown = overlay(world, agents[0], "status", "--cluster").stdout
+    assert "NO (IPv6)" in shown
+    worst = shown[shown.index("peers, as") :]
+    assert "node2" in worst.splitlines()[2] or "node1" in worst.splitlines()[2], worst
