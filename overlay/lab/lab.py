@@ -363,7 +363,8 @@ class Lab:
             code, body = ask_unix(str(self.run_dir(node) / SOCKET_NAME), "/readyz")
         except OSError as error:
             return f"its agent does not answer ({error.strerror})"
-        return None if code == 200 else body.strip()
+        listed = (self.run_dir(node) / "cni" / CONFLIST).exists()
+        return (None if listed else "its CNI list is not there yet") if code == 200 else body.strip()
 
     def _log_end(self, name: str) -> str:
         try:
@@ -380,8 +381,7 @@ class Lab:
 
         def one(item: tuple[Node, str]) -> None:
             node, pod = item
-            namespace = topology.node_netns(self.name, pod)
-            netns.create(namespace)
+            netns.create(namespace := topology.node_netns(self.name, pod))
             conflist = self.run_dir(node) / "cni" / CONFLIST
             node.pods[pod] = pods.attach(topology.node_netns(self.name, node.name), conflist, namespace)
 
