@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from overlay.cni.lists import CONFLIST
 from overlay.lab import netns
 from overlay.lab.cluster import CACHE, Cluster
 from overlay.lab.proof import NAMESPACE, Proof, manifest
@@ -158,10 +159,12 @@ def test_another_backend_connects_the_same_pods(proof, backend):
     """The ConfigMap is changed while all runs; new pods have the MTU of the backend."""
     text = manifest("overlay.yaml").replace('"Type": "vxlan"', f'"Type": "{backend}"')
     proof.cluster.kubectl("apply", "-f", "-", input=text)
-    device = "eth0" if backend == "host-gw" else "flannel.1"
+    device, mtu = ("eth0", 1500) if backend == "host-gw" else ("flannel.1", 1450)
 
     def follows(name: str) -> bool:
-        return f"dev {device}" in proof.cluster.run(name, ["ip", "route", "show", "proto", "111"])
+        listed = proof.cluster.node_path(name, f"/etc/cni/net.d/{CONFLIST}").read_text()
+        routes = proof.cluster.run(name, ["ip", "route", "show", "proto", "111"])
+        return f"dev {device}" in routes and f'"mtu": {mtu}' in listed
 
     for name in proof.names:
         until(f"{name} follows", lambda name=name: follows(name), 180)
