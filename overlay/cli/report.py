@@ -162,9 +162,10 @@ def _wireguard(run_dir: str) -> str:
 def _doctor(run_dir: str, subnet_file: str, cni_conf_dir: str) -> str:
     from overlay.cli.doctor import as_values, findings
 
-    return json.dumps(
-        [as_values(each, None) for each in findings(run_dir, subnet_file, cni_conf_dir, Path("/"))], indent=2
-    )
+    subnet_given = None if subnet_file == DEFAULT_SUBNET_FILE else subnet_file  # else the agent says where it writes
+    cni_given = None if cni_conf_dir == DEFAULT_CNI_CONF_DIR else cni_conf_dir
+    found = findings(run_dir, subnet_given, cni_given, Path("/"))
+    return json.dumps([as_values(each, None) for each in found], indent=2)
 
 
 def _output(command: tuple[str, ...]) -> str:
