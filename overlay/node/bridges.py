@@ -32,8 +32,6 @@ class _Wants(NamedTuple):
     tunnel: int
     bridges: frozenset[str]
     retained: tuple[Prefix, ...]
-    mtu: int
-    """Of the tunnel, or of what stands in its place: the most that pods may have; 0: not known."""
 
 
 class BridgesController(Controller):
@@ -97,7 +95,6 @@ class BridgesController(Controller):
         return _Wants(
             pool, end.subnet, inputs.settings.kube, inputs.links, inputs.addresses_of(number), under,
             tunnel.ifindex if tunnel is not None else 0, inputs.bridges, inputs.retained,
-            tunnel.mtu if tunnel is not None else 0,
         )  # fmt: skip
 
     def reconcile(self, wants: Any) -> bool:
@@ -108,7 +105,6 @@ class BridgesController(Controller):
         self._find(wants)
         self._release_unused(wants)
         self._clear_unfinished(wants)
-        self._widen(wants)
         if self._refused is not None:
             raise self._refused
         return False
@@ -176,17 +172,6 @@ class BridgesController(Controller):
             ours = link.kind == "bridge" and link.name in wants.bridges and self._ours(link.name)
             if ours and not link.mac and not ports_of(wants.links, link.ifindex):
                 self._delete(link, "left unfinished by a pod that could not be made")
-
-    def _widen(self, wants: _Wants) -> None:
-        """The bridge plugin gives a bridge the MTU of the first pod. Where the network's grew since (another backend), the
-        bridge follows once no pod of before is left: packets that it lets through must fit each of its ports."""
-        for link in wants.links.values():
-            if link.kind != "bridge" or link.name not in wants.bridges or not self._ours(link.name):
-                continue
-            smallest = min((port.mtu for port in wants.links.values() if port.master == link.ifindex), default=0)
-            if link.mtu < smallest <= wants.mtu:
-                self._io.set_mtu(link.ifindex, smallest)
-                log.info("bridge.mtu", bridge=link.name, mtu=f"{link.mtu} -> {smallest}")
 
     def withdraw(self) -> Iterator[str]:
         """Delete those that no pod uses; a bridge is of both families, and the first one's controller sees to it."""

@@ -168,7 +168,9 @@ def test_another_backend_connects_the_same_pods(proof, backend):
 
     for name in proof.names:
         until(f"{name} follows", lambda name=name: follows(name), 180)
-    proof.cluster.kubectl("-n", "kube-system", "rollout", "restart", "deployment/coredns")
+    proof.cluster.kubectl("-n", "kube-system", "delete", "deployment", "coredns", "--ignore-not-found", "--wait=true")
+    gone = lambda: not proof.cluster.objects("pods", "-n", "kube-system", "-l", "k8s-app=kube-dns")  # noqa: E731
+    proof.cluster.wait("no pod has the MTU of before", gone, 60)
     proof.cluster.kubectl("rollout", "restart", "daemonset/everywhere", "deployment/web")
     for what in ("daemonset/everywhere", "deployment/web"):
         proof.cluster.kubectl("rollout", "status", what, "--timeout=90s")
