@@ -174,6 +174,14 @@ def test_another_backend_connects_the_same_pods(proof, backend):
     proof.cluster.kubectl("rollout", "restart", "daemonset/everywhere", "deployment/web")
     for what in ("daemonset/everywhere", "deployment/web"):
         proof.cluster.kubectl("rollout", "status", what, "--timeout=90s")
+    for (
+        name
+    ) in proof.names:  # the first packet that is too large for a bridge of before would be remembered for ten minutes
+        proof.cluster.wait(
+            f"{name}'s bridge has the new MTU",
+            lambda name=name: f"mtu {mtu} " in proof.cluster.run(name, ["ip", "-o", "link", "show", "cni0"]),  # type: ignore[misc]
+            60,
+        )
     proof.cluster.wait("every pair reaches each other", lambda: bool(proof.reach()), 60)
     for name in proof.names:
         assert proof.notes(name)["backend-type"] == backend
