@@ -159,9 +159,8 @@ def ip_number(text: str, family: int) -> int:
         from ipaddress import IPv6Address
 
         address = IPv6Address(text)
-        if (
-            address.scope_id is not None
-        ):  # int() would forget it: what stands before it is somebody else's, on another link
+        # int() would forget a zone: what stands before it is somebody else's, on another link
+        if address.scope_id is not None:
             raise ValueError(f"{text[:60]!a} is an address with a zone")
         return int(address)
     found = _IPV4.fullmatch(text)

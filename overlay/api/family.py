@@ -50,6 +50,11 @@ def network_of(view: Mapping[str, Any]) -> Prefix:
     return prefix(view["network"]["subnets"][f"ipv{view.get('family', FIRST)}"]["network"])
 
 
+def has_vteps(view: Mapping[str, Any]) -> bool:
+    """Whether peers have an address of their own on a device."""
+    return bool(view["network"]["backend"]["type"] != "host-gw")
+
+
 def views(found: Mapping[str, Any], target: str | None) -> list[dict[str, Any]]:
     """The views in which a target is looked for: of an address its family's, of a name, or None, all."""
     known = families(found)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from lease.families import FAMILIES, Family
 from lease.model import ip_number, ip_text, mac_text, prefix
-from overlay.api.family import family_of, network_of
+from overlay.api.family import family_of, has_vteps, network_of
 from overlay.check import far_side
 from overlay.check.refused import refused_record
 from overlay.kernel import arp
@@ -30,10 +30,10 @@ NAMES = {
     Kind.VTEP_FULL: "VTEP {mtu}",
 }
 NUD_FAILED = 32
+"""include/uapi/linux/neighbour.h: nobody answered."""
 LATELY_S = 30
 ASKED_BY_ARP = 3
 """Peers at most of which that is asked: it takes a second each."""
-"""include/uapi/linux/neighbour.h: nobody answered."""
 GATEWAY, POD, POD_FULL = "pods' gateway", "pod", "pod {mtu}"
 
 
@@ -110,14 +110,14 @@ def _rungs(found: dict[str, Any], goal: Goal, addresses: list[Address]) -> list[
         Rung(NAMES[Kind.UNDERLAY_FULL].format(mtu=under), public_ip, under),
     ]
     source = 0
-    if _has_vteps(found):
+    if has_vteps(found):
         made += [Rung(NAMES[Kind.VTEP], subnet.base), Rung(NAMES[Kind.VTEP_FULL].format(mtu=mtu), subnet.base, mtu)]
     else:  # from our pods' gateway where there is one: the answers come by the way of pods' packets
         own = prefix(found["lease"]["subnet"])
         source = own.base + 1 if gateway_holders(own, addresses) else 0
         made += [Rung(GATEWAY, subnet.base + 1, 0, source), Rung(f"{GATEWAY} {mtu}", subnet.base + 1, mtu, source)]
     if goal.pod:
-        made += [Rung(GATEWAY, subnet.base + 1, 0, source)] if _has_vteps(found) else []
+        made += [Rung(GATEWAY, subnet.base + 1, 0, source)] if has_vteps(found) else []
         pods = pods_mtu(found)
         made += [Rung(POD, goal.pod, 0, source), Rung(POD_FULL.format(mtu=pods), goal.pod, pods, source)]
     return made
@@ -126,11 +126,6 @@ def _rungs(found: dict[str, Any], goal: Goal, addresses: list[Address]) -> list[
 def pods_mtu(found: dict[str, Any]) -> int:
     """Of pods, which is that of the family with the smaller one."""
     return int(found.get("pods_mtu") or found["device"]["mtu"])
-
-
-def _has_vteps(found: dict[str, Any]) -> bool:
-    """Whether peers have an address of their own on a device."""
-    return bool(found["network"]["backend"]["type"] != "host-gw")
 
 
 def ask_all(found: dict[str, Any], goals: list[Goal]) -> list[dict[str, Any]]:
@@ -197,7 +192,7 @@ def _result(
     if verdict.state is State.PATH_MTU and not by_kind[Kind.VTEP_FULL].refused:
         full = rungs[Kind.VTEP_FULL]
         largest = ladder.largest(family_of(found), full.address, full.mtu) or 0
-        verdict = of_size(verdict, largest, gateway=not _has_vteps(found))
+        verdict = of_size(verdict, largest, gateway=not has_vteps(found))
     if wrong:
         all_pass = all(each.outcome.ok for each in asked)
         answered = "pings of this node are answered, but " if all_pass else ""
@@ -312,7 +307,7 @@ def _with_pod(verdict: Verdict, goal: Goal, asked: list[Outcome]) -> Verdict:
 def _known(found: dict[str, Any], goal: Goal) -> verdicts.Peer:
     """What the agent knows of it. Heard is one that was heard lately, an interval after its last answer: it was asked in
     between. (A peer that went away a moment ago may well have been heard after its last answer.)"""
-    direct, gateway = goal.peer["path"] == "direct", not _has_vteps(found)
+    direct, gateway = goal.peer["path"] == "direct", not has_vteps(found)
     for each in found.get("reachability", ()):
         if each["subnet"] == goal.peer["subnet"]:
             heard, answered = each["heard_age_s"], each["answered_age_s"]

@@ -129,7 +129,7 @@ def _of_family(view: Mapping[str, Any], subnet_file: str, devices: Mapping[str, 
     try:
         node = nodes.read(view, requests, family_of(view))
     except (NotTraceable, OSError) as error:
-        yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
+        yield unknown("network", error_text(error))
         return
     finally:
         requests.close()
@@ -164,7 +164,7 @@ def _without_agent(subnet_file: str) -> Findings:
             for each in (*of_peers, *_of_network(node, subnet_file, devices)):
                 yield each._replace(subject=f"{each.subject}{end}")
     except (NotTraceable, OSError) as error:
-        yield unknown("network", str(error) if isinstance(error, NotTraceable) else error_text(error))
+        yield unknown("network", error_text(error))
     finally:
         requests.close()
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lease.model import ip_number, prefix
-from overlay.api.family import of_family, primary
+from overlay.api.family import has_vteps, of_family, primary
 from overlay.check.refused import refused_record
 from overlay.cli import terminal
 from overlay.cli.complete import TARGET
@@ -114,7 +114,7 @@ def _family(text: str) -> int | None:
 def _address(text: str, found: dict[str, Any], family: int) -> int:
     """found: the view of the family. A node is its VTEP; where there is none (host-gw) this one its underlay's address,
     another its pods' gateway."""
-    vteps = found["network"]["backend"]["type"] != "host-gw"
+    vteps = has_vteps(found)
     if text == "node":
         own = found["lease"]["subnet"].partition("/")[0] if vteps else found["underlay"]["address"]
         return ip_number(own, family)

@@ -102,7 +102,6 @@ class Ownership(Controller):
         """When to try again for the family that our lease lacks."""
         self._looking_again = False
         """What was in dispute is being settled again."""
-        """Somebody disputes our record again and again."""
         self._expires_at: float | None = None
         self._expired = False
         """It certainly did, and new pods are kept from it."""

@@ -198,9 +198,7 @@ def findings(family: Family, flows: list[Flow], reader: Reader | None = None) ->
     for flow in flows:
         for hook, seen in _hooks(flow):
             for chain in chains:
-                if not _attached(chain, flow):
-                    continue
-                if chain.hook != hook:
+                if chain.hook != hook or not _attached(chain, flow):
                     continue
                 verdict = filters.judge(chain, seen, reader.rules, reader.elements)
                 if (line := _about(family, chain, seen, verdict)) is not None:

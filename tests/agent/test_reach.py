@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import select
-import stat
 import struct
 import threading
 from contextlib import contextmanager
 
 import pytest
 
+from overlay.kernel.wireguard.userspace import TUN, make_tun
 from overlay.lab import matrix, netns
 from tests.support.wait import until
 from tests.support.world import number
@@ -123,16 +123,11 @@ def test_report_4_an_address_on_the_loopback_has_the_mtu_of_the_interface_that_s
 # --- report 5
 
 
-TUN = "/dev/net/tun"
-
-
 @contextmanager
 def point_to_point(one: str, two: str, name: str = "tun0"):
     """A tun between two namespaces, as VPNs have it: no ARP on it. Addresses 10.7.0.1/24 and 10.7.0.2/24."""
 
-    if not os.path.exists(TUN):  # a chroot has none
-        os.makedirs(os.path.dirname(TUN), exist_ok=True)
-        os.mknod(TUN, stat.S_IFCHR | 0o600, os.makedev(10, 200))
+    make_tun()  # a chroot has none
 
     def made(host: int):
         file = os.open(TUN, os.O_RDWR | os.O_CLOEXEC)

@@ -22,8 +22,8 @@ from overlay.kernel.wireguard.device import NO_KEY, Net, Place, WgDevice, WgPeer
 
 PROGRAM = "wireguard-go"
 SOCKETS = "/var/run/wireguard"
-TUN = "/dev/net/tun"
 """Where the program makes its socket, whatever the network namespace: of two namespaces each needs a folder of its own."""
+TUN = "/dev/net/tun"
 ANSWER_S, START_S = 5.0, 5.0
 MISSING = (
     f"this kernel has no WireGuard, and there is no {PROGRAM}: modprobe wireguard, or (slower, for labs)"
@@ -38,7 +38,7 @@ def start(name: str, folder: str) -> int:
     if program is None or shutil.which("unshare") is None:
         why = MISSING if program is None else "unshare is missing: apt-get install util-linux"
         raise KernelError(errno.EOPNOTSUPP, why)
-    _make_tun()
+    make_tun()
     os.makedirs(folder, mode=0o700, exist_ok=True)
     os.makedirs(SOCKETS, mode=0o755, exist_ok=True)
     path = Path(folder) / f"{name}.sock"
@@ -61,7 +61,7 @@ def start(name: str, folder: str) -> int:
     return made.pid
 
 
-def _make_tun() -> None:
+def make_tun() -> None:
     """A container, or a root file system that was unpacked, may lack the device file (Documentation/networking/tuntap.rst).
     Where it cannot be made the program says so."""
     with contextlib.suppress(OSError):
