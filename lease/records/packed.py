@@ -96,6 +96,11 @@ def by_flannel(packed: bytes) -> bool:
     return not lease.node and (lease.handle != 0 or any(end.mac is not None for end in lease.ends))
 
 
+def may_have_key(packed: bytes) -> bool:
+    """Whether an endpoint may have a public key: flannel's usual records of vxlan have none."""
+    return packed[FORM] in (GENERAL, NO_IPV4)
+
+
 def subnet_number_of(packed: bytes, family: int) -> int | None:
     """The subnet of a family of any lease, None where it has none."""
     there = quick_number(packed, family)
@@ -327,8 +332,7 @@ class Leases(Mapping[str, Lease]):
             if (
                 p[PUBLIC_IP] == address or p[MAC] == hardware
                 if heads
-                else p[FORM] in (GENERAL, NO_IPV4)
-                or (p[FORM] == DUAL and (address in p or (hardware and hardware in p)))
+                else may_have_key(p) or (p[FORM] == DUAL and (address in p or (hardware and hardware in p)))
             )
         ]
         for text in {*(text.encode() for text in nodes), *([key] if key else ())}:
@@ -360,7 +364,7 @@ class Leases(Mapping[str, Lease]):
         """Those of a MAC, in either family."""
         hardware = mac.to_bytes(6, "big")
         for packed in self.packed.values():
-            if hardware in packed or packed[FORM] in (GENERAL, NO_IPV4):
+            if hardware in packed or may_have_key(packed):
                 lease = unpack(packed)
                 if any(end.mac == mac for end in lease.ends):
                     yield lease

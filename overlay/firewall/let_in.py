@@ -17,10 +17,11 @@ class LetIn:
         self._clock = clock
         self.uses: dict[int, int] = {}
         """Keys of peers; by how many of them each is used."""
-        self.there: set[int] = set()
-        """What the set of the kernel has."""
         self._stands = False
         self._new: set[int] = set()
+        """Keys of peers that the kernel's set does not have."""
+        self._beyond: set[int] = set()
+        """Keys that the kernel's set has, and no peer: these two instead of a set of all, which is 2 MiB at 20,000 peers."""
         self._leaving: dict[int, float] = {}
         """Keys that no peer has any more, and until when they are let in; the first goes first."""
         self._touched: set[int] | None = None
@@ -30,18 +31,20 @@ class LetIn:
 
     def load(self, keys: Iterable[int]) -> None:
         """These are the keys of all peers, one after the other."""
-        before, self.uses = self.uses, Counter(keys)
-        if self._stands:
-            self._new |= self.uses.keys() - self.there
+        there, before, self.uses = self.there, self.uses, Counter(keys)
+        self._believe(there)
         for key in before.keys() - self.uses.keys():
             self._leaves(key)
 
     def use(self, keys: Iterable[int]) -> None:
         """A peer came that has them."""
         for key in keys:
-            self.uses[key] = self.uses.get(key, 0) + 1
-            if self._stands and key not in self.there:
-                self._new.add(key)
+            if (count := self.uses.get(key, 0)) == 0 and self._stands:
+                if key in self._beyond:
+                    self._beyond.discard(key)
+                else:
+                    self._new.add(key)
+            self.uses[key] = count + 1
 
     def leave(self, keys: Iterable[int]) -> None:
         """A peer went that had them."""
@@ -49,7 +52,11 @@ class LetIn:
             left = self.uses.get(key, 0) - 1
             if left > 0:
                 self.uses[key] = left
-            elif self.uses.pop(key, None) is not None:
+            elif self.uses.pop(key, None) is not None and self._stands:
+                if key in self._new:
+                    self._new.discard(key)
+                else:
+                    self._beyond.add(key)
                 self._leaves(key)
 
     def _leaves(self, key: int) -> None:
@@ -65,22 +72,31 @@ class LetIn:
 
     # --- what the kernel has
 
+    @property
+    def there(self) -> set[int]:
+        """What the set of the kernel has."""
+        return (self.uses.keys() - self._new) | self._beyond if self._stands else set()
+
+    def _believe(self, there: set[int]) -> None:
+        if self._stands:
+            self._new, self._beyond = self.uses.keys() - there, there - self.uses.keys()
+
     def made(self, keys: set[int]) -> None:
         """The set was made with these."""
-        self._stands, self.there = True, keys
-        self._new.clear()
+        self._stands = True
+        self._believe(keys)
 
     def found(self, keys: set[int]) -> None:
         """The set was read: it has these."""
-        self._stands, self.there = True, keys
-        self._new = self.uses.keys() - keys
-        for key in keys - self.uses.keys() - self._leaving.keys():
+        self.made(keys)
+        for key in self._beyond - self._leaving.keys():
             self._leaves(key)
 
     def forget(self) -> None:
         """The set is gone."""
         self._stands = False
         self._new.clear()
+        self._beyond.clear()
         self._leaving.clear()
 
     def has_changes(self) -> bool:
@@ -95,16 +111,14 @@ class LetIn:
         """What to add and to take, with work in proportion to these alone; and what left, for `changed`."""
         now = self._clock()
         gone = [key for key, _ in takewhile(lambda item: item[1] <= now, self._leaving.items())]
-        take = [key for key in gone if key in self.there and key not in self.uses]
-        return [key for key in self._new if key in self.uses and key not in self.there], take, gone
+        return [*self._new], [key for key in gone if key in self._beyond], gone
 
     def changed(self, add: list[int], take: list[int], gone: list[int]) -> None:
         """That was done."""
-        self.there.update(add)
-        self.there.difference_update(take)
+        self._new.difference_update(add)
+        self._beyond.difference_update(take)
         if self._touched is not None:
             self._touched.update(add, take)
-        self._new.clear()
         for key in gone:
             del self._leaving[key]
 
@@ -117,4 +131,5 @@ class LetIn:
     def altered(self, found: set[int]) -> bool:
         """Whether what the kernel was seen to have is not what we believe."""
         touched, self._touched = self._touched or set(), None
-        return bool(self.there - found - touched or found - self.there - touched)
+        there = self.there
+        return bool(there - found - touched or found - there - touched)

@@ -265,7 +265,8 @@ class Datapath:
         device, wanted, rec = self.rec.devices.get(TUNNEL), self.rec.wanted, self.rec
         if device is None or not isinstance(wanted, Wanted):
             return
-        if len(messages) > MANY and not netlink.exists(device.ifindex):
+        messages = wire.of_neighbours_on(messages, device.ifindex)
+        if not messages or (len(messages) > MANY and not netlink.exists(device.ifindex)):
             return  # they went with their device, whose own notification says all that at once
         matcher = wanted.matcher({TUNNEL: device.ifindex})
         risen = self._tunnel is None or not self._tunnel.rising

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lease.families import Family
 from lease.model import WIDTH, Endpoint, Lease, Prefix
-from lease.records.packed import number, unpack
+from lease.records.packed import may_have_key, number, unpack
 from overlay.backends.wireguard import endpoint_of
 from overlay.kernel.wireguard.device import NO_KEY, Place, WgPeer
 
@@ -49,7 +49,8 @@ class Keyed:
         self._ends, self._at, self.all_stale = {}, {}, True
         self.stale.clear()
         for each in packed:
-            self._enter(unpack(each))
+            if may_have_key(each):
+                self._enter(unpack(each))
 
     def peer_changed(self, was: Lease | None, now: Lease | None) -> None:
         """A peer came, changed or went."""

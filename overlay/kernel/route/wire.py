@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from lease.families import BY_AF, FAMILIES, Family
@@ -256,6 +256,12 @@ def split(data: bytes | memoryview) -> Iterator[Message]:
 def is_neighbour(data: bytes) -> bool:
     """Whether a notification is one of a neighbour or FDB entry."""
     return len(data) > 16 and int.from_bytes(data[4:6], sys.byteorder) in (RTM_NEWNEIGH, RTM_DELNEIGH)
+
+
+def of_neighbours_on(messages: Iterable[bytes], ifindex: int) -> list[bytes]:
+    """Of such notifications, one message each, those of one device (ndm_ifindex of the kernel's struct ndmsg)."""
+    device = ifindex.to_bytes(4, sys.byteorder)
+    return [data for data in messages if data[20:24] == device]
 
 
 def message(kind: int, flags: int, seq: int, body: bytes) -> bytes:
