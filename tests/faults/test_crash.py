@@ -99,7 +99,7 @@ def test_a_first_start_killed_at_every_step(scene, shard):
 
 def _without_mac(picture_: dict[str, Any]) -> dict[str, Any]:
     """A first start draws a MAC."""
-    return picture_ | {"device": picture_["device"] and picture_["device"]._replace(mac=0)}
+    return picture_ | {"device": {n: found and found._replace(mac=0) for n, found in picture_["device"].items()}}
 
 
 def test_a_restart_killed_at_every_step_under_traffic(scene):

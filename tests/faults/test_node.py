@@ -7,68 +7,96 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 
-from lease.model import ip_text, mac_text
+from lease.families import FAMILIES, V6, Family
+from lease.model import ip_number, ip_text, mac_text
+from overlay.api.family import of_family
 from overlay.lab import netns
 from tests.support.faults import picture
 
-DEVICE = "flannel.1"
+
+class Names(NamedTuple):
+    """What commands of a family call things."""
+
+    device: str
+    sysctl: str
+    """The device's name in `sysctl`."""
+    other_address: str
+    underlay: str
+    nodes: str
+    """Addresses of nodes begin so."""
+    length: int
+    set_forwarding: str
 
 
-def _route(scene) -> str:
-    (base, length), route = next(iter(scene.world.kernel("node1")["routes"].items()))
-    return f"{ip_text(4, base)}/{length} metric {route.key.metric}"
-
-
-def _peer(scene) -> tuple[str, str]:
-    base, mac = next(iter(scene.world.kernel("node1")["neighbours"].items()))
-    return ip_text(4, base), mac_text(mac)
-
-
+OF = {
+    4: Names("flannel.1", "flannel/1", "10.244.99.99/16", "192.168.1.1", "192.168.1.", 24, "net.ipv4.ip_forward"),
+    6: Names("flannel-v6.1", "flannel-v6/1", "fd00:10:244:99::99/64", "fd00:192:168:1::1", "fd00:192:168:1::", 64, "net.ipv6.conf.all.forwarding"),
+}  # fmt: skip
 FAULTS = {
     "a route deleted": "ip route del {route}",
-    "all routes of the device flushed": "ip route flush dev flannel.1 proto 111",
-    "a route led elsewhere": "ip route replace {route} dev flannel.1",
-    "a neighbour deleted": "ip neigh del {base} dev flannel.1",
-    "a neighbour with another MAC": "ip neigh replace {base} lladdr 0a:00:00:00:00:77 dev flannel.1 nud permanent",
-    "an FDB entry deleted": "bridge fdb del {mac} dev flannel.1 self dst 192.168.1.3",
-    "an FDB entry led elsewhere": "bridge fdb replace {mac} dev flannel.1 self dst 192.168.1.77",
-    "the FDB flushed": "bridge fdb del {mac} dev flannel.1 self",
-    "the device set down": "ip link set flannel.1 down",
-    "the device deleted": "ip link del flannel.1",
-    "the device with another MAC": "ip link set flannel.1 address 0a:00:00:00:00:78",
-    "the device with another MTU": "ip link set flannel.1 mtu 1300",
-    "the device's address deleted": "ip addr flush dev flannel.1",
-    "another address on the device": "ip addr add 10.244.99.99/16 dev flannel.1",
+    "all routes of the device flushed": "ip -{n} route flush dev {device} proto 111",
+    "a route led elsewhere": "ip route replace {route} dev {device}",
+    "a neighbour deleted": "ip neigh del {base} dev {device}",
+    "a neighbour with another MAC": "ip neigh replace {base} lladdr 0a:00:00:00:00:77 dev {device} nud permanent",
+    "an FDB entry deleted": "bridge fdb del {mac} dev {device} self dst {nodes}3",
+    "an FDB entry led elsewhere": "bridge fdb replace {mac} dev {device} self dst {nodes}77",
+    "the FDB flushed": "bridge fdb del {mac} dev {device} self",
+    "the device set down": "ip link set {device} down",
+    "the device deleted": "ip link del {device}",
+    "the device with another MAC": "ip link set {device} address 0a:00:00:00:00:78",
+    "the device with another MTU": "ip link set {device} mtu 1300",
+    "the device's address deleted": "ip -{n} addr flush dev {device} scope global",
+    "another address on the device": "ip addr add {other_address} dev {device}",
     "the whole nft ruleset flushed": "nft flush ruleset",
-    "the nat table deleted": "nft delete table ip overlay-1",
-    "the guard's table deleted": "nft delete table ip overlay-1-guard",
-    "the guard's addresses flushed": "nft flush set ip overlay-1-guard vteps",
-    "the guard's rules flushed": "nft flush chain ip overlay-1-guard input",
-    "a rule before the guard's": "nft insert rule ip overlay-1-guard input accept",
-    "the nat rules flushed": "nft flush chain ip overlay-1 postrouting",
+    "the nat table deleted": "nft delete table {nft} overlay-1",
+    "the guard's table deleted": "nft delete table {nft} overlay-1-guard",
+    "the guard's addresses flushed": "nft flush set {nft} overlay-1-guard vteps",
+    "the guard's rules flushed": "nft flush chain {nft} overlay-1-guard input",
+    "a rule before the guard's": "nft insert rule {nft} overlay-1-guard input accept",
+    "the nat rules flushed": "nft flush chain {nft} overlay-1 postrouting",
     "the pods' rules flushed": "nft flush chain bridge overlay-1-pods prerouting",
-    "the pods' addresses flushed": "nft flush set bridge overlay-1-pods addresses",
+    "the pods' addresses flushed": "nft flush set bridge overlay-1-pods addresses{six}",
     "the pods' table deleted": "nft delete table bridge overlay-1-pods",
-    "ip_forward switched off": "sysctl -qw net.ipv4.ip_forward=0",
-    "forwarding of the device switched off": "sysctl -qw net.ipv4.conf.flannel/1.forwarding=0",
-    "router advertisements taken by the device": "sysctl -qw net.ipv6.conf.flannel/1.accept_ra=1",
+    "forwarding switched off": "sysctl -qw {set_forwarding}=0",
+    "forwarding of the device switched off": "sysctl -qw net.ipv{n}.conf.{sysctl}.forwarding=0",
+    "router advertisements taken by the device": "sysctl -qw net.ipv6.conf.{sysctl}.accept_ra=1",
     "subnet.env deleted": "rm {run_dir}/subnet.env",
     "subnet.env altered": "sh -c 'echo FLANNEL_SUBNET=10.9.9.1/24 > {run_dir}/subnet.env'",
     "the CNI list deleted": "rm {run_dir}/cni/10-flannel.conflist",
     "the CNI list cut short": "truncate -s 20 {run_dir}/cni/10-flannel.conflist",
 }  # fmt: skip
+IPV4_ALONE = ("forwarding of the device switched off",)
+"""tests/support/faults.py says why."""
 COSTS_PACKETS = (
-    "route", "neighbour", "FDB", "device", "ip_forward", "addresses flushed", "address on the device"
+    "route", "neighbour", "FDB", "device", "forwarding switched off", "addresses flushed", "address on the device"
 )  # fmt: skip
 """Words of faults that stop traffic until they are mended."""
 
 
+def _family(scene) -> Family:
+    """The family that faults are of: IPv6 where the network has it."""
+    return FAMILIES[scene.world.families[-1]]
+
+
+def _tunnel(scene) -> Any:
+    """Its device on node1, None where there is none."""
+    return scene.world.device("node1", OF[_family(scene).number].device)
+
+
 def _command(scene, text: str) -> list[str]:
-    base, mac = _peer(scene)
-    filled = text.format(route=_route(scene), base=base, mac=mac, run_dir=scene.agents[0].run_dir)
+    family = _family(scene)
+    kernel, names = scene.world.kernel("node1", family=family), OF[family.number]
+    (base, length), route = next(iter(kernel["routes"].items()))
+    neighbour, mac = next(iter(kernel["neighbours"].items()))
+    filled = text.format(
+        **names._asdict(), n=family.number, nft=family.nft, six="6" if family is V6 else "",
+        route=f"{ip_text(family.number, base)}/{length} metric {route.key.metric}",
+        base=ip_text(family.number, neighbour), mac=mac_text(mac), run_dir=scene.agents[0].run_dir,
+    )  # fmt: skip
     return ["sh", "-c", filled]
 
 
@@ -97,11 +125,16 @@ def test_one_thing_at_a_time(scene):
     """Each is seen as it is done, and undone; what stops traffic costs little of it, all else none."""
     scene.begin("--ip-masq")
     for fault, text in FAULTS.items():
+        if fault in IPV4_ALONE and _family(scene) is V6:
+            continue
         before = picture(scene.world, scene.agents[0])
         seen = Unhelped(scene, _command(scene, text), lambda before=before: _differs(scene, before))
         lost = scene.suffer(fault, f"`{text}`", seen.inject, seen.bites)
         if not any(words in fault for words in COSTS_PACKETS):
             assert lost == 0, fault
+        others = {number: cost for number, cost in scene.lost_by_family.items() if number != _family(scene).number}
+        if "forwarding" not in fault and "nft ruleset" not in fault:
+            assert not any(others.values()), f"{fault}: a fault of one family costs the other"
 
 
 def _differs(scene, before) -> bool:
@@ -122,17 +155,16 @@ def _all_of_it(scene) -> str:
 def test_all_at_once(scene):
     """One after the other, without a pause, from a shell: nothing of the picture is as it was."""
     scene.begin("--ip-masq")
-    before = picture(scene.world, scene.agents[0])
 
     def nothing_is_left() -> bool:
         world, node = scene.world, scene.agents[0].node
-        kernel = world.kernel(node)
-        assert not kernel["routes"]
-        assert world.device(node) is None
+        family = _family(scene)
+        assert not world.kernel(node, family=family)["routes"]
+        assert _tunnel(scene) is None
         assert "overlay-1" not in world.run(node, "nft", "list", "ruleset")
         assert not (scene.agents[0].run_dir / "subnet.env").exists()
         assert not (scene.agents[0].run_dir / "cni/10-flannel.conflist").exists()
-        return before["sysctls"] not in world.run(node, "sh", "-c", "cat /proc/sys/net/ipv4/ip_forward")
+        return world.run(node, "sysctl", "-n", OF[family.number].set_forwarding).strip() == "0"
 
     seen = Unhelped(scene, ["sh", "-c", _all_of_it(scene)], nothing_is_left)
     scene.suffer("all of it at once", "one shell script of all the lines above", seen.inject, seen.bites)
@@ -184,24 +216,39 @@ def test_all_of_it_again_and_again_while_peers_come_and_go(scene):
     )  # fmt: skip
 
 
+def _addressed(scene, host: int) -> str:
+    """A shell line: eth0 has its addresses, and the default routes."""
+    lines = []
+    for number in scene.world.families:
+        names = OF[number]
+        nodad = " nodad" if number == 6 else ""
+        lines += [
+            f"ip addr replace {names.nodes}{host}/{names.length} dev eth0{nodad}",
+            f"ip -{number} route replace default via {names.underlay}",
+        ]
+    return " && ".join(lines)
+
+
 @pytest.mark.parametrize(
     ("fault", "command", "undo"),
     [
-        ("the underlay set down, a second later up", "ip link set eth0 down", "ip link set eth0 up && ip route replace default via 192.168.1.1"),
-        ("the underlay's address gone for a second", "ip addr del 192.168.1.2/24 dev eth0", "ip addr add 192.168.1.2/24 dev eth0 && ip route replace default via 192.168.1.1"),
+        ("the underlay set down, a second later up", "ip link set eth0 down", "ip link set eth0 up"),
+        ("the underlay's address gone for a second", "ip addr del {nodes}2/{length} dev eth0", "true"),
     ],
-)  # fmt: skip
+)
 def test_the_underlay_for_a_while(scene, fault, command, undo):
     scene.begin()
-    world = scene.world
+    world, family = scene.world, _family(scene)
+    names = OF[family.number]
+    command = command.format(**names._asdict())
 
     def away() -> bool:
-        there = world.run("node1", "ip", "-4", "addr", "show", "dev", "eth0", "up")
-        return "192.168.1.2" not in there
+        there = world.run("node1", "ip", f"-{family.number}", "addr", "show", "dev", "eth0", "up")
+        return f"{names.nodes}2" not in there
 
     def recover() -> bool:
         time.sleep(1)
-        world.run("node1", "sh", "-c", undo)
+        world.run("node1", "sh", "-c", f"{undo} && {_addressed(scene, 2)}")
         return True
 
     lost = scene.suffer(fault, f"`{command}`", lambda: world.run("node1", "sh", "-c", command), away, 30, recover)
@@ -218,20 +265,17 @@ def test_the_underlay_is_taken_out_and_put_back(scene):
         out = f"ip link set eth0 netns {netns.path(elsewhere)}"
 
         def gone() -> bool:
-            return not world.index("node1", "eth0") and world.device("node1") is None
+            return not world.index("node1", "eth0") and _tunnel(scene) is None
 
         def recover() -> bool:
             time.sleep(1)
             home = netns.path(world.namespace("node1"))
             netns.inside(elsewhere, lambda: subprocess.run(["ip", "link", "set", "eth0", "netns", home], check=True))
-            again = (
-                "ip addr add 192.168.1.2/24 dev eth0 && ip link set eth0 up && ip route replace default via 192.168.1.1"
-            )
-            world.run("node1", "sh", "-c", again)
+            world.run("node1", "sh", "-c", f"ip link set eth0 up && {_addressed(scene, 2)}")
             return True
 
         lost = scene.suffer(
-            "the underlay's interface taken out for a second", f"`{out}` and back; the kernel deletes flannel.1 with it",
+            "the underlay's interface taken out for a second", f"`{out}` and back; the kernel deletes the tunnel's device with it",
             lambda: world.run("node1", "sh", "-c", out), gone, 30, recover,
         )  # fmt: skip
         assert lost > 50, "it was away"
@@ -241,11 +285,11 @@ def test_the_underlay_is_taken_out_and_put_back(scene):
 
 def test_the_underlay_gets_another_mtu(scene):
     scene.begin()
-    world = scene.world
-    seen = Unhelped(scene, ["ip", "link", "set", "eth0", "mtu", "1400"], lambda: world.device("node1").mtu == 1450)
+    was = _tunnel(scene).mtu
+    seen = Unhelped(scene, ["ip", "link", "set", "eth0", "mtu", "1400"], lambda: _tunnel(scene).mtu == was)
     lost = scene.suffer(
         "the underlay's MTU lowered", "`ip link set eth0 mtu 1400`", seen.inject, seen.bites,
-        whole=lambda: world.device("node1").mtu == 1350,
+        whole=lambda: _tunnel(scene).mtu == was - 100,
     )  # fmt: skip
     assert lost == 0
 
@@ -259,7 +303,8 @@ def test_the_underlay_is_renamed(scene):
     )  # fmt: skip
     lost = scene.suffer(
         "the underlay's interface renamed", "`ip link set eth0 name wan0`", seen.inject, seen.bites,
-        whole=lambda: scene.agents[0].status()["underlay"]["interface"] == "wan0" and scene.agents[0].ready(),
+        whole=lambda: of_family(scene.agents[0].status(), _family(scene).number)["underlay"]["interface"] == "wan0"
+        and scene.agents[0].ready(),
     )  # fmt: skip
     assert lost == 0
 
@@ -267,11 +312,14 @@ def test_the_underlay_is_renamed(scene):
 def test_the_underlay_is_readdressed(scene):
     """Peers learn the new address from the record; what is under way until then is lost."""
     scene.begin()
-    world = scene.world
-    command = "ip addr del 192.168.1.2/24 dev eth0; ip addr add 192.168.1.102/24 dev eth0; ip route replace default via 192.168.1.1"
-    seen = Unhelped(scene, ["sh", "-c", command], lambda: world.device("node1").local & 255 == 2)
+    world, family = scene.world, _family(scene)
+    names = OF[family.number]
+    moved = ip_number(f"{names.nodes}77", family.number)
+    was = _tunnel(scene).local
+    command = f"ip addr del {names.nodes}2/{names.length} dev eth0; {_addressed(scene, 77)}"
+    seen = Unhelped(scene, ["sh", "-c", command], lambda: _tunnel(scene).local == was)
     scene.suffer(
         "the underlay gets another address", f"`{command}`", seen.inject, seen.bites,
-        whole=lambda: world.device("node1").local & 255 == 102
-        and ip_text(4, next(iter(world.kernel("node2")["fdb"].values()))) == "192.168.1.102",
+        whole=lambda: _tunnel(scene).local == moved
+        and [*world.kernel("node2", family=family)["fdb"].values()] == [moved],
     )  # fmt: skip

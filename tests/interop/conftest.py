@@ -43,7 +43,7 @@ class Flanneld:
         if isinstance(where, KubeWorld):
             config = f"{where.config_map}/net-conf.json"
             return ["-kube-subnet-mgr", f"-kubeconfig-file={where.kube.kubeconfig()}", f"-net-config-path={config}"]
-        return [f"-etcd-endpoints={where.etcd.endpoint}"]
+        return [f"-etcd-endpoints={where.etcd.endpoint}"]  # of IPv6 alone it has none in etcd: its keys collide
 
     def wait_ready(self) -> Flanneld:
         until("flanneld wrote subnet.env", (self.run_dir / "subnet.env").exists, 30)

@@ -8,10 +8,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lease.families import FAMILIES, Family
 from overlay.lab.matrix import End
+from tests.support.reach import all_reach
 from tests.support.wait import until
 from tests.support.world import Agent, World
 
@@ -20,10 +23,12 @@ PAGE = ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by `make faults`: begin -->", "<!-- end -->"
 GAP_S = 0.01
 """Between two datagrams of the stream that counts what is lost."""
-SYSCTLS = [
-    f"/proc/sys/net/{name}"
-    for name in ("ipv4/ip_forward", "ipv4/conf/flannel.1/forwarding", "ipv6/conf/flannel.1/accept_ra")
-]
+DEVICES = {4: "flannel.1", 6: "flannel-v6.1"}
+_SYSCTLS = {
+    4: ("ipv4/ip_forward", "ipv4/conf/flannel.1/forwarding", "ipv6/conf/flannel.1/accept_ra"),
+    6: ("ipv6/conf/all/forwarding", "ipv6/conf/flannel-v6.1/accept_ra"),
+}
+"""The forwarding of one device is IPv4's: of IPv6 the kernel asks conf.all alone (net/ipv6/ip6_output.c, ip6_forward)."""
 _REMEMBERED = re.compile(r"\tset (?:unknown_senders|beside_sources) \{.*?\n\t\}", re.DOTALL)
 """Written by the rules themselves."""
 _ELEMENTS = re.compile(r"elements = \{\s*(.*?)\s*\}")
@@ -45,28 +50,37 @@ class Row(NamedTuple):
 
 
 def picture(world: World, agent: Agent) -> dict[str, Any]:
-    """All that the agent keeps on its node: kernel, rules, files."""
+    """All that the agent keeps on its node, of each family of the network: kernel, rules, files."""
     node = agent.node
-    kernel = world.kernel(node)
-    device = world.device(node)
-    index = world.index(node)
-    index_free = {
-        key: route._replace(oif=0 if route.oif == index else route.oif) for key, route in kernel["routes"].items()
-    }
-    address = json.loads(world.run(node, "ip", "-j", "-4", "addr", "show", "dev", "flannel.1"))
+    halves = {number: _half(world, node, FAMILIES[number]) for number in world.families}
     rules = _REMEMBERED.sub("", world.run(node, "nft", "-s", "list", "ruleset"))
+    sysctls = [f"/proc/sys/net/{name}" for number in world.families for name in _SYSCTLS[number]]
     return {
-        "routes": index_free,
-        "neighbours": kernel["neighbours"],
-        "fdb": kernel["fdb"],
-        "device": device._replace(ifindex=0) if device is not None else None,
-        "addresses": sorted(a["local"] for link in address for a in link.get("addr_info", [])),
+        **{name: {number: half[name] for number, half in halves.items()} for name in next(iter(halves.values()))},
         "rules": sorted(_ELEMENTS.sub(lambda found: str(sorted(found[1].split(", "))), rules).split("\n")),
         "files": {
             path.name: path.read_text()
             for path in (agent.run_dir / "subnet.env", agent.run_dir / "cni/10-flannel.conflist")
         },
-        "sysctls": world.run(node, "sh", "-c", f"cat {' '.join(SYSCTLS)} 2>&1"),
+        "sysctls": world.run(node, "sh", "-c", f"cat {' '.join(sysctls)} 2>&1"),
+    }
+
+
+def _half(world: World, node: str, family: Family) -> dict[str, Any]:
+    """What is a family's own."""
+    name = DEVICES[family.number]
+    kernel, device, index = world.kernel(node, family=family), world.device(node, name), world.index(node, name)
+    address = json.loads(
+        world.run(node, "ip", "-j", f"-{family.number}", "addr", "show", "dev", name, "scope", "global")
+    )
+    return {
+        "routes": {
+            key: route._replace(oif=0 if route.oif == index else route.oif) for key, route in kernel["routes"].items()
+        },
+        "neighbours": kernel["neighbours"],
+        "fdb": kernel["fdb"],
+        "device": device._replace(ifindex=0) if device is not None else None,
+        "addresses": sorted(a["local"] for link in address for a in link.get("addr_info", []) if "local" in a),
     }
 
 
@@ -87,14 +101,20 @@ class Scene:
         self.world, self.area, self.table = world, area, table
         self.agents: list[Agent] = []
         self.pods: list[End] = []
+        """One on each of the first two nodes, by its address of the network's last family."""
+        self._ends: list[list[End]] = []
+        self.lost_by_family: dict[int, int] = {}
+        """Of the last fault."""
 
     def begin(self, *flags: str, count: int = 2) -> Scene:
         """Agents on nodes, a pod on each of the first two, which have talked."""
         self.agents = self.world.nodes(count, *flags)
-        self.pods = [self.world.pod(agent, "pod") for agent in self.agents[:2]]
+        self._ends = [self.world.pod_ends(agent, "pod") for agent in self.agents[:2]]
+        self.pods = [ends[-1] for ends in self._ends]
         words = "nft", "list", "set", "bridge", "overlay-1-pods", "ports6"
         for agent in self.agents[:2]:
             until("its pod is bound", lambda a=agent: "elements" in self.world.run(a.node, *words))
+        until("pods' addresses are settled", lambda: all_reach([end for ends in self._ends for end in ends]))
         return self
 
     def row(self, fault: str, how: str, lost: str, whole_s: float | None) -> None:
@@ -119,12 +139,14 @@ class Scene:
         whole: Callable[[], object] | None = None,
     ) -> int:
         """Inject a fault under traffic, see that it bites, end its cause, wait until all is as before; how many packets were
-        lost, of two streams that cross. Time counts from the end of its cause where it has one, else from the injection."""
+        lost, of two streams that cross, in each family. Time counts from the end of its cause where it has one, else from the
+        injection."""
         before = picture(self.world, self.agents[0])
         same = whole or (lambda: alike(before, picture(self.world, self.agents[0])))
-        one, two = self.pods[:2]
-        with self.world.stream(one, two, GAP_S) as there, self.world.stream(two, one, GAP_S) as back:
-            until("they talk", lambda: there.came and back.came)
+        pairs = [pair for one, two in zip(*self._ends, strict=True) for pair in ((one, two), (two, one))]
+        with ExitStack() as stack:
+            streams = [stack.enter_context(self.world.stream(*pair, GAP_S)) for pair in pairs]
+            until("they talk", lambda: all(stream.came for stream in streams))
             began = time.monotonic()
             inject()
             until(f"{fault}: it bites", bites, 60, 0.002)
@@ -132,10 +154,13 @@ class Scene:
                 began = time.monotonic()
             until(f"{fault}: all is as before", same, within_s)
             took = time.monotonic() - began
-            seen = len(there.came), len(back.came)
-            until("they talk again", lambda: len(there.came) > seen[0] + 20 and len(back.came) > seen[1] + 20)
-        lost = there.lost() + back.lost()
-        self.row(fault, how, "nothing" if not lost else f"{lost} packets of 200 a second", took)
+            seen = [len(stream.came) for stream in streams]
+            until("they talk again", lambda: all(len(s.came) > was + 20 for s, was in zip(streams, seen, strict=True)))
+        self.lost_by_family = {
+            family: streams[2 * n].lost() + streams[2 * n + 1].lost() for n, family in enumerate(self.world.families)
+        }
+        lost = sum(self.lost_by_family.values())
+        self.row(fault, how, "nothing" if not lost else f"{lost} packets of {100 * len(pairs)} a second", took)
         return lost
 
 

@@ -146,6 +146,8 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         self.agents: list[Agent] = []
         self.families: tuple[int, ...] = (4,)
+        self.node_families: tuple[int, ...] = ()
+        """Of nodes' underlay addresses, where those are not the network's."""
         self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -183,7 +185,7 @@ class World:
     def node(self, number: int) -> str:
         """node1 is 192.168.1.2, fd00:192:168:1::2."""
         name = f"node{number}"
-        topology.make_node(self.lab, name, number, self.families)
+        topology.make_node(self.lab, name, number, self.node_families or self.families)
         self._numbers[name] = number
         return name
 
