@@ -185,8 +185,8 @@ def test_more_elements_than_one_message_holds(sets):
 
 def test_a_message_that_holds_other_things_than_keys_is_read():
     """As a set whose elements have a timeout or a comment."""
-    element = nf_wire._nest(1, nf_wire._nest(1, wire.attr(1, b"\1\2\3\4")) + nf_wire._word(5, 9))
-    body = b"\2\0\0\0" + nf_wire._nest(3, element + nf_wire._nest(1, b""))
+    element = nf_wire.nest(1, nf_wire.nest(1, wire.attr(1, b"\1\2\3\4")) + nf_wire.word(5, 9))
+    body = b"\2\0\0\0" + nf_wire.nest(3, element + nf_wire.nest(1, b""))
     assert nf_wire.elements(memoryview(body), 4) == [b"\1\2\3\4"]
     assert nf_wire.elements(memoryview(b"\2\0\0\0"), 4) == []
 

@@ -4,6 +4,7 @@ flanneld knows no WireGuard but the kernel's."""
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -13,25 +14,33 @@ from tests.interop.conftest import Flanneld
 from tests.support.reach import all_reach
 from tests.support.wait import until
 
-DEVICES = {"wireguard": "flannel-wg", "ipip": "flannel.ipip"}
+KINDS = {
+    "wireguard": ("wireguard", "flannel-wg", (4,)),
+    "wireguard, dual stack": ("wireguard", "flannel-wg", (4, 6)),
+    "ipip": ("ipip", "flannel.ipip", (4,)),
+}
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=KINDS)
 def mixed(request, world):
-    world.config(Backend={"Type": request.param})
-    world.backend, world.device_name = request.param, DEVICES[request.param]
+    backend, world.device_name, families = KINDS[request.param]
+    world.use(*families, Backend={"Type": backend})
     return world
+
+
+def ends_of(world, agents):
+    return [world.pod_ends(agent, "a") for agent in agents]
 
 
 def test_nodes_of_both_kinds_side_by_side(mixed):
     theirs = Flanneld(mixed, mixed.node(1)).wait_ready()
     ours = mixed.agent(mixed.node(2), "--node-name=node2").wait_ready()
     third = Flanneld(mixed, mixed.node(3)).wait_ready()
-    ends = [mixed.pod(agent, "a") for agent in (theirs, ours, third)]
+    ends = [end for pair in ends_of(mixed, (theirs, ours, third)) for end in pair]
     until("pods reach each other", lambda: all_reach(ends), 30)
     with matrix.Wires(ends) as wires:
         cells = wires.all()
-    assert len(cells) == 6
+    assert len(cells) == 6 * len(mixed.families)
     assert all(cell.ok for cell in cells), cells
     assert ours.problems() == {}
 
@@ -41,16 +50,19 @@ def test_from_flannel_to_ours_under_live_traffic_and_back(mixed):
     one that starts makes it anew, so that the way back costs what that costs)."""
     first = Flanneld(mixed, mixed.node(1)).wait_ready()
     second = Flanneld(mixed, mixed.node(2)).wait_ready()
-    ends = [mixed.pod(agent, "a") for agent in (first, second)]
+    pairs = ends_of(mixed, (first, second))
+    ends = [end for pair in pairs for end in pair]
     until("pods reach each other", lambda: all_reach(ends), 30)
     before, device = mixed.records(), mixed.index("node1", mixed.device_name)
-    with mixed.stream(*ends) as there, mixed.stream(*ends[::-1]) as back:
+    with ExitStack() as stack:
+        ways = [way for one, two in zip(*pairs, strict=True) for way in ((one, two), (two, one))]
+        streams = [stack.enter_context(mixed.stream(*way)) for way in ways]
         for node, agent in (("node1", first), ("node2", second)):
             agent.process.kill()
             agent.process.wait(15)
             mixed.agent(node, f"--node-name={node}").wait_ready()
-        until("enough was sent", lambda sent=there.sent: there.sent > sent + 200)
-    assert (there.lost(), back.lost()) == (0, 0)
+        until("enough was sent", lambda sent=streams[0].sent: streams[0].sent > sent + 200)
+    assert [stream.lost() for stream in streams] == [0] * len(streams)
     assert mixed.index("node1", mixed.device_name) == device, "the same device"
     now = mixed.records()
     assert now.keys() == before.keys(), "the same subnets"

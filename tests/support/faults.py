@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lease.families import FAMILIES, Family
+from overlay.lab import matrix
 from overlay.lab.matrix import End
-from tests.support.reach import all_reach
 from tests.support.wait import until
 from tests.support.world import Agent, World
 
@@ -114,8 +114,13 @@ class Scene:
         words = "nft", "list", "set", "bridge", "overlay-1-pods", "ports6"
         for agent in self.agents[:2]:
             until("its pod is bound", lambda a=agent: "elements" in self.world.run(a.node, *words))
-        until("pods' addresses are settled", lambda: all_reach([end for ends in self._ends for end in ends]))
+        until("pods' addresses are settled", self._all_seen)
         return self
+
+    def _all_seen(self) -> bool:
+        """On Kubernetes what flannel's own CNI list attaches is masqueraded when it leaves a node."""
+        with matrix.Wires([end for ends in self._ends for end in ends]) as wires:
+            return all(cell.seen for cell in wires.all())
 
     def row(self, fault: str, how: str, lost: str, whole_s: float | None) -> None:
         """Into the table."""

@@ -148,6 +148,8 @@ class World:
         self.families: tuple[int, ...] = (4,)
         self.node_families: tuple[int, ...] = ()
         """Of nodes' underlay addresses, where those are not the network's."""
+        self._family_fields: dict[str, Any] = {}
+        """What every network config says besides."""
         self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -174,12 +176,13 @@ class World:
         return topology.node_netns(self.lab, node)
 
     def config(self, **fields: Any) -> None:
-        self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **fields}))
+        self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **self._family_fields, **fields}))
 
     def use(self, *families: int, **fields: Any) -> None:
         """Nodes that are made from now on have addresses of these families; the network has them, too."""
         self.families = families
         which = {"EnableIPv4": 4 in families, "EnableIPv6": 6 in families, "IPv6Network": str(NETWORK6)}
+        self._family_fields = {} if families == (4,) else which
         self.config(**{**which, **fields})
 
     def node(self, number: int) -> str:
@@ -375,7 +378,7 @@ class KubeWorld(World):
         (self.config_map / "cni-conf.json").write_text(CNI_CONF)
 
     def config(self, **fields: Any) -> None:
-        self.config_file("net-conf.json", {**NET_CONF, **fields})
+        self.config_file("net-conf.json", {**NET_CONF, **self._family_fields, **fields})
 
     def config_file(self, name: str, content: Any) -> None:
         temporary = self.config_map / f".{name}"

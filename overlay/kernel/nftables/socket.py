@@ -6,8 +6,10 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
+from overlay.kernel.nftables import content
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.route import wire
 from overlay.process.dry import dry
@@ -20,6 +22,18 @@ SO_SNDBUFFORCE = 32
 _RECV = 1 << 16
 Elements = Mapping[str, Iterable[bytes]]
 """Keys, by the name of their set."""
+
+
+class Named(Protocol):
+    """A table, whatever its form is kept as."""
+
+    @property
+    def family(self) -> str:
+        """nftables' name of it."""
+
+    @property
+    def name(self) -> str:
+        """Its own."""
 
 
 class NetfilterSocket(RequestSocket):
@@ -88,6 +102,23 @@ class NetfilterSocket(RequestSocket):
         for bodies, changed in self._receipts(nf_wire.GETSETELEM, table, one.name):
             yield [key for body in bodies for key in nf_wire.elements(body, one.key_size)], changed
 
+    def read_content(self, table: content.Table, wanted: content.Content) -> content.Content | None:
+        """All of a table, in terms of what it should be; None where there is none. Raises KernelError."""
+        if not self.has(table.family, table.name):
+            return None
+        sets = self._read(nf_wire.GETSET, table)
+        elements = {name: self._read(nf_wire.GETSETELEM, table, name) for name in content.names_of(sets)}
+        rules, chains = self._read(nf_wire.GETRULE, table), self._read(nf_wire.GETCHAIN, table)
+        return content.understood(content.Bodies(sets, elements, nf_wire.of_table(table.name, chains), rules), wanted)
+
+    def change_content(self, table: content.Table, there: content.Content | None, wanted: content.Content) -> bool:
+        """Make one of the other, at once; whether there was anything to do. Raises KernelError; ENOENT, EEXIST: somebody
+        altered the table meanwhile."""
+        found = content.make(table, wanted) if there is None else content.difference(table, there, wanted)
+        if found:
+            self._commit(found, f"changing nft table {table.family} {table.name}")
+        return bool(found)
+
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
         try:
@@ -97,7 +128,7 @@ class NetfilterSocket(RequestSocket):
                 return 0
             raise
 
-    def _get(self, kind: int, table: nf_wire.Table, name: str) -> memoryview:
+    def _get(self, kind: int, table: Named, name: str) -> memoryview:
         """The body of one thing. Raises KernelError, with ENOENT where it is not there."""
         try:
             return self.ask(lambda seq: nf_wire.get(kind, table.family, seq, table.name, name))
@@ -128,7 +159,7 @@ class NetfilterSocket(RequestSocket):
         except OSError as error:
             raise KernelError(error.errno or errno.ETIMEDOUT, f"{what}: no answer: {error}") from error
 
-    def _read(self, kind: int, table: nf_wire.Table, name: str = "") -> list[memoryview]:
+    def _read(self, kind: int, table: Named, name: str = "") -> list[memoryview]:
         """The bodies of a dump that nobody's change has spoilt."""
         for _ in range(TRIES):
             bodies: list[memoryview] = []
@@ -146,7 +177,7 @@ class NetfilterSocket(RequestSocket):
         where = f"{table.family} {table.name}"
         raise KernelError(errno.EINTR, f"reading nft table {where}: others change nftables all the time")
 
-    def _receipts(self, kind: int, table: nf_wire.Table, name: str) -> Iterator[tuple[list[memoryview], bool]]:
+    def _receipts(self, kind: int, table: Named, name: str) -> Iterator[tuple[list[memoryview], bool]]:
         """A dump as it comes: bodies, and whether somebody changed nftables meanwhile. Raises KernelError."""
         what = f"reading nft table {table.family} {table.name}"
         seq = self.take_seqs(1)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lease.families import V4, V6
 from overlay.kernel.route import wire
 
-FAMILY = {"ip": V4.nft_number, "ip6": V6.nft_number, "bridge": 7}
+FAMILY = {"inet": 1, "ip": V4.nft_number, "ip6": V6.nft_number, "bridge": 7}
 _SUBSYSTEM, _BATCH_BEGIN, _BATCH_END = 10, 0x10, 0x11
 (
     NEWTABLE, GETTABLE, DELTABLE, NEWCHAIN, GETCHAIN, DELCHAIN, NEWRULE, GETRULE, DELRULE, NEWSET, GETSET, DELSET,
@@ -91,12 +91,12 @@ class Table(NamedTuple):
 
 def load(base: str, offset: int, size: int, second: bool = False) -> bytes:
     """Bytes of the packet into a register. base: ether, network or transport header."""
-    return _expression("payload", _word(1, _register(second)), _word(2, _BASES[base]), _word(3, offset), _word(4, size))
+    return expression("payload", word(1, _register(second)), word(2, _BASES[base]), word(3, offset), word(4, size))
 
 
 def meta(key: int, second: bool = False) -> bytes:
     """A property of the packet into a register."""
-    return _expression("meta", _word(2, key), _word(1, _register(second)))
+    return expression("meta", word(2, key), word(1, _register(second)))
 
 
 def equal(data: bytes) -> bytes:
@@ -112,33 +112,33 @@ def differ(data: bytes) -> bytes:
 def masked(mask: bytes) -> bytes:
     """The register and a mask."""
     size, nothing = len(mask), wire.attr(1, bytes(len(mask)))
-    parts = _word(1, 1), _word(2, 1), _word(3, size), _nest(4, wire.attr(1, mask)), _nest(5, nothing)
-    return _expression("bitwise", *parts)
+    parts = word(1, 1), word(2, 1), word(3, size), nest(4, wire.attr(1, mask)), nest(5, nothing)
+    return expression("bitwise", *parts)
 
 
 def found_in(name: str) -> bytes:
     """Go on only if what the registers hold is in a set."""
-    return _expression("lookup", wire.attr(1, wire.text(name)), _word(2, 1), _word(5, 0))
+    return expression("lookup", wire.attr(1, wire.text(name)), word(2, 1), word(5, 0))
 
 
 def absent_from(name: str) -> bytes:
     """Go on only if what the registers hold is not in a set."""
-    return _expression("lookup", wire.attr(1, wire.text(name)), _word(2, 1), _word(5, 1))
+    return expression("lookup", wire.attr(1, wire.text(name)), word(2, 1), word(5, 1))
 
 
 def count(counter: str) -> bytes:
     """Count the packet."""
-    return _expression("objref", _word(1, _COUNTER_OBJECT), wire.attr(2, wire.text(counter)))
+    return expression("objref", word(1, _COUNTER_OBJECT), wire.attr(2, wire.text(counter)))
 
 
 def remember(name: str, timeout_s: int) -> bytes:
     """Put what the register holds into a set, for so long. Where that is full the rule ends."""
     timeout = wire.attr(6, (timeout_s * 1000).to_bytes(8, "big"))
-    return _expression("dynset", wire.attr(1, wire.text(name)), _word(3, 1), _word(4, 1), timeout)
+    return expression("dynset", wire.attr(1, wire.text(name)), word(3, 1), word(4, 1), timeout)
 
 
 def _compare(operator: int, data: bytes) -> bytes:
-    return _expression("cmp", _word(1, 1), _word(2, operator), _nest(3, wire.attr(1, data)))
+    return expression("cmp", word(1, 1), word(2, operator), nest(3, wire.attr(1, data)))
 
 
 def _register(second: bool) -> int:
@@ -151,18 +151,21 @@ def goto(chain: str) -> bytes:
 
 
 def _verdict(code: int, chain: bytes = b"") -> bytes:
-    return _expression("immediate", _word(1, 0), _nest(2, _nest(2, _word(1, code) + chain)))
+    return expression("immediate", word(1, 0), nest(2, nest(2, word(1, code) + chain)))
 
 
-def _expression(name: str, *attributes: bytes) -> bytes:
-    return _nest(_LIST_ELEM, wire.attr(1, wire.text(name)) + _nest(2, b"".join(attributes)))
+def expression(name: str, *attributes: bytes) -> bytes:
+    """One expression of a rule, with its own attributes."""
+    return nest(_LIST_ELEM, wire.attr(1, wire.text(name)) + nest(2, b"".join(attributes)))
 
 
-def _word(kind: int, value: int) -> bytes:
+def word(kind: int, value: int) -> bytes:
+    """An attribute of 32 bits in network order."""
     return wire.attr(kind, value.to_bytes(4, "big"))
 
 
-def _nest(kind: int, data: bytes) -> bytes:
+def nest(kind: int, data: bytes) -> bytes:
+    """An attribute of attributes."""
     return wire.attr(kind | wire.NESTED, data)
 
 
@@ -176,31 +179,31 @@ def replace(table: Table, elements: Mapping[str, Iterable[bytes]]) -> list[Messa
     """Make a table anew with these elements, whatever stood under its name."""
     name, made = wire.attr(1, wire.text(table.name)), wire.NLM_F_CREATE
     messages = [
-        (NEWTABLE, made, _body(table.family, name)),
-        (DELTABLE, 0, _body(table.family, name)),
-        (NEWTABLE, made, _body(table.family, name)),
+        (NEWTABLE, made, nfgenmsg(table.family, name)),
+        (DELTABLE, 0, nfgenmsg(table.family, name)),
+        (NEWTABLE, made, nfgenmsg(table.family, name)),
     ]
     for place, one in enumerate(table.sets, start=1):
         # nft shows an interface by its number in the byte order that stands in the user data
         more = wire.attr(13, _HOST_ORDER) if one.key_type == IFACE_INDEX else b""
-        flags = b"" if one.timeout_s else _word(3, 0)
-        messages.append((NEWSET, made, _body(table.family, name + _set(one) + flags + _word(10, place) + more)))
+        flags = b"" if one.timeout_s else word(3, 0)
+        messages.append((NEWSET, made, nfgenmsg(table.family, name + _set(one) + flags + word(10, place) + more)))
         messages += add_elements(table, one.name, elements.get(one.name, ()))
     for counter in table.counters:
-        what = wire.attr(2, wire.text(counter)) + _word(3, _COUNTER_OBJECT)
-        messages.append((NEWOBJ, made, _body(table.family, name + what + _nest(4, b""))))
-    messages += [(NEWCHAIN, made, _body(table.family, name + _chain(chain))) for chain in table.chains]
+        what = wire.attr(2, wire.text(counter)) + word(3, _COUNTER_OBJECT)
+        messages.append((NEWOBJ, made, nfgenmsg(table.family, name + what + nest(4, b""))))
+    messages += [(NEWCHAIN, made, nfgenmsg(table.family, name + _chain(chain))) for chain in table.chains]
     appended = made | 0x800  # NLM_F_APPEND
     for rule in table.rules:
         comment = wire.text(rule.comment)
         words = wire.attr(7, bytes((0, len(comment))) + comment)
-        messages.append((NEWRULE, appended, _body(table.family, name + _rule(rule) + words)))
+        messages.append((NEWRULE, appended, nfgenmsg(table.family, name + _rule(rule) + words)))
     return messages
 
 
 def remove(family: str, table: str) -> list[Message]:
     """Take a table away, if it is there."""
-    name = _body(family, wire.attr(1, wire.text(table)))
+    name = nfgenmsg(family, wire.attr(1, wire.text(table)))
     return [(NEWTABLE, wire.NLM_F_CREATE, name), (DELTABLE, 0, name)]
 
 
@@ -222,7 +225,7 @@ def _elements(kind: int, flags: int, table: Table, name: str, keys: Iterable[byt
         part = every[start : start + _ELEMENTS_A_MESSAGE]
         lead = _element_head(len(part[0]))
         body = b"".join([lead + key for key in part])
-        messages.append((kind, flags, _body(table.family, head + _nest(3, body))))
+        messages.append((kind, flags, nfgenmsg(table.family, head + nest(3, body))))
     return messages
 
 
@@ -232,22 +235,22 @@ def _element_head(size: int) -> bytes:
 
 
 def _set(one: Set) -> bytes:
-    form = wire.attr(2, wire.text(one.name)) + _word(4, one.key_type) + _word(5, one.key_size)
+    form = wire.attr(2, wire.text(one.name)) + word(4, one.key_type) + word(5, one.key_size)
     if not one.timeout_s:
         return form
     timeout = wire.attr(11, (one.timeout_s * 1000).to_bytes(8, "big"))
-    return form + _word(3, _WITH_TIMEOUT | _FROM_RULES) + timeout + _nest(9, _word(1, one.most))
+    return form + word(3, _WITH_TIMEOUT | _FROM_RULES) + timeout + nest(9, word(1, one.most))
 
 
 def _chain(chain: Chain) -> bytes:
     if chain.hook is None:
         return wire.attr(3, wire.text(chain.name))
-    hook = _word(1, chain.hook) + _word(2, chain.priority & 0xFFFFFFFF)
-    return wire.attr(3, wire.text(chain.name)) + _nest(4, hook) + _word(5, 1) + wire.attr(7, wire.text("filter"))
+    hook = word(1, chain.hook) + word(2, chain.priority & 0xFFFFFFFF)
+    return wire.attr(3, wire.text(chain.name)) + nest(4, hook) + word(5, 1) + wire.attr(7, wire.text("filter"))
 
 
 def _rule(rule: Rule) -> bytes:
-    return wire.attr(2, wire.text(rule.chain)) + _nest(4, b"".join(rule.expressions))
+    return wire.attr(2, wire.text(rule.chain)) + nest(4, b"".join(rule.expressions))
 
 
 def batch(messages: list[Message], first: int) -> bytes:
@@ -265,7 +268,7 @@ def batch(messages: list[Message], first: int) -> bytes:
 def dump(kind: int, family: str, seq: int, table: str, name: str = "") -> bytes:
     """A request for all of a kind; of a set's elements the set is named as well."""
     what = wire.attr(1, wire.text(table)) + (wire.attr(2, wire.text(name)) if name else b"")
-    return wire.message(_SUBSYSTEM << 8 | kind, wire.NLM_F_DUMP, seq, _body(family, what))
+    return wire.message(_SUBSYSTEM << 8 | kind, wire.NLM_F_DUMP, seq, nfgenmsg(family, what))
 
 
 def get(kind: int, family: str, seq: int, table: str, name: str) -> bytes:
@@ -274,12 +277,12 @@ def get(kind: int, family: str, seq: int, table: str, name: str) -> bytes:
     if name:
         what += wire.attr(3 if kind == GETCHAIN else 2, wire.text(name))
     if kind == GETOBJ:
-        what += _word(3, _COUNTER_OBJECT)
-    return wire.message(_SUBSYSTEM << 8 | kind, 0, seq, _body(family, what))
+        what += word(3, _COUNTER_OBJECT)
+    return wire.message(_SUBSYSTEM << 8 | kind, 0, seq, nfgenmsg(family, what))
 
 
-def _body(family: str, attributes: bytes) -> bytes:
-    """nfgenmsg: family, version, resource."""
+def nfgenmsg(family: str, attributes: bytes) -> bytes:
+    """The body of a message: struct nfgenmsg (family, version, resource), and attributes."""
     return struct.pack(">BBH", FAMILY[family], 0, 0) + attributes
 
 
@@ -321,38 +324,44 @@ def _word_of(body: memoryview, kind: int) -> int:
 
 
 def _of_table(table: Table, bodies: list[memoryview]) -> list[memoryview]:
-    name = memoryview(wire.attr(1, wire.text(table.name)))
-    return [body[4:] for body in bodies if _holds(name, body[4:])]
+    return [body[4:] for body in of_table(table.name, bodies)]
+
+
+def of_table(name: str, bodies: list[memoryview]) -> list[memoryview]:
+    """Those that say that they are of a table: of chains the kernel lists those of all."""
+    wanted = memoryview(wire.attr(1, wire.text(name)))
+    return [body for body in bodies if holds(wanted, body[4:])]
 
 
 def _of_chain(table: Table, chain: Chain, found: Found) -> list[memoryview]:
     name = memoryview(wire.attr(2, wire.text(chain.name)))
-    return [body for body in _of_table(table, found.rules) if _holds(name, body)]
+    return [body for body in _of_table(table, found.rules) if holds(name, body)]
 
 
 def _all_held(wanted: list[bytes], there: list[memoryview]) -> bool:
     """Each by one, in order; the kernel lists chains, sets and rules as they were made."""
     return len(wanted) == len(there) and all(
-        _holds(memoryview(one), other) for one, other in zip(wanted, there, strict=True)
+        holds(memoryview(one), other) for one, other in zip(wanted, there, strict=True)
     )
 
 
-def _holds(wanted: memoryview, there: memoryview) -> bool:
+def holds(wanted: memoryview, there: memoryview) -> bool:
     """Whether attributes are all there with these values, and lists as long as they should be; the kernel shows more of its
     own."""
-    wanted_attrs, found_attrs = list(_walk(wanted)), [(kind & wire.KIND, data) for kind, data in _walk(there)]
+    wanted_attrs, found_attrs = list(walk(wanted)), [(kind & wire.KIND, data) for kind, data in walk(there)]
     if any(kind == _LIST_ELEM | wire.NESTED for kind, _ in wanted_attrs):
         same = len(wanted_attrs) == len(found_attrs)
-        return same and all(_holds(one[1], other[1]) for one, other in zip(wanted_attrs, found_attrs, strict=True))
+        return same and all(holds(one[1], other[1]) for one, other in zip(wanted_attrs, found_attrs, strict=True))
     values = dict(found_attrs)
     for kind, data in wanted_attrs:
         value = values.get(kind & wire.KIND)
-        if value is None or not (_holds(data, value) if kind & wire.NESTED else value == data):
+        if value is None or not (holds(data, value) if kind & wire.NESTED else value == data):
             return False
     return True
 
 
-def _walk(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def walk(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The attributes in a buffer, one after the other: kinds with their flags, and data."""
     at, end = 0, len(data)
     while at + 4 <= end:
         size, kind = struct.unpack_from("=HH", data, at)
@@ -373,7 +382,7 @@ def elements(body: memoryview, size: int) -> list[bytes]:
     if plain and len(data) % step == 0 and all(data.startswith(lead, at) for at in range(0, len(data), step)):
         return [data[at + 12 : at + step] for at in range(0, len(data), step)]
     keys = []
-    for _, element in _walk(listed):
+    for _, element in walk(listed):
         key = wire.attributes(element, 0).get(1)
         value = wire.attributes(key, 0).get(1) if key is not None else None
         if value is not None:

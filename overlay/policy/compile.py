@@ -1,0 +1,216 @@
+"""Policies into sets, chains and maps for the pods of one node: what table.py makes an nftables table of, and explain.py
+reads. Pure.
+
+A pod's map says which chain judges it in a direction: one chain for each distinct list of policies, so that a packet's cost
+does not depend on how many policies there are. Sets of addresses are one for each distinct list of peers, and have the pods
+of the whole cluster; names are made of what a thing means, so that what stays keeps its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from lease.families import FAMILIES
+from overlay.policy.index import Index
+from overlay.policy.model import EGRESS, INGRESS, Block, Pod, PodPeer, Policy, Port, Rule
+
+DIRECTIONS = (INGRESS, EGRESS)
+ADDRESSES, NETWORKS, PORTS, NAMED = "pods", "net", "ports", "named"
+"""Kinds of sets, by which their names begin."""
+Range = tuple[int, int]
+"""First and last."""
+PortRange = tuple[int, int, int]
+"""Protocol, first port, last port."""
+
+
+class Members(NamedTuple):
+    """A set. family: of its addresses, 0: it has none. addresses: of ADDRESSES; ranges: of NETWORKS, apart and in order; ports:
+    of PORTS, apart and in order; named: of NAMED, address, protocol and port of who has such a port."""
+
+    kind: str
+    family: int
+    addresses: frozenset[bytes] = frozenset()
+    ranges: tuple[Range, ...] = ()
+    ports: tuple[PortRange, ...] = ()
+    named: frozenset[tuple[bytes, int, int]] = frozenset()
+
+
+class Allowed(NamedTuple):
+    """One rule of a chain: it returns for peers in a set (""; anybody) and ports in a set ("": any). policy: `namespace/name`;
+    place: of the rule in its policy."""
+
+    policy: str
+    place: int
+    peers: str
+    ports: str
+
+
+class Chain(NamedTuple):
+    """What judges pods that the same policies select."""
+
+    direction: str
+    policies: tuple[str, ...]
+    rules: tuple[Allowed, ...]
+
+
+class Compiled(NamedTuple):
+    """For one node. sets, chains: by name; pods: by direction and address, the chain that judges a pod of this node, "": none
+    does."""
+
+    sets: Mapping[str, Members]
+    chains: Mapping[str, Chain]
+    pods: Mapping[str, Mapping[bytes, str]]
+
+    @property
+    def isolated(self) -> frozenset[bytes]:
+        """The addresses of pods that a policy selects."""
+        return frozenset(address for those in self.pods.values() for address, chain in those.items() if chain)
+
+
+NOTHING = Compiled({}, {}, {direction: {} for direction in DIRECTIONS})
+
+
+def compile_node(index: Index, policies: Iterable[Policy], node: str, families: Sequence[int] = (4, 6)) -> Compiled:
+    """All that is wanted of a node, from nothing. node: the name by which pods say that they are its own."""
+    local = index.on_node(node)
+    sets: dict[str, Members] = {}
+    selecting: dict[str, dict[str, list[Policy]]] = {direction: {} for direction in DIRECTIONS}
+    rules: dict[tuple[str, str], tuple[Allowed, ...]] = {}
+    for policy in sorted(policies, key=lambda each: each.key):
+        mine = local & index.in_namespace(policy.namespace)
+        if mine:
+            mine &= index.selected(policy.pods)
+        if not mine:
+            continue
+        for direction in DIRECTIONS:
+            if policy.rules(direction) is not None:
+                rules[direction, policy.key] = tuple(_rules(index, sets, policy, direction, families))
+                for pod in index.members(mine):
+                    selecting[direction].setdefault(pod.key, []).append(policy)
+    chains: dict[str, Chain] = {}
+    pods: dict[str, dict[bytes, str]] = {direction: {} for direction in DIRECTIONS}
+    for pod in index.members(local):
+        for direction in DIRECTIONS:
+            name = ""
+            if found := selecting[direction].get(pod.key):
+                allowed = tuple(rule for policy in found for rule in rules[direction, policy.key])
+                chain = Chain(direction, tuple(policy.key for policy in found), allowed)
+                name = _name("in" if direction == INGRESS else "out", chain)
+                chains[name] = chain
+            pods[direction].update(dict.fromkeys(pod.addresses, name))
+    return Compiled(sets, chains, pods)
+
+
+def _rules(
+    index: Index, sets: dict[str, Members], policy: Policy, direction: str, families: Sequence[int]
+) -> Iterator[Allowed]:
+    for place, rule in enumerate(policy.rules(direction) or ()):
+        for ports in _port_sets(index, sets, rule, families):
+            for peers in _peer_sets(index, sets, rule, policy.namespace, families):
+                yield Allowed(policy.key, place, peers, ports)
+
+
+def _peer_sets(
+    index: Index, sets: dict[str, Members], rule: Rule, namespace: str, families: Sequence[int]
+) -> Iterator[str]:
+    if rule.peers is None:
+        yield ""
+        return
+    pods = [peer for peer in rule.peers if isinstance(peer, PodPeer)]
+    if pods:
+        own = (None if peer.namespaces is not None else namespace for peer in pods)
+        meaning = sorted({repr(each) for each in zip(own, pods, strict=True)})
+        for family in families:
+            name = _name(f"{ADDRESSES}{family}", meaning)
+            if name not in sets:
+                sets[name] = Members(ADDRESSES, family, addresses=frozenset(_addresses(index, pods, namespace, family)))
+            yield name
+    for family in families:
+        blocks = [peer for peer in rule.peers if isinstance(peer, Block) and peer.cidr.family == family]
+        if blocks:
+            ranges = ranges_of(blocks)
+            name = _name(f"{NETWORKS}{family}", ranges)
+            sets.setdefault(name, Members(NETWORKS, family, ranges=ranges))
+            yield name
+
+
+def _addresses(index: Index, peers: Iterable[PodPeer], namespace: str, family: int) -> Iterator[bytes]:
+    bits, size = 0, FAMILIES[family].size
+    for peer in peers:
+        bits |= index.of_peer(peer, namespace)
+    for pod in index.members(bits):
+        for address in pod.addresses:
+            if len(address) == size:
+                yield address
+
+
+def _port_sets(index: Index, sets: dict[str, Members], rule: Rule, families: Sequence[int]) -> Iterator[str]:
+    if rule.ports is None:
+        yield ""
+        return
+    fixed = [port for port in rule.ports if not port.name]
+    if fixed:
+        ports = _merged(fixed)
+        name = _name(PORTS, ports)
+        sets.setdefault(name, Members(PORTS, 0, ports=ports))
+        yield name
+    for port in sorted({port for port in rule.ports if port.name}):
+        for family in families:
+            name = _name(f"{NAMED}{family}", (port.name, port.protocol))
+            if name not in sets:
+                size = FAMILIES[family].size
+                sets[name] = Members(NAMED, family, named=frozenset(_having(index, port, size)))
+            yield name
+
+
+def _having(index: Index, port: Port, size: int) -> Iterator[tuple[bytes, int, int]]:
+    for pod in index.members(index.selected(())):
+        for number in numbers_of(pod, port):
+            for address in pod.addresses:
+                if len(address) == size:
+                    yield address, port.protocol, number
+
+
+def numbers_of(pod: Pod, port: Port) -> list[int]:
+    """The numbers that a port of a rule means at a pod, by its name."""
+    return [each.number for each in pod.ports if (each.name, each.protocol) == (port.name, port.protocol)]
+
+
+def _merged(ports: Iterable[Port]) -> tuple[PortRange, ...]:
+    found: list[PortRange] = []
+    for protocol, first, last in sorted((port.protocol, port.first, port.last) for port in ports):
+        if found and found[-1][0] == protocol and first <= found[-1][2] + 1:
+            found[-1] = protocol, found[-1][1], max(last, found[-1][2])
+        else:
+            found.append((protocol, first, last))
+    return tuple(found)
+
+
+def ranges_of(blocks: Iterable[Block]) -> tuple[Range, ...]:
+    """The addresses of blocks, each without what it excepts, apart from each other and in order."""
+    found: list[Range] = []
+    for block in blocks:
+        parts: list[Range] = [(block.cidr.base, block.cidr.last)]
+        for each in block.excepted:
+            parts = [rest for part in parts for rest in _without(part, (each.base, each.last))]
+        found += parts
+    merged: list[Range] = []
+    for first, last in sorted(found):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(last, merged[-1][1])
+        else:
+            merged.append((first, last))
+    return tuple(merged)
+
+
+def _without(part: Range, hole: Range) -> list[Range]:
+    if hole[1] < part[0] or hole[0] > part[1]:
+        return [part]
+    before, after = (part[0], hole[0] - 1), (hole[1] + 1, part[1])
+    return [each for each in (before, after) if each[0] <= each[1]]
+
+
+def _name(kind: str, meaning: object) -> str:
+    return f"{kind}-{hashlib.sha256(repr(meaning).encode()).hexdigest()[:12]}"

@@ -1,0 +1,143 @@
+"""Which pods a selector means, for ten thousand of them: each label's value has the pods that have it, as bits of a number.
+
+Built for one label's key when a selector first names it. A pod that comes, changes or goes changes bits alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from overlay.policy.model import EXISTS, IN, NOT_IN, Expression, Labels, Pod, PodPeer, Selector, matches
+
+
+class Index:
+    """Pods and namespaces. A pod has a place; that of one that went is given to the next."""
+
+    def __init__(self, pods: Iterable[Pod] = (), namespaces: Mapping[str, Labels] | None = None) -> None:
+        self.pods: list[Pod | None] = []
+        self.places: dict[str, int] = {}
+        """By key."""
+        self.namespaces: dict[str, Labels] = dict(namespaces or {})
+        self._free: list[int] = []
+        self._all = 0
+        self._of_namespace: dict[str, int] = {}
+        self._of_node: dict[str, int] = {}
+        self._values: dict[str, dict[str, int]] = {}
+        """By label's key and value."""
+        self._load(pods)
+
+    def _load(self, pods: Iterable[Pod]) -> None:
+        """At once: a bit of a large number set alone costs the whole number."""
+        namespaces: dict[str, list[int]] = {}
+        nodes: dict[str, list[int]] = {}
+        there = []
+        for place, pod in enumerate(pods):
+            self.pods.append(pod)
+            self.places[pod.key] = place
+            if not pod.alone:
+                there.append(place)
+                namespaces.setdefault(pod.namespace, []).append(place)
+                nodes.setdefault(pod.node, []).append(place)
+        self._all = _bits(there)
+        self._of_namespace = {name: _bits(places) for name, places in namespaces.items()}
+        self._of_node = {name: _bits(places) for name, places in nodes.items()}
+
+    def put(self, pod: Pod) -> Pod | None:
+        """A pod came or changed; what it was."""
+        was = self.remove(pod.key)
+        place = self._free.pop() if self._free else len(self.pods)
+        if place == len(self.pods):
+            self.pods.append(None)
+        self.pods[place], self.places[pod.key] = pod, place
+        if not pod.alone:
+            self._mark(pod, 1 << place)
+        return was
+
+    def remove(self, key: str) -> Pod | None:
+        """A pod went; what it was."""
+        place = self.places.pop(key, None)
+        if place is None:
+            return None
+        pod, self.pods[place] = self.pods[place], None
+        self._free.append(place)
+        if pod is not None and not pod.alone:
+            self._mark(pod, 1 << place)
+        return pod
+
+    def _mark(self, pod: Pod, bit: int) -> None:
+        """Set what is not set, and the reverse."""
+        self._all ^= bit
+        self._of_namespace[pod.namespace] = self._of_namespace.get(pod.namespace, 0) ^ bit
+        self._of_node[pod.node] = self._of_node.get(pod.node, 0) ^ bit
+        for key, values in self._values.items():
+            if (value := pod.labels.get(key)) is not None:
+                values[value] = values.get(value, 0) ^ bit
+
+    # --- what is asked
+
+    def on_node(self, node: str) -> int:
+        """The pods of a node, as bits."""
+        return self._of_node.get(node, 0)
+
+    def in_namespace(self, name: str) -> int:
+        """Those of a namespace."""
+        return self._of_namespace.get(name, 0)
+
+    def selected(self, selector: Selector) -> int:
+        """Those whose labels match."""
+        bits = self._all
+        for each in selector:
+            bits &= self._matching(each)
+        return bits
+
+    def of_peer(self, peer: PodPeer, namespace: str) -> int:
+        """Those that a rule of a policy in that namespace means."""
+        if peer.namespaces is None:
+            bits = self.in_namespace(namespace)
+        elif not peer.namespaces:
+            bits = self._all
+        else:
+            bits = 0
+            for name, labels in self.namespaces.items():
+                if matches(peer.namespaces, labels):
+                    bits |= self.in_namespace(name)
+        return bits if peer.pods is None else bits & self.selected(peer.pods)
+
+    def members(self, bits: int) -> Iterator[Pod]:
+        """The pods behind bits."""
+        data = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
+        for at, byte in enumerate(data):
+            while byte:
+                low = byte & -byte
+                pod = self.pods[(at << 3) + low.bit_length() - 1]
+                assert pod is not None
+                yield pod
+                byte ^= low
+
+    def _matching(self, expression: Expression) -> int:
+        values = self._of_key(expression.key)
+        named = expression.values if expression.operator in (IN, NOT_IN) else values
+        bits = 0
+        for value in named:
+            bits |= values.get(value, 0)
+        return bits if expression.operator in (IN, EXISTS) else ~bits
+
+    def _of_key(self, key: str) -> dict[str, int]:
+        found = self._values.get(key)
+        if found is None:
+            places: dict[str, list[int]] = {}
+            for place, pod in enumerate(self.pods):
+                value = pod.labels.get(key) if pod is not None and not pod.alone else None
+                if value is not None:
+                    places.setdefault(value, []).append(place)
+            found = self._values[key] = {value: _bits(those) for value, those in places.items()}
+        return found
+
+
+def _bits(places: list[int]) -> int:
+    if not places:
+        return 0
+    data = bytearray(max(places) // 8 + 1)
+    for place in places:
+        data[place >> 3] |= 1 << (place & 7)
+    return int.from_bytes(data, "little")

@@ -1,0 +1,120 @@
+"""Pods, namespaces and policies as values: what is kept of them, and nothing else.
+
+Source: Kubernetes API networking.k8s.io/v1 (NetworkPolicy), core/v1 (Pod, Namespace), meta/v1 (LabelSelector).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lease.model import Prefix
+
+Labels = Mapping[str, str]
+INGRESS, EGRESS = "ingress", "egress"
+PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
+"""By the name in the API: the number in the IP header."""
+PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
+LAST_PORT = 65535
+IN, NOT_IN, EXISTS, DOES_NOT_EXIST = "In", "NotIn", "Exists", "DoesNotExist"
+
+
+class Expression(NamedTuple):
+    """One of a selector's matchExpressions."""
+
+    key: str
+    operator: str
+    values: tuple[str, ...] = ()
+
+    def matches(self, labels: Labels) -> bool:
+        """Whether labels are so. An object without the key matches NotIn (k8s.io/apimachinery, labels.Requirement)."""
+        if self.operator == IN:
+            return self.key in labels and labels[self.key] in self.values
+        if self.operator == NOT_IN:
+            return self.key not in labels or labels[self.key] not in self.values
+        return (self.key in labels) == (self.operator == EXISTS)
+
+
+Selector = tuple[Expression, ...]
+"""A LabelSelector: all must match; an empty one matches everything. matchLabels are expressions In of one value."""
+
+
+def matches(selector: Selector, labels: Labels) -> bool:
+    """Whether labels match a selector."""
+    return all(each.matches(labels) for each in selector)
+
+
+class ContainerPort(NamedTuple):
+    """A port that a pod's container names. protocol: its number."""
+
+    name: str
+    protocol: int
+    number: int
+
+
+class Pod(NamedTuple):
+    """A pod. addresses: packed, 4 bytes or 16; alone: it has the node's network (host_network), or its containers have ended
+    (phase Succeeded or Failed), and its addresses may be others' already: no policy and no peer means it."""
+
+    namespace: str
+    name: str
+    node: str
+    labels: Labels
+    addresses: tuple[bytes, ...]
+    ports: tuple[ContainerPort, ...] = ()
+    alone: bool = False
+    uid: str = ""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+
+class PodPeer(NamedTuple):
+    """Pods of a rule. namespaces: None, those of the policy's own; pods: None, all of these."""
+
+    namespaces: Selector | None
+    pods: Selector | None
+
+
+class Block(NamedTuple):
+    """An ipBlock."""
+
+    cidr: Prefix
+    excepted: tuple[Prefix, ...] = ()
+
+
+class Port(NamedTuple):
+    """A port of a rule. name: looked up among the receiving pod's, with the protocol; else first to last."""
+
+    protocol: int
+    first: int = 0
+    last: int = LAST_PORT
+    name: str = ""
+
+
+class Rule(NamedTuple):
+    """What a policy allows. peers None: anybody; ports None: any port of any protocol, ICMP too."""
+
+    peers: tuple[PodPeer | Block, ...] | None
+    ports: tuple[Port, ...] | None
+
+
+class Policy(NamedTuple):
+    """A NetworkPolicy. ingress, egress: its rules; None: it says nothing of that direction."""
+
+    namespace: str
+    name: str
+    pods: Selector
+    ingress: tuple[Rule, ...] | None
+    egress: tuple[Rule, ...] | None
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`."""
+        return f"{self.namespace}/{self.name}"
+
+    def rules(self, direction: str) -> tuple[Rule, ...] | None:
+        """Those of a direction."""
+        return self.ingress if direction == INGRESS else self.egress

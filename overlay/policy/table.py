@@ -1,0 +1,227 @@
+"""What is compiled, as the content of one nftables table, and which conntrack generation it is. Pure.
+
+Each packet between pods is judged by its connection's tuples: the source of the original direction, the source of the reply
+(the target after translation), protocol and port. Those are the same for requests, replies, fragments and ICMP errors, so
+that one set of rules judges all of them, in the forward hook alone: a node may always talk to its own pods, which does not pass
+there.
+
+A connection that was let through is marked with the generation of the table, and not judged again in it. What takes something
+away raises the generation, after the change itself: then each connection is judged again at its next packet.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+from lease.families import FAMILIES
+from lease.model import Prefix, mask
+from overlay.kernel.nftables import expressions as nf
+from overlay.kernel.nftables import wire as nf_wire
+from overlay.kernel.nftables.content import (
+    INTERVALS,
+    PLAIN,
+    RANGES,
+    VERDICTS,
+    Content,
+    Elements,
+    Form,
+    Hook,
+    Rules,
+    Table,
+    port_key,
+)
+from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Members
+from overlay.policy.model import EGRESS, INGRESS
+
+SUFFIX = "-policy"
+NFLOG_GROUP = 4789
+"""Denied packets are told to who listens there (`overlay flows`)."""
+LOGGED_BYTES, LOGS_PER_S, LOG_BURST = 96, 10, 20
+"""Of a packet; of each chain."""
+MARK_BITS = 16
+"""The upper half of a connection's mark has its generation; the lower is others'."""
+LAST_GENERATION = (1 << MARK_BITS) - 1
+MARK_MASK = LAST_GENERATION << MARK_BITS
+FORWARD = "forward"
+_FORWARD_HOOK, _BEFORE_FILTER = 2, -5
+_STRAY, _STRAY_OUT, _STRAY_IN = "stray", "stray-out", "stray-in"
+_INET_PROTO, _INET_SERVICE = 12, 13
+_PORT_TYPE = _INET_PROTO << 6 | _INET_SERVICE
+_SIZES = {4: 4, 6: 16}
+_OTHER = {INGRESS: nf.ORIGINAL, EGRESS: nf.REPLY}
+"""In whose tuple the far end's address is the source."""
+_OWN = {INGRESS: nf.REPLY, EGRESS: nf.ORIGINAL}
+UNKNOWN = "a pod of this node that is not known yet"
+ITSELF = "a pod to itself"
+DENIED = "no policy allows it"
+
+
+def table(network: int) -> Table:
+    """Which table a network has."""
+    return Table("inet", f"overlay-{network}{SUFFIX}")
+
+
+def map_name(direction: str, family: int) -> str:
+    """The map that says which chain judges a pod of this node."""
+    return f"{'in' if direction == INGRESS else 'out'}{family}"
+
+
+class Maker:
+    """Makes a table's content of what is compiled. What did not change is the same value again, so that a difference costs
+    what changed."""
+
+    def __init__(self) -> None:
+        self._elements: dict[str, tuple[Members, Elements]] = {}
+
+    def content(self, compiled: Compiled, subnets: Sequence[Prefix], generation: int, logs: bool = True) -> Content:
+        """subnets: those of this node, whose pods it must know; logs: whether this kernel has NFLOG."""
+        sets = {name: self._of(name, members) for name, members in compiled.sets.items()}
+        self._elements = {name: self._elements[name] for name in sets}
+        families = sorted({subnet.family for subnet in subnets})
+        for family in families:
+            size, kind = _SIZES[family], nf_wire.ADDRESS[family]
+            for direction in (INGRESS, EGRESS):
+                judged = compiled.pods[direction].items()
+                heads = {address: chain for address, chain in judged if len(address) == size}
+                sets[map_name(direction, family)] = Elements(Form(kind, size, VERDICTS), chains=heads)
+            alone = {address for those in compiled.pods.values() for address in those if len(address) == size}
+            sets[f"self{family}"] = Elements(
+                Form(kind << 6 | kind, 2 * size), frozenset(address * 2 for address in alone)
+            )
+        chains = {
+            name: Rules(tuple(_judging(name, chain, compiled, families, logs)))
+            for name, chain in compiled.chains.items()
+        }
+        for direction in (EGRESS, INGRESS):
+            chains[direction] = Rules(tuple(_known(direction, subnets, families)))
+        chains[_STRAY_OUT] = Rules(tuple(_by_header(EGRESS, subnets, families)))
+        chains[_STRAY_IN] = Rules(tuple(_by_header(INGRESS, subnets, families)))
+        chains[_STRAY] = Rules(((nf.jump(_STRAY_OUT), ""), (nf.jump(_STRAY_IN), ""), (nf.ACCEPT, "")))
+        chains[FORWARD] = forward(generation)
+        return Content(sets, chains)
+
+    def _of(self, name: str, members: Members) -> Elements:
+        known = self._elements.get(name)
+        if known is not None and known[0] is members:
+            return known[1]
+        made = _elements(members)
+        if known is not None and known[1] == made:
+            made = known[1]
+        self._elements[name] = members, made
+        return made
+
+
+def forward(generation: int) -> Rules:
+    """The chain that packets enter, in a generation."""
+    current = struct.pack("=I", generation << MARK_BITS)
+    doubtful = struct.pack("=I", nf.INVALID | nf.UNTRACKED)
+    rest = struct.pack("=I", ~MARK_MASK & 0xFFFFFFFF)
+    return Rules(
+        (
+            (nf.ct(nf.STATE) + nf.bits(doubtful) + nf.differ(bytes(4)) + nf.goto(_STRAY), "no connection's"),
+            (nf.ct(nf.MARK) + nf.bits(struct.pack("=I", MARK_MASK)) + nf.equal(current) + nf.ACCEPT, "judged already"),
+            (nf.jump(EGRESS), ""),
+            (nf.jump(INGRESS), ""),
+            (nf.ct(nf.MARK) + nf.bits(rest, current) + nf.set_mark(), "judged now"),
+        ),
+        Hook(_FORWARD_HOOK, _BEFORE_FILTER),
+    )
+
+
+def generation_of(content: Content) -> int:
+    """The generation that a table found in the kernel is in; 0: of none that is ours."""
+    found = content.chains.get(FORWARD)
+    if found is None or found.hook is None or len(found.rules) != len(forward(1).rules):
+        return 0
+    return next((each for each in _candidates(found) if forward(each) == found), 0)
+
+
+def _candidates(found: Rules) -> Iterator[int]:
+    """What the second rule compares the mark with, in whichever form it came."""
+    whole = found.rules[1][0]
+    for place in range(len(whole) - 3):
+        value = struct.unpack_from("=I", whole, place)[0]
+        if value & ~MARK_MASK == 0 and value and place % 4 == 0:
+            yield value >> MARK_BITS
+
+
+def _elements(members: Members) -> Elements:
+    if members.kind == ADDRESSES:
+        return Elements(Form(nf_wire.ADDRESS[members.family], _SIZES[members.family]), members.addresses)
+    if members.kind == NETWORKS:
+        size = _SIZES[members.family]
+        form = Form(nf_wire.ADDRESS[members.family], size, INTERVALS)
+        return Elements(form, frozenset(_edges(members.ranges, size)))
+    if members.kind == NAMED:
+        size = _SIZES[members.family]
+        form = Form((nf_wire.ADDRESS[members.family] << 6 | _INET_PROTO) << 6 | _INET_SERVICE, size + 8)
+        keys = (address + port_key(protocol, port) for address, protocol, port in members.named)
+        return Elements(form, frozenset(keys))
+    if all(first == last for _, first, last in members.ports):
+        keys = (port_key(protocol, first) for protocol, first, _ in members.ports)
+        return Elements(Form(_PORT_TYPE, 8, PLAIN), frozenset(keys))
+    pairs = (port_key(protocol, first) + port_key(protocol, last) for protocol, first, last in members.ports)
+    return Elements(Form(_PORT_TYPE, 8, RANGES, (1, 2)), frozenset(pairs))
+
+
+def _edges(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[bytes]:
+    """Where each range begins, and where what comes after it begins: nowhere behind the last address of all."""
+    for first, last in ranges:
+        yield first.to_bytes(size, "big") + b"\0"
+        if last + 1 < 1 << 8 * size:
+            yield (last + 1).to_bytes(size, "big") + b"\1"
+
+
+def _judging(
+    name: str, chain: Chain, compiled: Compiled, families: Sequence[int], logs: bool
+) -> Iterator[tuple[bytes, str]]:
+    """Returns what a policy allows, and drops the rest."""
+    for rule in chain.rules:
+        expressions = b""
+        if rule.peers:
+            expressions += nf.ct(nf.SOURCE[compiled.sets[rule.peers].family], _OTHER[chain.direction])
+            expressions += nf.found_in(rule.peers)
+        if rule.ports:
+            ports = compiled.sets[rule.ports]
+            at = 0
+            if ports.kind == NAMED:
+                expressions += nf.ct(nf.SOURCE[ports.family], nf.REPLY)
+                at += _SIZES[ports.family] // 4
+            expressions += nf.ct(nf.L4PROTO, place=at) + nf.ct(nf.PROTO_SRC, nf.REPLY, at + 1)
+            expressions += nf.found_in(rule.ports)
+        yield expressions + nf.COUNT + nf.RETURN, f"{rule.policy} {chain.direction} {rule.place}"
+    for family in families:
+        second = _SIZES[family] // 4
+        both = nf.ct(nf.SOURCE[family], nf.ORIGINAL) + nf.ct(nf.SOURCE[family], nf.REPLY, second)
+        yield both + nf.found_in(f"self{family}") + nf.RETURN, ITSELF
+    if logs:
+        yield nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(NFLOG_GROUP, name, LOGGED_BYTES), ""
+    yield nf.COUNT + nf.DROP, DENIED
+
+
+def _known(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
+    """The pod of this node at one end: as its chain says, if it is known; if not, it waits."""
+    for family in families:
+        own = nf.ct(nf.SOURCE[family], _OWN[direction])
+        yield own + nf.verdict_of(map_name(direction, family)), ""
+        for subnet in subnets:
+            if subnet.family == family:
+                yield own + _within(subnet) + nf.COUNT + nf.DROP, UNKNOWN
+
+
+def _by_header(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
+    """The same of a packet that no connection has, by its own addresses: what judges by connections lets none through."""
+    for number in families:
+        family = FAMILIES[number]
+        at = family.source_at if direction == EGRESS else family.destination_at
+        own = nf.meta(nf.META_NFPROTO) + nf.equal(bytes([family.nft_number])) + nf.load(at, family.size)
+        yield own + nf.verdict_of(map_name(direction, number)), ""
+        for subnet in subnets:
+            if subnet.family == number:
+                yield own + _within(subnet) + nf.COUNT + nf.DROP, UNKNOWN
+
+
+def _within(subnet: Prefix) -> bytes:
+    family = FAMILIES[subnet.family]
+    return nf.bits(family.packed(mask(subnet.family, subnet.length))) + nf.equal(family.packed(subnet.base))

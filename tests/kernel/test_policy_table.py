@@ -1,0 +1,69 @@
+"""A table of policies in a real kernel: made, read back, changed by its difference."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+
+import pytest
+
+from lease.model import prefix
+from overlay.kernel.nftables.content import Content
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.lab import netns
+from overlay.policy.compile import compile_node
+from overlay.policy.index import Index
+from overlay.policy.resources import namespace_of, pod_of, policy_of
+from overlay.policy.table import Maker, generation_of, table
+from tests.support.policy import cases, in_ipv6, pod_object, sixth
+
+TABLE = table(1)
+
+
+@pytest.fixture
+def nft(tmp_path):
+    name = f"overlay-t{os.getpid()}x-nft"
+    netns.create(name)
+    try:
+        with closing(netns.inside(name, NetfilterSocket)) as made:
+            yield made
+    finally:
+        netns.delete(name)
+
+
+def contents(node: str = "node1"):
+    """Of each step of each case, in both families at once."""
+    for case in cases():
+        maker = Maker()
+        for step in case:
+            pods = []
+            for pod in step.world["pods"]:
+                made = pod_object(pod, pod["ip"])
+                made["status"]["podIPs"].append({"ip": sixth(pod["ip"])})
+                pods.append(pod_of(made))
+            labels = {
+                name: namespace_of({"metadata": {"name": name, "labels": given}})
+                for name, given in step.world["namespaces"].items()
+            }
+            policies = [policy_of(each) for each in step.policies]
+            policies += [p._replace(name=f"{p.name}-6") for p in (policy_of(in_ipv6(each)) for each in step.policies)]
+            subnets = (prefix("192.168.0.0/16"), prefix("fd00::/64"))
+            yield step.name, maker.content(compile_node(Index(pods, labels), policies, node), subnets, 7)
+
+
+def test_each_is_read_back_as_it_was_made_and_changed_by_its_difference(nft):
+    there = None
+    for name, wanted in contents():
+        nft.change_content(TABLE, there, wanted)
+        found = nft.read_content(TABLE, wanted)
+        assert found is not None
+        for kind in ("sets", "chains"):
+            was, now = getattr(wanted, kind), getattr(found, kind)
+            assert now.keys() == was.keys(), name
+            for each in was:
+                assert now[each] == was[each], (name, each)
+        assert not nft.change_content(TABLE, found, wanted), "nothing is written twice"
+        assert generation_of(found) == 7
+        there = found
+    nft.change_content(TABLE, there, Content())
+    assert nft.read_content(TABLE, Content()) == Content()
