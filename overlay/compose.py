@@ -47,6 +47,8 @@ from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.mixed import MixedController
 from overlay.peers.refusals import Refusals
+from overlay.policy.controller import Feeds as PolicyFeeds
+from overlay.policy.controller import NoFeeds, PolicyController
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.process.rundir import DeviceLock
 from overlay.reach import ways
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from lease.tenure.claim import Identity
 
 
+NO_POLICY_FEEDS = NoFeeds()
 FAMILIES: tuple[Family, ...] = (V4, V6)
 """Those that the agent has a datapath for; what is of neither family is built with the first."""
 
@@ -91,6 +94,8 @@ class Outside(NamedTuple):
     """Who tells Kubernetes what is wrong, None: there is none."""
     give_up: Callable[[], Iterator[str]] = lambda: iter(())
     """Takes what our record says to others out of the store."""
+    policy_feeds: PolicyFeeds = NO_POLICY_FEEDS
+    """Who brings policies, pods and namespaces."""
     bridges: tuple[str, ...] = ()
     """Bridges that a network list of ours named, where that is gone already."""
     networks: tuple[int, ...] = ()
@@ -153,7 +158,7 @@ class _OfFamily:
             self.peers,
             NatController(family, post, health, owned),
             ForwardController(family, post, health, owned, clock),
-            SysctlController(family, health, clock),
+            SysctlController(current, family, health, clock),
             AddressController(family, post, health, clock, outside.who_answers),
             ReachController(family, requests, health, clock, self._some_peers, self.peers.refused),
             ForeignRulesController(family, post, health, clock, self._some_peers),
@@ -208,7 +213,8 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     ownership.refused_records = lambda: (lease for of in each for lease in of.peers.refused())
 
     keys = KeyHolder()
-    pods = AntiSpoof(sets, requests, clock, CniResults(settings.cni_results_dir).of)
+    results = CniResults(settings.cni_results_dir)
+    pods = AntiSpoof(sets, requests, clock, results.of)
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),
@@ -221,6 +227,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
             current, health, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock
         ),
         *(part for of in each for part in of.rest),
+        PolicyController(current, sets, owned, health, clock, outside.policy_feeds, results.every),
         PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),
         AskController(health, outside.ask_routes),

@@ -143,6 +143,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         ask_routes=answers.routes(),
         teller=side.teller,
         page_handler=answers.page_handler,
+        policy_feeds=(policies := _policy_feeds(settings, inbox.put)),
         set_log_level=log.set_level,
     )
     try:
@@ -167,9 +168,10 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), inbox.put, made.ports[1]),
         claimer,
         *files,
+        *_attachments(settings, inbox.put),
     ]
     _post_signals(inbox)
-    loop.reload = lambda: _reload(files, claimer, loop.ever_started)
+    loop.reload = lambda: _reload(files, claimer, policies, loop.ever_started)
     server, door = _serve(settings, loop)
     tell_systemd, keep = watchdog(boottime), keeping(held, server, boottime)
 
@@ -186,9 +188,28 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         return loop.run()
     finally:
         answers.close()
+        policies.close()
         feed.stop()
         claimer.stop()
         store.close()
+
+
+def _policy_feeds(settings: Settings, post: Callable[[Any], None]) -> Any:
+    """Who brings policies, and what they mean, when that is asked for."""
+    from lease.kube.client import KubeSettings
+    from overlay.policy.feeds import FolderFeed, KubeFeeds
+
+    if settings.kube:
+        return KubeFeeds(KubeSettings(settings.kube_api_url, settings.kubeconfig), post)
+    return FolderFeed(settings.policy_dir, post)
+
+
+def _attachments(settings: Settings, post: Callable[[Any], None]) -> list[threading.Thread]:
+    """Who says when pods are attached, where policies wait for that."""
+    from overlay.cni.watch import ResultsThread
+
+    used = settings.kube or settings.policy_dir
+    return [ResultsThread(settings.cni_results_dir, post)] if used else []
 
 
 def _post_signals(inbox: queue.SimpleQueue[Any]) -> None:
@@ -200,13 +221,14 @@ def _post_signals(inbox: queue.SimpleQueue[Any]) -> None:
     signal.signal(signal.SIGHUP, lambda _got, _frame: inbox.put(Reload()))
 
 
-def _reload(files: list[FileThread], claimer: TenureThread, started: bool) -> None:
+def _reload(files: list[FileThread], claimer: TenureThread, policies: Any, started: bool) -> None:
     """SIGHUP. started: before that systemd waits for the start, and is told of nothing else."""
     if started:
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     log.info("reload", files=", ".join(file for each in files for file in each.paths()) or "none are named")
     for each in files:
         each.read_now()
+    policies.read_now()
     claimer.recheck()
     if started:
         notify("READY=1")

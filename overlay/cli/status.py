@@ -59,7 +59,7 @@ def status(
         elif output == "json":
             click.echo(json.dumps(found, indent=2))
         elif output == "yaml":
-            import yaml  # type: ignore[import-untyped]
+            import yaml
 
             click.echo(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), nl=False)
         else:

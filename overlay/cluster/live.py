@@ -82,6 +82,8 @@ class LiveFiles(Source):
                 underlay_cidr=", ".join(map(str, live.underlay_cidrs)) or "anywhere",
                 vxlan_guard=live.vxlan_guard,
                 pod_antispoof=live.pod_antispoof,
+                pod_lift=live.pod_lift,
+                network_policy=live.network_policy,
             )
             self._set_log_level(live.log_level)
 

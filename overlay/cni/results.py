@@ -39,6 +39,11 @@ class CniResults:
         found = (results[interface] for _, results in self._read.values() if interface in results)
         return next((each for each in found if each.mac in (0, mac)), None)
 
+    def every(self) -> list[CniResult]:
+        """All there are now."""
+        self._refresh()
+        return [result for _, results in self._read.values() for result in results.values()]
+
     def _refresh(self) -> None:
         try:
             with os.scandir(self._folder) as entries:

@@ -2,7 +2,8 @@
 
 Who owns a field sets it (compose.py wires them): links and addresses by node/links.py, the underlay by
 node/underlay_source.py, configuration by cluster/records.py and cluster/live.py, the lease by cluster/ownership.py, the
-tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by peers/controller.py.
+tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by peers/controller.py,
+`bridge_filtered` by node/sysctls.py, `policed` by policy/controller.py.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ class Tunnel(NamedTuple):
     checks: int = 0
 
 
+class Policed(NamedTuple):
+    """There are policies. isolated: the addresses (packed) of pods of this node that some policy selects."""
+
+    isolated: frozenset[bytes]
+
+
 class Inputs(NamedTuple):
     """What is known just now. None or empty: not yet."""
 
@@ -90,6 +97,10 @@ class Inputs(NamedTuple):
     """Of WireGuard; empty while there is none, or another backend."""
     published_key: bytes = b""
     """The one that our record is to say: after a rotation that of before, until our device has the new one."""
+    bridge_filtered: bool | None = None
+    """Whether br_netfilter shows the node's rules what is bridged; None: not looked yet."""
+    policed: Policed | None = None
+    """What policies say of this node's pods; None: there is no policy, or none is enforced."""
     displacements: int = 0
     """How often we were displaced: what ended before anybody was asked is seen by this."""
 

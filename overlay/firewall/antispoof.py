@@ -21,6 +21,7 @@ from typing import NamedTuple
 from lease.families import FAMILIES
 from lease.model import Prefix, ip_text
 from overlay.cni.results import CniResult
+from overlay.firewall.lift import CLOSED
 from overlay.firewall.pods_table import ENDS, MACS, SETS, SPOOFED
 from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.nftables import wire as nf_wire
@@ -65,6 +66,10 @@ class Bound(NamedTuple):
         """The same with other addresses of a family."""
         return self._replace(addresses={**self.addresses, family: addresses})
 
+    def port(self, port: int) -> bytes:
+        """The port itself as a key: its number and its name."""
+        return port.to_bytes(4, sys.byteorder) + self.name.encode().ljust(_NAME, b"\0")
+
     def keys(self, port: int) -> dict[str, list[bytes]]:
         """Its elements, by set."""
         at = port.to_bytes(4, sys.byteorder)
@@ -73,8 +78,7 @@ class Bound(NamedTuple):
             ENDS: [] if self.end is None else [at + self.end.to_bytes(6, "big") + bytes(2)],
         }
         for number, sets in SETS.items():
-            named = at + self.name.encode().ljust(_NAME, b"\0")
-            found[sets.ports] = [named] if number in self.addresses else []
+            found[sets.ports] = [self.port(port)] if number in self.addresses else []
             found[sets.addresses] = [at + FAMILIES[number].packed(address) for address in self.of(number)]
         return found
 
@@ -118,6 +122,8 @@ class AntiSpoof:
         """What the kernel's sets have."""
         self._networks: dict[int, Prefix] = {}
         """The pod networks, by family."""
+        self._isolated: frozenset[bytes] = frozenset()
+        """Addresses of pods that a policy isolates."""
         self._known = False
         """Whether the bridges are."""
         self._next: float | None = None
@@ -165,6 +171,12 @@ class AntiSpoof:
         bound = self._bound.get(link.ifindex)
         return bound if bound is not None and bound.is_of(link) else None
 
+    def isolate(self, addresses: frozenset[bytes]) -> None:
+        """The addresses (packed) of pods whose ports are closed to what layer 3 does not see."""
+        if addresses != self._isolated:
+            self._isolated = addresses
+            self._next = self._clock()
+
     def covered(self) -> tuple[list[str], int]:
         """The bridges whose ports are bound, by name, and how many ports are."""
         return sorted(self._bridge_names), len(self._bound)
@@ -207,7 +219,8 @@ class AntiSpoof:
                 self._somebody_altered(wanted)
             self._there = there
         if not formed:
-            elements = self._elements()
+            has = {one.name for one in wanted.sets}
+            elements = {name: keys for name, keys in self._elements().items() if name in has}
             self._sets.replace(wanted, elements)
             self._there = elements
             if before == wanted:
@@ -396,15 +409,19 @@ class AntiSpoof:
         )
 
     def _elements(self) -> dict[str, set[bytes]]:
-        names = (MACS, ENDS, *(name for sets in SETS.values() for name in sets[:2]))
+        names = (MACS, ENDS, CLOSED, *(name for sets in SETS.values() for name in sets[:2]))
         found: dict[str, set[bytes]] = {name: set() for name in names}
         for index, bound in self._bound.items():
             for name, keys in bound.keys(index).items():
                 found[name].update(keys)
+            if any(FAMILIES[family].packed(one) in self._isolated for family in SETS for one in bound.of(family)):
+                found[CLOSED].add(bound.port(index))
         return found
 
     def _apply(self, table: nf_wire.Table) -> None:
-        wanted, there = self._elements(), self._there
+        has = {one.name for one in table.sets}
+        wanted = {name: keys for name, keys in self._elements().items() if name in has}
+        there = {name: self._there.get(name, set()) for name in wanted}
         more = {name: keys - there[name] for name, keys in wanted.items()}
         self._sets.change(table, more, {name: keys - wanted[name] for name, keys in there.items()})
         self._there = wanted

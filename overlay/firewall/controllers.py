@@ -14,6 +14,7 @@ from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard, pods_table
+from overlay.firewall.lift import Lift
 from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.netlink import KernelError, error_text
 from overlay.kernel.nftables.socket import NetfilterSocket
@@ -283,6 +284,8 @@ class _PodsWants(NamedTuple):
     subnets: Mapping[int, tuple[Prefix, ...]]
     own_addresses: frozenset[int]
     beside: tuple[str, ...]
+    isolated: frozenset[bytes]
+    """Addresses of pods that a policy isolates."""
 
 
 class PodsController(_TableController):
@@ -310,20 +313,43 @@ class PodsController(_TableController):
 
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and where pods' ports are."""
-        if not inputs.settings.pod_antispoof:
+        lifts = self._lifts(inputs)
+        if not inputs.settings.pod_antispoof and not lifts:
             return None
         pools = inputs.config.pools if inputs.config is not None else {}
         if inputs.config is None or inputs.own is None or not pools.keys() & inputs.tunnels.keys():
             return Waiting("for a lease")
         every = [each for number in FAMILIES for each in inputs.addresses_of(number).values()]
-        table = pods_table.table(backend_of(inputs.config.backend, FAMILIES[min(pools)]).network)
+        subnets, networks = subnets_of(every), tuple(pool.network for pool in pools.values())
+        on = [inputs.links[index] for index in subnets if index in inputs.links]
+        bridges = sorted(
+            (subnet, link.mac)
+            for link in on
+            if link.name in inputs.bridges
+            for subnet in subnets[link.ifindex]
+            if any(network.family == subnet.family and network.holds(subnet.base) for network in networks)
+        )
+        lift = Lift(tuple(bridges), inputs.policed is not None) if lifts else None
+        number = backend_of(inputs.config.backend, FAMILIES[min(pools)]).network
+        table = pods_table.table(number, inputs.settings.pod_antispoof, lift)
         beside: set[str] = set()
         for number, pool in pools.items():
             if (tunnel := inputs.tunnels.get(number)) is not None:
                 there, under = inputs.addresses_of(number), inputs.underlays.get(number)
                 beside.update(without_bridge(pool.network, inputs.links, there, under, inputs.bridges, tunnel.name))
-        own, networks = frozenset(each.address for each in every), tuple(pool.network for pool in pools.values())
-        return _PodsWants(table, networks, inputs.links, inputs.bridges, subnets_of(every), own, tuple(sorted(beside)))
+        own = frozenset(each.address for each in every)
+        isolated = inputs.policed.isolated if inputs.policed is not None else frozenset()
+        return _PodsWants(
+            table, networks, inputs.links, inputs.bridges, subnets, own, tuple(sorted(beside)), isolated
+        )  # fmt: skip
+
+    @staticmethod
+    def _lifts(inputs: Inputs) -> bool:
+        """Whether frames between pods of this node are given to it: where policies must see them, or Services must and the
+        kernel does not show them (no br_netfilter); as --pod-lift says."""
+        asked = inputs.settings.pod_lift
+        needed = inputs.policed is not None or (inputs.settings.kube and inputs.bridge_filtered is False)
+        return asked == "on" or (asked == "auto" and needed) or inputs.policed is not None
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
@@ -331,6 +357,7 @@ class PodsController(_TableController):
         if ports != self._ports:
             self._ports = ports
             self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses, wants.subnets)
+        self._pods.isolate(wants.isolated)
         self._health.report("unprotected", self._unprotected(wants), harmless=True)
         if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
             self._cadence.began()

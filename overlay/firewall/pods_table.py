@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lease.families import FAMILIES, V4, V6, Family
+from overlay.firewall import lift as lifting
+from overlay.firewall.lift import ADDRESSES, PREROUTING, Lift
 from overlay.firewall.nat import TABLE_PREFIX
 from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.wire import equal, load, meta
@@ -25,8 +27,8 @@ class _Sets(NamedTuple):
 
 
 SETS = {
-    4: _Sets("ports", "addresses", nf_wire.IFACE_AND_IPV4),
-    6: _Sets("ports6", "addresses6", nf_wire.IFACE_AND_IPV6),
+    4: _Sets("ports", ADDRESSES[4], nf_wire.IFACE_AND_IPV4),
+    6: _Sets("ports6", ADDRESSES[6], nf_wire.IFACE_AND_IPV6),
 }
 ENDS = "ends"
 """No rule asks it: the MACs of the node's ends, to know whose bindings those are."""
@@ -43,8 +45,9 @@ def table_name(network: int) -> str:
     return f"{TABLE_PREFIX}{network}{SUFFIX}"
 
 
-def table(network: int) -> nf_wire.Table:
-    """The form of the table. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
+def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_wire.Table:
+    """The form of the table. antispoof: whether a port's pod is kept to what it has; lift: whether frames between pods are
+    given to the node. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
     port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
     bound, bound6 = ((*port, nf_wire.found_in(SETS[number].ports)) for number in (4, 6))
     icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
@@ -97,10 +100,14 @@ def table(network: int) -> nf_wire.Table:
             nf_wire.Set(MACS, nf_wire.IFACE_AND_ETHER, 12),
             *(nf_wire.Set(each.addresses, each.key, 4 + FAMILIES[number].size) for number, each in SETS.items()),
             nf_wire.Set(ENDS, nf_wire.IFACE_AND_ETHER, 12),
+            *(lifting.SETS if lift is not None else ()),
         ),
         (SPOOFED,),
-        (nf_wire.Chain("prerouting", _NF_BR_PRE_ROUTING, _EARLY),),
-        tuple(nf_wire.Rule("prerouting", comment, (*expressions, *drop)) for comment, expressions in rules),
+        (nf_wire.Chain(PREROUTING, _NF_BR_PRE_ROUTING, _EARLY), *(lifting.CHAINS if lift is not None else ())),
+        (
+            *(nf_wire.Rule(PREROUTING, comment, (*each, *drop)) for comment, each in (rules if antispoof else ())),
+            *(lifting.rules(lift) if lift is not None else ()),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from overlay.lab import netns
 from overlay.lab.processes import LabError
@@ -29,10 +29,31 @@ def plugin_path() -> str:
     return path
 
 
-def attach(node: str, conflist: Path, pod: str) -> list[str]:
+class Cache(NamedTuple):
+    """Where what a pod was given is kept, as the runtime's library does (libcni/api.go, cachedInfo), and the pod's name."""
+
+    folder: Path
+    namespace: str
+    name: str
+
+    def path(self, pod: str) -> Path:
+        """The file of an attachment."""
+        return self.folder / f"cbr0-{pod}-eth0"
+
+    def keep(self, pod: str, result: dict[str, Any]) -> None:
+        """Write it."""
+        names = [["IgnoreUnknown", "1"], ["K8S_POD_NAMESPACE", self.namespace], ["K8S_POD_NAME", self.name]]
+        cached = {"kind": "cniCacheV1", "containerId": pod, "ifName": "eth0", "cniArgs": names, "result": result}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path(pod).write_text(json.dumps(cached))
+
+
+def attach(node: str, conflist: Path, pod: str, cache: Cache | None = None) -> list[str]:
     """Attach a pod's namespace to a node's network; its addresses, of each family one. node, pod: names of namespaces.
     Raises LabError."""
     result = _run_list("ADD", node, conflist, pod)
+    if cache is not None:
+        cache.keep(pod, result)
     try:
         found = [str(each["address"]).split("/")[0] for each in result["ips"]]
     except (KeyError, TypeError):
@@ -42,9 +63,11 @@ def attach(node: str, conflist: Path, pod: str) -> list[str]:
     return found
 
 
-def detach(node: str, conflist: Path, pod: str) -> None:
+def detach(node: str, conflist: Path, pod: str, cache: Cache | None = None) -> None:
     """Take a pod off its node's network. Raises LabError."""
     _run_list("DEL", node, conflist, pod)
+    if cache is not None:
+        cache.path(pod).unlink(missing_ok=True)
 
 
 def _run_list(command: str, node: str, conflist: Path, pod: str) -> dict[str, Any]:

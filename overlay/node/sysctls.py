@@ -9,7 +9,7 @@ from lease.families import V4, Family
 from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
-from overlay.control.inputs import Inputs
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.kernel.events import Overrun, SysctlSeen
 from overlay.kernel.route.links import read_sysctl, write_sysctl
 from overlay.process.log import log
@@ -109,8 +109,8 @@ class SysctlController(Controller):
     reports = ("bridge filter",)
     yields = True
 
-    def __init__(self, family: Family, health: Health, clock: Callable[[], float]) -> None:
-        self._family, self._health, self._clock = family, health, clock
+    def __init__(self, current: CurrentInputs, family: Family, health: Health, clock: Callable[[], float]) -> None:
+        self._current, self._family, self._health, self._clock = current, family, health, clock
         self._next = 0.0
         self._set: set[str] = set()
         """Those that we set once: what is wrong again, somebody altered."""
@@ -129,7 +129,7 @@ class SysctlController(Controller):
         tunnel, under = inputs.tunnels.get(number), inputs.underlays.get(number)
         if tunnel is None or under is None or inputs.config is None:
             return Waiting("for the tunnel device")
-        services = inputs.settings.kube and bool(inputs.bridges)
+        services = inputs.settings.kube and bool(inputs.bridges) and inputs.settings.pod_lift == "off"
         direct = backend_of(inputs.config.backend, self._family).reaches_directly
         bridges = tuple(sorted(inputs.bridges))
         if self._family is V4:
@@ -151,8 +151,10 @@ class SysctlController(Controller):
                 log.info("sysctl", set=names)
             self._set |= did.keys()
         self._found_right = wants
-        fault = bridge_filter_fault(read_sysctl) if wants.with_services else ""
-        self._health.report("bridge filter", fault, harmless=True)
+        fault = bridge_filter_fault(read_sysctl)
+        if self._family is V4:
+            self._current.set(bridge_filtered=not fault)
+        self._health.report("bridge filter", fault if wants.with_services else "", harmless=True)
         return False
 
     def _wrong(self, wants: _Wants) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
 LIVE = (
     "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
-    "pod-antispoof", "probes",
+    "pod-antispoof", "pod-lift", "network-policy", "probes",
 )  # fmt: skip
 """Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
@@ -140,6 +140,28 @@ FLAGS = (
         "bool",
         True,
         "let each pod of our bridge send from its own addresses alone: IPv4, ARP, IPv6, neighbour discovery, MAC",
+        ours=True,
+    ),
+    Flag(
+        "pod-lift",
+        "str",
+        "auto",
+        "give frames between pods of this node to the node, which forwards them, so that Services and policies see them:"
+        " on, off, or auto (where there are policies, or Services without br_netfilter)",
+        ours=True,
+    ),
+    Flag(
+        "network-policy",
+        "bool",
+        True,
+        "enforce NetworkPolicies: those of the Kubernetes API, or of --policy-dir",
+        ours=True,
+    ),
+    Flag(
+        "policy-dir",
+        "str",
+        "",
+        "without Kubernetes: folder of YAML files with NetworkPolicies, Namespaces and Pods",
         ours=True,
     ),
     Flag(

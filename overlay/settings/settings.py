@@ -33,6 +33,7 @@ from overlay.settings.flags import (
 )
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LIFTS = ("auto", "on", "off")
 
 
 class SettingsError(ValueError):
@@ -84,6 +85,9 @@ class Settings(NamedTuple):
     underlay_cidrs: tuple[Prefix, ...] = ()
     vxlan_guard: bool = True
     pod_antispoof: bool = True
+    pod_lift: str = "auto"
+    network_policy: bool = True
+    policy_dir: str = ""
     probes: bool = True
     ask_secret_file: str = ""
     ask_port: int = 8473
@@ -186,12 +190,16 @@ def read_live(text: bytes, settings: Settings) -> Settings:
             raise SettingsError(f"{name}: {str(value)[:60]!a} must be {words}")
         if name == "log-level" and value not in LOG_LEVELS:
             raise SettingsError(f"log-level: {str(value)[:60]!a} must be one of {', '.join(LOG_LEVELS)}")
+        if name == "pod-lift" and value not in LIFTS:
+            raise SettingsError(f"pod-lift: {str(value)[:60]!a} must be one of {', '.join(LIFTS)}")
         values[name] = value
     cidrs = _prefixes(values, "underlay-cidr") if "underlay-cidr" in values else settings.underlay_cidrs
     return settings._replace(
         underlay_cidrs=cidrs,
         vxlan_guard=values.get("vxlan-guard", settings.vxlan_guard),
         pod_antispoof=values.get("pod-antispoof", settings.pod_antispoof),
+        pod_lift=values.get("pod-lift", settings.pod_lift),
+        network_policy=values.get("network-policy", settings.network_policy),
         probes=values.get("probes", settings.probes),
         log_level=values.get("log-level", settings.log_level),
         ip_masq=values.get("ip-masq", settings.ip_masq),
@@ -251,7 +259,11 @@ def _checked_endpoints(values: Mapping[str, Any]) -> tuple[str, ...]:
             raise SettingsError(f"--iface-regex: {pattern[:60]!r} is not a regular expression: {error}") from None
     for name in ("run-dir", "subnet-file", "net-config-path", "proc-sys-net", "cni-results-dir", "wireguard-key-file"):
         check(name, os.path.isabs, "an absolute path")
-    for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings"):
+    if values["policy-dir"] and values["kube-subnet-mgr"]:
+        raise SettingsError(
+            "--policy-dir: with --kube-subnet-mgr policies are those of the Kubernetes API: leave it out"
+        )
+    for name in ("cni-conf-dir", "cni-data-dir", "cni-conf-template", "live-settings", "policy-dir"):
         check(name, lambda path: not path or os.path.isabs(path), "an absolute path, or empty")
     longest = 253 if values["kube-subnet-mgr"] else 63
     check(
@@ -333,6 +345,9 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         underlay_cidrs=_prefixes(values, "underlay-cidr"),
         vxlan_guard=values["vxlan-guard"],
         pod_antispoof=values["pod-antispoof"],
+        pod_lift=check("pod-lift", lambda text: text in LIFTS, f"one of {', '.join(LIFTS)}"),
+        network_policy=values["network-policy"],
+        policy_dir=values["policy-dir"],
         probes=values["probes"],
         ask_secret_file=values["ask-secret-file"],
         ask_port=check("ask-port", lambda n: 1 <= n <= 65535, "a TCP port from 1 to 65535"),

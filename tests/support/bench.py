@@ -162,7 +162,7 @@ class Bench:
         return ForwardController(V4, self.posted.append, self.health, self.owned, self.clock)
 
     def sysctl(self) -> SysctlController:
-        return SysctlController(V4, self.health, self.clock)
+        return SysctlController(self.current, V4, self.health, self.clock)
 
     def reach(self) -> ReachController:
         peer = ways.Peer(prefix("10.244.9.0/24"), ip_number("192.168.1.9", 4), False)

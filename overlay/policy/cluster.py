@@ -1,0 +1,149 @@
+"""What is known of pods, namespaces and policies, from lists and changes as they come, and of this node's pods from what CNI
+gave them: put together for the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lease.families import FAMILIES
+from lease.kube.watch import Changed, Listed, Unusable
+from overlay.cni.results import CniResult
+from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
+from overlay.policy.index import Index
+from overlay.policy.model import Labels, Pod, Policy
+
+
+class Cluster:
+    """It, in the loop's thread."""
+
+    def __init__(self, node: str, alone: bool) -> None:
+        """node: this one's name in pods; alone: there is no API server: a pod that CNI attached is known by that."""
+        self._node, self._alone = node, alone
+        self.index = Index()
+        self.policies: dict[str, Policy] = {}
+        self.refused: dict[str, str] = {}
+        """Policies that cannot be used, and why."""
+        self.listed: set[str] = set()
+        """Resources whose list is in."""
+        self._pods: dict[str, Pod] = {}
+        """As the API has them, of this node; of others the index has the same."""
+        self._given: dict[str, tuple[bytes, ...]] = {}
+        """What CNI gave this node's pods, by key."""
+        self._extra: set[str] = set()
+        """Keys of pods that CNI's results alone tell of."""
+        self._labels: dict[Any, Labels] = {}
+        """One object for equal labels: pods of one Deployment have the same."""
+
+    def take(self, event: Listed | Changed) -> bool:
+        """A list or a change; whether anything is another now."""
+        if event.resource == POLICIES:
+            return self._take_policies(event)
+        if event.resource == NAMESPACES:
+            return self._take_namespaces(event)
+        return self._take_pods(event)
+
+    def forget_pods(self) -> None:
+        """Nobody watches them any more."""
+        self.listed.discard(PODS)
+        self.index, self._pods, self._labels = Index(namespaces=self.index.namespaces), {}, {}
+        self._extra.clear()
+
+    def results(self, results: Iterable[CniResult]) -> bool:
+        """What CNI gave to this node's pods now; whether that is another."""
+        given: dict[str, tuple[bytes, ...]] = {}
+        for each in results:
+            packed = tuple(
+                sorted(FAMILIES[family].packed(one) for family, those in each.addresses.items() for one in those)
+            )
+            if each.pod or (self._alone and packed):
+                key = each.pod or f"/{packed[0].hex()}"
+                given[key] = tuple(sorted({*given.get(key, ()), *packed}))
+        if given == self._given:
+            return False
+        changed = {key for key in given.keys() | self._given.keys() if given.get(key) != self._given.get(key)}
+        self._given = given
+        for key in changed:
+            self._place(key)
+        return True
+
+    # --- one resource each
+
+    def _take_policies(self, event: Listed | Changed) -> bool:
+        before = dict(self.policies), dict(self.refused)
+        if isinstance(event, Listed):
+            self.policies.clear()
+            self.refused.clear()
+            self.listed.add(POLICIES)
+        for key, policy in event.items.items():
+            self.policies.pop(key, None)
+            self.refused.pop(key, None)
+            if isinstance(policy, Unusable):
+                self.refused[key] = policy.reason
+            elif policy is not None:
+                self.policies[key] = policy
+        return before != (self.policies, self.refused) or isinstance(event, Listed)
+
+    def _take_namespaces(self, event: Listed | Changed) -> bool:
+        before = dict(self.index.namespaces)
+        if isinstance(event, Listed):
+            self.index.namespaces.clear()
+            self.listed.add(NAMESPACES)
+        for name, labels in event.items.items():
+            if labels is None or isinstance(labels, Unusable):
+                self.index.namespaces.pop(name, None)
+            else:
+                self.index.namespaces[name] = labels
+        return before != self.index.namespaces or isinstance(event, Listed)
+
+    def _take_pods(self, event: Listed | Changed) -> bool:
+        if isinstance(event, Listed):
+            self.listed.add(PODS)
+            self._pods.clear()
+            self._extra.clear()
+            pods = {key: self._shared(pod) for key, pod in event.items.items() if isinstance(pod, Pod)}
+            self._pods = {key: pod for key, pod in pods.items() if self._is_local(pod)}
+            self.index = Index((pod for key, pod in pods.items() if key not in self._pods), self.index.namespaces)
+            for key in [*self._pods, *(self._given if self._alone else ())]:
+                self._place(key)
+            return True
+        changed = False
+        for key, pod in event.items.items():
+            pod = self._shared(pod) if isinstance(pod, Pod) else None  # noqa: PLW2901
+            if pod is not None and self._is_local(pod):
+                changed |= self._pods.get(key) != pod
+                self._pods[key] = pod
+                self._place(key)
+            else:
+                changed |= self._pods.pop(key, None) is not None
+                was = self.index.remove(key) if pod is None else self.index.put(pod)
+                changed |= was != pod
+        return changed
+
+    def _is_local(self, pod: Pod) -> bool:
+        return pod.node == self._node or (self._alone and pod.key in self._given)
+
+    def _shared(self, pod: Pod) -> Pod:
+        key = tuple(sorted(pod.labels.items()))
+        return pod._replace(labels=self._labels.setdefault(key, pod.labels))
+
+    def _place(self, key: str) -> None:
+        """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that may
+        be of before, or not know of them yet."""
+        pod, given = self._pods.get(key), self._given.get(key, ())
+        if pod is None and self._alone and given:
+            namespace, _, name = key.partition("/")
+            pod = Pod(namespace, name, self._node, {}, ())
+            self._extra.add(key)
+        if pod is None:
+            if key in self._extra:
+                self._extra.discard(key)
+                self.index.remove(key)
+            elif key in self.index.places and self.index.pods[self.index.places[key]] is not None:
+                there = self.index.pods[self.index.places[key]]
+                if there is not None and there.node == self._node:
+                    self.index.remove(key)
+            return
+        others = {address for other, those in self._given.items() if other != key for address in those}
+        own = given or tuple(address for address in pod.addresses if address not in others)
+        self.index.put(pod._replace(addresses=own, node=self._node))

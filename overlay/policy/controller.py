@@ -1,0 +1,315 @@
+"""Policies made so in the kernel: one table, changed by its difference, and its generation."""
+
+from __future__ import annotations
+
+import errno
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from lease.families import FAMILIES
+from lease.kube.watch import Changed, Listed
+from lease.model import Prefix
+from overlay.backends.choose import backend_of
+from overlay.cni.results import CniResult
+from overlay.cni.watch import PodsAttached
+from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.health import Health
+from overlay.control.inputs import CurrentInputs, Inputs, Policed
+from overlay.control.schedule import Cadence
+from overlay.kernel.events import NftSeen, Overrun
+from overlay.kernel.netlink import KernelError
+from overlay.kernel.nftables.content import Content, Table, takes_away
+from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.node.owned import Owned
+from overlay.policy.cluster import Cluster
+from overlay.policy.compile import NOTHING, Compiled, compile_node
+from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
+from overlay.policy.table import FORWARD, LAST_GENERATION, SUFFIX, Maker, forward, generation_of, table
+from overlay.process.log import log
+
+NAMED = 3
+"""So many things are named in a problem."""
+_ALTERED = (errno.ENOENT, errno.EEXIST, errno.EBUSY)
+"""What the kernel says of a difference to something that is not there."""
+
+
+class Feeds(Protocol):
+    """Who brings policies and what they mean (feeds.py)."""
+
+    def start(self, name: str) -> None:
+        """Begin with a resource, where that has not begun."""
+
+    def stop(self, name: str) -> None:
+        """End it."""
+
+
+class NoFeeds:
+    """For who only withdraws."""
+
+    def start(self, name: str) -> None:
+        """Nothing comes."""
+
+    def stop(self, name: str) -> None:
+        """Nothing came."""
+
+
+class _Wants(NamedTuple):
+    """subnets: those of this node's pods; enforced: whether policies are to be."""
+
+    table: Table
+    subnets: tuple[Prefix, ...]
+    enforced: bool
+    ipvs: bool
+
+
+class PolicyController(Controller):
+    """Before anti-spoofing, which closes the ports of isolated pods."""
+
+    name = "policy"
+    harmless = True
+    rechecked = False
+    reports = ("policies refused", "policies unread")
+
+    def __init__(
+        self,
+        current: CurrentInputs,
+        sets: NetfilterSocket,
+        owned: Owned,
+        health: Health,
+        clock: Callable[[], float],
+        feeds: Feeds,
+        results: Callable[[], list[CniResult]],
+    ) -> None:
+        self._current, self._sets, self._owned, self._health, self._clock = current, sets, owned, health, clock
+        self._feeds, self._results = feeds, results
+        settings = current.inputs.settings
+        self._node = settings.node_name or "this node"
+        self.cluster = Cluster(self._node, not settings.kube)
+        self._maker, self._cadence = Maker(), Cadence(clock)
+        self._stale, self._read_whole = True, True
+        self._attached = True
+        """What CNI gave to pods is to be read."""
+        self._wanted: _Wants | None = None
+        self.compiled: Compiled = NOTHING
+        self._there: Content | None = None
+        self._generation = 0
+        self._logs = True
+        self._commits = self._mended = 0
+        self._unread: dict[str, str] = {}
+        self._revision = self._in_force = 0
+        """Of the policies that came last, and of those in the kernel."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """What policies are made of, and that somebody touched the table."""
+        return {
+            Listed: self._on_resource,
+            Changed: self._on_resource,
+            Down: self._on_down,
+            PodsAttached: self._on_attached,
+            NftSeen: self._on_nft,
+            Overrun: lambda _event: self._doubt(),
+        }
+
+    def _on_resource(self, event: Listed | Changed) -> bool:
+        if event.resource not in (PODS, NAMESPACES, POLICIES):
+            return False
+        self._unread.pop(event.resource, None)
+        if event.resource == POLICIES:
+            self._revision = event.revision
+        self._stale |= self.cluster.take(event)
+        return True
+
+    def _on_down(self, event: Down) -> bool:
+        self._unread[event.resource] = event.reason
+        return True
+
+    def _on_attached(self, _event: PodsAttached) -> bool:
+        self._attached = True
+        return True
+
+    def _on_nft(self, event: NftSeen) -> bool:
+        return self._doubt() if not event.table or event.table.endswith(SUFFIX) else False
+
+    def _doubt(self) -> bool:
+        self._read_whole = True
+        return True
+
+    def wants(self, inputs: Inputs) -> object:
+        """Which table, for which subnets."""
+        settings = inputs.settings
+        if not settings.kube and not settings.policy_dir:
+            return None
+        if inputs.config is None or inputs.own is None:
+            return Waiting("for a lease")
+        number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
+        subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
+        ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
+        return _Wants(table(number), subnets, settings.network_policy, ipvs)
+
+    def reconcile(self, wants: Any) -> bool:
+        """What is known now, compiled and made so. Raises KernelError."""
+        try:
+            self._reconcile(wants)
+        except KernelError:
+            self._read_whole = True
+            raise
+        return False
+
+    def _reconcile(self, wants: _Wants) -> None:
+        for name in (POLICIES, NAMESPACES):
+            self._feeds.start(name)
+        if self._attached:
+            self._attached = False
+            self._stale |= self.cluster.results(self._results())
+        if wants != self._wanted:
+            self._wanted, self._stale, self._read_whole = wants, True, True
+        self._say(wants)
+        cluster = self.cluster
+        if not {POLICIES, NAMESPACES} <= cluster.listed:
+            return  # what an agent before us enforced stays
+        if not cluster.policies or not wants.enforced:
+            self._in_force = self._revision
+            self._feeds.stop(PODS)
+            cluster.forget_pods()
+            self._off(wants.table)
+            return
+        self._feeds.start(PODS)
+        if PODS not in cluster.listed:
+            return
+        if self._clock() >= self._cadence.at:
+            self._read_whole = True
+        if self._stale:
+            self._stale = False
+            self.compiled = compile_node(cluster.index, cluster.policies.values(), self._node)
+            self._make_so(wants)
+        elif self._read_whole:
+            self._make_so(wants)
+        self._in_force = self._revision
+        self._current.set(policed=Policed(self.compiled.isolated))
+
+    def _off(self, which: Table) -> None:
+        """No policy: no table, and nothing is lifted for it."""
+        self.compiled, self._stale = NOTHING, True
+        self._current.set(policed=None)
+        if self._there is not None or self._read_whole:
+            self._read_whole = False
+            if self._sets.remove(which.family, which.name):
+                log.info("policy.off", table=which.name, policies=len(self.cluster.policies))
+        self._there = None
+
+    def _make_so(self, wants: _Wants) -> None:
+        began = time.thread_time()
+        whole = self._read_whole
+        if whole:
+            self._cadence.began()
+            self._believe(wants)
+        for logs in (True, False) if self._logs else (False,):
+            try:
+                self._commit(wants.table, logs, wants.subnets)
+                break
+            except KernelError as error:
+                if not logs or error.errno in _ALTERED and self._there is not None:
+                    raise
+                log.warning("policy.no_log", reason=str(error), effect="denied packets are counted, and not told")
+                self._logs = False
+        if whole:
+            self._read_whole = False
+            self._cadence.spent(time.thread_time() - began)
+            self._cadence.ended()
+
+    def _believe(self, wants: _Wants) -> None:
+        """The table as it is, and as an agent before us left it."""
+        before, self._there = self._there, None
+        expected = self._content(wants.subnets, self._generation or 1, self._logs)
+        found = self._sets.read_content(wants.table, expected)
+        if found is not None:
+            generation = generation_of(found)
+            if generation:
+                self._generation = generation
+                found = found._replace(chains={**found.chains, FORWARD: forward(generation)})
+            if before is not None and found != before:
+                self._mended += 1
+                log.warning("policy.mended", table=wants.table.name, effect="somebody altered the table of policies")
+        elif before is not None:
+            self._mended += 1
+            log.warning("policy.mended", table=wants.table.name, effect="somebody deleted the table of policies")
+        self._there = found
+
+    def _content(self, subnets: tuple[Prefix, ...], generation: int, logs: bool) -> Content:
+        return self._maker.content(self.compiled, subnets, generation, logs)
+
+    def _commit(self, which: Table, logs: bool, subnets: tuple[Prefix, ...]) -> None:
+        there = self._there
+        if there is None or not self._generation:
+            # marks of a table that was here before say nothing: none of them is likely to be this
+            self._generation = random.randrange(1, LAST_GENERATION)  # noqa: S311
+        wanted = self._content(subnets, self._generation, logs)
+        takes = there is not None and takes_away(there, wanted)
+        written = self._sets.change_content(which, there, wanted)
+        self._there = wanted
+        if takes:  # after the change itself: a packet under way must not be marked with the new one by the old rules
+            self._generation = self._generation % LAST_GENERATION + 1
+            raised = self._content(subnets, self._generation, logs)
+            self._sets.change_content(which, wanted, raised)
+            self._there = raised
+        if written:
+            self._commits += 1
+            log.debug("policy", table=which.name, generation=self._generation, chains=len(self.compiled.chains))
+
+    def _say(self, wants: _Wants) -> None:
+        """What stands in the way."""
+        refused = self.cluster.refused
+        words = "; ".join(f"{key}: {reason}" for key, reason in sorted(refused.items())[:NAMED])
+        more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
+        self._health.report(
+            "policies refused", words and f"{words}{more}: what they say is not enforced", harmless=True
+        )
+        unread = "; ".join(f"{name}: {why}" for name, why in sorted(self._unread.items()))
+        self._health.report("policies unread", unread and f"{unread}: what was known stays enforced", harmless=True)
+        count = len(self.cluster.policies)
+        off = f"{count} NetworkPolicies exist, and none is enforced: --network-policy is false"
+        ipvs = f"{count} NetworkPolicies exist, and kube-proxy's IPVS goes past them: use its nftables or iptables mode"
+        fault = "" if not count else off if not wants.enforced else ipvs if wants.ipvs else ""
+        self._health.report("policies not enforced", fault, harmless=True)
+
+    def due(self) -> float | None:
+        """When the table is read again."""
+        return self._cadence.at if self._there is not None else None
+
+    def leave(self, network: int) -> Iterator[str]:
+        """No table of a network. Raises KernelError."""
+        which = table(network)
+        if self._sets.remove(which.family, which.name):
+            yield f"nft table {which.family} {which.name}"
+
+    def withdraw(self) -> Iterator[str]:
+        """Delete the tables."""
+        for network in self._owned.networks():
+            yield from self.leave(network)
+        self._there, self._wanted = None, None
+        self._stale = self._read_whole = True
+        self._current.set(policed=None)
+        for subject in (*self.reports, "policies not enforced"):
+            self._health.solved(subject)
+
+    def status(self) -> Mapping[str, object]:
+        """`policy`: what is enforced."""
+        compiled, cluster = self.compiled, self.cluster
+        return {
+            "policy": {
+                "enforced": self._there is not None,
+                "policies": len(cluster.policies),
+                "refused": dict(sorted(cluster.refused.items())),
+                "pods": len(cluster.index.places),
+                "isolated_addresses": len(compiled.isolated),
+                "generation": self._generation if self._there is not None else 0,
+                "revision": self._in_force,
+            }
+        }
+
+    def counters(self) -> Mapping[str, int]:
+        """How often the table was changed, and put back."""
+        return {"policy_commits": self._commits, "mended_policy": self._mended}

@@ -1,0 +1,177 @@
+"""Threads that bring what policies are made of: resources of the Kubernetes API, or the files of a folder; each posts the same
+events (lease/kube/watch.py)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lease.kube.client import KubeClient, KubeSettings
+from lease.kube.watch import Listed, Objects, Resource, Unusable
+from lease.store import Feed, StoreDown
+from overlay.policy.resources import namespace_of, pod_of, policy_of
+
+PODS, NAMESPACES, POLICIES = "pods", "namespaces", "networkpolicies"
+RESOURCES = {
+    PODS: Resource(PODS, "/api/v1/pods", pod_of),
+    NAMESPACES: Resource(NAMESPACES, "/api/v1/namespaces", namespace_of),
+    POLICIES: Resource(POLICIES, "/apis/networking.k8s.io/v1/networkpolicies", policy_of),
+}
+KINDS = {"Pod": PODS, "Namespace": NAMESPACES, "NetworkPolicy": POLICIES}
+FILES_EVERY_S = 1.0
+ENDINGS = (".yaml", ".yml", ".json")
+LARGEST = 16 << 20
+"""Bytes of a file that are read."""
+
+
+class Down(NamedTuple):
+    """A resource cannot be read just now: what it said before stays."""
+
+    resource: str
+    reason: str
+
+
+class KubeFeeds:
+    """Those of the API, each with a connection and a thread of its own, from when it is asked for."""
+
+    def __init__(self, settings: KubeSettings, post: Callable[[Any], None]) -> None:
+        self._settings, self._post = settings, post
+        self._running: dict[str, tuple[Feed, Objects]] = {}
+
+    def start(self, name: str) -> None:
+        """Begin, where it has not begun."""
+        if name in self._running:
+            return
+        objects = Objects(KubeClient(self._settings), RESOURCES[name])
+
+        def post(event: Any) -> None:
+            self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
+
+        feed = Feed(objects, post)
+        self._running[name] = feed, objects
+        feed.start()
+
+    def stop(self, name: str) -> None:
+        """End it; what it said is known no more."""
+        if name in self._running:
+            feed, objects = self._running.pop(name)
+            feed.stop()
+            objects.reconnect()
+
+    def read_now(self) -> None:
+        """A watch says at once what changed."""
+
+    def close(self) -> None:
+        """End all."""
+        for name in [*self._running]:
+            self.stop(name)
+
+
+class FolderFeed(threading.Thread):
+    """The objects in the YAML or JSON files of a folder: all of them whenever a file changed."""
+
+    def __init__(self, folder: str, post: Callable[[Any], None]) -> None:
+        super().__init__(name="policy-files", daemon=True)
+        self._folder, self._post = folder, post
+        self._seen: dict[str, bytes] | None = None
+        self._ending, self._wake = threading.Event(), threading.Event()
+        self._revision = 0
+
+    def start(self, name: str = "") -> None:
+        """Begin: with the first resource that is asked for, since files have all of them."""
+        del name
+        if not self.is_alive():
+            super().start()
+
+    def stop(self, name: str) -> None:
+        """Files go on to be read."""
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ending.set()
+        self._wake.set()
+
+    def read_now(self) -> None:
+        """Do not wait for the time. May be called from a signal handler."""
+        self._wake.set()
+
+    def run(self) -> None:
+        while not self._ending.is_set():
+            self.look()
+            self._wake.wait(FILES_EVERY_S)
+            self._wake.clear()
+
+    def look(self) -> None:
+        """Read all files; post what is in them if any changed."""
+        try:
+            names = sorted(name for name in os.listdir(self._folder) if name.endswith(ENDINGS))
+            texts = {name: _text(os.path.join(self._folder, name)) for name in names}
+        except OSError as error:
+            self._post(Down(POLICIES, f"--policy-dir: {self._folder}: {error.strerror or error}"))
+            return
+        if texts == self._seen:
+            return
+        self._seen = texts
+        self._revision += 1
+        items = read_all(texts)
+        for name in (NAMESPACES, PODS, POLICIES):  # the last one completes the others
+            self._post(Listed(name, self._revision, items[name]))
+
+
+def _text(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(LARGEST)
+
+
+def read_all(texts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """The objects of files, by resource and key; in place of one that cannot be used an Unusable. A file that is no YAML is
+    one of those, as a policy by the file's name. Namespaces that nobody describes have the label of their name alone."""
+    items: dict[str, dict[str, Any]] = {name: {} for name in RESOURCES}
+    for file, text in texts.items():
+        try:
+            documents = list(_documents(text))
+        except (ValueError, RecursionError) as error:
+            items[POLICIES][file] = Unusable(f"{file}: {error}")
+            continue
+        for document in documents:
+            kind = document.get("kind") if isinstance(document, Mapping) else None
+            if kind not in KINDS:
+                name = f"{file} ({kind})" if kind else file
+                items[POLICIES][name] = Unusable(f"{file}: kind {kind!r} must be one of {', '.join(KINDS)}")
+                continue
+            resource = RESOURCES[KINDS[kind]]
+            meta = document.get("metadata") or {}
+            space = "" if kind == "Namespace" else f"{meta.get('namespace') or 'default'}/"
+            key = f"{space}{meta.get('name')}"
+            try:
+                if not isinstance(meta.get("name"), str):
+                    raise ValueError("metadata.name: must be there")
+                if key in items[resource.name]:
+                    raise ValueError("another object has its name")
+                items[resource.name][key] = resource.decode(document)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                items[resource.name][key] = Unusable(f"{file}: {error}")
+    for pod in [*items[PODS].values(), *items[POLICIES].values()]:
+        if not isinstance(pod, Unusable) and pod.namespace not in items[NAMESPACES]:
+            items[NAMESPACES][pod.namespace] = namespace_of({"metadata": {"name": pod.namespace}})
+    return items
+
+
+def _documents(text: bytes) -> list[Any]:
+    """Raises ValueError: no YAML."""
+    import yaml  # only here: an agent without such a folder needs none
+
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        documents = [each for each in yaml.load_all(text, Loader=loader) if each is not None]  # noqa: S506 (it is safe)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())[:200]}") from error
+    return [one for each in documents for one in _items(each)]
+
+
+def _items(document: Any) -> list[Any]:
+    """A List's own, as `kubectl get -o yaml` writes it."""
+    listed = isinstance(document, Mapping) and str(document.get("kind", "")).endswith("List")
+    return list(document.get("items") or ()) if listed else [document]
