@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 
-from lease.families import FAMILIES
+from lease.families import FAMILIES, V6
 from lease.model import Prefix, mask
 from overlay.kernel.nftables import expressions as nf
 from overlay.kernel.nftables import wire as nf_wire
@@ -52,6 +52,8 @@ _SIZES = {4: 4, 6: 16}
 _OTHER = {INGRESS: nf.ORIGINAL, EGRESS: nf.REPLY}
 """In whose tuple the far end's address is the source."""
 _OWN = {INGRESS: nf.REPLY, EGRESS: nf.ORIGINAL}
+_NEXT_HEADER_AT, _ICMPV6_FROM_THE_LINK, _TYPE_AT, _SOLICIT_AND_ADVERT = 6, b"\x3a\xff", 40, (135, 136)
+"""IPv6's next header and hop limit, ICMPv6 and 255; where that has its type (RFC 8200, RFC 4861)."""
 UNKNOWN = "a pod of this node that is not known yet"
 ITSELF = "a pod to itself"
 DENIED = "no policy allows it"
@@ -97,7 +99,8 @@ class Maker:
             chains[direction] = Rules(tuple(_known(direction, subnets, families)))
         chains[_STRAY_OUT] = Rules(tuple(_by_header(EGRESS, subnets, families)))
         chains[_STRAY_IN] = Rules(tuple(_by_header(INGRESS, subnets, families)))
-        chains[_STRAY] = Rules(((nf.jump(_STRAY_OUT), ""), (nf.jump(_STRAY_IN), ""), (nf.ACCEPT, "")))
+        both = (nf.jump(_STRAY_OUT), ""), (nf.jump(_STRAY_IN), ""), (nf.ACCEPT, "")
+        chains[_STRAY] = Rules((*(_neighbour_discovery() if 6 in families else ()), *both))
         chains[FORWARD] = forward(generation)
         return Content(sets, chains)
 
@@ -220,6 +223,15 @@ def _by_header(direction: str, subnets: Sequence[Prefix], families: Sequence[int
         for subnet in subnets:
             if subnet.family == number:
                 yield own + _within(subnet) + nf.COUNT + nf.DROP, UNKNOWN
+
+
+def _neighbour_discovery() -> Iterator[tuple[bytes, str]]:
+    """What is bridged, and seen here where br_netfilter is; conntrack leaves it out. A router has taken one off the hop
+    limit of all else before this hook (RFC 4861, 7.1; net/ipv6/ip6_output.c)."""
+    of_ipv6 = nf.meta(nf.META_NFPROTO) + nf.equal(bytes([V6.nft_number]))
+    of_ipv6 += nf.load(_NEXT_HEADER_AT, 2) + nf.equal(_ICMPV6_FROM_THE_LINK) + nf.load(_TYPE_AT, 1)
+    for kind in _SOLICIT_AND_ADVERT:
+        yield of_ipv6 + nf.equal(bytes([kind])) + nf.ACCEPT, "neighbours are found on the link"
 
 
 def _within(subnet: Prefix) -> bytes:

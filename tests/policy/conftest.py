@@ -12,7 +12,7 @@ import pytest
 
 from overlay.cni.lists import CONFLIST
 from overlay.lab import netns, pods
-from tests.support.probing import End, Field
+from tests.support.probing import End, Field, Probe
 from tests.support.wait import until
 from tests.support.world import Agent, World, ready_the_machine
 
@@ -79,6 +79,12 @@ class PolicyWorld(World):
         if changed and wait:
             for agent in self.living():
                 until("it has them", lambda agent=agent: self.revision(agent) > before[agent.node], pause_s=0.02)
+
+    def settled(self, field: Field) -> None:
+        """Without a policy every pod reaches every other: the kernel has checked their IPv6 addresses."""
+        ends = [end for those in self.ends.values() for end in those]
+        pairs = [Probe(one, two, "UDP", 80) for one in ends for two in ends if one != two and one.family == two.family]
+        until("pods' addresses are settled", lambda: all(field.ask(pairs)), 40)
 
     def living(self) -> list[Agent]:
         return [agent for agent in self.agents if agent.process.poll() is None]

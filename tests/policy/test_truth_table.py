@@ -19,6 +19,7 @@ def test_every_cell(policed, field: Field):
             for protocol in ("TCP", "UDP"):
                 for port in (80, 81):
                     field.serve(end, protocol, port)
+    world.settled(field)
     judged, wrong = 0, []
     for step in steps:
         world.apply(objects_of(step, world))
@@ -68,7 +69,9 @@ def here(value: Any, world) -> Any:
         return [
             each
             for one in value
-            for each in (blocks(one["ipBlock"], world) if isinstance(one, dict) and "ipBlock" in one else [here(one, world)])
+            for each in (
+                blocks(one["ipBlock"], world) if isinstance(one, dict) and "ipBlock" in one else [here(one, world)]
+            )
         ]
     return {name: here(each, world) for name, each in value.items()} if isinstance(value, dict) else value
 
