@@ -27,6 +27,7 @@ from overlay import __version__
 from overlay.api import serve
 from overlay.process.log import log
 from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
+from overlay.process.sha256 import sha256
 from overlay.settings.files import check_files
 from overlay.settings.settings import Settings, SettingsError, read_settings, unknown_variables
 from overlay.settings.stores import etcd_store, node_store
@@ -196,11 +197,13 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
 
 def _policy_feeds(settings: Settings, post: Callable[[Any], None]) -> Any:
     """Who brings policies, and what they mean, when that is asked for."""
-    from lease.kube.client import KubeSettings
-    from overlay.policy.feeds import FolderFeed, KubeFeeds
-
     if settings.kube:
+        from lease.kube.client import KubeSettings
+        from overlay.policy.kube import KubeFeeds
+
         return KubeFeeds(KubeSettings(settings.kube_api_url, settings.kubeconfig), post)
+    from overlay.policy.feeds import FolderFeed
+
     return FolderFeed(settings.policy_dir, post)
 
 
@@ -424,18 +427,8 @@ def identity(node_name: str) -> Callable[[str], Any]:
     except (OSError, ValueError):
         machine = ""
     usable = len(machine) == 32 and machine != "0" * 32
-    hashed = _sha256(f"overlayd {machine}".encode())[:16] if usable else ""
+    hashed = sha256(f"overlayd {machine}".encode())[:16] if usable else ""
     return lambda link: Identity(hashed, node_name, link)
-
-
-def _sha256(data: bytes) -> str:
-    """hashlib's, without hashlib where that can be (as the module random does): it maps OpenSSL, 3.5 MiB for one hash."""
-    from importlib import import_module
-
-    for name in ("_sha256", "_sha2", "hashlib"):  # CPython 3.11; 3.12 and later; any
-        with suppress(ImportError):
-            return str(import_module(name).sha256(data).hexdigest())
-    raise ImportError("no SHA-256 in this Python")
 
 
 class StoreHosts:

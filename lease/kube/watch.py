@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lease.kube.answer import AnswerTooLarge
+from lease.kube.changes import Changed, Listed, Resource, Unusable
 from lease.kube.client import ApiError, KubeClient, Stream
 from lease.kube.objects import MALFORMED, Answer
 from lease.store import StoreUnavailable
@@ -188,37 +189,6 @@ def revision(version: str) -> int:
 
 
 # --- any resource, plainly
-
-
-class Resource(NamedTuple):
-    """A kind of object. name: for messages and events; path: `/api/v1/namespaces`; decode: an object, as JSON was read, into
-    what is kept of it, raising ValueError with the reason where that cannot be."""
-
-    name: str
-    path: str
-    decode: Callable[[Mapping[str, Any]], Any]
-
-
-class Unusable(NamedTuple):
-    """In place of an object that cannot be used: why."""
-
-    reason: str
-
-
-class Listed(NamedTuple):
-    """All objects of a resource, by `namespace/name` (`name` where it has no namespace)."""
-
-    resource: str
-    revision: int
-    items: dict[str, Any]
-
-
-class Changed(NamedTuple):
-    """What changed since the last Listed or Changed; None: deleted."""
-
-    resource: str
-    revision: int
-    items: dict[str, Any]
 
 
 class _JsonPage(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lease.families import FAMILIES
-from lease.kube.watch import Changed, Listed, Unusable
+from lease.kube.changes import Changed, Listed, Unusable
 from overlay.cni.results import CniResult
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
 from overlay.policy.index import Index
@@ -128,8 +128,8 @@ class Cluster:
         return pod._replace(labels=self._labels.setdefault(key, pod.labels))
 
     def _place(self, key: str) -> None:
-        """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that may
-        be of before, or not know of them yet."""
+        """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that
+        may be of before, or not know of them yet."""
         pod, given = self._pods.get(key), self._given.get(key, ())
         if pod is None and self._alone and given:
             namespace, _, name = key.partition("/")

@@ -8,13 +8,13 @@ of the whole cluster; names are made of what a thing means, so that what stays k
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lease.families import FAMILIES
 from overlay.policy.index import Index
 from overlay.policy.model import EGRESS, INGRESS, Block, Pod, PodPeer, Policy, Port, Rule
+from overlay.process.sha256 import sha256
 
 DIRECTIONS = (INGRESS, EGRESS)
 ADDRESSES, NETWORKS, PORTS, NAMED = "pods", "net", "ports", "named"
@@ -26,8 +26,8 @@ PortRange = tuple[int, int, int]
 
 
 class Members(NamedTuple):
-    """A set. family: of its addresses, 0: it has none. addresses: of ADDRESSES; ranges: of NETWORKS, apart and in order; ports:
-    of PORTS, apart and in order; named: of NAMED, address, protocol and port of who has such a port."""
+    """A set. family: of its addresses, 0: it has none. addresses: of ADDRESSES; ranges: of NETWORKS, apart and in order;
+    ports: of PORTS, apart and in order; named: of NAMED, address, protocol and port of who has such a port."""
 
     kind: str
     family: int
@@ -38,8 +38,8 @@ class Members(NamedTuple):
 
 
 class Allowed(NamedTuple):
-    """One rule of a chain: it returns for peers in a set (""; anybody) and ports in a set ("": any). policy: `namespace/name`;
-    place: of the rule in its policy."""
+    """One rule of a chain: it returns for peers in a set ("": anybody) and ports in a set ("": any). policy:
+    `namespace/name`; place: of the rule in its policy."""
 
     policy: str
     place: int
@@ -56,8 +56,8 @@ class Chain(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """For one node. sets, chains: by name; pods: by direction and address, the chain that judges a pod of this node, "": none
-    does."""
+    """For one node. sets, chains: by name; pods: by direction and address, the chain that judges a pod of this node, "":
+    none does."""
 
     sets: Mapping[str, Members]
     chains: Mapping[str, Chain]
@@ -213,4 +213,4 @@ def _without(part: Range, hole: Range) -> list[Range]:
 
 
 def _name(kind: str, meaning: object) -> str:
-    return f"{kind}-{hashlib.sha256(repr(meaning).encode()).hexdigest()[:12]}"
+    return f"{kind}-{sha256(repr(meaning).encode())[:12]}"

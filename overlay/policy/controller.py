@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from lease.families import FAMILIES
-from lease.kube.watch import Changed, Listed
+from lease.kube.changes import Changed, Listed
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
 from overlay.cni.results import CniResult
@@ -211,7 +211,7 @@ class PolicyController(Controller):
                 self._commit(wants.table, logs, wants.subnets)
                 break
             except KernelError as error:
-                if not logs or error.errno in _ALTERED and self._there is not None:
+                if not logs or (error.errno in _ALTERED and self._there is not None):
                     raise
                 log.warning("policy.no_log", reason=str(error), effect="denied packets are counted, and not told")
                 self._logs = False

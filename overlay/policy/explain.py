@@ -19,8 +19,8 @@ class Flow(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of one direction at one node. known: whether the pod is one of the node's; chain: "" where no policy selects it; rules:
-    those that allow it, `namespace/name` and place."""
+    """Of one direction at one node. known: whether the pod is one of the node's; chain: "" where no policy selects it;
+    rules: those that allow it, `namespace/name` and place; itself: a pod talks to itself."""
 
     known: bool
     chain: str

@@ -1,5 +1,4 @@
-"""Threads that bring what policies are made of: resources of the Kubernetes API, or the files of a folder; each posts the same
-events (lease/kube/watch.py)."""
+"""What policies are made of, from the files of a folder; kube.py brings the same events from the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -8,9 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from lease.kube.client import KubeClient, KubeSettings
-from lease.kube.watch import Listed, Objects, Resource, Unusable
-from lease.store import Feed, StoreDown
+from lease.kube.changes import Listed, Resource, Unusable
 from overlay.policy.resources import namespace_of, pod_of, policy_of
 
 PODS, NAMESPACES, POLICIES = "pods", "namespaces", "networkpolicies"
@@ -31,42 +28,6 @@ class Down(NamedTuple):
 
     resource: str
     reason: str
-
-
-class KubeFeeds:
-    """Those of the API, each with a connection and a thread of its own, from when it is asked for."""
-
-    def __init__(self, settings: KubeSettings, post: Callable[[Any], None]) -> None:
-        self._settings, self._post = settings, post
-        self._running: dict[str, tuple[Feed, Objects]] = {}
-
-    def start(self, name: str) -> None:
-        """Begin, where it has not begun."""
-        if name in self._running:
-            return
-        objects = Objects(KubeClient(self._settings), RESOURCES[name])
-
-        def post(event: Any) -> None:
-            self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
-
-        feed = Feed(objects, post)
-        self._running[name] = feed, objects
-        feed.start()
-
-    def stop(self, name: str) -> None:
-        """End it; what it said is known no more."""
-        if name in self._running:
-            feed, objects = self._running.pop(name)
-            feed.stop()
-            objects.reconnect()
-
-    def read_now(self) -> None:
-        """A watch says at once what changed."""
-
-    def close(self) -> None:
-        """End all."""
-        for name in [*self._running]:
-            self.stop(name)
 
 
 class FolderFeed(threading.Thread):
@@ -165,7 +126,7 @@ def _documents(text: bytes) -> list[Any]:
 
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        documents = [each for each in yaml.load_all(text, Loader=loader) if each is not None]  # noqa: S506 (it is safe)
+        documents = [each for each in yaml.load_all(text, Loader=loader) if each is not None]
     except yaml.YAMLError as error:
         raise ValueError(f"not YAML: {' '.join(str(error).split())[:200]}") from error
     return [one for each in documents for one in _items(each)]

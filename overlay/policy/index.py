@@ -107,12 +107,13 @@ class Index:
         """The pods behind bits."""
         data = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
         for at, byte in enumerate(data):
-            while byte:
-                low = byte & -byte
+            left = byte
+            while left:
+                low = left & -left
                 pod = self.pods[(at << 3) + low.bit_length() - 1]
                 assert pod is not None
                 yield pod
-                byte ^= low
+                left ^= low
 
     def _matching(self, expression: Expression) -> int:
         values = self._of_key(expression.key)

@@ -164,9 +164,9 @@ def selector_of(item: Any, where: str) -> Selector:
     item = _mapping(item or {}, where)
     labels = _mapping(item.get("matchLabels") or {}, f"{where}.matchLabels")
     found = [Expression(_text(key, where), IN, (_text(value, where),)) for key, value in labels.items()]
-    for place, each in enumerate(_list(item.get("matchExpressions"), f"{where}.matchExpressions")):
+    for place, listed in enumerate(_list(item.get("matchExpressions"), f"{where}.matchExpressions")):
         here = f"{where}.matchExpressions[{place}]"
-        each = _mapping(each, here)
+        each = _mapping(listed, here)
         operator = each.get("operator")
         values = tuple(
             sorted({_text(value, f"{here}.values") for value in _list(each.get("values"), f"{here}.values")})

@@ -1,12 +1,12 @@
 """What is compiled, as the content of one nftables table, and which conntrack generation it is. Pure.
 
-Each packet between pods is judged by its connection's tuples: the source of the original direction, the source of the reply
-(the target after translation), protocol and port. Those are the same for requests, replies, fragments and ICMP errors, so
-that one set of rules judges all of them, in the forward hook alone: a node may always talk to its own pods, which does not pass
-there.
+Each packet between pods is judged by its connection's tuples: the source of the original direction, the source of the
+reply (the target after translation), protocol and port. Those are the same for requests, replies, fragments and ICMP errors,
+so that one set of rules judges all of them, in the forward hook alone: a node may always talk to its own pods, which does
+not pass there.
 
-A connection that was let through is marked with the generation of the table, and not judged again in it. What takes something
-away raises the generation, after the change itself: then each connection is judged again at its next packet.
+A connection that was let through is marked with the generation of the table, and not judged again in it. What takes
+something away raises the generation, after the change itself: then each connection is judged again at its next packet.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from overlay.kernel.nftables.content import (
     Hook,
     Rules,
     Table,
+    are_rules,
     port_key,
 )
 from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Members
@@ -137,7 +138,7 @@ def generation_of(content: Content) -> int:
     found = content.chains.get(FORWARD)
     if found is None or found.hook is None or len(found.rules) != len(forward(1).rules):
         return 0
-    return next((each for each in _candidates(found) if forward(each) == found), 0)
+    return next((each for each in _candidates(found) if are_rules(found, forward(each))), 0)
 
 
 def _candidates(found: Rules) -> Iterator[int]:

@@ -64,6 +64,7 @@ def test_each_is_read_back_as_it_was_made_and_changed_by_its_difference(nft):
                 assert now[each] == was[each], (name, each)
         assert not nft.change_content(TABLE, found, wanted), "nothing is written twice"
         assert generation_of(found) == 7
+        assert generation_of(nft.read_content(TABLE, Content())) == 7, "whatever was expected"
         there = found
     nft.change_content(TABLE, there, Content())
     assert nft.read_content(TABLE, Content()) == Content()

@@ -27,7 +27,7 @@ class Step(NamedTuple):
 
 def cases() -> Iterator[list[Step]]:
     """Each case, step by step."""
-    data = json.loads(gzip.open(CASES, "rt").read())
+    data = json.loads(gzip.decompress(CASES.read_bytes()))
     for case in data["cases"]:
         yield [
             Step(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -116,10 +118,8 @@ class Field:
             made.send(token)
             poll.modify(made, select.POLLIN)
             return
-        try:
+        with contextlib.suppress(OSError):  # refused
             answered[place] |= made.recv(64) == token
-        except OSError:
-            pass  # refused
         poll.unregister(made)
 
 
@@ -142,10 +142,6 @@ def _begin(probe: Probe) -> socket.socket:
 
 def _reset(made: socket.socket) -> None:
     """No connection lingers."""
-    import struct
-
-    try:
+    with contextlib.suppress(OSError):
         made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except OSError:
-        pass
     made.close()

@@ -221,6 +221,10 @@ def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
     assert controller.due() == sysctls.CHECK_EVERY_S
     bench.current.set(bridges=frozenset({"cni0"}), settings=bench.settings._replace(kube=True))
     bench.reconcile(controller)
+    assert bench.problems() == {}, "frames between pods are given to the node"
+    assert bench.current.inputs.bridge_filtered is False
+    bench.current.set(settings=bench.settings._replace(kube=True, pod_lift="off"))
+    bench.reconcile(controller)
     assert "bridge-nf-call-iptables is 0" in bench.problems()["bridge filter"]
 
 

@@ -257,6 +257,14 @@ def understood(found: Bodies, wanted: Content) -> Content:
     return Content(sets, chains)
 
 
+def are_rules(found: Rules, wanted: Rules) -> bool:
+    """Whether rules that were understood as something else are these."""
+    if found.hook != wanted.hook or len(found.rules) != len(wanted.rules):
+        return False
+    pairs = zip(found.rules, wanted.rules, strict=True)
+    return all(there == rule or _is_rule(rule, memoryview(there[0])) for there, rule in pairs)
+
+
 def _is_rule(rule: tuple[bytes, str], there: memoryview) -> bool:
     return nf_wire.holds(memoryview(nest(4, rule[0])), there[4:])
 
