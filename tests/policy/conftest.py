@@ -14,7 +14,7 @@ from overlay.cni.lists import CONFLIST
 from overlay.lab import netns, pods
 from tests.support.probing import End, Field, Probe
 from tests.support.wait import until
-from tests.support.world import Agent, World, ready_the_machine
+from tests.support.world import Agent, KubeWorld, World, ready_the_machine
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,27 +22,17 @@ def _swept() -> None:
     ready_the_machine()
 
 
-class PolicyWorld(World):
-    """Nodes with named pods, and one folder of objects for all nodes."""
+class NamedPods(World):
+    """Nodes whose pods have names, as a runtime gives them."""
 
-    def begin(self, count: int, *flags: str) -> None:
-        """Agents on nodes."""
-        self.objects = self.folder / "policies"
-        self.objects.mkdir()
-        self.revisions: dict[str, int] = {}
+    def no_pods(self) -> None:
+        """None yet."""
         self.ends: dict[str, list[End]] = {}
         self.caches: dict[str, pods.Cache] = {}
-        self.extra: dict[str, dict[str, Any]] = {}
-        for number in range(1, count + 1):
-            node = self.node(number)
-            self.agent(
-                node, f"--node-name={node}", f"--policy-dir={self.objects}",
-                f"--cni-results-dir={self.folder}/{node}-results", *flags,
-            )  # fmt: skip
-        for agent in self.agents:
-            agent.wait_ready()
-        for agent in self.agents:
-            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
+
+    def results(self, node: str) -> str:
+        """The flag that says where a runtime keeps what it gave."""
+        return f"--cni-results-dir={self.folder}/{node}-results"
 
     def named_pod(self, agent: Agent, namespace: str, name: str) -> list[End]:
         """A pod with a name, attached as a runtime does."""
@@ -64,6 +54,33 @@ class PolicyWorld(World):
         netns.delete(where)
         del self.ends[f"{namespace}/{name}"]
 
+    def pods_settled(self, field: Field) -> None:
+        """Without a policy every pod reaches every other: the kernel has checked their IPv6 addresses."""
+        ends = [end for those in self.ends.values() for end in those]
+        pairs = [Probe(one, two, "UDP", 80) for one in ends for two in ends if one != two and one.family == two.family]
+        until("pods' addresses are settled", lambda: all(field.ask(pairs)), 40)
+
+
+class PolicyWorld(NamedPods):
+    """One folder of objects for all nodes."""
+
+    def begin(self, count: int, *flags: str) -> None:
+        """Agents on nodes."""
+        self.objects = self.folder / "policies"
+        self.objects.mkdir()
+        self.revisions: dict[str, int] = {}
+        self.no_pods()
+        for number in range(1, count + 1):
+            node = self.node(number)
+            self.agent(
+                node, f"--node-name={node}", f"--policy-dir={self.objects}",
+                self.results(node), *flags,
+            )  # fmt: skip
+        for agent in self.agents:
+            agent.wait_ready()
+        for agent in self.agents:
+            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
+
     def apply(self, objects: list[dict[str, Any]], wait: bool = True) -> None:
         """These are all objects; every agent has them in its kernel."""
         before = {agent.node: self.revision(agent) for agent in self.living()}
@@ -79,12 +96,6 @@ class PolicyWorld(World):
         if changed and wait:
             for agent in self.living():
                 until("it has them", lambda agent=agent: self.revision(agent) > before[agent.node], pause_s=0.02)
-
-    def settled(self, field: Field) -> None:
-        """Without a policy every pod reaches every other: the kernel has checked their IPv6 addresses."""
-        ends = [end for those in self.ends.values() for end in those]
-        pairs = [Probe(one, two, "UDP", 80) for one in ends for two in ends if one != two and one.family == two.family]
-        until("pods' addresses are settled", lambda: all(field.ask(pairs)), 40)
 
     def living(self) -> list[Agent]:
         return [agent for agent in self.agents if agent.process.poll() is None]
@@ -118,6 +129,63 @@ def policed(request, tmp_path) -> Iterator[PolicyWorld]:
 def world(tmp_path) -> Iterator[PolicyWorld]:
     """Of both families."""
     with closing(PolicyWorld(tmp_path / "world")) as made:
+        made.use(4, 6)
+        yield made
+
+
+class PolicyKube(KubeWorld, NamedPods):
+    """The same with policies in the Kubernetes API, and pods as a kubelet shows them."""
+
+    def begin(self, count: int, *flags: str) -> None:
+        """Agents on nodes."""
+        self.no_pods()
+        for number in range(1, count + 1):
+            node = self.node(number)
+            self.agent(node, "--ip-masq", self.results(node), *flags)
+        for agent in self.agents:
+            agent.wait_ready()
+        for agent in self.agents:
+            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
+
+    def create(self, path: str, body: dict[str, Any]) -> None:
+        self.kube.ask("POST", path, body)
+
+    def namespaces(self, **labels: dict[str, str]) -> None:
+        for name, given in labels.items():
+            self.create("/api/v1/namespaces", {"metadata": {"name": name, "labels": given}})
+
+    def pod_of_api(self, agent: Agent, namespace: str, name: str, **labels: str) -> list[End]:
+        """Made in the API first, then attached; its status comes last."""
+        spec = {
+            "nodeName": agent.node,
+            "containers": [{"name": "c", "image": "none"}],
+            "automountServiceAccountToken": False,
+        }
+        self.create(
+            f"/api/v1/namespaces/{namespace}/pods", {"metadata": {"name": name, "labels": labels}, "spec": spec}
+        )
+        ends = self.named_pod(agent, namespace, name)
+        self.pod_patch(
+            namespace, name, {"status": {"phase": "Running", "podIPs": [{"ip": end.address} for end in ends]}}, True
+        )
+        return ends
+
+    def pod_patch(self, namespace: str, name: str, body: dict[str, Any], status: bool = False) -> None:
+        path = f"/api/v1/namespaces/{namespace}/pods/{name}{'/status' if status else ''}"
+        self.kube.ask("PATCH", path, body, "application/strategic-merge-patch+json")
+
+    def policy(self, body: dict[str, Any]) -> None:
+        namespace = body["metadata"]["namespace"]
+        self.create(f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies", body)
+
+    def no_policy(self, namespace: str, name: str) -> None:
+        self.kube.ask("DELETE", f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies/{name}")
+
+
+@pytest.fixture
+def kube(tmp_path) -> Iterator[PolicyKube]:
+    """Of both families, on Kubernetes."""
+    with closing(PolicyKube(tmp_path / "world")) as made:
         made.use(4, 6)
         yield made
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
@@ -48,7 +48,7 @@ def three(world, field: Field):
             for protocol in ("TCP", "UDP"):
                 for port in (80, 81):
                     field.serve(end, protocol, port)
-    world.settled(field)
+    world.pods_settled(field)
     return world
 
 
@@ -98,10 +98,8 @@ class Conversation:
     def _send(self) -> None:
         self._server.settimeout(0.2)
         while not self._ending.is_set():
-            try:
+            with suppress(OSError):
                 self._server.send(b"x" * 100)
-            except OSError:
-                pass
             time.sleep(0.005)
 
     def _receive(self) -> None:

@@ -19,7 +19,7 @@ def test_every_cell(policed, field: Field):
             for protocol in ("TCP", "UDP"):
                 for port in (80, 81):
                     field.serve(end, protocol, port)
-    world.settled(field)
+    world.pods_settled(field)
     judged, wrong = 0, []
     for step in steps:
         world.apply(objects_of(step, world))
