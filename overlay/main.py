@@ -336,8 +336,9 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
         return 200, CONTENT_TYPE, exposition(found, outside)
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
+    roots = {**routes, "/status": status, "/policy": lambda: _policies(settings, loop)}
     try:
-        server = serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", {**routes, "/status": status})
+        server = serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", roots)
     except OSError as error:
         where = f"{settings.run_dir}/{serve.SOCKET_NAME}"
         raise _CannotStart(f"--run-dir: {where}: {error.strerror or error}") from error
@@ -351,6 +352,21 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
         where = f"{settings.healthz_ip}:{settings.healthz_port}"
         raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
     return server, door
+
+
+def _policies(settings: Settings, loop: Loop) -> serve.Answer:
+    """All that is known of policies, pods and namespaces, from the loop itself."""
+    from overlay.policy.controller import PolicyAsked
+    from overlay.policy.snapshot import Snapshot, as_json
+
+    if not settings.kube and not settings.policy_dir:
+        return serve.text(404, "this agent knows no policies: without Kubernetes --policy-dir names their folder")
+    answer: queue.SimpleQueue[Snapshot] = queue.SimpleQueue()
+    loop.post(PolicyAsked(answer))
+    try:
+        return serve.as_json(200, as_json(answer.get(timeout=8.0)))
+    except queue.Empty:
+        return serve.text(503, "the loop is stuck")
 
 
 def _open(door: serve.TcpDoor | None, settings: Settings, health: Health) -> None:

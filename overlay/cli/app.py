@@ -17,6 +17,7 @@ from overlay.cli.lab import lab
 from overlay.cli.leases import leases
 from overlay.cli.man import man
 from overlay.cli.page import page
+from overlay.cli.policy import policy
 from overlay.cli.report import report
 from overlay.cli.rotate import rotate_key
 from overlay.cli.status import status
@@ -149,6 +150,7 @@ app.add_command(lab)
 app.add_command(leases)
 app.add_command(man)
 app.add_command(page)
+app.add_command(policy)
 app.add_command(report)
 app.add_command(rotate_key)
 app.add_command(status)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import queue
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
+from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import FORWARD, LAST_GENERATION, SUFFIX, Maker, forward, generation_of, table
 from overlay.process.log import log
 
@@ -33,6 +35,12 @@ NAMED = 3
 """So many things are named in a problem."""
 _ALTERED = (errno.ENOENT, errno.EEXIST, errno.EBUSY)
 """What the kernel says of a difference to something that is not there."""
+
+
+class PolicyAsked(NamedTuple):
+    """Somebody asks what is known of policies."""
+
+    answer: queue.SimpleQueue[Snapshot]
 
 
 class Feeds(Protocol):
@@ -109,6 +117,7 @@ class PolicyController(Controller):
             Changed: self._on_resource,
             Down: self._on_down,
             PodsAttached: self._on_attached,
+            PolicyAsked: self._on_asked,
             NftSeen: self._on_nft,
             Overrun: lambda _event: self._doubt(),
         }
@@ -129,6 +138,15 @@ class PolicyController(Controller):
     def _on_attached(self, _event: PodsAttached) -> bool:
         self._attached = True
         return True
+
+    def _on_asked(self, event: PolicyAsked) -> bool:
+        cluster = self.cluster
+        pods = tuple(pod for pod in cluster.index.pods if pod is not None)
+        namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies.values())
+        event.answer.put(
+            Snapshot(self._node, self._there is not None, pods, namespaces, policies, dict(cluster.refused))
+        )
+        return False
 
     def _on_nft(self, event: NftSeen) -> bool:
         return self._doubt() if not event.table or event.table.endswith(SUFFIX) else False

@@ -170,8 +170,8 @@ def test_a_restart_and_a_kill_write_nothing_and_open_nothing(three, field):
     one = world.agents[0]
     before = ruleset(world)
     pairs = list(zip(world.ends["x/b"], world.ends["x/a"], strict=True))
-    streams = [streaming(world, *pair) for pair in pairs]
-    leaks = [Leak(world, a, b) for a, b in zip(world.ends["x/c"], world.ends["x/a"], strict=True)]
+    streams = [Connections(*pair) for pair in pairs]
+    leaks = [Leak(a, b) for a, b in zip(world.ends["x/c"], world.ends["x/a"], strict=True)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         one.stop(number)
         assert not any(asks(world, field, "x/c", "x/a")), "no agent runs"
@@ -197,36 +197,29 @@ def ruleset(world) -> str:
     return re.sub(r"counter packets \d+ bytes \d+", "counter", text)
 
 
-class streaming:  # noqa: N801 (a helper that reads as a verb)
-    """Datagrams to UDP 80 of an address would be refused by FROM_B: TCP it is, one connection all the time."""
+class Connections:
+    """TCP connections to port 80 of an address, one after the other; how many were not made at once."""
 
-    def __init__(self, world, source, target) -> None:
-        self._field, self._probes = Field(), Probe(source, target, "TCP", 80)
-        self._field_of = world
+    def __init__(self, source, target) -> None:
+        self._source, self._target = source, target
         self._ending, self._lost, self._asked = threading.Event(), 0, 0
-        self._field.serve(target._replace(name="again"), "UDP", 90)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._ending.is_set():
-            connection = None
+            self._asked += 1
             try:
-                connection = netns.inside(self._probes.source.namespace, self._connect)
-                self._asked += 1
+                netns.inside(self._source.namespace, self._connect).close()
             except OSError:
                 self._lost += 1
-            finally:
-                if connection is not None:
-                    connection.close()
             time.sleep(0.02)
 
     def _connect(self) -> socket.socket:
-        family = socket.AF_INET6 if self._probes.target.family == 6 else socket.AF_INET
-        made = socket.socket(family, socket.SOCK_STREAM)
+        made = socket.socket(socket.AF_INET6 if self._target.family == 6 else socket.AF_INET, socket.SOCK_STREAM)
         made.settimeout(0.9)  # before a SYN is sent again
         try:
-            made.connect((self._probes.target.address, 80))
+            made.connect((self._target.address, 80))
         except OSError:
             made.close()
             raise
@@ -235,7 +228,6 @@ class streaming:  # noqa: N801 (a helper that reads as a verb)
     def ended(self) -> int:
         self._ending.set()
         self._thread.join()
-        self._field.close()
         assert self._asked > 50
         return self._lost
 
@@ -243,7 +235,7 @@ class streaming:  # noqa: N801 (a helper that reads as a verb)
 class Leak:
     """Datagrams that a policy forbids, all the time; how many came."""
 
-    def __init__(self, world, source, target) -> None:
+    def __init__(self, source, target) -> None:
         self._got, self._sent, self._ending = 0, 0, threading.Event()
         family = socket.AF_INET6 if target.family == 6 else socket.AF_INET
 
@@ -295,14 +287,17 @@ def test_what_somebody_does_to_the_table_is_put_back(three, field):
         f"flush map {table} in4",
         "flush ruleset",
     ):
-        one = world.agents[0]
-        before = one.status()["counters"]["mended_policy"]
+        before = mended(world)
         subprocess.run(
             ["nsenter", f"--net={netns.path(world.namespace('node1'))}", "nft", *command.split()], check=True
         )
-        until(f"{command}: it was put back", lambda: one.status()["counters"]["mended_policy"] > before)
+        until(f"{command}: it was put back", lambda before=before: mended(world) > before)
         until("it is enforced", lambda: not any(asks(world, field, "x/c", "x/a")))
         assert asks(world, field, "x/b", "x/a") == [True, False, True, False]
+
+
+def mended(world) -> int:
+    return int(world.agents[0].status()["counters"]["mended_policy"])
 
 
 def test_without_a_policy_there_is_no_table_and_nothing_is_lifted(three, field):

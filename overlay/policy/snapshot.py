@@ -1,0 +1,98 @@
+"""All that an agent knows of pods, namespaces and policies, as JSON and back: the operator's command compiles the same of it
+that the agent does. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lease.model import Prefix, prefix
+from overlay.policy.index import Index
+from overlay.policy.model import Block, ContainerPort, Expression, Labels, Pod, PodPeer, Policy, Port, Rule
+
+
+class Snapshot(NamedTuple):
+    """node: whose agent it is; enforced: whether its kernel has a table of them; refused: policies that cannot be used, and
+    why."""
+
+    node: str
+    enforced: bool
+    pods: tuple[Pod, ...]
+    namespaces: Mapping[str, Labels]
+    policies: tuple[Policy, ...]
+    refused: Mapping[str, str]
+
+    def indexed(self) -> Index:
+        """Of its pods."""
+        return Index(self.pods, self.namespaces)
+
+
+def as_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Plain values."""
+    return {
+        **snapshot._asdict(),
+        "pods": [{**pod._asdict(), "addresses": [each.hex() for each in pod.addresses]} for pod in snapshot.pods],
+        "policies": [_policy_json(policy) for policy in snapshot.policies],
+    }
+
+
+def from_json(said: Mapping[str, Any]) -> Snapshot:
+    """What `as_json` gave. Raises LookupError, TypeError or ValueError: it is of another version."""
+    pods = [
+        Pod(**{
+            **pod,
+            "addresses": tuple(bytes.fromhex(each) for each in pod["addresses"]),
+            "ports": tuple(ContainerPort(*each) for each in pod["ports"]),
+        })
+        for pod in said["pods"]
+    ]  # fmt: skip
+    return Snapshot(
+        said["node"],
+        said["enforced"],
+        tuple(pods),
+        said["namespaces"],
+        tuple(map(_policy, said["policies"])),
+        said["refused"],
+    )
+
+
+def _policy_json(policy: Policy) -> dict[str, Any]:
+    rules = {
+        name: None if (found := policy.rules(name)) is None else [_rule_json(each) for each in found] for name in _BOTH
+    }
+    return {**policy._asdict(), **rules}
+
+
+_BOTH = ("ingress", "egress")
+
+
+def _rule_json(rule: Rule) -> dict[str, Any]:
+    peers = rule.peers
+    if peers is None:
+        return {"peers": None, "ports": rule.ports}
+    return {"peers": [_block_json(each) if isinstance(each, Block) else each for each in peers], "ports": rule.ports}
+
+
+def _block_json(block: Block) -> dict[str, Any]:
+    return {"cidr": str(block.cidr), "excepted": [str(each) for each in block.excepted]}
+
+
+def _policy(said: Mapping[str, Any]) -> Policy:
+    rules = {name: None if said[name] is None else tuple(map(_rule, said[name])) for name in _BOTH}
+    return Policy(said["namespace"], said["name"], _selector(said["pods"]), rules["ingress"], rules["egress"])
+
+
+def _rule(said: Mapping[str, Any]) -> Rule:
+    peers = None if said["peers"] is None else tuple(map(_peer, said["peers"]))
+    return Rule(peers, None if said["ports"] is None else tuple(Port(*each) for each in said["ports"]))
+
+
+def _peer(said: Any) -> PodPeer | Block:
+    if isinstance(said, Mapping):
+        excepted: tuple[Prefix, ...] = tuple(map(prefix, said["excepted"]))
+        return Block(prefix(said["cidr"]), excepted)
+    return PodPeer(*(None if each is None else _selector(each) for each in said))
+
+
+def _selector(said: Any) -> tuple[Expression, ...]:
+    return tuple(Expression(key, operator, tuple(values)) for key, operator, values in said)

@@ -1,0 +1,85 @@
+"""`overlay policy`: what it says agrees with what packets do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.policy.test_enforcing import FROM_B, LABELS, asks, objects, three  # noqa: F401 (a fixture)
+
+
+def overlay(world, *words: str) -> tuple[int, str]:
+    run_dir = world.agents[0].run_dir
+    done = subprocess.run(
+        [sys.executable, "-m", "overlay.cli.app", "policy", *words, f"--run-dir={run_dir}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_explain_says_what_packets_find(three, field):  # noqa: F811
+    world = three
+    world.apply(objects(world, FROM_B))
+    for source in LABELS:
+        for target in LABELS:
+            if source == target:
+                continue
+            for port in (80, 81):
+                found = asks(world, field, source, target, port)
+                for place, protocol in enumerate(("tcp", "udp")):
+                    code, said = overlay(world, "explain", source, target, f"{protocol}/{port}")
+                    assert code == (0 if found[place] else 1), said
+                    assert found[place] == found[place + 2], "in both families"
+
+
+def test_the_words(three):  # noqa: F811
+    world = three
+    world.apply(objects(world, FROM_B))
+    code, said = overlay(world, "explain", "x/c", "x/a", "80")
+    a, c = world.ends["x/a"][0].address, world.ends["x/c"][0].address
+    assert (code, said.splitlines()[:4]) == (1, [
+        f"x/c ({c}, node1) -> x/a ({a}, node1), TCP 80",
+        "  egress of x/c: no policy selects it: allowed",
+        "  ingress of x/a: selected by x/from-b: denied, for none of their rules allows it:",
+        "    x/from-b ingress 0: from pods app=b of its own namespace, TCP 80",
+    ])  # fmt: skip
+    assert said.splitlines()[-1] == "denied"
+    code, said = overlay(world, "explain", "x/b", a, "tcp/80", "--json")
+    found = json.loads(said)
+    assert code == 0
+    assert found["ways"][0]["ingress"] == {
+        "allowed": True, "policies": ["x/from-b"], "rules": [{"policy": "x/from-b", "rule": 0}],
+    }  # fmt: skip
+    assert overlay(world, "explain", "8.8.8.8", "x/a", "80")[0] == 1
+    assert overlay(world, "explain", "x/a", "x/a", "81")[0] == 0, "a pod reaches itself"
+    for words, why in (
+        (("x/none", "x/a"), "there is no pod x/none"),
+        (("x/b", "x/a", "http"), "http: must be a port like 80"),
+        (("nonsense", "x/a"), "nonsense: must be an address, or a pod as namespace/name"),
+    ):
+        code, said = overlay(world, "explain", *words)
+        assert code == 2
+        assert why in said
+
+
+def test_check_names_what_is_odd(three):  # noqa: F811
+    world = three
+    world.apply(objects(world, FROM_B))
+    assert overlay(world, "check") == (0, "1 policies: nothing odd\n")
+    odd = {
+        "kind": "NetworkPolicy", "metadata": {"namespace": "x", "name": "odd"},
+        "spec": {
+            "podSelector": {"matchLabels": {"app": "nobody"}},
+            "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "gone"}}}], "ports": [{"port": "http"}]}],
+        },
+    }  # fmt: skip
+    world.apply(objects(world, FROM_B, odd))
+    code, said = overlay(world, "check")
+    assert code == 1
+    rule = "x/odd: ingress 0: from pods app=gone of its own namespace, TCP http:"
+    assert said.splitlines() == [
+        "x/odd: selects no pod: no pod of x has labels app=nobody",
+        f"{rule} no pod is pods app=gone of its own namespace",
+        f"{rule} no pod has a TCP port named http",
+    ]
