@@ -9,6 +9,7 @@ from typing import Any
 from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed, Unusable
 from overlay.cni.results import CniResult
+from overlay.policy.compile import PodChange
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
 from overlay.policy.index import Index
 from overlay.policy.model import Labels, Pod, Policy
@@ -32,22 +33,27 @@ class Cluster:
         """What CNI gave this node's pods, by key."""
         self._extra: set[str] = set()
         """Keys of pods that CNI's results alone tell of."""
+        self.whole = True
+        """What is compiled is to be compiled anew."""
+        self.changes: list[PodChange] = []
+        """Otherwise: what changed since."""
         self._labels: dict[Any, Labels] = {}
         """One object for equal labels: pods of one Deployment have the same."""
 
     def take(self, event: Listed | Changed) -> bool:
         """A list or a change; whether anything is another now."""
-        if event.resource == POLICIES:
-            return self._take_policies(event)
-        if event.resource == NAMESPACES:
-            return self._take_namespaces(event)
-        return self._take_pods(event)
+        if event.resource == PODS:
+            return self._take_pods(event)
+        changed = self._take_policies(event) if event.resource == POLICIES else self._take_namespaces(event)
+        self.whole |= changed
+        return changed
 
     def forget_pods(self) -> None:
         """Nobody watches them any more."""
         self.listed.discard(PODS)
         self.index, self._pods, self._labels = Index(namespaces=self.index.namespaces), {}, {}
         self._extra.clear()
+        self.whole, self.changes = True, []
 
     def results(self, results: Iterable[CniResult]) -> bool:
         """What CNI gave to this node's pods now; whether that is another."""
@@ -65,6 +71,7 @@ class Cluster:
         self._given = given
         for key in changed:
             self._place(key)
+        self.whole = True
         return True
 
     # --- one resource each
@@ -106,19 +113,30 @@ class Cluster:
             self.index = Index((pod for key, pod in pods.items() if key not in self._pods), self.index.namespaces)
             for key in [*self._pods, *(self._given if self._alone else ())]:
                 self._place(key)
+            self.whole = True
             return True
-        changed = False
         for key, pod in event.items.items():
             pod = self._shared(pod) if isinstance(pod, Pod) else None  # noqa: PLW2901
             if pod is not None and self._is_local(pod):
-                changed |= self._pods.get(key) != pod
+                self.whole |= self._pods.get(key) != pod
                 self._pods[key] = pod
                 self._place(key)
-            else:
-                changed |= self._pods.pop(key, None) is not None
-                was = self.index.remove(key) if pod is None else self.index.put(pod)
-                changed |= was != pod
-        return changed
+                continue
+            self.whole |= self._pods.pop(key, None) is not None
+            was = self.index.remove(key) if pod is None else self.index.put(pod)
+            if was != pod:
+                self._note(PodChange(was, pod))
+        return self.whole or bool(self.changes)
+
+    def _note(self, change: PodChange) -> None:
+        """What can be taken in alone, unless an address is in doubt."""
+        self.changes.append(change)
+        addresses = [address for pod in change for address in (pod.addresses if pod is not None else ())]
+        self.whole |= any(self.index.holders[address] > 1 for address in addresses)
+
+    def taken(self) -> None:
+        """All is compiled."""
+        self.whole, self.changes = False, []
 
     def _is_local(self, pod: Pod) -> bool:
         return pod.node == self._node or (self._alone and pod.key in self._given)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES
 from overlay.policy.index import Index
-from overlay.policy.model import EGRESS, INGRESS, Block, Pod, PodPeer, Policy, Port, Rule
+from overlay.policy.model import EGRESS, INGRESS, Block, Pod, PodPeer, Policy, Port, Rule, matches
 from overlay.process.sha256 import sha256
 
 DIRECTIONS = (INGRESS, EGRESS)
@@ -35,6 +35,10 @@ class Members(NamedTuple):
     ranges: tuple[Range, ...] = ()
     ports: tuple[PortRange, ...] = ()
     named: frozenset[tuple[bytes, int, int]] = frozenset()
+    peers: tuple[tuple[str, PodPeer], ...] = ()
+    """Of ADDRESSES: whose, each with the namespace of its policy."""
+    port: Port | None = None
+    """Of NAMED: which."""
 
 
 class Allowed(NamedTuple):
@@ -103,6 +107,60 @@ def compile_node(index: Index, policies: Iterable[Policy], node: str, families: 
     return Compiled(sets, chains, pods)
 
 
+class PodChange(NamedTuple):
+    """A pod of another node that came (was: None), went (now: None) or changed, whose addresses no other pod has."""
+
+    was: Pod | None
+    now: Pod | None
+
+
+def with_pods(compiled: Compiled, index: Index, changes: Iterable[PodChange]) -> Compiled:
+    """The same after pods of other nodes changed, with work in proportion to these: what compile_node would make anew."""
+    sets = dict(compiled.sets)
+    for change in changes:
+        for name, members in sets.items():
+            if members.kind == ADDRESSES:
+                less, more = (_in_addresses(pod, members, index) for pod in change)
+                if less != more:
+                    sets[name] = members._replace(addresses=members.addresses - less | more)
+            elif members.kind == NAMED:
+                gone, come = (_in_named(pod, members) for pod in change)
+                if gone != come:
+                    sets[name] = members._replace(named=members.named - gone | come)
+    return compiled._replace(sets=sets)
+
+
+def _in_addresses(pod: Pod | None, members: Members, index: Index) -> frozenset[bytes]:
+    if pod is None or pod.alone or not any(is_peer(pod, peer, space, index) for space, peer in members.peers):
+        return frozenset()
+    size = FAMILIES[members.family].size
+    return frozenset(address for address in pod.addresses if len(address) == size)
+
+
+def is_peer(pod: Pod, peer: PodPeer, namespace: str, index: Index) -> bool:
+    """Whether a rule of a policy in that namespace means a pod."""
+    if peer.namespaces is None:
+        if pod.namespace != namespace:
+            return False
+    elif peer.namespaces and not (
+        (labels := index.namespaces.get(pod.namespace)) is not None and matches(peer.namespaces, labels)
+    ):
+        return False
+    return peer.pods is None or matches(peer.pods, pod.labels)
+
+
+def _in_named(pod: Pod | None, members: Members) -> frozenset[tuple[bytes, int, int]]:
+    if pod is None or pod.alone or members.port is None:
+        return frozenset()
+    size, port = FAMILIES[members.family].size, members.port
+    return frozenset(
+        (address, port.protocol, number)
+        for number in numbers_of(pod, port)
+        for address in pod.addresses
+        if len(address) == size
+    )
+
+
 def _rules(
     index: Index, sets: dict[str, Members], policy: Policy, direction: str, families: Sequence[int]
 ) -> Iterator[Allowed]:
@@ -125,7 +183,9 @@ def _peer_sets(
         for family in families:
             name = _name(f"{ADDRESSES}{family}", meaning)
             if name not in sets:
-                sets[name] = Members(ADDRESSES, family, addresses=frozenset(_addresses(index, pods, namespace, family)))
+                addresses = frozenset(_addresses(index, pods, namespace, family))
+                whose = tuple((namespace, peer) for peer in pods)
+                sets[name] = Members(ADDRESSES, family, addresses=addresses, peers=whose)
             yield name
     for family in families:
         blocks = [peer for peer in rule.peers if isinstance(peer, Block) and peer.cidr.family == family]
@@ -161,7 +221,7 @@ def _port_sets(index: Index, sets: dict[str, Members], rule: Rule, families: Seq
             name = _name(f"{NAMED}{family}", (port.name, port.protocol))
             if name not in sets:
                 size = FAMILIES[family].size
-                sets[name] = Members(NAMED, family, named=frozenset(_having(index, port, size)))
+                sets[name] = Members(NAMED, family, named=frozenset(_having(index, port, size)), port=port)
             yield name
 
 

@@ -25,7 +25,7 @@ from overlay.kernel.nftables.content import Content, Table, takes_away
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
-from overlay.policy.compile import NOTHING, Compiled, compile_node
+from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import FORWARD, LAST_GENERATION, SUFFIX, Maker, forward, generation_of, table
@@ -201,7 +201,11 @@ class PolicyController(Controller):
             self._read_whole = True
         if self._stale:
             self._stale = False
-            self.compiled = compile_node(cluster.index, cluster.policies.values(), self._node)
+            if cluster.whole or self.compiled is NOTHING:
+                self.compiled = compile_node(cluster.index, cluster.policies.values(), self._node)
+            else:
+                self.compiled = with_pods(self.compiled, cluster.index, cluster.changes)
+            cluster.taken()
             self._make_so(wants)
         elif self._read_whole:
             self._make_so(wants)

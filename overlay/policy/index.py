@@ -5,6 +5,7 @@ Built for one label's key when a selector first names it. A pod that comes, chan
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from overlay.policy.model import EXISTS, IN, NOT_IN, Expression, Labels, Pod, PodPeer, Selector, matches
@@ -22,6 +23,8 @@ class Index:
         self._all = 0
         self._of_namespace: dict[str, int] = {}
         self._of_node: dict[str, int] = {}
+        self.holders: Counter[bytes] = Counter()
+        """How many pods have an address."""
         self._values: dict[str, dict[str, int]] = {}
         """By label's key and value."""
         self._load(pods)
@@ -36,6 +39,7 @@ class Index:
             self.places[pod.key] = place
             if not pod.alone:
                 there.append(place)
+                self.holders.update(pod.addresses)
                 namespaces.setdefault(pod.namespace, []).append(place)
                 nodes.setdefault(pod.node, []).append(place)
         self._all = _bits(there)
@@ -51,6 +55,7 @@ class Index:
         self.pods[place], self.places[pod.key] = pod, place
         if not pod.alone:
             self._mark(pod, 1 << place)
+            self.holders.update(pod.addresses)
         return was
 
     def remove(self, key: str) -> Pod | None:
@@ -62,6 +67,10 @@ class Index:
         self._free.append(place)
         if pod is not None and not pod.alone:
             self._mark(pod, 1 << place)
+            self.holders.subtract(pod.addresses)
+            for address in pod.addresses:
+                if not self.holders[address]:
+                    del self.holders[address]
         return pod
 
     def _mark(self, pod: Pod, bit: int) -> None:

@@ -76,6 +76,9 @@ class Maker:
 
     def __init__(self) -> None:
         self._elements: dict[str, tuple[Members, Elements]] = {}
+        self._rules: dict[str, Rules] = {}
+        """Of chains, whose names say what they are, in this form: families, logs."""
+        self._form: tuple[int, ...] = ()
 
     def content(self, compiled: Compiled, subnets: Sequence[Prefix], generation: int, logs: bool = True) -> Content:
         """subnets: those of this node, whose pods it must know; logs: whether this kernel has NFLOG."""
@@ -92,10 +95,13 @@ class Maker:
             sets[f"self{family}"] = Elements(
                 Form(kind << 6 | kind, 2 * size), frozenset(address * 2 for address in alone)
             )
+        form = (*families, logs)
+        known = self._rules if form == self._form else {}
         chains = {
-            name: Rules(tuple(_judging(name, chain, compiled, families, logs)))
+            name: known.get(name) or Rules(tuple(_judging(name, chain, compiled, families, logs)))
             for name, chain in compiled.chains.items()
         }
+        self._form, self._rules = form, dict(chains)
         for direction in (EGRESS, INGRESS):
             chains[direction] = Rules(tuple(_known(direction, subnets, families)))
         chains[_STRAY_OUT] = Rules(tuple(_by_header(EGRESS, subnets, families)))

@@ -104,9 +104,9 @@ def difference(table: Table, there: Content, wanted: Content) -> list[Message]:
         old = {key: chain for key, chain in before.chains.items() if want.chains.get(key) != chain}
         new = {key: chain for key, chain in want.chains.items() if before.chains.get(key) != chain}
         less = [*(before.keys - want.keys), *old]
-        more = [*(_element(want.form, key) for key in _in_order(want.form, want.keys - before.keys))]
+        more = _elements(want.form, want.keys - before.keys)
         more += [_verdict(key, chain) for key, chain in new.items()]
-        taken = [_element(want.form, key) for key in _in_order(want.form, less)]
+        taken = _elements(want.form, less)
         lists = head + wire.attr(2, wire.text(name))
         filled += [
             (kind, flags, nf_wire.nfgenmsg(table.family, lists + nest(3, part)))
@@ -150,9 +150,12 @@ def takes_away(there: Content, wanted: Content) -> bool:
     return any(wanted.chains.get(name) != rules for name, rules in there.chains.items())
 
 
-def _in_order(form: Form, keys: Iterable[bytes]) -> list[bytes]:
+def _elements(form: Form, keys: Iterable[bytes]) -> list[bytes]:
     """Of intervals the kernel checks each beginning against what is there, so that ends come with their beginnings."""
-    return sorted(keys) if form.kind == INTERVALS else list(keys)
+    if form.kind in (PLAIN, VERDICTS):
+        lead = nf_wire.element_head(form.key_size)
+        return [lead + key for key in keys]
+    return [_element(form, key) for key in sorted(keys)]
 
 
 def _form(form: Form, place: int) -> bytes:
@@ -169,10 +172,8 @@ def _element(form: Form, key: bytes) -> bytes:
     if form.kind == INTERVALS:
         end = word(3, _ENDS) if key[-1] else b""
         return nest(_LIST_ELEM, nest(1, wire.attr(1, key[:-1])) + end)
-    if form.kind == RANGES:
-        size = form.key_size
-        return nest(_LIST_ELEM, nest(1, wire.attr(1, key[:size])) + nest(10, wire.attr(1, key[size:])))
-    return nest(_LIST_ELEM, nest(1, wire.attr(1, key)))
+    size = form.key_size
+    return nest(_LIST_ELEM, nest(1, wire.attr(1, key[:size])) + nest(10, wire.attr(1, key[size:])))
 
 
 def _verdict(key: bytes, chain: str) -> bytes:

@@ -223,13 +223,13 @@ def _elements(kind: int, flags: int, table: Table, name: str, keys: Iterable[byt
     messages = []
     for start in range(0, len(every), _ELEMENTS_A_MESSAGE):
         part = every[start : start + _ELEMENTS_A_MESSAGE]
-        lead = _element_head(len(part[0]))
+        lead = element_head(len(part[0]))
         body = b"".join([lead + key for key in part])
         messages.append((kind, flags, nfgenmsg(table.family, head + nest(3, body))))
     return messages
 
 
-def _element_head(size: int) -> bytes:
+def element_head(size: int) -> bytes:
     """What stands before the key of an element; a key is a multiple of four bytes long."""
     return struct.pack("=HHHHHH", 12 + size, _LIST_ELEM | wire.NESTED, 8 + size, 1 | wire.NESTED, 4 + size, 1)
 

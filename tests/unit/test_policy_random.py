@@ -1,0 +1,189 @@
+"""Random clusters and policies: what is compiled judges as the specification reads, and what changes alone ends in what is
+compiled anew."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lease.kube.changes import Changed, Listed
+from overlay.policy.cluster import Cluster
+from overlay.policy.compile import compile_node, with_pods
+from overlay.policy.explain import Flow, judge
+from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
+from overlay.policy.model import EGRESS, INGRESS, PROTOCOLS
+from overlay.policy.resources import namespace_of, packed, pod_of, policy_of
+from overlay.policy.table import Maker
+from tests.support.policy import Evaluator
+
+SPACES = ("x", "y", "z")
+KEYS, VALUES = ("app", "tier"), ("a", "b")
+PORTS = (80, 81, 8080)
+NODES = ("node1", "node2")
+
+labels = st.dictionaries(st.sampled_from(KEYS), st.sampled_from(VALUES), max_size=2)
+expressions = st.one_of(
+    st.builds(
+        lambda key, operator, values: {"key": key, "operator": operator, "values": sorted(values)},
+        st.sampled_from(KEYS), st.sampled_from(["In", "NotIn"]), st.sets(st.sampled_from(VALUES), min_size=1),
+    ),
+    st.builds(
+        lambda key, operator: {"key": key, "operator": operator},
+        st.sampled_from(KEYS), st.sampled_from(["Exists", "DoesNotExist"]),
+    ),
+)  # fmt: skip
+selectors = st.fixed_dictionaries(
+    {}, optional={"matchLabels": labels, "matchExpressions": st.lists(expressions, max_size=2)}
+)
+
+
+@st.composite
+def blocks(draw: Any) -> dict[str, Any]:
+    six = draw(st.booleans())
+    base = int(ipaddress.ip_address("fd00::")) if six else int(ipaddress.ip_address("10.0.0.0"))
+    bits = 128 if six else 32
+    length = draw(st.integers(bits - 5, bits))
+    cidr = ipaddress.ip_network((base + draw(st.integers(0, 31)), length), strict=False)
+    inner = list(cidr.subnets(new_prefix=bits))[:4] if length < bits else []
+    excepted = draw(st.lists(st.sampled_from(inner), max_size=2, unique=True)) if inner else []
+    return {"cidr": str(cidr), "except": [str(each) for each in excepted]}
+
+
+peers = st.one_of(
+    st.builds(lambda block: {"ipBlock": block}, blocks()),
+    st.builds(lambda pods: {"podSelector": pods}, selectors),
+    st.builds(lambda spaces: {"namespaceSelector": spaces}, selectors),
+    st.builds(lambda pods, spaces: {"podSelector": pods, "namespaceSelector": spaces}, selectors, selectors),
+)
+protocols = st.sampled_from(["TCP", "UDP"])
+ports = st.one_of(
+    st.builds(lambda protocol: {"protocol": protocol}, protocols),
+    st.builds(lambda number: {"port": number}, st.sampled_from(PORTS)),
+    st.builds(lambda protocol, name: {"protocol": protocol, "port": name}, protocols, st.sampled_from(["http", "dns"])),
+    st.builds(lambda protocol: {"protocol": protocol, "port": 80, "endPort": 81}, protocols),
+)
+
+
+def rules(direction: str) -> Any:
+    return st.lists(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "from" if direction == "ingress" else "to": st.lists(peers, max_size=2),
+                "ports": st.lists(ports, max_size=2),
+            },
+        ),
+        max_size=2,
+    )
+
+
+@st.composite
+def policies(draw: Any, number: int) -> dict[str, Any]:
+    spec = {"podSelector": draw(selectors)}
+    for direction in ("ingress", "egress"):
+        if draw(st.booleans()):
+            spec[direction] = draw(rules(direction))
+    types = draw(st.sampled_from([None, ["Ingress"], ["Egress"], ["Ingress", "Egress"]]))
+    if types is not None:
+        spec["policyTypes"] = types
+    return {"metadata": {"namespace": draw(st.sampled_from(SPACES)), "name": f"p{number}"}, "spec": spec}
+
+
+@st.composite
+def pods(draw: Any, number: int) -> dict[str, Any]:
+    named = [
+        {"name": name, "containerPort": draw(st.sampled_from(PORTS)), "protocol": protocol}
+        for name, protocol in (("http", "TCP"), ("dns", "UDP"))
+        if draw(st.booleans())
+    ]
+    addresses = [f"10.0.0.{number + 1}", f"fd00::{number + 1:x}"]
+    shown = addresses if draw(st.booleans()) else addresses[:1]
+    phase = draw(st.sampled_from(["Running", "Running", "Running", "Succeeded"]))
+    return {
+        "metadata": {"namespace": draw(st.sampled_from(SPACES)), "name": f"pod{number}", "labels": draw(labels)},
+        "spec": {"nodeName": draw(st.sampled_from(NODES)), "containers": [{"ports": named}], "hostNetwork": draw(st.integers(0, 9)) == 0},
+        "status": {"phase": phase, "podIPs": [{"ip": each} for each in shown]},
+    }  # fmt: skip
+
+
+@st.composite
+def worlds(draw: Any) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]], list[dict[str, Any]]]:
+    spaces = {name: {**draw(labels), "kubernetes.io/metadata.name": name} for name in SPACES}
+    some = [draw(pods(number)) for number in range(draw(st.integers(1, 6)))]
+    return spaces, some, [draw(policies(number)) for number in range(draw(st.integers(0, 4)))]
+
+
+def key(item: dict[str, Any]) -> str:
+    return f"{item['metadata']['namespace']}/{item['metadata']['name']}"
+
+
+def known(node: str, spaces, some, rules_) -> Cluster:
+    cluster = Cluster(node, alone=False)
+    cluster.take(Listed(POLICIES, 1, {key(each): policy_of(each) for each in rules_}))
+    cluster.take(Listed(NAMESPACES, 1, {name: namespace_of({"metadata": {"name": name, "labels": given}}) for name, given in spaces.items()}))  # fmt: skip
+    cluster.take(Listed(PODS, 1, {key(each): pod_of(each) for each in some}))
+    return cluster
+
+
+@given(worlds())
+@settings(max_examples=120, deadline=None)
+def test_it_judges_as_the_specification_reads(world):
+    spaces, some, rules_ = world
+    slow = Evaluator(spaces, some, rules_)
+    compiled = {
+        node: compile_node((cluster := known(node, *world)).index, cluster.policies.values(), node) for node in NODES
+    }
+    addresses = [each["ip"] for pod in some for each in pod["status"]["podIPs"]]
+    ends = [*addresses, "10.0.0.30", "fd00::1e"]
+    for source in ends:
+        for target in ends:
+            if (":" in source) != (":" in target) or source == target:
+                continue
+            for protocol in ("TCP", "UDP"):
+                for port in PORTS:
+                    flow = Flow(packed(source), packed(target), PROTOCOLS[protocol], port)
+                    for direction, own in ((EGRESS, source), (INGRESS, target)):
+                        pod = slow.pod_at(own)
+                        if pod is not None:
+                            found = judge(compiled[pod["spec"]["nodeName"]], direction, flow)
+                            assert found.known
+                            assert found.allowed == slow.one_way(direction, source, target, protocol, port)
+
+
+@given(worlds(), st.data())
+@settings(max_examples=120, deadline=None)
+def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
+    cluster = known("node1", *world)
+    compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+    cluster.taken()
+    maker = Maker()
+    there = {key(pod): pod for pod in world[1]}
+    for _ in range(data.draw(st.integers(1, 6))):
+        kind = data.draw(st.sampled_from(["pod", "pod", "pod", "gone", "policy", "namespace"]))
+        if kind == "pod":
+            pod = data.draw(pods(data.draw(st.integers(0, 7))))
+            there[key(pod)] = pod
+            cluster.take(Changed(PODS, 2, {key(pod): pod_of(pod)}))
+        elif kind == "gone" and there:
+            name = data.draw(st.sampled_from(sorted(there)))
+            del there[name]
+            cluster.take(Changed(PODS, 2, {name: None}))
+        elif kind == "policy":
+            policy = data.draw(policies(data.draw(st.integers(0, 4))))
+            cluster.take(Changed(POLICIES, 2, {key(policy): policy_of(policy)}))
+        elif kind == "namespace":
+            name = data.draw(st.sampled_from(SPACES))
+            made = namespace_of({"metadata": {"name": name, "labels": data.draw(labels)}})
+            cluster.take(Changed(NAMESPACES, 2, {name: made}))
+        if cluster.whole:
+            compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+        else:
+            compiled = with_pods(compiled, cluster.index, cluster.changes)
+        cluster.taken()
+        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [])
+        fresh = compile_node(anew.index, cluster.policies.values(), "node1")
+        assert compiled == fresh
+        assert maker.content(compiled, (), 1) == Maker().content(fresh, (), 1)
