@@ -41,8 +41,8 @@ def pods(count: int, local: int) -> list[dict[str, Any]]:
         address = f"10.{node >> 8}.{node & 255}.{number % 250 + 2}"
         made.append({
             "metadata": {
-                "namespace": f"ns{number % 100}", "name": f"pod{number}", "uid": str(number),
-                "labels": {"app": f"app{number // 100 % 50}", "tier": TIERS[number % 3], "hash": f"{number}"},
+                "namespace": f"ns{number % 100}", "name": f"pod{number}",
+                "labels": {"app": f"app{number // 100 % 50}", "tier": TIERS[number % 3], "hash": f"{number // 7}"},
             },
             "spec": {"nodeName": f"node{node}", "containers": [{"ports": [{"name": "http", "containerPort": 8080}]}]},
             "status": {"phase": "Running", "podIPs": [{"ip": address}]},

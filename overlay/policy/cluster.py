@@ -38,7 +38,8 @@ class Cluster:
         self.changes: list[PodChange] = []
         """Otherwise: what changed since."""
         self._labels: dict[Any, Labels] = {}
-        """One object for equal labels: pods of one Deployment have the same."""
+        self._kept: dict[Any, Any] = {}
+        """One object for equal labels, ports and names: pods of one Deployment have the same."""
 
     def take(self, event: Listed | Changed) -> bool:
         """A list or a change; whether anything is another now."""
@@ -51,7 +52,7 @@ class Cluster:
     def forget_pods(self) -> None:
         """Nobody watches them any more."""
         self.listed.discard(PODS)
-        self.index, self._pods, self._labels = Index(namespaces=self.index.namespaces), {}, {}
+        self.index, self._pods, self._labels, self._kept = Index(namespaces=self.index.namespaces), {}, {}, {}
         self._extra.clear()
         self.whole, self.changes = True, []
 
@@ -142,8 +143,14 @@ class Cluster:
         return pod.node == self._node or (self._alone and pod.key in self._given)
 
     def _shared(self, pod: Pod) -> Pod:
-        key = tuple(sorted(pod.labels.items()))
-        return pod._replace(labels=self._labels.setdefault(key, pod.labels))
+        """With one object for each value that others have as well."""
+        kept, labels = self._kept, tuple(sorted(pod.labels.items()))
+        return pod._replace(
+            namespace=kept.setdefault(pod.namespace, pod.namespace),
+            node=kept.setdefault(pod.node, pod.node),
+            labels=self._labels.setdefault(labels, pod.labels),
+            ports=kept.setdefault(pod.ports, pod.ports),
+        )
 
     def _place(self, key: str) -> None:
         """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that

@@ -63,7 +63,6 @@ class Pod(NamedTuple):
     addresses: tuple[bytes, ...]
     ports: tuple[ContainerPort, ...] = ()
     alone: bool = False
-    uid: str = ""
 
     @property
     def key(self) -> str:

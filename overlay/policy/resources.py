@@ -60,7 +60,6 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
         tuple(packed(text) for text in texts if text),
         tuple(named),
         bool(spec.get("hostNetwork")) or status.get("phase") in _ENDED,
-        str(meta.get("uid") or ""),
     )
 
 
