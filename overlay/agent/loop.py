@@ -213,5 +213,9 @@ class Loop:
             mends_per_minute=tuple(self._mends),
             pid=os.getpid(),
             network_namespace=os.readlink(namespaces.OWN),
-            files={"subnet_file": settings.subnet_file, "cni_conf_dir": settings.cni_conf_dir},
+            files={
+                "subnet_file": settings.subnet_file,
+                "cni_conf_dir": settings.cni_conf_dir,
+                "run_dir": settings.run_dir,
+            },
         )

@@ -18,13 +18,15 @@ from overlay.control.health import FIRST
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Labels = Mapping[str, str]
 _ENTRIES = ("route", "neighbour", "fdb", "wireguard")
-_MENDED = (*_ENTRIES, "device", "nat", "guard", "pods", "file", "sysctl")
+_MENDED = (*_ENTRIES, "device", "nat", "guard", "pods", "policy", "file", "sysctl")
 _DROPPED = {
     "from_unknown_senders": "unknown_sender",
     "from_pods": "from_pod",
     "forwarded": "forwarded",
     "beside_the_tunnel": "beside_the_tunnel",
     "spoofed": "spoofed",
+    "by_policy": "policy",
+    "of_unknown_pods": "unknown_pod",
 }
 REASONS = (
     ("overlaps", "overlap"), ("PublicIP", "public_ip"), ("OverlaySource", "public_ip"), ("VtepMAC", "vtep_mac"),
@@ -131,6 +133,18 @@ def _state(page: _Page, status: Status) -> None:
     page.one("overlay_store_up", "gauge", "1 while the store answers.", int(store.get("up", True)))
     if (age := store.get("contact_age_s")) is not None:
         page.one("overlay_store_contact_age_seconds", "gauge", "Since the store last said anything.", age)
+    if (policy := found.get("policy")) is not None:
+        for name, text, value in (
+            ("network_policies", "NetworkPolicies that can be used.", policy["policies"]),
+            ("network_policies_refused", "NetworkPolicies that cannot; the status says why.", len(policy["refused"])),
+            ("network_policies_enforced", "1 while the kernel has a table of them.", int(policy["enforced"])),
+            (
+                "isolated_addresses",
+                "Addresses of pods of this node that a policy selects.",
+                policy["isolated_addresses"],
+            ),
+        ):
+            page.one(f"overlay_{name}", "gauge", text, value)
     lease = found.get("lease")
     if lease is not None and lease["left_s"] is not None:
         page.one("overlay_lease_left_seconds", "gauge", "Until the lease in etcd ends.", lease["left_s"])
@@ -237,7 +251,7 @@ def _work(page: _Page, status: Status, outside: Outside) -> None:
     page.add(
         "overlay_dropped_packets_total",
         "counter",
-        "Packets that the guard and anti-spoofing dropped.",
+        "Packets that the guard, anti-spoofing and policies dropped.",
         [({"reason": label}, counters.get(f"dropped_{name}", 0)) for name, label in _DROPPED.items()],
     )
     for name, text in (

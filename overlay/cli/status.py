@@ -286,6 +286,19 @@ def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
     return rows
 
 
+def policy_words(policy: dict[str, Any]) -> str:
+    """What is enforced of NetworkPolicies."""
+    count, refused = policy["policies"], len(policy["refused"])
+    words = f"{count} NetworkPolicies" if count != 1 else "1 NetworkPolicy"
+    if not count:
+        words = "no NetworkPolicy" if policy["revision"] else "NetworkPolicies are not read yet"
+    elif policy["enforced"]:
+        words += f" enforced: {policy['isolated_addresses']} addresses of pods here are isolated"
+    else:
+        words += ", not enforced"
+    return f"{words}; {refused} cannot be used" if refused else words
+
+
 def _device(device: dict[str, Any], program: str) -> str:
     if device.get("kind") == "host-gw":
         words = [f"none: plain routes by {device['lower']}"]
@@ -304,6 +317,8 @@ def _node(console: Console, found: dict[str, Any]) -> Table:
     rows = {"store": found["store"]["address"]}
     for view in every(found):
         rows |= _family_rows(view, len(rows) > 1)
+    if policy := found.get("policy"):
+        rows["policies"] = policy_words(policy)
     for row in ("mended", "dropped"):
         counts = {
             name.removeprefix(f"{row}_"): n for name, n in found["counters"].items() if name.startswith(f"{row}_")

@@ -14,6 +14,7 @@ from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
 from overlay.firewall import antispoof, guard, pods_table
+from overlay.firewall import lift as lifting
 from overlay.firewall.lift import Lift
 from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.netlink import KernelError, error_text
@@ -383,9 +384,13 @@ class PodsController(_TableController):
         return f"pods {' and '.join(found)} may send from any address: anti-spoofing knows ports of bridges"
 
     def status(self) -> Mapping[str, object]:
-        """`antispoof`: the bridges whose ports are bound to their pods' addresses, and how many."""
+        """`antispoof`: the bridges whose ports are bound to their pods' addresses, and how many; whether frames between pods
+        are given to the node."""
         bridges, ports = self._pods.covered()
-        return {"antispoof": {"on": self._wanted is not None, "bridges": bridges, "bound_ports": ports}}
+        wanted = self._wanted
+        lifted = wanted is not None and any(chain.name == lifting.BETWEEN for chain in wanted.chains)
+        on = wanted is not None and any(rule.comment == pods_table.BY_MAC for rule in wanted.rules)
+        return {"antispoof": {"on": on, "bridges": bridges, "bound_ports": ports, "lifted": lifted}}
 
     def due(self) -> float | None:
         """When a pod is to be checked again."""

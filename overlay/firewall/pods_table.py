@@ -33,6 +33,8 @@ SETS = {
 ENDS = "ends"
 """No rule asks it: the MACs of the node's ends, to know whose bindings those are."""
 SPOOFED = "spoofed"
+BY_MAC = "a MAC of another"
+"""The first of anti-spoofing's own rules."""
 _NF_BR_PRE_ROUTING, _EARLY = 0, -300
 _IPV4, _ARP, _IPV6, _VLAN, _QINQ = (value.to_bytes(2, "big") for value in (0x0800, 0x0806, 0x86DD, 0x8100, 0x88A8))
 _ICMPV6 = b"\x3a"
@@ -60,7 +62,7 @@ def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_
         return meta(nf_wire.META_IIF), field, nf_wire.absent_from(name)
 
     rules: list[tuple[str, tuple[bytes, ...]]] = [
-        ("a MAC of another", (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
+        (BY_MAC, (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
         ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(_source(V4), SETS[4].addresses))),
         (
             "ARP for another's address",  # a probe has none (RFC 5227)

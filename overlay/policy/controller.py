@@ -28,7 +28,7 @@ from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
 from overlay.policy.snapshot import Snapshot
-from overlay.policy.table import FORWARD, LAST_GENERATION, SUFFIX, Maker, forward, generation_of, table
+from overlay.policy.table import DENIED, FORWARD, LAST_GENERATION, SUFFIX, UNKNOWN, Maker, forward, generation_of, table
 from overlay.process.log import log
 
 NAMED = 3
@@ -333,5 +333,14 @@ class PolicyController(Controller):
         }
 
     def counters(self) -> Mapping[str, int]:
-        """How often the table was changed, and put back."""
-        return {"policy_commits": self._commits, "mended_policy": self._mended}
+        """How often the table was changed, and put back; what it dropped, {} where the kernel does not say."""
+        found = {"policy_commits": self._commits, "mended_policy": self._mended}
+        if self._there is None or self._wanted is None:
+            return found
+        try:
+            rules = self._sets.rules_counted(self._wanted.table)
+        except OSError:
+            return found
+        by_policy = sum(packets for _, comment, packets in rules if comment == DENIED)
+        unknown = sum(packets for _, comment, packets in rules if comment == UNKNOWN)
+        return {**found, "dropped_by_policy": by_policy, "dropped_of_unknown_pods": unknown}

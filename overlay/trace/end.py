@@ -19,6 +19,7 @@ from overlay.trace.leftovers import TABLE_PREFIX
 from overlay.trace.looks import Deltas, Looks
 from overlay.trace.node import Peer, Pod, WrongEnds
 from overlay.trace.points import OF_TUNNEL, Gap, Point
+from overlay.trace.policies import denials
 from overlay.trace.probe import Probe
 
 _LEAVING = Gap.SENT, Gap.BRIDGE, Gap.PREROUTING, Gap.ROUTING
@@ -65,7 +66,7 @@ class End:
             self.destination = self._pod(probe.destination)
             self.namespace = self._namespace(self.source)
             """Of the source, where it is a pod of this node; None where it cannot be entered from here."""
-            self._decide()
+            self._decide(found)
         except BaseException:
             self._requests.close()
             raise
@@ -79,7 +80,7 @@ class End:
         own = self.node.own.holds(address) and not self.node.is_own(address)
         return nodes.pod_of(self.node, self._requests, address, self._family) if own else None
 
-    def _decide(self) -> None:
+    def _decide(self, found: Mapping[str, Any]) -> None:
         """Which way it is."""
         node, probe = self.node, self._probe
         ours = node.is_own(probe.source), node.is_own(probe.destination)
@@ -91,6 +92,7 @@ class End:
         reader = Reader(self._family)
         looks = Looks(node, self._requests, probe, reader, False, self._family)
         back = Looks(node, self._requests, probe, reader, True, self._family)
+        self._policies: _Look = lambda: denials(found, probe)
         self._look: _Look
         self._look_back: _Look = _nothing
         if self.source is not None and self.source.link is None and self.namespace is None:
@@ -114,9 +116,16 @@ class End:
         assert self.destination is not None
         one = self.node.names(self.source, direct=False)
         other = self.node.names(self.destination, direct=False)
+        source, destination = self.source, self.destination
+        if self.node.lifted:
+            here = self.node.bridge
+            one, other = (each._replace(tunnel="", underlay=here) for each in (one, other))
+            self.there = [*way.from_pod(one), *way.to_pod(other)]
+            self.back = [*way.answered(other), *way.to_veth(one, Gap.NEIGHBOUR, True)]
+            self._look = lambda: _both(looks.forwarded(), _both(looks.given(source), looks.given(destination)))
+            return
         self.there = [next(way.from_pod(one)), *way.to_veth(other, Gap.BRIDGE)] if one.veth else []
         self.back = [*list(way.answered(other))[: bool(other.veth)], *way.to_veth(one, Gap.BRIDGE, True)]
-        source, destination = self.source, self.destination
         self._look = lambda: _both(looks.given(source), ((Gap.BRIDGE, line) for _, line in looks.given(destination)))
 
     def _leaving(self, looks: Looks, back: Looks) -> None:
@@ -189,7 +198,8 @@ class End:
         """What the look-ups say, by part of the way. after: the agent's status of now, for what was dropped meanwhile."""
         found: Looked = {}
         deltas = Deltas(dict(self.node.dropped), nodes.dropped(after)) if after is not None else Deltas({}, {})
-        for back, lines in ((False, _both(deltas.lines(), self._look())), (True, self._look_back())):
+        there = _both(self._policies(), _both(deltas.lines(), self._look()))
+        for back, lines in ((False, there), (True, self._look_back())):
             for gap, line in lines:
                 if line not in found.setdefault((gap, back), []):
                     found[gap, back].append(line)

@@ -153,6 +153,13 @@ class Looks:
         yield from self._filters(self._flow(beyond, node.bridge), _ARRIVING)
         yield from self.given(pod)
 
+    def forwarded(self) -> Found:
+        """From a pod of this node to another of it, which the node forwards."""
+        here = self._node.bridge
+        packet = Packet(self._probe.destination, self._probe.source, self._node.number_of(here))
+        yield from self._routing(packet, self._node.number_of(here), None)
+        yield from self._filters(self._flow(here, here), _INNER)
+
     def _sports(self) -> tuple[int, int]:
         """The ports that the tunnel's packets come from: VXLAN takes one for each flow, WireGuard the one it listens on."""
         return client_ports() if self._node.kind == "vxlan" else (self._node.port, self._node.port)

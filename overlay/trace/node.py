@@ -63,6 +63,8 @@ class Node(NamedTuple):
     problems: Mapping[str, str]
     dropped: Mapping[str, int]
     peers: tuple[Mapping[str, Any], ...]
+    lifted: bool = False
+    """Packets between its pods are forwarded by it, not bridged."""
 
     @property
     def family(self) -> Family:
@@ -130,6 +132,7 @@ def read(found: Mapping[str, Any], requests: RequestSocket, family: Family = V4)
         problems={each["subject"]: each["text"] for each in found["problems"]},
         dropped=dropped(found),
         peers=tuple(found["peers"]),
+        lifted=bool((found.get("antispoof") or {}).get("lifted")),
     )
 
 

@@ -433,7 +433,10 @@ def test_report_7_a_bridge_of_another_name_that_has_the_gateway_is_the_pods(worl
         "-ec",
         f"ip addr add {address} dev eth0; ip link set eth0 up; ip route add default via {gateway[:-3]}",
     )
-    until("it is covered", lambda: one.status()["antispoof"] == {"on": True, "bridges": ["docker0"], "bound_ports": 1})
+    until(
+        "it is covered",
+        lambda: one.status()["antispoof"] == {"on": True, "bridges": ["docker0"], "bound_ports": 1, "lifted": False},
+    )
     target = world.pod(two, "a")
     end = matrix.End("node1-c", "pod", container, address[:-3], "node1")
     until("it reaches a pod", lambda: reach([end, target]), 10)

@@ -258,6 +258,20 @@ def understood(found: Bodies, wanted: Content) -> Content:
     return Content(sets, chains)
 
 
+def counted(rules: Iterable[memoryview]) -> Iterator[tuple[str, str, int]]:
+    """Of rules that count: their chain, their comment, and the packets they saw."""
+    for body in rules:
+        parts = wire.attributes(body, 4)
+        packets = None
+        for _, expression in nf_wire.walk(parts[4]) if 4 in parts else ():
+            said = wire.attributes(expression, 0)
+            if _text(said.get(1)) == "counter" and 2 in said:
+                packets = _number(wire.attributes(said[2], 0).get(2))
+        if packets is not None:
+            comment = bytes(parts.get(7, b""))[2:].rstrip(b"\0").decode("utf-8", "replace")
+            yield _text(parts.get(2)), comment, packets
+
+
 def are_rules(found: Rules, wanted: Rules) -> bool:
     """Whether rules that were understood as something else are these."""
     if found.hook != wanted.hook or len(found.rules) != len(wanted.rules):

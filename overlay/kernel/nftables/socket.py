@@ -119,6 +119,10 @@ class NetfilterSocket(RequestSocket):
             self._commit(found, f"changing nft table {table.family} {table.name}")
         return bool(found)
 
+    def rules_counted(self, table: content.Table) -> list[tuple[str, str, int]]:
+        """Of each rule that counts its chain, its comment and the packets it saw. Raises KernelError."""
+        return list(content.counted(self._read(nf_wire.GETRULE, table)))
+
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
         try:

@@ -1,0 +1,39 @@
+"""What NetworkPolicies say of a probe, by the agent's own compiled form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.policy.compile import compile_node
+from overlay.policy.explain import Flow, judge
+from overlay.policy.model import EGRESS, INGRESS
+from overlay.policy.snapshot import from_json
+from overlay.trace.points import Gap
+from overlay.trace.probe import Probe
+
+
+def denials(found: Mapping[str, Any], probe: Probe) -> Iterator[tuple[Gap, str]]:
+    """Why this node's policies drop it. found: the agent's status."""
+    if not (found.get("policy") or {}).get("enforced"):
+        return
+    try:
+        code, body = ask_unix(f"{found['process']['run_dir']}/{SOCKET_NAME}", "/policy")
+        snapshot = from_json(json.loads(body)) if code == 200 else None
+    except (OSError, LookupError, TypeError, ValueError):
+        return
+    if snapshot is None:
+        return
+    size = probe.family.size
+    ends = [address.to_bytes(size, "big") for address in (probe.source, probe.destination)]
+    compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, (probe.version,))
+    flow = Flow(ends[0], ends[1], probe.number, probe.port)
+    names = {address: pod.key for pod in snapshot.pods if not pod.alone for address in pod.addresses}
+    for direction, own in ((EGRESS, ends[0]), (INGRESS, ends[1])):
+        verdict = judge(compiled, direction, flow)
+        if not verdict.allowed:
+            whose, by = names.get(own, "the pod"), ", ".join(verdict.policies)
+            ask = f"overlay policy explain {names.get(ends[0], '...')} {names.get(ends[1], '...')}"
+            yield Gap.FORWARD, f"a NetworkPolicy denies it: {direction} of {whose} is isolated by {by}: {ask}"
