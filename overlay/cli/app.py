@@ -13,6 +13,7 @@ from overlay.cli.check import check
 from overlay.cli.cluster import cluster
 from overlay.cli.complete import completion
 from overlay.cli.doctor import doctor
+from overlay.cli.flows import flows
 from overlay.cli.lab import lab
 from overlay.cli.leases import leases
 from overlay.cli.man import man
@@ -146,6 +147,7 @@ app.add_command(check)
 app.add_command(cluster)
 app.add_command(completion)
 app.add_command(doctor)
+app.add_command(flows)
 app.add_command(lab)
 app.add_command(leases)
 app.add_command(man)

@@ -55,7 +55,7 @@ def explain(source: str, destination: str, port: str, run_dir: str, as_json: boo
     ping is judged. It is the pods' own port, not that of a Service. The same compiled rules judge here as in the kernel.
     Exit: 0 it may, 1 it may not, 2 there is no such pod, or no agent answers.
     """
-    snapshot = _ask(run_dir)
+    snapshot = ask_policies(run_dir)
     protocol, number = _port(port)
     pairs = _pairs(_ends(snapshot, source), _ends(snapshot, destination))
     if not pairs:
@@ -151,7 +151,7 @@ def check(run_dir: str, as_json: bool) -> None:
 
     Exit: 0 nothing was found, 1 something was, 2 no agent answers.
     """
-    snapshot = _ask(run_dir)
+    snapshot = ask_policies(run_dir)
     found = [(key, f"cannot be used: {why}") for key, why in sorted(snapshot.refused.items())]
     found += list(findings(snapshot.indexed(), snapshot.policies))
     if as_json:
@@ -165,7 +165,8 @@ def check(run_dir: str, as_json: bool) -> None:
     sys.exit(1 if found else 0)
 
 
-def _ask(run_dir: str) -> Snapshot:
+def ask_policies(run_dir: str) -> Snapshot:
+    """What the agent knows of policies; ends the program where it does not answer."""
     try:
         code, body = ask_unix(f"{run_dir}/{SOCKET_NAME}", "/policy")
         if code != 200:
@@ -209,5 +210,5 @@ def _port(text: str) -> tuple[int, int]:
 
 
 def _fail(words: str) -> NoReturn:
-    click.echo(f"overlay policy: {words}", err=True)
+    click.echo(f"overlay: {words}", err=True)
     sys.exit(2)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
+from overlay.lab import netns
 from tests.policy.test_enforcing import FROM_B, LABELS, asks, objects, three  # noqa: F401 (a fixture)
+from tests.support.wait import until
 
 
 def overlay(world, *words: str) -> tuple[int, str]:
@@ -16,6 +19,45 @@ def overlay(world, *words: str) -> tuple[int, str]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
+
+
+def test_flows_names_pods_and_policies(three, field):  # noqa: F811
+    world = three
+    world.apply(objects(world, FROM_B))
+    run_dir = world.agents[0].run_dir
+    listening = subprocess.Popen(
+        ["nsenter", f"--net={netns.path(world.namespace('node1'))}", sys.executable, "-m", "overlay.cli.app", "flows",
+         "--follow", "--json", f"--run-dir={run_dir}"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = []
+    thread = threading.Thread(target=lambda: said.extend(map(json.loads, listening.stdout)), daemon=True)
+    thread.start()
+
+    def has(verdict: str, **wanted) -> bool:
+        return any(each["verdict"] == verdict and wanted.items() <= each.items() for each in said)
+
+    def asked_and(check) -> bool:
+        asks(world, field, "x/c", "x/a")
+        asks(world, field, "x/b", "x/a")
+        return check()
+
+    try:
+        for family in (4, 6):
+            ends = {key: next(e.address for e in those if e.family == family) for key, those in world.ends.items()}
+            denied = {
+                "source_pod": "x/c", "destination_pod": "x/a", "source": ends["x/c"], "destination": ends["x/a"],
+                "port": 80, "policies": ["x/from-b"],
+            }  # fmt: skip
+            until("a denied one", lambda denied=denied: asked_and(lambda: has("denied", **denied, protocol="TCP")), 30)
+            until("by UDP too", lambda denied=denied: asked_and(lambda: has("denied", **denied, protocol="UDP")), 30)
+            allowed = {"source": ends["x/b"], "destination_pod": "x/a", "port": 80, "protocol": "TCP"}
+            until("an allowed one", lambda allowed=allowed: asked_and(lambda: has("allowed", **allowed)), 30)
+    finally:
+        listening.terminate()
+        listening.wait(10)
+        thread.join(10)
+        listening.stdout.close()
 
 
 def test_explain_says_what_packets_find(three, field):  # noqa: F811
