@@ -314,8 +314,13 @@ class PodsController(_TableController):
 
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and where pods' ports are."""
+        settings = inputs.settings
+        if not inputs.policies_known and settings.network_policy and (settings.kube or settings.policy_dir):
+            return Waiting(
+                "for the policies"
+            )  # what is lifted for an agent before us stays so: no packet goes past them
         lifts = self._lifts(inputs)
-        if not inputs.settings.pod_antispoof and not lifts:
+        if not settings.pod_antispoof and not lifts:
             return None
         pools = inputs.config.pools if inputs.config is not None else {}
         if inputs.config is None or inputs.own is None or not pools.keys() & inputs.tunnels.keys():

@@ -187,12 +187,15 @@ class PolicyController(Controller):
         self._say(wants)
         cluster = self.cluster
         if not {POLICIES, NAMESPACES} <= cluster.listed:
+            if self._unread and not self._sets.has(wants.table.family, wants.table.name):
+                self._current.set(policies_known=True)
             return  # what an agent before us enforced stays
         if not cluster.policies or not wants.enforced:
             self._in_force = self._revision
             self._feeds.stop(PODS)
             cluster.forget_pods()
             self._off(wants.table)
+            self._current.set(policies_known=True)
             return
         self._feeds.start(PODS)
         if PODS not in cluster.listed:
@@ -210,7 +213,7 @@ class PolicyController(Controller):
         elif self._read_whole:
             self._make_so(wants)
         self._in_force = self._revision
-        self._current.set(policed=Policed(self.compiled.isolated))
+        self._current.set(policed=Policed(self.compiled.isolated), policies_known=True)
 
     def _off(self, which: Table) -> None:
         """No policy: no table, and nothing is lifted for it."""

@@ -64,6 +64,17 @@ class NamedPods(World):
 class PolicyWorld(NamedPods):
     """One folder of objects for all nodes."""
 
+    bridge_filtered = True
+    """Whether rules see what nodes bridge (br_netfilter)."""
+
+    def node(self, number: int) -> str:
+        """As it is set."""
+        name = super().node(number)
+        for which in ("iptables", "ip6tables"):
+            file = f"/proc/sys/net/bridge/bridge-nf-call-{which}"
+            self.run(name, "sh", "-c", f"test ! -e {file} || echo {int(self.bridge_filtered)} > {file}")
+        return name
+
     def begin(self, count: int, *flags: str) -> None:
         """Agents on nodes."""
         self.objects = self.folder / "policies"
@@ -117,19 +128,24 @@ class PolicyWorld(NamedPods):
         ]  # fmt: skip
 
 
-@pytest.fixture(params=[(4,), (6,), (4, 6)], ids=["IPv4", "IPv6 alone", "dual stack"])
+@pytest.fixture(
+    params=[((4,), True), ((6,), True), ((4, 6), True), ((4, 6), False)],
+    ids=["IPv4", "IPv6 alone", "dual stack", "dual stack without br_netfilter"],
+)
 def policed(request, tmp_path) -> Iterator[PolicyWorld]:
     """In each kind of network."""
     with closing(PolicyWorld(tmp_path / "world")) as made:
-        made.use(*request.param)
+        families, made.bridge_filtered = request.param
+        made.use(*families)
         yield made
 
 
-@pytest.fixture
-def world(tmp_path) -> Iterator[PolicyWorld]:
+@pytest.fixture(params=[True, False], ids=["br_netfilter", "without br_netfilter"])
+def world(request, tmp_path) -> Iterator[PolicyWorld]:
     """Of both families."""
     with closing(PolicyWorld(tmp_path / "world")) as made:
         made.use(4, 6)
+        made.bridge_filtered = request.param
         yield made
 
 

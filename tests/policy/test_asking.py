@@ -125,3 +125,23 @@ def test_check_names_what_is_odd(three):  # noqa: F811
         f"{rule} no pod is pods app=gone of its own namespace",
         f"{rule} no pod has a TCP port named http",
     ]
+
+
+def test_trace_names_the_policy(three):  # noqa: F811
+    """On one node and between two."""
+    world = three
+    world.apply(objects(world, FROM_B))
+    run_dir, namespace = world.agents[0].run_dir, world.namespace("node1")
+    for place in (0, 1):
+        a, c = world.ends["x/a"][place].address, world.ends["x/c"][place].address
+        done = subprocess.run(
+            ["nsenter", f"--net={netns.path(namespace)}", sys.executable, "-m", "overlay.cli.app", "trace", c, a,
+             "--proto", "tcp", "--port", "80", f"--run-dir={run_dir}"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert 'between "routed to cni0" and "passed the forward chains"' in done.stdout
+        why = (
+            "because: a NetworkPolicy denies it: ingress of x/a is isolated by x/from-b: overlay policy explain x/c x/a"
+        )
+        assert why in done.stdout.splitlines()
