@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import closing, suppress
@@ -167,11 +166,12 @@ def test_a_pod_that_no_policy_knows_yet_is_held_and_others_wait_for_nothing(thre
 
 def test_a_restart_and_a_kill_write_nothing_and_open_nothing(three, field):
     world = three
-    world.apply(objects(world, FROM_B))
+    with_7001 = json.loads(json.dumps(FROM_B))
+    with_7001["spec"]["ingress"][0]["ports"].append({"protocol": "UDP", "port": 7001})
+    world.apply(objects(world, with_7001))
     one = world.agents[0]
     before = ruleset(world)
-    pairs = list(zip(world.ends["x/b"], world.ends["x/a"], strict=True))
-    streams = [Connections(*pair) for pair in pairs]
+    streams = [Datagrams(a, b, 7001) for a, b in zip(world.ends["x/b"], world.ends["x/a"], strict=True)]
     leaks = [Leak(a, b) for a, b in zip(world.ends["x/c"], world.ends["x/a"], strict=True)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         one.stop(number)
@@ -198,41 +198,51 @@ def ruleset(world) -> str:
     return re.sub(r"counter packets \d+ bytes \d+", "counter", text)
 
 
-class Connections:
-    """TCP connections to port 80 of an address, one after the other; how many segments had to be sent again."""
+class Datagrams:
+    """Numbered ones to a port of an address, all the time; how many never came."""
 
-    def __init__(self, source, target) -> None:
-        self._source, self._target = source, target
-        self._ending, self._lost, self._asked = threading.Event(), 0, 0
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
+    def __init__(self, source, target, port: int) -> None:
+        family = socket.AF_INET6 if target.family == 6 else socket.AF_INET
 
-    def _run(self) -> None:
+        def listen() -> socket.socket:
+            made = socket.socket(family, socket.SOCK_DGRAM)
+            made.bind((target.address, port))
+            made.settimeout(0.5)
+            return made
+
+        def connect() -> socket.socket:
+            made = socket.socket(family, socket.SOCK_DGRAM)
+            made.connect((target.address, port))
+            return made
+
+        self._listening, self._sending = netns.inside(target.namespace, listen), netns.inside(source.namespace, connect)
+        self._ending, self._sent, self._came = threading.Event(), 0, set()
+        self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
         while not self._ending.is_set():
-            self._asked += 1
-            try:
-                with closing(netns.inside(self._source.namespace, self._connect)) as made:
-                    info = made.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
-                    self._lost += int.from_bytes(info[100:104], sys.byteorder)  # tcpi_total_retrans
-            except OSError:
-                self._lost += 1
-            time.sleep(0.02)
+            self._sending.send(self._sent.to_bytes(8, "big"))
+            self._sent += 1
+            time.sleep(0.005)
 
-    def _connect(self) -> socket.socket:
-        made = socket.socket(socket.AF_INET6 if self._target.family == 6 else socket.AF_INET, socket.SOCK_STREAM)
-        made.settimeout(10)
-        try:
-            made.connect((self._target.address, 80))
-        except OSError:
-            made.close()
-            raise
-        return made
+    def _receive(self) -> None:
+        while True:
+            try:
+                self._came.add(self._listening.recv(8))
+            except TimeoutError:
+                if self._ending.is_set():
+                    return
 
     def ended(self) -> int:
         self._ending.set()
-        self._thread.join()
-        assert self._asked > 50
-        return self._lost
+        for thread in self._threads:
+            thread.join()
+        self._listening.close()
+        self._sending.close()
+        assert self._sent > 200
+        return self._sent - len(self._came)
 
 
 class Leak:
