@@ -22,13 +22,25 @@ from overlay.control.schedule import Cadence
 from overlay.kernel.events import NftSeen, Overrun
 from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables.content import Content, Table, takes_away
+from overlay.kernel.nftables.marks import clear_marks
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
 from overlay.policy.snapshot import Snapshot
-from overlay.policy.table import DENIED, FORWARD, LAST_GENERATION, SUFFIX, UNKNOWN, Maker, forward, generation_of, table
+from overlay.policy.table import (
+    DENIED,
+    FORWARD,
+    LAST_GENERATION,
+    MARK_MASK,
+    SUFFIX,
+    UNKNOWN,
+    Maker,
+    forward,
+    generation_of,
+    table,
+)
 from overlay.process.log import log
 
 NAMED = 3
@@ -276,6 +288,8 @@ class PolicyController(Controller):
         written = self._sets.change_content(which, there, wanted)
         self._there = wanted
         if takes:  # after the change itself: a packet under way must not be marked with the new one by the old rules
+            if self._generation == LAST_GENERATION:
+                log.info("policy.marks_cleared", connections=clear_marks(MARK_MASK), reason="generations begin anew")
             self._generation = self._generation % LAST_GENERATION + 1
             raised = self._content(subnets, self._generation, logs)
             self._sets.change_content(which, wanted, raised)
