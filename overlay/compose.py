@@ -49,6 +49,7 @@ from overlay.peers.mixed import MixedController
 from overlay.peers.refusals import Refusals
 from overlay.policy.controller import Feeds as PolicyFeeds
 from overlay.policy.controller import NoFeeds, PolicyController
+from overlay.policy.nodes import Nodes
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.process.rundir import DeviceLock
 from overlay.reach import ways
@@ -138,8 +139,8 @@ class _OfFamily:
         guard = Guard(family, sets, clock)
         rng = random.Random()  # noqa: S311 (spreads load, guards nothing)
         probes = ProbesController(family, health, clock, self._paths, self._path_of)
-        self.keyed = Keyed(family)
-        self.path = Datapath(family, requests, clock, rng, refusals, (guard, probes, self.keyed))
+        self.keyed, self.nodes = Keyed(family), Nodes(family)
+        self.path = Datapath(family, requests, clock, rng, refusals, (guard, probes, self.keyed, self.nodes))
 
         def recorded(now: Settings) -> int:
             return recorded_public_ip(now.run_dir, family.number)
@@ -227,7 +228,16 @@ def compose(settings: Settings, outside: Outside) -> Composed:
             current, health, keys, [of.keyed for of in each], lambda name: _wireguard(name, settings), clock
         ),
         *(part for of in each for part in of.rest),
-        PolicyController(current, sets, owned, health, clock, outside.policy_feeds, results.every),
+        PolicyController(
+            current,
+            sets,
+            owned,
+            health,
+            clock,
+            outside.policy_feeds,
+            results.every,
+            {family.number: of.nodes for family, of in zip(FAMILIES, each, strict=True)},
+        ),
         PodsController(pods, sets, owned, health, clock),
         CniController(current, health, owned, clock, first.bridges.named),
         AskController(health, outside.ask_routes),

@@ -62,7 +62,7 @@ def explain(source: str, destination: str, port: str, run_dir: str, as_json: boo
         _fail(f"{source} and {destination} have no addresses of one family")
     index = snapshot.indexed()
     nodes = {end.pod.node for pair in pairs for end in pair if end.pod is not None}
-    compiled = {node: compile_node(index, snapshot.policies, node) for node in nodes}
+    compiled = {node: compile_node(index, snapshot.policies, node, nodes=snapshot.nodes) for node in nodes}
     found: list[tuple[_End, _End, dict[str, Verdict]]] = []
     for one, other in pairs:
         flow = Flow(one.address, other.address, protocol, number)

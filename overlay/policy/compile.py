@@ -8,6 +8,7 @@ of the whole cluster; names are made of what a thing means, so that what stays k
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -76,10 +77,21 @@ class Compiled(NamedTuple):
 NOTHING = Compiled({}, {}, {direction: {} for direction in DIRECTIONS})
 
 
-def compile_node(index: Index, policies: Iterable[Policy], node: str, families: Sequence[int] = (4, 6)) -> Compiled:
+NodeAddresses = Mapping[int, Iterable[tuple[int, int]]]
+"""By family, of each node its underlay address and its address in the pod network."""
+
+
+def compile_node(
+    index: Index,
+    policies: Iterable[Policy],
+    node: str,
+    families: Sequence[int] = (4, 6),
+    nodes: NodeAddresses | None = None,
+) -> Compiled:
     """All that is wanted of a node, from nothing. node: the name by which pods say that they are its own."""
+    means = _Means(index, families, nodes or {}, {})
     local = index.on_node(node)
-    sets: dict[str, Members] = {}
+    sets = means.sets
     selecting: dict[str, dict[str, list[Policy]]] = {direction: {} for direction in DIRECTIONS}
     rules: dict[tuple[str, str], tuple[Allowed, ...]] = {}
     for policy in sorted(policies, key=lambda each: each.key):
@@ -90,7 +102,7 @@ def compile_node(index: Index, policies: Iterable[Policy], node: str, families: 
             continue
         for direction in DIRECTIONS:
             if policy.rules(direction) is not None:
-                rules[direction, policy.key] = tuple(_rules(index, sets, policy, direction, families))
+                rules[direction, policy.key] = tuple(_rules(means, policy, direction))
                 for pod in index.members(mine):
                     selecting[direction].setdefault(pod.key, []).append(policy)
     chains: dict[str, Chain] = {}
@@ -161,39 +173,57 @@ def _in_named(pod: Pod | None, members: Members) -> frozenset[tuple[bytes, int, 
     )
 
 
-def _rules(
-    index: Index, sets: dict[str, Members], policy: Policy, direction: str, families: Sequence[int]
-) -> Iterator[Allowed]:
+class _Means(NamedTuple):
+    """What rules are compiled with. sets: those made so far."""
+
+    known: Index
+    families: Sequence[int]
+    nodes: NodeAddresses
+    sets: dict[str, Members]
+
+
+def _rules(means: _Means, policy: Policy, direction: str) -> Iterator[Allowed]:
     for place, rule in enumerate(policy.rules(direction) or ()):
-        for ports in _port_sets(index, sets, rule, families):
-            for peers in _peer_sets(index, sets, rule, policy.namespace, families):
+        for ports in _port_sets(means, rule):
+            for peers in _peer_sets(means, rule, policy.namespace):
                 yield Allowed(policy.key, place, peers, ports)
 
 
-def _peer_sets(
-    index: Index, sets: dict[str, Members], rule: Rule, namespace: str, families: Sequence[int]
-) -> Iterator[str]:
+def _peer_sets(means: _Means, rule: Rule, namespace: str) -> Iterator[str]:
     if rule.peers is None:
         yield ""
         return
+    index, sets = means.known, means.sets
     pods = [peer for peer in rule.peers if isinstance(peer, PodPeer)]
     if pods:
         own = (None if peer.namespaces is not None else namespace for peer in pods)
         meaning = sorted({repr(each) for each in zip(own, pods, strict=True)})
-        for family in families:
+        for family in means.families:
             name = _name(f"{ADDRESSES}{family}", meaning)
             if name not in sets:
                 addresses = frozenset(_addresses(index, pods, namespace, family))
                 whose = tuple((namespace, peer) for peer in pods)
                 sets[name] = Members(ADDRESSES, family, addresses=addresses, peers=whose)
             yield name
-    for family in families:
+    for family in means.families:
         blocks = [peer for peer in rule.peers if isinstance(peer, Block) and peer.cidr.family == family]
         if blocks:
-            ranges = ranges_of(blocks)
+            ranges = with_nodes(ranges_of(blocks), means.nodes.get(family, ()))
             name = _name(f"{NETWORKS}{family}", ranges)
             sets.setdefault(name, Members(NETWORKS, family, ranges=ranges))
             yield name
+
+
+def with_nodes(ranges: tuple[Range, ...], nodes: Iterable[tuple[int, int]]) -> tuple[Range, ...]:
+    """And the addresses in the pod network of nodes whose underlay addresses these have."""
+    firsts = [first for first, _ in ranges]
+
+    def there(address: int) -> bool:
+        place = bisect_right(firsts, address) - 1
+        return place >= 0 and address <= ranges[place][1]
+
+    more = [(inside, inside) for outer, inside in nodes if there(outer) and not there(inside)]
+    return _joined([*ranges, *more]) if more else ranges
 
 
 def _addresses(index: Index, peers: Iterable[PodPeer], namespace: str, family: int) -> Iterator[bytes]:
@@ -206,10 +236,11 @@ def _addresses(index: Index, peers: Iterable[PodPeer], namespace: str, family: i
                 yield address
 
 
-def _port_sets(index: Index, sets: dict[str, Members], rule: Rule, families: Sequence[int]) -> Iterator[str]:
+def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
     if rule.ports is None:
         yield ""
         return
+    index, sets = means.known, means.sets
     fixed = [port for port in rule.ports if not port.name]
     if fixed:
         ports = _merged(fixed)
@@ -217,7 +248,7 @@ def _port_sets(index: Index, sets: dict[str, Members], rule: Rule, families: Seq
         sets.setdefault(name, Members(PORTS, 0, ports=ports))
         yield name
     for port in sorted({port for port in rule.ports if port.name}):
-        for family in families:
+        for family in means.families:
             name = _name(f"{NAMED}{family}", (port.name, port.protocol))
             if name not in sets:
                 size = FAMILIES[family].size
@@ -256,8 +287,12 @@ def ranges_of(blocks: Iterable[Block]) -> tuple[Range, ...]:
         for each in block.excepted:
             parts = [rest for part in parts for rest in _without(part, (each.base, each.last))]
         found += parts
+    return _joined(found)
+
+
+def _joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
     merged: list[Range] = []
-    for first, last in sorted(found):
+    for first, last in sorted(ranges):
         if merged and first <= merged[-1][1] + 1:
             merged[-1] = merged[-1][0], max(last, merged[-1][1])
         else:

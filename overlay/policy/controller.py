@@ -28,6 +28,7 @@ from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
+from overlay.policy.nodes import Nodes
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import (
     DENIED,
@@ -101,9 +102,13 @@ class PolicyController(Controller):
         clock: Callable[[], float],
         feeds: Feeds,
         results: Callable[[], list[CniResult]],
+        nodes: Mapping[int, Nodes],
     ) -> None:
+        """results: what CNI gave to this node's pods; nodes: by family."""
         self._current, self._sets, self._owned, self._health, self._clock = current, sets, owned, health, clock
-        self._feeds, self._results = feeds, results
+        self._feeds, self._results, self._nodes = feeds, results, nodes
+        self._nodes_seen = 0
+        """The version of these that is compiled."""
         settings = current.inputs.settings
         self._node = settings.node_name or "this node"
         self.cluster = Cluster(self._node, not settings.kube)
@@ -156,7 +161,15 @@ class PolicyController(Controller):
         pods = tuple(pod for pod in cluster.index.pods if pod is not None)
         namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies.values())
         event.answer.put(
-            Snapshot(self._node, self._there is not None, pods, namespaces, policies, dict(cluster.refused))
+            Snapshot(
+                self._node,
+                self._there is not None,
+                pods,
+                namespaces,
+                policies,
+                dict(cluster.refused),
+                self._node_addresses(),
+            )
         )
         return False
 
@@ -214,10 +227,13 @@ class PolicyController(Controller):
             return
         if self._clock() >= self._cadence.at:
             self._read_whole = True
+        if self._nodes_changed():
+            self._nodes_seen, self._stale, cluster.whole = self._nodes_version(), True, True
         if self._stale:
             self._stale = False
             if cluster.whole or self.compiled is NOTHING:
-                self.compiled = compile_node(cluster.index, cluster.policies.values(), self._node)
+                policies = cluster.policies.values()
+                self.compiled = compile_node(cluster.index, policies, self._node, nodes=self._node_addresses())
             else:
                 self.compiled = with_pods(self.compiled, cluster.index, cluster.changes)
             cluster.taken()
@@ -226,6 +242,19 @@ class PolicyController(Controller):
             self._make_so(wants)
         self._in_force = self._revision
         self._current.set(policed=Policed(self.compiled.isolated), policies_known=True)
+
+    def _nodes_version(self) -> int:
+        return sum(nodes.version for nodes in self._nodes.values())
+
+    def _nodes_changed(self) -> bool:
+        """Whether peers did, and it matters to some policy."""
+        changed = self._nodes_version() != self._nodes_seen
+        return changed and any(policy.has_blocks for policy in self.cluster.policies.values())
+
+    def _node_addresses(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        if not any(policy.has_blocks for policy in self.cluster.policies.values()):
+            return {}
+        return {family: tuple(nodes.addresses()) for family, nodes in self._nodes.items()}
 
     def _off(self, which: Table) -> None:
         """No policy: no table, and nothing is lifted for it."""
@@ -316,7 +345,9 @@ class PolicyController(Controller):
 
     def due(self) -> float | None:
         """When the table is read again."""
-        return self._cadence.at if self._there is not None else None
+        if self._there is None:
+            return None
+        return 0.0 if self._nodes_changed() else self._cadence.at
 
     def leave(self, network: int) -> Iterator[str]:
         """No table of a network. Raises KernelError."""

@@ -114,6 +114,12 @@ class Policy(NamedTuple):
         """`namespace/name`."""
         return f"{self.namespace}/{self.name}"
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a rule has an ipBlock."""
+        rules = (*(self.ingress or ()), *(self.egress or ()))
+        return any(isinstance(peer, Block) for rule in rules for peer in rule.peers or ())
+
     def rules(self, direction: str) -> tuple[Rule, ...] | None:
         """Those of a direction."""
         return self.ingress if direction == INGRESS else self.egress

@@ -21,6 +21,8 @@ class Snapshot(NamedTuple):
     namespaces: Mapping[str, Labels]
     policies: tuple[Policy, ...]
     refused: Mapping[str, str]
+    nodes: Mapping[int, tuple[tuple[int, int], ...]] = {}
+    """As of compile.NodeAddresses; empty where no policy has an ipBlock."""
 
     def indexed(self) -> Index:
         """Of its pods."""
@@ -53,6 +55,7 @@ def from_json(said: Mapping[str, Any]) -> Snapshot:
         said["namespaces"],
         tuple(map(_policy, said["policies"])),
         said["refused"],
+        {int(family): tuple((outer, inside) for outer, inside in those) for family, those in said["nodes"].items()},
     )
 
 

@@ -28,7 +28,7 @@ def denials(found: Mapping[str, Any], probe: Probe) -> Iterator[tuple[Gap, str]]
         return
     size = probe.family.size
     ends = [address.to_bytes(size, "big") for address in (probe.source, probe.destination)]
-    compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, (probe.version,))
+    compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, (probe.version,), snapshot.nodes)
     flow = Flow(ends[0], ends[1], probe.number, probe.port)
     names = {address: pod.key for pod in snapshot.pods if not pod.alone for address in pod.addresses}
     for direction, own in ((EGRESS, ends[0]), (INGRESS, ends[1])):

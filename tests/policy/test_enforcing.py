@@ -354,3 +354,25 @@ def test_bad_objects_cost_themselves_alone(three, field):
     assert "broken.yaml: not YAML" in text
     assert "x/bad: all.json: spec.ingress[0].ports[0].port: 'NO WAY' must be a port's name" in text
     assert asks(world, field, "x/b", "x/a") == [True, False, True, False], "the good one is enforced"
+
+
+def test_an_ip_block_of_a_node_means_it_by_the_tunnel_too(three, field):
+    """From the node's own network to a pod of another node the kernel sends from the node's address in the pod network."""
+    world = three
+    blocks = {4: ("192.168.1.3/32", "192.168.1.77/32"), 6: ("fd00:192:168:1::3/128", "fd00:192:168:1::77/128")}
+    node = world.namespace("node2")
+
+    def policy(place: int):
+        peers = [{"ipBlock": {"cidr": those[place]}} for those in blocks.values()]
+        return {**FROM_B, "spec": {"podSelector": {"matchLabels": {"app": "a"}}, "ingress": [{"from": peers}]}}
+
+    def from_node() -> list[bool]:
+        wild = {4: "0.0.0.0", 6: "::"}
+        ends = [(end._replace(namespace=node, address=wild[end.family]), end) for end in world.ends["x/a"]]
+        return field.ask([Probe(one, two, "TCP", 80) for one, two in ends])
+
+    world.apply(objects(world, policy(0)))
+    assert from_node() == [True, True]
+    assert not any(asks(world, field, "x/b", "x/a"))
+    world.apply(objects(world, policy(1)))
+    assert from_node() == [False, False]
