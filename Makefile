@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,11 @@ cluster-test: setup ## the same as tests, in both families; the move from the re
 	.ci/flannel-image
 	.ci/coredns-image
 	$(PY) -m pytest tests/cluster
+
+netpol-e2e: setup ## Kubernetes' own NetworkPolicy tests (its e2e.test, 47 specs without SCTP) against our agent on a real cluster (Go; half an hour)
+	.ci/cluster-setup
+	.ci/netpol/build
+	.ci/netpol/run $(if $(FOCUS),--focus '$(FOCUS)') --family $(or $(IP_FAMILY),ipv4)
 
 bundle: setup ## image and manifests in one archive, for machines that reach no registry
 	.ci/cluster-setup
