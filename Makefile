@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e netpol-cyclonus bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -37,10 +37,15 @@ cluster-test: setup ## the same as tests, in both families; the move from the re
 	.ci/coredns-image
 	$(PY) -m pytest tests/cluster
 
-netpol-e2e: setup ## Kubernetes' own NetworkPolicy tests (its e2e.test, 47 specs without SCTP) against our agent on a real cluster (Go; half an hour)
+netpol-e2e: setup ## Kubernetes' own NetworkPolicy tests (its e2e.test) against our agent on a real cluster (Go; half an hour); FOCUS=regex
 	.ci/cluster-setup
 	.ci/netpol/build
-	.ci/netpol/run $(if $(FOCUS),--focus '$(FOCUS)') --family $(or $(IP_FAMILY),ipv4)
+	.ci/netpol/run --judge e2e $(if $(FOCUS),--focus "$(FOCUS)") --family $(or $(IP_FAMILY),ipv4)
+
+netpol-cyclonus: setup ## the same by cyclonus' cases, asking pods by their addresses (an hour); INCLUDE=tags
+	.ci/cluster-setup
+	.ci/netpol/build
+	.ci/netpol/run --judge cyclonus $(if $(INCLUDE),--include "$(INCLUDE)") --family $(or $(IP_FAMILY),ipv4)
 
 bundle: setup ## image and manifests in one archive, for machines that reach no registry
 	.ci/cluster-setup

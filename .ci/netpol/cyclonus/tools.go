@@ -1,0 +1,5 @@
+//go:build tools
+
+package cyclonus
+
+import _ "github.com/mattfenwick/cyclonus/cmd/cyclonus"
