@@ -229,7 +229,7 @@ def test_a_change_killed_at_every_step_under_traffic(scene):
             if alive:
                 break
             assert step < LONGEST_SWEEP
-    assert points > 8, "a change has steps: fewer messages where a busy machine lets events gather"
+    assert points > 4, "a change has steps: fewer messages where a busy machine lets events gather"
     lost = there.lost() + back.lost()
     assert lost == 0
     scene.row(

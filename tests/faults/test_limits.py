@@ -256,7 +256,9 @@ def test_a_start_on_a_full_disk(scene):
             for name in ("subnet.env", "device", "lease.json", "lock", "cni/10-flannel.conflist"):
                 (folder / name).unlink()
             world.run("node1", "ip", "link", "del", "flannel.1")
-            subprocess.run(["sh", "-c", f"cat /dev/zero > {junk}"], check=False, stderr=subprocess.DEVNULL)
+            # and the rest of the log's last page
+            fill = f"cat /dev/zero > {junk}; yes '' >> {folder}/log"
+            subprocess.run(["sh", "-c", fill], check=False, stderr=subprocess.DEVNULL)
             scene.agents[0] = world.agent("node1", "--node-name=node1", run_dir="node1")
 
         def bites() -> bool:

@@ -156,7 +156,7 @@ def test_a_storm_of_hostile_records(scene):
                 world.drop_record(name)
         return True
 
-    own = {str(each.subnet()).replace("/", "-") for each in scene.agents}
+    own = {each.status()["lease"]["key"] for each in scene.agents}
     lost = scene.suffer(
         f"a storm of hostile records, {HOSTILE_S:.0f} s", "some 200 a second of six kinds put, a third of them deleted again",
         inject, lambda: len(agent.refused_records()) > 20, 30, recover,
