@@ -118,4 +118,5 @@ def differing(found: WgPeer | None, want: WgPeer | None, sent: Place | None) -> 
     placed = want.place in (sent, found.place)
     if same and placed:
         return False
+    want = want._replace(adds=found.allowed <= want.allowed)
     return want._replace(place=None) if placed else want

@@ -74,7 +74,7 @@ peers = st.builds(
 def test_both_forms_say_the_same(peer, key):
     told = userspace.parse(f"private_key={KEYS[3].hex()}\nlisten_port=7\n{userspace.lines(key, peer)}errno=0\n\n")
     body = memoryview(genl.set_peers(27, 1, "x", [(key, peer)]))[16:]
-    assert told == WgDevice(KEYS[3], 7, {key: peer})
+    assert told == WgDevice(KEYS[3], 7, {key: peer._replace(adds=False)})
     assert genl.parse_device([body]).peers == {key: peer}
 
 
@@ -214,7 +214,14 @@ def test_a_peer_that_roamed_is_as_it_should_be():
     elsewhere = PEER._replace(place=Place(4, 1, 1))
     assert differing(PEER, PEER, None) is False
     assert differing(elsewhere, PEER, PEER.place) is False, "we gave it its place, and it was heard elsewhere since"
-    assert differing(elsewhere, PEER, None) == PEER, "who gave it that place is not known"
+    assert differing(elsewhere, PEER, None) == PEER._replace(adds=True), "who gave it that place is not known"
+    more = PEER._replace(allowed=PEER.allowed | {prefix("10.244.77.0/24")})
+    added, replaced = differing(PEER, more, PEER.place), differing(more, PEER, PEER.place)
+    assert isinstance(added, WgPeer)
+    assert isinstance(replaced, WgPeer)
+    assert (added.adds, replaced.adds) == (True, False), (
+        "prefixes are all taken away for a moment only where one must go"
+    )
     assert differing(elsewhere, PEER6, PEER.place) == PEER6, "its record says another one"
     assert differing(PEER._replace(keepalive_s=0), PEER, PEER.place) == PEER._replace(place=None)
     assert differing(None, PEER, PEER.place) == PEER

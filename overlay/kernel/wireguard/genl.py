@@ -80,7 +80,7 @@ def _parts(key: bytes, peer: WgPeer | None) -> Iterator[bytes]:
     nets = sorted(peer.allowed)
     first = (
         head
-        + wire.attr(_FLAGS, struct.pack("=L", _REPLACE_ALLOWED))
+        + wire.attr(_FLAGS, struct.pack("=L", 0 if peer.adds else _REPLACE_ALLOWED))
         + wire.attr(_PSK, peer.psk)
         + (wire.attr(_ENDPOINT, _sockaddr(peer.place)) if peer.place is not None else b"")
         + wire.attr(_KEEPALIVE, struct.pack("=H", peer.keepalive_s))

@@ -128,7 +128,8 @@ def lines(key: bytes, peer: WgPeer | None) -> str:
     """What puts a peer, or takes it away."""
     if peer is None:
         return f"public_key={key.hex()}\nremove=true\n"
-    made = [f"public_key={key.hex()}", f"preshared_key={peer.psk.hex()}", "replace_allowed_ips=true"]
+    made = [f"public_key={key.hex()}", f"preshared_key={peer.psk.hex()}"]
+    made += [] if peer.adds else ["replace_allowed_ips=true"]
     if peer.place is not None:
         made.append(f"endpoint={_place_text(peer.place)}")
     made.append(f"persistent_keepalive_interval={peer.keepalive_s}")
