@@ -249,8 +249,7 @@ def test_a_family_that_is_switched_off_costs_the_other_nothing(tmp_path):
         source, target = (next(e for e in ends if e.node == node and e.family == 4) for node in ("node1", "node2"))
         index = world.index("node1", "flannel-wg")
         with world.stream(source, target) as there, world.stream(target, source) as back:
-            world.families = (4,)
-            world.config(Backend=BACKEND)
+            world.use(4, Backend=BACKEND)
             for agent in agents:
                 until("IPv6 is gone", lambda agent=agent: world.index(agent.node, "flannel-wg-v6") == 0, 20)
             until("enough was sent", lambda sent=there.sent: there.sent > sent + 300)
