@@ -28,6 +28,7 @@ def _scene(request: pytest.FixtureRequest, where: World, families: tuple[int, ..
 
 @pytest.fixture
 def scene(request: pytest.FixtureRequest, world: World, families: tuple[int, ...]) -> Scene:  # noqa: F811
+    world.keeps_families = True
     world.use(*families, SubnetMax="10.244.89.0")  # made-up peers have those behind
     return _scene(request, world, families)
 
@@ -35,6 +36,7 @@ def scene(request: pytest.FixtureRequest, world: World, families: tuple[int, ...
 @pytest.fixture
 def kube_scene(request: pytest.FixtureRequest, kube_world: KubeWorld, families: tuple[int, ...]) -> Scene:  # noqa: F811
     """The same on Kubernetes."""
+    kube_world.keeps_families = True
     kube_world.use(*families)
     return _scene(request, kube_world, families)
 

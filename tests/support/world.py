@@ -33,7 +33,7 @@ from overlay.kernel.route.links import Links
 from overlay.lab import matrix, netns, pods, topology
 from tests.support.etcd import Etcd
 from tests.support.kube import Kube
-from tests.support.wait import until
+from tests.support.wait import PATIENCE, until
 
 T = TypeVar("T")
 NETWORK6 = prefix("fd00:10:244::/48")
@@ -149,7 +149,9 @@ class World:
         self.node_families: tuple[int, ...] = ()
         """Of nodes' underlay addresses, where those are not the network's."""
         self._family_fields: dict[str, Any] = {}
-        """What every network config says besides."""
+        """What `use` said."""
+        self.keeps_families = False
+        """Every network config says that too."""
         self._marks = 0
         self.pod_names: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
@@ -176,13 +178,15 @@ class World:
         return topology.node_netns(self.lab, node)
 
     def config(self, **fields: Any) -> None:
-        self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **self._family_fields, **fields}))
+        self.etcd.put(
+            f"{ROOT}/config", json.dumps({**NET_CONF, **(self._family_fields if self.keeps_families else {}), **fields})
+        )
 
     def use(self, *families: int, **fields: Any) -> None:
         """Nodes that are made from now on have addresses of these families; the network has them, too."""
         self.families = families
         which = {"EnableIPv4": 4 in families, "EnableIPv6": 6 in families, "IPv6Network": str(NETWORK6)}
-        self._family_fields = {} if families == (4,) else which
+        self._family_fields = which
         self.config(**{**which, **fields})
 
     def node(self, number: int) -> str:
@@ -378,7 +382,9 @@ class KubeWorld(World):
         (self.config_map / "cni-conf.json").write_text(CNI_CONF)
 
     def config(self, **fields: Any) -> None:
-        self.config_file("net-conf.json", {**NET_CONF, **self._family_fields, **fields})
+        self.config_file(
+            "net-conf.json", {**NET_CONF, **(self._family_fields if self.keeps_families else {}), **fields}
+        )
 
     def config_file(self, name: str, content: Any) -> None:
         temporary = self.config_map / f".{name}"
@@ -477,7 +483,7 @@ class Stream:
                 time.sleep(gap_s)
 
         def receive() -> None:
-            while not self._ending.is_set() or select.select([listening], [], [], 0.3)[0]:
+            while not self._ending.is_set() or select.select([listening], [], [], 0.3 * PATIENCE)[0]:
                 if select.select([listening], [], [], 0.1)[0]:
                     self.came.add(int.from_bytes(listening.recv(64), "big"))
 
