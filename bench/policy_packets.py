@@ -1,8 +1,8 @@
 """What a packet between pods of one node costs, bridged, lifted and judged: `.venv/bin/python -m bench.policy_packets`.
 
-A whole agent, pods by CNI, policies from files. Small datagrams by iperf3 as fast as they go (both ends on this machine, so a
-packet's cost is the sender's, the kernel's and the receiver's in one), TCP, and round trips one after the other. The ways in
-turn, some rounds; the best of each, since others run here too.
+A whole agent, pods by CNI, policies from files. Small datagrams by iperf3 as fast as they go (both ends on this machine: a
+packet's cost is the sender's, the kernel's and the receiver's in one), TCP, and round trips one after the other. The ways
+ways in turn, some rounds; the best of each, since others run here too.
 """
 
 from __future__ import annotations

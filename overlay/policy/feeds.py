@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lease.kube.changes import Listed, Resource, Unusable
+from lease.kube.objects import MALFORMED
 from overlay.policy.resources import namespace_of, pod_of, policy_of
 
 PODS, NAMESPACES, POLICIES = "pods", "namespaces", "networkpolicies"
@@ -98,12 +99,13 @@ def read_all(texts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
             continue
         for document in documents:
             kind = document.get("kind") if isinstance(document, Mapping) else None
-            if kind not in KINDS:
+            if not isinstance(kind, str) or kind not in KINDS:
                 name = f"{file} ({kind})" if kind else file
                 items[POLICIES][name] = Unusable(f"{file}: kind {kind!r} must be one of {', '.join(KINDS)}")
                 continue
             resource = RESOURCES[KINDS[kind]]
-            meta = document.get("metadata") or {}
+            meta = document.get("metadata")
+            meta = meta if isinstance(meta, Mapping) else {}
             space = "" if kind == "Namespace" else f"{meta.get('namespace') or 'default'}/"
             key = f"{space}{meta.get('name')}"
             try:
@@ -112,7 +114,7 @@ def read_all(texts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
                 if key in items[resource.name]:
                     raise ValueError("another object has its name")
                 items[resource.name][key] = resource.decode(document)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except MALFORMED as error:
                 items[resource.name][key] = Unusable(f"{file}: {error}")
     for pod in [*items[PODS].values(), *items[POLICIES].values()]:
         if not isinstance(pod, Unusable) and pod.namespace not in items[NAMESPACES]:

@@ -44,7 +44,7 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
     texts = [each.get("ip", "") for each in status.get("podIPs") or ()] or [status.get("podIP") or ""]
     named = [
         ContainerPort(
-            port["name"],
+            _text(port["name"], "ports.name"),
             _protocol(port.get("protocol"), "ports.protocol"),
             _number(port["containerPort"], "containerPort"),
         )

@@ -27,8 +27,8 @@ class WgPeer(NamedTuple):
     psk: bytes = NO_KEY
     keepalive_s: int = 0
     adds: bool = False
-    """To be put: the device has nothing of it that is to go, so that prefixes are added. (To replace them all takes each away
-    for a moment, in which its packets are lost.)"""
+    """To be put: the device has nothing of it that is to go, so that prefixes are added. (To replace them all takes each
+    away for a moment, in which its packets are lost.)"""
 
     def __repr__(self) -> str:
         return f"WgPeer({sorted(self.allowed)}, {self.place})"  # no secret

@@ -1,0 +1,143 @@
+"""Objects that are not as the API demands: each is refused with what is wrong, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lease.kube.changes import Changed, Listed, Unusable
+from overlay.policy.cluster import Cluster
+from overlay.policy.compile import compile_node
+from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, read_all
+from overlay.policy.resources import pod_of, policy_of
+from overlay.policy.snapshot import Snapshot, as_json, from_json
+
+GOOD = {"podSelector": {}}
+
+
+def policy(**spec):
+    return {"metadata": {"namespace": "x", "name": "p"}, "spec": {**GOOD, **spec}}
+
+
+BAD = {
+    "a type that is none": (policy(policyTypes=["Egres"]), "spec.policyTypes: 'Egres' must be Ingress or Egress"),
+    "a spec that is none": ({"metadata": {"name": "p"}, "spec": 7}, "spec: 7 must be an object"),
+    "rules that are no list": (policy(ingress={}), "spec.ingress: {} must be a list"),
+    "an empty peer": (policy(ingress=[{"from": [{}]}]), "spec.ingress[0].from[0]: must have a podSelector"),
+    "a block beside a selector": (
+        policy(ingress=[{"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": {}}]}]),
+        "spec.ingress[0].from[0]: ipBlock must stand alone",
+    ),
+    "a block that is none": (
+        policy(egress=[{"to": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}], policyTypes=["Egress"]),
+        "spec.egress[0].to[0].ipBlock.cidr: '10.0.0.0/33' must be a prefix",
+    ),
+    "an exception outside": (
+        policy(ingress=[{"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}]}]),
+        "spec.ingress[0].from[0].ipBlock.except: 11.0.0.0/16 must be within 10.0.0.0/8",
+    ),
+    "a port above all": (policy(ingress=[{"ports": [{"port": 65536}]}]), "65536 must be a port number"),
+    "a port that is true": (policy(ingress=[{"ports": [{"port": True}]}]), "True must be a port number"),
+    "a protocol": (policy(ingress=[{"ports": [{"protocol": "ICMP"}]}]), "'ICMP' must be TCP, UDP or SCTP"),
+    "an end without a beginning": (policy(ingress=[{"ports": [{"endPort": 5}]}]), "endPort: must stand beside a port"),
+    "an end before it": (policy(ingress=[{"ports": [{"port": 9, "endPort": 5}]}]), "5 must not be below the port, 9"),
+    "an end of a name": (policy(ingress=[{"ports": [{"port": "web", "endPort": 5}]}]), "must not stand beside a port by name"),
+    "an operator": (
+        policy(podSelector={"matchExpressions": [{"key": "a", "operator": "Is"}]}), "'Is' must be In, NotIn, Exists",
+    ),
+    "In without values": (
+        policy(podSelector={"matchExpressions": [{"key": "a", "operator": "In"}]}), "values: must name some with In",
+    ),
+    "Exists with values": (
+        policy(podSelector={"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]}),
+        "values: must be empty with Exists",
+    ),
+    "a label that is a number": (policy(podSelector={"matchLabels": {"a": 7}}), "7 must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_is_refused_with_what_is_wrong(name):
+    item, words = BAD[name]
+    with pytest.raises(ValueError) as refused:
+        policy_of(item)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "ingress", "egress"),
+    [
+        ({}, True, False),
+        ({"egress": []}, True, False),
+        ({"egress": [{}]}, True, True),
+        ({"policyTypes": ["Egress"]}, False, True),
+        ({"policyTypes": [], "egress": [{}]}, True, True),
+        ({"policyTypes": ["Ingress"], "egress": [{}]}, True, False),
+    ],
+)
+def test_policy_types_default(spec, ingress, egress):
+    """Ingress always, Egress where there is at least one rule of it."""
+    found = policy_of(policy(**spec))
+    assert (found.ingress is not None, found.egress is not None) == (ingress, egress)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.sampled_from(["10.0.0.0/8", "In", "TCP", "x"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from([
+            "metadata", "spec", "status", "name", "namespace", "labels", "podSelector", "namespaceSelector", "matchLabels",
+            "matchExpressions", "key", "operator", "values", "ingress", "egress", "from", "to", "ports", "port", "endPort",
+            "protocol", "ipBlock", "cidr", "except", "policyTypes", "podIPs", "ip", "containers", "containerPort", "kind",
+        ]),
+        inner, max_size=6,
+    ),
+    max_leaves=30,
+)  # fmt: skip
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What a list or a watch takes for an object that cannot be used (lease/kube/objects.py)."""
+
+
+@given(st.dictionaries(st.sampled_from(["metadata", "spec", "status", "kind"]), values, max_size=4))
+@settings(max_examples=400, deadline=None)
+def test_whatever_an_object_is_it_is_used_or_refused(item):
+    for decode, resource in ((policy_of, POLICIES), (pod_of, PODS)):
+        try:
+            made = decode(item)
+        except MALFORMED as error:
+            made = Unusable(str(error))
+        cluster = Cluster("node1", alone=True)
+        cluster.take(Listed(NAMESPACES, 1, {"x": {}}))
+        cluster.take(Listed(resource, 1, {"x/p": made}))
+        cluster.take(Changed(resource, 2, {"x/p": made, "x/q": None}))
+        compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+        assert compiled.isolated is not None
+    read_all({"a.json": json.dumps(item).encode()})
+
+
+def test_what_a_snapshot_says_comes_back():
+
+    item = policy(
+        ingress=[
+            {
+                "from": [
+                    {"podSelector": {"matchLabels": {"a": "b"}}},
+                    {"ipBlock": {"cidr": "fd00::/64", "except": ["fd00::/65"]}},
+                ]
+            },
+            {"ports": [{"port": "web"}, {"port": 5, "endPort": 9}]},
+        ],
+        egress=[{"to": [{"namespaceSelector": {}}]}],
+    )
+    pod = {
+        "metadata": {"namespace": "x", "name": "a", "labels": {"a": "b"}},
+        "spec": {"nodeName": "n", "containers": [{"ports": [{"name": "web", "containerPort": 5}]}]},
+        "status": {"podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
+    }
+    one = Snapshot(
+        "n", True, (pod_of(pod),), {"x": {"k": "v"}}, (policy_of(item),), {"x/bad": "why"}, {4: ((1, 2),), 6: ()}
+    )
+    assert from_json(json.loads(json.dumps(as_json(one)))) == one
