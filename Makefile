@@ -85,7 +85,7 @@ bench: setup ## every figure of docs/performance.md, beside the real flanneld (b
 	command -v iperf3 >/dev/null && command -v ethtool >/dev/null || apt-get install -y iperf3 ethtool
 	bench/flanneld/build
 	.ci/kubernetes/build kube-apiserver
-	for it in cold warm nodes storm datapath watchers repair; do echo "== bench.$$it"; $(PY) -m bench.$$it || exit 1; done
+	for it in cold warm nodes storm datapath watchers repair policy policy_packets; do echo "== bench.$$it"; $(PY) -m bench.$$it || exit 1; done
 	$(PY) -m bench.cold --peers 100000 --rounds 1 --kinds ours,floor
 
 lock: setup ## take newer versions of what pyproject.toml asks for
@@ -109,7 +109,8 @@ chart-test: setup ## the Helm chart rendered by the real helm and compared with 
 	$(PY) -m pytest tests/chart
 
 KERNEL_TESTS := tests/kernel tests/kernels tests/backends tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
-	tests/agent/test_antispoof.py tests/agent/test_other_doors.py tests/agent/test_reach.py
+	tests/agent/test_antispoof.py tests/agent/test_other_doors.py tests/agent/test_reach.py \
+	tests/policy/test_enforcing.py
 NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
 
 kernels: setup ## what an agent does to the kernel, on Debian's 5.10, 6.1 and 6.12 under QEMU: table of docs/reliability.md (hours)
