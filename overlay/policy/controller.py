@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import queue
 import random
 import time
@@ -46,8 +45,6 @@ from overlay.process.log import log
 
 NAMED = 3
 """So many things are named in a problem."""
-_ALTERED = (errno.ENOENT, errno.EEXIST, errno.EBUSY)
-"""What the kernel says of a difference to something that is not there."""
 
 
 class PolicyAsked(NamedTuple):
@@ -272,15 +269,16 @@ class PolicyController(Controller):
         if whole:
             self._cadence.began()
             self._believe(wants)
-        for logs in (True, False) if self._logs else (False,):
-            try:
-                self._commit(wants.table, logs, wants.subnets)
-                break
-            except KernelError as error:
-                if not logs or (error.errno in _ALTERED and self._there is not None):
-                    raise
-                log.warning("policy.no_log", reason=str(error), effect="denied packets are counted, and not told")
-                self._logs = False
+        try:
+            self._commit(wants.table, self._logs, wants.subnets)
+        except KernelError as error:
+            if not self._logs:
+                raise
+            self._commit(
+                wants.table, False, wants.subnets
+            )  # refused as well, unless it was NFLOG that the kernel lacks
+            log.warning("policy.no_log", reason=str(error), effect="denied packets are counted, and not told")
+            self._logs = False
         if whole:
             self._read_whole = False
             self._cadence.spent(time.thread_time() - began)
