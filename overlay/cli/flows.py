@@ -76,7 +76,6 @@ class _Names:
         self._run_dir = run_dir
         self._asked = -AGAIN_S
         self.pods: dict[bytes, str] = {}
-        self.local: set[bytes] = set()
         self.compiled: Compiled | None = None
         self.refresh()
 
@@ -87,8 +86,7 @@ class _Names:
         snapshot: Snapshot = ask_policies(self._run_dir)
         self._asked = time.monotonic()
         self.pods = {address: pod.key for pod in snapshot.pods if not pod.alone for address in pod.addresses}
-        self.local = {a for pod in snapshot.pods if pod.node == snapshot.node for a in pod.addresses}
-        self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node)
+        self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, nodes=snapshot.nodes)
 
     def policies_of(self, chain: str) -> tuple[str, ...]:
         """Those of a chain."""

@@ -31,7 +31,8 @@ class CniResults:
     def __init__(self, folder: str) -> None:
         self._folder = folder
         self._read: dict[str, tuple[int, dict[str, CniResult]]] = {}
-        """By file: when it was written (ns), and its results by the name of the node's end."""
+        """By file: what shows whether it was written since (time, size, inode), and its results by the name of the node's
+        end."""
 
     def of(self, interface: str, mac: int) -> CniResult | None:
         """What is behind the node's end of that name and MAC; None where nothing says."""
@@ -53,7 +54,8 @@ class CniResults:
         there: dict[str, int] = {}
         for name in names:
             with suppress(OSError):  # it went meanwhile
-                there[name] = os.lstat(f"{self._folder}/{name}").st_mtime_ns
+                seen = os.lstat(f"{self._folder}/{name}")
+                there[name] = hash((seen.st_mtime_ns, seen.st_size, seen.st_ino))
         self._read = {name: known for name, known in self._read.items() if name in there}
         for name, written in there.items():
             if name not in self._read or self._read[name][0] != written:

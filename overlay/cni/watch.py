@@ -29,6 +29,7 @@ class ResultsThread(threading.Thread):
         while not self._ending.is_set():
             if os.path.isdir(self._folder):
                 self._follow()
+                self._post(PodsAttached())  # where it cannot be watched: now and then
             self._ending.wait(AGAIN_S)
 
     def stop(self) -> None:
@@ -42,13 +43,15 @@ class ResultsThread(threading.Thread):
         try:
             with_it.bind()
             with_it.register_path(self._folder, _CLOSE_WRITE | _MOVED | _DELETE | _SELF)
+            if min(with_it.wd, default=-1) < 0:
+                raise OSError("inotify_add_watch")
             self._post(PodsAttached())  # what came before it was watched
             while not self._ending.is_set():
                 events = [each for each in with_it.get() if each is not None]
                 self._post(PodsAttached())
                 if any(each["mask"] & _SELF for each in events):
                     return
-        except OSError:
-            return  # it went; it is looked for again
+        except (OSError, ValueError, LookupError):
+            return  # it went, or the limits of inotify are reached, or events were lost: looked at again
         finally:
             with_it.close()

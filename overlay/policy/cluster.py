@@ -14,6 +14,9 @@ from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
 from overlay.policy.index import Index
 from overlay.policy.model import Labels, Pod, Policy
 
+MOST_KEPT = 1000
+"""Values more than pods that are kept to be shared: of pods that are gone."""
+
 
 class Cluster:
     """It, in the loop's thread."""
@@ -25,6 +28,8 @@ class Cluster:
         self.policies: dict[str, Policy] = {}
         self.refused: dict[str, str] = {}
         """Policies that cannot be used, and why."""
+        self.unusable: dict[str, str] = {}
+        """Pods that cannot be used, and why: those of this node are held."""
         self.listed: set[str] = set()
         """Resources whose list is in."""
         self._pods: dict[str, Pod] = {}
@@ -70,7 +75,7 @@ class Cluster:
             return False
         changed = {key for key in given.keys() | self._given.keys() if given.get(key) != self._given.get(key)}
         self._given = given
-        for key in changed:
+        for key in {*changed, *self._pods}:  # who had an address that is another's now has it no more
             self._place(key)
         self.whole = True
         return True
@@ -78,7 +83,7 @@ class Cluster:
     # --- one resource each
 
     def _take_policies(self, event: Listed | Changed) -> bool:
-        before = dict(self.policies), dict(self.refused)
+        before = old, _ = dict(self.policies), dict(self.refused)
         if isinstance(event, Listed):
             self.policies.clear()
             self.refused.clear()
@@ -88,6 +93,8 @@ class Cluster:
             self.refused.pop(key, None)
             if isinstance(policy, Unusable):
                 self.refused[key] = policy.reason
+                if key in old:  # what was enforced of it stays, rather than nothing
+                    self.policies[key] = old[key]
             elif policy is not None:
                 self.policies[key] = policy
         return before != (self.policies, self.refused) or isinstance(event, Listed)
@@ -109,6 +116,7 @@ class Cluster:
             self.listed.add(PODS)
             self._pods.clear()
             self._extra.clear()
+            self.unusable = {key: pod.reason for key, pod in event.items.items() if isinstance(pod, Unusable)}
             pods = {key: self._shared(pod) for key, pod in event.items.items() if isinstance(pod, Pod)}
             self._pods = {key: pod for key, pod in pods.items() if self._is_local(pod)}
             self.index = Index((pod for key, pod in pods.items() if key not in self._pods), self.index.namespaces)
@@ -117,6 +125,9 @@ class Cluster:
             self.whole = True
             return True
         for key, pod in event.items.items():
+            self.unusable.pop(key, None)
+            if isinstance(pod, Unusable):
+                self.unusable[key] = pod.reason
             pod = self._shared(pod) if isinstance(pod, Pod) else None  # noqa: PLW2901
             if pod is not None and self._is_local(pod):
                 self.whole |= self._pods.get(key) != pod
@@ -132,12 +143,19 @@ class Cluster:
     def _note(self, change: PodChange) -> None:
         """What can be taken in alone, unless an address is in doubt."""
         self.changes.append(change)
-        addresses = [address for pod in change for address in (pod.addresses if pod is not None else ())]
-        self.whole |= any(self.index.holders[address] > 1 for address in addresses)
+        mine: dict[bytes, int] = {}
+        for pod in change:
+            if pod is not None:
+                mine.update(dict.fromkeys(pod.addresses, 0))
+        if change.now is not None and not change.now.alone:
+            mine.update(dict.fromkeys(change.now.addresses, 1))
+        self.whole |= any(self.index.holders[address] > own for address, own in mine.items())
 
     def taken(self) -> None:
         """All is compiled."""
         self.whole, self.changes = False, []
+        if len(self._labels) + len(self._kept) > 2 * len(self.index.places) + MOST_KEPT:
+            self._labels, self._kept = {}, {}
 
     def _is_local(self, pod: Pod) -> bool:
         return pod.node == self._node or (self._alone and pod.key in self._given)
@@ -156,7 +174,7 @@ class Cluster:
         """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that
         may be of before, or not know of them yet."""
         pod, given = self._pods.get(key), self._given.get(key, ())
-        if pod is None and self._alone and given:
+        if pod is None and self._alone and given and key not in self.unusable:
             namespace, _, name = key.partition("/")
             pod = Pod(namespace, name, self._node, {}, ())
             self._extra.add(key)

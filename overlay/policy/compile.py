@@ -107,7 +107,7 @@ def compile_node(
                     selecting[direction].setdefault(pod.key, []).append(policy)
     chains: dict[str, Chain] = {}
     pods: dict[str, dict[bytes, str]] = {direction: {} for direction in DIRECTIONS}
-    for pod in index.members(local):
+    for pod in sorted(index.members(local), key=lambda each: each.key):
         for direction in DIRECTIONS:
             name = ""
             if found := selecting[direction].get(pod.key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import random
 import time
@@ -40,9 +41,12 @@ from overlay.policy.table import (
     forward,
     generation_of,
     table,
+    unmarked,
 )
 from overlay.process.log import log
 
+_NO_LOG = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a kernel says that has no NFLOG (and of other things, too)."""
 NAMED = 3
 """So many things are named in a problem."""
 
@@ -214,18 +218,24 @@ class PolicyController(Controller):
             return  # what an agent before us enforced stays
         if not cluster.policies or not wants.enforced:
             self._in_force = self._revision
-            self._feeds.stop(PODS)
-            cluster.forget_pods()
+            if self._current.inputs.settings.kube:  # files bring all at once
+                self._feeds.stop(PODS)
+                cluster.forget_pods()
+                self._unread.pop(PODS, None)
             self._off(wants.table)
             self._current.set(policies_known=True)
             return
         self._feeds.start(PODS)
         if PODS not in cluster.listed:
+            if PODS in self._unread and not self._sets.has(wants.table.family, wants.table.name):
+                self._current.set(policies_known=True)
             return
         if self._clock() >= self._cadence.at:
             self._read_whole = True
+            self._stale |= cluster.results(self._results())  # whatever was missed
         if self._nodes_changed():
-            self._nodes_seen, self._stale, cluster.whole = self._nodes_version(), True, True
+            self._stale = cluster.whole = True
+        self._nodes_seen = self._nodes_version()
         if self._stale:
             self._stale = False
             if cluster.whole or self.compiled is NOTHING:
@@ -272,7 +282,7 @@ class PolicyController(Controller):
         try:
             self._commit(wants.table, self._logs, wants.subnets)
         except KernelError as error:
-            if not self._logs:
+            if not self._logs or error.errno not in _NO_LOG:
                 raise
             self._commit(
                 wants.table, False, wants.subnets
@@ -291,8 +301,10 @@ class PolicyController(Controller):
         found = self._sets.read_content(wants.table, expected)
         if found is not None:
             generation = generation_of(found)
+            self._generation = (
+                generation  # 0: it is to be raised still, or somebody altered the chain: another one then
+            )
             if generation:
-                self._generation = generation
                 found = found._replace(chains={**found.chains, FORWARD: forward(generation)})
             if before is not None and found != before:
                 self._mended += 1
@@ -312,22 +324,32 @@ class PolicyController(Controller):
             self._generation = random.randrange(1, LAST_GENERATION)  # noqa: S311
         wanted = self._content(subnets, self._generation, logs)
         takes = there is not None and takes_away(there, wanted)
-        written = self._sets.change_content(which, there, wanted)
+        if takes:
+            wanted = wanted._replace(chains={**wanted.chains, FORWARD: unmarked()})
+        written = self._change(which, there, wanted)
         self._there = wanted
         if takes:  # after the change itself: a packet under way must not be marked with the new one by the old rules
             if self._generation == LAST_GENERATION:
                 log.info("policy.marks_cleared", connections=clear_marks(MARK_MASK), reason="generations begin anew")
             self._generation = self._generation % LAST_GENERATION + 1
             raised = self._content(subnets, self._generation, logs)
-            self._sets.change_content(which, wanted, raised)
+            self._change(which, wanted, raised)
             self._there = raised
         if written:
             self._commits += 1
             log.debug("policy", table=which.name, generation=self._generation, chains=len(self.compiled.chains))
 
+    def _change(self, which: Table, there: Content | None, wanted: Content) -> bool:
+        try:
+            return self._sets.change_content(which, there, wanted)
+        except ValueError as error:  # a set or chain of another form: an agent of another version, or somebody
+            log.warning("policy.made_anew", table=which.name, reason=str(error))
+            self._sets.replace_content(which, wanted)
+            return True
+
     def _say(self, wants: _Wants) -> None:
         """What stands in the way."""
-        refused = self.cluster.refused
+        refused = {**self.cluster.refused, **{f"pod {key}": why for key, why in self.cluster.unusable.items()}}
         words = "; ".join(f"{key}: {reason}" for key, reason in sorted(refused.items())[:NAMED])
         more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         self._health.report(
@@ -338,7 +360,11 @@ class PolicyController(Controller):
         count = len(self.cluster.policies)
         off = f"{count} NetworkPolicies exist, and none is enforced: --network-policy is false"
         ipvs = f"{count} NetworkPolicies exist, and kube-proxy's IPVS goes past them: use its nftables or iptables mode"
-        fault = "" if not count else off if not wants.enforced else ipvs if wants.ipvs else ""
+        lacking = (
+            f"{count} NetworkPolicies exist, and none is enforced: pods cannot be read: {self._unread.get(PODS, '')}"
+        )
+        none = PODS in self._unread and PODS not in self.cluster.listed and self._there is None
+        fault = "" if not count else off if not wants.enforced else lacking if none else ipvs if wants.ipvs else ""
         self._health.report("policies not enforced", fault, harmless=True)
 
     def due(self) -> float | None:

@@ -18,7 +18,8 @@ RESOURCES = {
     POLICIES: Resource(POLICIES, "/apis/networking.k8s.io/v1/networkpolicies", policy_of),
 }
 KINDS = {"Pod": PODS, "Namespace": NAMESPACES, "NetworkPolicy": POLICIES}
-FILES_EVERY_S = 1.0
+FILES_EVERY_S, WRITTEN_S = 1.0, 0.1
+"""How often files are looked at; those that changed are believed when they are the same a moment later."""
 ENDINGS = (".yaml", ".yml", ".json")
 LARGEST = 16 << 20
 """Bytes of a file that are read."""
@@ -38,6 +39,10 @@ class FolderFeed(threading.Thread):
         super().__init__(name="policy-files", daemon=True)
         self._folder, self._post = folder, post
         self._seen: dict[str, bytes] | None = None
+        self._once: dict[str, bytes] | None = None
+        """What was seen once, and differs."""
+        self._good: dict[str, bytes] = {}
+        """Of each file what could be read last."""
         self._ending, self._wake = threading.Event(), threading.Event()
         self._revision = 0
 
@@ -62,7 +67,7 @@ class FolderFeed(threading.Thread):
     def run(self) -> None:
         while not self._ending.is_set():
             self.look()
-            self._wake.wait(FILES_EVERY_S)
+            self._wake.wait(FILES_EVERY_S if self._once is None else WRITTEN_S)
             self._wake.clear()
 
     def look(self) -> None:
@@ -74,10 +79,16 @@ class FolderFeed(threading.Thread):
             self._post(Down(POLICIES, f"--policy-dir: {self._folder}: {error.strerror or error}"))
             return
         if texts == self._seen:
+            self._once = None
             return
-        self._seen = texts
+        if texts != self._once:  # somebody may be writing one just now
+            self._once = texts
+            return
+        self._seen, self._once = texts, None
         self._revision += 1
-        items = read_all(texts)
+        items = read_all(texts, self._good)
+        good = {name: text if _readable(text) else self._good.get(name) for name, text in texts.items()}
+        self._good = {name: text for name, text in good.items() if text is not None}
         for name in (NAMESPACES, PODS, POLICIES):  # the last one completes the others
             self._post(Listed(name, self._revision, items[name]))
 
@@ -87,16 +98,25 @@ def _text(path: str) -> bytes:
         return file.read(LARGEST)
 
 
-def read_all(texts: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """The objects of files, by resource and key; in place of one that cannot be used an Unusable. A file that is no YAML is
-    one of those, as a policy by the file's name. Namespaces that nobody describes have the label of their name alone."""
+def _readable(text: bytes) -> bool:
+    try:
+        _documents(text)
+    except MALFORMED:
+        return False
+    return True
+
+
+def read_all(texts: Mapping[str, bytes], good: Mapping[str, bytes] | None = None) -> dict[str, dict[str, Any]]:
+    """The objects of files, by resource and key; good: what those said that cannot be read now. In place of one that cannot
+    be used an Unusable. A file that is no YAML is one of those, as a policy by the file's name. Namespaces that nobody
+    describes have the label of their name alone."""
     items: dict[str, dict[str, Any]] = {name: {} for name in RESOURCES}
     for file, text in texts.items():
         try:
             documents = list(_documents(text))
-        except (ValueError, RecursionError) as error:
+        except MALFORMED as error:
             items[POLICIES][file] = Unusable(f"{file}: {error}")
-            continue
+            documents = _documents(good[file]) if good and file in good else []
         for document in documents:
             kind = document.get("kind") if isinstance(document, Mapping) else None
             if not isinstance(kind, str) or kind not in KINDS:

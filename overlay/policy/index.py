@@ -76,11 +76,11 @@ class Index:
     def _mark(self, pod: Pod, bit: int) -> None:
         """Set what is not set, and the reverse."""
         self._all ^= bit
-        self._of_namespace[pod.namespace] = self._of_namespace.get(pod.namespace, 0) ^ bit
-        self._of_node[pod.node] = self._of_node.get(pod.node, 0) ^ bit
+        _flip(self._of_namespace, pod.namespace, bit)
+        _flip(self._of_node, pod.node, bit)
         for key, values in self._values.items():
             if (value := pod.labels.get(key)) is not None:
-                values[value] = values.get(value, 0) ^ bit
+                _flip(values, value, bit)
 
     # --- what is asked
 
@@ -142,6 +142,14 @@ class Index:
                     places.setdefault(value, []).append(place)
             found = self._values[key] = {value: _bits(those) for value, those in places.items()}
         return found
+
+
+def _flip(bits: dict[str, int], name: str, bit: int) -> None:
+    """What has none left is not kept."""
+    if now := bits.get(name, 0) ^ bit:
+        bits[name] = now
+    else:
+        del bits[name]
 
 
 def _bits(places: list[int]) -> int:

@@ -25,7 +25,9 @@ class KubeFeeds:
         objects = Objects(KubeClient(self._settings), RESOURCES[name])
 
         def post(event: Any) -> None:
-            self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
+            running = self._running.get(name)
+            if running is not None and running[1] is objects:  # not of one that was stopped while it read
+                self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
 
         feed = Feed(objects, post)
         self._running[name] = feed, objects

@@ -33,6 +33,7 @@ from overlay.policy.model import (
 
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
 """A label that the API server gives each Namespace."""
+_MAPPED = bytes(10) + b"\xff\xff"
 _ENDED = ("Succeeded", "Failed")
 _PORT_NAME = re.compile(r"(?=.*[a-z])[a-z0-9]+(-[a-z0-9]+)*")
 _TYPES = ("Ingress", "Egress")
@@ -195,6 +196,10 @@ def _prefix(text: Any, where: str) -> Prefix:
     """Host bits are allowed in the API, and mean nothing (Go's net.ParseCIDR)."""
     try:
         address, _, length = str(text).partition("/")
+        if ":" not in address:  # Kubernetes takes leading zeros as decimal (ParseCIDRSloppy)
+            address = ".".join(str(int(part)) for part in address.split("."))
+        elif length.isdecimal() and int(length) >= 96 and (mapped := packed(address))[:12] == _MAPPED:
+            address, length = ".".join(map(str, mapped[12:])), str(int(length) - 96)  # ::ffff:10.0.0.0/104 (RFC 4291)
         family = 6 if ":" in address else 4
         bits, base = (128 if family == 6 else 32), int.from_bytes(packed(address), "big")
         if not length.isdecimal() or int(length) > bits:

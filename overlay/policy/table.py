@@ -139,6 +139,13 @@ def forward(generation: int) -> Rules:
     )
 
 
+def unmarked() -> Rules:
+    """The chain between what takes something away and the next generation: each packet is judged, and none is marked. Who
+    finds it so knows that the generation is still to be raised."""
+    rules = forward(1)
+    return rules._replace(rules=(rules.rules[0], *rules.rules[2:4]))
+
+
 def generation_of(content: Content) -> int:
     """The generation that a table found in the kernel is in; 0: of none that is ours."""
     found = content.chains.get(FORWARD)

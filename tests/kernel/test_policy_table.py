@@ -8,13 +8,13 @@ from contextlib import closing
 import pytest
 
 from lease.model import prefix
-from overlay.kernel.nftables.content import Content
+from overlay.kernel.nftables.content import Content, Elements, Form
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.lab import netns
 from overlay.policy.compile import compile_node
 from overlay.policy.index import Index
 from overlay.policy.resources import namespace_of, pod_of, policy_of
-from overlay.policy.table import Maker, generation_of, table
+from overlay.policy.table import FORWARD, Maker, generation_of, table, unmarked
 from tests.support.policy import cases, in_ipv6, pod_object, sixth
 
 TABLE = table(1)
@@ -68,3 +68,24 @@ def test_each_is_read_back_as_it_was_made_and_changed_by_its_difference(nft):
         there = found
     nft.change_content(TABLE, there, Content())
     assert nft.read_content(TABLE, Content()) == Content()
+
+
+def test_who_finds_it_between_a_change_and_its_generation_knows(nft):
+    """An agent that was killed there: the one after it raises the generation."""
+    _, wanted = next(contents())
+    between = wanted._replace(chains={**wanted.chains, FORWARD: unmarked()})
+    nft.change_content(TABLE, None, between)
+    assert generation_of(nft.read_content(TABLE, wanted)) == 0
+    assert generation_of(nft.read_content(TABLE, between)) == 0
+    nft.change_content(TABLE, nft.read_content(TABLE, wanted), wanted)
+    assert generation_of(nft.read_content(TABLE, between)) == 7
+
+
+def test_a_table_of_another_form_is_made_anew(nft):
+    _, wanted = next(contents())
+    nft.change_content(TABLE, None, Content({"self4": Elements(Form(7, 4))}))
+    found = nft.read_content(TABLE, wanted)
+    with pytest.raises(ValueError, match="self4"):
+        nft.change_content(TABLE, found, wanted)
+    nft.replace_content(TABLE, wanted)
+    assert nft.read_content(TABLE, wanted) == wanted

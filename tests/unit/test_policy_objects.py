@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lease.kube.changes import Changed, Listed, Unusable
+from overlay.cni.results import CniResult
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import compile_node
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, read_all
-from overlay.policy.resources import pod_of, policy_of
+from overlay.policy.resources import packed, pod_of, policy_of
 from overlay.policy.snapshot import Snapshot, as_json, from_json
 
 GOOD = {"podSelector": {}}
@@ -141,3 +142,57 @@ def test_what_a_snapshot_says_comes_back():
         "n", True, (pod_of(pod),), {"x": {"k": "v"}}, (policy_of(item),), {"x/bad": "why"}, {4: ((1, 2),), 6: ()}
     )
     assert from_json(json.loads(json.dumps(as_json(one)))) == one
+
+
+@pytest.mark.parametrize(
+    "text", ["a: !!bool foo", "a: !!timestamp foo", "a: !!int ''", "kind: List\nitems: 5", "{", "kind: []"]
+)
+def test_whatever_a_file_is_the_others_count(text):
+    good = json.dumps({"kind": "NetworkPolicy", **policy()}).encode()
+    found = read_all({"a.yaml": text.encode(), "b.yaml": good})
+    assert "x/p" in found[POLICIES]
+    assert isinstance(found[POLICIES]["x/p"], type(policy_of(policy())))
+    assert len(found[POLICIES]) == 2, "and the other is named"
+    kept = read_all({"a.yaml": text.encode()}, {"a.yaml": good})
+    assert "x/p" in kept[POLICIES] or text in ("kind: []", "kind: List\nitems: 5"), "what it said last stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [("010.0.0.0/8", "10.0.0.0/8"), ("::ffff:10.0.0.0/104", "10.0.0.0/8"), ("10.1.2.3/8", "10.0.0.0/8")],
+)
+def test_blocks_mean_what_kubernetes_takes_them_for(text, means):
+    found = policy_of(policy(ingress=[{"from": [{"ipBlock": {"cidr": text}}]}]))
+    assert str(found.ingress[0].peers[0].cidr) == means
+
+
+def result_of(pod: str, address: str) -> CniResult:
+    return CniResult(0, {4: frozenset({int.from_bytes(packed(address), "big")}), 6: frozenset()}, pod)
+
+
+def test_an_address_that_another_pod_was_given_is_no_more_the_first_ones():
+    """Whatever comes first: the API goes on to say that the old pod has it, until it is gone."""
+    item = {
+        "metadata": {"namespace": "x", "name": "old"}, "spec": {"nodeName": "node1"}, "status": {"podIPs": [{"ip": "10.0.0.5"}]},
+    }  # fmt: skip
+    new = {"metadata": {"namespace": "x", "name": "new"}, "spec": {"nodeName": "node1"}}
+    cluster = Cluster("node1", alone=False)
+    cluster.take(Listed(PODS, 1, {"x/old": pod_of(item)}))
+    cluster.results([result_of("x/old", "10.0.0.5")])
+    cluster.results([])
+    cluster.take(Changed(PODS, 2, {"x/new": pod_of(new)}))
+    cluster.results([result_of("x/new", "10.0.0.5")])
+    having = {pod.key: pod.addresses for pod in cluster.index.pods if pod is not None}
+    assert having == {"x/old": (), "x/new": (packed("10.0.0.5"),)}
+
+
+def test_a_policy_that_becomes_unusable_stays_as_it_was():
+    cluster = Cluster("node1", alone=False)
+    good = policy_of(policy())
+    cluster.take(Listed(POLICIES, 1, {"x/p": good}))
+    cluster.take(Changed(POLICIES, 2, {"x/p": Unusable("why")}))
+    assert (cluster.policies, cluster.refused) == ({"x/p": good}, {"x/p": "why"})
+    cluster.take(Listed(POLICIES, 3, {"x/p": Unusable("why")}))
+    assert (cluster.policies, cluster.refused) == ({"x/p": good}, {"x/p": "why"})
+    cluster.take(Changed(POLICIES, 4, {"x/p": None}))
+    assert (cluster.policies, cluster.refused) == ({}, {})

@@ -93,13 +93,15 @@ def policies(draw: Any, number: int) -> dict[str, Any]:
 
 
 @st.composite
-def pods(draw: Any, number: int) -> dict[str, Any]:
+def pods(draw: Any, number: int, places: int = 0) -> dict[str, Any]:
+    """places: so many addresses there are for all pods; 0: each has its own."""
     named = [
         {"name": name, "containerPort": draw(st.sampled_from(PORTS)), "protocol": protocol}
         for name, protocol in (("http", "TCP"), ("dns", "UDP"))
         if draw(st.booleans())
     ]
-    addresses = [f"10.0.0.{number + 1}", f"fd00::{number + 1:x}"]
+    at = draw(st.integers(1, places)) if places else number + 1
+    addresses = [f"10.0.0.{at}", f"fd00::{at:x}"]
     shown = addresses if draw(st.booleans()) else addresses[:1]
     phase = draw(st.sampled_from(["Running", "Running", "Running", "Succeeded"]))
     return {
@@ -164,7 +166,7 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
     for _ in range(data.draw(st.integers(1, 6))):
         kind = data.draw(st.sampled_from(["pod", "pod", "pod", "gone", "policy", "namespace"]))
         if kind == "pod":
-            pod = data.draw(pods(data.draw(st.integers(0, 7))))
+            pod = data.draw(pods(data.draw(st.integers(0, 7)), 4))
             there[key(pod)] = pod
             cluster.take(Changed(PODS, 2, {key(pod): pod_of(pod)}))
         elif kind == "gone" and there:

@@ -138,7 +138,8 @@ def difference(table: Table, there: Content, wanted: Content) -> list[Message]:
 
 
 def takes_away(there: Content, wanted: Content) -> bool:
-    """Whether what some rule let through may not be let through any more: keys or rules went, or a key has another chain."""
+    """Whether what some rule let through may not be let through any more: keys or rules went, or a key has another chain,
+    or its first."""
     for name, before in there.sets.items():
         after = wanted.sets.get(name)
         if after is before:
@@ -147,6 +148,8 @@ def takes_away(there: Content, wanted: Content) -> bool:
             return True
         if any(after.chains.get(key) != chain for key, chain in before.chains.items()):
             return True
+        if any(chain and key not in before.chains for key, chain in after.chains.items()):
+            return True  # what had no chain may have been let through before
     return any(wanted.chains.get(name) != rules for name, rules in there.chains.items())
 
 

@@ -119,6 +119,11 @@ class NetfilterSocket(RequestSocket):
             self._commit(found, f"changing nft table {table.family} {table.name}")
         return bool(found)
 
+    def replace_content(self, table: content.Table, wanted: content.Content) -> None:
+        """Make a table anew at once, whatever stood under its name. Raises KernelError."""
+        found = [*nf_wire.remove(table.family, table.name), *content.make(table, wanted)]
+        self._commit(found, f"making nft table {table.family} {table.name}")
+
     def rules_counted(self, table: content.Table) -> list[tuple[str, str, int]]:
         """Of each rule that counts its chain, its comment and the packets it saw. Raises KernelError."""
         return list(content.counted(self._read(nf_wire.GETRULE, table)))
