@@ -184,7 +184,7 @@ class PolicyController(Controller):
     def wants(self, inputs: Inputs) -> object:
         """Which table, for which subnets."""
         settings = inputs.settings
-        if not settings.kube and not settings.policy_dir:
+        if not self._is_told():
             return None
         if inputs.config is None or inputs.own is None:
             return Waiting("for a lease")
@@ -367,6 +367,11 @@ class PolicyController(Controller):
         fault = "" if not count else off if not wants.enforced else lacking if none else ipvs if wants.ipvs else ""
         self._health.report("policies not enforced", fault, harmless=True)
 
+    def _is_told(self) -> bool:
+        """Whether there is anything that policies come from."""
+        settings = self._current.inputs.settings
+        return bool(settings.kube or settings.policy_dir)
+
     def due(self) -> float | None:
         """When the table is read again."""
         if self._there is None:
@@ -390,7 +395,9 @@ class PolicyController(Controller):
             self._health.solved(subject)
 
     def status(self) -> Mapping[str, object]:
-        """`policy`: what is enforced."""
+        """`policy`: what is enforced; nothing where there is nobody to say so."""
+        if not self._is_told():
+            return {}
         compiled, cluster = self.compiled, self.cluster
         return {
             "policy": {
@@ -406,6 +413,8 @@ class PolicyController(Controller):
 
     def counters(self) -> Mapping[str, int]:
         """How often the table was changed, and put back; what it dropped, {} where the kernel does not say."""
+        if not self._is_told():
+            return {}
         found = {"policy_commits": self._commits, "mended_policy": self._mended}
         if self._there is None or self._wanted is None:
             return found

@@ -201,6 +201,9 @@ def test_a_bridge_whose_packets_kube_proxy_does_not_see_is_told(kube_world):
     until("there is a network list", (agent.run_dir / "cni" / "10-flannel.conflist").exists)
     assert problems(agent) == "{}"
     world.run("node1", "sysctl", "-w", "net.bridge.bridge-nf-call-iptables=0")
+    until("frames are given to the node", lambda: agent.status()["antispoof"]["lifted"], 30)
+    assert problems(agent) == "{}"
+    world.config_file("overlayd.json", {"pod-lift": "off"})
     until("it is told, and how to mend it", lambda: "modprobe br_netfilter" in problems(agent))
     assert agent.ready()
     world.run("node1", "sysctl", "-w", "net.bridge.bridge-nf-call-iptables=1")

@@ -266,7 +266,9 @@ def test_a_write_is_for_one_uid_alone(clean, stores):
     ("method", "path", "allowed"),
     [
         ("get", "/api/v1/nodes/me", True),
-        ("get", "/api/v1/pods", False),
+        ("get", "/api/v1/pods", True),
+        ("get", "/api/v1/namespaces", True),
+        ("get", "/apis/networking.k8s.io/v1/networkpolicies", True),
         ("get", "/api/v1/secrets", False),
         ("patch", "/api/v1/nodes/me/status", True),
         ("patch", "/api/v1/nodes/me", False),
