@@ -211,8 +211,7 @@ def _attachments(settings: Settings, post: Callable[[Any], None]) -> list[thread
     """Who says when pods are attached, where policies wait for that."""
     from overlay.cni.watch import ResultsThread
 
-    used = settings.kube or settings.policy_dir
-    return [ResultsThread(settings.cni_results_dir, post)] if used else []
+    return [ResultsThread(settings.cni_results_dir, post)] if settings.knows_policies else []
 
 
 def _post_signals(inbox: queue.SimpleQueue[Any]) -> None:
@@ -359,7 +358,7 @@ def _policies(settings: Settings, loop: Loop) -> serve.Answer:
     from overlay.policy.controller import PolicyAsked
     from overlay.policy.snapshot import Snapshot, as_json
 
-    if not settings.kube and not settings.policy_dir:
+    if not settings.knows_policies:
         return serve.text(404, "this agent knows no policies: without Kubernetes --policy-dir names their folder")
     answer: queue.SimpleQueue[Snapshot] = queue.SimpleQueue()
     loop.post(PolicyAsked(answer))

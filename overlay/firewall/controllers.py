@@ -315,7 +315,7 @@ class PodsController(_TableController):
     def wants(self, inputs: Inputs) -> object:
         """The table's form, and where pods' ports are."""
         settings = inputs.settings
-        if not inputs.policies_known and settings.network_policy and (settings.kube or settings.policy_dir):
+        if not inputs.policies_known and settings.network_policy and settings.knows_policies:
             return Waiting(
                 "for the policies"
             )  # what is lifted for an agent before us stays so: no packet goes past them

@@ -51,17 +51,15 @@ def rules(lift: Lift) -> Iterator[nf_wire.Rule]:
             yield from _lifting(family, subnets, lift.policed)
     yield from _between(lift)
     for number, (protocol, kind) in _REDIRECTS.items():
-        is_kind = nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(protocol), nf_wire.load("transport", 0, 1)
-        words = "a redirect to the pod itself"
-        yield nf_wire.Rule(OUTPUT, words, (*_of(number), *is_kind, nf_wire.equal(kind), nf_wire.DROP))
+        yield nf_wire.Rule(OUTPUT, "a redirect to the pod itself", (*_icmp(number, protocol, kind), nf_wire.DROP))
     for subnet, _ in lift.bridges if lift.policed else ():
         family = FAMILIES[subnet.family]
-        to_port = nf.meta(nf.META_OIF), nf.load(family.destination_at, family.size, 1)
+        to_port = nf_wire.meta(nf_wire.META_OIF), nf_wire.load("network", family.destination_at, family.size, 1)
         expressions = (
             *_of(subnet.family),
             *_to(subnet),
             *to_port,
-            nf.absent_from(ADDRESSES[subnet.family]),
+            nf_wire.absent_from(ADDRESSES[subnet.family]),
             nf_wire.DROP,
         )
         yield nf_wire.Rule(OUTPUT, "to another's port", expressions)
@@ -71,16 +69,14 @@ def _lifting(family: Family, subnets: list[tuple[Prefix, int]], policed: bool) -
     number = family.number
     if number == 6:
         for kind in (_SOLICIT, _ADVERT):
-            icmp = nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_ICMPV6), nf_wire.load("transport", 0, 1)
-            words = "neighbours are found on the link"
-            yield nf_wire.Rule(PREROUTING, words, (*_of(6), *icmp, nf_wire.equal(kind), nf.ACCEPT))
+            yield nf_wire.Rule(PREROUTING, "neighbours are found on the link", (*_icmp(6, _ICMPV6, kind), nf.ACCEPT))
     for subnet, _ in subnets if policed else ():
-        by_port = nf_wire.meta(nf_wire.META_IIF), nf_wire.load("network", family.source_at, family.size, True)
+        by_port = nf_wire.meta(nf_wire.META_IIF), nf_wire.load("network", family.source_at, family.size, 1)
         source = nf_wire.load("network", family.source_at, family.size), *_prefix(subnet)
         expressions = *_of(number), *source, *by_port, nf_wire.absent_from(ADDRESSES[number]), nf_wire.DROP
         yield nf_wire.Rule(PREROUTING, "a port that has not this address", expressions)
     for subnet, mac in subnets:
-        away = nf.meta(nf.META_PKTTYPE), nf.differ(bytes(1))
+        away = nf_wire.meta(nf_wire.META_PKTTYPE), nf_wire.differ(bytes(1))
         lifted = nf.for_this_host(), nf.to_mac(mac)
         yield nf_wire.Rule(PREROUTING, "to the node, which forwards it", (*_of(number), *away, *_to(subnet), *lifted))
 
@@ -89,21 +85,26 @@ def _between(lift: Lift) -> Iterator[nf_wire.Rule]:
     """What is still bridged from port to port: what layer 3 does not see."""
     yield nf_wire.Rule(BETWEEN, "", (nf_wire.meta(nf_wire.META_PROTOCOL), nf_wire.equal(_ARP), nf.ACCEPT))
     for kind in (_SOLICIT, _ADVERT):
-        icmp = nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(_ICMPV6), nf_wire.load("transport", 0, 1)
-        yield nf_wire.Rule(BETWEEN, "", (*_of(6), *icmp, nf_wire.equal(kind), nf.ACCEPT))
+        yield nf_wire.Rule(BETWEEN, "", (*_icmp(6, _ICMPV6, kind), nf.ACCEPT))
     for subnet, _ in lift.bridges:  # what br_netfilter translated (a Service) it bridges past the lift
         family = FAMILIES[subnet.family]
-        host = nf.meta(nf.META_PKTTYPE), nf.equal(bytes(1))
-        to_port = nf.meta(nf.META_OIF), nf.load(family.destination_at, family.size, 1)
-        bound = nf.found_in(ADDRESSES[subnet.family]), nf.ACCEPT
+        host = nf_wire.meta(nf_wire.META_PKTTYPE), nf_wire.equal(bytes(1))
+        to_port = nf_wire.meta(nf_wire.META_OIF), nf_wire.load("network", family.destination_at, family.size, 1)
+        bound = nf_wire.found_in(ADDRESSES[subnet.family]), nf.ACCEPT
         yield nf_wire.Rule(BETWEEN, "", (*_of(subnet.family), *_to(subnet), *host, *to_port, *bound))
-    for index, name in ((nf_wire.META_IIF, nf_wire.META_IIFNAME), (nf.META_OIF, nf.META_OIFNAME)):
-        port = nf.meta(index), nf.meta(name, 1)
-        yield nf_wire.Rule(BETWEEN, "layer 2 of an isolated pod", (*port, nf.found_in(CLOSED), nf_wire.DROP))
+    for index, name in ((nf_wire.META_IIF, nf_wire.META_IIFNAME), (nf_wire.META_OIF, nf_wire.META_OIFNAME)):
+        port = nf_wire.meta(index), nf_wire.meta(name, 1)
+        yield nf_wire.Rule(BETWEEN, "layer 2 of an isolated pod", (*port, nf_wire.found_in(CLOSED), nf_wire.DROP))
 
 
 def _of(number: int) -> tuple[bytes, ...]:
     return nf_wire.meta(nf_wire.META_PROTOCOL), nf_wire.equal(_ETHERTYPES[number])
+
+
+def _icmp(number: int, protocol: bytes, kind: bytes) -> tuple[bytes, ...]:
+    """An ICMP message of a type, in a family."""
+    is_icmp = nf_wire.meta(nf_wire.META_L4PROTO), nf_wire.equal(protocol)
+    return *_of(number), *is_icmp, nf_wire.load("transport", 0, 1), nf_wire.equal(kind)
 
 
 def _to(subnet: Prefix) -> tuple[bytes, ...]:

@@ -50,7 +50,7 @@ def table_name(network: int) -> str:
 def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_wire.Table:
     """The form of the table. antispoof: whether a port's pod is kept to what it has; lift: whether frames between pods are
     given to the node. Source: RFC 826 (ARP's sender behind 14 bytes), RFC 4861 (neighbour discovery), IEEE 802.1Q."""
-    port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, True))
+    port = (meta(nf_wire.META_IIF), meta(nf_wire.META_IIFNAME, 1))
     bound, bound6 = ((*port, nf_wire.found_in(SETS[number].ports)) for number in (4, 6))
     icmpv6 = (meta(nf_wire.META_L4PROTO), equal(_ICMPV6), load("transport", 0, 1))
     drop = (nf_wire.count(SPOOFED), nf_wire.DROP)
@@ -62,17 +62,17 @@ def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_
         return meta(nf_wire.META_IIF), field, nf_wire.absent_from(name)
 
     rules: list[tuple[str, tuple[bytes, ...]]] = [
-        (BY_MAC, (*bound, *not_its_own(load("ether", 6, 6, True), MACS))),
+        (BY_MAC, (*bound, *not_its_own(load("ether", 6, 6, 1), MACS))),
         ("an IPv4 source of another", (*bound, *kind(_IPV4), *not_its_own(_source(V4), SETS[4].addresses))),
         (
             "ARP for another's address",  # a probe has none (RFC 5227)
             (*bound, *kind(_ARP), load("network", 14, 4), nf_wire.differ(bytes(4)),
-             *not_its_own(load("network", 14, 4, True), SETS[4].addresses)),
+             *not_its_own(load("network", 14, 4, 1), SETS[4].addresses)),
         ),
         (
             "a probe for another's address",  # who probes for it, too, has it (RFC 5227, 2.1.1)
             (*bound, *kind(_ARP), load("network", 14, 4), equal(bytes(4)),
-             *not_its_own(load("network", 24, 4, True), SETS[4].addresses)),
+             *not_its_own(load("network", 24, 4, 1), SETS[4].addresses)),
         ),
         (
             "an IPv6 source of another",  # one that checks whether an address is free has none yet
@@ -82,12 +82,12 @@ def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_
         (
             "a neighbour advertisement for another's address",
             (*bound6, *kind(_IPV6), *icmpv6, equal(_ADVERT),
-             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
+             *not_its_own(load("transport", 8, 16, 1), SETS[6].addresses)),
         ),
         (
             "a check whether another's address is free",  # two that check one address have it neither (RFC 4862, 5.4.3)
             (*bound6, *kind(_IPV6), load("network", V6.source_at, V6.size), equal(_NOWHERE), *icmpv6, equal(_SOLICIT),
-             *not_its_own(load("transport", 8, 16, True), SETS[6].addresses)),
+             *not_its_own(load("transport", 8, 16, 1), SETS[6].addresses)),
         ),
         ("a router advertisement", (*bound, *kind(_IPV6), *icmpv6, equal(_ROUTER_ADVERT))),
         ("a redirect", (*bound, *kind(_IPV6), *icmpv6, equal(_REDIRECT))),
@@ -115,4 +115,4 @@ def table(network: int, antispoof: bool = True, lift: Lift | None = None) -> nf_
 
 def _source(family: Family) -> bytes:
     """The source address, behind the port's number."""
-    return load("network", family.source_at, family.size, True)
+    return load("network", family.source_at, family.size, 1)

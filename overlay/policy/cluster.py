@@ -36,8 +36,6 @@ class Cluster:
         """As the API has them, of this node; of others the index has the same."""
         self._given: dict[str, tuple[bytes, ...]] = {}
         """What CNI gave this node's pods, by key."""
-        self._extra: set[str] = set()
-        """Keys of pods that CNI's results alone tell of."""
         self.whole = True
         """What is compiled is to be compiled anew."""
         self.changes: list[PodChange] = []
@@ -58,7 +56,6 @@ class Cluster:
         """Nobody watches them any more."""
         self.listed.discard(PODS)
         self.index, self._pods, self._labels, self._kept = Index(namespaces=self.index.namespaces), {}, {}, {}
-        self._extra.clear()
         self.whole, self.changes = True, []
 
     def results(self, results: Iterable[CniResult]) -> bool:
@@ -115,7 +112,6 @@ class Cluster:
         if isinstance(event, Listed):
             self.listed.add(PODS)
             self._pods.clear()
-            self._extra.clear()
             self.unusable = {key: pod.reason for key, pod in event.items.items() if isinstance(pod, Unusable)}
             pods = {key: self._shared(pod) for key, pod in event.items.items() if isinstance(pod, Pod)}
             self._pods = {key: pod for key, pod in pods.items() if self._is_local(pod)}
@@ -177,15 +173,10 @@ class Cluster:
         if pod is None and self._alone and given and key not in self.unusable:
             namespace, _, name = key.partition("/")
             pod = Pod(namespace, name, self._node, {}, ())
-            self._extra.add(key)
         if pod is None:
-            if key in self._extra:
-                self._extra.discard(key)
+            there = self.index.get(key)
+            if there is not None and there.node == self._node:
                 self.index.remove(key)
-            elif key in self.index.places and self.index.pods[self.index.places[key]] is not None:
-                there = self.index.pods[self.index.places[key]]
-                if there is not None and there.node == self._node:
-                    self.index.remove(key)
             return
         others = {address for other, those in self._given.items() if other != key for address in those}
         own = given or tuple(address for address in pod.addresses if address not in others)

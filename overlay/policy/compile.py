@@ -145,8 +145,7 @@ def with_pods(compiled: Compiled, index: Index, changes: Iterable[PodChange]) ->
 def _in_addresses(pod: Pod | None, members: Members, index: Index) -> frozenset[bytes]:
     if pod is None or pod.alone or not any(is_peer(pod, peer, space, index) for space, peer in members.peers):
         return frozenset()
-    size = FAMILIES[members.family].size
-    return frozenset(address for address in pod.addresses if len(address) == size)
+    return frozenset(addresses_of(pod, members.family))
 
 
 def is_peer(pod: Pod, peer: PodPeer, namespace: str, index: Index) -> bool:
@@ -164,13 +163,7 @@ def is_peer(pod: Pod, peer: PodPeer, namespace: str, index: Index) -> bool:
 def _in_named(pod: Pod | None, members: Members) -> frozenset[tuple[bytes, int, int]]:
     if pod is None or pod.alone or members.port is None:
         return frozenset()
-    size, port = FAMILIES[members.family].size, members.port
-    return frozenset(
-        (address, port.protocol, number)
-        for number in numbers_of(pod, port)
-        for address in pod.addresses
-        if len(address) == size
-    )
+    return frozenset(_having(pod, members.port, members.family))
 
 
 class _Means(NamedTuple):
@@ -201,7 +194,10 @@ def _peer_sets(means: _Means, rule: Rule, namespace: str) -> Iterator[str]:
         for family in means.families:
             name = _name(f"{ADDRESSES}{family}", meaning)
             if name not in sets:
-                addresses = frozenset(_addresses(index, pods, namespace, family))
+                bits = 0
+                for peer in pods:
+                    bits |= index.of_peer(peer, namespace)
+                addresses = frozenset(each for pod in index.members(bits) for each in addresses_of(pod, family))
                 whose = tuple((namespace, peer) for peer in pods)
                 sets[name] = Members(ADDRESSES, family, addresses=addresses, peers=whose)
             yield name
@@ -226,14 +222,17 @@ def with_nodes(ranges: tuple[Range, ...], nodes: Iterable[tuple[int, int]]) -> t
     return _joined([*ranges, *more]) if more else ranges
 
 
-def _addresses(index: Index, peers: Iterable[PodPeer], namespace: str, family: int) -> Iterator[bytes]:
-    bits, size = 0, FAMILIES[family].size
-    for peer in peers:
-        bits |= index.of_peer(peer, namespace)
-    for pod in index.members(bits):
-        for address in pod.addresses:
-            if len(address) == size:
-                yield address
+def addresses_of(pod: Pod, family: int) -> Iterator[bytes]:
+    """A pod's addresses of a family."""
+    size = FAMILIES[family].size
+    return (address for address in pod.addresses if len(address) == size)
+
+
+def _having(pod: Pod, port: Port, family: int) -> Iterator[tuple[bytes, int, int]]:
+    """By which a pod is reached at a named port."""
+    for number in numbers_of(pod, port):
+        for address in addresses_of(pod, family):
+            yield address, port.protocol, number
 
 
 def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
@@ -251,17 +250,10 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
         for family in means.families:
             name = _name(f"{NAMED}{family}", (port.name, port.protocol))
             if name not in sets:
-                size = FAMILIES[family].size
-                sets[name] = Members(NAMED, family, named=frozenset(_having(index, port, size)), port=port)
+                every = index.members(index.selected(()))
+                named = frozenset(each for pod in every for each in _having(pod, port, family))
+                sets[name] = Members(NAMED, family, named=named, port=port)
             yield name
-
-
-def _having(index: Index, port: Port, size: int) -> Iterator[tuple[bytes, int, int]]:
-    for pod in index.members(index.selected(())):
-        for number in numbers_of(pod, port):
-            for address in pod.addresses:
-                if len(address) == size:
-                    yield address, port.protocol, number
 
 
 def numbers_of(pod: Pod, port: Port) -> list[int]:

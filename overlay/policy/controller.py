@@ -184,7 +184,7 @@ class PolicyController(Controller):
     def wants(self, inputs: Inputs) -> object:
         """Which table, for which subnets."""
         settings = inputs.settings
-        if not self._is_told():
+        if not settings.knows_policies:
             return None
         if inputs.config is None or inputs.own is None:
             return Waiting("for a lease")
@@ -213,8 +213,7 @@ class PolicyController(Controller):
         self._say(wants)
         cluster = self.cluster
         if not {POLICIES, NAMESPACES} <= cluster.listed:
-            if self._unread and not self._sets.has(wants.table.family, wants.table.name):
-                self._current.set(policies_known=True)
+            self._cannot_know(wants.table, bool(self._unread))
             return  # what an agent before us enforced stays
         if not cluster.policies or not wants.enforced:
             self._in_force = self._revision
@@ -227,8 +226,7 @@ class PolicyController(Controller):
             return
         self._feeds.start(PODS)
         if PODS not in cluster.listed:
-            if PODS in self._unread and not self._sets.has(wants.table.family, wants.table.name):
-                self._current.set(policies_known=True)
+            self._cannot_know(wants.table, PODS in self._unread)
             return
         if self._clock() >= self._cadence.at:
             self._read_whole = True
@@ -249,6 +247,11 @@ class PolicyController(Controller):
             self._make_so(wants)
         self._in_force = self._revision
         self._current.set(policed=Policed(self.compiled.isolated), policies_known=True)
+
+    def _cannot_know(self, which: Table, unread: bool) -> None:
+        """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
+        if unread and not self._sets.has(which.family, which.name):
+            self._current.set(policies_known=True)
 
     def _nodes_version(self) -> int:
         return sum(nodes.version for nodes in self._nodes.values())
@@ -367,11 +370,6 @@ class PolicyController(Controller):
         fault = "" if not count else off if not wants.enforced else lacking if none else ipvs if wants.ipvs else ""
         self._health.report("policies not enforced", fault, harmless=True)
 
-    def _is_told(self) -> bool:
-        """Whether there is anything that policies come from."""
-        settings = self._current.inputs.settings
-        return bool(settings.kube or settings.policy_dir)
-
     def due(self) -> float | None:
         """When the table is read again."""
         if self._there is None:
@@ -396,7 +394,7 @@ class PolicyController(Controller):
 
     def status(self) -> Mapping[str, object]:
         """`policy`: what is enforced; nothing where there is nobody to say so."""
-        if not self._is_told():
+        if not self._current.inputs.settings.knows_policies:
             return {}
         compiled, cluster = self.compiled, self.cluster
         return {
@@ -413,7 +411,7 @@ class PolicyController(Controller):
 
     def counters(self) -> Mapping[str, int]:
         """How often the table was changed, and put back; what it dropped, {} where the kernel does not say."""
-        if not self._is_told():
+        if not self._current.inputs.settings.knows_policies:
             return {}
         found = {"policy_commits": self._commits, "mended_policy": self._mended}
         if self._there is None or self._wanted is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, PORTS, Chain, Compiled
-from overlay.policy.model import EGRESS, INGRESS
+from overlay.policy.model import INGRESS
 
 
 class Flow(NamedTuple):
@@ -74,6 +74,3 @@ def _has_port(compiled: Compiled, name: str, flow: Flow) -> bool:
         return (flow.target, flow.protocol, flow.port) in members.named
     assert members.kind == PORTS
     return any(protocol == flow.protocol and first <= flow.port <= last for protocol, first, last in members.ports)
-
-
-__all__ = ["EGRESS", "INGRESS", "Flow", "Verdict", "judge"]

@@ -41,8 +41,8 @@ class FolderFeed(threading.Thread):
         self._seen: dict[str, bytes] | None = None
         self._once: dict[str, bytes] | None = None
         """What was seen once, and differs."""
-        self._good: dict[str, bytes] = {}
-        """Of each file what could be read last."""
+        self._good: dict[str, list[Any]] = {}
+        """Of each file the objects that could be read last."""
         self._ending, self._wake = threading.Event(), threading.Event()
         self._revision = 0
 
@@ -86,9 +86,8 @@ class FolderFeed(threading.Thread):
             return
         self._seen, self._once = texts, None
         self._revision += 1
+        self._good = {name: documents for name, documents in self._good.items() if name in texts}
         items = read_all(texts, self._good)
-        good = {name: text if _readable(text) else self._good.get(name) for name, text in texts.items()}
-        self._good = {name: text for name, text in good.items() if text is not None}
         for name in (NAMESPACES, PODS, POLICIES):  # the last one completes the others
             self._post(Listed(name, self._revision, items[name]))
 
@@ -98,26 +97,17 @@ def _text(path: str) -> bytes:
         return file.read(LARGEST)
 
 
-def _readable(text: bytes) -> bool:
-    try:
-        _documents(text)
-    except MALFORMED:
-        return False
-    return True
-
-
-def read_all(texts: Mapping[str, bytes], good: Mapping[str, bytes] | None = None) -> dict[str, dict[str, Any]]:
-    """The objects of files, by resource and key; good: what those said that cannot be read now. In place of one that cannot
-    be used an Unusable. A file that is no YAML is one of those, as a policy by the file's name. Namespaces that nobody
-    describes have the label of their name alone."""
+def read_all(texts: Mapping[str, bytes], good: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """The objects of files, by resource and key; good: what each said when it could be read last, and now. In place of one
+    that cannot be used an Unusable. A file that is no YAML is one of those, as a policy by the file's name. Namespaces that
+    nobody describes have the label of their name alone."""
     items: dict[str, dict[str, Any]] = {name: {} for name in RESOURCES}
     for file, text in texts.items():
         try:
-            documents = list(_documents(text))
+            good[file] = _documents(text)
         except MALFORMED as error:
             items[POLICIES][file] = Unusable(f"{file}: {error}")
-            documents = _documents(good[file]) if good and file in good else []
-        for document in documents:
+        for document in good.get(file, ()):
             kind = document.get("kind") if isinstance(document, Mapping) else None
             if not isinstance(kind, str) or kind not in KINDS:
                 name = f"{file} ({kind})" if kind else file

@@ -84,6 +84,11 @@ class Index:
 
     # --- what is asked
 
+    def get(self, key: str) -> Pod | None:
+        """A pod by its key."""
+        place = self.places.get(key)
+        return None if place is None else self.pods[place]
+
     def on_node(self, node: str) -> int:
         """The pods of a node, as bits."""
         return self._of_node.get(node, 0)

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from lease.families import FAMILIES, V6
 from lease.model import Prefix, mask
 from overlay.kernel.nftables import expressions as nf
-from overlay.kernel.nftables import wire as nf_wire
 from overlay.kernel.nftables.content import (
     INTERVALS,
     PLAIN,
@@ -31,6 +30,18 @@ from overlay.kernel.nftables.content import (
     Table,
     are_rules,
     port_key,
+)
+from overlay.kernel.nftables.wire import (
+    ADDRESS,
+    DROP,
+    META_NFPROTO,
+    differ,
+    equal,
+    found_in,
+    goto,
+    load,
+    masked,
+    meta,
 )
 from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Members
 from overlay.policy.model import EGRESS, INGRESS
@@ -49,7 +60,6 @@ _FORWARD_HOOK, _BEFORE_FILTER = 2, -5
 _STRAY, _STRAY_OUT, _STRAY_IN = "stray", "stray-out", "stray-in"
 _INET_PROTO, _INET_SERVICE = 12, 13
 _PORT_TYPE = _INET_PROTO << 6 | _INET_SERVICE
-_SIZES = {4: 4, 6: 16}
 _OTHER = {INGRESS: nf.ORIGINAL, EGRESS: nf.REPLY}
 """In whose tuple the far end's address is the source."""
 _OWN = {INGRESS: nf.REPLY, EGRESS: nf.ORIGINAL}
@@ -86,7 +96,7 @@ class Maker:
         self._elements = {name: self._elements[name] for name in sets}
         families = sorted({subnet.family for subnet in subnets})
         for family in families:
-            size, kind = _SIZES[family], nf_wire.ADDRESS[family]
+            size, kind = FAMILIES[family].size, ADDRESS[family]
             for direction in (INGRESS, EGRESS):
                 judged = compiled.pods[direction].items()
                 heads = {address: chain for address, chain in judged if len(address) == size}
@@ -129,11 +139,17 @@ def forward(generation: int) -> Rules:
     rest = struct.pack("=I", ~MARK_MASK & 0xFFFFFFFF)
     return Rules(
         (
-            (nf.ct(nf.STATE) + nf.bits(doubtful) + nf.differ(bytes(4)) + nf.goto(_STRAY), "no connection's"),
-            (nf.ct(nf.MARK) + nf.bits(struct.pack("=I", MARK_MASK)) + nf.equal(current) + nf.ACCEPT, "judged already"),
+            (
+                nf.ct(nf.STATE) + masked(doubtful) + differ(bytes(4)) + goto(_STRAY),
+                "no connection's",
+            ),
+            (
+                nf.ct(nf.MARK) + masked(struct.pack("=I", MARK_MASK)) + equal(current) + nf.ACCEPT,
+                "judged already",
+            ),
             (nf.jump(EGRESS), ""),
             (nf.jump(INGRESS), ""),
-            (nf.ct(nf.MARK) + nf.bits(rest, current) + nf.set_mark(), "judged now"),
+            (nf.ct(nf.MARK) + masked(rest, current) + nf.set_mark(), "judged now"),
         ),
         Hook(_FORWARD_HOOK, _BEFORE_FILTER),
     )
@@ -165,14 +181,14 @@ def _candidates(found: Rules) -> Iterator[int]:
 
 def _elements(members: Members) -> Elements:
     if members.kind == ADDRESSES:
-        return Elements(Form(nf_wire.ADDRESS[members.family], _SIZES[members.family]), members.addresses)
+        return Elements(Form(ADDRESS[members.family], FAMILIES[members.family].size), members.addresses)
     if members.kind == NETWORKS:
-        size = _SIZES[members.family]
-        form = Form(nf_wire.ADDRESS[members.family], size, INTERVALS)
+        size = FAMILIES[members.family].size
+        form = Form(ADDRESS[members.family], size, INTERVALS)
         return Elements(form, frozenset(_edges(members.ranges, size)))
     if members.kind == NAMED:
-        size = _SIZES[members.family]
-        form = Form((nf_wire.ADDRESS[members.family] << 6 | _INET_PROTO) << 6 | _INET_SERVICE, size + 8)
+        size = FAMILIES[members.family].size
+        form = Form((ADDRESS[members.family] << 6 | _INET_PROTO) << 6 | _INET_SERVICE, size + 8)
         keys = (address + port_key(protocol, port) for address, protocol, port in members.named)
         return Elements(form, frozenset(keys))
     if all(first == last for _, first, last in members.ports):
@@ -198,33 +214,29 @@ def _judging(
         expressions = b""
         if rule.peers:
             expressions += nf.ct(nf.SOURCE[compiled.sets[rule.peers].family], _OTHER[chain.direction])
-            expressions += nf.found_in(rule.peers)
+            expressions += found_in(rule.peers)
         if rule.ports:
             ports = compiled.sets[rule.ports]
             at = 0
             if ports.kind == NAMED:
                 expressions += nf.ct(nf.SOURCE[ports.family], nf.REPLY)
-                at += _SIZES[ports.family] // 4
+                at += FAMILIES[ports.family].size // 4
             expressions += nf.ct(nf.L4PROTO, place=at) + nf.ct(nf.PROTO_SRC, nf.REPLY, at + 1)
-            expressions += nf.found_in(rule.ports)
+            expressions += found_in(rule.ports)
         yield expressions + nf.COUNT + nf.RETURN, f"{rule.policy} {chain.direction} {rule.place}"
     for family in families:
-        second = _SIZES[family] // 4
+        second = FAMILIES[family].size // 4
         both = nf.ct(nf.SOURCE[family], nf.ORIGINAL) + nf.ct(nf.SOURCE[family], nf.REPLY, second)
-        yield both + nf.found_in(f"self{family}") + nf.RETURN, ITSELF
+        yield both + found_in(f"self{family}") + nf.RETURN, ITSELF
     if logs:
         yield nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(NFLOG_GROUP, name, LOGGED_BYTES), ""
-    yield nf.COUNT + nf.DROP, DENIED
+    yield nf.COUNT + DROP, DENIED
 
 
 def _known(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
     """The pod of this node at one end: as its chain says, if it is known; if not, it waits."""
-    for family in families:
-        own = nf.ct(nf.SOURCE[family], _OWN[direction])
-        yield own + nf.verdict_of(map_name(direction, family)), ""
-        for subnet in subnets:
-            if subnet.family == family:
-                yield own + _within(subnet) + nf.COUNT + nf.DROP, UNKNOWN
+    for number in families:
+        yield from _by_map(nf.ct(nf.SOURCE[number], _OWN[direction]), direction, number, subnets)
 
 
 def _by_header(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
@@ -232,22 +244,27 @@ def _by_header(direction: str, subnets: Sequence[Prefix], families: Sequence[int
     for number in families:
         family = FAMILIES[number]
         at = family.source_at if direction == EGRESS else family.destination_at
-        own = nf.meta(nf.META_NFPROTO) + nf.equal(bytes([family.nft_number])) + nf.load(at, family.size)
-        yield own + nf.verdict_of(map_name(direction, number)), ""
-        for subnet in subnets:
-            if subnet.family == number:
-                yield own + _within(subnet) + nf.COUNT + nf.DROP, UNKNOWN
+        own = meta(META_NFPROTO) + equal(bytes([family.nft_number])) + load("network", at, family.size)
+        yield from _by_map(own, direction, number, subnets)
+
+
+def _by_map(own: bytes, direction: str, number: int, subnets: Sequence[Prefix]) -> Iterator[tuple[bytes, str]]:
+    """own: what puts the pod's address into the registers."""
+    yield own + nf.verdict_of(map_name(direction, number)), ""
+    for subnet in subnets:
+        if subnet.family == number:
+            yield own + _within(subnet) + nf.COUNT + DROP, UNKNOWN
 
 
 def _neighbour_discovery() -> Iterator[tuple[bytes, str]]:
     """What is bridged, and seen here where br_netfilter is; conntrack leaves it out. A router has taken one off the hop
     limit of all else before this hook (RFC 4861, 7.1; net/ipv6/ip6_output.c)."""
-    of_ipv6 = nf.meta(nf.META_NFPROTO) + nf.equal(bytes([V6.nft_number]))
-    of_ipv6 += nf.load(_NEXT_HEADER_AT, 2) + nf.equal(_ICMPV6_FROM_THE_LINK) + nf.load(_TYPE_AT, 1)
+    of_ipv6 = meta(META_NFPROTO) + equal(bytes([V6.nft_number]))
+    of_ipv6 += load("network", _NEXT_HEADER_AT, 2) + equal(_ICMPV6_FROM_THE_LINK) + load("network", _TYPE_AT, 1)
     for kind in _SOLICIT_AND_ADVERT:
-        yield of_ipv6 + nf.equal(bytes([kind])) + nf.ACCEPT, "neighbours are found on the link"
+        yield of_ipv6 + equal(bytes([kind])) + nf.ACCEPT, "neighbours are found on the link"
 
 
 def _within(subnet: Prefix) -> bytes:
     family = FAMILIES[subnet.family]
-    return nf.bits(family.packed(mask(subnet.family, subnet.length))) + nf.equal(family.packed(subnet.base))
+    return masked(family.packed(mask(subnet.family, subnet.length))) + equal(family.packed(subnet.base))

@@ -99,6 +99,11 @@ class Settings(NamedTuple):
     log_level: str = "info"
     log_format: str = "auto"
 
+    @property
+    def knows_policies(self) -> bool:
+        """Whether there is anything that NetworkPolicies come from."""
+        return self.kube or bool(self.policy_dir)
+
     def __repr__(self) -> str:
         shown = (f"{name}={value!r}" for name, value in self._asdict().items() if name != "etcd_password")
         return f"Settings({', '.join(shown)})"

@@ -116,7 +116,7 @@ def test_whatever_an_object_is_it_is_used_or_refused(item):
         cluster.take(Changed(resource, 2, {"x/p": made, "x/q": None}))
         compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
         assert compiled.isolated is not None
-    read_all({"a.json": json.dumps(item).encode()})
+    read_all({"a.json": json.dumps(item).encode()}, {})
 
 
 def test_what_a_snapshot_says_comes_back():
@@ -149,11 +149,11 @@ def test_what_a_snapshot_says_comes_back():
 )
 def test_whatever_a_file_is_the_others_count(text):
     good = json.dumps({"kind": "NetworkPolicy", **policy()}).encode()
-    found = read_all({"a.yaml": text.encode(), "b.yaml": good})
+    found = read_all({"a.yaml": text.encode(), "b.yaml": good}, {})
     assert "x/p" in found[POLICIES]
     assert isinstance(found[POLICIES]["x/p"], type(policy_of(policy())))
     assert len(found[POLICIES]) == 2, "and the other is named"
-    kept = read_all({"a.yaml": text.encode()}, {"a.yaml": good})
+    kept = read_all({"a.yaml": text.encode()}, {"a.yaml": [json.loads(good)]})
     assert "x/p" in kept[POLICIES] or text in ("kind: []", "kind: List\nitems: 5"), "what it said last stays"
 
 

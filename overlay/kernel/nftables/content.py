@@ -113,18 +113,15 @@ def difference(table: Table, there: Content, wanted: Content) -> list[Message]:
             for kind, flags, every in ((nf_wire.DELSETELEM, 0, taken), (nf_wire.NEWSETELEM, _CREATE, more))
             for part in _parts(every)
         ]
-    for name, rules in wanted.chains.items():
+    changed = {name: rules for name, rules in wanted.chains.items() if there.chains.get(name) != rules}
+    for name, rules in changed.items():
         before_rules = there.chains.get(name)
-        if before_rules == rules:
-            continue
-        own = wire.attr(3, wire.text(name))
         if before_rules is None:
-            made.append(message(nf_wire.NEWCHAIN, _CREATE, own + _hook(rules.hook)))
+            made.append(message(nf_wire.NEWCHAIN, _CREATE, wire.attr(3, wire.text(name)) + _hook(rules.hook)))
         elif before_rules.hook != rules.hook:
             raise ValueError(f"the chain {name} is of another hook than it should be")
         else:
             emptied.append(message(nf_wire.DELRULE, 0, wire.attr(2, wire.text(name))))
-    changed = [name for name, rules in wanted.chains.items() if there.chains.get(name) != rules]
     ruled = [message(nf_wire.NEWRULE, _CREATE | _APPEND, rule) for name in changed for rule in _rules(name, wanted)]
     for name in there.chains.keys() - wanted.chains.keys():
         emptied.append(message(nf_wire.DELRULE, 0, wire.attr(2, wire.text(name))))
@@ -332,11 +329,6 @@ def _number(data: memoryview | None) -> int:
 
 def _text(data: memoryview | None) -> str:
     return bytes(data).rstrip(b"\0").decode("utf-8", "replace") if data is not None else ""
-
-
-def keys_packed(parts: Iterable[tuple[int, int]]) -> bytes:
-    """Parts of a concatenated key, each a number and its bytes, each filled up to four."""
-    return b"".join(value.to_bytes(size, "big") + bytes(-size & 3) for value, size in parts)
 
 
 _PORT = struct.Struct(">BxxxHxx")

@@ -29,6 +29,7 @@ _TABLE_FLAGS, _TABLE_USE = 2, 3
 _COUNTER_OBJECT = 1
 _BASES = {"ether": 0, "network": 1, "transport": 2}
 META_L4PROTO, META_IIF, META_IIFNAME, META_PROTOCOL = 16, 4, 6, 1
+META_OIF, META_OIFNAME, META_NFPROTO, META_PKTTYPE = 5, 7, 15, 19
 IPV4_ADDR, IPV6_ADDR, ETHER_ADDR, IFACE_INDEX, IFACE_NAME = 7, 8, 9, 20, 41
 """nft's own numbers of key types (include/datatype.h); a concatenation has them shifted by six bits each."""
 ADDRESS = {V4.number: IPV4_ADDR, V6.number: IPV6_ADDR}
@@ -38,10 +39,8 @@ IFACE_AND_IPV4, IFACE_AND_IPV6, IFACE_AND_ETHER, IFACE_AND_NAME = (
 """Keys of 8, 20, 12 and 20 bytes: each part is filled up to a multiple of four."""
 _HOST_ORDER = struct.pack("=BBL", 0, 4, 1)
 """NFTNL_UDATA_SET_KEYBYTEORDER: BYTEORDER_HOST_ENDIAN."""
-_GOTO = -4 & 0xFFFFFFFF
+GOTO = -4 & 0xFFFFFFFF
 """NFT_GOTO (linux/netfilter/nf_tables.h)."""
-_SECOND = 9
-"""The register of four bytes behind the first (NFT_REG32_01)."""
 _ELEMENTS_A_MESSAGE = 2000
 """Of 16 to 20 bytes each: an attribute holds 65,535 bytes."""
 Message = tuple[int, int, bytes]
@@ -89,30 +88,36 @@ class Table(NamedTuple):
 # --- expressions: each an element of a rule's list
 
 
-def load(base: str, offset: int, size: int, second: bool = False) -> bytes:
-    """Bytes of the packet into a register. base: ether, network or transport header."""
-    return expression("payload", word(1, _register(second)), word(2, _BASES[base]), word(3, offset), word(4, size))
+def load(base: str, offset: int, size: int, place: int = 0) -> bytes:
+    """Bytes of the packet into the registers. base: ether, network or transport header; place: how many parts of four bytes
+    of a key stand before these."""
+    return expression("payload", word(1, register(place)), word(2, _BASES[base]), word(3, offset), word(4, size))
 
 
-def meta(key: int, second: bool = False) -> bytes:
-    """A property of the packet into a register."""
-    return expression("meta", word(2, key), word(1, _register(second)))
+def meta(key: int, place: int = 0) -> bytes:
+    """A property of the packet into the registers. place: as of `load`."""
+    return expression("meta", word(2, key), word(1, register(place)))
+
+
+def register(place: int) -> int:
+    """As the kernel itself numbers it: four of 4 bytes (from NFT_REG32_00, 8) are one of 16 (from NFT_REG_1, 1)."""
+    return 8 + place if place % 4 else 1 + place // 4
 
 
 def equal(data: bytes) -> bytes:
-    """Go on only if the register is this."""
+    """Go on only if the registers are this."""
     return _compare(0, data)
 
 
 def differ(data: bytes) -> bytes:
-    """Go on only if the register is not this."""
+    """Go on only if the registers are not this."""
     return _compare(1, data)
 
 
-def masked(mask: bytes) -> bytes:
-    """The register and a mask."""
-    size, nothing = len(mask), wire.attr(1, bytes(len(mask)))
-    parts = word(1, 1), word(2, 1), word(3, size), nest(4, wire.attr(1, mask)), nest(5, nothing)
+def masked(mask: bytes, more: bytes = b"") -> bytes:
+    """The registers and a mask, exclusive or `more`."""
+    size, flipped = len(mask), wire.attr(1, more or bytes(len(mask)))
+    parts = word(1, 1), word(2, 1), word(3, size), nest(4, wire.attr(1, mask)), nest(5, flipped)
     return expression("bitwise", *parts)
 
 
@@ -141,17 +146,19 @@ def _compare(operator: int, data: bytes) -> bytes:
     return expression("cmp", word(1, 1), word(2, operator), nest(3, wire.attr(1, data)))
 
 
-def _register(second: bool) -> int:
-    return _SECOND if second else 1
-
-
 def goto(chain: str) -> bytes:
     """Go on in a chain without a hook, and do not come back: the base chain then accepts."""
-    return _verdict(_GOTO, wire.attr(2, wire.text(chain)))
+    return decide(verdict(GOTO, chain))
 
 
-def _verdict(code: int, chain: bytes = b"") -> bytes:
-    return expression("immediate", word(1, 0), nest(2, nest(2, word(1, code) + chain)))
+def verdict(code: int, chain: str = "") -> bytes:
+    """A verdict as data: of an expression, or of an element of a map."""
+    return nest(2, word(1, code) + (wire.attr(2, wire.text(chain)) if chain else b""))
+
+
+def decide(data: bytes) -> bytes:
+    """This verdict."""
+    return expression("immediate", word(1, 0), nest(2, data))
 
 
 def expression(name: str, *attributes: bytes) -> bytes:
@@ -169,7 +176,7 @@ def nest(kind: int, data: bytes) -> bytes:
     return wire.attr(kind | wire.NESTED, data)
 
 
-DROP = _verdict(0)
+DROP = decide(verdict(0))
 
 
 # --- messages
