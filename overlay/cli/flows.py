@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 
 import click
 
-from lease.model import ip_text
 from overlay.cli.here import ask_in_place
-from overlay.cli.policy import ask_policies
+from overlay.cli.policy import ask_or_end
 from overlay.kernel.netlink import error_text
 from overlay.kernel.nftables.flows import Connections, Denials, Flow
 from overlay.policy.compile import Compiled, compile_node
 from overlay.policy.model import PROTOCOL_NAMES
-from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import LOGGED_BYTES, NFLOG_GROUP
+from overlay.policy.words import address_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 AGAIN_S = 5.0
@@ -83,9 +82,9 @@ class _Names:
         """Ask, where it is time."""
         if time.monotonic() - self._asked < AGAIN_S:
             return
-        snapshot: Snapshot = ask_policies(self._run_dir)
+        snapshot = ask_or_end(self._run_dir)
         self._asked = time.monotonic()
-        self.pods = {address: pod.key for pod in snapshot.pods if not pod.alone for address in pod.addresses}
+        self.pods = snapshot.names
         self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, nodes=snapshot.nodes)
 
     def policies_of(self, chain: str) -> tuple[str, ...]:
@@ -102,11 +101,6 @@ class _Names:
         """All by which the ends may be called."""
         ends = (flow.source, flow.target)
         return {*map(address_text, ends), *(self.pods[each] for each in ends if each in self.pods)}
-
-
-def address_text(address: bytes) -> str:
-    """An address for people."""
-    return ip_text(4 if len(address) == 4 else 6, int.from_bytes(address, "big")) if address else "?"
 
 
 def _told(denied_only: bool, seconds: float | None, names: _Names) -> Iterator[Told]:

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from lease.model import ip_text
-from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.api.serve import SOCKET_NAME
 from overlay.cli import terminal
+from overlay.policy.ask import NotTold, ask_policies
 from overlay.policy.compile import compile_node
 from overlay.policy.explain import Flow, Verdict, judge
 from overlay.policy.model import EGRESS, INGRESS, PROTOCOL_NAMES, PROTOCOLS, Pod
 from overlay.policy.resources import packed
-from overlay.policy.snapshot import Snapshot, from_json
-from overlay.policy.words import findings, rule_words
+from overlay.policy.snapshot import Snapshot
+from overlay.policy.words import address_text, findings, rule_words
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
 _RUN_DIR = click.option("--run-dir", default=DEFAULT_RUN_DIR, show_default=True, help="the agent's --run-dir")
@@ -37,8 +37,7 @@ class _End(NamedTuple):
 
     @property
     def words(self) -> str:
-        family = 4 if len(self.address) == 4 else 6
-        text = ip_text(family, int.from_bytes(self.address, "big"))
+        text = address_text(self.address)
         return text if self.pod is None else f"{self.pod.key} ({text}, {self.pod.node or 'no node yet'})"
 
 
@@ -55,7 +54,7 @@ def explain(source: str, destination: str, port: str, run_dir: str, as_json: boo
     ping is judged. It is the pods' own port, not that of a Service. The same compiled rules judge here as in the kernel.
     Exit: 0 it may, 1 it may not, 2 there is no such pod, or no agent answers.
     """
-    snapshot = ask_policies(run_dir)
+    snapshot = ask_or_end(run_dir)
     protocol, number = _port(port)
     pairs = _pairs(_ends(snapshot, source), _ends(snapshot, destination))
     if not pairs:
@@ -151,7 +150,7 @@ def check(run_dir: str, as_json: bool) -> None:
 
     Exit: 0 nothing was found, 1 something was, 2 no agent answers.
     """
-    snapshot = ask_policies(run_dir)
+    snapshot = ask_or_end(run_dir)
     found = [(key, f"cannot be used: {why}") for key, why in sorted(snapshot.refused.items())]
     found += list(findings(snapshot.indexed(), snapshot.policies))
     if as_json:
@@ -165,13 +164,12 @@ def check(run_dir: str, as_json: bool) -> None:
     sys.exit(1 if found else 0)
 
 
-def ask_policies(run_dir: str) -> Snapshot:
+def ask_or_end(run_dir: str) -> Snapshot:
     """What the agent knows of policies; ends the program where it does not answer."""
     try:
-        code, body = ask_unix(f"{run_dir}/{SOCKET_NAME}", "/policy")
-        if code != 200:
-            _fail(body.strip())
-        return from_json(json.loads(body))
+        return ask_policies(run_dir)
+    except NotTold as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"no agent answers at {run_dir}/{SOCKET_NAME}: {error.strerror or error}; --run-dir names its folder")
     except (LookupError, TypeError, ValueError) as error:

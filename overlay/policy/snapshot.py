@@ -24,6 +24,11 @@ class Snapshot(NamedTuple):
     nodes: Mapping[int, tuple[tuple[int, int], ...]] = {}
     """As of compile.NodeAddresses; empty where no policy has an ipBlock."""
 
+    @property
+    def names(self) -> dict[bytes, str]:
+        """Whose an address is: by it, the key of its pod."""
+        return {address: pod.key for pod in self.pods if not pod.alone for address in pod.addresses}
+
     def indexed(self) -> Index:
         """Of its pods."""
         return Index(self.pods, self.namespaces)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lease.model import ip_text
 from overlay.policy.compile import numbers_of
 from overlay.policy.index import Index
 from overlay.policy.model import (
@@ -21,6 +22,12 @@ from overlay.policy.model import (
     Rule,
     Selector,
 )
+
+
+def address_text(address: bytes) -> str:
+    """A packed address for people."""
+    return ip_text(4 if len(address) == 4 else 6, int.from_bytes(address, "big")) if address else "?"
+
 
 PREPOSITION = {INGRESS: "from", EGRESS: "to"}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from overlay.api.serve import SOCKET_NAME, ask_unix
+from overlay.policy.ask import NotTold, ask_policies
 from overlay.policy.compile import compile_node
 from overlay.policy.explain import Flow, judge
 from overlay.policy.model import EGRESS, INGRESS
-from overlay.policy.snapshot import from_json
 from overlay.trace.points import Gap
 from overlay.trace.probe import Probe
 
@@ -20,17 +18,14 @@ def denials(found: Mapping[str, Any], probe: Probe) -> Iterator[tuple[Gap, str]]
     if not (found.get("policy") or {}).get("enforced"):
         return
     try:
-        code, body = ask_unix(f"{found['process']['run_dir']}/{SOCKET_NAME}", "/policy")
-        snapshot = from_json(json.loads(body)) if code == 200 else None
-    except (OSError, LookupError, TypeError, ValueError):
-        return
-    if snapshot is None:
+        snapshot = ask_policies(found["process"]["run_dir"])
+    except (OSError, NotTold, LookupError, TypeError, ValueError):
         return
     size = probe.family.size
     ends = [address.to_bytes(size, "big") for address in (probe.source, probe.destination)]
     compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, (probe.version,), snapshot.nodes)
     flow = Flow(ends[0], ends[1], probe.number, probe.port)
-    names = {address: pod.key for pod in snapshot.pods if not pod.alone for address in pod.addresses}
+    names = snapshot.names
     for direction, own in ((EGRESS, ends[0]), (INGRESS, ends[1])):
         verdict = judge(compiled, direction, flow)
         if not verdict.allowed:

@@ -28,11 +28,17 @@ class NamedPods(World):
     def no_pods(self) -> None:
         """None yet."""
         self.ends: dict[str, list[End]] = {}
-        self.caches: dict[str, pods.Cache] = {}
 
     def results(self, node: str) -> str:
         """The flag that says where a runtime keeps what it gave."""
         return f"--cni-results-dir={self.folder}/{node}-results"
+
+    def all_ready(self) -> None:
+        """Each has its peers."""
+        for agent in self.agents:
+            agent.wait_ready()
+        for agent in self.agents:
+            until("it has its peers", lambda agent=agent: self.has_peers(agent, len(self.agents) - 1))
 
     def named_pod(self, agent: Agent, namespace: str, name: str) -> list[End]:
         """A pod with a name, attached as a runtime does."""
@@ -41,18 +47,8 @@ class NamedPods(World):
         cache = pods.Cache(self.folder / f"{agent.node}-results", namespace, name)
         addresses = pods.attach(self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, where, cache)
         key = f"{namespace}/{name}"
-        self.caches[key] = cache
         self.ends[key] = [End(key, where, address, agent.node) for address in addresses]
         return self.ends[key]
-
-    def gone(self, agent: Agent, namespace: str, name: str) -> None:
-        """A pod is deleted."""
-        where = self.namespace(f"{namespace}-{name}")
-        pods.detach(
-            self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, where, self.caches.pop(f"{namespace}/{name}")
-        )
-        netns.delete(where)
-        del self.ends[f"{namespace}/{name}"]
 
     def pods_settled(self, field: Field) -> None:
         """Without a policy every pod reaches every other: the kernel has checked their IPv6 addresses."""
@@ -79,7 +75,6 @@ class PolicyWorld(NamedPods):
         """Agents on nodes."""
         self.objects = self.folder / "policies"
         self.objects.mkdir()
-        self.revisions: dict[str, int] = {}
         self.no_pods()
         for number in range(1, count + 1):
             node = self.node(number)
@@ -87,12 +82,9 @@ class PolicyWorld(NamedPods):
                 node, f"--node-name={node}", f"--policy-dir={self.objects}",
                 self.results(node), *flags,
             )  # fmt: skip
-        for agent in self.agents:
-            agent.wait_ready()
-        for agent in self.agents:
-            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
+        self.all_ready()
 
-    def apply(self, objects: list[dict[str, Any]], wait: bool = True) -> None:
+    def apply(self, objects: list[dict[str, Any]]) -> None:
         """These are all objects; every agent has them in its kernel."""
         before = {agent.node: self.revision(agent) for agent in self.living()}
         temporary = self.objects / ".all"
@@ -104,7 +96,7 @@ class PolicyWorld(NamedPods):
         temporary.rename(self.objects / "all.json")
         for agent in self.living():
             agent.process.send_signal(signal.SIGHUP)
-        if changed and wait:
+        if changed:
             for agent in self.living():
                 until("it has them", lambda agent=agent: self.revision(agent) > before[agent.node], pause_s=0.02)
 
@@ -158,10 +150,7 @@ class PolicyKube(KubeWorld, NamedPods):
         for number in range(1, count + 1):
             node = self.node(number)
             self.agent(node, "--ip-masq", self.results(node), *flags)
-        for agent in self.agents:
-            agent.wait_ready()
-        for agent in self.agents:
-            until("it has its peers", lambda agent=agent: self.has_peers(agent, count - 1))
+        self.all_ready()
 
     def create(self, path: str, body: dict[str, Any]) -> None:
         self.kube.ask("POST", path, body)

@@ -198,24 +198,31 @@ def ruleset(world) -> str:
     return re.sub(r"counter packets \d+ bytes \d+", "counter", text)
 
 
+def udp_pair(source, target, port: int, patience_s: float) -> tuple[socket.socket, socket.socket]:
+    """One that listens at the target for so long at a time, and one of the source that sends there. port 0: any."""
+    family = socket.AF_INET6 if target.family == 6 else socket.AF_INET
+
+    def listen() -> socket.socket:
+        made = socket.socket(family, socket.SOCK_DGRAM)
+        made.bind((target.address, port))
+        made.settimeout(patience_s)
+        return made
+
+    listening = netns.inside(target.namespace, listen)
+
+    def connect() -> socket.socket:
+        made = socket.socket(family, socket.SOCK_DGRAM)
+        made.connect((target.address, listening.getsockname()[1]))
+        return made
+
+    return listening, netns.inside(source.namespace, connect)
+
+
 class Datagrams:
     """Numbered ones to a port of an address, all the time; how many never came."""
 
     def __init__(self, source, target, port: int) -> None:
-        family = socket.AF_INET6 if target.family == 6 else socket.AF_INET
-
-        def listen() -> socket.socket:
-            made = socket.socket(family, socket.SOCK_DGRAM)
-            made.bind((target.address, port))
-            made.settimeout(0.5)
-            return made
-
-        def connect() -> socket.socket:
-            made = socket.socket(family, socket.SOCK_DGRAM)
-            made.connect((target.address, port))
-            return made
-
-        self._listening, self._sending = netns.inside(target.namespace, listen), netns.inside(source.namespace, connect)
+        self._listening, self._sending = udp_pair(source, target, port, 0.5)
         self._ending, self._sent, self._came = threading.Event(), 0, set()
         self._threads = [threading.Thread(target=self._send), threading.Thread(target=self._receive)]
         for thread in self._threads:
@@ -250,22 +257,7 @@ class Leak:
 
     def __init__(self, source, target) -> None:
         self._got, self._sent, self._ending = 0, 0, threading.Event()
-        family = socket.AF_INET6 if target.family == 6 else socket.AF_INET
-
-        def listen() -> socket.socket:
-            made = socket.socket(family, socket.SOCK_DGRAM)
-            made.bind((target.address, 0))
-            made.settimeout(0.05)
-            return made
-
-        self._listening = netns.inside(target.namespace, listen)
-
-        def connect() -> socket.socket:
-            made = socket.socket(family, socket.SOCK_DGRAM)
-            made.connect((target.address, self._listening.getsockname()[1]))
-            return made
-
-        self._sending = netns.inside(source.namespace, connect)
+        self._listening, self._sending = udp_pair(source, target, 0, 0.05)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 

@@ -7,10 +7,8 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,7 +31,8 @@ from overlay.kernel.route.links import Links
 from overlay.lab import matrix, netns, pods, topology
 from tests.support.etcd import Etcd
 from tests.support.kube import Kube
-from tests.support.wait import PATIENCE, until
+from tests.support.streams import Stream, Talk
+from tests.support.wait import until
 
 T = TypeVar("T")
 NETWORK6 = prefix("fd00:10:244::/48")
@@ -428,83 +427,6 @@ class KubeWorld(World):
 
     def close_store(self) -> None:
         self.kube.close()
-
-
-class Talk:
-    """Datagrams from a pod to an address, ten each millisecond or two, through one connected socket."""
-
-    def __init__(self, source: matrix.End, address: str, port: int) -> None:
-        self._ended = threading.Event()
-
-        def make() -> socket.socket:
-            made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            made.connect((address, port))
-            return made
-
-        self._socket = netns.inside(source.namespace, make)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ended.wait(0.001):
-            for _ in range(10):
-                with suppress(OSError):
-                    self._socket.send(b"x")
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join(10)
-        self._socket.close()
-
-
-class Stream:
-    """Datagrams from one pod to another, some 200 a second, each numbered; those that never arrived are known."""
-
-    def __init__(self, source: matrix.End, target: matrix.End, gap_s: float) -> None:
-        import select
-        import socket
-        import threading
-
-        self.wires = matrix.Wires([source, target])
-        listening = self.wires._listening[target.name]
-        sending = matrix.netns.inside(source.namespace, lambda: matrix._connect(target, listening.getsockname()[1]))
-        self._ending = threading.Event()
-        self.sent = 0
-        self.came: set[int] = set()
-        self.errors: list[str] = []
-
-        def send() -> None:
-            while not self._ending.is_set():
-                try:
-                    sending.send(self.sent.to_bytes(8, "big"))
-                except OSError as error:
-                    self.errors.append(str(error))
-                self.sent += 1
-                time.sleep(gap_s)
-
-        def receive() -> None:
-            while not self._ending.is_set() or select.select([listening], [], [], 0.3 * PATIENCE)[0]:
-                if select.select([listening], [], [], 0.1)[0]:
-                    self.came.add(int.from_bytes(listening.recv(64), "big"))
-
-        self._threads = [threading.Thread(target=send), threading.Thread(target=receive)]
-        self._sending = sending
-        assert isinstance(sending, socket.socket)
-        for thread in self._threads:
-            thread.start()
-
-    def stop(self) -> None:
-        if not self._ending.is_set():
-            self._ending.set()
-            for thread in self._threads:
-                thread.join()
-            self._sending.close()
-            self.wires.close()
-
-    def lost(self) -> int:
-        """After `stop`."""
-        self.stop()
-        return self.sent - len(self.came)
 
 
 number = partial(ip_number, family=4)

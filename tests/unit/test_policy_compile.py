@@ -28,6 +28,20 @@ def compiled_nodes(pods, namespaces, policies):
     return {node: compile_node(index, read, node) for node in {pod["spec"]["nodeName"] for pod in pods}}
 
 
+def cells(step: Step, pods):
+    """Each that is judged: protocol, port, the two pods, their places, and whether they may talk."""
+    for name, rows in step.allowed.items():
+        protocol, _, number = name.partition("/")
+        for i, source in enumerate(pods):
+            for j, target in enumerate(pods):
+                if rows[i][j] != "-":
+                    yield name, protocol, int(number), (source, target), (i, j), rows[i][j] == "."
+
+
+def address(pod) -> str:
+    return pod["status"]["podIPs"][0]["ip"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_truth_table(family):
     judged = 0
@@ -35,21 +49,13 @@ def test_the_truth_table(family):
         for step in case:
             pods, namespaces, policies = objects(step, family)
             nodes = compiled_nodes(pods, namespaces, policies)
-            for port, rows in step.allowed.items():
-                protocol, _, number = port.partition("/")
-                for i, source in enumerate(pods):
-                    for j, target in enumerate(pods):
-                        if rows[i][j] == "-":
-                            continue
-                        ends = [packed(pod["status"]["podIPs"][0]["ip"]) for pod in (source, target)]
-                        flow = Flow(*ends, PROTOCOLS[protocol], int(number))
-                        for direction, pod, want in (
-                            (EGRESS, source, step.egress), (INGRESS, target, step.ingress),
-                        ):  # fmt: skip
-                            found = judge(nodes[pod["spec"]["nodeName"]], direction, flow)
-                            assert found.known
-                            assert found.allowed == (want[port][i][j] == "."), (step.name, direction, port, i, j)
-                        judged += 1
+            for port, protocol, number, (source, target), (i, j), _ in cells(step, pods):
+                flow = Flow(packed(address(source)), packed(address(target)), PROTOCOLS[protocol], number)
+                for direction, pod, want in ((EGRESS, source, step.egress), (INGRESS, target, step.ingress)):
+                    found = judge(nodes[pod["spec"]["nodeName"]], direction, flow)
+                    assert found.known
+                    assert found.allowed == (want[port][i][j] == "."), (step.name, direction, port, i, j)
+                judged += 1
     assert judged == 35_360
 
 
@@ -60,10 +66,5 @@ def test_the_evaluator_agrees_with_the_truth_table(family):
         for step in case:
             pods, namespaces, policies = objects(step, family)
             slow = Evaluator(namespaces, pods, policies)
-            for port, rows in step.allowed.items():
-                protocol, _, number = port.partition("/")
-                for i, source in enumerate(pods):
-                    for j, target in enumerate(pods):
-                        ends = [pod["status"]["podIPs"][0]["ip"] for pod in (source, target)]
-                        if rows[i][j] != "-":
-                            assert slow.allowed(*ends, protocol, int(number)) == (rows[i][j] == "."), (step.name, port)
+            for port, protocol, number, (source, target), _, allowed in cells(step, pods):
+                assert slow.allowed(address(source), address(target), protocol, number) == allowed, (step.name, port)
