@@ -12,7 +12,8 @@ import pytest
 
 from overlay.cni.lists import CONFLIST
 from overlay.lab import netns, pods
-from tests.support.probing import End, Field, Probe
+from overlay.lab.matrix import End
+from tests.support.probing import Field, Probe
 from tests.support.wait import until
 from tests.support.world import Agent, KubeWorld, World, ready_the_machine
 
@@ -47,7 +48,7 @@ class NamedPods(World):
         cache = pods.Cache(self.folder / f"{agent.node}-results", namespace, name)
         addresses = pods.attach(self.namespace(agent.node), agent.run_dir / "cni" / CONFLIST, where, cache)
         key = f"{namespace}/{name}"
-        self.ends[key] = [End(key, where, address, agent.node) for address in addresses]
+        self.ends[key] = [End(key, "pod", where, address, agent.node) for address in addresses]
         return self.ends[key]
 
     def pods_settled(self, field: Field) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import pytest
 
@@ -324,7 +325,7 @@ def test_the_node_reaches_its_own_pods_and_a_pod_itself(three, field):
     node = world.namespace("node1")
     for end in world.ends["x/a"]:
         for protocol in ("TCP", "UDP"):
-            gateway = end._replace(namespace=node, address=gateway_of(end))
+            gateway = replace(end, namespace=node, address=gateway_of(end))
             assert field.ask([Probe(gateway, end, protocol, 80), Probe(end, end, protocol, 80)]) == [True, True]
 
 
@@ -360,7 +361,7 @@ def test_an_ip_block_of_a_node_means_it_by_the_tunnel_too(three, field):
 
     def from_node() -> list[bool]:
         wild = {4: "0.0.0.0", 6: "::"}
-        ends = [(end._replace(namespace=node, address=wild[end.family]), end) for end in world.ends["x/a"]]
+        ends = [(replace(end, namespace=node, address=wild[end.family]), end) for end in world.ends["x/a"]]
         return field.ask([Probe(one, two, "TCP", 80) for one, two in ends])
 
     world.apply(objects(world, policy(0)))

@@ -12,23 +12,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from overlay.lab import netns
+from overlay.lab.matrix import End
 
 ANSWER_S = 0.35
 """What was dropped does not come later than this."""
 KINDS = {"TCP": socket.SOCK_STREAM, "UDP": socket.SOCK_DGRAM}
-
-
-class End(NamedTuple):
-    """An address of a pod."""
-
-    name: str
-    namespace: str
-    address: str
-    node: str
-
-    @property
-    def family(self) -> int:
-        return 6 if ":" in self.address else 4
 
 
 class Probe(NamedTuple):
