@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import os
+import select
 import socket
 import struct
 import threading
@@ -48,29 +49,35 @@ class _Listener(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._post = post
         self._socket = netlink_socket(protocol, MONITOR_BUFFER)
+        self._ending = os.eventfd(0, os.EFD_CLOEXEC)
         for group in groups:
             self._socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
 
     def run(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.register(self._ending, select.POLLIN)
         while True:
-            try:
-                data = self._socket.recv(RECV)
-            except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    self._overrun()
-                    continue
-                if error.errno == errno.EBADF:
-                    return  # closed by stop()
-                raise
-            if not data:
+            if any(number == self._ending for number, _ in waiting.poll()):
                 return
+            try:
+                data = self._socket.recv(RECV, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._overrun()
+                continue
             self._received(data)
 
     def stop(self) -> None:
-        """End the thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        """End the thread; returns when it has ended. May be called once."""
+        os.eventfd_write(self._ending, 1)
+        if self.ident is not None:
+            self.join()  # only then: a number that is closed is the next file's, and the thread would read from that
         self._socket.close()
+        os.close(self._ending)
 
     def _overrun(self) -> None:
         """Notifications were lost."""

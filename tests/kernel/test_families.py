@@ -165,7 +165,6 @@ def test_what_others_do_is_told_by_family(world):
         until("all is told", told)
     finally:
         monitor.stop()
-        monitor.join(5)
 
 
 def test_a_route_of_anothers_is_not_ours(world):

@@ -213,7 +213,6 @@ def heard(inside, requests, monkeypatch):
     monitor.start()
     yield events
     monitor.stop()
-    monitor.join(5)
     assert not died
 
 
@@ -303,7 +302,15 @@ def test_lost_events_are_told(requests, inside):
     while not isinstance(events.get(timeout=10), Overrun):
         pass
     monitor.stop()
-    monitor.join(5)
+
+
+def test_a_stopped_monitor_has_ended_before_its_socket_is_closed(requests, inside):
+    """A thread that still waits at a closed socket reads from the file that gets its number next."""
+    monitor = inside(lambda: Monitor(lambda _event: None, requests.port))
+    monitor.start()
+    assert monitor.is_alive()
+    monitor.stop()
+    assert not monitor.is_alive()
 
 
 @pytest.mark.parametrize("form", ["scope link", "tos 0x10 scope link", "scope host", "mtu 900 scope link"])
