@@ -132,7 +132,7 @@ def measure(nft: NetfilterSocket, texts: list[str], policy_texts: list[str]) -> 
     maker, subnets, which = Maker(), (prefix("10.0.0.0/24"),), table(1)
 
     def compiled() -> Any:
-        return compile_node(cluster.index, cluster.policies.values(), "node0", (4,))
+        return compile_node(cluster.index, cluster.policies, "node0", (4,))
 
     found = timed("compiled", compiled)
     cluster.taken()

@@ -205,6 +205,12 @@ class Objects:
         self._watch = Watch(client, resource.path, self._probe)
         self._version = ""
 
+    def move(self, path: str) -> None:
+        """It is found there; not while it is watched."""
+        if path != self._resource.path:
+            self._resource = self._resource._replace(path=path)
+            self._watch = Watch(self._client, path, self._probe)
+
     def read(self) -> Listed:
         """All of them. Raises StoreUnavailable."""
         items: dict[str, Any] = {}

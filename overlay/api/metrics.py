@@ -134,17 +134,7 @@ def _state(page: _Page, status: Status) -> None:
     if (age := store.get("contact_age_s")) is not None:
         page.one("overlay_store_contact_age_seconds", "gauge", "Since the store last said anything.", age)
     if (policy := found.get("policy")) is not None:
-        for name, text, value in (
-            ("network_policies", "NetworkPolicies that can be used.", policy["policies"]),
-            ("network_policies_refused", "NetworkPolicies that cannot; the status says why.", len(policy["refused"])),
-            ("network_policies_enforced", "1 while the kernel has a table of them.", int(policy["enforced"])),
-            (
-                "isolated_addresses",
-                "Addresses of pods of this node that a policy selects.",
-                policy["isolated_addresses"],
-            ),
-        ):
-            page.one(f"overlay_{name}", "gauge", text, value)
+        _policies(page, policy)
     lease = found.get("lease")
     if lease is not None and lease["left_s"] is not None:
         page.one("overlay_lease_left_seconds", "gauge", "Until the lease in etcd ends.", lease["left_s"])
@@ -158,6 +148,25 @@ def _state(page: _Page, status: Status) -> None:
         "gauge",
         "Records that are not used; the status says why.",
         [({"reason": label}, counts[label]) for label in labels],
+    )
+
+
+def _policies(page: _Page, policy: Mapping[str, Any]) -> None:
+    for name, text, value in (
+        ("network_policies", "NetworkPolicies and ClusterNetworkPolicies that can be used.", policy["policies"]),
+        ("network_policies_refused", "Those that cannot; the status says why.", len(policy["refused"])),
+        ("network_policies_enforced", "1 while the kernel has a table of them.", int(policy["enforced"])),
+        ("isolated_addresses", "Addresses of pods of this node that a policy selects.", policy["isolated_addresses"]),
+    ):
+        page.one(f"overlay_{name}", "gauge", text, value)
+    page.add(
+        "overlay_policy_packets_total",
+        "counter",
+        "Packets that policies' rules judged: the first of a connection, and again when something was taken away.",
+        [
+            ({name: each[name] for name in ("policies", "direction", "verdict")}, each["packets"])
+            for each in policy["decided"]
+        ],
     )
 
 

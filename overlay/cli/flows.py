@@ -19,7 +19,7 @@ from overlay.kernel.netlink import error_text
 from overlay.kernel.nftables.flows import Connections, Denials, Flow
 from overlay.policy.compile import Compiled, compile_node
 from overlay.policy.model import PROTOCOL_NAMES
-from overlay.policy.table import LOGGED_BYTES, NFLOG_GROUP
+from overlay.policy.table import BY_RULE, LOGGED_BYTES, NFLOG_GROUP
 from overlay.policy.words import address_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
@@ -87,10 +87,15 @@ class _Names:
         self.pods = snapshot.names
         self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, nodes=snapshot.nodes)
 
-    def policies_of(self, chain: str) -> tuple[str, ...]:
-        """Those of a chain."""
-        found = self.compiled.chains.get(chain) if self.compiled is not None else None
-        return found.policies if found is not None else ()
+    def policies_of(self, prefix: str) -> tuple[str, ...]:
+        """Those that denied what a rule with that prefix logged."""
+        name, _, place = prefix.partition(BY_RULE)
+        chain = self.compiled.chains.get(name) if self.compiled is not None else None
+        if chain is None:
+            return ()
+        if place.isdecimal() and int(place) < len(chain.rules):
+            return (chain.rules[int(place)].policy,)
+        return chain.policies
 
     def of(self, address: bytes) -> str:
         """A pod's name and address, or the address."""

@@ -14,7 +14,7 @@ from overlay.cli import terminal
 from overlay.policy.ask import NotTold, ask_policies
 from overlay.policy.compile import compile_node
 from overlay.policy.explain import Flow, Verdict, judge
-from overlay.policy.model import EGRESS, INGRESS, PROTOCOL_NAMES, PROTOCOLS, Pod
+from overlay.policy.model import EGRESS, INGRESS, NAMESPACED, PASS, PROTOCOL_NAMES, PROTOCOLS, Pod
 from overlay.policy.resources import packed
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.words import address_text, findings, rule_words
@@ -71,7 +71,7 @@ def explain(source: str, destination: str, port: str, run_dir: str, as_json: boo
             if end.pod is not None and not end.pod.alone
         }
         if one.pod is not None and other.pod is not None and one.pod.key == other.pod.key:
-            verdicts = {direction: each._replace(itself=True) for direction, each in verdicts.items()}
+            verdicts = {direction: each._replace(itself=True, allowed=True) for direction, each in verdicts.items()}
         found.append((one, other, verdicts))
     allowed = all(each.allowed for _, _, verdicts in found for each in verdicts.values())
     if as_json:
@@ -99,23 +99,30 @@ def _lines(verdict: Verdict | None, direction: str, end: _End, snapshot: Snapsho
     if verdict is None:
         why = "it is no pod's address" if end.pod is None else "it has the node's network, or has ended"
         return [f"{direction} of {name}: {why}: not judged"]
-    if not verdict.chain:
+    if not verdict.known:
+        return [f"{direction} of {name}: it is not known yet, and is held until then: denied"]
+    if not verdict.policies:
         return [f"{direction} of {name}: no policy selects it: allowed"]
-    by = ", ".join(verdict.policies)
+    by = f"{direction} of {name}: selected by {', '.join(verdict.policies)}"
     if verdict.itself:
-        return [f"{direction} of {name}: selected by {by}; a pod reaches itself: allowed"]
+        return [f"{by}; a pod reaches itself: allowed"]
     policies = {each.key: each for each in snapshot.policies}
-    if verdict.rules:
-        rules = [f"  {key} {rule_words(policies[key], direction, place)}" for key, place in verdict.rules]
-        return [f"{direction} of {name}: selected by {by}: allowed by", *rules]
-    rules = [
+    deciding = [f"  {rule.policy} {rule_words(policies[rule.policy], direction, rule.place)}" for rule in verdict.rules]
+    decided = bool(verdict.rules) and verdict.rules[-1].action != PASS
+    if verdict.allowed:
+        why = "allowed by" if decided else f"no rule decides: allowed{', after' if deciding else ''}"
+        return [f"{by}: {why}", *deciding]
+    if decided:
+        return [f"{by}: denied by", *deciding]
+    accepting = [
         f"  {key} {rule_words(policies[key], direction, place)}"
         for key in verdict.policies
         for place in range(len(policies[key].rules(direction) or ()))
+        if policies[key].tier == NAMESPACED
     ]
-    if not rules:
-        return [f"{direction} of {name}: selected by {by}, which allow nothing: denied"]
-    return [f"{direction} of {name}: selected by {by}: denied, for none of their rules allows it:", *rules]
+    if not accepting:
+        return [f"{by}, which allow nothing: denied", *deciding]
+    return [f"{by}: denied, for none of their rules allows it:", *deciding, *accepting]
 
 
 def _values(found: list[Any], snapshot: Snapshot, allowed: bool, protocol: int, number: int) -> dict[str, Any]:
@@ -132,7 +139,7 @@ def _values(found: list[Any], snapshot: Snapshot, allowed: bool, protocol: int, 
                     direction: {
                         "allowed": each.allowed,
                         "policies": list(each.policies),
-                        "rules": [{"policy": key, "rule": place} for key, place in each.rules],
+                        "rules": [{"policy": it.policy, "rule": it.place, "action": it.action} for it in each.rules],
                     }
                     for direction, each in verdicts.items()
                 },

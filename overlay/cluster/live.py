@@ -84,6 +84,7 @@ class LiveFiles(Source):
                 pod_antispoof=live.pod_antispoof,
                 pod_lift=live.pod_lift,
                 network_policy=live.network_policy,
+                cluster_network_policy=live.cluster_network_policy,
             )
             self._set_log_level(live.log_level)
 

@@ -10,9 +10,9 @@ from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed, Unusable
 from overlay.cni.results import CniResult
 from overlay.policy.compile import PodChange
-from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
+from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES
 from overlay.policy.index import Index
-from overlay.policy.model import Labels, Pod, Policy
+from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy
 
 MOST_KEPT = 1000
 """Values more than pods that are kept to be shared: of pods that are gone."""
@@ -25,9 +25,10 @@ class Cluster:
         """node: this one's name in pods; alone: there is no API server: a pod that CNI attached is known by that."""
         self._node, self._alone = node, alone
         self.index = Index()
-        self.policies: dict[str, Policy] = {}
-        self.refused: dict[str, str] = {}
-        """Policies that cannot be used, and why."""
+        self._policies: dict[str, dict[str, Policy]] = {POLICIES: {}, CLUSTER_WIDE: {}}
+        self._refused: dict[str, dict[str, str]] = {POLICIES: {}, CLUSTER_WIDE: {}}
+        self.wide = False
+        """Whether ClusterNetworkPolicies are enforced."""
         self.unusable: dict[str, str] = {}
         """Pods that cannot be used, and why: those of this node are held."""
         self.listed: set[str] = set()
@@ -44,13 +45,41 @@ class Cluster:
         self._kept: dict[Any, Any] = {}
         """One object for equal labels, ports and names: pods of one Deployment have the same."""
 
+    @property
+    def policies(self) -> list[Policy]:
+        """Those to be enforced."""
+        wide = self._policies[CLUSTER_WIDE].values() if self.wide else ()
+        return [*self._policies[POLICIES].values(), *wide]
+
+    @property
+    def left_out(self) -> int:
+        """How many ClusterNetworkPolicies there are that are not enforced."""
+        return 0 if self.wide else len(self._policies[CLUSTER_WIDE])
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Policies that cannot be used, or not as they say, and why."""
+        notes = {policy.key: "; ".join(policy.notes) for policy in self.policies if policy.notes}
+        wide = {f"{CLUSTER_KIND}/{name}": why for name, why in self._refused[CLUSTER_WIDE].items()} if self.wide else {}
+        return {**self._refused[POLICIES], **wide, **notes}
+
+    def enforce_wide(self, wide: bool) -> None:
+        """Whether ClusterNetworkPolicies count."""
+        self.whole |= wide != self.wide
+        self.wide = wide
+
     def take(self, event: Listed | Changed) -> bool:
         """A list or a change; whether anything is another now."""
         if event.resource == PODS:
             return self._take_pods(event)
-        changed = self._take_policies(event) if event.resource == POLICIES else self._take_namespaces(event)
+        changed = self._take_policies(event) if event.resource in self._policies else self._take_namespaces(event)
         self.whole |= changed
         return changed
+
+    def forget_wide(self) -> None:
+        """Nobody watches ClusterNetworkPolicies any more."""
+        self.listed.discard(CLUSTER_WIDE)
+        self._policies[CLUSTER_WIDE], self._refused[CLUSTER_WIDE] = {}, {}
 
     def forget_pods(self) -> None:
         """Nobody watches them any more."""
@@ -80,21 +109,22 @@ class Cluster:
     # --- one resource each
 
     def _take_policies(self, event: Listed | Changed) -> bool:
-        before = old, _ = dict(self.policies), dict(self.refused)
+        policies, refused = self._policies[event.resource], self._refused[event.resource]
+        before = old, _ = dict(policies), dict(refused)
         if isinstance(event, Listed):
-            self.policies.clear()
-            self.refused.clear()
-            self.listed.add(POLICIES)
+            policies.clear()
+            refused.clear()
+            self.listed.add(event.resource)
         for key, policy in event.items.items():
-            self.policies.pop(key, None)
-            self.refused.pop(key, None)
+            policies.pop(key, None)
+            refused.pop(key, None)
             if isinstance(policy, Unusable):
-                self.refused[key] = policy.reason
+                refused[key] = policy.reason
                 if key in old:  # what was enforced of it stays, rather than nothing
-                    self.policies[key] = old[key]
+                    policies[key] = old[key]
             elif policy is not None:
-                self.policies[key] = policy
-        return before != (self.policies, self.refused) or isinstance(event, Listed)
+                policies[key] = policy
+        return before != (policies, refused) or isinstance(event, Listed)
 
     def _take_namespaces(self, event: Listed | Changed) -> bool:
         before = dict(self.index.namespaces)

@@ -2,8 +2,10 @@
 reads. Pure.
 
 A pod's map says which chain judges it in a direction: one chain for each distinct list of policies, so that a packet's cost
-does not depend on how many policies there are. Sets of addresses are one for each distinct list of peers, and have the pods
-of the whole cluster; names are made of what a thing means, so that what stays keeps its name.
+does not depend on how many policies there are. Where ClusterNetworkPolicies of the Admin tier select it their chain comes
+first, and says which is asked where none of its rules decides: that of the NetworkPolicies, or of the Baseline tier. Sets
+of addresses are one for each distinct list of peers, and have the pods of the whole cluster; names are made of what a thing
+means, so that what stays keeps its name.
 """
 
 from __future__ import annotations
@@ -14,7 +16,22 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES
 from overlay.policy.index import Index
-from overlay.policy.model import EGRESS, INGRESS, Block, Pod, PodPeer, Policy, Port, Rule, matches
+from overlay.policy.model import (
+    ACCEPT,
+    BASELINE,
+    DENY,
+    EGRESS,
+    INGRESS,
+    NAMESPACED,
+    TIERS,
+    Block,
+    Pod,
+    PodPeer,
+    Policy,
+    Port,
+    Rule,
+    matches,
+)
 from overlay.process.sha256 import sha256
 
 DIRECTIONS = (INGRESS, EGRESS)
@@ -42,22 +59,26 @@ class Members(NamedTuple):
     """Of NAMED: which."""
 
 
-class Allowed(NamedTuple):
-    """One rule of a chain: it returns for peers in a set ("": anybody) and ports in a set ("": any). policy:
-    `namespace/name`; place: of the rule in its policy."""
+class Judged(NamedTuple):
+    """One rule of a chain: what it does with peers in a set ("": anybody) and ports in a set ("": any). policy: its key;
+    place: of the rule in its policy."""
 
     policy: str
     place: int
     peers: str
     ports: str
+    action: str = ACCEPT
 
 
 class Chain(NamedTuple):
-    """What judges pods that the same policies select."""
+    """What judges pods that the same policies of a tier select: the first rule that matches decides. then: the chain that
+    does where none decides, or one passes; "": all may pass. A NetworkPolicy's lets nothing pass at its end."""
 
     direction: str
     policies: tuple[str, ...]
-    rules: tuple[Allowed, ...]
+    rules: tuple[Judged, ...]
+    tier: str = NAMESPACED
+    then: str = ""
 
 
 class Compiled(NamedTuple):
@@ -70,8 +91,26 @@ class Compiled(NamedTuple):
 
     @property
     def isolated(self) -> frozenset[bytes]:
-        """The addresses of pods that a policy selects."""
-        return frozenset(address for those in self.pods.values() for address, chain in those.items() if chain)
+        """The addresses of pods of which some chain drops something."""
+        those = {name for name in self.chains if any(map(drops, self.line(name)))}
+        return frozenset(address for heads in self.pods.values() for address, chain in heads.items() if chain in those)
+
+    @property
+    def turned(self) -> frozenset[str]:
+        """Sets in which who comes may be let through no more: those of rules that deny or pass."""
+        rules = (rule for chain in self.chains.values() for rule in chain.rules if rule.action != ACCEPT)
+        return frozenset(name for rule in rules for name in (rule.peers, rule.ports) if name)
+
+    def line(self, name: str) -> Iterator[Chain]:
+        """A chain and those that it hands over to."""
+        while name:
+            yield (chain := self.chains[name])
+            name = chain.then
+
+
+def drops(chain: Chain) -> bool:
+    """Whether a chain drops something itself."""
+    return chain.tier == NAMESPACED or any(rule.action == DENY for rule in chain.rules)
 
 
 NOTHING = Compiled({}, {}, {direction: {} for direction in DIRECTIONS})
@@ -91,32 +130,44 @@ def compile_node(
     """All that is wanted of a node, from nothing. node: the name by which pods say that they are its own."""
     means = _Means(index, families, nodes or {}, {})
     local = index.on_node(node)
-    sets = means.sets
-    selecting: dict[str, dict[str, list[Policy]]] = {direction: {} for direction in DIRECTIONS}
-    rules: dict[tuple[str, str], tuple[Allowed, ...]] = {}
-    for policy in sorted(policies, key=lambda each: each.key):
-        mine = local & index.in_namespace(policy.namespace)
-        if mine:
-            mine &= index.selected(policy.pods)
+    selecting: dict[tuple[str, str], list[Policy]] = {}
+    rules: dict[tuple[str, str], tuple[Judged, ...]] = {}
+    for policy in sorted(policies, key=lambda each: each.order):
+        mine = local & index.of_peer(policy.subject, policy.namespace)
         if not mine:
             continue
         for direction in DIRECTIONS:
             if policy.rules(direction) is not None:
                 rules[direction, policy.key] = tuple(_rules(means, policy, direction))
                 for pod in index.members(mine):
-                    selecting[direction].setdefault(pod.key, []).append(policy)
+                    selecting.setdefault((direction, pod.key), []).append(policy)
     chains: dict[str, Chain] = {}
     pods: dict[str, dict[bytes, str]] = {direction: {} for direction in DIRECTIONS}
     for pod in sorted(index.members(local), key=lambda each: each.key):
         for direction in DIRECTIONS:
-            name = ""
-            if found := selecting[direction].get(pod.key):
-                allowed = tuple(rule for policy in found for rule in rules[direction, policy.key])
-                chain = Chain(direction, tuple(policy.key for policy in found), allowed)
-                name = _name("in" if direction == INGRESS else "out", chain)
-                chains[name] = chain
-            pods[direction].update(dict.fromkeys(pod.addresses, name))
-    return Compiled(sets, chains, pods)
+            head = ""
+            for chain in _line(direction, selecting.get((direction, pod.key), ()), rules):
+                made = chain._replace(then=head)
+                head = _name("in" if direction == INGRESS else "out", made)
+                chains[head] = made
+            pods[direction].update(dict.fromkeys(pod.addresses, head))
+    used = {name for chain in chains.values() for rule in chain.rules for name in (rule.peers, rule.ports)}
+    return Compiled({name: those for name, those in means.sets.items() if name in used}, chains, pods)
+
+
+def _line(
+    direction: str, policies: Iterable[Policy], rules: Mapping[tuple[str, str], tuple[Judged, ...]]
+) -> Iterator[Chain]:
+    """The chains of a pod that these policies select, the last one first."""
+    tiers: dict[str, list[Policy]] = {tier: [] for tier in TIERS}
+    for policy in policies:
+        tiers[policy.tier].append(policy)
+    if tiers[NAMESPACED]:
+        tiers[BASELINE] = []  # what a NetworkPolicy selects it decides
+    for tier, those in reversed(tiers.items()):
+        if those:
+            judged = tuple(rule for policy in those for rule in rules[direction, policy.key])
+            yield Chain(direction, tuple(policy.key for policy in those), judged, tier)
 
 
 class PodChange(NamedTuple):
@@ -175,11 +226,11 @@ class _Means(NamedTuple):
     sets: dict[str, Members]
 
 
-def _rules(means: _Means, policy: Policy, direction: str) -> Iterator[Allowed]:
+def _rules(means: _Means, policy: Policy, direction: str) -> Iterator[Judged]:
     for place, rule in enumerate(policy.rules(direction) or ()):
         for ports in _port_sets(means, rule):
             for peers in _peer_sets(means, rule, policy.namespace):
-                yield Allowed(policy.key, place, peers, ports)
+                yield Judged(policy.key, place, peers, ports, rule.action)
 
 
 def _peer_sets(means: _Means, rule: Rule, namespace: str) -> Iterator[str]:

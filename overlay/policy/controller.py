@@ -7,6 +7,7 @@ import queue
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 from lease.families import FAMILIES
@@ -27,16 +28,17 @@ from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
-from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, Down
+from overlay.policy.counts import Counts
+from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES, RESOURCES, Absent, Down
+from overlay.policy.model import CLUSTER_KIND, NAMESPACED
 from overlay.policy.nodes import Nodes
+from overlay.policy.problems import NOT_ENFORCED, REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import (
-    DENIED,
     FORWARD,
     LAST_GENERATION,
     MARK_MASK,
     SUFFIX,
-    UNKNOWN,
     Maker,
     forward,
     generation_of,
@@ -47,8 +49,8 @@ from overlay.process.log import log
 
 _NO_LOG = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
 """What a kernel says that has no NFLOG (and of other things, too)."""
-NAMED = 3
-"""So many things are named in a problem."""
+COUNTED_S = 0.2
+"""What rules counted is read at most so often."""
 
 
 class PolicyAsked(NamedTuple):
@@ -78,11 +80,12 @@ class NoFeeds:
 
 
 class _Wants(NamedTuple):
-    """subnets: those of this node's pods; enforced: whether policies are to be."""
+    """subnets: those of this node's pods; enforced: whether policies are to be; wide: ClusterNetworkPolicies, too."""
 
     table: Table
     subnets: tuple[Prefix, ...]
     enforced: bool
+    wide: bool
     ipvs: bool
 
 
@@ -92,7 +95,7 @@ class PolicyController(Controller):
     name = "policy"
     harmless = True
     rechecked = False
-    reports = ("policies refused", "policies unread")
+    reports = (REFUSED, UNREAD)
 
     def __init__(
         self,
@@ -123,6 +126,9 @@ class PolicyController(Controller):
         self._generation = 0
         self._logs = True
         self._commits = self._mended = 0
+        self._counts, self._counted_at = Counts(), -COUNTED_S
+        self._failed = ""
+        """Why the kernel refused the last change."""
         self._unread: dict[str, str] = {}
         self._revision = self._in_force = 0
         """Of the policies that came last, and of those in the kernel."""
@@ -134,6 +140,7 @@ class PolicyController(Controller):
             Listed: self._on_resource,
             Changed: self._on_resource,
             Down: self._on_down,
+            Absent: self._on_absent,
             PodsAttached: self._on_attached,
             PolicyAsked: self._on_asked,
             NftSeen: self._on_nft,
@@ -141,7 +148,7 @@ class PolicyController(Controller):
         }
 
     def _on_resource(self, event: Listed | Changed) -> bool:
-        if event.resource not in (PODS, NAMESPACES, POLICIES):
+        if event.resource not in RESOURCES:
             return False
         self._unread.pop(event.resource, None)
         if event.resource == POLICIES:
@@ -153,6 +160,10 @@ class PolicyController(Controller):
         self._unread[event.resource] = event.reason
         return True
 
+    def _on_absent(self, event: Absent) -> bool:
+        self._stale |= self.cluster.take(Listed(event.resource, 0, {}))
+        return True
+
     def _on_attached(self, _event: PodsAttached) -> bool:
         self._attached = True
         return True
@@ -160,7 +171,7 @@ class PolicyController(Controller):
     def _on_asked(self, event: PolicyAsked) -> bool:
         cluster = self.cluster
         pods = tuple(pod for pod in cluster.index.pods if pod is not None)
-        namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies.values())
+        namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies)
         event.answer.put(
             Snapshot(
                 self._node,
@@ -191,20 +202,24 @@ class PolicyController(Controller):
         number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
-        return _Wants(table(number), subnets, settings.network_policy, ipvs)
+        return _Wants(table(number), subnets, settings.network_policy, settings.cluster_network_policy, ipvs)
 
     def reconcile(self, wants: Any) -> bool:
         """What is known now, compiled and made so. Raises KernelError."""
+        before, failed = self._failed, ""
         try:
             self._reconcile(wants)
-        except KernelError:
-            self._read_whole = True
+        except KernelError as error:
+            self._read_whole, failed = True, str(error)
             raise
+        finally:
+            self._failed = failed
+            if failed != before:
+                self._say(wants)
         return False
 
     def _reconcile(self, wants: _Wants) -> None:
-        for name in (POLICIES, NAMESPACES):
-            self._feeds.start(name)
+        self._begin(wants)
         if self._attached:
             self._attached = False
             self._stale |= self.cluster.results(self._results())
@@ -212,7 +227,7 @@ class PolicyController(Controller):
             self._wanted, self._stale, self._read_whole = wants, True, True
         self._say(wants)
         cluster = self.cluster
-        if not {POLICIES, NAMESPACES} <= cluster.listed:
+        if not {POLICIES, NAMESPACES} <= cluster.listed or not self._wide_known(wants):
             self._cannot_know(wants.table, bool(self._unread))
             return  # what an agent before us enforced stays
         if not cluster.policies or not wants.enforced:
@@ -237,8 +252,8 @@ class PolicyController(Controller):
         if self._stale:
             self._stale = False
             if cluster.whole or self.compiled is NOTHING:
-                policies = cluster.policies.values()
-                self.compiled = compile_node(cluster.index, policies, self._node, nodes=self._node_addresses())
+                nodes = self._node_addresses()
+                self.compiled = compile_node(cluster.index, cluster.policies, self._node, nodes=nodes)
             else:
                 self.compiled = with_pods(self.compiled, cluster.index, cluster.changes)
             cluster.taken()
@@ -247,6 +262,33 @@ class PolicyController(Controller):
             self._make_so(wants)
         self._in_force = self._revision
         self._current.set(policed=Policed(self.compiled.isolated), policies_known=True)
+
+    def _begin(self, wants: _Wants) -> None:
+        """Read what is to be enforced, and nothing else."""
+        for name in (POLICIES, NAMESPACES, *([CLUSTER_WIDE] if wants.wide else [])):
+            self._feeds.start(name)
+        if not wants.wide and self._current.inputs.settings.kube:  # files bring all at once
+            self._feeds.stop(CLUSTER_WIDE)
+            self.cluster.forget_wide()
+            self._unread.pop(CLUSTER_WIDE, None)
+        self.cluster.enforce_wide(wants.wide)
+
+    def _wide_known(self, wants: _Wants) -> bool:
+        """Whether NetworkPolicies need not wait for ClusterNetworkPolicies: these are known, are not wanted, or cannot be
+        read, and the kernel has none of them."""
+        if not wants.wide or CLUSTER_WIDE in self.cluster.listed:
+            return True
+        if CLUSTER_WIDE not in self._unread:
+            return False
+        if self._there is not None:
+            return not any(chain.tier != NAMESPACED for chain in self.compiled.chains.values())
+        try:
+            counted = self._sets.rules_counted(wants.table)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return True
+            raise
+        return not any(comment.startswith(f"{CLUSTER_KIND}/") for _, comment, _ in counted)
 
     def _cannot_know(self, which: Table, unread: bool) -> None:
         """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
@@ -259,10 +301,10 @@ class PolicyController(Controller):
     def _nodes_changed(self) -> bool:
         """Whether peers did, and it matters to some policy."""
         changed = self._nodes_version() != self._nodes_seen
-        return changed and any(policy.has_blocks for policy in self.cluster.policies.values())
+        return changed and any(policy.has_blocks for policy in self.cluster.policies)
 
     def _node_addresses(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        if not any(policy.has_blocks for policy in self.cluster.policies.values()):
+        if not any(policy.has_blocks for policy in self.cluster.policies):
             return {}
         return {family: tuple(nodes.addresses()) for family, nodes in self._nodes.items()}
 
@@ -326,7 +368,7 @@ class PolicyController(Controller):
             # marks of a table that was here before say nothing: none of them is likely to be this
             self._generation = random.randrange(1, LAST_GENERATION)  # noqa: S311
         wanted = self._content(subnets, self._generation, logs)
-        takes = there is not None and takes_away(there, wanted)
+        takes = there is not None and takes_away(there, wanted, self.compiled.turned)
         if takes:
             wanted = wanted._replace(chains={**wanted.chains, FORWARD: unmarked()})
         written = self._change(which, there, wanted)
@@ -352,23 +394,9 @@ class PolicyController(Controller):
 
     def _say(self, wants: _Wants) -> None:
         """What stands in the way."""
-        refused = {**self.cluster.refused, **{f"pod {key}": why for key, why in self.cluster.unusable.items()}}
-        words = "; ".join(f"{key}: {reason}" for key, reason in sorted(refused.items())[:NAMED])
-        more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
-        self._health.report(
-            "policies refused", words and f"{words}{more}: what they say is not enforced", harmless=True
-        )
-        unread = "; ".join(f"{name}: {why}" for name, why in sorted(self._unread.items()))
-        self._health.report("policies unread", unread and f"{unread}: what was known stays enforced", harmless=True)
-        count = len(self.cluster.policies)
-        off = f"{count} NetworkPolicies exist, and none is enforced: --network-policy is false"
-        ipvs = f"{count} NetworkPolicies exist, and kube-proxy's IPVS goes past them: use its nftables or iptables mode"
-        lacking = (
-            f"{count} NetworkPolicies exist, and none is enforced: pods cannot be read: {self._unread.get(PODS, '')}"
-        )
-        none = PODS in self._unread and PODS not in self.cluster.listed and self._there is None
-        fault = "" if not count else off if not wants.enforced else lacking if none else ipvs if wants.ipvs else ""
-        self._health.report("policies not enforced", fault, harmless=True)
+        how = How(wants.enforced, wants.ipvs, self._there is not None, self._failed)
+        for subject, words in problems(self.cluster, self._unread, how).items():
+            self._health.report(subject, words, harmless=True)
 
     def due(self) -> float | None:
         """When the table is read again."""
@@ -389,37 +417,51 @@ class PolicyController(Controller):
         self._there, self._wanted = None, None
         self._stale = self._read_whole = True
         self._current.set(policed=None)
-        for subject in (*self.reports, "policies not enforced"):
+        for subject in (*self.reports, NOT_ENFORCED):
             self._health.solved(subject)
+
+    @property
+    def _passed_by(self) -> bool:
+        """Whether kube-proxy's IPVS goes past the hook."""
+        return self._wanted is not None and self._wanted.ipvs
 
     def status(self) -> Mapping[str, object]:
         """`policy`: what is enforced; nothing where there is nobody to say so."""
         if not self._current.inputs.settings.knows_policies:
             return {}
+        self._count()
         compiled, cluster = self.compiled, self.cluster
         return {
             "policy": {
-                "enforced": self._there is not None,
+                "enforced": self._there is not None and not self._failed and not self._passed_by,
                 "policies": len(cluster.policies),
+                "cluster_wide": sum(policy.tier != NAMESPACED for policy in cluster.policies),
                 "refused": dict(sorted(cluster.refused.items())),
                 "pods": len(cluster.index.places),
                 "isolated_addresses": len(compiled.isolated),
                 "generation": self._generation if self._there is not None else 0,
                 "revision": self._in_force,
+                "decided": self._counts.shown(),
             }
         }
 
     def counters(self) -> Mapping[str, int]:
-        """How often the table was changed, and put back; what it dropped, {} where the kernel does not say."""
+        """How often the table was changed, and put back; what it dropped since this agent began."""
         if not self._current.inputs.settings.knows_policies:
             return {}
-        found = {"policy_commits": self._commits, "mended_policy": self._mended}
-        if self._there is None or self._wanted is None:
-            return found
-        try:
-            rules = self._sets.rules_counted(self._wanted.table)
-        except OSError:
-            return found
-        by_policy = sum(packets for _, comment, packets in rules if comment == DENIED)
-        unknown = sum(packets for _, comment, packets in rules if comment == UNKNOWN)
-        return {**found, "dropped_by_policy": by_policy, "dropped_of_unknown_pods": unknown}
+        self._count()
+        return {
+            "policy_commits": self._commits,
+            "mended_policy": self._mended,
+            "dropped_by_policy": self._counts.denied,
+            "dropped_of_unknown_pods": self._counts.unknown,
+        }
+
+    def _count(self) -> None:
+        """What the rules counted, where the kernel says it."""
+        now = self._clock()
+        if self._there is None or self._wanted is None or now - self._counted_at < COUNTED_S:
+            return
+        self._counted_at = now
+        with suppress(OSError):
+            self._counts.take(self._sets.rules_counted(self._wanted.table), self.compiled)

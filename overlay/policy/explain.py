@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, PORTS, Chain, Compiled
-from overlay.policy.model import INGRESS
+from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, PORTS, Compiled, Judged
+from overlay.policy.model import ACCEPT, INGRESS, NAMESPACED, PASS
 
 
 class Flow(NamedTuple):
@@ -19,42 +19,45 @@ class Flow(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of one direction at one node. known: whether the pod is one of the node's; chain: "" where no policy selects it;
-    rules: those that allow it, `namespace/name` and place; itself: a pod talks to itself."""
+    """Of one direction at one node. known: whether the pod is one of the node's, one that is not is held; policies: those
+    that select it, in the order in which they are asked; rules: those that decide, by policy and place, with passes before
+    it; none: no policy selects it, or (denied) no NetworkPolicy allows it, or (allowed) no rule is about it; itself: a pod
+    talks to itself."""
 
     known: bool
-    chain: str
     policies: tuple[str, ...]
-    rules: tuple[tuple[str, int], ...]
-    itself: bool
-
-    @property
-    def allowed(self) -> bool:
-        """Whether it may pass."""
-        return not self.chain or bool(self.rules) or self.itself
+    rules: tuple[Judged, ...]
+    allowed: bool
+    itself: bool = False
 
 
 def judge(compiled: Compiled, direction: str, flow: Flow) -> Verdict:
     """What a node's table does with a flow of one of its pods in a direction."""
     own, other = (flow.target, flow.source) if direction == INGRESS else (flow.source, flow.target)
     chains = compiled.pods[direction]
-    name = chains.get(own, "")
-    if not name:
-        return Verdict(own in chains, "", (), (), False)
-    chain = compiled.chains[name]
-    return Verdict(
-        True, name, chain.policies, tuple(_allowing(compiled, chain, other, flow)), flow.source == flow.target
+    if own not in chains:
+        return Verdict(False, (), (), False)
+    line = tuple(compiled.line(chains[own]))
+    policies = tuple(policy for chain in line for policy in chain.policies)
+    if line and flow.source == flow.target:
+        return Verdict(True, policies, (), True, itself=True)
+    passed: list[Judged] = []
+    for chain in line:
+        matching = [rule for rule in chain.rules if _matches(compiled, rule, other, flow)]
+        if chain.tier == NAMESPACED:  # all of these say the same
+            once = {(rule.policy, rule.place): rule for rule in matching}
+            return Verdict(True, policies, (*passed, *once.values()), bool(matching))
+        if matching:
+            if matching[0].action != PASS:
+                return Verdict(True, policies, (*passed, matching[0]), matching[0].action == ACCEPT)
+            passed.append(matching[0])
+    return Verdict(True, policies, tuple(passed), True)
+
+
+def _matches(compiled: Compiled, rule: Judged, other: bytes, flow: Flow) -> bool:
+    return (not rule.peers or _has_peer(compiled, rule.peers, other)) and (
+        not rule.ports or _has_port(compiled, rule.ports, flow)
     )
-
-
-def _allowing(compiled: Compiled, chain: Chain, other: bytes, flow: Flow) -> list[tuple[str, int]]:
-    found = [
-        (rule.policy, rule.place)
-        for rule in chain.rules
-        if (not rule.peers or _has_peer(compiled, rule.peers, other))
-        and (not rule.ports or _has_port(compiled, rule.ports, flow))
-    ]
-    return list(dict.fromkeys(found))
 
 
 def _has_peer(compiled: Compiled, name: str, address: bytes) -> bool:

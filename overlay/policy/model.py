@@ -1,6 +1,7 @@
 """Pods, namespaces and policies as values: what is kept of them, and nothing else.
 
-Source: Kubernetes API networking.k8s.io/v1 (NetworkPolicy), core/v1 (Pod, Namespace), meta/v1 (LabelSelector).
+Source: Kubernetes API networking.k8s.io/v1 (NetworkPolicy), policy.networking.k8s.io/v1alpha2 and v1beta1
+(ClusterNetworkPolicy), core/v1 (Pod, Namespace), meta/v1 (LabelSelector).
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 """By the name in the API: the number in the IP header."""
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 LAST_PORT = 65535
+ADMIN, NAMESPACED, BASELINE = "Admin", "NetworkPolicy", "Baseline"
+TIERS = (ADMIN, NAMESPACED, BASELINE)
+"""In the order in which they are asked; NetworkPolicies stand between those of a ClusterNetworkPolicy."""
+ACCEPT, DENY, PASS = "Accept", "Deny", "Pass"
+"""What a rule does; PASS: the next tier decides."""
+CLUSTER_KIND = "ClusterNetworkPolicy"
 IN, NOT_IN, EXISTS, DOES_NOT_EXIST = "In", "NotIn", "Exists", "DoesNotExist"
 
 
@@ -94,29 +101,41 @@ class Port(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a policy allows. peers None: anybody; ports None: any port of any protocol, ICMP too."""
+    """peers None: anybody; ports None: any port of any protocol, ICMP too. action, name: of a ClusterNetworkPolicy; one of a
+    NetworkPolicy accepts."""
 
     peers: tuple[PodPeer | Block, ...] | None
     ports: tuple[Port, ...] | None
+    action: str = ACCEPT
+    name: str = ""
 
 
 class Policy(NamedTuple):
-    """A NetworkPolicy. ingress, egress: its rules; None: it says nothing of that direction."""
+    """A NetworkPolicy, or a ClusterNetworkPolicy (namespace: ""). subject: whom it selects; ingress, egress: its rules, None
+    where it says nothing of that direction; tier, priority: the lower is asked first. notes: what is not done as it says."""
 
     namespace: str
     name: str
-    pods: Selector
+    subject: PodPeer
     ingress: tuple[Rule, ...] | None
     egress: tuple[Rule, ...] | None
+    tier: str = NAMESPACED
+    priority: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """`namespace/name`."""
-        return f"{self.namespace}/{self.name}"
+        """`namespace/name`, `ClusterNetworkPolicy/name`: no namespace has capitals."""
+        return f"{CLUSTER_KIND if self.tier != NAMESPACED else self.namespace}/{self.name}"
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """By which policies are asked; among equals the API leaves it open."""
+        return TIERS.index(self.tier), self.priority, self.key
 
     @property
     def has_blocks(self) -> bool:
-        """Whether a rule has an ipBlock."""
+        """Whether a rule means addresses."""
         rules = (*(self.ingress or ()), *(self.egress or ()))
         return any(isinstance(peer, Block) for rule in rules for peer in rule.peers or ())
 

@@ -45,9 +45,9 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
     texts = [each.get("ip", "") for each in status.get("podIPs") or ()] or [status.get("podIP") or ""]
     named = [
         ContainerPort(
-            _text(port["name"], "ports.name"),
+            text_of(port["name"], "ports.name"),
             _protocol(port.get("protocol"), "ports.protocol"),
-            _number(port["containerPort"], "containerPort"),
+            port_number(port["containerPort"], "containerPort"),
         )
         for container in _containers(spec)
         for port in container.get("ports") or ()
@@ -78,42 +78,43 @@ def namespace_of(item: Mapping[str, Any]) -> Labels:
 
 def policy_of(item: Mapping[str, Any]) -> Policy:
     """A NetworkPolicy. Raises ValueError."""
-    meta, spec = item["metadata"], _mapping(item.get("spec"), "spec")
+    meta, spec = item["metadata"], mapping(item.get("spec"), "spec")
     types = spec.get("policyTypes")
     if types is None or types == []:
         types = ["Ingress", *(["Egress"] if spec.get("egress") else [])]
     for each in types:
         if each not in _TYPES:
-            raise ValueError(f"spec.policyTypes: {_shown(each)} must be Ingress or Egress")
+            raise ValueError(f"spec.policyTypes: {shown(each)} must be Ingress or Egress")
     ingress = _rules(spec, "ingress", "from") if "Ingress" in types else None
     egress = _rules(spec, "egress", "to") if "Egress" in types else None
     name, namespace = str(meta["name"]), str(meta.get("namespace") or "default")
-    return Policy(namespace, name, selector_of(spec.get("podSelector"), "spec.podSelector"), ingress, egress)
+    subject = PodPeer(None, selector_of(spec.get("podSelector"), "spec.podSelector"))
+    return Policy(namespace, name, subject, ingress, egress)
 
 
 def _rules(spec: Mapping[str, Any], direction: str, peers: str) -> tuple[Rule, ...]:
     where = f"spec.{direction}"
     return tuple(
         Rule(
-            _peers(_mapping(each, f"{where}[{place}]").get(peers), f"{where}[{place}].{peers}"),
+            _peers(mapping(each, f"{where}[{place}]").get(peers), f"{where}[{place}].{peers}"),
             _ports(each.get("ports"), f"{where}[{place}].ports"),
         )
-        for place, each in enumerate(_list(spec.get(direction), where))
+        for place, each in enumerate(listed(spec.get(direction), where))
     )
 
 
 def _peers(items: Any, where: str) -> tuple[PodPeer | Block, ...] | None:
     """None, where the rule is for anybody."""
-    return tuple(_peer(each, f"{where}[{place}]") for place, each in enumerate(_list(items, where))) or None
+    return tuple(_peer(each, f"{where}[{place}]") for place, each in enumerate(listed(items, where))) or None
 
 
 def _peer(item: Any, where: str) -> PodPeer | Block:
-    item = _mapping(item, where)
+    item = mapping(item, where)
     block, pods, namespaces = (item.get(name) for name in ("ipBlock", "podSelector", "namespaceSelector"))
     if block is not None:
         if pods is not None or namespaces is not None:
             raise ValueError(f"{where}: ipBlock must stand alone, without podSelector and namespaceSelector")
-        return _block(_mapping(block, f"{where}.ipBlock"), f"{where}.ipBlock")
+        return _block(mapping(block, f"{where}.ipBlock"), f"{where}.ipBlock")
     if pods is None and namespaces is None:
         raise ValueError(f"{where}: must have a podSelector, a namespaceSelector or an ipBlock")
     return PodPeer(
@@ -123,10 +124,10 @@ def _peer(item: Any, where: str) -> PodPeer | Block:
 
 
 def _block(item: Mapping[str, Any], where: str) -> Block:
-    cidr = _prefix(item.get("cidr"), f"{where}.cidr")
+    cidr = prefix_of(item.get("cidr"), f"{where}.cidr")
     excepted = [
-        _prefix(each, f"{where}.except[{place}]")
-        for place, each in enumerate(_list(item.get("except"), f"{where}.except"))
+        prefix_of(each, f"{where}.except[{place}]")
+        for place, each in enumerate(listed(item.get("except"), f"{where}.except"))
     ]
     for each in excepted:
         if each.family != cidr.family or not cidr.holds(each.base) or each.length <= cidr.length:
@@ -136,24 +137,24 @@ def _block(item: Mapping[str, Any], where: str) -> Block:
 
 def _ports(items: Any, where: str) -> tuple[Port, ...] | None:
     """None, where the rule is for any."""
-    return tuple(_port(each, f"{where}[{place}]") for place, each in enumerate(_list(items, where))) or None
+    return tuple(_port(each, f"{where}[{place}]") for place, each in enumerate(listed(items, where))) or None
 
 
 def _port(item: Any, where: str) -> Port:
-    item = _mapping(item, where)
+    item = mapping(item, where)
     protocol, port, end = _protocol(item.get("protocol"), f"{where}.protocol"), item.get("port"), item.get("endPort")
     if isinstance(port, str):
         if end is not None:
             raise ValueError(f"{where}.endPort: must not stand beside a port by name")
         if len(port) > 15 or not _PORT_NAME.fullmatch(port):
-            raise ValueError(f"{where}.port: {_shown(port)} must be a port's name: at most 15 of a-z, 0-9 and -")
+            raise ValueError(f"{where}.port: {shown(port)} must be a port's name: at most 15 of a-z, 0-9 and -")
         return Port(protocol, name=port)
     if port is None:
         if end is not None:
             raise ValueError(f"{where}.endPort: must stand beside a port")
         return Port(protocol)
-    first = _number(port, f"{where}.port")
-    last = first if end is None else _number(end, f"{where}.endPort")
+    first = port_number(port, f"{where}.port")
+    last = first if end is None else port_number(end, f"{where}.endPort")
     if last < first:
         raise ValueError(f"{where}.endPort: {last} must not be below the port, {first}")
     return Port(protocol, first, last)
@@ -161,22 +162,22 @@ def _port(item: Any, where: str) -> Port:
 
 def selector_of(item: Any, where: str) -> Selector:
     """A LabelSelector; absent, it matches everything. Raises ValueError."""
-    item = _mapping(item or {}, where)
-    labels = _mapping(item.get("matchLabels") or {}, f"{where}.matchLabels")
-    found = [Expression(_text(key, where), IN, (_text(value, where),)) for key, value in labels.items()]
-    for place, listed in enumerate(_list(item.get("matchExpressions"), f"{where}.matchExpressions")):
+    item = mapping(item or {}, where)
+    labels = mapping(item.get("matchLabels") or {}, f"{where}.matchLabels")
+    found = [Expression(text_of(key, where), IN, (text_of(value, where),)) for key, value in labels.items()]
+    for place, expression in enumerate(listed(item.get("matchExpressions"), f"{where}.matchExpressions")):
         here = f"{where}.matchExpressions[{place}]"
-        each = _mapping(listed, here)
+        each = mapping(expression, here)
         operator = each.get("operator")
         values = tuple(
-            sorted({_text(value, f"{here}.values") for value in _list(each.get("values"), f"{here}.values")})
+            sorted({text_of(value, f"{here}.values") for value in listed(each.get("values"), f"{here}.values")})
         )
         if operator not in (IN, NOT_IN, EXISTS, DOES_NOT_EXIST):
-            raise ValueError(f"{here}.operator: {_shown(operator)} must be In, NotIn, Exists or DoesNotExist")
+            raise ValueError(f"{here}.operator: {shown(operator)} must be In, NotIn, Exists or DoesNotExist")
         if (operator in (IN, NOT_IN)) != bool(values):
             need = "must name some" if operator in (IN, NOT_IN) else "must be empty"
             raise ValueError(f"{here}.values: {need} with {operator}")
-        found.append(Expression(_text(each.get("key"), f"{here}.key"), operator, values))
+        found.append(Expression(text_of(each.get("key"), f"{here}.key"), operator, values))
     return tuple(sorted(set(found)))
 
 
@@ -185,14 +186,14 @@ def packed(text: str) -> bytes:
     try:
         return inet_pton(AF_INET6 if ":" in text else AF_INET, text)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{_shown(text)} must be an IP address") from error
+        raise ValueError(f"{shown(text)} must be an IP address") from error
 
 
 def _labels(meta: Mapping[str, Any]) -> Labels:
     return {str(key): str(value) for key, value in (meta.get("labels") or {}).items()}
 
 
-def _prefix(text: Any, where: str) -> Prefix:
+def prefix_of(text: Any, where: str) -> Prefix:
     """Host bits are allowed in the API, and mean nothing (Go's net.ParseCIDR)."""
     try:
         address, _, length = str(text).partition("/")
@@ -206,42 +207,42 @@ def _prefix(text: Any, where: str) -> Prefix:
             raise ValueError
         return Prefix(family, base >> (bits - int(length)) << (bits - int(length)), int(length))
     except ValueError as error:
-        raise ValueError(f"{where}: {_shown(text)} must be a prefix like 10.0.0.0/8 or fd00::/64") from error
+        raise ValueError(f"{where}: {shown(text)} must be a prefix like 10.0.0.0/8 or fd00::/64") from error
 
 
 def _protocol(value: Any, where: str) -> int:
     if value is None:
         return PROTOCOLS["TCP"]
     if not isinstance(value, str) or value not in PROTOCOLS:
-        raise ValueError(f"{where}: {_shown(value)} must be TCP, UDP or SCTP")
+        raise ValueError(f"{where}: {shown(value)} must be TCP, UDP or SCTP")
     return PROTOCOLS[value]
 
 
-def _number(value: Any, where: str) -> int:
+def port_number(value: Any, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LAST_PORT:
-        raise ValueError(f"{where}: {_shown(value)} must be a port number, 1 to {LAST_PORT}")
+        raise ValueError(f"{where}: {shown(value)} must be a port number, 1 to {LAST_PORT}")
     return value
 
 
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+def mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: {_shown(value)} must be an object")
+        raise ValueError(f"{where}: {shown(value)} must be an object")
     return value
 
 
-def _list(value: Any, where: str) -> list[Any]:
+def listed(value: Any, where: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise ValueError(f"{where}: {_shown(value)} must be a list")
+        raise ValueError(f"{where}: {shown(value)} must be a list")
     return value
 
 
-def _text(value: Any, where: str) -> str:
+def text_of(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {_shown(value)} must be text")
+        raise ValueError(f"{where}: {shown(value)} must be text")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return repr(value)[:60]

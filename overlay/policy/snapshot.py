@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 
 from lease.model import Prefix, prefix
 from overlay.policy.index import Index
-from overlay.policy.model import Block, ContainerPort, Expression, Labels, Pod, PodPeer, Policy, Port, Rule
+from overlay.policy.model import (
+    EGRESS,
+    INGRESS,
+    Block,
+    ContainerPort,
+    Expression,
+    Labels,
+    Pod,
+    PodPeer,
+    Policy,
+    Port,
+    Rule,
+)
 
 
 class Snapshot(NamedTuple):
@@ -71,14 +83,13 @@ def _policy_json(policy: Policy) -> dict[str, Any]:
     return {**policy._asdict(), **rules}
 
 
-_BOTH = ("ingress", "egress")
+_BOTH = (INGRESS, EGRESS)
 
 
 def _rule_json(rule: Rule) -> dict[str, Any]:
     peers = rule.peers
-    if peers is None:
-        return {"peers": None, "ports": rule.ports}
-    return {"peers": [_block_json(each) if isinstance(each, Block) else each for each in peers], "ports": rule.ports}
+    shown = peers and [_block_json(each) if isinstance(each, Block) else each for each in peers]
+    return {**rule._asdict(), "peers": shown}
 
 
 def _block_json(block: Block) -> dict[str, Any]:
@@ -87,18 +98,23 @@ def _block_json(block: Block) -> dict[str, Any]:
 
 def _policy(said: Mapping[str, Any]) -> Policy:
     rules = {name: None if said[name] is None else tuple(map(_rule, said[name])) for name in _BOTH}
-    return Policy(said["namespace"], said["name"], _selector(said["pods"]), rules["ingress"], rules["egress"])
+    return Policy(**{**said, **rules, "subject": _pods(said["subject"]), "notes": tuple(said["notes"])})
 
 
 def _rule(said: Mapping[str, Any]) -> Rule:
     peers = None if said["peers"] is None else tuple(map(_peer, said["peers"]))
-    return Rule(peers, None if said["ports"] is None else tuple(Port(*each) for each in said["ports"]))
+    ports = None if said["ports"] is None else tuple(Port(*each) for each in said["ports"])
+    return Rule(**{**said, "peers": peers, "ports": ports})
 
 
 def _peer(said: Any) -> PodPeer | Block:
     if isinstance(said, Mapping):
         excepted: tuple[Prefix, ...] = tuple(map(prefix, said["excepted"]))
         return Block(prefix(said["cidr"]), excepted)
+    return _pods(said)
+
+
+def _pods(said: Any) -> PodPeer:
     return PodPeer(*(None if each is None else _selector(each) for each in said))
 
 

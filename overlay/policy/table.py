@@ -43,8 +43,8 @@ from overlay.kernel.nftables.wire import (
     masked,
     meta,
 )
-from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Members
-from overlay.policy.model import EGRESS, INGRESS
+from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Judged, Members, drops
+from overlay.policy.model import ACCEPT, DENY, EGRESS, INGRESS, NAMESPACED, PASS
 
 SUFFIX = "-policy"
 NFLOG_GROUP = 4789
@@ -57,6 +57,8 @@ LAST_GENERATION = (1 << MARK_BITS) - 1
 MARK_MASK = LAST_GENERATION << MARK_BITS
 FORWARD = "forward"
 _FORWARD_HOOK, _BEFORE_FILTER = 2, -5
+_DOUBTFUL = struct.pack("=I", nf.INVALID | nf.UNTRACKED)
+"""States of packets that no connection has: no rule is about them."""
 _STRAY, _STRAY_OUT, _STRAY_IN = "stray", "stray-out", "stray-in"
 _INET_PROTO, _INET_SERVICE = 12, 13
 _PORT_TYPE = _INET_PROTO << 6 | _INET_SERVICE
@@ -65,9 +67,12 @@ _OTHER = {INGRESS: nf.ORIGINAL, EGRESS: nf.REPLY}
 _OWN = {INGRESS: nf.REPLY, EGRESS: nf.ORIGINAL}
 _NEXT_HEADER_AT, _ICMPV6_FROM_THE_LINK, _TYPE_AT, _SOLICIT_AND_ADVERT = 6, b"\x3a\xff", 40, (135, 136)
 """IPv6's next header and hop limit, ICMPv6 and 255; where that has its type (RFC 8200, RFC 4861)."""
-UNKNOWN = "a pod of this node that is not known yet"
+BY_UNKNOWN = "a pod of this node that is not known yet"
 ITSELF = "a pod to itself"
-DENIED = "no policy allows it"
+STRAY = "no connection's, and some rule denies"
+DENIED, DENIES, PASSES = "no policy allows it", " denies", " passes"
+BY_RULE = "/"
+"""Behind the chain's name in what the log says: which of its rules denied."""
 
 
 def table(network: int) -> Table:
@@ -135,12 +140,11 @@ class Maker:
 def forward(generation: int) -> Rules:
     """The chain that packets enter, in a generation."""
     current = struct.pack("=I", generation << MARK_BITS)
-    doubtful = struct.pack("=I", nf.INVALID | nf.UNTRACKED)
     rest = struct.pack("=I", ~MARK_MASK & 0xFFFFFFFF)
     return Rules(
         (
             (
-                nf.ct(nf.STATE) + masked(doubtful) + differ(bytes(4)) + goto(_STRAY),
+                nf.ct(nf.STATE) + masked(_DOUBTFUL) + differ(bytes(4)) + goto(_STRAY),
                 "no connection's",
             ),
             (
@@ -209,28 +213,56 @@ def _edges(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[bytes]:
 def _judging(
     name: str, chain: Chain, compiled: Compiled, families: Sequence[int], logs: bool
 ) -> Iterator[tuple[bytes, str]]:
-    """Returns what a policy allows, and drops the rest."""
-    for rule in chain.rules:
-        expressions = b""
-        if rule.peers:
-            expressions += nf.ct(nf.SOURCE[compiled.sets[rule.peers].family], _OTHER[chain.direction])
-            expressions += found_in(rule.peers)
-        if rule.ports:
-            ports = compiled.sets[rule.ports]
-            at = 0
-            if ports.kind == NAMED:
-                expressions += nf.ct(nf.SOURCE[ports.family], nf.REPLY)
-                at += FAMILIES[ports.family].size // 4
-            expressions += nf.ct(nf.L4PROTO, place=at) + nf.ct(nf.PROTO_SRC, nf.REPLY, at + 1)
-            expressions += found_in(rule.ports)
-        yield expressions + nf.COUNT + nf.RETURN, f"{rule.policy} {chain.direction} {rule.place}"
+    """Returns what a rule accepts, drops what one denies, hands over what one passes; at its end a NetworkPolicy's drops the
+    rest, any other hands it over."""
+    then = goto(chain.then) if chain.then else nf.RETURN
+    closed = chain.tier == NAMESPACED
+    if drops(chain) and not closed:
+        yield nf.ct(nf.STATE) + masked(_DOUBTFUL) + differ(bytes(4)) + nf.COUNT + DROP, STRAY
+        yield from _to_itself(families)
+    for place, rule in enumerate(chain.rules):
+        matching = _matching(rule, chain.direction, compiled)
+        comment = f"{rule.policy} {chain.direction} {rule.place}"
+        if rule.action == DENY and logs:
+            yield matching + _logged(f"{name}{BY_RULE}{place}"), ""
+        verdict = {ACCEPT: nf.RETURN, DENY: DROP, PASS: then}[rule.action]
+        ending = {ACCEPT: "", DENY: DENIES, PASS: PASSES}[rule.action]
+        yield matching + nf.COUNT + verdict, f"{comment}{ending}"
+    if not closed:
+        yield then, ""
+        return
+    yield from _to_itself(families)
+    if logs:
+        yield _logged(name), ""
+    yield nf.COUNT + DROP, DENIED
+
+
+def _matching(rule: Judged, direction: str, compiled: Compiled) -> bytes:
+    expressions = b""
+    if rule.peers:
+        peers = compiled.sets[rule.peers]
+        expressions += nf.ct(nf.SOURCE[peers.family], _OTHER[direction])
+        expressions += found_in(rule.peers)
+    if rule.ports:
+        ports = compiled.sets[rule.ports]
+        at = 0
+        if ports.kind == NAMED:
+            expressions += nf.ct(nf.SOURCE[ports.family], nf.REPLY)
+            at += FAMILIES[ports.family].size // 4
+        expressions += nf.ct(nf.L4PROTO, place=at) + nf.ct(nf.PROTO_SRC, nf.REPLY, at + 1)
+        expressions += found_in(rule.ports)
+    return expressions
+
+
+def _to_itself(families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
     for family in families:
         second = FAMILIES[family].size // 4
         both = nf.ct(nf.SOURCE[family], nf.ORIGINAL) + nf.ct(nf.SOURCE[family], nf.REPLY, second)
         yield both + found_in(f"self{family}") + nf.RETURN, ITSELF
-    if logs:
-        yield nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(NFLOG_GROUP, name, LOGGED_BYTES), ""
-    yield nf.COUNT + DROP, DENIED
+
+
+def _logged(prefix: str) -> bytes:
+    return nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(NFLOG_GROUP, prefix, LOGGED_BYTES)
 
 
 def _known(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
@@ -253,7 +285,7 @@ def _by_map(own: bytes, direction: str, number: int, subnets: Sequence[Prefix]) 
     yield own + nf.verdict_of(map_name(direction, number)), ""
     for subnet in subnets:
         if subnet.family == number:
-            yield own + _within(subnet) + nf.COUNT + DROP, UNKNOWN
+            yield own + _within(subnet) + nf.COUNT + DROP, BY_UNKNOWN
 
 
 def _neighbour_discovery() -> Iterator[tuple[bytes, str]]:

@@ -13,6 +13,7 @@ from overlay.policy.model import (
     IN,
     INGRESS,
     LAST_PORT,
+    NAMESPACED,
     NOT_IN,
     PROTOCOL_NAMES,
     Block,
@@ -33,11 +34,14 @@ PREPOSITION = {INGRESS: "from", EGRESS: "to"}
 
 
 def rule_words(policy: Policy, direction: str, place: int) -> str:
-    """A rule: `ingress 0: from pods app=b of its own namespace, TCP 80`."""
+    """A rule: `ingress 0: from pods app=b of its own namespace, TCP 80`; of a ClusterNetworkPolicy
+    `ingress 0 (no-ssh): Deny from all pods of all namespaces, TCP 22`."""
     rule = (policy.rules(direction) or ())[place]
-    peers = "anybody" if rule.peers is None else " or ".join(_peer_words(each) for each in rule.peers)
-    ports = "any port" if rule.ports is None else ", ".join(port_words(each) for each in rule.ports)
-    return f"{direction} {place}: {PREPOSITION[direction]} {peers}, {ports}"
+    peers = "anybody" if rule.peers is None else " or ".join(_peer_words(each) for each in rule.peers) or "nobody"
+    ports = "any port" if rule.ports is None else ", ".join(map(port_words, rule.ports)) or "no port"
+    action = f"{rule.action} " if policy.tier != NAMESPACED else ""
+    name = f" ({rule.name})" if rule.name else ""
+    return f"{direction} {place}{name}: {action}{PREPOSITION[direction]} {peers}, {ports}"
 
 
 def _peer_words(peer: PodPeer | Block) -> str:
@@ -75,17 +79,38 @@ def selector_words(selector: Selector) -> str:
 
 
 def findings(index: Index, policies: tuple[Policy, ...]) -> Iterator[tuple[str, str]]:
-    """What is odd about policies, each by its name: they select nothing, mean nobody, or a port that nobody has. Nothing of
-    that is wrong by itself: pods may be yet to come."""
+    """What is odd about policies, each by its name: they select nothing, mean nobody, or a port that nobody has; two of a
+    tier have one priority. Nothing of that is wrong by itself: pods may be yet to come."""
     for policy in policies:
-        if not index.in_namespace(policy.namespace) & index.selected(policy.pods):
-            words = selector_words(policy.pods)
-            what = f"no pod of {policy.namespace} has labels {words}" if words else f"{policy.namespace} has no pods"
-            yield policy.key, f"selects no pod: {what}"
+        for note in policy.notes:
+            yield policy.key, note
+        if not index.of_peer(policy.subject, policy.namespace):
+            yield policy.key, f"selects no pod: {_nobody(policy)}"
         for direction in (INGRESS, EGRESS):
             for place, rule in enumerate(policy.rules(direction) or ()):
                 for words in _odd(index, policy, rule):
                     yield policy.key, f"{rule_words(policy, direction, place)}: {words}"
+    yield from _equals(index, policies)
+
+
+def _nobody(policy: Policy) -> str:
+    if policy.tier != NAMESPACED:
+        return f"there are none of {_peer_words(policy.subject)}"
+    words = selector_words(policy.subject.pods or ())
+    return f"no pod of {policy.namespace} has labels {words}" if words else f"{policy.namespace} has no pods"
+
+
+def _equals(index: Index, policies: tuple[Policy, ...]) -> Iterator[tuple[str, str]]:
+    """Of a tier and of one priority, with pods that both select: the API leaves open which is asked first."""
+    known: dict[tuple[str, int], list[tuple[Policy, int]]] = {}
+    for policy in sorted((each for each in policies if each.tier != NAMESPACED), key=lambda each: each.order):
+        bits = index.of_peer(policy.subject, "")
+        before = known.setdefault((policy.tier, policy.priority), [])
+        for other, its in before:
+            if bits & its:
+                why = "both select some pods, and which is asked first is open"
+                yield policy.key, f"has the priority of {other.key}, {policy.priority}: {why}"
+        before.append((policy, bits))
 
 
 def _odd(index: Index, policy: Policy, rule: Rule) -> Iterator[str]:

@@ -18,7 +18,7 @@ DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
 LIVE = (
     "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
-    "pod-antispoof", "pod-lift", "network-policy", "probes",
+    "pod-antispoof", "pod-lift", "network-policy", "cluster-network-policy", "probes",
 )  # fmt: skip
 """Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
@@ -158,10 +158,17 @@ FLAGS = (
         ours=True,
     ),
     Flag(
+        "cluster-network-policy",
+        "bool",
+        False,
+        "enforce ClusterNetworkPolicies (policy.networking.k8s.io) as well, where NetworkPolicies are",
+        ours=True,
+    ),
+    Flag(
         "policy-dir",
         "str",
         "",
-        "without Kubernetes: folder of YAML files with NetworkPolicies, Namespaces and Pods",
+        "without Kubernetes: folder of YAML files with NetworkPolicies, ClusterNetworkPolicies, Namespaces and Pods",
         ours=True,
     ),
     Flag(

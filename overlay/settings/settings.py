@@ -87,6 +87,7 @@ class Settings(NamedTuple):
     pod_antispoof: bool = True
     pod_lift: str = "auto"
     network_policy: bool = True
+    cluster_network_policy: bool = False
     policy_dir: str = ""
     probes: bool = True
     ask_secret_file: str = ""
@@ -205,6 +206,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         pod_antispoof=values.get("pod-antispoof", settings.pod_antispoof),
         pod_lift=values.get("pod-lift", settings.pod_lift),
         network_policy=values.get("network-policy", settings.network_policy),
+        cluster_network_policy=values.get("cluster-network-policy", settings.cluster_network_policy),
         probes=values.get("probes", settings.probes),
         log_level=values.get("log-level", settings.log_level),
         ip_masq=values.get("ip-masq", settings.ip_masq),
@@ -352,6 +354,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         pod_antispoof=values["pod-antispoof"],
         pod_lift=check("pod-lift", lambda text: text in LIFTS, f"one of {', '.join(LIFTS)}"),
         network_policy=values["network-policy"],
+        cluster_network_policy=values["cluster-network-policy"],
         policy_dir=values["policy-dir"],
         probes=values["probes"],
         ask_secret_file=values["ask-secret-file"],

@@ -92,7 +92,8 @@ class End:
         reader = Reader(self._family)
         looks = Looks(node, self._requests, probe, reader, False, self._family)
         back = Looks(node, self._requests, probe, reader, True, self._family)
-        self._policies: _Look = lambda: denials(found, probe)
+        local = self.source is not None, self.destination is not None
+        self._policies: _Look = lambda: denials(found, probe, local)
         self._look: _Look
         self._look_back: _Look = _nothing
         if self.source is not None and self.source.link is None and self.namespace is None:

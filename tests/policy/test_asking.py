@@ -91,7 +91,7 @@ def test_the_words(three):  # noqa: F811
     found = json.loads(said)
     assert code == 0
     assert found["ways"][0]["ingress"] == {
-        "allowed": True, "policies": ["x/from-b"], "rules": [{"policy": "x/from-b", "rule": 0}],
+        "allowed": True, "policies": ["x/from-b"], "rules": [{"policy": "x/from-b", "rule": 0, "action": "Accept"}],
     }  # fmt: skip
     assert overlay(world, "explain", "8.8.8.8", "x/a", "80")[0] == 1
     assert overlay(world, "explain", "x/a", "x/a", "81")[0] == 0, "a pod reaches itself"

@@ -95,9 +95,11 @@ class Evaluator:
     """Says of two addresses whether a policy of either side forbids them to talk."""
 
     def __init__(
-        self, namespaces: Mapping[str, Mapping[str, str]], pods: list[dict[str, Any]], policies: list[dict[str, Any]]
-    ) -> None:
-        self.namespaces, self.pods, self.policies = namespaces, pods, policies
+        self, namespaces: Mapping[str, Mapping[str, str]], pods: list[dict[str, Any]], policies: list[dict[str, Any]],
+        wide: list[dict[str, Any]] | None = None,
+    ) -> None:  # fmt: skip
+        """wide: ClusterNetworkPolicies."""
+        self.namespaces, self.pods, self.policies, self.wide = namespaces, pods, policies, wide or []
 
     def pod_at(self, address: str) -> dict[str, Any] | None:
         for pod in self.pods:
@@ -119,9 +121,12 @@ class Evaluator:
         pod = self.pod_at(own)
         if pod is None or source == target:
             return True
+        said = self.tier_says("Admin", direction, pod, other, target, protocol, port)
+        if said in ("Accept", "Deny"):
+            return said == "Accept"
         selecting = [each for each in self.policies if self.selects(each, pod, direction)]
         if not selecting:
-            return True
+            return self.tier_says("Baseline", direction, pod, other, target, protocol, port) != "Deny"
         for policy in selecting:
             for rule in policy["spec"].get(direction) or []:
                 peers = rule.get("from" if direction == "ingress" else "to") or []
@@ -131,6 +136,48 @@ class Evaluator:
                 ):
                     return True
         return False
+
+    def tier_says(
+        self, tier: str, direction: str, pod: Mapping[str, Any], other: str, target: str, protocol: str, port: int
+    ) -> str:
+        """ "Policies with lower priority values have higher precedence, and are checked before policies with higher priority
+        values in the same tier. ... A rule that appears at the top of the rules would take the highest precedence." """
+        for policy in sorted((each for each in self.wide if each["spec"]["tier"] == tier), key=_precedence):
+            if not self.is_wide_peer(policy["spec"]["subject"], pod):
+                continue
+            for rule in policy["spec"].get(direction) or []:
+                peers = rule["from" if direction == "ingress" else "to"]
+                protocols = rule.get("protocols")
+                if any(self.is_at(peer, other) for peer in peers) and (
+                    protocols is None or any(self.is_protocol(each, target, protocol, port) for each in protocols)
+                ):
+                    return str(rule["action"])
+        return "nothing"
+
+    def is_at(self, peer: Mapping[str, Any], address: str) -> bool:
+        if "networks" in peer:
+            return any(ipaddress.ip_address(address) in ipaddress.ip_network(each) for each in peer["networks"])
+        pod = self.pod_at(address)
+        return pod is not None and self.is_wide_peer(peer, pod)
+
+    def is_wide_peer(self, peer: Mapping[str, Any], pod: Mapping[str, Any]) -> bool:
+        labels = self.namespaces[pod["metadata"]["namespace"]]
+        if "namespaces" in peer:
+            return labels_match(peer["namespaces"], labels)
+        chosen = peer["pods"]
+        return labels_match(chosen["namespaceSelector"], labels) and labels_match(
+            chosen["podSelector"], pod["metadata"].get("labels") or {}
+        )
+
+    def is_protocol(self, wanted: Mapping[str, Any], target: str, protocol: str, port: int) -> bool:
+        if (name := wanted.get("destinationNamedPort")) is not None:
+            return self.is_port({"protocol": protocol, "port": name}, target, protocol, port)
+        said = wanted.get(protocol.lower())
+        if said is None:
+            return False
+        there = said["destinationPort"]
+        first, last = (there["number"],) * 2 if "number" in there else (there["range"]["start"], there["range"]["end"])
+        return bool(first <= port <= last)
 
     def selects(self, policy: Mapping[str, Any], pod: Mapping[str, Any], direction: str) -> bool:
         types = policy["spec"].get("policyTypes") or (
@@ -174,3 +221,8 @@ class Evaluator:
             for container in pod["spec"]["containers"]
             for each in container.get("ports") or []
         )
+
+
+def _precedence(policy: Mapping[str, Any]) -> tuple[int, str]:
+    """Of equals the API leaves it open: we take them by name."""
+    return policy["spec"]["priority"], policy["metadata"]["name"]

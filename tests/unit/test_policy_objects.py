@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from lease.kube.changes import Changed, Listed, Unusable
 from overlay.cni.results import CniResult
 from overlay.policy.cluster import Cluster
+from overlay.policy.cluster_wide import cluster_policy_of
 from overlay.policy.compile import compile_node
-from overlay.policy.feeds import NAMESPACES, PODS, POLICIES, read_all
+from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES, read_all
+from overlay.policy.model import Rule
 from overlay.policy.resources import packed, pod_of, policy_of
 from overlay.policy.snapshot import Snapshot, as_json, from_json
 
@@ -105,16 +108,17 @@ MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 @given(st.dictionaries(st.sampled_from(["metadata", "spec", "status", "kind"]), values, max_size=4))
 @settings(max_examples=400, deadline=None)
 def test_whatever_an_object_is_it_is_used_or_refused(item):
-    for decode, resource in ((policy_of, POLICIES), (pod_of, PODS)):
+    for decode, resource in ((policy_of, POLICIES), (pod_of, PODS), (cluster_policy_of, CLUSTER_WIDE)):
         try:
             made = decode(item)
         except MALFORMED as error:
             made = Unusable(str(error))
         cluster = Cluster("node1", alone=True)
+        cluster.enforce_wide(True)
         cluster.take(Listed(NAMESPACES, 1, {"x": {}}))
         cluster.take(Listed(resource, 1, {"x/p": made}))
         cluster.take(Changed(resource, 2, {"x/p": made, "x/q": None}))
-        compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+        compiled = compile_node(cluster.index, cluster.policies, "node1")
         assert compiled.isolated is not None
     read_all({"a.json": json.dumps(item).encode()}, {})
 
@@ -138,9 +142,8 @@ def test_what_a_snapshot_says_comes_back():
         "spec": {"nodeName": "n", "containers": [{"ports": [{"name": "web", "containerPort": 5}]}]},
         "status": {"podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
     }
-    one = Snapshot(
-        "n", True, (pod_of(pod),), {"x": {"k": "v"}}, (policy_of(item),), {"x/bad": "why"}, {4: ((1, 2),), 6: ()}
-    )
+    both = policy_of(item), cluster_policy_of(wide({**RULE, "to": [{"nodes": {}}, {"networks": ["fd00::/8"]}]}))
+    one = Snapshot("n", True, (pod_of(pod),), {"x": {"k": "v"}}, both, {"x/bad": "why"}, {4: ((1, 2),), 6: ()})
     assert from_json(json.loads(json.dumps(as_json(one)))) == one
 
 
@@ -191,8 +194,80 @@ def test_a_policy_that_becomes_unusable_stays_as_it_was():
     good = policy_of(policy())
     cluster.take(Listed(POLICIES, 1, {"x/p": good}))
     cluster.take(Changed(POLICIES, 2, {"x/p": Unusable("why")}))
-    assert (cluster.policies, cluster.refused) == ({"x/p": good}, {"x/p": "why"})
+    assert (cluster.policies, cluster.refused) == ([good], {"x/p": "why"})
     cluster.take(Listed(POLICIES, 3, {"x/p": Unusable("why")}))
-    assert (cluster.policies, cluster.refused) == ({"x/p": good}, {"x/p": "why"})
+    assert (cluster.policies, cluster.refused) == ([good], {"x/p": "why"})
     cluster.take(Changed(POLICIES, 4, {"x/p": None}))
-    assert (cluster.policies, cluster.refused) == ({}, {})
+    assert (cluster.policies, cluster.refused) == ([], {})
+
+
+# --- cluster-wide ones
+
+RULE = {"action": "Accept", "to": [{"networks": ["10.0.0.0/8"]}]}
+
+
+def wide(*egress, **spec):
+    base = {"tier": "Admin", "priority": 5, "subject": {"namespaces": {}}, "egress": list(egress)}
+    return {"metadata": {"name": "c"}, "spec": {**base, **spec}}
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (wide(tier="Top"), "spec.tier: 'Top' must be Admin or Baseline"),
+        (wide(priority=1001), "spec.priority: 1001 must be a number, 0 to 1000"),
+        (wide(priority=True), "spec.priority: True must be a number"),
+        (wide(subject={"nodes": {}}), "spec.subject: nodes is not known here; it must be namespaces or pods"),
+        (wide(subject={}), "spec.subject: a peer of no kind is not known here; it must be"),
+        (wide({**RULE, "action": "Allow"}), "spec.egress[0].action: 'Allow' must be Accept, Deny or Pass"),
+        (wide({**RULE, "to": []}), "spec.egress[0].to: must name at least one"),
+        (wide({**RULE, "protocols": []}), "spec.egress[0].protocols: must name at least one, or be left out"),
+        (wide({**RULE, "to": [{"networks": ["x"]}]}), "spec.egress[0].to[0].networks[0]: 'x' must be a prefix"),
+        (wide({**RULE, "to": [{"networks": ["::/0"], "pods": {}}]}), "must have one of networks, pods alone"),
+        (
+            wide({**RULE, "protocols": [{"tcp": {"destinationPort": {"range": {"start": 9, "end": 9}}}}]}),
+            "spec.egress[0].protocols[0].tcp.destinationPort.range.end: 9 must be above the start, 9",
+        ),
+        (
+            wide({**RULE, "protocols": [{"udp": {"destinationPort": {"number": 0}}}]}),
+            "protocols[0].udp.destinationPort.number: 0 must be a port number",
+        ),
+    ],
+)
+def test_a_cluster_policy_that_is_not_as_the_api_demands_is_refused_with_what_is_wrong(item, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        cluster_policy_of(item)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        {"to": [{"domainNames": ["a.b"]}, {"networks": ["10.0.0.0/8"]}]},
+        {"to": [{"nodes": {}}, {"networks": ["10.0.0.0/8"]}]},
+        {"to": [{}, {"networks": ["10.0.0.0/8"]}]},
+    ],
+)
+def test_a_peer_of_another_version_fails_closed(unknown):
+    """ "For Accept rules: treat the rule as matching no traffic. For Deny and Pass rules: as a 'Deny all' rule." """
+    accept, deny, passing = (
+        cluster_policy_of(wide({**RULE, **unknown, "action": action})) for action in ("Accept", "Deny", "Pass")
+    )
+    assert [len(rule.peers) for rule in accept.egress] == [1], "the others of it count"
+    for made in (deny, passing):
+        assert made.egress == (Rule(None, None, "Deny"),)
+    assert all("not known here" in made.notes[0] for made in (accept, deny, passing))
+
+
+def test_a_protocol_of_another_version_fails_closed():
+    accept, deny = (
+        cluster_policy_of(wide({**RULE, "protocols": [{"icmp": {}}], "action": action}))
+        for action in ("Accept", "Deny")
+    )
+    assert accept.egress[0].peers == ()
+    assert deny.egress == (Rule(None, None, "Deny"),)
+
+
+def test_an_own_namespace_s_policy_never_has_the_name_of_a_cluster_s():
+    """A namespace's admin chooses both names."""
+    mine = policy_of({"metadata": {"namespace": "clusternetworkpolicy", "name": "c"}, "spec": GOOD})
+    assert mine.key != cluster_policy_of(wide()).key

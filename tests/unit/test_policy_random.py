@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lease.kube.changes import Changed, Listed
+from lease.model import prefix
+from overlay.kernel.nftables.content import takes_away
 from overlay.policy.cluster import Cluster
+from overlay.policy.cluster_wide import cluster_policy_of
 from overlay.policy.compile import compile_node, with_pods
 from overlay.policy.explain import Flow, judge
-from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
+from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES
 from overlay.policy.model import EGRESS, INGRESS, PROTOCOLS
 from overlay.policy.resources import namespace_of, packed, pod_of, policy_of
 from overlay.policy.table import Maker
@@ -92,6 +95,51 @@ def policies(draw: Any, number: int) -> dict[str, Any]:
     return {"metadata": {"namespace": draw(st.sampled_from(SPACES)), "name": f"p{number}"}, "spec": spec}
 
 
+wide_pods = st.one_of(
+    st.builds(lambda spaces: {"namespaces": spaces}, selectors),
+    st.builds(
+        lambda spaces, chosen: {"pods": {"namespaceSelector": spaces, "podSelector": chosen}}, selectors, selectors
+    ),
+)
+wide_peers = {
+    "ingress": wide_pods,
+    "egress": st.one_of(
+        wide_pods,
+        st.builds(
+            lambda some: {"networks": [each["cidr"] for each in some]}, st.lists(blocks(), min_size=1, max_size=2)
+        ),
+    ),
+}
+destinations = st.one_of(
+    st.builds(lambda number: {"number": number}, st.sampled_from(PORTS)),
+    st.just({"range": {"start": 80, "end": 81}}),
+)
+wide_protocols = st.one_of(
+    st.builds(lambda name, port: {name: {"destinationPort": port}}, st.sampled_from(["tcp", "udp"]), destinations),
+    st.builds(lambda name: {"destinationNamedPort": name}, st.sampled_from(["http", "dns"])),
+)  # fmt: skip
+
+
+@st.composite
+def wide_policies(draw: Any, number: int) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "tier": draw(st.sampled_from(["Admin", "Baseline"])),
+        "priority": draw(st.integers(0, 2)),
+        "subject": draw(wide_pods),
+    }
+    for direction, ends in (("ingress", "from"), ("egress", "to")):
+        if draw(st.booleans()):
+            rule = st.fixed_dictionaries(
+                {
+                    "action": st.sampled_from(["Accept", "Deny", "Pass"]),
+                    ends: st.lists(wide_peers[direction], min_size=1, max_size=2),
+                },
+                optional={"protocols": st.lists(wide_protocols, min_size=1, max_size=2)},
+            )
+            spec[direction] = draw(st.lists(rule, max_size=3))
+    return {"metadata": {"name": f"c{number}"}, "spec": spec}
+
+
 @st.composite
 def pods(draw: Any, number: int, places: int = 0) -> dict[str, Any]:
     """places: so many addresses there are for all pods; 0: each has its own."""
@@ -112,18 +160,21 @@ def pods(draw: Any, number: int, places: int = 0) -> dict[str, Any]:
 
 
 @st.composite
-def worlds(draw: Any) -> tuple[dict[str, dict[str, str]], list[dict[str, Any]], list[dict[str, Any]]]:
+def worlds(draw: Any) -> tuple[dict[str, dict[str, str]], list[Any], list[Any], list[Any]]:
     spaces = {name: {**draw(labels), "kubernetes.io/metadata.name": name} for name in SPACES}
     some = [draw(pods(number)) for number in range(draw(st.integers(1, 6)))]
-    return spaces, some, [draw(policies(number)) for number in range(draw(st.integers(0, 4)))]
+    wide = [draw(wide_policies(number)) for number in range(draw(st.integers(0, 3)))]
+    return spaces, some, [draw(policies(number)) for number in range(draw(st.integers(0, 4)))], wide
 
 
 def key(item: dict[str, Any]) -> str:
     return f"{item['metadata']['namespace']}/{item['metadata']['name']}"
 
 
-def known(node: str, spaces, some, rules_) -> Cluster:
+def known(node: str, spaces, some, rules_, wide) -> Cluster:
     cluster = Cluster(node, alone=False)
+    cluster.enforce_wide(True)
+    cluster.take(Listed(CLUSTER_WIDE, 1, {each["metadata"]["name"]: cluster_policy_of(each) for each in wide}))
     cluster.take(Listed(POLICIES, 1, {key(each): policy_of(each) for each in rules_}))
     cluster.take(Listed(NAMESPACES, 1, {name: namespace_of({"metadata": {"name": name, "labels": given}}) for name, given in spaces.items()}))  # fmt: skip
     cluster.take(Listed(PODS, 1, {key(each): pod_of(each) for each in some}))
@@ -133,11 +184,9 @@ def known(node: str, spaces, some, rules_) -> Cluster:
 @given(worlds())
 @settings(max_examples=120, deadline=None)
 def test_it_judges_as_the_specification_reads(world):
-    spaces, some, rules_ = world
-    slow = Evaluator(spaces, some, rules_)
-    compiled = {
-        node: compile_node((cluster := known(node, *world)).index, cluster.policies.values(), node) for node in NODES
-    }
+    spaces, some, _, _ = world
+    slow = Evaluator(*world)
+    compiled = {node: compile_node((cluster := known(node, *world)).index, cluster.policies, node) for node in NODES}
     addresses = [each["ip"] for pod in some for each in pod["status"]["podIPs"]]
     ends = [*addresses, "10.0.0.30", "fd00::1e"]
     for source in ends:
@@ -155,16 +204,31 @@ def test_it_judges_as_the_specification_reads(world):
                             assert found.allowed == slow.one_way(direction, source, target, protocol, port)
 
 
+SUBNETS = (prefix("10.0.0.0/24"), prefix("fd00::/64"))
+ADDRESSES = [packed(f"10.0.0.{number}") for number in range(1, 9)]
+FLOWS = [
+    (direction, Flow(source, target, PROTOCOLS["TCP"], port))
+    for direction in (EGRESS, INGRESS) for source in ADDRESSES for target in ADDRESSES if source != target
+    for port in (80, 8080)
+]  # fmt: skip
+
+
+def passes(compiled, way) -> bool:
+    verdict = judge(compiled, *way)
+    return verdict.known and verdict.allowed
+
+
 @given(worlds(), st.data())
 @settings(max_examples=120, deadline=None)
 def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
     cluster = known("node1", *world)
-    compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+    compiled = compile_node(cluster.index, cluster.policies, "node1")
     cluster.taken()
     maker = Maker()
+    before, passing = maker.content(compiled, SUBNETS, 1), {flow for flow in FLOWS if passes(compiled, flow)}
     there = {key(pod): pod for pod in world[1]}
     for _ in range(data.draw(st.integers(1, 6))):
-        kind = data.draw(st.sampled_from(["pod", "pod", "pod", "gone", "policy", "namespace"]))
+        kind = data.draw(st.sampled_from(["pod", "pod", "pod", "gone", "policy", "wide", "namespace"]))
         if kind == "pod":
             pod = data.draw(pods(data.draw(st.integers(0, 7)), 4))
             there[key(pod)] = pod
@@ -176,16 +240,23 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
         elif kind == "policy":
             policy = data.draw(policies(data.draw(st.integers(0, 4))))
             cluster.take(Changed(POLICIES, 2, {key(policy): policy_of(policy)}))
+        elif kind == "wide":
+            wide = data.draw(wide_policies(data.draw(st.integers(0, 3))))
+            cluster.take(Changed(CLUSTER_WIDE, 2, {wide["metadata"]["name"]: cluster_policy_of(wide)}))
         elif kind == "namespace":
             name = data.draw(st.sampled_from(SPACES))
             made = namespace_of({"metadata": {"name": name, "labels": data.draw(labels)}})
             cluster.take(Changed(NAMESPACES, 2, {name: made}))
         if cluster.whole:
-            compiled = compile_node(cluster.index, cluster.policies.values(), "node1")
+            compiled = compile_node(cluster.index, cluster.policies, "node1")
         else:
             compiled = with_pods(compiled, cluster.index, cluster.changes)
         cluster.taken()
-        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [])
-        fresh = compile_node(anew.index, cluster.policies.values(), "node1")
+        content = maker.content(compiled, SUBNETS, 1)
+        if less := {flow for flow in passing if not passes(compiled, flow)}:
+            assert takes_away(before, content, compiled.turned), less
+        before, passing = content, {flow for flow in FLOWS if passes(compiled, flow)}
+        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [], [])
+        fresh = compile_node(anew.index, cluster.policies, "node1")
         assert compiled == fresh
-        assert maker.content(compiled, (), 1) == Maker().content(fresh, (), 1)
+        assert content == Maker().content(fresh, SUBNETS, 1)

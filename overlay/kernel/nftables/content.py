@@ -9,7 +9,7 @@ changes by its difference").
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from overlay.kernel.nftables import wire as nf_wire
@@ -134,14 +134,14 @@ def difference(table: Table, there: Content, wanted: Content) -> list[Message]:
     return [*made, *emptied, *filled, *ruled, *gone]
 
 
-def takes_away(there: Content, wanted: Content) -> bool:
+def takes_away(there: Content, wanted: Content, turned: Collection[str] = ()) -> bool:
     """Whether what some rule let through may not be let through any more: keys or rules went, or a key has another chain,
-    or its first."""
+    or its first. turned: sets of which a key that comes may take away as well."""
     for name, before in there.sets.items():
         after = wanted.sets.get(name)
         if after is before:
             continue
-        if after is None or before.keys - after.keys:
+        if after is None or before.keys - after.keys or (name in turned and after.keys != before.keys):
             return True
         if any(after.chains.get(key) != chain for key, chain in before.chains.items()):
             return True
