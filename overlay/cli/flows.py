@@ -19,7 +19,7 @@ from overlay.kernel.netlink import error_text
 from overlay.kernel.nftables.flows import Connections, Denials, Flow
 from overlay.policy.compile import Compiled, compile_node
 from overlay.policy.model import PROTOCOL_NAMES
-from overlay.policy.table import BY_RULE, LOGGED_BYTES, NFLOG_GROUP
+from overlay.policy.table import BY_RULE, LOGGED_BYTES, log_group
 from overlay.policy.words import address_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
@@ -76,6 +76,7 @@ class _Names:
         self._asked = -AGAIN_S
         self.pods: dict[bytes, str] = {}
         self.compiled: Compiled | None = None
+        self.network = 1
         self.refresh()
 
     def refresh(self) -> None:
@@ -84,7 +85,7 @@ class _Names:
             return
         snapshot = ask_or_end(self._run_dir)
         self._asked = time.monotonic()
-        self.pods = snapshot.names
+        self.pods, self.network = snapshot.names, snapshot.network
         self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, nodes=snapshot.nodes)
 
     def policies_of(self, prefix: str) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class _Names:
 
 
 def _told(denied_only: bool, seconds: float | None, names: _Names) -> Iterator[Told]:
-    denials = Denials(NFLOG_GROUP, LOGGED_BYTES)
+    denials = Denials(log_group(names.network), LOGGED_BYTES)
     try:
         connections = None if denied_only else Connections()
         try:

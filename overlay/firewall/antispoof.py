@@ -221,12 +221,13 @@ class AntiSpoof:
         if not formed:
             has = {one.name for one in wanted.sets}
             elements = {name: keys for name, keys in self._elements().items() if name in has}
-            self._sets.replace(wanted, elements)
+            self._sets.replace_judging(wanted, elements)
             self._there = elements
             if before == wanted:
                 self._somebody_altered(wanted)
             else:
                 log.info("pods", table=wanted.name, ports=len(self._bound))
+        self._sets.drop_beside(wanted)
         self._table = wanted
         self.bind()
 

@@ -20,7 +20,7 @@ MIDDLE = 32768
 """Of the ports above and below VXLAN's the larger part is used."""
 TABLE_PREFIX = "overlay-"
 Rule = dict[str, Any]
-_OURS = re.compile(rf"{TABLE_PREFIX}([0-9]{{1,8}})(-[a-z]+)?")
+_OURS = re.compile(rf"{TABLE_PREFIX}([0-9]{{1,8}})(-[a-z]+)*")
 
 
 def table_name(network: int) -> str:

@@ -30,21 +30,12 @@ from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.counts import Counts
 from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES, RESOURCES, Absent, Down
+from overlay.policy.generations import FORWARD, LAST_GENERATION, MARK_MASK, forward, generation_of, slot_of, unmarked
 from overlay.policy.model import CLUSTER_KIND, NAMESPACED
 from overlay.policy.nodes import Nodes
 from overlay.policy.problems import NOT_ENFORCED, REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
-from overlay.policy.table import (
-    FORWARD,
-    LAST_GENERATION,
-    MARK_MASK,
-    SUFFIX,
-    Maker,
-    forward,
-    generation_of,
-    table,
-    unmarked,
-)
+from overlay.policy.table import SUFFIX, Maker, table
 from overlay.process.log import log
 
 _NO_LOG = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
@@ -80,8 +71,10 @@ class NoFeeds:
 
 
 class _Wants(NamedTuple):
-    """subnets: those of this node's pods; enforced: whether policies are to be; wide: ClusterNetworkPolicies, too."""
+    """network: its number; subnets: those of this node's pods; enforced: whether policies are to be; wide:
+    ClusterNetworkPolicies, too."""
 
+    network: int
     table: Table
     subnets: tuple[Prefix, ...]
     enforced: bool
@@ -174,6 +167,7 @@ class PolicyController(Controller):
         namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies)
         event.answer.put(
             Snapshot(
+                self._wanted.network if self._wanted is not None else 1,
                 self._node,
                 self._there is not None,
                 pods,
@@ -202,7 +196,7 @@ class PolicyController(Controller):
         number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
-        return _Wants(table(number), subnets, settings.network_policy, settings.cluster_network_policy, ipvs)
+        return _Wants(number, table(number), subnets, settings.network_policy, settings.cluster_network_policy, ipvs)
 
     def reconcile(self, wants: Any) -> bool:
         """What is known now, compiled and made so. Raises KernelError."""
@@ -224,6 +218,8 @@ class PolicyController(Controller):
             self._attached = False
             self._stale |= self.cluster.results(self._results())
         if wants != self._wanted:
+            if self._wanted is None or wants.network != self._wanted.network:
+                self._maker, self._there = Maker(wants.network), None
             self._wanted, self._stale, self._read_whole = wants, True, True
         self._say(wants)
         cluster = self.cluster
@@ -335,6 +331,7 @@ class PolicyController(Controller):
             log.warning("policy.no_log", reason=str(error), effect="denied packets are counted, and not told")
             self._logs = False
         if whole:
+            self._sets.drop_beside(wants.table)
             self._read_whole = False
             self._cadence.spent(time.thread_time() - began)
             self._cadence.ended()
@@ -345,12 +342,12 @@ class PolicyController(Controller):
         expected = self._content(wants.subnets, self._generation or 1, self._logs)
         found = self._sets.read_content(wants.table, expected)
         if found is not None:
-            generation = generation_of(found)
+            generation = generation_of(found, slot_of(wants.network))
             self._generation = (
                 generation  # 0: it is to be raised still, or somebody altered the chain: another one then
             )
             if generation:
-                found = found._replace(chains={**found.chains, FORWARD: forward(generation)})
+                found = found._replace(chains={**found.chains, FORWARD: forward(generation, slot_of(wants.network))})
             if before is not None and found != before:
                 self._mended += 1
                 log.warning("policy.mended", table=wants.table.name, effect="somebody altered the table of policies")

@@ -24,9 +24,10 @@ from overlay.policy.model import (
 
 
 class Snapshot(NamedTuple):
-    """node: whose agent it is; enforced: whether its kernel has a table of them; refused: policies that cannot be used, and
-    why."""
+    """network: its number; node: whose agent it is; enforced: whether its kernel has a table of them; refused: policies that
+    cannot be used, and why."""
 
+    network: int
     node: str
     enforced: bool
     pods: tuple[Pod, ...]
@@ -66,6 +67,7 @@ def from_json(said: Mapping[str, Any]) -> Snapshot:
         for pod in said["pods"]
     ]  # fmt: skip
     return Snapshot(
+        said["network"],
         said["node"],
         said["enforced"],
         tuple(pods),

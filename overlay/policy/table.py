@@ -5,13 +5,12 @@ reply (the target after translation), protocol and port. Those are the same for 
 so that one set of rules judges all of them, in the forward hook alone: a node may always talk to its own pods, which does
 not pass there.
 
-A connection that was let through is marked with the generation of the table, and not judged again in it. What takes
-something away raises the generation, after the change itself: then each connection is judged again at its next packet.
+A connection that was let through is marked with the generation of the table, and not judged again in it
+(generations.py).
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from lease.families import FAMILIES, V6
@@ -25,10 +24,8 @@ from overlay.kernel.nftables.content import (
     Content,
     Elements,
     Form,
-    Hook,
     Rules,
     Table,
-    are_rules,
     port_key,
 )
 from overlay.kernel.nftables.wire import (
@@ -44,22 +41,14 @@ from overlay.kernel.nftables.wire import (
     meta,
 )
 from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, Chain, Compiled, Judged, Members, drops
+from overlay.policy.generations import DOUBTFUL, FORWARD, STRAYS, forward, slot_of
 from overlay.policy.model import ACCEPT, DENY, EGRESS, INGRESS, NAMESPACED, PASS
 
 SUFFIX = "-policy"
-NFLOG_GROUP = 4789
-"""Denied packets are told to who listens there (`overlay flows`)."""
+_FIRST_GROUP = 4789
 LOGGED_BYTES, LOGS_PER_S, LOG_BURST = 96, 10, 20
 """Of a packet; of each chain."""
-MARK_BITS = 16
-"""The upper half of a connection's mark has its generation; the lower is others'."""
-LAST_GENERATION = (1 << MARK_BITS) - 1
-MARK_MASK = LAST_GENERATION << MARK_BITS
-FORWARD = "forward"
-_FORWARD_HOOK, _BEFORE_FILTER = 2, -5
-_DOUBTFUL = struct.pack("=I", nf.INVALID | nf.UNTRACKED)
-"""States of packets that no connection has: no rule is about them."""
-_STRAY, _STRAY_OUT, _STRAY_IN = "stray", "stray-out", "stray-in"
+_STRAY_OUT, _STRAY_IN = "stray-out", "stray-in"
 _INET_PROTO, _INET_SERVICE = 12, 13
 _PORT_TYPE = _INET_PROTO << 6 | _INET_SERVICE
 _OTHER = {INGRESS: nf.ORIGINAL, EGRESS: nf.REPLY}
@@ -80,6 +69,11 @@ def table(network: int) -> Table:
     return Table("inet", f"overlay-{network}{SUFFIX}")
 
 
+def log_group(network: int) -> int:
+    """The NFLOG group in which a network's denied packets are told to who listens (`overlay flows`)."""
+    return _FIRST_GROUP + slot_of(network)
+
+
 def map_name(direction: str, family: int) -> str:
     """The map that says which chain judges a pod of this node."""
     return f"{'in' if direction == INGRESS else 'out'}{family}"
@@ -89,7 +83,8 @@ class Maker:
     """Makes a table's content of what is compiled. What did not change is the same value again, so that a difference costs
     what changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: int = 1) -> None:
+        self._slot, self._group = slot_of(network), log_group(network)
         self._elements: dict[str, tuple[Members, Elements]] = {}
         self._rules: dict[str, Rules] = {}
         """Of chains, whose names say what they are, in this form: families, logs."""
@@ -113,7 +108,7 @@ class Maker:
         form = (*families, logs)
         known = self._rules if form == self._form else {}
         chains = {
-            name: known.get(name) or Rules(tuple(_judging(name, chain, compiled, families, logs)))
+            name: known.get(name) or Rules(tuple(_judging(name, chain, compiled, families, self._group if logs else 0)))
             for name, chain in compiled.chains.items()
         }
         self._form, self._rules = form, dict(chains)
@@ -122,8 +117,8 @@ class Maker:
         chains[_STRAY_OUT] = Rules(tuple(_by_header(EGRESS, subnets, families)))
         chains[_STRAY_IN] = Rules(tuple(_by_header(INGRESS, subnets, families)))
         both = (nf.jump(_STRAY_OUT), ""), (nf.jump(_STRAY_IN), ""), (nf.ACCEPT, "")
-        chains[_STRAY] = Rules((*(_neighbour_discovery() if 6 in families else ()), *both))
-        chains[FORWARD] = forward(generation)
+        chains[STRAYS] = Rules((*(_neighbour_discovery() if 6 in families else ()), *both))
+        chains[FORWARD] = forward(generation, self._slot)
         return Content(sets, chains)
 
     def _of(self, name: str, members: Members) -> Elements:
@@ -135,52 +130,6 @@ class Maker:
             made = known[1]
         self._elements[name] = members, made
         return made
-
-
-def forward(generation: int) -> Rules:
-    """The chain that packets enter, in a generation."""
-    current = struct.pack("=I", generation << MARK_BITS)
-    rest = struct.pack("=I", ~MARK_MASK & 0xFFFFFFFF)
-    return Rules(
-        (
-            (
-                nf.ct(nf.STATE) + masked(_DOUBTFUL) + differ(bytes(4)) + goto(_STRAY),
-                "no connection's",
-            ),
-            (
-                nf.ct(nf.MARK) + masked(struct.pack("=I", MARK_MASK)) + equal(current) + nf.ACCEPT,
-                "judged already",
-            ),
-            (nf.jump(EGRESS), ""),
-            (nf.jump(INGRESS), ""),
-            (nf.ct(nf.MARK) + masked(rest, current) + nf.set_mark(), "judged now"),
-        ),
-        Hook(_FORWARD_HOOK, _BEFORE_FILTER),
-    )
-
-
-def unmarked() -> Rules:
-    """The chain between what takes something away and the next generation: each packet is judged, and none is marked. Who
-    finds it so knows that the generation is still to be raised."""
-    rules = forward(1)
-    return rules._replace(rules=(rules.rules[0], *rules.rules[2:4]))
-
-
-def generation_of(content: Content) -> int:
-    """The generation that a table found in the kernel is in; 0: of none that is ours."""
-    found = content.chains.get(FORWARD)
-    if found is None or found.hook is None or len(found.rules) != len(forward(1).rules):
-        return 0
-    return next((each for each in _candidates(found) if are_rules(found, forward(each))), 0)
-
-
-def _candidates(found: Rules) -> Iterator[int]:
-    """What the second rule compares the mark with, in whichever form it came."""
-    whole = found.rules[1][0]
-    for place in range(len(whole) - 3):
-        value = struct.unpack_from("=I", whole, place)[0]
-        if value & ~MARK_MASK == 0 and value and place % 4 == 0:
-            yield value >> MARK_BITS
 
 
 def _elements(members: Members) -> Elements:
@@ -211,20 +160,20 @@ def _edges(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[bytes]:
 
 
 def _judging(
-    name: str, chain: Chain, compiled: Compiled, families: Sequence[int], logs: bool
+    name: str, chain: Chain, compiled: Compiled, families: Sequence[int], group: int
 ) -> Iterator[tuple[bytes, str]]:
     """Returns what a rule accepts, drops what one denies, hands over what one passes; at its end a NetworkPolicy's drops the
     rest, any other hands it over."""
     then = goto(chain.then) if chain.then else nf.RETURN
     closed = chain.tier == NAMESPACED
     if drops(chain) and not closed:
-        yield nf.ct(nf.STATE) + masked(_DOUBTFUL) + differ(bytes(4)) + nf.COUNT + DROP, STRAY
+        yield nf.ct(nf.STATE) + masked(DOUBTFUL) + differ(bytes(4)) + nf.COUNT + DROP, STRAY
         yield from _to_itself(families)
     for place, rule in enumerate(chain.rules):
         matching = _matching(rule, chain.direction, compiled)
         comment = f"{rule.policy} {chain.direction} {rule.place}"
-        if rule.action == DENY and logs:
-            yield matching + _logged(f"{name}{BY_RULE}{place}"), ""
+        if rule.action == DENY and group:
+            yield matching + _logged(group, f"{name}{BY_RULE}{place}"), ""
         verdict = {ACCEPT: nf.RETURN, DENY: DROP, PASS: then}[rule.action]
         ending = {ACCEPT: "", DENY: DENIES, PASS: PASSES}[rule.action]
         yield matching + nf.COUNT + verdict, f"{comment}{ending}"
@@ -232,8 +181,8 @@ def _judging(
         yield then, ""
         return
     yield from _to_itself(families)
-    if logs:
-        yield _logged(name), ""
+    if group:
+        yield _logged(group, name), ""
     yield nf.COUNT + DROP, DENIED
 
 
@@ -261,8 +210,8 @@ def _to_itself(families: Sequence[int]) -> Iterator[tuple[bytes, str]]:
         yield both + found_in(f"self{family}") + nf.RETURN, ITSELF
 
 
-def _logged(prefix: str) -> bytes:
-    return nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(NFLOG_GROUP, prefix, LOGGED_BYTES)
+def _logged(group: int, prefix: str) -> bytes:
+    return nf.limit(LOGS_PER_S, LOG_BURST) + nf.log_to(group, prefix, LOGGED_BYTES)
 
 
 def _known(direction: str, subnets: Sequence[Prefix], families: Sequence[int]) -> Iterator[tuple[bytes, str]]:

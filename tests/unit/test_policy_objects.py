@@ -143,7 +143,7 @@ def test_what_a_snapshot_says_comes_back():
         "status": {"podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]},
     }
     both = policy_of(item), cluster_policy_of(wide({**RULE, "to": [{"nodes": {}}, {"networks": ["fd00::/8"]}]}))
-    one = Snapshot("n", True, (pod_of(pod),), {"x": {"k": "v"}}, both, {"x/bad": "why"}, {4: ((1, 2),), 6: ()})
+    one = Snapshot(7, "n", True, (pod_of(pod),), {"x": {"k": "v"}}, both, {"x/bad": "why"}, {4: ((1, 2),), 6: ()})
     assert from_json(json.loads(json.dumps(as_json(one)))) == one
 
 

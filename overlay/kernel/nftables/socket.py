@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 from overlay.kernel.netlink import NETLINK_NETFILTER, KernelError, RequestSocket, refusal_of
@@ -36,6 +36,10 @@ class Named(Protocol):
         """Its own."""
 
 
+def _beside(name: str) -> str:
+    return f"{name}-beside"
+
+
 class NetfilterSocket(RequestSocket):
     """Requests and their answers. One thread only."""
 
@@ -48,6 +52,31 @@ class NetfilterSocket(RequestSocket):
         """Make a table anew, at once. Raises KernelError."""
         self._commit(nf_wire.replace(table, elements), f"making nft table {table.family} {table.name}")
 
+    def replace_judging(self, table: nf_wire.Table, elements: Elements) -> None:
+        """The same of a table that decides what may pass. Raises KernelError."""
+        self._replace_beside(table, lambda name: nf_wire.replace(table._replace(name=name), elements))
+
+    def _replace_beside(self, table: Named, make: Callable[[str], list[nf_wire.Message]]) -> None:
+        """Make a table anew, whatever stood under its name, while packets go through it. In one transaction some packets are
+        lost, and some are judged by neither; so a second one, under another name, judges beside it meanwhile, and rules go
+        before their table does. make: what makes it under a name."""
+        if self.has(table.family, table.name):
+            beside = _beside(table.name)
+            self._commit(make(beside), f"making nft table {table.family} {beside}")
+            self._take_out(table.family, table.name)
+        self._commit(make(table.name), f"making nft table {table.family} {table.name}")
+        self.drop_beside(table)
+
+    def drop_beside(self, table: Named) -> None:
+        """The second one, of an agent that was killed meanwhile, too. Raises KernelError."""
+        if self.has(table.family, beside := _beside(table.name)):
+            self._take_out(table.family, beside)
+
+    def _take_out(self, family: str, name: str) -> None:
+        rules = nf_wire.nfgenmsg(family, wire.attr(1, wire.text(name)))
+        self._commit([(nf_wire.DELRULE, 0, rules)], f"emptying nft table {family} {name}")
+        self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
+
     def has(self, family: str, name: str) -> bool:
         """Whether there is such a table; of a family that this kernel lacks there is none. Raises KernelError."""
         try:
@@ -59,11 +88,11 @@ class NetfilterSocket(RequestSocket):
         return True
 
     def remove(self, family: str, name: str) -> bool:
-        """Take a table away; whether there was one. Raises KernelError."""
-        if not self.has(family, name):
-            return False
-        self._commit(nf_wire.remove(family, name), f"removing nft table {family} {name}")
-        return True
+        """Take a table away, and what a replacement that was broken off left; whether there was one. Raises KernelError."""
+        found = [each for each in (name, _beside(name)) if self.has(family, each)]
+        for each in found:
+            self._commit(nf_wire.remove(family, each), f"removing nft table {family} {each}")
+        return bool(found)
 
     def change(self, table: nf_wire.Table, add: Elements, take: Elements) -> None:
         """Put keys into sets of a table and take others out, all at once. add, take: keys by the name of the set. Raises
@@ -120,9 +149,10 @@ class NetfilterSocket(RequestSocket):
         return bool(found)
 
     def replace_content(self, table: content.Table, wanted: content.Content) -> None:
-        """Make a table anew at once, whatever stood under its name. Raises KernelError."""
-        found = [*nf_wire.remove(table.family, table.name), *content.make(table, wanted)]
-        self._commit(found, f"making nft table {table.family} {table.name}")
+        """Make a table anew, whatever stood under its name: packets are judged all the time. Raises KernelError."""
+        self._replace_beside(
+            table, lambda name: [*nf_wire.remove(table.family, name), *content.make(table._replace(name=name), wanted)]
+        )
 
     def rules_counted(self, table: content.Table) -> list[tuple[str, str, int]]:
         """Of each rule that counts its chain, its comment and the packets it saw. Raises KernelError."""
