@@ -138,6 +138,11 @@ class FakeKernel:
         self.forms[table.family, table.name] = table
         self.tables[table.family, table.name] = {name: set(keys) for name, keys in elements.items()}
 
+    replace_judging = replace
+
+    def drop_beside(self, table: Any) -> None:
+        """None is made here."""
+
     def elements(self, table: Any, one: Any) -> list[bytes]:
         return sorted(self.tables.get((table.family, table.name), {}).get(one.name, ()))
 
