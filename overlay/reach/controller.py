@@ -22,7 +22,7 @@ from overlay.reach.causes import Causes
 
 ASKED_AT_ONCE = 256
 """Peers a check: all where there are not more, else others each time."""
-AGAIN_S, SOON_S = 1.0, SELDOM_S + 0.2
+AGAIN_S, SOON_S, MOMENT_S = 1.0, SELDOM_S + 0.2, 0.5
 """A fault is reported when it is there again a moment later; after an event others may follow, of which we do not hear."""
 SHARE = 50
 """Events make a check no more often than that it takes a fiftieth of the time."""
@@ -84,6 +84,9 @@ class ReachController(Controller):
         """What this node was when it was asked last."""
         self._check_at = self._not_before = clock()
         self._forget_at = clock()
+        self._missing_since: float | None = None
+        """Since when the node's own routes lack something."""
+        self._said_missing = False
         self._synced = False
         self.checked = 0
         """Peers asked about so far."""
@@ -119,7 +122,7 @@ class ReachController(Controller):
         """Ask the kernel, and report. Raises KernelError."""
         self._synced = wants.synced
         self._health.report("carrier", wants.carrier, outside=True)
-        self._health.report("routes", self._missing(wants), outside=True)
+        self._health.report("routes", self._lasting(self._missing(wants)), outside=True)
         retained = retained_text(wants.retained, self._refused(), _idle(wants)) if wants.retained else ""
         self._health.report("retained", retained, harmless=True)
         if wants.synced and (wants.here != self._asked_from or self._clock() >= self._check_at):
@@ -136,9 +139,23 @@ class ReachController(Controller):
 
     def due(self) -> float | None:
         """Now and then, after an event, and to look a second time; never while there is nothing to ask about."""
-        return self._check_at if self._synced else None
+        times = [self._check_at] if self._synced else []
+        if self._missing_since is not None and not self._said_missing:
+            times.append(self._missing_since + MOMENT_S)
+        return min(times, default=None)
 
     # --- the bridge of pods
+
+    def _lasting(self, missing: str) -> str:
+        """What has been so for a moment: a CNI plugin makes a bridge first, and gives it its address then."""
+        now = self._clock()
+        if not missing:
+            self._missing_since, self._said_missing = None, False
+            return ""
+        if self._missing_since is None:
+            self._missing_since = now
+        self._said_missing = now - self._missing_since >= MOMENT_S
+        return missing if self._said_missing else ""
 
     def _missing(self, wants: _Wants) -> str:
         """What of the node's own routes is missing, with what to do: the bridge's comes with its address."""
