@@ -85,6 +85,7 @@ class LiveFiles(Source):
                 pod_lift=live.pod_lift,
                 network_policy=live.network_policy,
                 cluster_network_policy=live.cluster_network_policy,
+                groups=live.groups,
             )
             self._set_log_level(live.log_level)
 

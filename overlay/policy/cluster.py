@@ -10,7 +10,8 @@ from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed, Unusable
 from overlay.cni.results import CniResult
 from overlay.policy.compile import PodChange
-from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
+from overlay.policy.groups import LABEL, OFF, group_policies, grouped
 from overlay.policy.index import Index
 from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy
 
@@ -25,10 +26,10 @@ class Cluster:
         """node: this one's name in pods; alone: there is no API server: a pod that CNI attached is known by that."""
         self._node, self._alone = node, alone
         self.index = Index()
-        self._policies: dict[str, dict[str, Policy]] = {POLICIES: {}, CLUSTER_WIDE: {}}
-        self._refused: dict[str, dict[str, str]] = {POLICIES: {}, CLUSTER_WIDE: {}}
-        self.wide = False
-        """Whether ClusterNetworkPolicies are enforced."""
+        self._policies: dict[str, dict[str, Any]] = {POLICIES: {}, CLUSTER_WIDE: {}, CONTRACTS: {}}
+        self._refused: dict[str, dict[str, str]] = {name: {} for name in self._policies}
+        self.wide, self.groups = False, OFF
+        """Whether ClusterNetworkPolicies are enforced; how pods are grouped (groups.py)."""
         self.unusable: dict[str, str] = {}
         """Pods that cannot be used, and why: those of this node are held."""
         self.listed: set[str] = set()
@@ -47,9 +48,21 @@ class Cluster:
 
     @property
     def policies(self) -> list[Policy]:
-        """Those to be enforced."""
+        """Those to be enforced, as far as pods are known: each group of pods has one."""
+        if self.groups == OFF:
+            return self.written
+        return [*self.written, *group_policies(self.index.values_of(LABEL), self._policies[CONTRACTS].values())]
+
+    @property
+    def written(self) -> list[Policy]:
+        """Those of them that somebody wrote."""
         wide = self._policies[CLUSTER_WIDE].values() if self.wide else ()
         return [*self._policies[POLICIES].values(), *wide]
+
+    @property
+    def any(self) -> bool:
+        """Whether there is something to enforce."""
+        return self.groups != OFF or bool(self.written)
 
     @property
     def left_out(self) -> int:
@@ -59,14 +72,25 @@ class Cluster:
     @property
     def refused(self) -> dict[str, str]:
         """Policies that cannot be used, or not as they say, and why."""
-        notes = {policy.key: "; ".join(policy.notes) for policy in self.policies if policy.notes}
-        wide = {f"{CLUSTER_KIND}/{name}": why for name, why in self._refused[CLUSTER_WIDE].items()} if self.wide else {}
-        return {**self._refused[POLICIES], **wide, **notes}
+        notes = {policy.key: "; ".join(policy.notes) for policy in self.written if policy.notes}
+        counts = ((CLUSTER_WIDE, CLUSTER_KIND, self.wide), (CONTRACTS, "Contract", self.groups != OFF))
+        others = {
+            f"{kind}/{name}": why
+            for resource, kind, count in counts
+            if count
+            for name, why in self._refused[resource].items()
+        }
+        return {**self._refused[POLICIES], **others, **notes}
 
-    def enforce_wide(self, wide: bool) -> None:
-        """Whether ClusterNetworkPolicies count."""
-        self.whole |= wide != self.wide
+    def enforce(self, wide: bool, groups: str) -> None:
+        """Whether ClusterNetworkPolicies count; how pods are grouped."""
+        self.whole |= wide != self.wide or groups != self.groups
         self.wide = wide
+        if groups != self.groups:
+            self.groups = groups
+            self._pods = {key: grouped(pod, groups) for key, pod in self._pods.items()}
+            for pod in [pod for pod in self.index.pods if pod is not None]:
+                self.index.put(grouped(pod, groups))
 
     def take(self, event: Listed | Changed) -> bool:
         """A list or a change; whether anything is another now."""
@@ -76,10 +100,10 @@ class Cluster:
         self.whole |= changed
         return changed
 
-    def forget_wide(self) -> None:
-        """Nobody watches ClusterNetworkPolicies any more."""
-        self.listed.discard(CLUSTER_WIDE)
-        self._policies[CLUSTER_WIDE], self._refused[CLUSTER_WIDE] = {}, {}
+    def forget(self, resource: str) -> None:
+        """Nobody watches these policies any more."""
+        self.listed.discard(resource)
+        self._policies[resource], self._refused[resource] = {}, {}
 
     def forget_pods(self) -> None:
         """Nobody watches them any more."""
@@ -187,13 +211,15 @@ class Cluster:
         return pod.node == self._node or (self._alone and pod.key in self._given)
 
     def _shared(self, pod: Pod) -> Pod:
-        """With one object for each value that others have as well."""
+        """In its group, with one object for each value that others have as well."""
+        pod = grouped(pod, self.groups)
         kept, labels = self._kept, tuple(sorted(pod.labels.items()))
         return pod._replace(
             namespace=kept.setdefault(pod.namespace, pod.namespace),
             node=kept.setdefault(pod.node, pod.node),
             labels=self._labels.setdefault(labels, pod.labels),
             ports=kept.setdefault(pod.ports, pod.ports),
+            owner=kept.setdefault(pod.owner, pod.owner),
         )
 
     def _place(self, key: str) -> None:
@@ -202,7 +228,7 @@ class Cluster:
         pod, given = self._pods.get(key), self._given.get(key, ())
         if pod is None and self._alone and given and key not in self.unusable:
             namespace, _, name = key.partition("/")
-            pod = Pod(namespace, name, self._node, {}, ())
+            pod = grouped(Pod(namespace, name, self._node, {}, ()), self.groups)
         if pod is None:
             there = self.index.get(key)
             if there is not None and there.node == self._node:

@@ -14,6 +14,7 @@ from overlay.policy.model import (
     ACCEPT,
     ADMIN,
     BASELINE,
+    CLUSTER_KIND,
     DENY,
     LAST_PORT,
     PASS,
@@ -49,7 +50,9 @@ def cluster_policy_of(item: Mapping[str, Any]) -> Policy:
     notes: list[str] = []
     ingress = _rules(spec, "ingress", "from", notes)
     egress = _rules(spec, "egress", "to", notes)
-    return Policy("", str(item["metadata"]["name"]), subject, ingress, egress, tier, priority, tuple(notes))
+    return Policy(
+        "", str(item["metadata"]["name"]), subject, ingress, egress, tier, priority, tuple(notes), CLUSTER_KIND
+    )
 
 
 def _rules(spec: Mapping[str, Any], direction: str, ends: str, notes: list[str]) -> tuple[Rule, ...] | None:

@@ -29,8 +29,10 @@ from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.counts import Counts
-from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES, RESOURCES, Absent, Down
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES, RESOURCES, Absent, Down
 from overlay.policy.generations import FORWARD, LAST_GENERATION, MARK_MASK, forward, generation_of, slot_of, unmarked
+from overlay.policy.groups import KIND as GROUP_KIND
+from overlay.policy.groups import OFF
 from overlay.policy.model import CLUSTER_KIND, NAMESPACED
 from overlay.policy.nodes import Nodes
 from overlay.policy.problems import NOT_ENFORCED, REFUSED, UNREAD, How, problems
@@ -72,14 +74,20 @@ class NoFeeds:
 
 class _Wants(NamedTuple):
     """network: its number; subnets: those of this node's pods; enforced: whether policies are to be; wide:
-    ClusterNetworkPolicies, too."""
+    ClusterNetworkPolicies, too; groups: how pods are grouped."""
 
     network: int
     table: Table
     subnets: tuple[Prefix, ...]
     enforced: bool
     wide: bool
+    groups: str
     ipvs: bool
+
+    @property
+    def custom(self) -> Mapping[str, bool]:
+        """By resource that not every API server has: whether it is wanted."""
+        return {CLUSTER_WIDE: self.wide, CONTRACTS: self.groups != OFF}
 
 
 class PolicyController(Controller):
@@ -196,7 +204,15 @@ class PolicyController(Controller):
         number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
-        return _Wants(number, table(number), subnets, settings.network_policy, settings.cluster_network_policy, ipvs)
+        return _Wants(
+            number,
+            table(number),
+            subnets,
+            settings.network_policy,
+            settings.cluster_network_policy,
+            settings.groups,
+            ipvs,
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """What is known now, compiled and made so. Raises KernelError."""
@@ -223,10 +239,10 @@ class PolicyController(Controller):
             self._wanted, self._stale, self._read_whole = wants, True, True
         self._say(wants)
         cluster = self.cluster
-        if not {POLICIES, NAMESPACES} <= cluster.listed or not self._wide_known(wants):
+        if not {POLICIES, NAMESPACES} <= cluster.listed or not self._custom_known(wants):
             self._cannot_know(wants.table, bool(self._unread))
             return  # what an agent before us enforced stays
-        if not cluster.policies or not wants.enforced:
+        if not cluster.any or not wants.enforced:
             self._in_force = self._revision
             if self._current.inputs.settings.kube:  # files bring all at once
                 self._feeds.stop(PODS)
@@ -261,20 +277,24 @@ class PolicyController(Controller):
 
     def _begin(self, wants: _Wants) -> None:
         """Read what is to be enforced, and nothing else."""
-        for name in (POLICIES, NAMESPACES, *([CLUSTER_WIDE] if wants.wide else [])):
+        for name in (POLICIES, NAMESPACES):
             self._feeds.start(name)
-        if not wants.wide and self._current.inputs.settings.kube:  # files bring all at once
-            self._feeds.stop(CLUSTER_WIDE)
-            self.cluster.forget_wide()
-            self._unread.pop(CLUSTER_WIDE, None)
-        self.cluster.enforce_wide(wants.wide)
+        for name, wanted in wants.custom.items():
+            if wanted:
+                self._feeds.start(name)
+            elif self._current.inputs.settings.kube:  # files bring all at once
+                self._feeds.stop(name)
+                self.cluster.forget(name)
+                self._unread.pop(name, None)
+        self.cluster.enforce(wants.wide, wants.groups)
 
-    def _wide_known(self, wants: _Wants) -> bool:
-        """Whether NetworkPolicies need not wait for ClusterNetworkPolicies: these are known, are not wanted, or cannot be
-        read, and the kernel has none of them."""
-        if not wants.wide or CLUSTER_WIDE in self.cluster.listed:
+    def _custom_known(self, wants: _Wants) -> bool:
+        """Whether NetworkPolicies need not wait for ClusterNetworkPolicies and Contracts: these are known, are not wanted,
+        or cannot be read, and the kernel has none of them."""
+        missing = {name for name, wanted in wants.custom.items() if wanted} - self.cluster.listed
+        if not missing:
             return True
-        if CLUSTER_WIDE not in self._unread:
+        if missing - self._unread.keys():
             return False
         if self._there is not None:
             return not any(chain.tier != NAMESPACED for chain in self.compiled.chains.values())
@@ -284,7 +304,7 @@ class PolicyController(Controller):
             if error.errno == errno.ENOENT:
                 return True
             raise
-        return not any(comment.startswith(f"{CLUSTER_KIND}/") for _, comment, _ in counted)
+        return not any(comment.startswith((f"{CLUSTER_KIND}/", f"{GROUP_KIND}/")) for _, comment, _ in counted)
 
     def _cannot_know(self, which: Table, unread: bool) -> None:
         """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
@@ -297,10 +317,10 @@ class PolicyController(Controller):
     def _nodes_changed(self) -> bool:
         """Whether peers did, and it matters to some policy."""
         changed = self._nodes_version() != self._nodes_seen
-        return changed and any(policy.has_blocks for policy in self.cluster.policies)
+        return changed and any(policy.has_blocks for policy in self.cluster.written)
 
     def _node_addresses(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        if not any(policy.has_blocks for policy in self.cluster.policies):
+        if not any(policy.has_blocks for policy in self.cluster.written):
             return {}
         return {family: tuple(nodes.addresses()) for family, nodes in self._nodes.items()}
 
@@ -427,12 +447,13 @@ class PolicyController(Controller):
         if not self._current.inputs.settings.knows_policies:
             return {}
         self._count()
-        compiled, cluster = self.compiled, self.cluster
+        compiled, cluster, policies = self.compiled, self.cluster, self.cluster.policies
         return {
             "policy": {
                 "enforced": self._there is not None and not self._failed and not self._passed_by,
-                "policies": len(cluster.policies),
-                "cluster_wide": sum(policy.tier != NAMESPACED for policy in cluster.policies),
+                "policies": sum(policy.kind != GROUP_KIND for policy in policies),
+                "cluster_wide": sum(policy.kind == CLUSTER_KIND for policy in policies),
+                "groups": sum(policy.kind == GROUP_KIND for policy in policies),
                 "refused": dict(sorted(cluster.refused.items())),
                 "pods": len(cluster.index.places),
                 "isolated_addresses": len(compiled.isolated),

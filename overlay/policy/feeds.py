@@ -10,16 +10,27 @@ from typing import Any, NamedTuple
 from lease.kube.changes import Listed, Resource, Unusable
 from lease.kube.objects import MALFORMED
 from overlay.policy.cluster_wide import cluster_policy_of
+from overlay.policy.groups import contract_of
 from overlay.policy.resources import namespace_of, pod_of, policy_of
 
 PODS, NAMESPACES, POLICIES, CLUSTER_WIDE = "pods", "namespaces", "networkpolicies", "clusternetworkpolicies"
+CONTRACTS = "contracts"
 RESOURCES = {
     PODS: Resource(PODS, "/api/v1/pods", pod_of),
     NAMESPACES: Resource(NAMESPACES, "/api/v1/namespaces", namespace_of),
     POLICIES: Resource(POLICIES, "/apis/networking.k8s.io/v1/networkpolicies", policy_of),
     CLUSTER_WIDE: Resource(CLUSTER_WIDE, "", cluster_policy_of),  # where depends on the API server: kube.py
+    CONTRACTS: Resource(CONTRACTS, "", contract_of),
 }
-KINDS = {"Pod": PODS, "Namespace": NAMESPACES, "NetworkPolicy": POLICIES, "ClusterNetworkPolicy": CLUSTER_WIDE}
+KINDS = {
+    "Pod": PODS,
+    "Namespace": NAMESPACES,
+    "NetworkPolicy": POLICIES,
+    "ClusterNetworkPolicy": CLUSTER_WIDE,
+    "Contract": CONTRACTS,
+}
+_CLUSTERS = ("Namespace", "ClusterNetworkPolicy", "Contract")
+"""Kinds that are of no namespace."""
 FILES_EVERY_S, WRITTEN_S = 1.0, 0.1
 """How often files are looked at; those that changed are believed when they are the same a moment later."""
 ENDINGS = (".yaml", ".yml", ".json")
@@ -96,7 +107,7 @@ class FolderFeed(threading.Thread):
         self._revision += 1
         self._good = {name: documents for name, documents in self._good.items() if name in texts}
         items = read_all(texts, self._good)
-        for name in (NAMESPACES, PODS, CLUSTER_WIDE, POLICIES):  # the last one completes the others
+        for name in (NAMESPACES, PODS, CLUSTER_WIDE, CONTRACTS, POLICIES):  # the last one completes the others
             self._post(Listed(name, self._revision, items[name]))
 
 
@@ -124,7 +135,7 @@ def read_all(texts: Mapping[str, bytes], good: dict[str, list[Any]]) -> dict[str
             resource = RESOURCES[KINDS[kind]]
             meta = document.get("metadata")
             meta = meta if isinstance(meta, Mapping) else {}
-            space = "" if kind in ("Namespace", "ClusterNetworkPolicy") else f"{meta.get('namespace') or 'default'}/"
+            space = "" if kind in _CLUSTERS else f"{meta.get('namespace') or 'default'}/"
             key = f"{space}{meta.get('name')}"
             try:
                 if not isinstance(meta.get("name"), str):

@@ -117,6 +117,10 @@ class Index:
                     bits |= self.in_namespace(name)
         return bits if peer.pods is None else bits & self.selected(peer.pods)
 
+    def values_of(self, key: str) -> Iterable[str]:
+        """The values that a label has somewhere."""
+        return self._of_key(key)
+
     def members(self, bits: int) -> Iterator[Pod]:
         """The pods behind bits."""
         data = bits.to_bytes((bits.bit_length() + 7) // 8, "little")

@@ -1,49 +1,56 @@
 """What policies are made of, from the Kubernetes API: a connection and a thread for each resource.
 
-ClusterNetworkPolicies are of a CustomResourceDefinition, which may be there or not, or come later, in one of two versions.
+ClusterNetworkPolicies and Contracts are of a CustomResourceDefinition, which may be there or not, or come later, in one of
+some versions.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lease.kube.changes import Listed
 from lease.kube.client import KubeClient, KubeSettings
 from lease.kube.watch import JSON, Objects, answers_of
 from lease.store import Feed, StoreDown, StoreUnavailable
-from overlay.policy.feeds import CLUSTER_WIDE, RESOURCES, Absent, Down
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, RESOURCES, Absent, Down
 
-GROUP, VERSIONS = "policy.networking.k8s.io", ("v1beta1", "v1alpha2")
-"""Of ClusterNetworkPolicies; the first one that is served."""
+_CUSTOM = {
+    CLUSTER_WIDE: ("policy.networking.k8s.io", ("v1beta1", "v1alpha2")),
+    CONTRACTS: ("overlay.network", ("v1alpha1",)),
+}
+"""By resource: its API group, and versions, of which the first that is served is asked for."""
 
 
-class ClusterPolicies(Objects):
-    """ClusterNetworkPolicies, where the API server has them."""
+class CustomObjects(Objects):
+    """Those of a CustomResourceDefinition, where the API server has it."""
 
-    def __init__(self, client: KubeClient, post: Callable[[Any], None]) -> None:
-        super().__init__(client, RESOURCES[CLUSTER_WIDE])
-        self._post = post
+    def __init__(self, client: KubeClient, name: str, post: Callable[[Any], None]) -> None:
+        super().__init__(client, RESOURCES[name])
+        self._name, self._post = name, post
+        self._group, self._versions = _CUSTOM[name]
 
     def read(self) -> Listed:
         """All of them. Raises StoreUnavailable, also where there is no such resource."""
         with answers_of(self._client.place):
-            version = served(json.loads(self._client.ask("/apis", {}, JSON).data))
+            groups = json.loads(self._client.ask("/apis", {}, JSON).data)
+            version = served(groups, self._group, self._versions)
         if not version:  # the server's own word: a 404 could be a proxy's
-            self._post(Absent(CLUSTER_WIDE))
+            self._post(Absent(self._name))
+            what = f"{self._group} {' or '.join(self._versions)}"
             raise StoreUnavailable(
-                f"{self._client.place}: no {GROUP} {' or '.join(VERSIONS)}: its CustomResourceDefinition is to be applied"
+                f"{self._client.place}: no {what}: its CustomResourceDefinition is to be applied (docs/policy.md)"
             )
-        self.move(f"/apis/{GROUP}/{version}/{CLUSTER_WIDE}")
+        self.move(f"/apis/{self._group}/{version}/{self._name}")
         return super().read()
 
 
-def served(groups: Mapping[str, Any]) -> str:
-    """The version to ask for, of an APIGroupList; "": none."""
-    found = [each for each in groups["groups"] if each["name"] == GROUP]
+def served(groups: Mapping[str, Any], name: str, versions: Sequence[str]) -> str:
+    """Which version of a group to ask for, by an APIGroupList; "": none."""
+    found = [each for each in groups["groups"] if each["name"] == name]
     there = {each["version"] for group in found for each in group["versions"]}
-    return next((version for version in VERSIONS if version in there), "")
+    return next((version for version in versions if version in there), "")
 
 
 class KubeFeeds:
@@ -65,7 +72,7 @@ class KubeFeeds:
                 self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
 
         client = KubeClient(self._settings)
-        objects = ClusterPolicies(client, post) if name == CLUSTER_WIDE else Objects(client, RESOURCES[name])
+        objects = CustomObjects(client, name, post) if name in _CUSTOM else Objects(client, RESOURCES[name])
         feed = Feed(objects, post)
         self._running[name] = feed, objects
         feed.start()

@@ -70,6 +70,8 @@ class Pod(NamedTuple):
     addresses: tuple[bytes, ...]
     ports: tuple[ContainerPort, ...] = ()
     alone: bool = False
+    owner: str = ""
+    """Its Deployment, or what else controls it."""
 
     @property
     def key(self) -> str:
@@ -111,8 +113,9 @@ class Rule(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """A NetworkPolicy, or a ClusterNetworkPolicy (namespace: ""). subject: whom it selects; ingress, egress: its rules, None
-    where it says nothing of that direction; tier, priority: the lower is asked first. notes: what is not done as it says."""
+    """A NetworkPolicy, or of the whole cluster (kind says of which). subject: whom it selects; ingress, egress: its rules,
+    None where it says nothing of that direction; tier, priority: the lower is asked first. notes: what is not done as it
+    says."""
 
     namespace: str
     name: str
@@ -122,11 +125,12 @@ class Policy(NamedTuple):
     tier: str = NAMESPACED
     priority: int = 0
     notes: tuple[str, ...] = ()
+    kind: str = ""
 
     @property
     def key(self) -> str:
         """`namespace/name`, `ClusterNetworkPolicy/name`: no namespace has capitals."""
-        return f"{CLUSTER_KIND if self.tier != NAMESPACED else self.namespace}/{self.name}"
+        return f"{self.kind or self.namespace}/{self.name}"
 
     @property
     def order(self) -> tuple[int, int, str]:

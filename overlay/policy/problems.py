@@ -37,7 +37,7 @@ def problems(cluster: Cluster, unread: Mapping[str, str], how: How) -> dict[str,
 
 
 def _not_enforced(cluster: Cluster, unread: Mapping[str, str], how: How) -> str:
-    count, wide = len(cluster.policies), cluster.left_out
+    count, wide = len(cluster.policies) or int(cluster.any), cluster.left_out
     if count and not how.wanted:
         return f"{count + wide} policies exist, and none is enforced: --network-policy is false"
     if count and PODS in unread and PODS not in cluster.listed and not how.stands:

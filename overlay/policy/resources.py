@@ -61,7 +61,18 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
         tuple(packed(text) for text in texts if text),
         tuple(named),
         bool(spec.get("hostNetwork")) or status.get("phase") in _ENDED,
+        _owner(meta),
     )
+
+
+def _owner(meta: Mapping[str, Any]) -> str:
+    """Whose a pod is: its Deployment's name, by that of the ReplicaSet (pkg/controller/deployment), or that of what controls
+    it."""
+    for each in meta.get("ownerReferences") or ():
+        if each.get("controller"):
+            template = (meta.get("labels") or {}).get("pod-template-hash", "")
+            return str(each["name"]).removesuffix(f"-{template}" if each.get("kind") == "ReplicaSet" else "")
+    return ""
 
 
 def _containers(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -97,7 +108,7 @@ def _rules(spec: Mapping[str, Any], direction: str, peers: str) -> tuple[Rule, .
     return tuple(
         Rule(
             _peers(mapping(each, f"{where}[{place}]").get(peers), f"{where}[{place}].{peers}"),
-            _ports(each.get("ports"), f"{where}[{place}].ports"),
+            ports_of(each.get("ports"), f"{where}[{place}].ports"),
         )
         for place, each in enumerate(listed(spec.get(direction), where))
     )
@@ -135,7 +146,7 @@ def _block(item: Mapping[str, Any], where: str) -> Block:
     return Block(cidr, tuple(excepted))
 
 
-def _ports(items: Any, where: str) -> tuple[Port, ...] | None:
+def ports_of(items: Any, where: str) -> tuple[Port, ...] | None:
     """None, where the rule is for any."""
     return tuple(_port(each, f"{where}[{place}]") for place, each in enumerate(listed(items, where))) or None
 

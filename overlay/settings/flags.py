@@ -18,7 +18,7 @@ DEFAULT_RUN_DIR = "/run/overlay"
 DEFAULT_CNI_CONF_DIR = "/etc/cni/net.d"
 LIVE = (
     "log-level", "ip-masq", "ip-masq-fully-random-disable", "iptables-forward-rules", "underlay-cidr", "vxlan-guard",
-    "pod-antispoof", "pod-lift", "network-policy", "cluster-network-policy", "probes",
+    "pod-antispoof", "pod-lift", "network-policy", "cluster-network-policy", "groups", "probes",
 )  # fmt: skip
 """Flags that --live-settings may hold."""
 LEASE_TTL_S = 86_400
@@ -165,10 +165,19 @@ FLAGS = (
         ours=True,
     ),
     Flag(
+        "groups",
+        "str",
+        "off",
+        "let pods of different groups talk only as Contracts say; a pod without the label overlay.network/group is in a"
+        " group by: one (all in one), namespace, deployment",
+        ours=True,
+    ),
+    Flag(
         "policy-dir",
         "str",
         "",
-        "without Kubernetes: folder of YAML files with NetworkPolicies, ClusterNetworkPolicies, Namespaces and Pods",
+        "without Kubernetes: folder of YAML files with policies (NetworkPolicy, ClusterNetworkPolicy, Contract), Namespaces"
+        " and Pods",
         ours=True,
     ),
     Flag(

@@ -34,6 +34,7 @@ from overlay.settings.flags import (
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LIFTS = ("auto", "on", "off")
+GROUPINGS = ("off", "one", "namespace", "deployment")
 
 
 class SettingsError(ValueError):
@@ -88,6 +89,7 @@ class Settings(NamedTuple):
     pod_lift: str = "auto"
     network_policy: bool = True
     cluster_network_policy: bool = False
+    groups: str = "off"
     policy_dir: str = ""
     probes: bool = True
     ask_secret_file: str = ""
@@ -198,6 +200,8 @@ def read_live(text: bytes, settings: Settings) -> Settings:
             raise SettingsError(f"log-level: {str(value)[:60]!a} must be one of {', '.join(LOG_LEVELS)}")
         if name == "pod-lift" and value not in LIFTS:
             raise SettingsError(f"pod-lift: {str(value)[:60]!a} must be one of {', '.join(LIFTS)}")
+        if name == "groups" and value not in GROUPINGS:
+            raise SettingsError(f"groups: {str(value)[:60]!a} must be one of {', '.join(GROUPINGS)}")
         values[name] = value
     cidrs = _prefixes(values, "underlay-cidr") if "underlay-cidr" in values else settings.underlay_cidrs
     return settings._replace(
@@ -206,6 +210,7 @@ def read_live(text: bytes, settings: Settings) -> Settings:
         pod_antispoof=values.get("pod-antispoof", settings.pod_antispoof),
         pod_lift=values.get("pod-lift", settings.pod_lift),
         network_policy=values.get("network-policy", settings.network_policy),
+        groups=values.get("groups", settings.groups),
         cluster_network_policy=values.get("cluster-network-policy", settings.cluster_network_policy),
         probes=values.get("probes", settings.probes),
         log_level=values.get("log-level", settings.log_level),
@@ -354,6 +359,7 @@ def _settings(values: Mapping[str, Any]) -> Settings:
         pod_antispoof=values["pod-antispoof"],
         pod_lift=check("pod-lift", lambda text: text in LIFTS, f"one of {', '.join(LIFTS)}"),
         network_policy=values["network-policy"],
+        groups=check("groups", lambda text: text in GROUPINGS, f"one of {', '.join(GROUPINGS)}"),
         cluster_network_policy=values["cluster-network-policy"],
         policy_dir=values["policy-dir"],
         probes=values["probes"],

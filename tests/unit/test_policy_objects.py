@@ -114,7 +114,7 @@ def test_whatever_an_object_is_it_is_used_or_refused(item):
         except MALFORMED as error:
             made = Unusable(str(error))
         cluster = Cluster("node1", alone=True)
-        cluster.enforce_wide(True)
+        cluster.enforce(True, "off")
         cluster.take(Listed(NAMESPACES, 1, {"x": {}}))
         cluster.take(Listed(resource, 1, {"x/p": made}))
         cluster.take(Changed(resource, 2, {"x/p": made, "x/q": None}))

@@ -16,14 +16,15 @@ from overlay.policy.cluster import Cluster
 from overlay.policy.cluster_wide import cluster_policy_of
 from overlay.policy.compile import compile_node, with_pods
 from overlay.policy.explain import Flow, judge
-from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
+from overlay.policy.groups import LABEL, MODES, Contract, contract_of
 from overlay.policy.model import EGRESS, INGRESS, PROTOCOLS
 from overlay.policy.resources import namespace_of, packed, pod_of, policy_of
 from overlay.policy.table import Maker
 from tests.support.policy import Evaluator
 
 SPACES = ("x", "y", "z")
-KEYS, VALUES = ("app", "tier"), ("a", "b")
+KEYS, VALUES = ("app", LABEL), ("a", "b")
 PORTS = (80, 81, 8080)
 NODES = ("node1", "node2")
 
@@ -171,9 +172,19 @@ def key(item: dict[str, Any]) -> str:
     return f"{item['metadata']['namespace']}/{item['metadata']['name']}"
 
 
-def known(node: str, spaces, some, rules_, wide) -> Cluster:
+contracts = st.builds(
+    lambda provider, consumer, some: {"spec": {"provider": provider, "consumer": consumer, "ports": some}},
+    *[st.sampled_from(["a", "b", "namespace:x", "namespace:y", "*"])] * 2, st.lists(ports, max_size=2),
+)  # fmt: skip
+
+
+def contract(item: dict[str, Any], number: int) -> Contract:
+    return contract_of({"metadata": {"name": f"k{number}"}, **item})
+
+
+def known(node: str, spaces, some, rules_, wide, groups: str = "off") -> Cluster:
     cluster = Cluster(node, alone=False)
-    cluster.enforce_wide(True)
+    cluster.enforce(True, groups)
     cluster.take(Listed(CLUSTER_WIDE, 1, {each["metadata"]["name"]: cluster_policy_of(each) for each in wide}))
     cluster.take(Listed(POLICIES, 1, {key(each): policy_of(each) for each in rules_}))
     cluster.take(Listed(NAMESPACES, 1, {name: namespace_of({"metadata": {"name": name, "labels": given}}) for name, given in spaces.items()}))  # fmt: skip
@@ -221,14 +232,17 @@ def passes(compiled, way) -> bool:
 @given(worlds(), st.data())
 @settings(max_examples=120, deadline=None)
 def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
-    cluster = known("node1", *world)
+    groups = data.draw(st.sampled_from(MODES))
+    cluster = known("node1", *world, groups)
     compiled = compile_node(cluster.index, cluster.policies, "node1")
     cluster.taken()
     maker = Maker()
     before, passing = maker.content(compiled, SUBNETS, 1), {flow for flow in FLOWS if passes(compiled, flow)}
     there = {key(pod): pod for pod in world[1]}
     for _ in range(data.draw(st.integers(1, 6))):
-        kind = data.draw(st.sampled_from(["pod", "pod", "pod", "gone", "policy", "wide", "namespace"]))
+        kind = data.draw(
+            st.sampled_from(["pod", "pod", "pod", "gone", "policy", "wide", "contract", "groups", "namespace"])
+        )
         if kind == "pod":
             pod = data.draw(pods(data.draw(st.integers(0, 7)), 4))
             there[key(pod)] = pod
@@ -243,6 +257,12 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
         elif kind == "wide":
             wide = data.draw(wide_policies(data.draw(st.integers(0, 3))))
             cluster.take(Changed(CLUSTER_WIDE, 2, {wide["metadata"]["name"]: cluster_policy_of(wide)}))
+        elif kind == "contract":
+            number = data.draw(st.integers(0, 2))
+            cluster.take(Changed(CONTRACTS, 2, {f"k{number}": contract(data.draw(contracts), number)}))
+        elif kind == "groups":
+            groups = data.draw(st.sampled_from(MODES))
+            cluster.enforce(True, groups)
         elif kind == "namespace":
             name = data.draw(st.sampled_from(SPACES))
             made = namespace_of({"metadata": {"name": name, "labels": data.draw(labels)}})
@@ -256,7 +276,7 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
         if less := {flow for flow in passing if not passes(compiled, flow)}:
             assert takes_away(before, content, compiled.turned), less
         before, passing = content, {flow for flow in FLOWS if passes(compiled, flow)}
-        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [], [])
+        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [], [], groups)
         fresh = compile_node(anew.index, cluster.policies, "node1")
         assert compiled == fresh
         assert content == Maker().content(fresh, SUBNETS, 1)
