@@ -288,9 +288,14 @@ def _family_rows(found: dict[str, Any], second: bool) -> dict[str, str]:
 
 def policy_words(policy: dict[str, Any]) -> str:
     """What is enforced of NetworkPolicies."""
-    count, refused = policy["policies"], len(policy["refused"])
-    words = f"{count} NetworkPolicies" if count != 1 else "1 NetworkPolicy"
-    if not count:
+    wide, refused = policy["cluster_wide"], len(policy["refused"])
+    kinds = (
+        (policy["policies"] - wide, "NetworkPolicy", "NetworkPolicies"),
+        (wide, "ClusterNetworkPolicy", "ClusterNetworkPolicies"),
+        (policy["groups"], "group", "groups"),
+    )
+    words = ", ".join(f"{count} {one if count == 1 else many}" for count, one, many in kinds if count)
+    if not words:
         words = "no NetworkPolicy" if policy["revision"] else "NetworkPolicies are not read yet"
     elif policy["enforced"]:
         words += f" enforced: {policy['isolated_addresses']} addresses of pods here are isolated"
