@@ -26,6 +26,7 @@ from overlay.policy.cluster import Cluster
 from overlay.policy.compile import compile_node, with_pods
 from overlay.policy.feeds import NAMESPACES, PODS, POLICIES
 from overlay.policy.resources import namespace_of, pod_of, policy_of
+from overlay.policy.sharing import Sharing
 from overlay.policy.table import Maker, table
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ TIERS = ("web", "db", "cache")
 
 
 def pods(count: int, local: int) -> list[dict[str, Any]]:
-    """Fifty apps in a hundred namespaces, over nodes of 100 pods; the first are node0's."""
+    """Fifty apps in a hundred namespaces, in Deployments of five pods, over nodes of 100; the first are node0's."""
     made = []
     for number in range(count):
         node = 0 if number < local else 1 + number // 100
@@ -42,7 +43,11 @@ def pods(count: int, local: int) -> list[dict[str, Any]]:
         made.append({
             "metadata": {
                 "namespace": f"ns{number % 100}", "name": f"pod{number}",
-                "labels": {"app": f"app{number // 100 % 50}", "tier": TIERS[number % 3], "hash": f"{number // 7}"},
+                "labels": {
+                    "app": f"app{number // 100 % 50}",
+                    "tier": TIERS[number // 5 % 3],
+                    "pod-template-hash": f"{number // 5:010}",
+                },
             },
             "spec": {"nodeName": f"node{node}", "containers": [{"ports": [{"name": "http", "containerPort": 8080}]}]},
             "status": {"phase": "Running", "podIPs": [{"ip": address}]},
@@ -114,10 +119,11 @@ def rss_mib() -> float:
 
 def measure(nft: NetfilterSocket, texts: list[str], policy_texts: list[str]) -> None:
     """All of it."""
-    before = rss_mib()
+    before, shared = rss_mib(), Sharing().shared
     cluster = Cluster("node0", alone=False)
     read = timed(
-        "pods read from JSON", lambda: {f"{p.namespace}/{p.name}": p for p in map(pod_of, map(json.loads, texts))}
+        "pods read from JSON",
+        lambda: {f"{p.namespace}/{p.name}": p for p in map(shared, map(pod_of, map(json.loads, texts)))},
     )
     rules = timed("policies read from JSON", lambda: {p.key: p for p in map(policy_of, map(json.loads, policy_texts))})
     labels = {

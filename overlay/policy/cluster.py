@@ -13,10 +13,7 @@ from overlay.policy.compile import PodChange
 from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
 from overlay.policy.groups import LABEL, OFF, group_policies, grouped
 from overlay.policy.index import Index
-from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy
-
-MOST_KEPT = 1000
-"""Values more than pods that are kept to be shared: of pods that are gone."""
+from overlay.policy.model import CLUSTER_KIND, Pod, Policy
 
 
 class Cluster:
@@ -42,9 +39,6 @@ class Cluster:
         """What is compiled is to be compiled anew."""
         self.changes: list[PodChange] = []
         """Otherwise: what changed since."""
-        self._labels: dict[Any, Labels] = {}
-        self._kept: dict[Any, Any] = {}
-        """One object for equal labels, ports and names: pods of one Deployment have the same."""
 
     @property
     def policies(self) -> list[Policy]:
@@ -108,7 +102,7 @@ class Cluster:
     def forget_pods(self) -> None:
         """Nobody watches them any more."""
         self.listed.discard(PODS)
-        self.index, self._pods, self._labels, self._kept = Index(namespaces=self.index.namespaces), {}, {}, {}
+        self.index, self._pods = Index(namespaces=self.index.namespaces), {}
         self.whole, self.changes = True, []
 
     def results(self, results: Iterable[CniResult]) -> bool:
@@ -167,7 +161,7 @@ class Cluster:
             self.listed.add(PODS)
             self._pods.clear()
             self.unusable = {key: pod.reason for key, pod in event.items.items() if isinstance(pod, Unusable)}
-            pods = {key: self._shared(pod) for key, pod in event.items.items() if isinstance(pod, Pod)}
+            pods = {key: grouped(pod, self.groups) for key, pod in event.items.items() if isinstance(pod, Pod)}
             self._pods = {key: pod for key, pod in pods.items() if self._is_local(pod)}
             self.index = Index((pod for key, pod in pods.items() if key not in self._pods), self.index.namespaces)
             for key in [*self._pods, *(self._given if self._alone else ())]:
@@ -178,7 +172,7 @@ class Cluster:
             self.unusable.pop(key, None)
             if isinstance(pod, Unusable):
                 self.unusable[key] = pod.reason
-            pod = self._shared(pod) if isinstance(pod, Pod) else None  # noqa: PLW2901
+            pod = grouped(pod, self.groups) if isinstance(pod, Pod) else None  # noqa: PLW2901
             if pod is not None and self._is_local(pod):
                 self.whole |= self._pods.get(key) != pod
                 self._pods[key] = pod
@@ -204,31 +198,16 @@ class Cluster:
     def taken(self) -> None:
         """All is compiled."""
         self.whole, self.changes = False, []
-        if len(self._labels) + len(self._kept) > 2 * len(self.index.places) + MOST_KEPT:
-            self._labels, self._kept = {}, {}
 
     def _is_local(self, pod: Pod) -> bool:
         return pod.node == self._node or (self._alone and pod.key in self._given)
-
-    def _shared(self, pod: Pod) -> Pod:
-        """In its group, with one object for each value that others have as well."""
-        pod = grouped(pod, self.groups)
-        kept, labels = self._kept, tuple(sorted(pod.labels.items()))
-        return pod._replace(
-            namespace=kept.setdefault(pod.namespace, pod.namespace),
-            node=kept.setdefault(pod.node, pod.node),
-            labels=self._labels.setdefault(labels, pod.labels),
-            ports=kept.setdefault(pod.ports, pod.ports),
-            owner=kept.setdefault(pod.owner, pod.owner),
-        )
 
     def _place(self, key: str) -> None:
         """A pod of this node as it is by both. What CNI says of its addresses counts for more than what the API does: that
         may be of before, or not know of them yet."""
         pod, given = self._pods.get(key), self._given.get(key, ())
         if pod is None and self._alone and given and key not in self.unusable:
-            namespace, _, name = key.partition("/")
-            pod = grouped(Pod(namespace, name, self._node, {}, ()), self.groups)
+            pod = grouped(Pod(key, key.partition("/")[0], self._node, {}, ()), self.groups)
         if pod is None:
             there = self.index.get(key)
             if there is not None and there.node == self._node:

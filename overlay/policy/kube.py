@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lease.kube.changes import Listed
+from lease.kube.changes import Listed, Resource
 from lease.kube.client import KubeClient, KubeSettings
 from lease.kube.watch import JSON, Objects, answers_of
 from lease.store import Feed, StoreDown, StoreUnavailable
-from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, RESOURCES, Absent, Down
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, PODS, RESOURCES, Absent, Down
+from overlay.policy.sharing import Sharing
 
 _CUSTOM = {
     CLUSTER_WIDE: ("policy.networking.k8s.io", ("v1beta1", "v1alpha2")),
@@ -46,6 +47,12 @@ class CustomObjects(Objects):
         return super().read()
 
 
+def _sharing(pods: Resource) -> Resource:
+    """Pods that share what they have in common, as soon as they are read."""
+    shared, decode = Sharing().shared, pods.decode
+    return pods._replace(decode=lambda item: shared(decode(item)))
+
+
 def served(groups: Mapping[str, Any], name: str, versions: Sequence[str]) -> str:
     """Which version of a group to ask for, by an APIGroupList; "": none."""
     found = [each for each in groups["groups"] if each["name"] == name]
@@ -72,7 +79,10 @@ class KubeFeeds:
                 self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
 
         client = KubeClient(self._settings)
-        objects = CustomObjects(client, name, post) if name in _CUSTOM else Objects(client, RESOURCES[name])
+        if name in _CUSTOM:
+            objects = CustomObjects(client, name, post)
+        else:
+            objects = Objects(client, _sharing(RESOURCES[PODS]) if name == PODS else RESOURCES[name])
         feed = Feed(objects, post)
         self._running[name] = feed, objects
         feed.start()

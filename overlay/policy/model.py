@@ -60,11 +60,12 @@ class ContainerPort(NamedTuple):
 
 
 class Pod(NamedTuple):
-    """A pod. addresses: packed, 4 bytes or 16; alone: it has the node's network (host_network), or its containers have ended
-    (phase Succeeded or Failed), and its addresses may be others' already: no policy and no peer means it."""
+    """A pod. key: `namespace/name`; addresses: packed, 4 bytes or 16; alone: it has the node's network (host_network), or
+    its containers have ended (phase Succeeded or Failed), and its addresses may be others' already: no policy and no peer
+    means it."""
 
+    key: str
     namespace: str
-    name: str
     node: str
     labels: Labels
     addresses: tuple[bytes, ...]
@@ -74,9 +75,9 @@ class Pod(NamedTuple):
     """Its Deployment, or what else controls it."""
 
     @property
-    def key(self) -> str:
-        """`namespace/name`."""
-        return f"{self.namespace}/{self.name}"
+    def name(self) -> str:
+        """Its own."""
+        return self.key[len(self.namespace) + 1 :]
 
 
 class PodPeer(NamedTuple):

@@ -53,9 +53,10 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
         for port in container.get("ports") or ()
         if port.get("name")
     ]
+    namespace = str(meta.get("namespace") or "default")
     return Pod(
-        str(meta.get("namespace") or "default"),
-        str(meta["name"]),
+        f"{namespace}/{meta['name']}",
+        namespace,
         str(spec.get("nodeName") or ""),
         _labels(meta),
         tuple(packed(text) for text in texts if text),
