@@ -10,8 +10,9 @@ LONGEST = 1 << 20
 """Bytes; a ConfigMap holds 1 MiB at most, and no file of ours comes near."""
 
 
-def content(path: str) -> bytes:
-    """What a regular file holds, its first LONGEST bytes. A pipe would keep its reader waiting, and a device never ends.
+def content(path: str, longest: int = LONGEST) -> bytes:
+    """What a regular file holds, at most its first `longest` bytes. A pipe would keep its reader waiting, and a device never
+    ends.
 
     Raises OSError: it cannot be read, or is no regular file.
     """
@@ -20,6 +21,6 @@ def content(path: str) -> bytes:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(LONGEST)
+            return file.read(longest)
     finally:
         os.close(handle)

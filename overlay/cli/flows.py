@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -23,6 +24,7 @@ from overlay.policy.table import BY_RULE, LOGGED_BYTES, log_group
 from overlay.policy.words import address_text
 from overlay.settings.flags import DEFAULT_RUN_DIR
 
+T = TypeVar("T")
 AGAIN_S = 5.0
 """What pods and policies there are is asked again so often."""
 _OTHER_NAMES = {1: "ICMP", 58: "ICMPv6"}
@@ -63,7 +65,8 @@ def flows(denied: bool, pod: str, follow: bool, seconds: float, as_json: bool, r
     except KeyboardInterrupt:
         pass
     except OSError as error:
-        click.echo(f"overlay flows: {error_text(error)}; does another `overlay flows` run here?", err=True)
+        why = "; does another `overlay flows` run here?" if error.errno == errno.EBUSY else ""
+        click.echo(f"overlay flows: {error_text(error)}{why}", err=True)
         sys.exit(2)
     sys.exit(0 if shown else 1)
 
@@ -130,12 +133,23 @@ def _listen(denials: Denials, connections: Connections | None, seconds: float | 
         ready = select.select(listening, [], [], left)[0]
         names.refresh()
         if denials.socket in ready:
-            for packet in denials.read():
+            for packet in _unless_lost(denials.read):
                 yield Told(False, packet.flow, names.policies_of(packet.prefix))
         if connections is not None and connections.socket in ready:
-            for flow in connections.read():
+            for flow in _unless_lost(connections.read):
                 if flow.source in names.pods or flow.target in names.pods:
                     yield Told(True, flow)
+
+
+def _unless_lost(read: Callable[[], list[T]]) -> list[T]:
+    """What came; where more came than the socket holds, the next of it."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ENOBUFS:
+            raise
+        click.echo("overlay flows: more came than could be shown; some are missing here", err=True)
+        return []
 
 
 def _protocol(flow: Flow) -> str:

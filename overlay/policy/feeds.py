@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lease.kube.changes import Listed, Resource, Unusable
 from lease.kube.objects import MALFORMED
+from lease.regular import content
 from overlay.policy.cluster_wide import cluster_policy_of
 from overlay.policy.groups import contract_of
 from overlay.policy.resources import namespace_of, pod_of, policy_of
@@ -57,8 +58,8 @@ class FolderFeed(threading.Thread):
     def __init__(self, folder: str, post: Callable[[Any], None]) -> None:
         super().__init__(name="policy-files", daemon=True)
         self._folder, self._post = folder, post
-        self._seen: dict[str, bytes] | None = None
-        self._once: dict[str, bytes] | None = None
+        self._seen: dict[str, bytes | str] | None = None
+        self._once: dict[str, bytes | str] | None = None
         """What was seen once, and differs."""
         self._good: dict[str, list[Any]] = {}
         """Of each file the objects that could be read last."""
@@ -93,7 +94,7 @@ class FolderFeed(threading.Thread):
         """Read all files; post what is in them if any changed."""
         try:
             names = sorted(name for name in os.listdir(self._folder) if name.endswith(ENDINGS))
-            texts = {name: _text(os.path.join(self._folder, name)) for name in names}
+            texts = {name: text_of(os.path.join(self._folder, name)) for name in names}
         except OSError as error:
             self._post(Down(POLICIES, f"--policy-dir: {self._folder}: {error.strerror or error}"))
             return
@@ -111,18 +112,26 @@ class FolderFeed(threading.Thread):
             self._post(Listed(name, self._revision, items[name]))
 
 
-def _text(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(LARGEST)
+def text_of(path: str) -> bytes | str:
+    """What is in a file, or why it cannot be read."""
+    try:
+        text = content(path, LARGEST + 1)
+    except OSError as error:
+        return str(error.strerror or error)
+    return text if len(text) <= LARGEST else f"larger than {LARGEST >> 20} MiB"
 
 
-def read_all(texts: Mapping[str, bytes], good: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
-    """The objects of files, by resource and key; good: what each said when it could be read last, and now. In place of one
-    that cannot be used an Unusable. A file that is no YAML is one of those, as a policy by the file's name. Namespaces that
-    nobody describes have the label of their name alone."""
+def read_all(texts: Mapping[str, bytes | str], good: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """The objects of files, by resource and key. texts: what is in each, or why that cannot be read; good: what each said
+    when it could be read last, and now.
+
+    In place of an object that cannot be used an Unusable. A file that is no YAML is one of those, as a policy by the file's
+    name. Namespaces that nobody describes have the label of their name alone."""
     items: dict[str, dict[str, Any]] = {name: {} for name in RESOURCES}
     for file, text in texts.items():
         try:
+            if isinstance(text, str):
+                raise ValueError(text)
             good[file] = _documents(text)
         except MALFORMED as error:
             items[POLICIES][file] = Unusable(f"{file}: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -14,7 +15,7 @@ from overlay.cni.results import CniResult
 from overlay.policy.cluster import Cluster
 from overlay.policy.cluster_wide import cluster_policy_of
 from overlay.policy.compile import compile_node
-from overlay.policy.feeds import CLUSTER_WIDE, NAMESPACES, PODS, POLICIES, read_all
+from overlay.policy.feeds import CLUSTER_WIDE, LARGEST, NAMESPACES, PODS, POLICIES, FolderFeed, read_all
 from overlay.policy.model import Rule
 from overlay.policy.resources import packed, pod_of, policy_of
 from overlay.policy.snapshot import Snapshot, as_json, from_json
@@ -158,6 +159,27 @@ def test_whatever_a_file_is_the_others_count(text):
     assert len(found[POLICIES]) == 2, "and the other is named"
     kept = read_all({"a.yaml": text.encode()}, {"a.yaml": [json.loads(good)]})
     assert "x/p" in kept[POLICIES] or text in ("kind: []", "kind: List\nitems: 5"), "what it said last stays"
+
+
+def test_what_is_no_file_is_named_and_the_others_count(tmp_path):
+    (tmp_path / "good.yaml").write_text(json.dumps({"kind": "NetworkPolicy", **policy()}))
+    (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "gone.yaml").symlink_to("nowhere")
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(LARGEST + 1)
+    told: list = []
+    feed = FolderFeed(str(tmp_path), told.append)
+    feed.look()
+    feed.look()  # what is the same a moment later is believed
+    found = {event.resource: event.items for event in told}[POLICIES]
+    assert not isinstance(found.pop("x/p"), Unusable)
+    assert {key: each.reason for key, each in found.items()} == {
+        "folder.yaml": "folder.yaml: not a regular file",
+        "pipe.yaml": "pipe.yaml: not a regular file",
+        "gone.yaml": "gone.yaml: No such file or directory",
+        "large.yaml": "large.yaml: larger than 16 MiB",
+    }
 
 
 @pytest.mark.parametrize(
