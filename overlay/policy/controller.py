@@ -33,7 +33,7 @@ from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLI
 from overlay.policy.generations import FORWARD, LAST_GENERATION, MARK_MASK, forward, generation_of, slot_of, unmarked
 from overlay.policy.groups import KIND as GROUP_KIND
 from overlay.policy.groups import OFF
-from overlay.policy.model import CLUSTER_KIND, NAMESPACED
+from overlay.policy.model import CLUSTER_KIND
 from overlay.policy.nodes import Nodes
 from overlay.policy.problems import NOT_ENFORCED, REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
@@ -42,6 +42,8 @@ from overlay.process.log import log
 
 _NO_LOG = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
 """What a kernel says that has no NFLOG (and of other things, too)."""
+_KINDS = {CLUSTER_WIDE: CLUSTER_KIND, CONTRACTS: GROUP_KIND}
+"""By resource that not every API server has: of which kind are the policies that it makes."""
 COUNTED_S = 0.2
 """What rules counted is read at most so often."""
 
@@ -86,7 +88,7 @@ class _Wants(NamedTuple):
 
     @property
     def custom(self) -> Mapping[str, bool]:
-        """By resource that not every API server has: whether it is wanted."""
+        """By such a resource: whether it is wanted."""
         return {CLUSTER_WIDE: self.wide, CONTRACTS: self.groups != OFF}
 
 
@@ -296,15 +298,12 @@ class PolicyController(Controller):
             return True
         if missing - self._unread.keys():
             return False
+        kinds = tuple(f"{kind}/" for resource, kind in _KINDS.items() if resource in missing)
         if self._there is not None:
-            return not any(chain.tier != NAMESPACED for chain in self.compiled.chains.values())
-        try:
-            counted = self._sets.rules_counted(wants.table)
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return True
-            raise
-        return not any(comment.startswith((f"{CLUSTER_KIND}/", f"{GROUP_KIND}/")) for _, comment, _ in counted)
+            keys = (key for chain in self.compiled.chains.values() for key in chain.policies)
+        else:
+            keys = (comment for _, comment, _ in self._sets.rules_counted(wants.table))
+        return not any(key.startswith(kinds) for key in keys)
 
     def _cannot_know(self, which: Table, unread: bool) -> None:
         """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
