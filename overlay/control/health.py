@@ -16,6 +16,8 @@ from overlay.process.log import log
 UNREADY_AFTER_S = 10.0
 """Readiness goes once something was wrong for so long: a repair that takes a moment is no news."""
 STUCK_S = 20.0
+NOT_ENFORCED = "policies not enforced"
+"""A subject that costs no packet, and that nobody may miss (policy/problems.py)."""
 FIRST = 4
 """The family whose problems and sections of the status have no family in their names."""
 REMEMBERED = 50

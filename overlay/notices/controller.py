@@ -55,7 +55,7 @@ class NoticesController(BackgroundController):
         self._next = clock() + LOOK_S
         self._told: dict[str, str] = {}
         """Texts by subject, as they were told."""
-        self._said: tuple[bool, str] | None = None
+        self._said: events.Says | None = None
         """What the condition says."""
         self._times: list[float] = []
         """Of the last Events."""
@@ -73,7 +73,7 @@ class NoticesController(BackgroundController):
         self._next = self._clock() + LOOK_S
         return super().reconcile((wants.node, *self._news()))
 
-    def _news(self) -> tuple[list[events.Notice], tuple[bool, str] | None]:
+    def _news(self) -> tuple[list[events.Notice], events.Says | None]:
         now = self._wall()
         problems = {
             subject: each for subject, each in self._health.problems().items() if subject not in (self.name, "waiting")
@@ -81,22 +81,22 @@ class NoticesController(BackgroundController):
         self._times = [at for at in self._times if at > self._clock() - WITHIN_S]
         notices = events.changes(self._told, events.settled(problems, now, AFTER_S))[: MOST - len(self._times)]
         ready, why = self._health.readiness()
-        says = (True, "pods reach all others, as far as this node knows") if ready else (False, why)
-        return notices, None if self._said is not None and self._said[0] == ready else says
+        says = events.says(ready, why, problems)
+        return notices, None if self._said is not None and self._said[:2] == says[:2] else says
 
-    def _work(self, wants: Any) -> tuple[list[events.Notice], tuple[bool, str] | None]:
+    def _work(self, wants: Any) -> tuple[list[events.Notice], events.Says | None]:
         """What was told. One that is refused ends it: the others are tried with the next."""
         node: str = wants[0]
         notices: list[events.Notice] = wants[1]
-        says: tuple[bool, str] | None = wants[2]
+        says: events.Says | None = wants[2]
         assert self._teller is not None
         if says is not None:
-            self._teller.set_condition(events.condition(*says, self._wall()))
+            self._teller.set_condition(events.condition(says, self._wall()))
         for notice in notices:
             self._teller.tell(events.event(node, notice, self._wall()))
         return notices, says
 
-    def _done(self, result: tuple[list[events.Notice], tuple[bool, str] | None]) -> None:
+    def _done(self, result: tuple[list[events.Notice], events.Says | None]) -> None:
         notices, says = result
         self._said = says or self._said
         for notice in notices:

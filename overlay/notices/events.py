@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from overlay.control.health import Problem
+from overlay.control.health import NOT_ENFORCED, Problem
 
 CONDITION = "OverlayReady"
 COMPONENT, NAMESPACE = "overlayd", "default"
@@ -59,13 +59,31 @@ def event(node: str, notice: Notice, now_s: float) -> dict[str, Any]:
     }
 
 
-def condition(ready: bool, why: str, now_s: float) -> dict[str, str]:
+class Says(NamedTuple):
+    """What a condition says."""
+
+    ready: bool
+    reason: str
+    message: str
+
+
+def says(ready: bool, why: str, problems: Mapping[str, Problem]) -> Says:
+    """Of readiness, and of the one problem that costs no packet and still nobody may miss."""
+    if not ready:
+        return Says(False, "OverlayIsNotReady", why)
+    reach = "pods reach all others, as far as this node knows"
+    if (fault := problems.get(NOT_ENFORCED)) is not None:
+        return Says(True, reason(NOT_ENFORCED), f"{reach}; but {fault.text}")
+    return Says(True, "OverlayIsReady", reach)
+
+
+def condition(says: Says, now_s: float) -> dict[str, str]:
     """A condition of a Node."""
     return {
         "type": CONDITION,
-        "status": "True" if ready else "False",
-        "reason": "OverlayIsReady" if ready else "OverlayIsNotReady",
-        "message": _cut(why),
+        "status": "True" if says.ready else "False",
+        "reason": says.reason,
+        "message": _cut(says.message),
         "lastHeartbeatTime": _time(now_s),
         "lastTransitionTime": _time(now_s),
     }

@@ -17,7 +17,7 @@ from overlay.backends.choose import backend_of
 from overlay.cni.results import CniResult
 from overlay.cni.watch import PodsAttached
 from overlay.control.controller import Controller, Handler, Waiting
-from overlay.control.health import Health
+from overlay.control.health import NOT_ENFORCED, Health
 from overlay.control.inputs import CurrentInputs, Inputs, Policed
 from overlay.control.schedule import Cadence
 from overlay.kernel.events import NftSeen, Overrun
@@ -35,7 +35,7 @@ from overlay.policy.groups import KIND as GROUP_KIND
 from overlay.policy.groups import OFF
 from overlay.policy.model import CLUSTER_KIND
 from overlay.policy.nodes import Nodes
-from overlay.policy.problems import NOT_ENFORCED, REFUSED, UNREAD, How, problems
+from overlay.policy.problems import REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import SUFFIX, Maker, table
 from overlay.process.log import log

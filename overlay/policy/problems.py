@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from overlay.control.health import NOT_ENFORCED
 from overlay.policy.cluster import Cluster
 from overlay.policy.feeds import PODS
 
 NAMED = 3
 """So many things are named in a problem."""
-REFUSED, UNREAD, NOT_ENFORCED = "policies refused", "policies unread", "policies not enforced"
+REFUSED, UNREAD = "policies refused", "policies unread"
 
 
 class How(NamedTuple):

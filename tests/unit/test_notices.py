@@ -9,6 +9,7 @@ import pytest
 
 from lease.store import StoreUnavailable
 from overlay.control.background import Finished
+from overlay.control.health import Problem
 from overlay.notices import events
 from overlay.notices.controller import AFTER_S, LOOK_S, MOST, WITHIN_S, NoticesController
 
@@ -135,5 +136,15 @@ def test_beside_kubernetes_nobody_is_told(bench):
 
 
 def test_a_message_fits():
-    assert len(events.condition(False, "x" * 5000, 0)["message"]) == events.LONGEST
+    assert len(events.condition(events.Says(False, "x", "x" * 5000), 0)["message"]) == events.LONGEST
     assert events.reason("ways") == "OverlayWays"
+
+
+def test_policies_that_nobody_enforces_are_in_the_condition():
+    """A node that is ready otherwise: no packet is lost by it."""
+    assert events.says(True, "", {}).reason == "OverlayIsReady"
+    text = "2 policies exist, and none is enforced: --network-policy is false"
+    found = events.says(True, "", {"policies not enforced": Problem(text, 0.0, True)})
+    assert (found.ready, found.reason) == (True, "OverlayPoliciesNotEnforced")
+    assert text in found.message
+    assert events.says(False, "no lease", {"policies not enforced": Problem(text, 0.0, True)}).message == "no lease"
