@@ -25,6 +25,7 @@ from lease.families import FAMILIES
 from lease.model import ip_number
 from overlay import __version__
 from overlay.api import serve
+from overlay.policy import outside as policy
 from overlay.process.log import log
 from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
 from overlay.process.sha256 import sha256
@@ -144,7 +145,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         ask_routes=answers.routes(),
         teller=side.teller,
         page_handler=answers.page_handler,
-        policy_feeds=(policies := _policy_feeds(settings, inbox.put)),
+        policy_feeds=(policies := policy.feeds(settings, inbox.put)),
         set_log_level=log.set_level,
     )
     try:
@@ -169,7 +170,7 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         NftMonitor(TABLE_PREFIX, (SHARED_TABLE,), inbox.put, made.ports[1]),
         claimer,
         *files,
-        *_attachments(settings, inbox.put),
+        *policy.attachments(settings, inbox.put),
     ]
     _post_signals(inbox)
     loop.reload = lambda: _reload(files, claimer, policies, loop.ever_started)
@@ -193,25 +194,6 @@ def _agent(settings: Settings, held: RunDir, side: _StoreSide, feed: Feed, inbox
         feed.stop()
         claimer.stop()
         store.close()
-
-
-def _policy_feeds(settings: Settings, post: Callable[[Any], None]) -> Any:
-    """Who brings policies, and what they mean, when that is asked for."""
-    if settings.kube:
-        from lease.kube.client import KubeSettings
-        from overlay.policy.kube import KubeFeeds
-
-        return KubeFeeds(KubeSettings(settings.kube_api_url, settings.kubeconfig), post)
-    from overlay.policy.feeds import FolderFeed
-
-    return FolderFeed(settings.policy_dir, post)
-
-
-def _attachments(settings: Settings, post: Callable[[Any], None]) -> list[threading.Thread]:
-    """Who says when pods are attached, where policies wait for that."""
-    from overlay.cni.watch import ResultsThread
-
-    return [ResultsThread(settings.cni_results_dir, post)] if settings.knows_policies else []
 
 
 def _post_signals(inbox: queue.SimpleQueue[Any]) -> None:
@@ -335,7 +317,7 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
         return 200, CONTENT_TYPE, exposition(found, outside)
 
     routes: serve.Routes = {"/healthz": healthz, "/readyz": readyz, "/metrics": metrics}
-    roots = {**routes, "/status": status, "/policy": lambda: _policies(settings, loop)}
+    roots = {**routes, "/status": status, "/policy": lambda: policy.answer(settings, loop.post)}
     try:
         server = serve.serve_unix(f"{settings.run_dir}/{serve.SOCKET_NAME}", roots)
     except OSError as error:
@@ -351,21 +333,6 @@ def _serve(settings: Settings, loop: Loop) -> tuple[serve.UnixServer, serve.TcpD
         where = f"{settings.healthz_ip}:{settings.healthz_port}"
         raise _CannotStart(f"--healthz-ip, --healthz-port: cannot listen on {where}: {error.strerror}") from error
     return server, door
-
-
-def _policies(settings: Settings, loop: Loop) -> serve.Answer:
-    """All that is known of policies, pods and namespaces, from the loop itself."""
-    from overlay.policy.controller import PolicyAsked
-    from overlay.policy.snapshot import Snapshot, as_json
-
-    if not settings.knows_policies:
-        return serve.text(404, "this agent knows no policies: without Kubernetes --policy-dir names their folder")
-    answer: queue.SimpleQueue[Snapshot] = queue.SimpleQueue()
-    loop.post(PolicyAsked(answer))
-    try:
-        return serve.as_json(200, as_json(answer.get(timeout=8.0)))
-    except queue.Empty:
-        return serve.text(503, "the loop is stuck")
 
 
 def _open(door: serve.TcpDoor | None, settings: Settings, health: Health) -> None:
