@@ -1,5 +1,5 @@
-"""What policies need beside the loop: who brings them, who says that pods come and go, and the answer to who asks for all that
-is known of them."""
+"""What policies need beside the loop: who brings them, who says that pods come and go, and all that is known of them for who
+asks."""
 
 from __future__ import annotations
 
