@@ -55,6 +55,8 @@ def explain(source: str, destination: str, port: str, run_dir: str, as_json: boo
     Exit: 0 it may, 1 it may not, 2 there is no such pod, or no agent answers.
     """
     snapshot = ask_or_end(run_dir)
+    if not snapshot.known:
+        _fail("the agent has not read all policies yet; what was enforced stays: overlay status says what it waits for")
     protocol, number = _port(port)
     pairs = _pairs(_ends(snapshot, source), _ends(snapshot, destination))
     if not pairs:

@@ -8,12 +8,17 @@ from typing import Any
 
 from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed, Unusable
+from lease.model import Prefix
 from overlay.cni.results import CniResult
 from overlay.policy.compile import PodChange
 from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
 from overlay.policy.groups import LABEL, OFF, group_policies, grouped
 from overlay.policy.index import Index
-from overlay.policy.model import CLUSTER_KIND, Pod, Policy
+from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy
+
+MOST_ALONE = 32
+"""More changes are taken in by compiling all anew, which costs no more."""
+MOST_KEPT = 20_000
 
 
 class Cluster:
@@ -27,6 +32,10 @@ class Cluster:
         self._refused: dict[str, dict[str, str]] = {name: {} for name in self._policies}
         self.wide, self.groups = False, OFF
         """Whether ClusterNetworkPolicies are enforced; how pods are grouped (groups.py)."""
+        self.networks: tuple[Prefix, ...] = ()
+        """Of all pods."""
+        self._grouped: dict[tuple[int, str], tuple[Labels, Labels]] = {}
+        """Labels with those of a group, by which and which: pods that share their own share these."""
         self.unusable: dict[str, str] = {}
         """Pods that cannot be used, and why: those of this node are held."""
         self.listed: set[str] = set()
@@ -45,7 +54,8 @@ class Cluster:
         """Those to be enforced, as far as pods are known: each group of pods has one."""
         if self.groups == OFF:
             return self.written
-        return [*self.written, *group_policies(self.index.values_of(LABEL), self._policies[CONTRACTS].values())]
+        contracts = self._policies[CONTRACTS].values()
+        return [*self.written, *group_policies(self.index.values_of(LABEL), contracts, self.networks)]
 
     @property
     def written(self) -> list[Policy]:
@@ -76,15 +86,25 @@ class Cluster:
         }
         return {**self._refused[POLICIES], **others, **notes}
 
-    def enforce(self, wide: bool, groups: str) -> None:
-        """Whether ClusterNetworkPolicies count; how pods are grouped."""
-        self.whole |= wide != self.wide or groups != self.groups
-        self.wide = wide
+    def enforce(self, wide: bool, groups: str, networks: tuple[Prefix, ...] = ()) -> None:
+        """Whether ClusterNetworkPolicies count; how pods are grouped; the networks of all pods."""
+        self.whole |= (wide, groups, networks) != (self.wide, self.groups, self.networks)
+        self.wide, self.networks = wide, networks
         if groups != self.groups:
             self.groups = groups
-            self._pods = {key: grouped(pod, groups) for key, pod in self._pods.items()}
+            self._pods = {key: self._in_group(pod) for key, pod in self._pods.items()}
             for pod in [pod for pod in self.index.pods if pod is not None]:
-                self.index.put(grouped(pod, groups))
+                self.index.put(self._in_group(pod))
+
+    def _in_group(self, pod: Pod) -> Pod:
+        made = grouped(pod, self.groups)
+        if made is pod:
+            return pod
+        if len(self._grouped) > MOST_KEPT:
+            self._grouped.clear()
+        key = id(pod.labels), made.labels.get(LABEL, "")
+        own, shared = self._grouped.setdefault(key, (pod.labels, made.labels))
+        return made._replace(labels=shared) if own is pod.labels else made
 
     def take(self, event: Listed | Changed) -> bool:
         """A list or a change; whether anything is another now."""
@@ -129,6 +149,7 @@ class Cluster:
     def _take_policies(self, event: Listed | Changed) -> bool:
         policies, refused = self._policies[event.resource], self._refused[event.resource]
         before = old, _ = dict(policies), dict(refused)
+        new = event.resource not in self.listed
         if isinstance(event, Listed):
             policies.clear()
             refused.clear()
@@ -142,10 +163,10 @@ class Cluster:
                     policies[key] = old[key]
             elif policy is not None:
                 policies[key] = policy
-        return before != (policies, refused) or isinstance(event, Listed)
+        return before != (policies, refused) or (new and isinstance(event, Listed))
 
     def _take_namespaces(self, event: Listed | Changed) -> bool:
-        before = dict(self.index.namespaces)
+        before, new = dict(self.index.namespaces), NAMESPACES not in self.listed
         if isinstance(event, Listed):
             self.index.namespaces.clear()
             self.listed.add(NAMESPACES)
@@ -154,14 +175,14 @@ class Cluster:
                 self.index.namespaces.pop(name, None)
             else:
                 self.index.namespaces[name] = labels
-        return before != self.index.namespaces or isinstance(event, Listed)
+        return before != self.index.namespaces or (new and isinstance(event, Listed))
 
     def _take_pods(self, event: Listed | Changed) -> bool:
         if isinstance(event, Listed):
             self.listed.add(PODS)
             self._pods.clear()
             self.unusable = {key: pod.reason for key, pod in event.items.items() if isinstance(pod, Unusable)}
-            pods = {key: grouped(pod, self.groups) for key, pod in event.items.items() if isinstance(pod, Pod)}
+            pods = {key: self._in_group(pod) for key, pod in event.items.items() if isinstance(pod, Pod)}
             self._pods = {key: pod for key, pod in pods.items() if self._is_local(pod)}
             self.index = Index((pod for key, pod in pods.items() if key not in self._pods), self.index.namespaces)
             for key in [*self._pods, *(self._given if self._alone else ())]:
@@ -172,7 +193,7 @@ class Cluster:
             self.unusable.pop(key, None)
             if isinstance(pod, Unusable):
                 self.unusable[key] = pod.reason
-            pod = grouped(pod, self.groups) if isinstance(pod, Pod) else None  # noqa: PLW2901
+            pod = self._in_group(pod) if isinstance(pod, Pod) else None  # noqa: PLW2901
             if pod is not None and self._is_local(pod):
                 self.whole |= self._pods.get(key) != pod
                 self._pods[key] = pod
@@ -187,6 +208,7 @@ class Cluster:
     def _note(self, change: PodChange) -> None:
         """What can be taken in alone, unless an address is in doubt."""
         self.changes.append(change)
+        self.whole |= len(self.changes) > MOST_ALONE
         mine: dict[bytes, int] = {}
         for pod in change:
             if pod is not None:
@@ -207,7 +229,7 @@ class Cluster:
         may be of before, or not know of them yet."""
         pod, given = self._pods.get(key), self._given.get(key, ())
         if pod is None and self._alone and given and key not in self.unusable:
-            pod = grouped(Pod(key, key.partition("/")[0], self._node, {}, ()), self.groups)
+            pod = self._in_group(Pod(key, key.partition("/")[0], self._node, {}, ()))
         if pod is None:
             there = self.index.get(key)
             if there is not None and there.node == self._node:

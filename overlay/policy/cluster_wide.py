@@ -1,8 +1,8 @@
 """A ClusterNetworkPolicy of the Kubernetes API, as JSON or YAML was read, into a Policy of model.py. Pure.
 
 Source: sigs.k8s.io/network-policy-api, apis/v1beta1/clusternetworkpolicy_types.go; v1alpha2 has the same fields. What this
-version does not know (a kind of peer or protocol) fails closed as the API demands: an Accept rule does not match by it, a
-Deny or Pass rule denies everything.
+version does not know (a kind of peer or protocol) fails closed as the API demands: an Accept rule accepts nothing, a Deny
+or Pass rule denies everything.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ def _rule(item: Any, where: str, ends: str, notes: list[str]) -> Rule:
         notes.append(f"{', '.join(unknown)}: the rule denies everything")
         return Rule(None, None, DENY, name)
     if unknown:
-        notes.append(f"{', '.join(unknown)}: the rule accepts nothing by it")
-    if protocols is not None and not ports:
-        peers = []  # it matches nothing at all
+        notes.append(f"{', '.join(unknown)}: the rule accepts nothing")
+        return Rule((), None, ACCEPT, name)
     return Rule(tuple(peers), tuple(ports) if protocols is not None else None, action, name)
 
 
@@ -128,7 +127,7 @@ def _alone(item: Mapping[str, Any], where: str) -> None:
 def _ports(item: Any, where: str) -> list[Port]:
     item = mapping(item, where)
     _alone(item, where)
-    if (name := item.get("destinationNamedPort")) is not None:
+    if name := item.get("destinationNamedPort"):
         named = text_of(name, f"{where}.destinationNamedPort")
         return [Port(protocol, name=named) for protocol in PROTOCOLS.values()]
     for name, protocol in PROTOCOLS.items():

@@ -25,6 +25,7 @@ from overlay.policy.model import (
     NAMESPACED,
     TIERS,
     Block,
+    NodePeer,
     Pod,
     PodPeer,
     Policy,
@@ -128,12 +129,12 @@ def compile_node(
     nodes: NodeAddresses | None = None,
 ) -> Compiled:
     """All that is wanted of a node, from nothing. node: the name by which pods say that they are its own."""
-    means = _Means(index, families, nodes or {}, {})
+    means = _Means(index, families, nodes or {})
     local = index.on_node(node)
     selecting: dict[tuple[str, str], list[Policy]] = {}
     rules: dict[tuple[str, str], tuple[Judged, ...]] = {}
     for policy in sorted(policies, key=lambda each: each.order):
-        mine = local & index.of_peer(policy.subject, policy.namespace)
+        mine = local & means.bits(policy.subject, policy.namespace)
         if not mine:
             continue
         for direction in DIRECTIONS:
@@ -217,13 +218,31 @@ def _in_named(pod: Pod | None, members: Members) -> frozenset[tuple[bytes, int, 
     return frozenset(_having(pod, members.port, members.family))
 
 
-class _Means(NamedTuple):
-    """What rules are compiled with. sets: those made so far."""
+class _Means:
+    """What rules are compiled with: each peer and each named port is looked up once, for all policies."""
 
-    known: Index
-    families: Sequence[int]
-    nodes: NodeAddresses
-    sets: dict[str, Members]
+    def __init__(self, index: Index, families: Sequence[int], nodes: NodeAddresses) -> None:
+        self.index, self.families, self.nodes = index, families, nodes
+        self.sets: dict[str, Members] = {}
+        """Those made so far."""
+        self._bits: dict[tuple[str, PodPeer], int] = {}
+        self._named: dict[tuple[str, int], list[tuple[Pod, int]]] | None = None
+
+    def bits(self, peer: PodPeer, namespace: str) -> int:
+        """The pods that a rule of a policy in that namespace means."""
+        key = namespace if peer.namespaces is None else "", peer
+        if (found := self._bits.get(key)) is None:
+            found = self._bits[key] = self.index.of_peer(peer, namespace)
+        return found
+
+    def having(self, port: Port) -> list[tuple[Pod, int]]:
+        """Pods that have a named port, and its number there."""
+        if self._named is None:
+            self._named = {}
+            for pod in self.index.members(self.index.selected(())):
+                for each in pod.ports:
+                    self._named.setdefault((each.name, each.protocol), []).append((pod, each.number))
+        return self._named.get((port.name, port.protocol), [])
 
 
 def _rules(means: _Means, policy: Policy, direction: str) -> Iterator[Judged]:
@@ -237,25 +256,29 @@ def _peer_sets(means: _Means, rule: Rule, namespace: str) -> Iterator[str]:
     if rule.peers is None:
         yield ""
         return
-    index, sets = means.known, means.sets
+    sets = means.sets
     pods = [peer for peer in rule.peers if isinstance(peer, PodPeer)]
     if pods:
         own = (None if peer.namespaces is not None else namespace for peer in pods)
         meaning = sorted({repr(each) for each in zip(own, pods, strict=True)})
-        for family in means.families:
-            name = _name(f"{ADDRESSES}{family}", meaning)
-            if name not in sets:
-                bits = 0
-                for peer in pods:
-                    bits |= index.of_peer(peer, namespace)
-                addresses = frozenset(each for pod in index.members(bits) for each in addresses_of(pod, family))
-                whose = tuple((namespace, peer) for peer in pods)
+        names = {family: _name(f"{ADDRESSES}{family}", meaning) for family in means.families}
+        if any(name not in sets for name in names.values()):
+            bits = 0
+            for peer in pods:
+                bits |= means.bits(peer, namespace)
+            members = list(means.index.members(bits))
+            whose = tuple((namespace, peer) for peer in pods)
+            for family, name in names.items():
+                addresses = frozenset(each for pod in members for each in addresses_of(pod, family))
                 sets[name] = Members(ADDRESSES, family, addresses=addresses, peers=whose)
-            yield name
+        yield from names.values()
     for family in means.families:
         blocks = [peer for peer in rule.peers if isinstance(peer, Block) and peer.cidr.family == family]
-        if blocks:
-            ranges = with_nodes(ranges_of(blocks), means.nodes.get(family, ()))
+        nodes = means.nodes.get(family, ())
+        ranges = with_nodes(ranges_of(blocks), nodes) if blocks else ()
+        if any(isinstance(peer, NodePeer) for peer in rule.peers):
+            ranges = _joined([*ranges, *((inside, inside) for _, inside in nodes)])
+        if ranges or blocks:
             name = _name(f"{NETWORKS}{family}", ranges)
             sets.setdefault(name, Members(NETWORKS, family, ranges=ranges))
             yield name
@@ -290,7 +313,7 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
     if rule.ports is None:
         yield ""
         return
-    index, sets = means.known, means.sets
+    sets = means.sets
     fixed = [port for port in rule.ports if not port.name]
     if fixed:
         ports = _merged(fixed)
@@ -301,8 +324,11 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
         for family in means.families:
             name = _name(f"{NAMED}{family}", (port.name, port.protocol))
             if name not in sets:
-                every = index.members(index.selected(()))
-                named = frozenset(each for pod in every for each in _having(pod, port, family))
+                named = frozenset(
+                    (address, port.protocol, number)
+                    for pod, number in means.having(port)
+                    for address in addresses_of(pod, family)
+                )
                 sets[name] = Members(NAMED, family, named=named, port=port)
             yield name
 
@@ -351,4 +377,5 @@ def _without(part: Range, hole: Range) -> list[Range]:
 
 
 def _name(kind: str, meaning: object) -> str:
-    return f"{kind}-{sha256(repr(meaning).encode())[:12]}"
+    """Long enough that nobody finds two meanings of one name: they are made of what users write."""
+    return f"{kind}-{sha256(repr(meaning).encode())[:32]}"

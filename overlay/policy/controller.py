@@ -38,6 +38,7 @@ from overlay.policy.nodes import Nodes
 from overlay.policy.problems import REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
 from overlay.policy.table import SUFFIX, Maker, table
+from overlay.process.dry import dry
 from overlay.process.log import log
 
 _NO_LOG = (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL)
@@ -76,7 +77,7 @@ class NoFeeds:
 
 class _Wants(NamedTuple):
     """network: its number; subnets: those of this node's pods; enforced: whether policies are to be; wide:
-    ClusterNetworkPolicies, too; groups: how pods are grouped."""
+    ClusterNetworkPolicies, too; groups: how pods are grouped; networks: of all pods."""
 
     network: int
     table: Table
@@ -84,12 +85,13 @@ class _Wants(NamedTuple):
     enforced: bool
     wide: bool
     groups: str
+    networks: tuple[Prefix, ...]
     ipvs: bool
 
     @property
     def custom(self) -> Mapping[str, bool]:
         """By such a resource: whether it is wanted."""
-        return {CLUSTER_WIDE: self.wide, CONTRACTS: self.groups != OFF}
+        return {CLUSTER_WIDE: self.enforced and self.wide, CONTRACTS: self.enforced and self.groups != OFF}
 
 
 class PolicyController(Controller):
@@ -133,6 +135,10 @@ class PolicyController(Controller):
         self._failed = ""
         """Why the kernel refused the last change."""
         self._unread: dict[str, str] = {}
+        self._known = False
+        """Whether all that is to be enforced was read."""
+        self._absent: set[str] = set()
+        """Resources that the API server does not know."""
         self._revision = self._in_force = 0
         """Of the policies that came last, and of those in the kernel."""
 
@@ -154,6 +160,7 @@ class PolicyController(Controller):
         if event.resource not in RESOURCES:
             return False
         self._unread.pop(event.resource, None)
+        self._absent.discard(event.resource)
         if event.resource == POLICIES:
             self._revision = event.revision
         self._stale |= self.cluster.take(event)
@@ -164,6 +171,7 @@ class PolicyController(Controller):
         return True
 
     def _on_absent(self, event: Absent) -> bool:
+        self._absent.add(event.resource)
         self._stale |= self.cluster.take(Listed(event.resource, 0, {}))
         return True
 
@@ -179,6 +187,7 @@ class PolicyController(Controller):
             Snapshot(
                 self._wanted.network if self._wanted is not None else 1,
                 self._node,
+                self._known,
                 self._there is not None,
                 pods,
                 namespaces,
@@ -205,6 +214,7 @@ class PolicyController(Controller):
             return Waiting("for a lease")
         number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
+        networks = tuple(pool.network for _, pool in sorted(inputs.config.pools.items()))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
         return _Wants(
             number,
@@ -213,6 +223,7 @@ class PolicyController(Controller):
             settings.network_policy,
             settings.cluster_network_policy,
             settings.groups,
+            networks,
             ipvs,
         )
 
@@ -241,7 +252,8 @@ class PolicyController(Controller):
             self._wanted, self._stale, self._read_whole = wants, True, True
         self._say(wants)
         cluster = self.cluster
-        if not {POLICIES, NAMESPACES} <= cluster.listed or not self._custom_known(wants):
+        self._known = {POLICIES, NAMESPACES} <= cluster.listed and self._custom_known(wants)
+        if wants.enforced and not self._known:
             self._cannot_know(wants.table, bool(self._unread))
             return  # what an agent before us enforced stays
         if not cluster.any or not wants.enforced:
@@ -255,6 +267,7 @@ class PolicyController(Controller):
             return
         self._feeds.start(PODS)
         if PODS not in cluster.listed:
+            self._known = False
             self._cannot_know(wants.table, PODS in self._unread)
             return
         if self._clock() >= self._cadence.at:
@@ -288,7 +301,7 @@ class PolicyController(Controller):
                 self._feeds.stop(name)
                 self.cluster.forget(name)
                 self._unread.pop(name, None)
-        self.cluster.enforce(wants.wide, wants.groups)
+        self.cluster.enforce(wants.wide, wants.groups, wants.networks)
 
     def _custom_known(self, wants: _Wants) -> bool:
         """Whether NetworkPolicies need not wait for ClusterNetworkPolicies and Contracts: these are known, are not wanted,
@@ -302,12 +315,12 @@ class PolicyController(Controller):
         if self._there is not None:
             keys = (key for chain in self.compiled.chains.values() for key in chain.policies)
         else:
-            keys = (comment for _, comment, _ in self._sets.rules_counted(wants.table))
+            keys = (comment for _, comment, _ in self._sets.rules_counted(wants.table, beside=True))
         return not any(key.startswith(kinds) for key in keys)
 
     def _cannot_know(self, which: Table, unread: bool) -> None:
         """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
-        if unread and not self._sets.has(which.family, which.name):
+        if unread and not self._sets.stands(which):
             self._current.set(policies_known=True)
 
     def _nodes_version(self) -> int:
@@ -316,10 +329,14 @@ class PolicyController(Controller):
     def _nodes_changed(self) -> bool:
         """Whether peers did, and it matters to some policy."""
         changed = self._nodes_version() != self._nodes_seen
-        return changed and any(policy.has_blocks for policy in self.cluster.written)
+        return changed and self._means_nodes()
+
+    def _means_nodes(self) -> bool:
+        """Whether some policy means nodes' addresses."""
+        return self.cluster.groups != OFF or any(policy.has_blocks for policy in self.cluster.written)
 
     def _node_addresses(self) -> dict[int, tuple[tuple[int, int], ...]]:
-        if not any(policy.has_blocks for policy in self.cluster.written):
+        if not self._means_nodes():
             return {}
         return {family: tuple(nodes.addresses()) for family, nodes in self._nodes.items()}
 
@@ -380,8 +397,8 @@ class PolicyController(Controller):
 
     def _commit(self, which: Table, logs: bool, subnets: tuple[Prefix, ...]) -> None:
         there = self._there
-        if there is None or not self._generation:
-            # marks of a table that was here before say nothing: none of them is likely to be this
+        if there is None or not self._generation:  # marks of a table that was here before say nothing
+            self._clear_marks("the table is new")
             self._generation = random.randrange(1, LAST_GENERATION)  # noqa: S311
         wanted = self._content(subnets, self._generation, logs)
         takes = there is not None and takes_away(there, wanted, self.compiled.turned)
@@ -391,7 +408,7 @@ class PolicyController(Controller):
         self._there = wanted
         if takes:  # after the change itself: a packet under way must not be marked with the new one by the old rules
             if self._generation == LAST_GENERATION:
-                log.info("policy.marks_cleared", connections=clear_marks(MARK_MASK), reason="generations begin anew")
+                self._clear_marks("generations begin anew")
             self._generation = self._generation % LAST_GENERATION + 1
             raised = self._content(subnets, self._generation, logs)
             self._change(which, wanted, raised)
@@ -399,6 +416,11 @@ class PolicyController(Controller):
         if written:
             self._commits += 1
             log.debug("policy", table=which.name, generation=self._generation, chains=len(self.compiled.chains))
+
+    def _clear_marks(self, reason: str) -> None:
+        """No connection has been judged."""
+        if not dry.run and (cleared := clear_marks(MARK_MASK)):
+            log.info("policy.marks_cleared", connections=cleared, reason=reason)
 
     def _change(self, which: Table, there: Content | None, wanted: Content) -> bool:
         try:
@@ -411,7 +433,7 @@ class PolicyController(Controller):
     def _say(self, wants: _Wants) -> None:
         """What stands in the way."""
         how = How(wants.enforced, wants.ipvs, self._there is not None, self._failed)
-        for subject, words in problems(self.cluster, self._unread, how).items():
+        for subject, words in problems(self.cluster, self._unread, self._absent, how).items():
             self._health.report(subject, words, harmless=True)
 
     def due(self) -> float | None:

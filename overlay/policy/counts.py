@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from overlay.policy.compile import Compiled
-from overlay.policy.table import BY_UNKNOWN, DENIED, DENIES, PASSES, STRAY
+from overlay.policy.compile import Chain, Compiled, drops
+from overlay.policy.model import ACCEPT, DENY, NAMESPACED, PASS
+from overlay.policy.table import BY_UNKNOWN
 
 ACCEPTED, DENIED_BY, PASSED = "accepted", "denied", "passed"
 
@@ -18,6 +19,10 @@ class Decided(NamedTuple):
     policies: str
     direction: str
     verdict: str
+
+
+MOST, OTHERS = 2000, "others"
+"""So many are told apart; what policies counted that are gone is summed then."""
 
 
 class Counts:
@@ -45,24 +50,30 @@ class Counts:
             self._last[place] = packets
             before = last.get(place, 0)
             more = packets - before if packets >= before else packets  # made anew, it begins with 0
-            if more:
-                self._add(chain, comment, more, compiled)
+            if more and comment == BY_UNKNOWN:
+                self.unknown += more
+            elif more and (found := compiled.chains.get(chain)) is not None:
+                self.decided[_decided(found, place[1])] += more
+        if len(self.decided) > MOST:
+            self._sum_others(compiled)
 
-    def _add(self, chain: str, comment: str, packets: int, compiled: Compiled) -> None:
-        if comment == BY_UNKNOWN:
-            self.unknown += packets
-            return
-        if (found := compiled.chains.get(chain)) is None:
-            return
-        verdict = DENIED_BY if comment in (DENIED, STRAY) else ACCEPTED
-        policies = ",".join(found.policies)
-        if verdict == ACCEPTED:
-            for ending, other in ((DENIES, DENIED_BY), (PASSES, PASSED)):
-                if comment.endswith(ending):
-                    verdict, comment = other, comment.removesuffix(ending)
-            policies = comment.rsplit(" ", 2)[0]
-        self.decided[Decided(policies, found.direction, verdict)] += packets
+    def _sum_others(self, compiled: Compiled) -> None:
+        there = {policy for chain in compiled.chains.values() for policy in chain.policies}
+        for each in [each for each in self.decided if not there.issuperset(each.policies.split(","))]:
+            self.decided[each._replace(policies=OTHERS)] += self.decided.pop(each)
 
     def shown(self) -> list[Mapping[str, object]]:
         """For the status."""
         return [{**each._asdict(), "packets": count} for each, count in sorted(self.decided.items())]
+
+
+_VERDICTS = {ACCEPT: ACCEPTED, DENY: DENIED_BY, PASS: PASSED}
+
+
+def _decided(chain: Chain, place: int) -> Decided:
+    """What the rule at a place among those that count decides (table.py): by its place, for a comment may be cut."""
+    place -= drops(chain) and chain.tier != NAMESPACED  # packets of no connection are dropped first
+    if 0 <= place < len(chain.rules):
+        rule = chain.rules[place]
+        return Decided(rule.policy, chain.direction, _VERDICTS[rule.action])
+    return Decided(",".join(chain.policies), chain.direction, DENIED_BY)

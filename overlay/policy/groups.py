@@ -2,7 +2,8 @@
 
 A label names a pod's group; a pod without it is in one that --groups says: one for all, one for each namespace, or one for
 each Deployment. Each group becomes a policy of the Baseline tier, behind all others: it accepts from its own group and what
-contracts say, and denies other pods. Addresses that are no pod's are not its business.
+contracts say, and denies the rest of the pod network but for nodes: a pod that is not known yet is none of its own. Other
+addresses are not its business.
 """
 
 from __future__ import annotations
@@ -10,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lease.model import Prefix
 from overlay.policy.cluster_wide import LAST_PRIORITY
 from overlay.policy.model import (
     BASELINE,
     DENY,
     IN,
+    Block,
     Expression,
+    NodePeer,
     Pod,
     PodPeer,
     Policy,
@@ -74,17 +78,21 @@ def _made(pod: Pod, mode: str) -> str:
         return f"all{_MADE}"
     if mode == BY_NAMESPACE:
         return f"namespace{_MADE}{pod.namespace}"
-    return f"deployment{_MADE}{pod.namespace}/{pod.owner or pod.name}" if mode == BY_DEPLOYMENT else ""
+    kind, _, name = (pod.owner or f"pod/{pod.name}").partition("/")
+    return f"{kind}{_MADE}{pod.namespace}/{name}" if mode == BY_DEPLOYMENT else ""
 
 
-def group_policies(groups: Iterable[str], contracts: Iterable[Contract]) -> Iterator[Policy]:
-    """One for each group."""
+def group_policies(
+    groups: Iterable[str], contracts: Iterable[Contract], networks: Iterable[Prefix]
+) -> Iterator[Policy]:
+    """One for each group. networks: of all pods."""
     provided: dict[str, list[Contract]] = {}
     consumed: dict[str, list[Contract]] = {}
     for contract in sorted(contracts):
         provided.setdefault(contract.provider, []).append(contract)
         consumed.setdefault(contract.consumer, []).append(contract)
-    deny = Rule((_ALL,), None, DENY, "no contract")
+    nodes = Rule((NodePeer(),), None, name="nodes")
+    deny = Rule(tuple(Block(network) for network in networks), None, DENY, "no contract")
     for name in sorted(groups):
         within = Rule((_members(name),), None, name="its own group")
         ways = [
@@ -94,7 +102,7 @@ def group_policies(groups: Iterable[str], contracts: Iterable[Contract]) -> Iter
             )
             for those, other in ((provided, _consumer), (consumed, _provider))
         ]
-        ingress, egress = ((within, *some, deny) for some in ways)
+        ingress, egress = ((within, *some, nodes, deny) for some in ways)
         yield Policy("", name, _members(name), ingress, egress, BASELINE, LAST_PRIORITY + 1, kind=KIND)
 
 

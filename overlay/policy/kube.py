@@ -7,6 +7,7 @@ some versions.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ _CUSTOM = {
 """By resource: its API group, and versions, of which the first that is served is asked for."""
 
 
+LACKING_S = 10.0
+"""It is believed that there is no such resource when the server has said so for so long."""
+
+
 class CustomObjects(Objects):
     """Those of a CustomResourceDefinition, where the API server has it."""
 
@@ -31,14 +36,19 @@ class CustomObjects(Objects):
         super().__init__(client, RESOURCES[name])
         self._name, self._post = name, post
         self._group, self._versions = _CUSTOM[name]
+        self._lacking_since: float | None = None
 
     def read(self) -> Listed:
         """All of them. Raises StoreUnavailable, also where there is no such resource."""
         with answers_of(self._client.place):
+            self._client.ask("/readyz", {}, JSON)  # one that starts names some of its groups only
             groups = json.loads(self._client.ask("/apis", {}, JSON).data)
             version = served(groups, self._group, self._versions)
-        if not version:  # the server's own word: a 404 could be a proxy's
-            self._post(Absent(self._name))
+        now = time.monotonic()
+        self._lacking_since = None if version else self._lacking_since or now
+        if self._lacking_since is not None:  # by the server's own word: a 404 could be a proxy's
+            if now - self._lacking_since >= LACKING_S:
+                self._post(Absent(self._name))
             what = f"{self._group} {' or '.join(self._versions)}"
             raise StoreUnavailable(
                 f"{self._client.place}: no {what}: its CustomResourceDefinition is to be applied (docs/policy.md)"

@@ -72,7 +72,7 @@ class Pod(NamedTuple):
     ports: tuple[ContainerPort, ...] = ()
     alone: bool = False
     owner: str = ""
-    """Its Deployment, or what else controls it."""
+    """What controls it: `deployment/web`."""
 
     @property
     def name(self) -> str:
@@ -94,6 +94,15 @@ class Block(NamedTuple):
     excepted: tuple[Prefix, ...] = ()
 
 
+class NodePeer(NamedTuple):
+    """Nodes, by their own addresses in the pod network."""
+
+    nodes: bool = True
+
+
+Peer = PodPeer | Block | NodePeer
+
+
 class Port(NamedTuple):
     """A port of a rule. name: looked up among the receiving pod's, with the protocol; else first to last."""
 
@@ -107,7 +116,7 @@ class Rule(NamedTuple):
     """peers None: anybody; ports None: any port of any protocol, ICMP too. action, name: of a ClusterNetworkPolicy; one of a
     NetworkPolicy accepts."""
 
-    peers: tuple[PodPeer | Block, ...] | None
+    peers: tuple[Peer, ...] | None
     ports: tuple[Port, ...] | None
     action: str = ACCEPT
     name: str = ""
@@ -142,7 +151,7 @@ class Policy(NamedTuple):
     def has_blocks(self) -> bool:
         """Whether a rule means addresses."""
         rules = (*(self.ingress or ()), *(self.egress or ()))
-        return any(isinstance(peer, Block) for rule in rules for peer in rule.peers or ())
+        return any(not isinstance(peer, PodPeer) for rule in rules for peer in rule.peers or ())
 
     def rules(self, direction: str) -> tuple[Rule, ...] | None:
         """Those of a direction."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from overlay.control.health import NOT_ENFORCED
@@ -24,21 +24,26 @@ class How(NamedTuple):
     failed: str
 
 
-def problems(cluster: Cluster, unread: Mapping[str, str], how: How) -> dict[str, str]:
-    """By subject; "": nothing. unread: resources that cannot be read just now, and why."""
+def problems(cluster: Cluster, unread: Mapping[str, str], absent: Collection[str], how: How) -> dict[str, str]:
+    """By subject; "": nothing. unread: resources that cannot be read just now, and why; absent: those of them that the API
+    server does not know."""
     refused = {**cluster.refused, **{f"pod {key}": why for key, why in cluster.unusable.items()}}
     words = "; ".join(f"{key}: {reason}" for key, reason in sorted(refused.items())[:NAMED])
     more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
-    lacking = "; ".join(f"{name}: {why}" for name, why in sorted(unread.items()))
+    known = cluster.listed - set(absent)
+    lacking = "; ".join(
+        f"{name}: {why}: {'what was known stays enforced' if name in known else 'what they say is not known'}"
+        for name, why in sorted(unread.items())
+    )
     return {
         REFUSED: words and f"{words}{more}; what cannot be used is not enforced",
-        UNREAD: lacking and f"{lacking}: what was known stays enforced",
+        UNREAD: lacking,
         NOT_ENFORCED: _not_enforced(cluster, unread, how),
     }
 
 
 def _not_enforced(cluster: Cluster, unread: Mapping[str, str], how: How) -> str:
-    count, wide = len(cluster.policies) or int(cluster.any), cluster.left_out
+    count, wide = len(cluster.written) or int(cluster.any), cluster.left_out
     if count and not how.wanted:
         return f"{count + wide} policies exist, and none is enforced: --network-policy is false"
     if count and PODS in unread and PODS not in cluster.listed and not how.stands:

@@ -67,12 +67,15 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
 
 
 def _owner(meta: Mapping[str, Any]) -> str:
-    """Whose a pod is: its Deployment's name, by that of the ReplicaSet (pkg/controller/deployment), or that of what controls
-    it."""
+    """What controls a pod: `deployment/web`, by the name that a Deployment gives its ReplicaSet (pkg/controller/deployment);
+    `statefulset/db`..."""
     for each in meta.get("ownerReferences") or ():
         if each.get("controller"):
+            kind, name = str(each.get("kind") or ""), str(each["name"])
             template = (meta.get("labels") or {}).get("pod-template-hash", "")
-            return str(each["name"]).removesuffix(f"-{template}" if each.get("kind") == "ReplicaSet" else "")
+            if kind == "ReplicaSet" and template and name.endswith(f"-{template}"):
+                return f"deployment/{name.removesuffix(f'-{template}')}"
+            return f"{kind.lower()}/{name}"
     return ""
 
 

@@ -15,6 +15,8 @@ from overlay.policy.model import (
     ContainerPort,
     Expression,
     Labels,
+    NodePeer,
+    Peer,
     Pod,
     PodPeer,
     Policy,
@@ -24,11 +26,12 @@ from overlay.policy.model import (
 
 
 class Snapshot(NamedTuple):
-    """network: its number; node: whose agent it is; enforced: whether its kernel has a table of them; refused: policies that
-    cannot be used, and why."""
+    """network: its number; node: whose agent it is; known: whether all that is to be enforced was read; enforced: whether its
+    kernel has a table of them; refused: policies that cannot be used, and why."""
 
     network: int
     node: str
+    known: bool
     enforced: bool
     pods: tuple[Pod, ...]
     namespaces: Mapping[str, Labels]
@@ -69,6 +72,7 @@ def from_json(said: Mapping[str, Any]) -> Snapshot:
     return Snapshot(
         said["network"],
         said["node"],
+        said["known"],
         said["enforced"],
         tuple(pods),
         said["namespaces"],
@@ -90,12 +94,13 @@ _BOTH = (INGRESS, EGRESS)
 
 def _rule_json(rule: Rule) -> dict[str, Any]:
     peers = rule.peers
-    shown = peers and [_block_json(each) if isinstance(each, Block) else each for each in peers]
-    return {**rule._asdict(), "peers": shown}
+    return {**rule._asdict(), "peers": peers and [_peer_json(each) for each in peers]}
 
 
-def _block_json(block: Block) -> dict[str, Any]:
-    return {"cidr": str(block.cidr), "excepted": [str(each) for each in block.excepted]}
+def _peer_json(peer: Peer) -> Any:
+    if isinstance(peer, Block):
+        return {"cidr": str(peer.cidr), "excepted": [str(each) for each in peer.excepted]}
+    return peer._asdict() if isinstance(peer, NodePeer) else peer
 
 
 def _policy(said: Mapping[str, Any]) -> Policy:
@@ -109,7 +114,9 @@ def _rule(said: Mapping[str, Any]) -> Rule:
     return Rule(**{**said, "peers": peers, "ports": ports})
 
 
-def _peer(said: Any) -> PodPeer | Block:
+def _peer(said: Any) -> Peer:
+    if isinstance(said, Mapping) and "nodes" in said:
+        return NodePeer()
     if isinstance(said, Mapping):
         excepted: tuple[Prefix, ...] = tuple(map(prefix, said["excepted"]))
         return Block(prefix(said["cidr"]), excepted)

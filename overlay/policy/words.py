@@ -17,6 +17,8 @@ from overlay.policy.model import (
     NOT_IN,
     PROTOCOL_NAMES,
     Block,
+    NodePeer,
+    Peer,
     PodPeer,
     Policy,
     Port,
@@ -44,7 +46,9 @@ def rule_words(policy: Policy, direction: str, place: int) -> str:
     return f"{direction} {place}{name}: {action}{PREPOSITION[direction]} {peers}, {ports}"
 
 
-def _peer_words(peer: PodPeer | Block) -> str:
+def _peer_words(peer: Peer) -> str:
+    if isinstance(peer, NodePeer):
+        return "nodes"
     if isinstance(peer, Block):
         excepted = f" but {', '.join(map(str, peer.excepted))}" if peer.excepted else ""
         return f"{peer.cidr}{excepted}"

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from lease.kube.changes import Listed, Unusable
+from lease.model import prefix
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import compile_node
 from overlay.policy.explain import Flow, judge
@@ -28,7 +29,7 @@ GROUPS = {
     "one": {"shop/web-1": "all:", "shop/web-2": "all:", "pay/api-1": "all:"},
     "namespace": {"shop/web-1": "namespace:shop", "shop/web-2": "namespace:shop", "pay/api-1": "namespace:pay"},
     "deployment": {
-        "shop/web-1": "deployment:shop/web", "shop/web-2": "deployment:shop/web", "pay/api-1": "deployment:pay/api",
+        "shop/web-1": "deployment:shop/web", "shop/web-2": "deployment:shop/web", "pay/api-1": "statefulset:pay/api",
     },
 }  # fmt: skip
 """Of pods without the label, by mode."""
@@ -59,7 +60,7 @@ def contract(provider: str, consumer: str, *ports: int):
 
 def passing(mode: str, *contracts) -> set[tuple[str, str, int]]:
     cluster = Cluster("n", alone=False)
-    cluster.enforce(False, mode)
+    cluster.enforce(False, mode, (prefix("10.0.0.0/24"),))
     cluster.take(Listed(POLICIES, 1, {}))
     cluster.take(Listed(CONTRACTS, 1, {each.name: each for each in contracts}))
     cluster.take(Listed(NAMESPACES, 1, {"shop": {}, "pay": {}}))
@@ -85,6 +86,25 @@ def test_who_is_in_one_group_and_whom_a_contract_joins(mode):
     assert passing(mode, contract("db", web, 5432)) == within | joined, "the consumer begins, and not the provider"
     assert passing(mode, contract("db", "*")) == within | {way for way in every if group[way[1]] == "db"}
     assert passing("off", contract("db", "*")) == set(every)
+
+
+def test_who_is_not_known_yet_is_of_no_group_and_nodes_and_others_are_no_pods():
+    cluster = Cluster("n", alone=False)
+    cluster.enforce(False, "namespace", (prefix("10.0.0.0/24"),))
+    cluster.take(Listed(PODS, 1, {key: pod(key) for key in PODS_THERE}))
+    nodes = {4: ((int.from_bytes(packed("192.168.1.3"), "big"), int.from_bytes(packed("10.0.0.128"), "big")),)}
+    compiled = compile_node(cluster.index, cluster.policies, "n", nodes=nodes)
+    web = packed(PODS_THERE["shop/web-1"][0])
+
+    def allowed(way: str, other: str) -> bool:
+        ends = (packed(other), web) if way == INGRESS else (web, packed(other))
+        return judge(compiled, way, Flow(*ends, 6, 80)).allowed
+
+    for way in (INGRESS, EGRESS):
+        assert not allowed(way, "10.0.0.77"), "an address of the pod network that no known pod has"
+        assert allowed(way, "10.0.0.128"), "a node's own"
+        assert allowed(way, "192.168.1.3")
+        assert allowed(way, "8.8.8.8")
 
 
 @pytest.mark.parametrize(

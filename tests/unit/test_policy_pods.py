@@ -36,7 +36,7 @@ def test_a_list():
     )  # fmt: skip
     addresses = packed("10.244.1.2"), packed("fd00:10:244:1::2")
     labels = {"app": "web", "pod-template-hash": "5d4f", "empty": ""}
-    assert first._replace(ports=()) == Pod("x/pod0", "x", "node0", labels, addresses, (), owner="web")
+    assert first._replace(ports=()) == Pod("x/pod0", "x", "node0", labels, addresses, (), owner="deployment/web")
     assert first.name == "pod0"
     assert sorted(first.ports) == sorted(named), "an init container that ends serves nobody"
     assert (found["x/pod1"].alone, found["x/pod2"].alone) == (True, True), "it ended; it has the node's network"

@@ -184,7 +184,7 @@ def contract(item: dict[str, Any], number: int) -> Contract:
 
 def known(node: str, spaces, some, rules_, wide, groups: str = "off") -> Cluster:
     cluster = Cluster(node, alone=False)
-    cluster.enforce(True, groups)
+    cluster.enforce(True, groups, SUBNETS)
     cluster.take(Listed(CLUSTER_WIDE, 1, {each["metadata"]["name"]: cluster_policy_of(each) for each in wide}))
     cluster.take(Listed(POLICIES, 1, {key(each): policy_of(each) for each in rules_}))
     cluster.take(Listed(NAMESPACES, 1, {name: namespace_of({"metadata": {"name": name, "labels": given}}) for name, given in spaces.items()}))  # fmt: skip
@@ -262,7 +262,7 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
             cluster.take(Changed(CONTRACTS, 2, {f"k{number}": contract(data.draw(contracts), number)}))
         elif kind == "groups":
             groups = data.draw(st.sampled_from(MODES))
-            cluster.enforce(True, groups)
+            cluster.enforce(True, groups, SUBNETS)
         elif kind == "namespace":
             name = data.draw(st.sampled_from(SPACES))
             made = namespace_of({"metadata": {"name": name, "labels": data.draw(labels)}})

@@ -154,9 +154,17 @@ class NetfilterSocket(RequestSocket):
             table, lambda name: [*nf_wire.remove(table.family, name), *content.make(table._replace(name=name), wanted)]
         )
 
-    def rules_counted(self, table: content.Table) -> list[tuple[str, str, int]]:
-        """Of each rule that counts its chain, its comment and the packets it saw. Raises KernelError."""
-        return list(content.counted(self._read(nf_wire.GETRULE, table)))
+    def rules_counted(self, table: content.Table, beside: bool = False) -> list[tuple[str, str, int]]:
+        """Of each rule that counts its chain, its comment and the packets it saw; beside: also of what a replacement that
+        was broken off left. Raises KernelError."""
+        bodies = self._read(nf_wire.GETRULE, table)
+        if beside:
+            bodies += self._read(nf_wire.GETRULE, table._replace(name=_beside(table.name)))
+        return list(content.counted(bodies))
+
+    def stands(self, table: Named) -> bool:
+        """Whether there is a table, or what a replacement that was broken off left of it. Raises KernelError."""
+        return any(self.has(table.family, name) for name in (table.name, _beside(table.name)))
 
     def counted(self, table: nf_wire.Table, counter: str) -> int:
         """The packets that a counter saw, 0 where there is no such counter. Raises KernelError."""
