@@ -26,8 +26,8 @@ from overlay.policy.model import (
 
 
 class Snapshot(NamedTuple):
-    """network: its number; node: whose agent it is; known: whether all that is to be enforced was read; enforced: whether its
-    kernel has a table of them; refused: policies that cannot be used, and why."""
+    """network: its number; node: whose agent it is; known: whether all that is to be enforced was read; enforced: whether
+    its kernel has a table of them; refused: policies that cannot be used, and why."""
 
     network: int
     node: str

@@ -59,7 +59,7 @@ def test_files(world, field: Field):
     until("a contract joins two groups, one way", lambda: talking(world, field) == WITHIN | JOINED)
     code, text = overlay(world, "explain", "y/c", "y/d", "80")
     assert code == 1
-    assert "Group/db ingress 2 (no contract): Deny from all pods of all namespaces, any port" in text
+    assert "Group/db ingress 3 (no contract): Deny from 10.244.0.0/16 or fd00:10:244::/48, any port" in text
     code, text = overlay(world, "explain", "x/a", "y/d", "80")
     assert code == 0
     assert "Group/db ingress 1 (contract x-to-db): Accept from" in text

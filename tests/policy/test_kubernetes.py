@@ -28,7 +28,7 @@ def test_what_is_written_to_the_api_is_enforced_and_what_changes_too(three, fiel
     kube = three
     one, two = kube.agents
     assert one.status()["policy"] == {
-        "enforced": False, "policies": 0, "cluster_wide": 0, "refused": {}, "pods": 0, "isolated_addresses": 0, "generation": 0,
+        "enforced": False, "policies": 0, "cluster_wide": 0, "groups": 0, "refused": {}, "pods": 0, "isolated_addresses": 0, "generation": 0,
         "decided": [],
         "revision": one.status()["policy"]["revision"],
     }, "no pods are watched while there is no policy"  # fmt: skip
