@@ -18,6 +18,7 @@ from overlay.cli.here import ask_in_place
 from overlay.cli.policy import ask_or_end
 from overlay.kernel.netlink import error_text
 from overlay.kernel.nftables.flows import Connections, Denials, Flow
+from overlay.policy.ask import NotTold, ask_policies
 from overlay.policy.compile import Compiled, compile_node
 from overlay.policy.model import PROTOCOL_NAMES
 from overlay.policy.table import BY_RULE, LOGGED_BYTES, log_group
@@ -86,7 +87,12 @@ class _Names:
         """Ask, where it is time."""
         if time.monotonic() - self._asked < AGAIN_S:
             return
-        snapshot = ask_or_end(self._run_dir)
+        try:
+            # the first time it must answer; later it may be on its way to be another
+            snapshot = ask_or_end(self._run_dir) if self.compiled is None else ask_policies(self._run_dir)
+        except (OSError, NotTold, LookupError, TypeError, ValueError):
+            self._asked = time.monotonic()
+            return
         self._asked = time.monotonic()
         self.pods, self.network = snapshot.names, snapshot.network
         self.compiled = compile_node(snapshot.indexed(), snapshot.policies, snapshot.node, nodes=snapshot.nodes)
