@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e netpol-cyclonus bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e netpol-cyclonus netpol-conformance bundle reference newcomer kernels kernel-test chart-test clean
 
 setup: $(STAMP)
 
@@ -39,13 +39,19 @@ cluster-test: setup ## the same as tests, in both families; the move from the re
 
 netpol-e2e: setup ## Kubernetes' own NetworkPolicy tests (its e2e.test) against our agent on a real cluster (Go; half an hour); FOCUS=regex
 	.ci/cluster-setup
-	.ci/netpol/build
+	.ci/netpol/build e2e
 	.ci/netpol/run --judge e2e $(if $(FOCUS),--focus "$(FOCUS)") --family $(or $(IP_FAMILY),ipv4)
 
-netpol-cyclonus: setup ## the same by cyclonus' cases, asking pods by their addresses (an hour); INCLUDE=tags
+netpol-cyclonus: setup ## the same by cyclonus' cases, asking pods by their addresses (40 minutes); INCLUDE=tags
 	.ci/cluster-setup
-	.ci/netpol/build
+	.ci/netpol/build cyclonus
 	.ci/netpol/run --judge cyclonus $(if $(INCLUDE),--include "$(INCLUDE)") --family $(or $(IP_FAMILY),ipv4)
+
+netpol-conformance: setup ## ClusterNetworkPolicy by the conformance tests of network-policy-api (Go; ten minutes); FOCUS=regex, FEATURES=names
+	.ci/cluster-setup
+	.ci/netpol/build conformance
+	.ci/netpol/run --judge conformance $(if $(FOCUS),--focus "$(FOCUS)") $(if $(FEATURES),--features "$(FEATURES)") \
+		--family $(or $(IP_FAMILY),ipv4)
 
 bundle: setup ## image and manifests in one archive, for machines that reach no registry
 	.ci/cluster-setup

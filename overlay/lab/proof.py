@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from overlay.cni.lists import CONFLIST
@@ -75,8 +75,9 @@ def workload(families: Collection[int]) -> str:
 class Proof:
     """The steps, in the order in which they are made."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, flags: Mapping[str, object] | None = None) -> None:
+        """flags: of the agent, in its ConfigMap, beside those of the manifest."""
+        self.cluster, self.flags = cluster, flags or {}
         self.names = [node["metadata"]["name"] for node in cluster.nodes()]
 
     def install(self) -> str:
@@ -232,16 +233,12 @@ class Proof:
         return "no CNI list, device, route, nft table, file, annotation or condition is left"
 
     def manifest(self) -> str:
-        """Ours, with the families of the cluster."""
+        """Ours, with the families of the cluster and the flags asked for."""
         text = manifest("overlay.yaml")
-        if 6 not in self.cluster.families:
-            return text
-        network = f'"Network": "{CLUSTER_NETWORKS[4]}",'
-        if text.count(network) != 1:
-            raise LabError(f"manifests/overlay.yaml does not say {network} once")
-        return text.replace(
-            network, f'{network}\n      "EnableIPv6": true,\n      "IPv6Network": "{CLUSTER_NETWORKS[6]}",'
-        )
+        if 6 in self.cluster.families:
+            network = f'"Network": "{CLUSTER_NETWORKS[4]}",'
+            text = _after(text, network, {"EnableIPv6": True, "IPv6Network": CLUSTER_NETWORKS[6]})
+        return _after(text, '"log-level": "info",', self.flags) if self.flags else text
 
     # --- looking ---------------------------------------------------------------------------------------------------------
 
@@ -374,6 +371,15 @@ def manifest(name: str) -> str:
     if RELEASED_IMAGE not in text:
         raise LabError(f"manifests/{name} does not name {RELEASED_IMAGE}")
     return text.replace(RELEASED_IMAGE, AGENT_IMAGE)
+
+
+def _after(text: str, entry: str, more: Mapping[str, object]) -> str:
+    """The manifest with more entries behind one of the JSON objects in its ConfigMap."""
+    if text.count(entry) != 1:
+        raise LabError(f"manifests/overlay.yaml does not say {entry} once")
+    return text.replace(
+        entry, "\n      ".join([entry, *(f"{json.dumps(key)}: {json.dumps(it)}," for key, it in more.items())])
+    )
 
 
 def _http(address: str, port: int) -> str:
