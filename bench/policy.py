@@ -119,13 +119,16 @@ def rss_mib() -> float:
 
 def measure(nft: NetfilterSocket, texts: list[str], policy_texts: list[str]) -> None:
     """All of it."""
-    before, shared = rss_mib(), Sharing().shared
+    before, sharing = rss_mib(), Sharing()
     cluster = Cluster("node0", alone=False)
     read = timed(
         "pods read from JSON",
-        lambda: {f"{p.namespace}/{p.name}": p for p in map(shared, map(pod_of, map(json.loads, texts)))},
+        lambda: {f"{p.namespace}/{p.name}": p for p in map(sharing.shared, map(pod_of, map(json.loads, texts)))},
     )
-    rules = timed("policies read from JSON", lambda: {p.key: p for p in map(policy_of, map(json.loads, policy_texts))})
+    rules = timed(
+        "policies read from JSON",
+        lambda: {p.key: p for p in map(sharing.policy, map(policy_of, map(json.loads, policy_texts)))},
+    )
     labels = {
         f"ns{n}": namespace_of({"metadata": {"name": f"ns{n}", "labels": {"team": f"team{n % 50}"}}})
         for n in range(100)

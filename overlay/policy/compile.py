@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from lease.families import FAMILIES
+from overlay.kernel.nftables.content import port_key
 from overlay.policy.index import Index
 from overlay.policy.model import (
     ACCEPT,
@@ -46,14 +47,15 @@ PortRange = tuple[int, int, int]
 
 class Members(NamedTuple):
     """A set. family: of its addresses, 0: it has none. addresses: of ADDRESSES; ranges: of NETWORKS, apart and in order;
-    ports: of PORTS, apart and in order; named: of NAMED, address, protocol and port of who has such a port."""
+    ports: of PORTS, apart and in order; named: of NAMED, who has such a port, as nftables keys: address,
+    protocol, port."""
 
     kind: str
     family: int
     addresses: frozenset[bytes] = frozenset()
     ranges: tuple[Range, ...] = ()
     ports: tuple[PortRange, ...] = ()
-    named: frozenset[tuple[bytes, int, int]] = frozenset()
+    named: frozenset[bytes] = frozenset()
     peers: tuple[tuple[str, PodPeer], ...] = ()
     """Of ADDRESSES: whose, each with the namespace of its policy."""
     port: Port | None = None
@@ -212,7 +214,7 @@ def is_peer(pod: Pod, peer: PodPeer, namespace: str, index: Index) -> bool:
     return peer.pods is None or matches(peer.pods, pod.labels)
 
 
-def _in_named(pod: Pod | None, members: Members) -> frozenset[tuple[bytes, int, int]]:
+def _in_named(pod: Pod | None, members: Members) -> frozenset[bytes]:
     if pod is None or pod.alone or members.port is None:
         return frozenset()
     return frozenset(_having(pod, members.port, members.family))
@@ -302,11 +304,11 @@ def addresses_of(pod: Pod, family: int) -> Iterator[bytes]:
     return (address for address in pod.addresses if len(address) == size)
 
 
-def _having(pod: Pod, port: Port, family: int) -> Iterator[tuple[bytes, int, int]]:
+def _having(pod: Pod, port: Port, family: int) -> Iterator[bytes]:
     """By which a pod is reached at a named port."""
     for number in numbers_of(pod, port):
         for address in addresses_of(pod, family):
-            yield address, port.protocol, number
+            yield address + port_key(port.protocol, number)
 
 
 def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
@@ -325,7 +327,7 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
             name = _name(f"{NAMED}{family}", (port.name, port.protocol))
             if name not in sets:
                 named = frozenset(
-                    (address, port.protocol, number)
+                    address + port_key(port.protocol, number)
                     for pod, number in means.having(port)
                     for address in addresses_of(pod, family)
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from overlay.kernel.nftables.content import port_key
 from overlay.policy.compile import ADDRESSES, NAMED, NETWORKS, PORTS, Compiled, Judged
 from overlay.policy.model import ACCEPT, INGRESS, NAMESPACED, PASS
 
@@ -74,6 +75,6 @@ def _has_peer(compiled: Compiled, name: str, address: bytes) -> bool:
 def _has_port(compiled: Compiled, name: str, flow: Flow) -> bool:
     members = compiled.sets[name]
     if members.kind == NAMED:
-        return (flow.target, flow.protocol, flow.port) in members.named
+        return flow.target + port_key(flow.protocol, flow.port) in members.named
     assert members.kind == PORTS
     return any(protocol == flow.protocol and first <= flow.port <= last for protocol, first, last in members.ports)

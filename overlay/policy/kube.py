@@ -15,7 +15,7 @@ from lease.kube.changes import Listed, Resource
 from lease.kube.client import KubeClient, KubeSettings
 from lease.kube.watch import JSON, Objects, answers_of
 from lease.store import Feed, StoreDown, StoreUnavailable
-from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, PODS, RESOURCES, Absent, Down
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, PODS, POLICIES, RESOURCES, Absent, Down
 from overlay.policy.sharing import Sharing
 
 _CUSTOM = {
@@ -57,10 +57,12 @@ class CustomObjects(Objects):
         return super().read()
 
 
-def _sharing(pods: Resource) -> Resource:
-    """Pods that share what they have in common, as soon as they are read."""
-    shared, decode = Sharing().shared, pods.decode
-    return pods._replace(decode=lambda item: shared(decode(item)))
+def _sharing(resource: Resource) -> Resource:
+    """Pods, or policies, that share what they have in common, as soon as they are read."""
+    sharing, decode = Sharing(), resource.decode
+    by_name: dict[str, Callable[[Any], Any]] = {PODS: sharing.shared, POLICIES: sharing.policy}
+    shared = by_name.get(resource.name)
+    return resource if shared is None else resource._replace(decode=lambda item: shared(decode(item)))
 
 
 def served(groups: Mapping[str, Any], name: str, versions: Sequence[str]) -> str:
@@ -89,10 +91,7 @@ class KubeFeeds:
                 self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
 
         client = KubeClient(self._settings)
-        if name in _CUSTOM:
-            objects = CustomObjects(client, name, post)
-        else:
-            objects = Objects(client, _sharing(RESOURCES[PODS]) if name == PODS else RESOURCES[name])
+        objects = CustomObjects(client, name, post) if name in _CUSTOM else Objects(client, _sharing(RESOURCES[name]))
         feed = Feed(objects, post)
         self._running[name] = feed, objects
         feed.start()

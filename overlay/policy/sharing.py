@@ -1,11 +1,13 @@
-"""One object for equal labels, ports and names: pods of one Deployment have the same, so that each takes little."""
+"""One object for equal labels, ports, names, selectors and rules: pods of one Deployment have the same, and so have policies of
+one template, so that each takes little."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from overlay.policy.model import Labels, Pod
+from overlay.policy.model import Labels, Pod, Policy, Rule
 
+T = TypeVar("T")
 MOST = 20_000
 """Values that are known; then it begins anew: of pods that are gone nothing stays for good."""
 
@@ -34,3 +36,34 @@ class Sharing:
             ports=kept.setdefault(pod.ports, pod.ports),
             owner=kept.setdefault(pod.owner, pod.owner),
         )
+
+    def policy(self, policy: Policy) -> Policy:
+        """The same policy, of values that others have as well."""
+        if len(self._kept) > MOST:
+            self._kept = {}
+        once = self._once
+        return policy._replace(
+            namespace=once(policy.namespace),
+            subject=once(policy.subject),
+            ingress=self._rules(policy.ingress),
+            egress=self._rules(policy.egress),
+        )
+
+    def _rules(self, rules: tuple[Rule, ...] | None) -> tuple[Rule, ...] | None:
+        if rules is None:
+            return None
+        once = self._once
+        return once(
+            tuple(
+                once(
+                    rule._replace(
+                        peers=None if rule.peers is None else once(tuple(map(once, rule.peers))),
+                        ports=None if rule.ports is None else once(tuple(map(once, rule.ports))),
+                    )
+                )
+                for rule in rules
+            )
+        )
+
+    def _once(self, value: T) -> T:
+        return self._kept.setdefault(value, value)  # type: ignore[no-any-return]

@@ -142,8 +142,7 @@ def _elements(members: Members) -> Elements:
     if members.kind == NAMED:
         size = FAMILIES[members.family].size
         form = Form((ADDRESS[members.family] << 6 | _INET_PROTO) << 6 | _INET_SERVICE, size + 8)
-        keys = (address + port_key(protocol, port) for address, protocol, port in members.named)
-        return Elements(form, frozenset(keys))
+        return Elements(form, members.named)
     if all(first == last for _, first, last in members.ports):
         keys = (port_key(protocol, first) for protocol, first, _ in members.ports)
         return Elements(Form(_PORT_TYPE, 8, PLAIN), frozenset(keys))

@@ -14,7 +14,7 @@ from lease.kube.objects import Answer
 from lease.kube.watch import Objects, _json_page
 from overlay.policy.feeds import PODS, RESOURCES
 from overlay.policy.model import ContainerPort, Pod
-from overlay.policy.resources import packed, pod_of
+from overlay.policy.resources import packed, pod_of, policy_of
 from overlay.policy.sharing import Sharing
 from tests.unit.recordings import FOLDER
 
@@ -62,6 +62,14 @@ def test_what_pods_have_in_common_is_kept_once():
     assert first == second
     for name in ("labels", "namespace", "node", "ports", "owner"):
         assert getattr(first, name) is getattr(second, name), name
+    spec = {
+        "podSelector": {"matchLabels": {"a": "b"}},
+        "ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": 80}]}],
+    }
+    one, two = (sharing.policy(policy_of({"metadata": {"name": name}, "spec": spec})) for name in ("p", "q"))
+    assert (one.subject, one.ingress) == (two.subject, two.ingress)
+    assert one.subject is two.subject
+    assert one.ingress is two.ingress
     other = sharing.shared(first._replace(labels={**first.labels, "app": "db"}))
     assert other.labels["app"] == "db"
     assert first.labels["app"] == "web"
