@@ -1,5 +1,5 @@
-"""One object for equal labels, ports, names, selectors and rules: pods of one Deployment have the same, and so have policies of
-one template, so that each takes little."""
+"""One object for equal labels, ports, names, selectors and rules: pods of one Deployment have the same, and policies of one
+template, so that each takes little."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import os
 from contextlib import closing
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lease.model import prefix
 from overlay.kernel.nftables.content import Content, Elements, Form
@@ -17,6 +19,7 @@ from overlay.policy.index import Index
 from overlay.policy.resources import namespace_of, pod_of, policy_of
 from overlay.policy.table import Maker, table
 from tests.support.policy import cases, in_ipv6, pod_object, sixth
+from tests.unit.test_policy_random import SUBNETS, evolving, worlds
 
 TABLE = table(1)
 
@@ -90,3 +93,17 @@ def test_a_table_of_another_form_is_made_anew(nft):
         nft.change_content(TABLE, found, wanted)
     nft.replace_content(TABLE, wanted)
     assert nft.read_content(TABLE, wanted) == wanted
+
+
+@given(worlds(), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_changes_end_in_what_is_compiled_anew(nft, world, data):
+    """Pods, namespaces, policies of every kind, groups and contracts, by chance; read back from the kernel after each."""
+    nft.remove(TABLE.family, TABLE.name)
+    maker, there = Maker(), None
+    for compiled, fresh in evolving(world, data):
+        content = maker.content(compiled, SUBNETS, 7)
+        nft.change_content(TABLE, there, content)
+        there = content
+        anew = Maker().content(fresh, SUBNETS, 7)
+        assert nft.read_content(TABLE, anew) == anew

@@ -4,6 +4,7 @@ compiled anew."""
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from typing import Any
 
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from lease.model import prefix
 from overlay.kernel.nftables.content import takes_away
 from overlay.policy.cluster import Cluster
 from overlay.policy.cluster_wide import cluster_policy_of
-from overlay.policy.compile import compile_node, with_pods
+from overlay.policy.compile import Compiled, compile_node, with_pods
 from overlay.policy.explain import Flow, judge
 from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
 from overlay.policy.groups import LABEL, MODES, Contract, contract_of
@@ -229,15 +230,13 @@ def passes(compiled, way) -> bool:
     return verdict.known and verdict.allowed
 
 
-@given(worlds(), st.data())
-@settings(max_examples=120, deadline=None)
-def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
+def evolving(world, data) -> Iterator[tuple[Compiled, Compiled]]:
+    """A cluster that changes by chance: what is compiled of each change alone, and of the whole anew."""
     groups = data.draw(st.sampled_from(MODES))
     cluster = known("node1", *world, groups)
     compiled = compile_node(cluster.index, cluster.policies, "node1")
     cluster.taken()
-    maker = Maker()
-    before, passing = maker.content(compiled, SUBNETS, 1), {flow for flow in FLOWS if passes(compiled, flow)}
+    yield compiled, compiled
     there = {key(pod): pod for pod in world[1]}
     for _ in range(data.draw(st.integers(1, 6))):
         kind = data.draw(
@@ -272,11 +271,20 @@ def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
         else:
             compiled = with_pods(compiled, cluster.index, cluster.changes)
         cluster.taken()
+        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [], [], groups)
+        yield compiled, compile_node(anew.index, cluster.policies, "node1")
+
+
+@given(worlds(), st.data())
+@settings(max_examples=120, deadline=None)
+def test_what_changes_alone_ends_in_what_is_compiled_anew(world, data):
+    maker, before = Maker(), None
+    passing: set[tuple[str, Flow]] = set()
+    for compiled, fresh in evolving(world, data):
+        assert compiled == fresh
         content = maker.content(compiled, SUBNETS, 1)
+        assert content == Maker().content(fresh, SUBNETS, 1)
         if less := {flow for flow in passing if not passes(compiled, flow)}:
+            assert before is not None
             assert takes_away(before, content, compiled.turned), less
         before, passing = content, {flow for flow in FLOWS if passes(compiled, flow)}
-        anew = known("node1", dict(cluster.index.namespaces), [*there.values()], [], [], groups)
-        fresh = compile_node(anew.index, cluster.policies, "node1")
-        assert compiled == fresh
-        assert content == Maker().content(fresh, SUBNETS, 1)
