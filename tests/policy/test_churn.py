@@ -7,6 +7,8 @@ import itertools
 import signal
 import time
 
+import pytest
+
 from overlay.cni.lists import CONFLIST
 from overlay.lab import netns, pods
 from tests.policy.test_enforcing import FROM_B, Datagrams, Leak, asks
@@ -21,6 +23,7 @@ ROLLING = [[{"port": 80}], [{"port": 80}, {"port": 81}]]
 """What policies change between, beside what is allowed all the time."""
 
 
+@pytest.mark.timeout(300)
 def test_churn_and_a_rolling_update(kube, field: Field):
     kube.begin(2)
     kube.namespaces(x={"team": "one"}, y={"team": "two"})

@@ -101,6 +101,7 @@ def some(rng: random.Random, world) -> tuple[list[dict[str, Any]], list[dict[str
     return made, names
 
 
+@pytest.mark.timeout(300)
 def test_what_they_say_together_is_what_packets_find(four, field: Field):
     world, rng = four, random.Random(19)
     ends = [end for those in world.ends.values() for end in those]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from lease.model import prefix
 from tests.support.policy import Step, cases
 from tests.support.probing import Field, Probe
 
 
+@pytest.mark.timeout(600)
 def test_every_cell(policed, field: Field):
     world = policed
     world.begin(3)
