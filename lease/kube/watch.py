@@ -256,8 +256,9 @@ class Objects:
             return Unusable(str(error) or repr(error))
 
     def _probe(self) -> None:
+        """Does the server answer? One object is enough; with a resourceVersion, `limit` would be ignored."""
         try:
-            self._client.ask(self._resource.path, {"limit": 1, "resourceVersion": "0"}, JSON, timeout_s=PROBE_S)
+            self._client.ask(self._resource.path, {"limit": 1}, JSON, timeout_s=PROBE_S)
         except ApiError:
             return
 

@@ -73,3 +73,17 @@ def test_what_pods_have_in_common_is_kept_once():
     other = sharing.shared(first._replace(labels={**first.labels, "app": "db"}))
     assert other.labels["app"] == "db"
     assert first.labels["app"] == "web"
+
+
+def test_a_silent_watch_is_doubted_for_the_price_of_one_object():
+    """With a resourceVersion the API server ignores `limit`, and sends all pods there are: every eight seconds."""
+    asked: list[dict[str, Any]] = []
+
+    class Client:
+        place = "nowhere"
+
+        def ask(self, _path: str, query: dict[str, Any], *_: Any, **__: Any) -> None:
+            asked.append(query)
+
+    Objects(Client(), RESOURCES[PODS])._probe()  # type: ignore[arg-type]
+    assert asked == [{"limit": 1}]
