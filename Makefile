@@ -42,12 +42,12 @@ netpol-e2e: setup ## Kubernetes' own NetworkPolicy tests (its e2e.test) against 
 	.ci/netpol/build e2e
 	.ci/netpol/run --judge e2e $(if $(FOCUS),--focus "$(FOCUS)") --family $(or $(IP_FAMILY),ipv4)
 
-netpol-cyclonus: setup ## the same by cyclonus' cases, asking pods by their addresses (40 minutes); INCLUDE=tags
+netpol-cyclonus: setup ## the same by cyclonus' cases, asking pods by their addresses (more than an hour); INCLUDE=tags
 	.ci/cluster-setup
 	.ci/netpol/build cyclonus
 	.ci/netpol/run --judge cyclonus $(if $(INCLUDE),--include "$(INCLUDE)") --family $(or $(IP_FAMILY),ipv4)
 
-netpol-conformance: setup ## ClusterNetworkPolicy by the conformance tests of network-policy-api (Go; ten minutes); FOCUS=regex, FEATURES=names
+netpol-conformance: setup ## ClusterNetworkPolicy by the conformance tests of network-policy-api (Go; 20 minutes); FOCUS=regex, FEATURES=names
 	.ci/cluster-setup
 	.ci/netpol/build conformance
 	.ci/netpol/run --judge conformance $(if $(FOCUS),--focus "$(FOCUS)") $(if $(FEATURES),--features "$(FEATURES)") \
