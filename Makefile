@@ -87,11 +87,12 @@ faults: setup ## what is done to an agent, what it costs and how long it lasts: 
 	.ci/kubernetes/build kube-apiserver
 	OVERLAY_FAULT_TABLE=1 $(PY) -m pytest tests/faults -n 2
 
-bench: setup ## every figure of docs/performance.md, beside the real flanneld (builds it: Go, some minutes; then an hour)
+bench: setup ## every figure of docs/performance.md, beside the real flanneld and kube-network-policies (builds them: Go, some minutes; then an hour)
 	command -v iperf3 >/dev/null && command -v ethtool >/dev/null || apt-get install -y iperf3 ethtool
 	bench/flanneld/build
+	bench/kube_network_policies/build
 	.ci/kubernetes/build kube-apiserver
-	for it in cold warm nodes storm datapath watchers repair policy policy_packets; do echo "== bench.$$it"; $(PY) -m bench.$$it || exit 1; done
+	for it in cold warm nodes storm datapath watchers repair policy policy_packets policy_beside; do echo "== bench.$$it"; $(PY) -m bench.$$it || exit 1; done
 	$(PY) -m bench.cold --peers 100000 --rounds 1 --kinds ours,floor
 
 lock: setup ## take newer versions of what pyproject.toml asks for
