@@ -30,6 +30,9 @@ class StoreError(Exception):
 class StoreUnavailable(StoreError):
     """The store does not do it now. The message names the endpoint and what it said."""
 
+    refused = False
+    """It answered that we may not."""
+
 
 class SubnetTaken(StoreError):
     """A record of this base, of whatever length or family, stands already."""
@@ -77,9 +80,10 @@ class Changes(NamedTuple):
 
 
 class StoreDown(NamedTuple):
-    """The store cannot be read for now; the Feed goes on trying."""
+    """The store cannot be read for now; the Feed goes on trying. refused: as of StoreUnavailable."""
 
     reason: str
+    refused: bool = False
 
 
 class Lifetime(NamedTuple):
@@ -205,7 +209,7 @@ class Feed(threading.Thread):
             except StoreUnavailable as error:
                 if self._ending.is_set():
                     return
-                self._post(StoreDown(str(error)))
+                self._post(StoreDown(str(error), error.refused))
             lived = listed_at is not None and time.monotonic() - listed_at > STEADY_S
             failures = 1 if lived else failures + 1
             self._ending.wait(backoff_s(failures, self._rng.uniform(0.5, 1.0)))

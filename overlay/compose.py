@@ -47,9 +47,10 @@ from overlay.peers.controller import PeersController, PeerTableController
 from overlay.peers.datapath import Datapath
 from overlay.peers.mixed import MixedController
 from overlay.peers.refusals import Refusals
-from overlay.policy.controller import Feeds as PolicyFeeds
-from overlay.policy.controller import NoFeeds, PolicyController
+from overlay.policy.controller import PolicyController
 from overlay.policy.nodes import Nodes
+from overlay.policy.sources import Feeds as PolicyFeeds
+from overlay.policy.sources import NoFeeds
 from overlay.probes.controller import PeerOfPath, ProbesController
 from overlay.process.rundir import DeviceLock
 from overlay.reach import ways

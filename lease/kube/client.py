@@ -63,6 +63,9 @@ class KubeSettingsError(ValueError):
     """Names the flag or variable and what to do."""
 
 
+FORBIDDEN = 403
+
+
 class ApiError(StoreUnavailable):
     """The API server answered with something other than success. about: what its Status says was not found, "" where the
     answer is no such Status (a proxy's 404, say)."""
@@ -70,6 +73,7 @@ class ApiError(StoreUnavailable):
     def __init__(self, code: int, message: str, about: str = "") -> None:
         super().__init__(message)
         self.code, self.about = code, about
+        self.refused = code == FORBIDDEN
 
 
 class Stream:

@@ -31,9 +31,12 @@ CHECK_EVERY_S = 1.0
 class _Wants(NamedTuple):
     """files: content by path; the network list: its path ("": none is kept), its content, or why there is none that could
     be used (fault). subnets: those of our lease. may_stand: the list may, since all peers are in the kernel. displaced,
-    displacements: by the inputs of these names."""
+    displacements: by the inputs of these names. subnet_env: its content. held: what is not written yet waits, so that no pod
+    is made before policies are in the kernel."""
 
     files: tuple[tuple[str, str], ...]
+    subnet_env: str
+    held: bool
     list_path: str
     list_text: str
     fault: str
@@ -44,8 +47,8 @@ class _Wants(NamedTuple):
 
 
 class CniController(Controller):
-    """Them. No pod is made before its masquerade, nor before the node's peers are in the kernel; and none gets an address
-    of a subnet that is not ours any more."""
+    """Them. No pod is made before its masquerade, nor before the node's peers and policies are in the kernel; and none gets
+    an address of a subnet that is not ours any more."""
 
     name = "files"
     reports = ("cni", "cni order")
@@ -73,6 +76,8 @@ class CniController(Controller):
         self._displacements = 0
         """As they were when the list was withdrawn last."""
         self._next = 0.0
+        self._held: list[str] = []
+        """Files that are not written yet for the policies' sake."""
         self._mended = 0
 
     def wants(self, inputs: Inputs) -> object:
@@ -94,14 +99,16 @@ class CniController(Controller):
         files = (
             *devices,
             (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, ends, networks)),
-            (settings.subnet_file, lists.subnet_env(pods, mtu, settings.ip_masq)),
         )
-        subnets = tuple(end.subnet for end in ends)
+        subnets, env = tuple(end.subnet for end in ends), lists.subnet_env(pods, mtu, settings.ip_masq)
+        held = settings.network_policy and settings.knows_policies and not inputs.policies_settled
         if not settings.cni_conf_dir:
-            return _Wants(files, "", "", "", subnets, True, False, 0)
+            return _Wants(files, env, held, "", "", "", subnets, True, False, 0)
         text, fault = _network_list(inputs, pods, mtu)
         path = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
-        return _Wants(files, path, text, fault, subnets, inputs.synced, inputs.displaced, inputs.displacements)
+        return _Wants(
+            files, env, held, path, text, fault, subnets, inputs.synced, inputs.displaced, inputs.displacements
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """Write what differs. Raises OSError."""
@@ -119,9 +126,12 @@ class CniController(Controller):
                 remove(path)
                 log.warning("file.removed", path=path, reason=f"it gives addresses of {old}; our lease is {subnet}")
         self._write(wants.files)
+        made_by = [(self._settings.subnet_file, wants.subnet_env)]
         if path and self._listed and not wants.fault:
             self._named(lists.bridges_in(wants.list_text))
-            self._write(((path, wants.list_text),))
+            made_by.append((path, wants.list_text))
+        self._held = [file for file, _ in made_by if wants.held and not os.path.exists(file)]
+        self._write(each for each in made_by if each[0] not in self._held)
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
         folder = self._settings.cni_conf_dir
@@ -130,6 +140,14 @@ class CniController(Controller):
         # only the kubelet's runtime goes by the names of files
         self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
         return False
+
+    def unready(self) -> str:
+        """Whether pods can be made."""
+        return (
+            f"for the policies: no new pod is made before they are enforced, by {' and '.join(self._held)}"
+            if self._held
+            else ""
+        )
 
     def _withdraw_list(self, path: str, subnet: Prefix) -> None:
         """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.

@@ -3,7 +3,7 @@
 Who owns a field sets it (compose.py wires them): links and addresses by node/links.py, the underlay by
 node/underlay_source.py, configuration by cluster/records.py and cluster/live.py, the lease by cluster/ownership.py, the
 tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by peers/controller.py,
-`bridge_filtered` by node/sysctls.py, `policed` and `policies_known` by policy/controller.py.
+`bridge_filtered` by node/sysctls.py, `policed`, `policies_known` and `policies_settled` by policy/controller.py.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class Inputs(NamedTuple):
     """Whether br_netfilter shows the node's rules what is bridged; None: not looked yet."""
     policies_known: bool = False
     """Whether it is known which policies there are, or that they cannot be read and an agent before us enforced none."""
+    policies_settled: bool = False
+    """Whether a new pod meets all policies there are: they are in the kernel, or the store refuses this agent."""
     policed: Policed | None = None
     """What policies say of this node's pods; None: there is no policy, or none is enforced."""
     displacements: int = 0

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed
@@ -29,7 +29,7 @@ from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.counts import Counts
-from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES, RESOURCES, Absent, Down
+from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, PODS, POLICIES, RESOURCES, Absent, Down
 from overlay.policy.generations import FORWARD, LAST_GENERATION, MARK_MASK, forward, generation_of, slot_of, unmarked
 from overlay.policy.groups import KIND as GROUP_KIND
 from overlay.policy.groups import OFF
@@ -37,6 +37,7 @@ from overlay.policy.model import CLUSTER_KIND
 from overlay.policy.nodes import Nodes
 from overlay.policy.problems import REFUSED, UNREAD, How, problems
 from overlay.policy.snapshot import Snapshot
+from overlay.policy.sources import ALWAYS, Feeds, Sources
 from overlay.policy.table import SUFFIX, Maker, table
 from overlay.process.dry import dry
 from overlay.process.log import log
@@ -53,26 +54,6 @@ class PolicyAsked(NamedTuple):
     """Somebody asks what is known of policies."""
 
     answer: queue.SimpleQueue[Snapshot]
-
-
-class Feeds(Protocol):
-    """Who brings policies and what they mean (feeds.py)."""
-
-    def start(self, name: str) -> None:
-        """Begin with a resource, where that has not begun."""
-
-    def stop(self, name: str) -> None:
-        """End it."""
-
-
-class NoFeeds:
-    """For who only withdraws."""
-
-    def start(self, name: str) -> None:
-        """Nothing comes."""
-
-    def stop(self, name: str) -> None:
-        """Nothing came."""
 
 
 class _Wants(NamedTuple):
@@ -115,12 +96,13 @@ class PolicyController(Controller):
     ) -> None:
         """results: what CNI gave to this node's pods; nodes: by family."""
         self._current, self._sets, self._owned, self._health, self._clock = current, sets, owned, health, clock
-        self._feeds, self._results, self._nodes = feeds, results, nodes
+        self._results, self._nodes = results, nodes
         self._nodes_seen = 0
         """The version of these that is compiled."""
         settings = current.inputs.settings
         self._node = settings.node_name or "this node"
         self.cluster = Cluster(self._node, not settings.kube)
+        self._sources = Sources(feeds, self.cluster, not settings.kube, clock)
         self._maker, self._cadence = Maker(), Cadence(clock)
         self._stale, self._read_whole = True, True
         self._attached = True
@@ -134,11 +116,8 @@ class PolicyController(Controller):
         self._counts, self._counted_at = Counts(), -COUNTED_S
         self._failed = ""
         """Why the kernel refused the last change."""
-        self._unread: dict[str, str] = {}
         self._known = False
         """Whether all that is to be enforced was read."""
-        self._absent: set[str] = set()
-        """Resources that the API server does not know."""
         self._revision = self._in_force = 0
         """Of the policies that came last, and of those in the kernel."""
 
@@ -159,19 +138,18 @@ class PolicyController(Controller):
     def _on_resource(self, event: Listed | Changed) -> bool:
         if event.resource not in RESOURCES:
             return False
-        self._unread.pop(event.resource, None)
-        self._absent.discard(event.resource)
+        self._sources.came(event.resource)
         if event.resource == POLICIES:
             self._revision = event.revision
         self._stale |= self.cluster.take(event)
         return True
 
     def _on_down(self, event: Down) -> bool:
-        self._unread[event.resource] = event.reason
+        self._sources.down(event)
         return True
 
     def _on_absent(self, event: Absent) -> bool:
-        self._absent.add(event.resource)
+        self._sources.none(event)
         self._stale |= self.cluster.take(Listed(event.resource, 0, {}))
         return True
 
@@ -242,7 +220,8 @@ class PolicyController(Controller):
         return False
 
     def _reconcile(self, wants: _Wants) -> None:
-        self._begin(wants)
+        self._sources.begin(wants.custom)
+        self.cluster.enforce(wants.wide, wants.groups, wants.networks)
         if self._attached:
             self._attached = False
             self._stale |= self.cluster.results(self._results())
@@ -252,23 +231,21 @@ class PolicyController(Controller):
             self._wanted, self._stale, self._read_whole = wants, True, True
         self._say(wants)
         cluster = self.cluster
-        self._known = {POLICIES, NAMESPACES} <= cluster.listed and self._custom_known(wants)
+        self._known = not self._sources.lacks(ALWAYS) and self._custom_known(wants)
+        needed = cluster.any and wants.enforced
         if wants.enforced and not self._known:
-            self._cannot_know(wants.table, bool(self._unread))
+            self._cannot_know(wants.table, bool(self._sources.unread))
             return  # what an agent before us enforced stays
-        if not cluster.any or not wants.enforced:
+        self._sources.pods(needed)
+        if not needed:
             self._in_force = self._revision
-            if self._current.inputs.settings.kube:  # files bring all at once
-                self._feeds.stop(PODS)
-                cluster.forget_pods()
-                self._unread.pop(PODS, None)
+            self._current.set(policies_settled=self._sources.settled(pods=False))
             self._off(wants.table)
             self._current.set(policies_known=True)
             return
-        self._feeds.start(PODS)
         if PODS not in cluster.listed:
             self._known = False
-            self._cannot_know(wants.table, PODS in self._unread)
+            self._cannot_know(wants.table, self._sources.all_unread((PODS,)))
             return
         if self._clock() >= self._cadence.at:
             self._read_whole = True
@@ -288,28 +265,16 @@ class PolicyController(Controller):
         elif self._read_whole:
             self._make_so(wants)
         self._in_force = self._revision
-        self._current.set(policed=Policed(self.compiled.isolated), policies_known=True)
-
-    def _begin(self, wants: _Wants) -> None:
-        """Read what is to be enforced, and nothing else."""
-        for name in (POLICIES, NAMESPACES):
-            self._feeds.start(name)
-        for name, wanted in wants.custom.items():
-            if wanted:
-                self._feeds.start(name)
-            elif self._current.inputs.settings.kube:  # files bring all at once
-                self._feeds.stop(name)
-                self.cluster.forget(name)
-                self._unread.pop(name, None)
-        self.cluster.enforce(wants.wide, wants.groups, wants.networks)
+        settled = self._sources.settled(pods=True)
+        self._current.set(policed=Policed(self.compiled.isolated), policies_known=True, policies_settled=settled)
 
     def _custom_known(self, wants: _Wants) -> bool:
         """Whether NetworkPolicies need not wait for ClusterNetworkPolicies and Contracts: these are known, are not wanted,
         or cannot be read, and the kernel has none of them."""
-        missing = {name for name, wanted in wants.custom.items() if wanted} - self.cluster.listed
+        missing = self._sources.lacks_custom
         if not missing:
             return True
-        if missing - self._unread.keys():
+        if not self._sources.all_unread(missing):
             return False
         kinds = tuple(f"{kind}/" for resource, kind in _KINDS.items() if resource in missing)
         if self._there is not None:
@@ -319,8 +284,12 @@ class PolicyController(Controller):
         return not any(key.startswith(kinds) for key in keys)
 
     def _cannot_know(self, which: Table, unread: bool) -> None:
-        """What cannot be read keeps nobody waiting, where no agent before us enforced anything."""
-        if unread and not self._sets.stands(which):
+        """What cannot be read keeps nobody waiting, where no agent before us enforced anything; but new pods wait, as
+        long as it may help."""
+        if not unread:
+            return
+        self._current.set(policies_settled=self._sources.settled(self.cluster.any))
+        if not self._sets.stands(which):
             self._current.set(policies_known=True)
 
     def _nodes_version(self) -> int:
@@ -433,7 +402,7 @@ class PolicyController(Controller):
     def _say(self, wants: _Wants) -> None:
         """What stands in the way."""
         how = How(wants.enforced, wants.ipvs, self._there is not None, self._failed)
-        for subject, words in problems(self.cluster, self._unread, self._absent, how).items():
+        for subject, words in problems(self.cluster, self._sources.unread, self._sources.absent, how).items():
             self._health.report(subject, words, harmless=True)
 
     def due(self) -> float | None:

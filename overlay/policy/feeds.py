@@ -40,10 +40,11 @@ LARGEST = 16 << 20
 
 
 class Down(NamedTuple):
-    """A resource cannot be read just now: what it said before stays."""
+    """A resource cannot be read just now: what it said before stays. refused: the API server answered that we may not."""
 
     resource: str
     reason: str
+    refused: bool = False
 
 
 class Absent(NamedTuple):

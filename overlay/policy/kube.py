@@ -88,7 +88,7 @@ class KubeFeeds:
         def post(event: Any) -> None:
             running = self._running.get(name)
             if running is not None and running[1] is objects:  # not of one that was stopped while it read
-                self._post(Down(name, event.reason) if isinstance(event, StoreDown) else event)
+                self._post(Down(name, event.reason, event.refused) if isinstance(event, StoreDown) else event)
 
         client = KubeClient(self._settings)
         objects = CustomObjects(client, name, post) if name in _CUSTOM else Objects(client, _sharing(RESOURCES[name]))

@@ -165,6 +165,29 @@ def test_the_network_list_waits_for_the_peers_and_goes_with_the_lease(bench):
     assert sorted(controller.withdraw()) == sorted([str(conflist), str(bench.folder / "subnet.env")])
 
 
+def test_no_pod_is_made_before_policies_are_in_the_kernel(bench):
+    """What is written already stays, and is put back as ever: an agent that restarts keeps no pod waiting."""
+    settings = bench.settings._replace(policy_dir="/somewhere")
+    bench.current.set(settings=settings, synced_families=frozenset({4}))
+    controller, env, conflist = bench.cni(), bench.folder / "subnet.env", bench.folder / "cni" / CONFLIST
+    bench.reconcile(controller)
+    assert not env.exists() and not conflist.exists()
+    assert (bench.folder / "lease.json").exists(), "what a later run knows this node by"
+    assert str(env) in controller.unready()
+    bench.current.set(policies_settled=True)
+    bench.reconcile(controller)
+    assert env.exists() and conflist.exists()
+    assert controller.unready() == ""
+    bench.current.set(policies_settled=False)
+    env.write_text("somebody's")
+    bench.reconcile(controller)
+    assert "FLANNEL_SUBNET" in env.read_text()
+    conflist.unlink()
+    bench.current.set(settings=settings._replace(network_policy=False))
+    bench.reconcile(controller)
+    assert conflist.exists(), "nothing is to be enforced"
+
+
 def test_a_lease_lost_and_held_again_within_one_pass_brings_the_list_back(bench, monkeypatch):
     """By the scheduler, with all that have a part in it."""
     ownership, peers, cni = bench.ownership(), bench.peers(), bench.cni()
