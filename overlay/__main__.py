@@ -3,12 +3,13 @@
 import gc
 import sys
 
-from overlay.process import defer
+from overlay.process import defer, memory
 
 
 def main() -> None:
-    """Defer what an agent never uses, then be one."""
+    """Keep little memory, defer what an agent never uses, then be one."""
     gc.disable()  # nothing of a start is garbage; main.garbage_as_usual
+    memory.keep_little()
     defer.install()
     from overlay.main import run
 

@@ -27,6 +27,7 @@ from overlay import __version__
 from overlay.api import serve
 from overlay.policy import outside as policy
 from overlay.process.log import log
+from overlay.process.memory import give_back
 from overlay.process.rundir import LOCK_NAME, RunDir, RunDirError
 from overlay.process.sha256 import sha256
 from overlay.settings.files import check_files
@@ -243,6 +244,7 @@ def garbage_as_usual() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    give_back()
 
 
 def _who_answers(address: int) -> Any:

@@ -78,8 +78,9 @@ class LetIn:
         return (self.uses.keys() - self._new) | self._beyond if self._stands else set()
 
     def _believe(self, there: set[int]) -> None:
-        if self._stands:
-            self._new, self._beyond = self.uses.keys() - there, there - self.uses.keys()
+        if self._stands:  # (of two large sets the difference by `-` keeps the memory of the first, however small it is)
+            self._new = {key for key in self.uses if key not in there}
+            self._beyond = {key for key in there if key not in self.uses}
 
     def made(self, keys: set[int]) -> None:
         """The set was made with these."""
@@ -117,6 +118,9 @@ class LetIn:
         """That was done."""
         self._new.difference_update(add)
         self._beyond.difference_update(take)
+        for emptied in (self._new, self._beyond):
+            if not emptied:
+                emptied.clear()  # a set that was emptied one by one keeps its memory
         if self._touched is not None:
             self._touched.update(add, take)
         for key in gone:

@@ -309,6 +309,8 @@ class Difference:
             peers[peer] = bits
         else:
             del peers[peer]
+            if not peers:
+                peers.clear()  # a dict that was emptied one by one keeps its memory
 
     def _sort(self, table: int, key: Any, wanted: Any) -> None:
         """Whether a found entry is to be removed: where another is wanted of that key, putting that replaces it."""
