@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from lease.families import Family
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.codec import MAX_VALUE, encode_key
+from lease.records.subnets import Keys
 
 HEAD = struct.Struct(">IBI6siQQqB")
 """Subnet base, its length, public IP, MAC (0: none), VNI (-1: it says none), created, modified, handle, form."""
@@ -351,14 +352,27 @@ class Leases(Mapping[str, Lease]):
                 if end is not None and end.subnet.overlaps(subnet):
                     yield lease
 
-    def unusual(self, family: int, length: int) -> Iterator[tuple[str, Prefix]]:
-        """Keys and subnets of a family that are not found by the key of a subnet of that length: it has another one, or the
-        key says more."""
+    def unusual(
+        self, family: int, length: int, without: str | None = None
+    ) -> tuple[dict[int, Keys], list[tuple[str, Prefix]]]:
+        """Subnets of a family, but for one key's, that are not found by the key of a subnet of that length: by base the keys
+        of those of that length in records of both families, whose key says more, each base once; and of the others key and
+        subnet."""
+        bases: dict[int, Keys] = {}
+        others: list[tuple[str, Prefix]] = []
+        place, of_bytes = PLACES[family], int.from_bytes
+        first, last, at = place.number.start, place.number.stop - 1, place.length
         for key, packed in self.packed.items():
-            if family != HEAD_FAMILY or packed[LENGTH] != length or packed[FORM]:
+            form = packed[FORM]
+            if key == without:
+                continue
+            if form == DUAL and packed[at] == length and (base := of_bytes(packed[first:last], "big")) not in bases:
+                bases[base] = key
+            elif family != HEAD_FAMILY or packed[LENGTH] != length or form:
                 there = subnet_number_of(packed, family)
                 if there is not None:
-                    yield key, Prefix(family, there >> 8, there & 255)
+                    others.append((key, Prefix(family, there >> 8, there & 255)))
+        return bases, others
 
     def with_mac(self, mac: int) -> Iterator[Lease]:
         """Those of a MAC, in either family."""

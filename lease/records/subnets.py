@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator
 
 from lease.model import WIDTH, Prefix, mask
 
+Keys = str | dict[str, None]
+"""The key of a base, or its keys in the order in which they came."""
+
 
 class SubnetIndex:
     """A multiset of (prefix, key) pairs of one family: several keys may claim one prefix."""
 
-    def __init__(self, family: int) -> None:
+    def __init__(self, family: int, length: int = 0, bases: dict[int, Keys] | None = None) -> None:
+        """bases: of subnets of that length, to begin with."""
         self._family = family
-        self._by_length: dict[int, dict[int, str | dict[str, None]]] = {}
-        """The key of a base, or its keys in the order in which they came."""
+        self._by_length: dict[int, dict[int, Keys]] = {length: bases} if bases else {}
 
     @classmethod
     def of(cls, family: int, claims: Iterable[tuple[Prefix, str]]) -> SubnetIndex:
@@ -68,5 +71,5 @@ class SubnetIndex:
         return next(self.overlapping(subnet), None) is None
 
 
-def _each(keys: str | dict[str, None] | None) -> Iterable[str]:
+def _each(keys: Keys | None) -> Iterable[str]:
     return (keys,) if isinstance(keys, str) else keys or ()

@@ -225,13 +225,15 @@ class Occupied:
     def __init__(self, snapshot: Snapshot, claim: Claim, without: str | None = None) -> None:
         self._leases, self._without, self._claim = snapshot.leases, without, claim
         self._family, self._length = claim.family.number, claim.pool.length
-        self._others = SubnetIndex(self._family)
-        for key, subnet in snapshot.leases.unusual(self._family, self._length):
-            if key != without:
-                if usable(claim, subnet):
-                    self._others.add(subnet, key)
-                else:
-                    self._block(subnet.base, key)
+        bases, others = snapshot.leases.unusual(self._family, self._length, without)
+        self._others = SubnetIndex(
+            self._family, self._length, bases
+        )  # (each takes the subnet of its base, usable or not)
+        for key, subnet in others:
+            if usable(claim, subnet):
+                self._others.add(subnet, key)
+            else:
+                self._block(subnet.base, key)
         for key in snapshot.refused:
             base = key_base(key, self._family)
             if base is not None and key != without:

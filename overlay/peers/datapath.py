@@ -270,6 +270,10 @@ class Datapath:
             return  # they went with their device, whose own notification says all that at once
         matcher = wanted.matcher({TUNNEL: device.ifindex})
         risen = self._tunnel is None or not self._tunnel.rising
+        ours = [] if matcher is None else matcher.put_by_us(messages)
+        if ours and not rec.some_missing(FDB, ours):
+            rec.touch_peers(FDB, ours)  # what we wrote just now comes back: many thousand at the start
+            return
         for data in messages:
             seen = (NEIGHBOURS, False, 0) if matcher is None else matcher.event(data)
             if seen is None:

@@ -218,6 +218,15 @@ class Difference:
         """Whether a peer's entry is not as it should be."""
         return bool((self.pending.get(peer, 0) | self.backing_off.get(peer, 0)) & 1 << table)
 
+    def some_missing(self, table: int, peers: Iterable[int]) -> bool:
+        """Whether the entry of one of these peers is not as it should be."""
+        bit, pending, waiting = 1 << table, self.pending, self.backing_off
+        if waiting:
+            return any(self.is_missing(peer, table) for peer in peers)
+        return (
+            bool(pending) and not pending.keys().isdisjoint(peers) and any(pending.get(peer, 0) & bit for peer in peers)
+        )
+
     def believed(self, table: int, peers: Iterable[int]) -> list[int]:
         """Of these peers (some may have left) those whose entry of a table we believe to be as it should be."""
         bit, there = 1 << table, self.wanted.peers()

@@ -155,25 +155,30 @@ def _quick6(node: Node, bulk: Bulk) -> Callable[[bytes], bool]:
     own, network, forms, usable = node.end, node.network, PLACES[6].forms, bulk.usable(node.end)
     shortest = network.length + node.widest
     retained = [kept for kept in node.retained if kept.family == V6.number]
-    closed = [*node.on_link, *node.kept, own.subnet, *retained]
-    nowhere = [network, own.subnet, *retained, *NO_NODE[6]]
-    bad, allowed = node.addresses | {own.public_ip}, node.allowed
-    read = SECOND.unpack_from
+    closed = [(there.base, there.last) for there in (*node.on_link, *node.kept, own.subnet, *retained)]
+    nowhere = [(there.base, there.last) for there in (network, own.subnet, *retained, *NO_NODE[6])]
+    allowed = [(there.base, there.last) for there in node.allowed]
+    bad, low, high = node.addresses | {own.public_ip}, network.base, network.last
+    read, of_bytes = SECOND.unpack_from, int.from_bytes
 
     def passes(packed: bytes) -> bool:
         _, _, _, _, vni, _, _, _, form = HEAD.unpack_from(packed)
         if form not in forms:
             return False
         raw, length, raw_ip, mac = read(packed, HEAD.size)
-        base, public_ip = int.from_bytes(raw, "big"), int.from_bytes(raw_ip, "big")
+        base, public_ip = of_bytes(raw, "big"), of_bytes(raw_ip, "big")
         last = base | (1 << 128 - length) - 1
-        if not usable(vni, mac) or length < shortest or base < network.base or last > network.last or public_ip in bad:
+        if not usable(vni, mac) or length < shortest or base < low or last > high or public_ip in bad:
             return False
-        if any(there.holds(public_ip) for there in nowhere):
+        for first, end in nowhere:
+            if first <= public_ip <= end:
+                return False
+        if allowed and not any(first <= public_ip <= end for first, end in allowed):
             return False
-        if allowed and not any(there.holds(public_ip) for there in allowed):
-            return False
-        return not any(there.base <= last and base <= there.last for there in closed)
+        for first, end in closed:  # noqa: SIM110 (as above)
+            if first <= last and base <= end:
+                return False
+        return True
 
     return passes
 

@@ -229,22 +229,25 @@ class PeerTable:
     def load(self, leases: Leases, without: str = "") -> None:
         """These records into an empty table, all but one."""
         disputed: dict[str, Lease] = {}
-        latest, family, place = self._latest, self._family, PLACES[self._family]
+        latest, of_bytes = self._latest, int.from_bytes
+        forms, where, at_length, _, at_mac = PLACES[self._family]
+        peers, by_mac, quick = self.packed, self.by_mac, self._quick
+        lengths = dict(self.lengths)  # a Counter is slower, and this is done for twenty thousand at the start
         for key, packed in leases.packed.items():
             if key == without:
                 continue
-            there, mac = quick_number(packed, family), int.from_bytes(packed[place.mac], "big")
-            latest = max(latest, int.from_bytes(packed[MODIFIED], "big"))
-            quick = there is not None and (not self.lengths or packed[place.length] in self.lengths)
-            if quick and there not in self.packed and mac not in self.by_mac and self._quick(packed):
-                assert there is not None
-                self.packed[there] = packed
-                self.by_mac[mac] = there
-                self.lengths[packed[place.length]] += 1
-                if packed[FORM] == NODE:
-                    self._numbers[key] = there
-            else:
-                disputed[key] = unpack(packed)
+            latest = max(latest, of_bytes(packed[MODIFIED], "big"))
+            form, length = packed[FORM], packed[at_length] if packed[FORM] in forms else 0
+            if form in forms and (not lengths or length in lengths) and quick(packed):
+                there, mac = of_bytes(packed[where], "big"), of_bytes(packed[at_mac], "big")
+                if there not in peers and mac not in by_mac:
+                    peers[there], by_mac[mac] = packed, there
+                    lengths[length] = lengths.get(length, 0) + 1
+                    if form == NODE:
+                        self._numbers[key] = there
+                    continue
+            disputed[key] = unpack(packed)
+        self.lengths = Counter(lengths)
         self._latest = max(latest, *(lease.modified for lease in disputed.values()), 0)
         if self.listed is None:
             self.listed = self._latest

@@ -209,6 +209,7 @@ def test_notifications_are_told_as_the_plain_way_tells_them(events):
             if gone:
                 data = data[:4] + struct.pack("=H", wire.RTM_DELNEIGH) + data[6:]
             told = it.event(data)
+            assert it.put_by_us([data]) == ([told[2]] if told and told[:2] == (FDB, False) and told[2] else [])
             body = next(wire.split(data)).body
             found = PLAIN.tables[table].parse(body)
             key = found.mac if table == FDB else found.address

@@ -118,6 +118,12 @@ def test_notifications_are_told_as_the_plain_way_tells_them(seen, known, gone):
             data = dumped(lease, **odd)[table]
             if gone:
                 data = data[:4] + struct.pack("=H", wire.RTM_DELNEIGH) + data[6:]
+            whose = it.put_by_us([data])
+            assert it.put_by_us([data, data]) == whose * 2
+            assert it.put_by_us([data, bytes(80)]) == []
+            assert whose == (
+                [right(table, data, known)] if table == FDB and not gone and right(table, data, known) else []
+            )
             told, parsed = it.event(data), BACKEND.tables[table].parse(next(wire.split(data)).body)
             if parsed.oif != OIF:
                 assert told is None

@@ -214,8 +214,14 @@ def test_what_is_asked_of_all():
     wide = made(0, key="10.0.0.0-16", v4=Endpoint(Prefix(4, 10 << 24, 16), 900, 1, 900))
     dual = made(7, key="10.0.7.0-24&fd00::-64", v6=Endpoint(Prefix(6, 0xFD << 120, 64), 5, 1, 77))
     leases = Leases.of([*(made(number_) for number_ in range(1, 6)), wide, dual])
-    assert dict(leases.unusual(4, 24)) == {wide.key: wide.v4.subnet, dual.key: dual.v4.subnet}
-    assert dict(leases.unusual(6, 64)) == {dual.key: dual.v6.subnet}
+    of_dual = {4: {dual.v4.subnet.base: dual.key}, 6: {dual.v6.subnet.base: dual.key}}
+    assert leases.unusual(4, 24) == (of_dual[4], [(wide.key, wide.v4.subnet)])
+    assert leases.unusual(4, 24, wide.key) == (of_dual[4], [])
+    assert leases.unusual(4, 24, dual.key) == ({}, [(wide.key, wide.v4.subnet)])
+    assert leases.unusual(6, 64) == (of_dual[6], [])
+    assert leases.unusual(6, 56) == ({}, [(dual.key, dual.v6.subnet)])
+    twin = dual._replace(key="10.0.7.0-24&fd00:1::-64")
+    assert Leases.of([dual, twin]).unusual(4, 24) == (of_dual[4], [(twin.key, twin.v4.subnet)]), "each base once"
     assert [lease.key for lease in leases.having(V4, 3, 4, ("n5",))] == ["10.0.3.0-24", "10.0.4.0-24", "10.0.5.0-24"]
     assert [lease.key for lease in leases.with_mac(77)] == [dual.key]
     assert [lease.key for lease in leases.with_mac(2)] == ["10.0.2.0-24"]

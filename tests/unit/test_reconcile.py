@@ -18,8 +18,9 @@ from overlay.kernel.route.entries import (
     RouteValue,
 )
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES
-from overlay.peers.difference import Device
+from overlay.peers.difference import Device, Difference
 from overlay.peers.reconcile import RETRY_LAST_S, SLICE
+from overlay.peers.wanted import NothingWanted
 from tests.support.model_kernel import IFINDEX, one, peer, settle, world
 
 
@@ -357,3 +358,11 @@ def test_a_refused_removal_is_forgotten_with_its_device():
     rec.device_lost(TUNNEL, deleted=True)
     assert not rec.failures
     assert rec.differing() == 0
+
+
+@given(st.dictionaries(st.integers(1, 6), st.integers(1, 7)), st.dictionaries(st.integers(1, 6), st.integers(1, 7)), st.lists(st.integers(1, 6)))  # fmt: skip
+def test_whether_some_are_missing(pending, waiting, peers):
+    made = Difference((), NothingWanted())
+    made.pending, made.backing_off = pending, waiting
+    for table in range(3):
+        assert made.some_missing(table, peers) == any(made.is_missing(peer, table) for peer in peers)

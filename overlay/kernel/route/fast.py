@@ -10,7 +10,7 @@ fib_dump_info, net/core/neighbour.c neigh_fill_info, drivers/net/vxlan/vxlan_cor
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from overlay.kernel.route import wire
 from overlay.kernel.route.entries import NUD_PERMANENT, PROTOCOL, RT_TABLE_MAIN, RTNH_F_ONLINK
@@ -150,6 +150,13 @@ class DumpMatcher:
         if table == FDB:
             return table, False, self._fdb(data, 0) if len(data) == self._sizes[FDB] else 0
         return table, False, self._neighbour(data, 0) if len(data) == self._sizes[NEIGHBOURS] else 0
+
+    def put_by_us(self, data: Iterable[bytes]) -> list[int]:
+        """Notifications of FDB entries: whose entries are as they should be, where each says that of one; else nothing: they
+        are to be looked at one by one."""
+        size, match = self._sizes[FDB], self._fdb
+        numbers = [match(each, 0) if len(each) == size else 0 for each in data]
+        return numbers if all(numbers) else []
 
     def _by_tunnel(self, number: int) -> int:
         """A peer, 0 for one that is reached without the tunnel."""
