@@ -117,7 +117,7 @@ chart-test: setup ## the Helm chart rendered by the real helm and compared with 
 
 KERNEL_TESTS := tests/kernel tests/kernels tests/backends tests/agent/test_repair.py tests/agent/test_network.py tests/agent/test_guard.py \
 	tests/agent/test_antispoof.py tests/agent/test_other_doors.py tests/agent/test_reach.py \
-	tests/policy/test_enforcing.py
+	tests/policy/test_enforcing.py tests/policy/test_attackers.py tests/policy/test_cluster_wide.py --ignore=tests/kernels/test_cluster.py
 NEEDS_QEMU := qemu-system-x86 busybox-static kmod cpio xz-utils wireguard-tools
 
 kernels: setup ## what an agent does to the kernel, on Debian's 5.10, 6.1 and 6.12 under QEMU: table of docs/reliability.md (hours)

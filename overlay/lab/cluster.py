@@ -111,9 +111,15 @@ PROXY: dict[str, Any] = {
 class Cluster:
     """A cluster by its name; what there is of it, if anything."""
 
-    def __init__(self, name: str = "cluster", folder: Path | None = None, families: tuple[int, ...] = (4,)) -> None:
-        """families: of pods and Services: (4,), or (4, 6)."""
-        self.name, self.families = name, families
+    def __init__(
+        self,
+        name: str = "cluster",
+        folder: Path | None = None,
+        families: tuple[int, ...] = (4,),
+        patience: float = 1,
+    ) -> None:
+        """families: of pods and Services: (4,), or (4, 6). patience: every wait is so many times as long."""
+        self.name, self.families, self.patience = name, families, patience
         self.folder = folder or ROOT / name
         self.started: dict[str, Process] = {}
         with contextlib.suppress(OSError, ValueError):
@@ -201,6 +207,7 @@ class Cluster:
 
     def wait(self, what: str, done: Callable[[], bool], seconds: float = 90) -> None:
         """Wait until it is so; an error of kubectl counts as not yet. Raises LabError."""
+        seconds *= self.patience
         until, why = time.monotonic() + seconds, ""
         while True:
             try:
@@ -233,6 +240,7 @@ class Cluster:
     def run(self, place: str, command: list[str], input: str | None = None, timeout: float = 120) -> str:  # noqa: A002
         """Run a program on a node (its network and its files), or beside the API server (place "underlay")."""
         entry = ["nsenter", f"--net={netns.path(topology.node_netns(self.name, place))}"]
+        timeout *= self.patience
         if place != "underlay":
             entry += ["nsenter", f"--mount=/proc/{self._holder(place)}/ns/mnt"]
         try:

@@ -233,6 +233,6 @@ def test_the_old_subnet_env_is_a_preference(world):
     folder = world.folder / node
     folder.mkdir()
     (folder / "subnet.env").write_text(
-        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.123.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.93.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
     )
-    assert str(world.agent(node).wait_ready().subnet()) == "10.244.123.0/24"
+    assert str(world.agent(node).wait_ready().subnet()) == "10.244.93.0/24"

@@ -1,5 +1,5 @@
 """flannel's own end-to-end list (its e2e/: connectivity_test.go, dns_test.go, resilience_test.go) on a real Kubernetes with our
-image and manifest: pods across nodes for each backend that needs no kernel module, names and Services by CoreDNS, pods made
+image and manifest: pods across nodes for each backend that this kernel has, or wireguard-go, names and Services by CoreDNS, pods made
 anew, the DaemonSet restarted. The steps build on each other and run in this order."""
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from overlay.cni.lists import CONFLIST
 from overlay.lab import netns
 from overlay.lab.cluster import CACHE, Cluster
-from overlay.lab.proof import NAMESPACE, Proof, manifest
+from overlay.lab.proof import NAMESPACE, Proof
+from tests.cluster.backends import HOST_GW, VXLAN, WIREGUARD_GO, change
 from tests.support.wait import until
 
 pytestmark = pytest.mark.timeout(600)
@@ -154,34 +154,8 @@ def test_a_restart_of_the_daemonset_changes_no_subnet_and_pods_go_on(proof):
     assert proof.reach()
 
 
-@pytest.mark.parametrize("backend", ["host-gw", "vxlan"])
+@pytest.mark.parametrize("backend", [HOST_GW, WIREGUARD_GO, VXLAN], ids=["host-gw", "wireguard-go", "vxlan"])
 def test_another_backend_connects_the_same_pods(proof, backend):
-    """The ConfigMap is changed while all runs; new pods have the MTU of the backend."""
-    text = manifest("overlay.yaml").replace('"Type": "vxlan"', f'"Type": "{backend}"')
-    proof.cluster.kubectl("apply", "-f", "-", input=text)
-    device, mtu = ("eth0", 1500) if backend == "host-gw" else ("flannel.1", 1450)
-
-    def follows(name: str) -> bool:
-        listed = proof.cluster.node_path(name, f"/etc/cni/net.d/{CONFLIST}").read_text()
-        routes = proof.cluster.run(name, ["ip", "route", "show", "proto", "111"])
-        return f"dev {device}" in routes and f'"mtu": {mtu}' in listed
-
-    for name in proof.names:
-        until(f"{name} follows", lambda name=name: follows(name), 180)
-    proof.cluster.kubectl("-n", "kube-system", "delete", "deployment", "coredns", "--ignore-not-found", "--wait=true")
-    gone = lambda: not proof.cluster.objects("pods", "-n", "kube-system", "-l", "k8s-app=kube-dns")  # noqa: E731
-    proof.cluster.wait("no pod has the MTU of before", gone, 60)
-    proof.cluster.kubectl("rollout", "restart", "daemonset/everywhere", "deployment/web")
-    for what in ("daemonset/everywhere", "deployment/web"):
-        proof.cluster.kubectl("rollout", "status", what, "--timeout=90s")
-    for (
-        name
-    ) in proof.names:  # the first packet that is too large for a bridge of before would be remembered for ten minutes
-        proof.cluster.wait(
-            f"{name}'s bridge has the new MTU",
-            lambda name=name: f"mtu {mtu} " in proof.cluster.run(name, ["ip", "-o", "link", "show", "cni0"]),  # type: ignore[misc]
-            60,
-        )
-    proof.cluster.wait("every pair reaches each other", lambda: bool(proof.reach()), 60)
-    for name in proof.names:
-        assert proof.notes(name)["backend-type"] == backend
+    """The ConfigMap is changed while all runs; new pods have the MTU of the backend. (ipip, and the kernel's WireGuard, are in
+    tests/kernels/test_cluster.py.)"""
+    change(proof, backend)

@@ -39,6 +39,7 @@ NETWORK6 = prefix("fd00:10:244::/48")
 KERNELS = (2,)
 """Routes of addresses (RTPROT_KERNEL)."""
 ROOT = "/coreos.com/network"
+RANGE = {"Network", "SubnetLen", "SubnetMin", "SubnetMax"}
 NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
 CNI_CONF = """{"name":"cbr0","cniVersion":"0.3.1","plugins":[
 {"type":"flannel","delegate":{"hairpinMode":true,"isDefaultGateway":true}},
@@ -177,9 +178,9 @@ class World:
         return topology.node_netns(self.lab, node)
 
     def config(self, **fields: Any) -> None:
-        self.etcd.put(
-            f"{ROOT}/config", json.dumps({**NET_CONF, **(self._family_fields if self.keeps_families else {}), **fields})
-        )
+        kept = self._family_fields if self.keeps_families else {}
+        drawn = {} if fields.keys() & RANGE else {"SubnetMax": "10.244.96.0"}  # those behind are made-up peers'
+        self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **drawn, **kept, **fields}))
 
     def use(self, *families: int, **fields: Any) -> None:
         """Nodes that are made from now on have addresses of these families; the network has them, too."""

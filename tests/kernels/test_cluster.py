@@ -1,0 +1,35 @@
+"""A whole Kubernetes whose pods reach each other by the backends that need a module of the kernel (flannel's own end-to-end
+list, connectivity_test.go): ipip, and the kernel's WireGuard. On a machine that has both modules, or in a VM:
+`make kernel-test KERNEL=6.1 TESTS=tests/kernels/test_cluster.py`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from overlay.lab.cluster import Cluster
+from overlay.lab.proof import Proof
+from tests.cluster.backends import IPIP, VXLAN, WIREGUARD, change
+from tests.support.wait import PATIENCE
+
+pytestmark = pytest.mark.timeout(600 * PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def proof() -> Iterator[Proof]:
+    cluster = Cluster(f"test{os.getpid()}k", patience=PATIENCE)
+    try:
+        cluster.up(2, plugins=False)
+        made = Proof(cluster)
+        made.install()
+        made.pods()
+        yield made
+    finally:
+        cluster.down()
+
+
+@pytest.mark.parametrize("backend", [IPIP, WIREGUARD, VXLAN], ids=["ipip", "wireguard", "vxlan"])
+def test_a_backend_of_the_kernel_connects_pods_of_a_whole_cluster(proof, backend):
+    change(proof, backend)
