@@ -93,7 +93,7 @@ class Cluster:
         if groups != self.groups:
             self.groups = groups
             self._pods = {key: self._in_group(pod) for key, pod in self._pods.items()}
-            for pod in [pod for pod in self.index.pods if pod is not None]:
+            for pod in [*self.index]:
                 self.index.put(self._in_group(pod))
 
     def _in_group(self, pod: Pod) -> Pod:
@@ -215,7 +215,7 @@ class Cluster:
                 mine.update(dict.fromkeys(pod.addresses, 0))
         if change.now is not None and not change.now.alone:
             mine.update(dict.fromkeys(change.now.addresses, 1))
-        self.whole |= any(self.index.holders[address] > own for address, own in mine.items())
+        self.whole |= any(self.index.holders(address) > own for address, own in mine.items())
 
     def taken(self) -> None:
         """All is compiled."""

@@ -228,7 +228,8 @@ class _Means:
         self.sets: dict[str, Members] = {}
         """Those made so far."""
         self._bits: dict[tuple[str, PodPeer], int] = {}
-        self._named: dict[tuple[str, int], list[tuple[Pod, int]]] | None = None
+        self._addresses: dict[int, tuple[bytes, ...]] = {}
+        """Of each pod that is in some set, so that all sets have the same objects."""
 
     def bits(self, peer: PodPeer, namespace: str) -> int:
         """The pods that a rule of a policy in that namespace means."""
@@ -237,14 +238,12 @@ class _Means:
             found = self._bits[key] = self.index.of_peer(peer, namespace)
         return found
 
-    def having(self, port: Port) -> list[tuple[Pod, int]]:
-        """Pods that have a named port, and its number there."""
-        if self._named is None:
-            self._named = {}
-            for pod in self.index.members(self.index.selected(())):
-                for each in pod.ports:
-                    self._named.setdefault((each.name, each.protocol), []).append((pod, each.number))
-        return self._named.get((port.name, port.protocol), [])
+    def addresses(self, place: int, family: int) -> Iterator[bytes]:
+        """A pod's addresses of a family."""
+        if (found := self._addresses.get(place)) is None:
+            found = self._addresses[place] = self.index.addresses(place)
+        size = FAMILIES[family].size
+        return (address for address in found if len(address) == size)
 
 
 def _rules(means: _Means, policy: Policy, direction: str) -> Iterator[Judged]:
@@ -268,10 +267,10 @@ def _peer_sets(means: _Means, rule: Rule, namespace: str) -> Iterator[str]:
             bits = 0
             for peer in pods:
                 bits |= means.bits(peer, namespace)
-            members = list(means.index.members(bits))
+            members = list(means.index.places(bits))
             whose = tuple((namespace, peer) for peer in pods)
             for family, name in names.items():
-                addresses = frozenset(each for pod in members for each in addresses_of(pod, family))
+                addresses = frozenset(each for place in members for each in means.addresses(place, family))
                 sets[name] = Members(ADDRESSES, family, addresses=addresses, peers=whose)
         yield from names.values()
     for family in means.families:
@@ -328,8 +327,8 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
             if name not in sets:
                 named = frozenset(
                     address + port_key(port.protocol, number)
-                    for pod, number in means.having(port)
-                    for address in addresses_of(pod, family)
+                    for place, number in means.index.with_port(port.name, port.protocol)
+                    for address in means.addresses(place, family)
                 )
                 sets[name] = Members(NAMED, family, named=named, port=port)
             yield name

@@ -159,7 +159,7 @@ class PolicyController(Controller):
 
     def _on_asked(self, event: PolicyAsked) -> bool:
         cluster = self.cluster
-        pods = tuple(pod for pod in cluster.index.pods if pod is not None)
+        pods = tuple(cluster.index)
         namespaces, policies = dict(cluster.index.namespaces), tuple(cluster.policies)
         event.answer.put(
             Snapshot(
@@ -445,7 +445,7 @@ class PolicyController(Controller):
                 "cluster_wide": sum(policy.kind == CLUSTER_KIND for policy in policies),
                 "groups": sum(policy.kind == GROUP_KIND for policy in policies),
                 "refused": dict(sorted(cluster.refused.items())),
-                "pods": len(cluster.index.places),
+                "pods": len(cluster.index),
                 "isolated_addresses": len(compiled.isolated),
                 "generation": self._generation if self._there is not None else 0,
                 "revision": self._in_force,

@@ -5,9 +5,9 @@ Built for one label's key when a selector first names it. A pod that comes, chan
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from overlay.policy.columns import Columns
 from overlay.policy.model import EXISTS, IN, NOT_IN, Expression, Labels, Pod, PodPeer, Selector, matches
 
 
@@ -15,16 +15,14 @@ class Index:
     """Pods and namespaces. A pod has a place; that of one that went is given to the next."""
 
     def __init__(self, pods: Iterable[Pod] = (), namespaces: Mapping[str, Labels] | None = None) -> None:
-        self.pods: list[Pod | None] = []
-        self.places: dict[str, int] = {}
+        self._columns = Columns()
+        self._places: dict[str, int] = {}
         """By key."""
         self.namespaces: dict[str, Labels] = dict(namespaces or {})
         self._free: list[int] = []
         self._all = 0
         self._of_namespace: dict[str, int] = {}
         self._of_node: dict[str, int] = {}
-        self.holders: Counter[bytes] = Counter()
-        """How many pods have an address."""
         self._values: dict[str, dict[str, int]] = {}
         """By label's key and value."""
         self._load(pods)
@@ -35,11 +33,10 @@ class Index:
         nodes: dict[str, list[int]] = {}
         there = []
         for place, pod in enumerate(pods):
-            self.pods.append(pod)
-            self.places[pod.key] = place
+            self._columns.put(place, pod)
+            self._places[pod.key] = place
             if not pod.alone:
                 there.append(place)
-                self.holders.update(pod.addresses)
                 namespaces.setdefault(pod.namespace, []).append(place)
                 nodes.setdefault(pod.node, []).append(place)
         self._all = _bits(there)
@@ -49,28 +46,23 @@ class Index:
     def put(self, pod: Pod) -> Pod | None:
         """A pod came or changed; what it was."""
         was = self.remove(pod.key)
-        place = self._free.pop() if self._free else len(self.pods)
-        if place == len(self.pods):
-            self.pods.append(None)
-        self.pods[place], self.places[pod.key] = pod, place
+        place = self._free.pop() if self._free else len(self._columns.keys)
+        self._columns.put(place, pod)
+        self._places[pod.key] = place
         if not pod.alone:
             self._mark(pod, 1 << place)
-            self.holders.update(pod.addresses)
         return was
 
     def remove(self, key: str) -> Pod | None:
         """A pod went; what it was."""
-        place = self.places.pop(key, None)
+        place = self._places.pop(key, None)
         if place is None:
             return None
-        pod, self.pods[place] = self.pods[place], None
+        pod = self._columns.pod(place)
+        self._columns.take_out(place)
         self._free.append(place)
-        if pod is not None and not pod.alone:
+        if not pod.alone:
             self._mark(pod, 1 << place)
-            self.holders.subtract(pod.addresses)
-            for address in pod.addresses:
-                if not self.holders[address]:
-                    del self.holders[address]
         return pod
 
     def _mark(self, pod: Pod, bit: int) -> None:
@@ -84,10 +76,21 @@ class Index:
 
     # --- what is asked
 
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Pod]:
+        """All pods, also those that no policy means; while none comes or goes."""
+        return map(self._columns.pod, self._places.values())
+
     def get(self, key: str) -> Pod | None:
         """A pod by its key."""
-        place = self.places.get(key)
-        return None if place is None else self.pods[place]
+        place = self._places.get(key)
+        return None if place is None else self._columns.pod(place)
+
+    def holders(self, address: bytes) -> int:
+        """How many pods have an address."""
+        return sum(not self._columns.common(place).alone for place in self._columns.having(address))
 
     def on_node(self, node: str) -> int:
         """The pods of a node, as bits."""
@@ -123,15 +126,25 @@ class Index:
 
     def members(self, bits: int) -> Iterator[Pod]:
         """The pods behind bits."""
+        return map(self._columns.pod, self.places(bits))
+
+    def places(self, bits: int) -> Iterator[int]:
+        """The places behind bits."""
         data = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
         for at, byte in enumerate(data):
             left = byte
             while left:
                 low = left & -left
-                pod = self.pods[(at << 3) + low.bit_length() - 1]
-                assert pod is not None
-                yield pod
+                yield (at << 3) + low.bit_length() - 1
                 left ^= low
+
+    def addresses(self, place: int) -> tuple[bytes, ...]:
+        """The addresses of the pod of a place."""
+        return self._columns.addresses(place)
+
+    def with_port(self, name: str, protocol: int) -> Iterator[tuple[int, int]]:
+        """The places of pods that have a named port, each with its number."""
+        return (each for each in self._columns.with_port(name, protocol) if self._all >> each[0] & 1)
 
     def _matching(self, expression: Expression) -> int:
         values = self._of_key(expression.key)
@@ -145,8 +158,8 @@ class Index:
         found = self._values.get(key)
         if found is None:
             places: dict[str, list[int]] = {}
-            for place, pod in enumerate(self.pods):
-                value = pod.labels.get(key) if pod is not None and not pod.alone else None
+            for place in self.places(self._all):
+                value = self._columns.common(place).labels.get(key)
                 if value is not None:
                     places.setdefault(value, []).append(place)
             found = self._values[key] = {value: _bits(those) for value, those in places.items()}

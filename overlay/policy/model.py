@@ -60,9 +60,9 @@ class ContainerPort(NamedTuple):
 
 
 class Pod(NamedTuple):
-    """A pod. key: `namespace/name`; addresses: packed, 4 bytes or 16; alone: it has the node's network (host_network), or
-    its containers have ended (phase Succeeded or Failed), and its addresses may be others' already: no policy and no peer
-    means it."""
+    """A pod. key: `namespace/name`; addresses: packed, 4 bytes or 16, those first; alone: it has the node's network
+    (host_network), or its containers have ended (phase Succeeded or Failed), and its addresses may be others' already: no
+    policy and no peer means it."""
 
     key: str
     namespace: str

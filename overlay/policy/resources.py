@@ -59,7 +59,7 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
         namespace,
         str(spec.get("nodeName") or ""),
         _labels(meta),
-        tuple(packed(text) for text in texts if text),
+        tuple(sorted((packed(text) for text in texts if text), key=lambda each: (len(each), each))),
         tuple(named),
         bool(spec.get("hostNetwork")) or status.get("phase") in _ENDED,
         _owner(meta),

@@ -207,7 +207,7 @@ def test_an_address_that_another_pod_was_given_is_no_more_the_first_ones():
     cluster.results([])
     cluster.take(Changed(PODS, 2, {"x/new": pod_of(new)}))
     cluster.results([result_of("x/new", "10.0.0.5")])
-    having = {pod.key: pod.addresses for pod in cluster.index.pods if pod is not None}
+    having = {pod.key: pod.addresses for pod in cluster.index}
     assert having == {"x/old": (), "x/new": (packed("10.0.0.5"),)}
 
 
