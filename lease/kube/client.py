@@ -247,6 +247,11 @@ class KubeClient:
         self._ending = True
         self.reconnect()
 
+    @property
+    def closed(self) -> bool:
+        """Whether no request is made any more."""
+        return self._ending
+
     def _whole(
         self, method: str, path: str, query: Mapping[str, str | int], headers: dict[str, str], body: str | None,
         read_s: float,

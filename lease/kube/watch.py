@@ -86,6 +86,8 @@ class Watch:
         place = self._client.place
         stream = self._client.watch(self._path, query, accept)
         self._stream, opened = stream, time.monotonic()
+        if self._client.closed:  # while it was opened
+            stream.end()
         doubts, pace = _Doubts(stream, self._probe), _Pace()
         try:
             doubts.start()
@@ -238,6 +240,11 @@ class Objects:
     def reconnect(self) -> None:
         """The way there may have changed."""
         self._client.reconnect()
+        self._watch.end()
+
+    def close(self) -> None:
+        """End every call under way; none follows."""
+        self._client.close()
         self._watch.end()
 
     def _take(self, event: Mapping[str, Any], items: dict[str, Any]) -> None:

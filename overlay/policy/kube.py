@@ -101,7 +101,7 @@ class KubeFeeds:
         if name in self._running:
             feed, objects = self._running.pop(name)
             feed.stop()
-            objects.reconnect()
+            objects.close()
 
     def read_now(self) -> None:
         """A watch says at once what changed."""
