@@ -216,7 +216,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
 
     keys = KeyHolder()
     results = CniResults(settings.cni_results_dir)
-    pods = AntiSpoof(sets, requests, clock, results.of)
+    ports = PodsController(AntiSpoof(sets, requests, clock, results.of), sets, owned, health, clock)
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),
@@ -239,8 +239,8 @@ def compose(settings: Settings, outside: Outside) -> Composed:
             results.every,
             {family.number: of.nodes for family, of in zip(FAMILIES, each, strict=True)},
         ),
-        PodsController(pods, sets, owned, health, clock),
-        CniController(current, health, owned, clock, first.bridges.named),
+        ports,
+        CniController(current, health, owned, clock, first.bridges.named, lambda: ports.lifts),
         AskController(health, outside.ask_routes),
         PageController(outside.page_handler),
         TracesController(outside.post, health, clock),

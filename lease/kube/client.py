@@ -64,6 +64,7 @@ class KubeSettingsError(ValueError):
 
 
 FORBIDDEN = 403
+"""What an API server answers, its message has "is forbidden: " (apimachinery, errors.NewForbidden); a proxy's has not."""
 
 
 class ApiError(StoreUnavailable):
@@ -73,7 +74,7 @@ class ApiError(StoreUnavailable):
     def __init__(self, code: int, message: str, about: str = "") -> None:
         super().__init__(message)
         self.code, self.about = code, about
-        self.refused = code == FORBIDDEN
+        self.refused = code == FORBIDDEN and " is forbidden: " in message
 
 
 class Stream:

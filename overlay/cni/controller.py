@@ -27,16 +27,20 @@ Stamp = tuple[int, int, int]
 CHECK_EVERY_S = 1.0
 """No event reports a file: each is checked so often, which costs next to nothing."""
 
+NEW_PODS = "new pods"
+
 
 class _Wants(NamedTuple):
     """files: content by path; the network list: its path ("": none is kept), its content, or why there is none that could
     be used (fault). subnets: those of our lease. may_stand: the list may, since all peers are in the kernel. displaced,
     displacements: by the inputs of these names. subnet_env: its content. held: what is not written yet waits, so that no pod
-    is made before policies are in the kernel."""
+    is made before policies are in the kernel. policed: there are some, so that what pods of this node send each other must
+    pass the node."""
 
     files: tuple[tuple[str, str], ...]
     subnet_env: str
     held: bool
+    policed: bool
     list_path: str
     list_text: str
     fault: str
@@ -51,7 +55,7 @@ class CniController(Controller):
     an address of a subnet that is not ours any more."""
 
     name = "files"
-    reports = ("cni", "cni order")
+    reports = ("cni", "cni order", NEW_PODS)
     after = ("nat", "forward")
     yields = True
 
@@ -62,10 +66,12 @@ class CniController(Controller):
         owned: Owned,
         clock: Callable[[], float],
         named: Callable[[Iterable[str]], None],
+        lifts: Callable[[], bool],
     ) -> None:
-        """named: given the bridges that the network list attaches pods to."""
+        """named: given the bridges that the network list attaches pods to; lifts: whether what pods send each other passes
+        the node (firewall.PodsController)."""
         self._current, self._health, self._owned = current, health, owned
-        self._clock, self._named = clock, named
+        self._clock, self._named, self._lifts = clock, named, lifts
         self._settings: Settings = current.inputs.settings
         self._written: dict[str, tuple[str, Stamp | None]] = {}
         """Files that hold what we want, as we wrote or found them, and what shows that they were touched since."""
@@ -76,8 +82,8 @@ class CniController(Controller):
         self._displacements = 0
         """As they were when the list was withdrawn last."""
         self._next = 0.0
-        self._held: list[str] = []
-        """Files that are not written yet for the policies' sake."""
+        self._held = False
+        """Some file is not written yet for the policies' sake."""
         self._mended = 0
 
     def wants(self, inputs: Inputs) -> object:
@@ -102,12 +108,13 @@ class CniController(Controller):
         )
         subnets, env = tuple(end.subnet for end in ends), lists.subnet_env(pods, mtu, settings.ip_masq)
         held = settings.network_policy and settings.knows_policies and not inputs.policies_settled
+        policed = inputs.policed is not None
         if not settings.cni_conf_dir:
-            return _Wants(files, env, held, "", "", "", subnets, True, False, 0)
+            return _Wants(files, env, held, policed, "", "", "", subnets, True, False, 0)
         text, fault = _network_list(inputs, pods, mtu)
         path = f"{settings.cni_conf_dir}/{lists.CONFLIST}"
         return _Wants(
-            files, env, held, path, text, fault, subnets, inputs.synced, inputs.displaced, inputs.displacements
+            files, env, held, policed, path, text, fault, subnets, inputs.synced, inputs.displaced, inputs.displacements
         )
 
     def reconcile(self, wants: Any) -> bool:
@@ -130,8 +137,11 @@ class CniController(Controller):
         if path and self._listed and not wants.fault:
             self._named(lists.bridges_in(wants.list_text))
             made_by.append((path, wants.list_text))
-        self._held = [file for file, _ in made_by if wants.held and not os.path.exists(file)]
-        self._write(each for each in made_by if each[0] not in self._held)
+        held = wants.held or (wants.policed and not self._lifts())
+        waiting = [file for file, _ in made_by if held and file not in self._written and not os.path.exists(file)]
+        self._write(each for each in made_by if each[0] not in waiting)
+        self._held = bool(waiting)
+        self._health.report(NEW_PODS, self._of_new_pods(waiting, path), outside=True)  # no start waits for it
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
         folder = self._settings.cni_conf_dir
@@ -141,13 +151,14 @@ class CniController(Controller):
         self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
         return False
 
-    def unready(self) -> str:
-        """Whether pods can be made."""
-        return (
-            f"for the policies: no new pod is made before they are enforced, by {' and '.join(self._held)}"
-            if self._held
-            else ""
-        )
+    def _of_new_pods(self, waiting: list[str], path: str) -> str:
+        """What becomes of them while files wait for the policies. path: of the list."""
+        if not waiting:
+            return ""
+        env = self._settings.subnet_file
+        if path and os.path.exists(path) and env not in read_text(path):
+            return f"they are made before policies are in this node's kernel: {path} does not wait for {env}"
+        return f"none is made before policies are in this node's kernel: not written yet: {', '.join(waiting)}"
 
     def _withdraw_list(self, path: str, subnet: Prefix) -> None:
         """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.
@@ -179,6 +190,8 @@ class CniController(Controller):
         now = self._clock()
         if now < self._next:
             return self._next
+        if self._held:
+            return 0.0
         if any(_stamp(path) != stamp for path, (_, stamp) in self._written.items()):
             return 0.0
         if self._folder is not None and _stamp(self._settings.cni_conf_dir) != self._folder:

@@ -393,9 +393,17 @@ class PodsController(_TableController):
         are given to the node."""
         bridges, ports = self._pods.covered()
         wanted = self._wanted
-        lifted = wanted is not None and any(chain.name == lifting.BETWEEN for chain in wanted.chains)
         on = wanted is not None and any(rule.comment == pods_table.BY_MAC for rule in wanted.rules)
-        return {"antispoof": {"on": on, "bridges": bridges, "bound_ports": ports, "lifted": lifted}}
+        return {"antispoof": {"on": on, "bridges": bridges, "bound_ports": ports, "lifted": self._lifted}}
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the kernel gives what pods of this node send each other to the node, where policies are."""
+        return self._lifted and not self._read_whole
+
+    @property
+    def _lifted(self) -> bool:
+        return self._wanted is not None and any(chain.name == lifting.BETWEEN for chain in self._wanted.chains)
 
     def due(self) -> float | None:
         """When a pod is to be checked again."""

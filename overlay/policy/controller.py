@@ -212,6 +212,8 @@ class PolicyController(Controller):
             self._reconcile(wants)
         except KernelError as error:
             self._read_whole, failed = True, str(error)
+            if wants.enforced and self.cluster.any:
+                self._current.set(policies_settled=False)
             raise
         finally:
             self._failed = failed
@@ -234,18 +236,18 @@ class PolicyController(Controller):
         self._known = not self._sources.lacks(ALWAYS) and self._custom_known(wants)
         needed = cluster.any and wants.enforced
         if wants.enforced and not self._known:
-            self._cannot_know(wants.table, bool(self._sources.unread))
+            self._cannot_know(wants.table, bool(self._sources.unread), pods=False)  # which nobody asked for yet
             return  # what an agent before us enforced stays
         self._sources.pods(needed)
         if not needed:
             self._in_force = self._revision
-            self._current.set(policies_settled=self._sources.settled(pods=False))
+            self._current.set(policies_settled=wants.enforced and self._sources.settled(pods=False))
             self._off(wants.table)
             self._current.set(policies_known=True)
             return
         if PODS not in cluster.listed:
             self._known = False
-            self._cannot_know(wants.table, self._sources.all_unread((PODS,)))
+            self._cannot_know(wants.table, self._sources.all_unread((PODS,)), pods=True)
             return
         if self._clock() >= self._cadence.at:
             self._read_whole = True
@@ -280,15 +282,19 @@ class PolicyController(Controller):
         if self._there is not None:
             keys = (key for chain in self.compiled.chains.values() for key in chain.policies)
         else:
-            keys = (comment for _, comment, _ in self._sets.rules_counted(wants.table, beside=True))
+            keys = (comment for _, comment, _ in self._rules_of_before(wants.table))
         return not any(key.startswith(kinds) for key in keys)
 
-    def _cannot_know(self, which: Table, unread: bool) -> None:
-        """What cannot be read keeps nobody waiting, where no agent before us enforced anything; but new pods wait, as
-        long as it may help."""
+    def _rules_of_before(self, which: Table) -> list[tuple[str, str, int]]:
+        """Those that an agent before us left, none where there is no table (or no nftables)."""
+        return self._sets.rules_counted(which, beside=True) if self._sets.stands(which) else []
+
+    def _cannot_know(self, which: Table, unread: bool, pods: bool) -> None:
+        """What cannot be read keeps nobody waiting, where no agent before us enforced anything; but new pods wait until a
+        refusal is believed. pods: they are needed."""
         if not unread:
             return
-        self._current.set(policies_settled=self._sources.settled(self.cluster.any))
+        self._current.set(policies_settled=self._sources.settled(pods))
         if not self._sets.stands(which):
             self._current.set(policies_known=True)
 

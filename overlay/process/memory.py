@@ -12,9 +12,10 @@ from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Source: malloc.h of glibc."""
-LARGE = 64 << 10
-"""Blocks of so many bytes are mapped, and unmapped when they are free."""
-_NONE = (AttributeError, OSError)
+LARGE = 128 << 10
+"""Blocks of so many bytes are mapped, and unmapped when they are free: more than what one recv() asks for (64 KiB),
+which would be mapped and unmapped each time."""
+_NONE = (AttributeError, ImportError, OSError)
 """Another C library has no such functions: nothing is lost but memory."""
 
 

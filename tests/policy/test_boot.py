@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
+from overlay.cni.controller import NEW_PODS
 from overlay.cni.lists import CONFLIST
+from overlay.firewall import pods_table
 from overlay.policy.sources import REFUSED_S
 from overlay.policy.table import SUFFIX
 from tests.policy.test_enforcing import DENY_ALL, LABELS
@@ -31,7 +35,11 @@ def may_be_made(agent) -> bool:
 def first_seen(world, agent) -> str:
     """The tables of a node's kernel at the moment when a pod may be made."""
     until("a pod may be made", lambda: may_be_made(agent), 60, pause_s=0.001)
-    return world.run(agent.node, "nft", "list", "tables")
+    agent.process.send_signal(signal.SIGSTOP)  # what it does later is not asked
+    try:
+        return world.run(agent.node, "nft", "list", "tables")
+    finally:
+        agent.process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture
@@ -47,12 +55,14 @@ def test_no_pod_is_made_after_a_boot_before_policies_are_in_the_kernel(one):
     boot(one, agent)
     one.objects.rename(away := one.folder / "not mounted yet")
     agent = again(one, agent)
-    until("it is told", lambda: "for the policies" in agent.problems()["waiting"])
+    until("it is told", lambda: "none is made" in agent.problems().get(NEW_PODS, ""))
     assert "No such file" in agent.problems()["policies unread"]
     assert not may_be_made(agent)
     assert not agent.ready()
     away.rename(one.objects)
-    assert SUFFIX in first_seen(one, agent)
+    tables = first_seen(one, agent)
+    assert SUFFIX in tables
+    assert pods_table.SUFFIX in tables
     agent.wait_ready()
     until("nothing is wrong", lambda: agent.problems() == {})
 
@@ -87,6 +97,7 @@ def test_who_is_refused_policies_for_good_makes_pods_and_tells(kube):
     agent = kube.agent(node, "--ip-masq", kube.results(node))
     until("it is told", lambda: "networkpolicies" in agent.problems().get("policies unread", ""))
     assert not may_be_made(agent), "an API server that starts refuses as well"
+    assert "none is made" in agent.problems()[NEW_PODS]
     until("it is believed", lambda: may_be_made(agent), REFUSED_S + 60)
     agent.wait_ready()
     assert "forbidden" in agent.problems()["policies unread"]

@@ -82,6 +82,8 @@ class Bench:
         self.current.inputs = (now or inputs())._replace(settings=self.settings)
         self.health, self.owned = Health(self.clock), Owned(self.settings)
         self.posted: list[Any] = []
+        self.lifts = True
+        """What the controller of the pods' ports says."""
         self.lock: Any = NoLock()
         self.claims, self.stopped = Claims(), []
         self.path = Datapath(V4, self.kernel, self.clock, random.Random(1))
@@ -169,7 +171,7 @@ class Bench:
         return ReachController(V4, self.kernel, self.health, self.clock, lambda place, _: [] if place else [peer], list)
 
     def cni(self) -> CniController:
-        return CniController(self.current, self.health, self.owned, self.clock, self.posted.extend)
+        return CniController(self.current, self.health, self.owned, self.clock, self.posted.extend, lambda: self.lifts)
 
     def live(self) -> LiveFiles:
         return LiveFiles(self.current, self.health, self.network, self.posted.append)

@@ -9,9 +9,11 @@ import pytest
 
 from lease.model import ip_number
 from lease.tenure.events import Held, Lost
+from overlay.cni.controller import CHECK_EVERY_S, NEW_PODS
 from overlay.cni.lists import CONFLIST
 from overlay.control.background import Finished, Worker
 from overlay.control.controller import CannotReconcile
+from overlay.control.inputs import Policed
 from overlay.control.schedule import Schedule
 from overlay.firewall import guard, let_in, pods_table
 from overlay.firewall.controllers import LOOK_AGAIN_S
@@ -173,11 +175,15 @@ def test_no_pod_is_made_before_policies_are_in_the_kernel(bench):
     bench.reconcile(controller)
     assert not env.exists() and not conflist.exists()
     assert (bench.folder / "lease.json").exists(), "what a later run knows this node by"
-    assert str(env) in controller.unready()
+    assert str(env) in bench.problems()[NEW_PODS]
+    assert bench.health.in_place(""), "a start does not wait for it: what policies are read from may come after us"
+    assert controller.due() == bench.clock.now + CHECK_EVERY_S
+    bench.clock.now += CHECK_EVERY_S
+    assert controller.due() == 0.0
     bench.current.set(policies_settled=True)
     bench.reconcile(controller)
     assert env.exists() and conflist.exists()
-    assert controller.unready() == ""
+    assert bench.problems() == {}
     bench.current.set(policies_settled=False)
     env.write_text("somebody's")
     bench.reconcile(controller)
@@ -185,7 +191,32 @@ def test_no_pod_is_made_before_policies_are_in_the_kernel(bench):
     conflist.unlink()
     bench.current.set(settings=settings._replace(network_policy=False))
     bench.reconcile(controller)
-    assert conflist.exists(), "nothing is to be enforced"
+    assert conflist.exists(), "it was written in this life"
+
+
+def test_no_pod_is_made_before_pods_of_a_node_are_lifted(bench):
+    """Else policies between them would not hold."""
+    bench.current.set(
+        policed=Policed(frozenset()), policies_settled=True, settings=bench.settings._replace(policy_dir="/x")
+    )
+    bench.lifts = False
+    controller = bench.cni()
+    bench.reconcile(controller)
+    assert not (bench.folder / "subnet.env").exists()
+    assert "none is made" in bench.problems()[NEW_PODS]
+    bench.lifts = True
+    bench.reconcile(controller)
+    assert (bench.folder / "subnet.env").exists()
+
+
+def test_a_list_that_waits_for_nothing_is_told(bench):
+    """As with another --subnet-file on Kubernetes, or an ipam.resolvConf of one's own."""
+    bench.current.set(settings=bench.settings._replace(kube=True), synced_families=frozenset({4}))
+    (bench.folder / "cni").mkdir(exist_ok=True)
+    (bench.folder / "cni" / CONFLIST).write_text("{}")
+    bench.reconcile(bench.cni())
+    assert "they are made" in bench.problems()[NEW_PODS]
+    assert not (bench.folder / "subnet.env").exists()
 
 
 def test_a_lease_lost_and_held_again_within_one_pass_brings_the_list_back(bench, monkeypatch):
