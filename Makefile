@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.made-from
 
-.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e netpol-cyclonus netpol-conformance bundle reference newcomer kernels kernel-test chart-test clean
+.PHONY: setup lab lab-down lint test lock image interop bench diagnosis diagnosis-mixed healthy page-test faults audit sbom cluster cluster-test netpol-e2e netpol-cyclonus netpol-conformance bundle reference newcomer kernels kernel-test kernel-cluster chart-test clean
 
 setup: $(STAMP)
 
@@ -130,6 +130,12 @@ kernel-test: setup ## one of them: make kernel-test KERNEL=6.1 TESTS=tests/kerne
 	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
 	bench/flanneld/build
 	.ci/kernel-run $(or $(KERNEL),6.1) build/kernels/$(or $(KERNEL),6.1) $(or $(TESTS),tests/kernel) -n 2
+
+kernel-cluster: setup ## a whole Kubernetes by ipip and the kernel's WireGuard, in a VM: make kernel-cluster KERNEL=6.1 (an hour)
+	command -v qemu-system-x86_64 busybox wg >/dev/null || apt-get install -y --no-install-recommends $(NEEDS_QEMU)
+	.ci/cluster-setup
+	OVL_KERNEL_MEMORY=8G OVL_KERNEL_SECONDS=7200 .ci/kernel-run $(or $(KERNEL),6.1) build/kernels/cluster-$(or $(KERNEL),6.1) \
+		tests/kernels/test_cluster.py
 
 reference: setup ## docs/reference.md's table of flags, from the flags themselves
 	$(PY) -m overlay.cli.reference docs/reference.md

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import NamedTuple
 
 import yaml
 
 from overlay.cni.lists import CONFLIST
+from overlay.kernel.netlink import RequestSocket
+from overlay.lab import netns
 from overlay.lab.proof import NAMESPACE, Proof, manifest
 from tests.support.wait import until
 
@@ -69,3 +72,13 @@ def change(proof: Proof, backend: OfCluster) -> None:
     proof.cluster.wait("every pair reaches each other", lambda: bool(proof.reach()), 60)
     for name in proof.names:
         assert proof.notes(name)["backend-type"] == backend.type
+        link = proof.cluster.run(name, ["ip", "-d", "link", "show", backend.device])
+        assert (" tun type tun" if backend.program else " wireguard") in link or backend.type != "wireguard", link
+    for end in proof.ends():
+        if end.kind == "pod":
+            assert netns.inside(end.namespace, lambda: _mtus()["eth0"]) == backend.mtu
+
+
+def _mtus() -> dict[str, int]:
+    with closing(RequestSocket()) as requests:
+        return {link.name: link.mtu for link in requests.links()}

@@ -1,5 +1,5 @@
 """flannel's own end-to-end list (its e2e/: connectivity_test.go, dns_test.go, resilience_test.go) on a real Kubernetes with our
-image and manifest: pods across nodes for each backend that this kernel has, or wireguard-go, names and Services by CoreDNS, pods made
+image and manifest: pods across nodes by host-gw, wireguard (wireguard-go) and vxlan, names and Services by CoreDNS, pods made
 anew, the DaemonSet restarted. The steps build on each other and run in this order."""
 
 from __future__ import annotations

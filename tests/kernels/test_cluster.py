@@ -1,6 +1,5 @@
 """A whole Kubernetes whose pods reach each other by the backends that need a module of the kernel (flannel's own end-to-end
-list, connectivity_test.go): ipip, and the kernel's WireGuard. On a machine that has both modules, or in a VM:
-`make kernel-test KERNEL=6.1 TESTS=tests/kernels/test_cluster.py`."""
+list, connectivity_test.go): ipip, and the kernel's WireGuard. In a VM: `make kernel-cluster`."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_who_is_refused_policies_for_good_makes_pods_and_tells(kube):
     agent = kube.agent(node, "--ip-masq", kube.results(node))
     until("it is told", lambda: "networkpolicies" in agent.problems().get("policies unread", ""))
     assert not may_be_made(agent), "an API server that starts refuses as well"
-    assert "none is made" in agent.problems()[NEW_PODS]
+    until("pods wait", lambda: "made before" in agent.problems()[NEW_PODS])
     until("it is believed", lambda: may_be_made(agent), REFUSED_S + 60)
     agent.wait_ready()
     assert "forbidden" in agent.problems()["policies unread"]

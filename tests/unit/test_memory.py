@@ -48,7 +48,7 @@ def rss():
 def work():
     first = bytearray(16 << 20)  # freed, it teaches glibc to keep such blocks
     del first
-    large = [bytearray(b"x" * (100 << 10)) for _ in range(400)]
+    large = [bytearray(b"x" * (200 << 10)) for _ in range(200)]
     del large[:-1]
     print(rss() - before)
 
