@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 """Source: malloc.h of glibc."""
 LARGE = 128 << 10
 """Blocks of so many bytes are mapped, and unmapped when they are free: more than what one recv() asks for (64 KiB),
@@ -29,7 +29,7 @@ def keep_little() -> None:
     """At the start of an agent, before its threads: one heap, from which large blocks stay away."""
     with suppress(*_NONE):
         mallopt = _c_library().mallopt
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGE), (M_TRIM_THRESHOLD, LARGE)):
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, LARGE)):
             mallopt(parameter, value)
 
 
