@@ -30,6 +30,8 @@ class Wanted:
         self.full, self._directly = self._backend.full, self._backend.reaches_directly
         """full: the tables in which it has entries at all, as bits."""
         self._route = len(self._backend.tables) - 1
+        self._matcher: tuple[tuple[dict[int, int], tuple[int, ...]], DumpMatcher] | None = None
+        """The last one, and what it was made of."""
         self._kept: dict[int, tuple[bytes, list[Entry]]] = {}
         """Of the peers asked for last, the record and the entries made of it: a change is asked about several times."""
 
@@ -96,8 +98,14 @@ class Wanted:
         return self._bulk.messages(peer, self.table.packed[peer], bits, seq, oifs)
 
     def matcher(self, oifs: Mapping[int, int]) -> DumpMatcher | None:
-        """For reading a dump at once; None: entry by entry."""
-        return None if self._bulk is None else self._bulk.matcher(self.table, oifs)
+        """For reading a dump at once; None: entry by entry. It is asked for with every few notifications, and stays the same
+        while devices and the lengths of subnets do: peers are looked up when it is used."""
+        if self._bulk is None:
+            return None
+        by = (dict(oifs), tuple(self.table.lengths))
+        if self._matcher is None or by != self._matcher[0]:
+            self._matcher = by, self._bulk.matcher(self.table, oifs)
+        return self._matcher[1]
 
     def _candidates(self, table: int, key: Any) -> Iterable[int]:
         """The peers that may want an entry of a key. A MAC is found by the index, and so is a link-local address made of it;
