@@ -64,7 +64,8 @@ class KubeSettingsError(ValueError):
 
 
 FORBIDDEN = 403
-"""What an API server answers, its message has "is forbidden: " (apimachinery, errors.NewForbidden); a proxy's has not."""
+"""An API server's answer of it is a Status whose message has "forbidden: " (apimachinery, errors.NewForbidden). A proxy's
+is no Status, and its message is HTTP's own."""
 
 
 class ApiError(StoreUnavailable):
@@ -74,7 +75,7 @@ class ApiError(StoreUnavailable):
     def __init__(self, code: int, message: str, about: str = "") -> None:
         super().__init__(message)
         self.code, self.about = code, about
-        self.refused = code == FORBIDDEN and " is forbidden: " in message
+        self.refused = code == FORBIDDEN and "forbidden: " in message
 
 
 class Stream:

@@ -28,6 +28,7 @@ CHECK_EVERY_S = 1.0
 """No event reports a file: each is checked so often, which costs next to nothing."""
 
 NEW_PODS = "new pods"
+_POLICIES, _LIFT = "policies are in this node's kernel", "packets between pods of this node pass it (problem `pods`)"
 
 
 class _Wants(NamedTuple):
@@ -137,11 +138,11 @@ class CniController(Controller):
         if path and self._listed and not wants.fault:
             self._named(lists.bridges_in(wants.list_text))
             made_by.append((path, wants.list_text))
-        held = wants.held or (wants.policed and not self._lifts())
+        held = _POLICIES if wants.held else _LIFT if wants.policed and not self._lifts() else ""
         waiting = [file for file, _ in made_by if held and file not in self._written and not os.path.exists(file)]
         self._write(each for each in made_by if each[0] not in waiting)
         self._held = bool(waiting)
-        self._health.report(NEW_PODS, self._of_new_pods(waiting, path), outside=True)  # no start waits for it
+        self._health.report(NEW_PODS, self._of_new_pods(waiting, path, held), outside=True)  # no start waits for it
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
         folder = self._settings.cni_conf_dir
@@ -151,14 +152,14 @@ class CniController(Controller):
         self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
         return False
 
-    def _of_new_pods(self, waiting: list[str], path: str) -> str:
-        """What becomes of them while files wait for the policies. path: of the list."""
+    def _of_new_pods(self, waiting: list[str], path: str, held: str) -> str:
+        """What becomes of them while files wait. path: of the list; held: for what."""
         if not waiting:
             return ""
         env = self._settings.subnet_file
         if path and os.path.exists(path) and env not in read_text(path):
-            return f"they are made before policies are in this node's kernel: {path} does not wait for {env}"
-        return f"none is made before policies are in this node's kernel: not written yet: {', '.join(waiting)}"
+            return f"made before {held}: {path} does not wait for {env}"
+        return f"the network list makes none before {held}: not written yet: {', '.join(waiting)}"
 
     def _withdraw_list(self, path: str, subnet: Prefix) -> None:
         """No new pod shall get an address of a subnet that is not ours any more; the list comes back with the next lease.

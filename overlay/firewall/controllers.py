@@ -398,7 +398,8 @@ class PodsController(_TableController):
 
     @property
     def lifts(self) -> bool:
-        """Whether the kernel gives what pods of this node send each other to the node, where policies are."""
+        """Whether the kernel took the table by which what pods of this node send each other passes the node, where policies
+        are: those behind a bridge that comes later as soon as it is there."""
         return self._lifted and not self._read_whole
 
     @property

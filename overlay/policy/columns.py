@@ -161,15 +161,16 @@ class Columns:
             if address in those:
                 yield place
 
-    def with_port(self, name: str, protocol: int) -> Iterator[tuple[int, int]]:
-        """The places of pods that have a named port, each with its number; the same pod may have several."""
-        numbers = {
-            place: found
-            for place, common in enumerate(self._commons.values)
-            if common is not None
-            and (found := [port.number for port in common.ports if (port.name, port.protocol) == (name, protocol)])
+    def named_ports(self) -> dict[tuple[str, int], dict[int, list[int]]]:
+        """Of each port's name and protocol, by number the places of pods that have it and are not alone."""
+        ports = {
+            number: common.ports
+            for number, common in enumerate(self._commons.values)
+            if common is not None and common.ports and not common.alone
         }
-        for place, common in enumerate(self._common):
-            if common in numbers and self.keys[place] is not None:
-                for number in numbers[common]:
-                    yield place, number
+        found: dict[tuple[str, int], dict[int, list[int]]] = {}
+        for place, number in enumerate(self._common):
+            if number in ports and self.keys[place] is not None:
+                for port in ports[number]:
+                    found.setdefault((port.name, port.protocol), {}).setdefault(port.number, []).append(place)
+        return found

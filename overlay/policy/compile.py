@@ -228,6 +228,7 @@ class _Means:
         self.sets: dict[str, Members] = {}
         """Those made so far."""
         self._bits: dict[tuple[str, PodPeer], int] = {}
+        self._named: dict[tuple[str, int], dict[int, list[int]]] | None = None
         self._addresses: dict[int, tuple[bytes, ...]] = {}
         """Of each pod that is in some set, so that all sets have the same objects."""
 
@@ -237,6 +238,12 @@ class _Means:
         if (found := self._bits.get(key)) is None:
             found = self._bits[key] = self.index.of_peer(peer, namespace)
         return found
+
+    def having(self, port: Port) -> Mapping[int, list[int]]:
+        """By number, the places of pods that have a named port."""
+        if self._named is None:
+            self._named = self.index.named_ports()
+        return self._named.get((port.name, port.protocol), {})
 
     def addresses(self, place: int, family: int) -> Iterator[bytes]:
         """A pod's addresses of a family."""
@@ -327,7 +334,8 @@ def _port_sets(means: _Means, rule: Rule) -> Iterator[str]:
             if name not in sets:
                 named = frozenset(
                     address + port_key(port.protocol, number)
-                    for place, number in means.index.with_port(port.name, port.protocol)
+                    for number, places in means.having(port).items()
+                    for place in places
                     for address in means.addresses(place, family)
                 )
                 sets[name] = Members(NAMED, family, named=named, port=port)

@@ -292,10 +292,8 @@ class PolicyController(Controller):
     def _cannot_know(self, which: Table, unread: bool, pods: bool) -> None:
         """What cannot be read keeps nobody waiting, where no agent before us enforced anything; but new pods wait until a
         refusal is believed. pods: they are needed."""
-        if not unread:
-            return
         self._current.set(policies_settled=self._sources.settled(pods))
-        if not self._sets.stands(which):
+        if unread and not self._sets.stands(which):
             self._current.set(policies_known=True)
 
     def _nodes_version(self) -> int:

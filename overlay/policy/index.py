@@ -142,9 +142,9 @@ class Index:
         """The addresses of the pod of a place."""
         return self._columns.addresses(place)
 
-    def with_port(self, name: str, protocol: int) -> Iterator[tuple[int, int]]:
-        """The places of pods that have a named port, each with its number."""
-        return (each for each in self._columns.with_port(name, protocol) if self._all >> each[0] & 1)
+    def named_ports(self) -> dict[tuple[str, int], dict[int, list[int]]]:
+        """Of each port's name and protocol, by number the places of pods that have it."""
+        return self._columns.named_ports()
 
     def _matching(self, expression: Expression) -> int:
         values = self._of_key(expression.key)

@@ -7,7 +7,7 @@ import pytest
 from overlay.lab.matrix import Wires
 from tests.support.wait import until
 
-LARGE, SMALL = "10.244.8.0/23", "10.244.64.192/26"
+LARGE, SMALL = "10.244.18.0/23", "10.244.64.192/26"
 
 
 def ends_of(world, agents):
@@ -32,7 +32,7 @@ def test_nodes_with_subnets_of_different_lengths_reach_each_other(world):
 
 
 def test_twenty_agents_never_take_a_part_of_what_was_asked_for(world):
-    world.config(SubnetMin="10.244.8.0", SubnetMax="10.244.15.0")
+    world.config(SubnetMin="10.244.18.0", SubnetMax="10.244.25.0")
     asked = world.agent(world.node(1), "--node-name=node1", f"--subnet={LARGE}").wait_ready()
     others = [world.agent(world.node(number), f"--node-name=node{number}").wait_ready() for number in range(2, 8)]
     subnets = [agent.subnet() for agent in (asked, *others)]
@@ -43,13 +43,13 @@ def test_twenty_agents_never_take_a_part_of_what_was_asked_for(world):
 
 def test_one_that_is_taken_is_waited_for(world):
     world.config()
-    one = world.agent(world.node(1), "--node-name=node1", "--subnet=10.244.8.0/24").wait_ready()
+    one = world.agent(world.node(1), "--node-name=node1", "--subnet=10.244.18.0/24").wait_ready()
     two = world.agent(world.node(2), "--node-name=node2", f"--subnet={LARGE}")
-    words = f"--subnet {LARGE} is not free: 10.244.8.0-24 has it"
+    words = f"--subnet {LARGE} is not free: 10.244.18.0-24 has it"
     until("it says so", lambda: any(words in text for text in two.problems().values()), 20)
     assert not two.ready()
     one.stop()
-    world.drop_record("10.244.8.0-24")
+    world.drop_record("10.244.18.0-24")
     two.wait_ready()
     assert str(two.subnet()) == LARGE
 
@@ -66,7 +66,7 @@ def test_a_node_moves_to_what_is_asked_for_and_stays_where_that_is_taken(world):
     assert str(one.subnet()) == LARGE
     until(
         "the old one is given back",
-        lambda: set(world.records()) == {"10.244.8.0-23", str(two.subnet()).replace("/", "-")},
+        lambda: set(world.records()) == {"10.244.18.0-23", str(two.subnet()).replace("/", "-")},
     )
     until("its peer follows", lambda: LARGE in world.run("node2", "ip", "route"))
 
@@ -75,10 +75,10 @@ def test_a_node_moves_to_what_is_asked_for_and_stays_where_that_is_taken(world):
 def test_a_part_of_what_is_held_or_more_is_moved_to(world, length):
     """Its key is another, of the same base."""
     world.config()
-    one = world.agent(world.node(1), "--node-name=node1", "--subnet=10.244.4.0/24").wait_ready()
-    one = world.restart(one, f"--subnet=10.244.4.0/{length}").wait_ready()
-    assert str(one.subnet()) == f"10.244.4.0/{length}"
-    assert set(world.records()) == {f"10.244.4.0-{length}"}
+    one = world.agent(world.node(1), "--node-name=node1", "--subnet=10.244.40.0/24").wait_ready()
+    one = world.restart(one, f"--subnet=10.244.40.0/{length}").wait_ready()
+    assert str(one.subnet()) == f"10.244.40.0/{length}"
+    assert set(world.records()) == {f"10.244.40.0-{length}"}
     assert one.problems() == {}
 
 

@@ -84,7 +84,7 @@ def test_direct_routing_is_switched_on_and_off_under_traffic(world6):
 
 
 def test_a_subnet_of_each_family_can_be_asked_for(world):
-    asked = "10.244.8.0/23", "fd00:10:244:8000::/60"
+    asked = "10.244.18.0/23", "fd00:10:244:8000::/60"
     flags = [f"--subnet={each}" for each in asked]
     one = world.agent(world.node(1), "--node-name=node1", *flags).wait_ready()
     two = world.agent(world.node(2), "--node-name=node2").wait_ready()
@@ -100,9 +100,9 @@ def test_a_subnet_of_each_family_can_be_asked_for(world):
 def test_a_subnet_of_one_family_that_is_asked_for_leaves_the_other(world):
     (agent,) = world.nodes(1)
     before = agent.status()["lease"]["subnet_ipv6"]
-    agent = world.restart(agent, "--subnet=10.244.8.0/23").wait_ready()
+    agent = world.restart(agent, "--subnet=10.244.18.0/23").wait_ready()
     lease = agent.status()["lease"]
-    assert (lease["subnet"], lease["subnet_ipv6"]) == ("10.244.8.0/23", before)
+    assert (lease["subnet"], lease["subnet_ipv6"]) == ("10.244.18.0/23", before)
     flags = "--subnet=10.244.64.0/24", f"--subnet={before}"
     agent = world.restart(agent, *flags).wait_ready()
     lease = agent.status()["lease"]

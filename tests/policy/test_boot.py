@@ -8,7 +8,7 @@ import pytest
 
 from overlay.cni.controller import NEW_PODS
 from overlay.cni.lists import CONFLIST
-from overlay.firewall import pods_table
+from overlay.firewall.lift import BETWEEN
 from overlay.policy.sources import REFUSED_S
 from overlay.policy.table import SUFFIX
 from tests.policy.test_enforcing import DENY_ALL, LABELS
@@ -37,7 +37,7 @@ def first_seen(world, agent) -> str:
     until("a pod may be made", lambda: may_be_made(agent), 60, pause_s=0.001)
     agent.process.send_signal(signal.SIGSTOP)  # what it does later is not asked
     try:
-        return world.run(agent.node, "nft", "list", "tables")
+        return world.run(agent.node, "nft", "list", "ruleset")
     finally:
         agent.process.send_signal(signal.SIGCONT)
 
@@ -55,14 +55,14 @@ def test_no_pod_is_made_after_a_boot_before_policies_are_in_the_kernel(one):
     boot(one, agent)
     one.objects.rename(away := one.folder / "not mounted yet")
     agent = again(one, agent)
-    until("it is told", lambda: "none is made" in agent.problems().get(NEW_PODS, ""))
+    until("it is told", lambda: "makes none before policies" in agent.problems().get(NEW_PODS, ""))
     assert "No such file" in agent.problems()["policies unread"]
     assert not may_be_made(agent)
     assert not agent.ready()
     away.rename(one.objects)
     tables = first_seen(one, agent)
     assert SUFFIX in tables
-    assert pods_table.SUFFIX in tables
+    assert f"chain {BETWEEN} " in tables, "what pods of this node send each other passes it"
     agent.wait_ready()
     until("nothing is wrong", lambda: agent.problems() == {})
 
@@ -95,9 +95,10 @@ def test_who_is_refused_policies_for_good_makes_pods_and_tells(kube):
     kube.kube.ask("PATCH", role, {"rules": rules}, "application/merge-patch+json")
     node = kube.node(1)
     agent = kube.agent(node, "--ip-masq", kube.results(node))
-    until("it is told", lambda: "networkpolicies" in agent.problems().get("policies unread", ""))
-    assert not may_be_made(agent), "an API server that starts refuses as well"
-    until("pods wait", lambda: "made before" in agent.problems()[NEW_PODS])
     until("it is believed", lambda: may_be_made(agent), REFUSED_S + 60)
+    waited = [event["timestamp"] for event in agent.events("problem") if event["subject"] == NEW_PODS]
+    written = [event["timestamp"] for event in agent.events("file.written") if event["path"].endswith("subnet.env")]
+    assert waited, "an API server that starts refuses as well"
+    assert waited[0] < written[0]
     agent.wait_ready()
     assert "forbidden" in agent.problems()["policies unread"]

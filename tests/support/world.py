@@ -179,7 +179,9 @@ class World:
 
     def config(self, **fields: Any) -> None:
         kept = self._family_fields if self.keeps_families else {}
-        drawn = {} if fields.keys() & RANGE else {"SubnetMax": "10.244.96.0"}  # those behind are made-up peers'
+        drawn = (
+            {} if fields.keys() & RANGE else {"SubnetMin": "10.244.16.0", "SubnetMax": "10.244.96.0"}
+        )  # the others are made-up peers'
         self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **drawn, **kept, **fields}))
 
     def use(self, *families: int, **fields: Any) -> None:

@@ -47,7 +47,8 @@ def test_what_comes_out_is_what_went_in(first, changes):
         for address in (*V4, *V6):
             assert index.holders(address) == sum(address in pod.addresses for pod in meant)
         for name in ("http", "dns"):
-            found = sorted((index.addresses(place), number) for place, number in index.with_port(name, 6))
+            having = index.named_ports().get((name, 6), {})
+            found = sorted((index.addresses(place), number) for number, places in having.items() for place in places)
             assert found == sorted(
                 (pod.addresses, port.number)
                 for pod in meant
