@@ -100,7 +100,7 @@ def test_pods_on_a_subnet_that_was_asked_for_are_told_of_when_it_is_another_node
     ],
 )
 def test_what_nobody_can_have_is_said_and_the_node_gets_another(world, asked, words):
-    world.config()
+    world.config(Network="10.244.0.0/16")  # without the bounds that others have here
     agent = world.agent(world.node(1), "--node-name=node1", f"--subnet={asked}").wait_ready()
     assert words in agent.problems()["subnet"]
     assert agent.subnet().length == 24
