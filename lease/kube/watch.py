@@ -237,11 +237,6 @@ class Objects:
                 if items:
                     yield Changed(self._resource.name, revision(self._version), items)
 
-    def reconnect(self) -> None:
-        """The way there may have changed."""
-        self._client.reconnect()
-        self._watch.end()
-
     def close(self) -> None:
         """End every call under way; none follows."""
         self._client.close()

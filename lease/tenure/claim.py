@@ -226,9 +226,8 @@ class Occupied:
         self._leases, self._without, self._claim = snapshot.leases, without, claim
         self._family, self._length = claim.family.number, claim.pool.length
         bases, others = snapshot.leases.unusual(self._family, self._length, without)
-        self._others = SubnetIndex(
-            self._family, self._length, bases
-        )  # (each takes the subnet of its base, usable or not)
+        # each of these takes the subnet of its base, usable or not
+        self._others = SubnetIndex(self._family, self._length, bases)
         for key, subnet in others:
             if usable(claim, subnet):
                 self._others.add(subnet, key)

@@ -218,13 +218,11 @@ class Difference:
         """Whether a peer's entry is not as it should be."""
         return bool((self.pending.get(peer, 0) | self.backing_off.get(peer, 0)) & 1 << table)
 
-    def some_missing(self, table: int, peers: Iterable[int]) -> bool:
+    def some_missing(self, table: int, peers: Sequence[int]) -> bool:
         """Whether the entry of one of these peers is not as it should be."""
-        bit, pending, waiting = 1 << table, self.pending, self.backing_off
-        if waiting:
-            return any(self.is_missing(peer, table) for peer in peers)
-        return (
-            bool(pending) and not pending.keys().isdisjoint(peers) and any(pending.get(peer, 0) & bit for peer in peers)
+        others = (self.pending, self.backing_off)
+        return any(not each.keys().isdisjoint(peers) for each in others) and any(
+            self.is_missing(peer, table) for peer in peers
         )
 
     def believed(self, table: int, peers: Iterable[int]) -> list[int]:

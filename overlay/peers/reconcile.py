@@ -159,19 +159,13 @@ class Reconciler(Difference):
         refused = self._requests.execute(batch.messages, batch.first, len(batch.peers) * len(self.tables))
         plain = not refused and not self.failures and not any(self.extra)
         said: list[Refused] = []
-        sent: dict[int, int] = {}
-        pending = self.pending
+        sent: Counter[int] = Counter()
         for place, (peer, bits) in enumerate(batch.peers):
             if plain:  # the usual end: nothing was in the way of any entry
-                if pending[peer] == bits:
-                    del pending[peer]
-                else:
-                    pending[peer] &= ~bits
-                sent[bits] = sent.get(bits, 0) + 1
+                self._keep(self.pending, peer, self.pending[peer] & ~bits)
+                sent[bits] += 1
             else:
                 said += self._answered(peer, bits, place * len(self.tables), refused)
-        if not pending:
-            pending.clear()  # a dict that was emptied one by one keeps its memory
         for bits, count in sent.items():
             self._missing -= bits.bit_count() * count
             for number, table in enumerate(self.tables):

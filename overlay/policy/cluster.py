@@ -14,7 +14,7 @@ from overlay.policy.compile import PodChange
 from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES
 from overlay.policy.groups import LABEL, OFF, group_policies, grouped
 from overlay.policy.index import Index
-from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy
+from overlay.policy.model import CLUSTER_KIND, Labels, Pod, Policy, in_order
 
 MOST_ALONE = 32
 """More changes are taken in by compiling all anew, which costs no more."""
@@ -134,7 +134,7 @@ class Cluster:
             )
             if each.pod or (self._alone and packed):
                 key = each.pod or f"/{packed[0].hex()}"
-                given[key] = tuple(sorted({*given.get(key, ()), *packed}))
+                given[key] = in_order({*given.get(key, ()), *packed})
         if given == self._given:
             return False
         changed = {key for key in given.keys() | self._given.keys() if given.get(key) != self._given.get(key)}

@@ -6,7 +6,7 @@ Source: Kubernetes API networking.k8s.io/v1 (NetworkPolicy), policy.networking.k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from lease.model import Prefix
@@ -78,6 +78,11 @@ class Pod(NamedTuple):
     def name(self) -> str:
         """Its own."""
         return self.key[len(self.namespace) + 1 :]
+
+
+def in_order(addresses: Iterable[bytes]) -> tuple[bytes, ...]:
+    """A pod's addresses as it keeps them."""
+    return tuple(sorted(addresses, key=lambda each: (len(each), each)))
 
 
 class PodPeer(NamedTuple):

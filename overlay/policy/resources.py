@@ -29,6 +29,7 @@ from overlay.policy.model import (
     Port,
     Rule,
     Selector,
+    in_order,
 )
 
 NAMESPACE_NAME = "kubernetes.io/metadata.name"
@@ -59,7 +60,7 @@ def pod_of(item: Mapping[str, Any]) -> Pod:
         namespace,
         str(spec.get("nodeName") or ""),
         _labels(meta),
-        tuple(sorted((packed(text) for text in texts if text), key=lambda each: (len(each), each))),
+        in_order(packed(text) for text in texts if text),
         tuple(named),
         bool(spec.get("hostNetwork")) or status.get("phase") in _ENDED,
         _owner(meta),

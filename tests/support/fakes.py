@@ -203,3 +203,16 @@ def inputs(**more: Any) -> Inputs:
         {4: Tunnel("flannel.1", 3, 1450)},
     )
     return made._replace(**more)
+
+
+class FakeFeeds:
+    """Which resources are asked for (policy/sources.py)."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+
+    def start(self, name: str) -> None:
+        self.running.add(name)
+
+    def stop(self, name: str) -> None:
+        self.running.discard(name)

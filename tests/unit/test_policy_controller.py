@@ -16,6 +16,7 @@ from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLI
 from overlay.policy.resources import policy_of
 from overlay.policy.sources import REFUSED_S
 from tests.support.bench import Bench
+from tests.support.fakes import FakeFeeds
 
 DENY = policy_of(
     {"metadata": {"name": "deny", "namespace": "x"}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}}
@@ -59,22 +60,11 @@ class Tables:
         self._asked()
 
 
-class Feeds:
-    def __init__(self) -> None:
-        self.running: set[str] = set()
-
-    def start(self, name: str) -> None:
-        self.running.add(name)
-
-    def stop(self, name: str) -> None:
-        self.running.discard(name)
-
-
 class World:
     """A node with an API server."""
 
     def __init__(self, folder: Any, **settings: Any) -> None:
-        self.bench, self.tables, self.feeds = Bench(folder), Tables(), Feeds()
+        self.bench, self.tables, self.feeds = Bench(folder), Tables(), FakeFeeds()
         self.current: CurrentInputs = self.bench.current
         self.current.set(settings=self.bench.settings._replace(kube=True, node_name="node1", **settings))
         sets: Any = self.tables

@@ -8,24 +8,14 @@ from lease.kube.changes import Listed
 from overlay.policy.cluster import Cluster
 from overlay.policy.feeds import CLUSTER_WIDE, CONTRACTS, NAMESPACES, PODS, POLICIES, Absent, Down
 from overlay.policy.sources import REFUSED_S, Sources
-
-
-class Feeds:
-    def __init__(self) -> None:
-        self.running: set[str] = set()
-
-    def start(self, name: str) -> None:
-        self.running.add(name)
-
-    def stop(self, name: str) -> None:
-        self.running.discard(name)
+from tests.support.fakes import FakeFeeds
 
 
 class Bench:
     """Sources of an agent with an API server."""
 
     def __init__(self) -> None:
-        self.now, self.feeds, self.cluster = 100.0, Feeds(), Cluster("node1", alone=False)
+        self.now, self.feeds, self.cluster = 100.0, FakeFeeds(), Cluster("node1", alone=False)
         self.sources = Sources(self.feeds, self.cluster, False, lambda: self.now)
         self.sources.begin({CLUSTER_WIDE: False, CONTRACTS: False})
 
