@@ -4,7 +4,6 @@ the proof that `make cluster` shows."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import ssl
 import urllib.error
@@ -15,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from overlay.lab import netns, topology
-from overlay.lab.cluster import SERVER, Cluster
+from overlay.lab.cluster import SERVER
 from overlay.lab.processes import LabError
 from overlay.lab.proof import AGENTS, NAMESPACE, Proof, manifest
+from tests.support.clusters import two_nodes
 from tests.support.wait import until
 
 UNBROKEN = re.compile(r"[1-9]\d* round trips on one connection, none lost")
@@ -27,12 +27,8 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def proof() -> Iterator[Proof]:
-    cluster = Cluster(f"test{os.getpid()}")
-    try:
-        cluster.up(2, plugins=False)
-        yield Proof(cluster)
-    finally:
-        cluster.down()
+    with two_nodes() as made:
+        yield made
 
 
 def test_a_bare_cluster_has_no_network(proof):

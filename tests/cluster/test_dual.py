@@ -3,27 +3,22 @@ The steps build on each other and run in this order."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
 import pytest
 
-from overlay.lab.cluster import Cluster
 from overlay.lab.proof import Proof
 from tests.cluster.test_cluster import UNBROKEN
+from tests.support.clusters import two_nodes
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def proof() -> Iterator[Proof]:
-    cluster = Cluster(f"test{os.getpid()}d", families=(4, 6))
-    try:
-        cluster.up(2, plugins=False)
-        yield Proof(cluster)
-    finally:
-        cluster.down()
+    with two_nodes("d", families=(4, 6)) as made:
+        yield made
 
 
 def test_the_manifest_makes_every_node_ready(proof):

@@ -5,7 +5,6 @@ anew, the DaemonSet restarted. The steps build on each other and run in this ord
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -13,9 +12,10 @@ from collections.abc import Iterator
 import pytest
 
 from overlay.lab import netns
-from overlay.lab.cluster import CACHE, Cluster
+from overlay.lab.cluster import CACHE
 from overlay.lab.proof import NAMESPACE, Proof
 from tests.cluster.backends import HOST_GW, VXLAN, WIREGUARD_GO, change
+from tests.support.clusters import two_nodes
 from tests.support.wait import until
 
 pytestmark = pytest.mark.timeout(600)
@@ -95,17 +95,12 @@ def http(address: str, port: int) -> str:
 def proof() -> Iterator[Proof]:
     if not (CACHE / "coredns.tar").exists():
         pytest.fail("no image of CoreDNS: .ci/coredns-image (make cluster-test)", pytrace=False)
-    cluster = Cluster(f"test{os.getpid()}e")
-    try:
-        cluster.up(2, plugins=False)
-        for node in ("node1", "node2"):
-            cluster.import_image(node, CACHE / "coredns.tar")
-        made = Proof(cluster)
+    with two_nodes("e") as made:
+        for node in made.names:
+            made.cluster.import_image(node, CACHE / "coredns.tar")
         made.install()
         made.pods()
         yield made
-    finally:
-        cluster.down()
 
 
 def test_a_service_is_found_by_name_and_by_address(proof):

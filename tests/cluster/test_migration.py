@@ -6,16 +6,16 @@ The steps build on each other and run in this order.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import yaml
 
-from overlay.lab.cluster import CACHE, Cluster
+from overlay.lab.cluster import CACHE
 from overlay.lab.processes import LabError
 from overlay.lab.proof import AGENTS, NAMESPACE, Proof, manifest
+from tests.support.clusters import two_nodes
 from tests.support.wait import until
 from tests.support.world import Stream
 
@@ -59,20 +59,16 @@ def ours(selector: bool) -> str:
 
 @pytest.fixture(scope="module")
 def proof() -> Iterator[Proof]:
-    cluster = Cluster(f"test{os.getpid()}m")
-    try:
-        cluster.up(2)
-        for node in cluster.nodes():
-            cluster.import_image(node["metadata"]["name"], CACHE / "flannel.tar")
+    with two_nodes("m", plugins=True) as made:
+        cluster = made.cluster
+        for node in made.names:
+            cluster.import_image(node, CACHE / "flannel.tar")
         cluster.kubectl("apply", "-f", "-", input=flannels_manifest())
         cluster.wait_running(SELECTOR, 2, 120, FLANNEL)
         cluster.wait_ready()
-        proof = Proof(cluster)
-        proof.pods()
-        proof.reach()
-        yield proof
-    finally:
-        cluster.down()
+        made.pods()
+        made.reach()
+        yield made
 
 
 def mac(proof: Proof, node: str) -> str:

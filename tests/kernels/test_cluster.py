@@ -3,14 +3,13 @@ list, connectivity_test.go): ipip, and the kernel's WireGuard. In a VM: `make ke
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from overlay.lab.cluster import Cluster
 from overlay.lab.proof import Proof
 from tests.cluster.backends import IPIP, VXLAN, WIREGUARD, change
+from tests.support.clusters import two_nodes
 from tests.support.wait import PATIENCE
 
 pytestmark = pytest.mark.timeout(600 * PATIENCE)
@@ -18,15 +17,10 @@ pytestmark = pytest.mark.timeout(600 * PATIENCE)
 
 @pytest.fixture(scope="module")
 def proof() -> Iterator[Proof]:
-    cluster = Cluster(f"test{os.getpid()}k", patience=PATIENCE)
-    try:
-        cluster.up(2, plugins=False)
-        made = Proof(cluster)
+    with two_nodes("k", patience=PATIENCE) as made:
         made.install()
         made.pods()
         yield made
-    finally:
-        cluster.down()
 
 
 @pytest.mark.parametrize("backend", [IPIP, WIREGUARD, VXLAN], ids=["ipip", "wireguard", "vxlan"])
