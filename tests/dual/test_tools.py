@@ -37,6 +37,12 @@ def test_doctor_finds_nothing_wrong_with_a_healthy_node(world):
 
 def test_capture_shows_packets_of_ipv6(world):
     one, two = world.nodes(2)
+
+    def answers(agent) -> bool:
+        return [each["state"] for each in agent.status()["reachability_ipv6"]] == ["ok"]
+
+    # what was sent before an entry stood left by the default route, and may have waited for the router's MAC address
+    until("each is answered by the other", lambda: answers(one) and answers(two), 30)
     subnet = two.status()["lease"]["subnet_ipv6"]
     command = (one.command[2], "-m", "overlay.cli.app", "capture", "--run-dir", str(one.run_dir), "--json")
     lines: list[str] = []

@@ -53,21 +53,20 @@ class Told:
 @pytest.fixture
 def follow():
     """Feeds that follow a resource as admin; all are ended."""
-    running: list[tuple[Feed, Objects, KubeClient]] = []
+    running: list[tuple[Feed, KubeClient]] = []
 
     def begin(kube, path: str) -> Told:
         told, client = Told(), KubeClient(KubeSettings(kubeconfig=kube.kubeconfig("admin")))
         objects = Objects(client, Resource(path.rpartition("/")[2], path, label))
         feed = Feed(objects, told.post, random.Random(1))
-        running.append((feed, objects, client))
+        running.append((feed, client))
         feed.start()
         return told
 
     yield begin
-    for feed, objects, client in running:
+    for feed, client in running:
         feed.stop()
         client.close()
-        objects.reconnect()
         feed.join(20)
         assert not feed.is_alive()
 

@@ -40,6 +40,9 @@ KERNELS = (2,)
 """Routes of addresses (RTPROT_KERNEL)."""
 ROOT = "/coreos.com/network"
 RANGE = {"Network", "SubnetLen", "SubnetMin", "SubnetMax"}
+DRAWN = {"SubnetMin": "10.244.16.0", "SubnetMax": "10.244.96.0"}
+"""Nodes of a test draw subnets from these; the others are made-up peers'."""
+DRAWN6 = {"IPv6SubnetMin": "fd00:10:244:8000::", "IPv6SubnetMax": "fd00:10:244:bfff::"}
 NET_CONF = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
 CNI_CONF = """{"name":"cbr0","cniVersion":"0.3.1","plugins":[
 {"type":"flannel","delegate":{"hairpinMode":true,"isDefaultGateway":true}},
@@ -179,15 +182,15 @@ class World:
 
     def config(self, **fields: Any) -> None:
         kept = self._family_fields if self.keeps_families else {}
-        drawn = (
-            {} if fields.keys() & RANGE else {"SubnetMin": "10.244.16.0", "SubnetMax": "10.244.96.0"}
-        )  # the others are made-up peers'
+        drawn = {} if fields.keys() & RANGE else DRAWN
         self.etcd.put(f"{ROOT}/config", json.dumps({**NET_CONF, **drawn, **kept, **fields}))
 
     def use(self, *families: int, **fields: Any) -> None:
         """Nodes that are made from now on have addresses of these families; the network has them, too."""
         self.families = families
-        which = {"EnableIPv4": 4 in families, "EnableIPv6": 6 in families, "IPv6Network": str(NETWORK6)}
+        which: dict[str, Any] = {"EnableIPv4": 4 in families, "EnableIPv6": 6 in families, "IPv6Network": str(NETWORK6)}
+        if "IPv6Network" not in fields:
+            which |= DRAWN6
         self._family_fields = which
         self.config(**{**which, **fields})
 
