@@ -13,6 +13,7 @@ import pytest
 from lease.model import mac_number, prefix
 from overlay.api.serve import SOCKET_NAME, ask_unix
 from overlay.lab import matrix, netns, pods
+from overlay.lab.processes import LabError
 from tests.support.wait import PATIENCE, until
 from tests.support.world import ROOT, made_up_peer, number
 
@@ -29,7 +30,7 @@ def test_after_a_boot_pods_wait_for_subnet_env(world):
     (agent.run_dir / "subnet.env").unlink()
     netns.create(namespace)
     for _ in range(2):
-        with pytest.raises(pods.LabError, match=r"subnet\.env: no such file|bridge's mac"):
+        with pytest.raises(LabError, match=r"subnet\.env: no such file|bridge's mac"):
             pods.attach(world.namespace("node1"), conflist, namespace)
         pods.detach(world.namespace("node1"), conflist, namespace)  # as a runtime does then, without that file
     world.restart(agent).wait_ready()
@@ -37,7 +38,7 @@ def test_after_a_boot_pods_wait_for_subnet_env(world):
     def made() -> bool:
         try:
             return bool(pods.attach(world.namespace("node1"), conflist, namespace))
-        except pods.LabError:
+        except LabError:
             pods.detach(world.namespace("node1"), conflist, namespace)
             raise OSError("not yet") from None
 

@@ -12,23 +12,23 @@ from tests.support.world import KubeWorld
 
 
 @pytest.fixture(params=["host-gw", "wireguard"])
-def cluster(request, tmp_path):
+def clusters(request, tmp_path):
     with closing(KubeWorld(tmp_path / "world")) as made:
         made.use(4, 6, Backend={"Type": request.param})
-        made.backend = request.param
-        yield made
+        yield made, request.param
 
 
-def test_nodes_find_each_other_by_annotations(cluster):
+def test_nodes_find_each_other_by_annotations(clusters):
+    cluster, backend = clusters
     agents = cluster.nodes(2, "--ip-masq")
     for number, agent in enumerate(agents, 1):
         data = data6 = "null"
-        if cluster.backend == "wireguard":
+        if backend == "wireguard":
             key = agent.status()["lease"]["public_key"]
             data, data6 = (f'{{"PublicKey":"{key}","Port":{port}}}' for port in (51820, 51821))
         assert cluster.kube.notes(agent.node) == {
             "kube-subnet-manager": "true",
-            "backend-type": cluster.backend,
+            "backend-type": backend,
             "backend-data": data,
             "backend-v6-data": data6,
             "public-ip": f"192.168.1.{number + 1}",

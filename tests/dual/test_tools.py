@@ -85,8 +85,7 @@ def test_full_size_is_that_of_pods_which_is_the_smaller_of_both_families(world, 
 def test_the_cluster_shows_what_is_wrong_in_ipv6_alone(world, asking):  # noqa: F811
     agents = world.nodes(2, *asking)
     until("all is well", lambda: {each["state"] for each in agents[0].status()["reachability_ipv6"]} == {"ok"}, 30)
-    shown = overlay(world, agents[0], "status", "--cluster")
-    assert "NO" not in shown.stdout
+    assert "NO" not in overlay(world, agents[0], "status", "--cluster").stdout
     rules = "add table ip6 planted; add chain ip6 planted in { type filter hook input priority 0; }; add rule ip6 planted in udp dport 8472 drop"
     world.run("node2", "nft", rules)
     until("it is said", lambda: "unreachable IPv6" in agents[0].problems(), 40)

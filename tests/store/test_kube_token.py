@@ -11,7 +11,6 @@ import pytest
 from kubernetes.config import incluster_config
 
 from lease.config import parse_config
-from lease.kube import watch
 from lease.kube.client import KubeSettings
 from lease.records.annotations import Names
 from lease.store import Feed
@@ -131,7 +130,7 @@ def test_a_token_that_ends_beside_a_new_one_costs_nothing(kube, mount, closing):
 
 def test_a_token_that_is_refused_is_told_and_the_next_is_taken_without_a_restart(kube, mount, closing, monkeypatch):
     """The watch stands, since the server does not look at its token again; what is new to it, and writes, wait."""
-    monkeypatch.setattr(watch.random, "randint", lambda _low, _high: 20)  # seconds until the server ends the watch
+    monkeypatch.setattr(random, "randint", lambda _low, _high: 20)  # seconds until the server ends the watch
     agent = closing(Agent())
     until("it is listed, and held", lambda: agent.told.lists == 1 and agent.holds())
     mount.revoke(1, mount.first)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from lease.kube import watch
+from lease.kube.changes import Changed, Listed, Resource, Unusable
 from lease.kube.client import KubeClient, KubeSettings
-from lease.kube.watch import Changed, Listed, Objects, Resource, Unusable
+from lease.kube.watch import Objects
 from lease.store import Feed, StoreDown
 from tests.support.wait import until
 

@@ -134,8 +134,8 @@ class Wished:
         neighbour, fdb, route = self.of[peer]
         oif = oifs[TUNNEL]
         made = (
-            wire.neighbour_add(V4, seq, *neighbour[1:], oif), wire.fdb_add(V4, seq + 1, *fdb[1:], oif),
-            wire.route_add(V4, seq + 2, *route[1:], oif, replace=False),
+            wire.neighbour_add(V4, seq, neighbour[1], neighbour[2], oif), wire.fdb_add(V4, seq + 1, fdb[1], fdb[2], oif),
+            wire.route_add(V4, seq + 2, route[1], route[2], oif, replace=False),
         )  # fmt: skip
         return b"".join(message for kind, message in enumerate(made) if bits >> kind & 1)
 
@@ -144,16 +144,17 @@ class It(Reconciler):
     """The reconciler with its table beside it, changed as the datapath does."""
 
     def __init__(self, kernel: ModelKernel, clock: Clock) -> None:
-        super().__init__(TABLES[4], Wished(), kernel, clock, random.Random(3))
+        self.wished = Wished()
+        super().__init__(TABLES[4], self.wished, kernel, clock, random.Random(3))
         self.devices[TUNNEL] = Device(IFINDEX, True)
 
     def join(self, n: int, entries: list) -> None:
         self.leave(n)
-        self.wanted.of[n] = entries
+        self.wished.of[n] = entries
         self.want(n, entries)
 
     def leave(self, n: int) -> None:
-        if (was := self.wanted.of.pop(n, None)) is not None:
+        if (was := self.wished.of.pop(n, None)) is not None:
             self.unwant(n, was)
 
     def dump(self, kind: int, found: dict, again: dict | None = None) -> None:
@@ -161,7 +162,7 @@ class It(Reconciler):
         for key, value in found.items():
             self.find(kind, key, value)
         again = found if again is None else again
-        for n in self.believed(kind, self.wanted.of):
+        for n in self.believed(kind, self.wished.of):
             for its, key, _ in self.wanted.entries(n):
                 if its is kind and key not in found and key not in again:
                     self.lose(kind, key)
@@ -171,7 +172,7 @@ class It(Reconciler):
     def found(self, kind: int) -> dict:
         """What it believes that the kernel has."""
         right = {
-            e[1]: e[2] for n in self.believed(kind, self.wanted.of) for e in self.wanted.entries(n) if e[0] is kind
+            e[1]: e[2] for n in self.believed(kind, self.wished.of) for e in self.wanted.entries(n) if e[0] is kind
         }
         return right | self.extra[kind]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from click.testing import CliRunner
 
@@ -24,7 +26,7 @@ def done(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(release, "release", give_up)
     monkeypatch.setattr(uninstall, "uninstall", remove)
-    monkeypatch.setattr(app.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     return found
 
 
@@ -57,7 +59,7 @@ def test_nobody_is_asked_where_nobody_is_or_yes_was_said(done, monkeypatch):
 
 
 def test_only_root_may(done, monkeypatch):
-    monkeypatch.setattr(app.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for word in ("release", "uninstall"):
         found = run(word, "--yes", monkeypatch=monkeypatch)
         assert (found.exit_code, "sudo" in found.stderr) == (1, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -51,7 +52,7 @@ def test_what_is_no_secret_stays():
 
 def test_a_report_is_whole_where_nothing_runs(tmp_path, monkeypatch):
     """No agent, no programs: it says of each why there is nothing."""
-    monkeypatch.setattr(report.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(report, "COMMANDS", {"a.txt": ("no-such-program",), "b.txt": ("echo", "token=hunter2")})
     monkeypatch.setattr(report, "_doctor", lambda *_: "[]")
     log = tmp_path / "agent.log"
@@ -184,7 +185,7 @@ def test_network_manager_that_is_not_told_to_leave_our_interfaces(tmp_path, monk
     assert states(host.network_manager(tmp_path)) == [("NetworkManager", State.UNKNOWN)], "no host's files"
     (tmp_path / "run/systemd/system").mkdir(parents=True)
     assert states(host.network_manager(tmp_path)) == [("NetworkManager", State.OK)]
-    monkeypatch.setattr(host.subprocess, "run", lambda command, **_: reloaded.append(command))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: reloaded.append(command))
     (tmp_path / "run/NetworkManager").mkdir(parents=True)
     write(tmp_path, "etc/NetworkManager/conf.d/a.conf", "[keyfile]\nunmanaged-devices=interface-name:veth*\n")
     (found,) = host.network_manager(tmp_path)

@@ -14,7 +14,8 @@ from lease.model import Endpoint, Lease, Prefix, link_local
 from lease.records.codec import encode_key
 from lease.records.packed import DUAL, FORM, PLACES, number, pack
 from overlay.backends.base import View
-from overlay.backends.vxlan import METRIC6, Vxlan
+from overlay.backends.routes import METRIC6
+from overlay.backends.vxlan import Vxlan
 from overlay.kernel.route import fast6, wire
 from overlay.kernel.route.entries import TUNNEL
 from overlay.kernel.route.fast import FDB, NEIGHBOURS, ROUTES

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -234,7 +235,7 @@ def test_a_storm_of_one_line_is_summed_up(monkeypatch):
 
     said: list[tuple[str, dict]] = []
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(module.Log, "_write", lambda _self, _level, event, fields: said.append((event, fields)))
     log = module.Log()
     for number in range(1000):

@@ -15,7 +15,8 @@ from lease.records.packed import decode, unpack
 from overlay.cni import lists as cni
 from overlay.peers import plan
 from overlay.peers.table import PeerTable
-from overlay.settings.settings import FLAGS, SettingsError, read_live, read_settings
+from overlay.settings.flags import FLAGS
+from overlay.settings.settings import SettingsError, read_live, read_settings
 from tests.unit.hostile import GOOD_KEY, GOOD_VALUE, HOSTILE, NODE
 from tests.unit.hostile import value as hostile_value
 

@@ -42,7 +42,7 @@ def endpoints(family: int) -> st.SearchStrategy[Endpoint]:
     width = 32 if family == 4 else 128
     vteps = st.one_of(st.just((None, None)), st.tuples(st.integers(0, (1 << 24) - 1), MACS))
     return st.builds(
-        lambda subnet, ip, vtep, source: Endpoint(subnet, ip, *vtep, source),
+        lambda subnet, ip, vtep, source: Endpoint(subnet, ip, vtep[0], vtep[1], source),
         subnets(family, width - 1),
         st.integers(0, (1 << width) - 1),
         vteps,

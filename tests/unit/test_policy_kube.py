@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ class Client:
 @pytest.fixture
 def there(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(kube.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     client, told = Client(), []
     return client, kube.CustomObjects(client, CLUSTER_WIDE, told.append), told, now
 

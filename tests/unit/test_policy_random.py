@@ -233,7 +233,7 @@ def passes(compiled, way) -> bool:
 def evolving(world, data) -> Iterator[tuple[Compiled, Compiled]]:
     """A cluster that changes by chance: what is compiled of each change alone, and of the whole anew."""
     groups = data.draw(st.sampled_from(MODES))
-    cluster = known("node1", *world, groups)
+    cluster = known("node1", *world, groups=groups)
     compiled = compile_node(cluster.index, cluster.policies, "node1")
     cluster.taken()
     yield compiled, compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from lease.config import parse_config
 from lease.families import V4
 from lease.model import ip_number, prefix
 from lease.records.packed import number, pack
+from overlay.control.controller import Waiting
 from overlay.kernel.route.entries import Address
 from overlay.probes import echo
 from overlay.probes.controller import PeerOfPath, ProbesController
@@ -112,7 +114,12 @@ class Probed:
         return sent
 
     def states(self) -> Counter[str]:
-        return Counter(each["state"] for each in self.controller.status()["reachability"].json())
+        return Counter(each["state"] for each in self.shown())
+
+    def shown(self) -> list[dict[str, Any]]:
+        """As the status has it."""
+        found: Any = self.controller.status()["reachability"]
+        return found.json()
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +194,7 @@ def test_small_packets_alone_are_a_path_mtu(bench):
     passes = 1380 - 1 + 28
     text = bench.problems()["path mtu"]
     assert f"the largest that pass have {passes} bytes; so it is this node, most likely; set Backend.MTU" in text
-    assert {each["path_mtu"] for each in it.controller.status()["reachability"].json()} == {passes}
+    assert {each["path_mtu"] for each in it.shown()} == {passes}
 
 
 def test_the_size_that_passes_is_found_anew_when_the_path_changes():
@@ -250,7 +257,7 @@ def test_a_gateway_that_was_never_there_is_no_problem_and_not_called_well(bench,
     assert bench.problems() == {}
     assert it.states() == {"untried": 4}
     assert it.place == 1
-    assert "no pod was made there" in it.controller.status()["reachability"].json()[0]["text"]
+    assert "no pod was made there" in it.shown()[0]["text"]
     before = len(it.network.sent)
     it.run(10 * INTERVAL_S)
     assert len(it.network.sent) - before <= 4 * 10 * 2, "it costs a visit in its turn"
@@ -370,7 +377,7 @@ def test_who_asks_us_is_heard(bench):
         it.network.answers = lambda address, _size: address != prefix("10.64.0.0/24").base
         it.run(1)
     assert "the way there is broken, not the way back" in bench.problems()["unreachable"]
-    (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.0/24")
+    (heard,) = (each for each in it.shown() if each["subnet"] == "10.64.0.0/24")
     assert heard["heard_age_s"] <= 2
     assert heard["answered_age_s"] is None
 
@@ -387,7 +394,7 @@ def test_peers_with_subnets_of_other_lengths_are_heard(bench):
     assert it.askers[1:] == (26, 0), "the socket lets its questions in"
     it.network.asking.asks(small.first.subnet.base)
     it.run(1)
-    (heard,) = (each for each in it.controller.status()["reachability"].json() if each["subnet"] == "10.64.0.192/26")
+    (heard,) = (each for each in it.shown() if each["subnet"] == "10.64.0.192/26")
     assert heard["heard_age_s"] is not None
 
 
@@ -445,6 +452,7 @@ def test_nothing_is_said_of_peers_while_our_own_side_is_not_whole(bench):
     under = bench.current.inputs.underlays[4]
     bench.current.set(underlays={4: under._replace(carrier=False)})
     waits = it.controller.wants(bench.current.inputs)
+    assert isinstance(waits, Waiting)
     assert "a link" in waits.reason
     bench.current.set(underlays={4: under}, settings=bench.settings._replace(probes=False))
     assert it.controller.wants(bench.current.inputs) is None

@@ -181,7 +181,7 @@ def test_work_per_event_does_not_grow_with_the_peers():
     """One join costs three messages, and one slice looks at no more keys than it sends, with 5,000 peers there."""
     kernel, clock, rec = world()
     for n in range(5000):
-        rec.wanted.of[n] = peer(n)
+        rec.wished.of[n] = peer(n)
     rec.forget(rec.wanted)
     for kind in range(3):
         rec.agree(kind, range(5000))

@@ -117,7 +117,7 @@ class Interleaved(RuleBasedStateMachine):
             self.rec.apply()
         self.kernel.left, self.kernel.gone = None, False  # the new one makes a device that is not there
         self.rec = It(self.kernel, self.clock)
-        self.rec.wanted.of.update({n: peer(n, mac) for n, mac in self.wanted.items()})
+        self.rec.wished.of.update({n: peer(n, mac) for n, mac in self.wanted.items()})
         self.planned_anew()
 
     @invariant()

@@ -134,7 +134,7 @@ def test_where_no_descriptor_is_left_nothing_spins(tmp_path, monkeypatch):
     """A connection waits to be taken up, so that asking whether one waits returns at once."""
     server = serve.UnixServer(str(tmp_path / "s"), socketserver.BaseRequestHandler)
     slept: list[float] = []
-    monkeypatch.setattr(serve.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with socket.socket(socket.AF_UNIX) as waits:
         waits.connect(str(tmp_path / "s"))

@@ -10,7 +10,8 @@ from lease.etcd.client import EtcdClient, EtcdSettings, EtcdSettingsError
 from lease.model import ip_number
 from overlay.cli.reference import rewritten
 from overlay.settings.files import check_files
-from overlay.settings.settings import FLAGS, Settings, SettingsError, read_settings, unknown_variables
+from overlay.settings.flags import FLAGS
+from overlay.settings.settings import Settings, SettingsError, read_settings, unknown_variables
 
 FLANNELD = [
     "etcd-endpoints",
