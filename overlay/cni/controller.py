@@ -186,6 +186,10 @@ class CniController(Controller):
             else:
                 log.info("file.written", path=path)
 
+    def unready(self) -> str:
+        """Whether they were seen to once: before that no pod can be made here."""
+        return "" if self.completed else "for subnet.env and the network list to be written"
+
     def due(self) -> float | None:
         """At once where a file is not the one that we saw last; else when they are checked next."""
         now = self._clock()

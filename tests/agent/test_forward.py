@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 
-from overlay.lab import matrix
+from tests.support.reach import all_reach
 from tests.support.wait import until
-
-
-def reach(ends) -> bool:
-    with matrix.Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=0.3))
 
 
 def rules(world, program: str) -> list[str]:
@@ -24,14 +20,14 @@ def test_a_forward_policy_of_drop_lets_pods_through(world, program):
     world.config()
     agents = world.nodes(2)
     ends = [world.pod(agent, "pod") for agent in agents]
-    assert reach(ends)
+    assert all_reach(ends)
     # as Docker does; the agent is stopped for a moment, to show that the policy bites
     agents[0].stop()
     world.run("node1", program, "-P", "FORWARD", "DROP")
-    assert not reach(ends)
+    assert not all_reach(ends)
     agent = world.restart(agents[0]).wait_ready()
     until("two rules stand there", lambda: len(rules(world, program)) == 2)
-    assert reach(ends)
+    assert all_reach(ends)
     if program == "iptables":  # of the old ones nobody tells us: they are looked at with each full check
         world.run("node1", program, "-F", "FORWARD")
         until("they come back", lambda: len(rules(world, program)) == 2)
@@ -83,10 +79,12 @@ def test_a_reload_of_firewalld_beside_docker(world):
     ends = [world.pod(agent, "pod") for agent in agents]
     world.run("node1", "iptables", "-P", "FORWARD", "DROP")
     until("rules stand", lambda: len(rules(world, "iptables")) == 2)
+    agents[0].process.send_signal(signal.SIGSTOP)  # it would put them back while the other programs still run
     world.run("node1", "sh", "-ec", "\n".join(RELOAD))
     assert rules(world, "iptables") == []
+    agents[0].process.send_signal(signal.SIGCONT)
     until("they are back", lambda: len(rules(world, "iptables")) == 2)
-    assert reach(ends)
+    assert all_reach(ends)
     counters = agents[0].status()["counters"]
     assert [counters[f"mended_{name}"] for name in ("guard", "pods", "nat")] == [0, 0, 0]
     assert agents[0].problems() == {}

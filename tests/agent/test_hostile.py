@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -124,13 +125,15 @@ def test_the_corpus_on_kubernetes_costs_nobody_anything(kube_world):
     assert one.ready()
     assert refused_in(ask_unix(str(one.run_dir / SOCKET_NAME), "/metrics")[1]) == len(told)
     theirs = two.mac()
+    words = f"VtepMAC {theirs} is already used by node2"
     with world.stream(source, target) as stream:
+        two.process.send_signal(signal.SIGSTOP)  # it would take another before the first has looked
         world.kube.annotate("an-older-thief", backend_data=json.dumps({"VNI": 1, "VtepMAC": theirs}))
+        until("it is refused", lambda: words in one.refused_records().get("an-older-thief", ""))
+        two.process.send_signal(signal.SIGCONT)
         until("the robbed one takes another MAC", lambda: two.mac() != theirs)
         until("all are peers", lambda: world.peers("node1") == 3)
     assert stream.lost() < 100, "those on their way while it changed"
-    refused = [event for event in one.events("record.refused") if event["key"] == "an-older-thief"]
-    assert f"VtepMAC {theirs} is already used by node2" in refused[0]["reason"]
     again = world.restart(one, flag).wait_ready()
     until("a start among them all", lambda: len(again.status()["peers"]) == 3)
     assert again.refused_records().keys() == NODES.keys() | CIDRS.keys()
@@ -168,12 +171,14 @@ def test_a_mac_is_taken_neither_in_place_nor_by_a_twin_that_waits(world):
     until("the later thief is a peer", lambda: world.peers("node1") == 2)
     source, target = world.pod(one, "a"), world.pod(two, "a")
     theirs = two.mac()
+    words = f"VtepMAC {theirs} is already used by"
     with world.stream(source, target) as stream:
+        two.process.send_signal(signal.SIGSTOP)  # it would take another before the first has looked
         world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", theirs))
+        until("it is refused", lambda: words in one.refused_records().get("10.244.9.0-24", ""))
+        two.process.send_signal(signal.SIGCONT)
         until("the robbed one takes another", lambda: two.mac() != theirs)
         until("both are peers", lambda: world.peers("node1") == 2)
-    refused = [event for event in one.events("record.refused") if event["key"] == "10.244.9.0-24"]
-    assert f"VtepMAC {theirs} is already used by" in refused[0]["reason"]
     assert stream.lost() < 100, "those on their way while it changed"
     key = str(two.subnet()).replace("/", "-")
     second = two.mac()

@@ -15,8 +15,7 @@ from tests.support.world import CNI_CONF, KubeWorld, number
 
 
 def unavailable(world: KubeWorld, node: str) -> str:
-    conditions = world.kube.read(node).get("status", {}).get("conditions", [])
-    return next((c["status"] for c in conditions if c["type"] == "NetworkUnavailable"), "")
+    return world.kube.condition(node, "NetworkUnavailable")
 
 
 def problems(agent) -> str:
@@ -412,8 +411,7 @@ def test_what_is_wrong_stands_where_users_look_and_goes_with_the_agent(kube_worl
     one, _ = world.nodes(2)
 
     def ready(node: str = "node1") -> str:
-        conditions = world.kube.read(node).get("status", {}).get("conditions", [])
-        return next((each["status"] for each in conditions if each["type"] == "OverlayReady"), "")
+        return world.kube.condition(node, "OverlayReady")
 
     def reasons() -> list[str]:
         listed = world.kube.ask("GET", "/api/v1/namespaces/default/events?fieldSelector=involvedObject.name=node1")

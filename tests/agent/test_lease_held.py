@@ -295,9 +295,7 @@ def test_a_node_cut_off_from_etcd_notices_and_catches_up(world):
     """A black hole: packets vanish, no connection is refused."""
     one, two = world.nodes(2)
     world.run("underlay", "ip", "link", "set", "v1", "down")
-    began = time.monotonic()
     until("it is seen", lambda: one.status()["store"]["error"], 20)
-    assert time.monotonic() - began < 16
     world.put_record("10.244.0.0-24", other())
     two.stop()
     world.etcd.delete(f"{ROOT}/subnets/{next(k for k, r in world.records().items() if r['PublicIP'] == '192.168.1.3')}")

@@ -16,6 +16,7 @@ import pytest
 
 from lease.tenure.claim import Identity
 from overlay.api.serve import SOCKET_NAME
+from overlay.cni.lists import CONFLIST
 from overlay.control.health import Health, Problem
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
@@ -30,6 +31,13 @@ import threading
 import overlay.control.schedule as schedule, overlay.kernel.monitor as monitor, overlay.main
 schedule.RECHECK_S = 1.0
 monitor.Monitor.run = monitor.NftMonitor.run = lambda self: threading.Event().wait()
+overlay.main.main()
+"""
+WITH_A_SLOW_NFT = """
+import time
+import overlay.firewall.forward as forward, overlay.main
+ensure = forward.ensure
+forward.ensure = lambda *given: time.sleep(1.5) or ensure(*given)
 overlay.main.main()
 """
 WITH_A_THREAD_THAT_DIES = """
@@ -49,6 +57,14 @@ class Sticks(overlay.agent.loop.Loop):
 overlay.agent.loop.Loop = Sticks
 overlay.main.main()
 """
+
+
+def test_ready_means_that_pods_can_be_made(world):
+    """The files of CNI wait for rules in others' chains, which nft takes long for."""
+    agent = world.agent(world.node(1), "--node-name=node1", program=WITH_A_SLOW_NFT)
+    agent.wait_ready()
+    assert (agent.run_dir / "subnet.env").is_file()
+    assert (agent.run_dir / "cni" / CONFLIST).is_file()
 
 
 def test_the_slow_full_check_finds_what_no_event_told(world):

@@ -13,6 +13,7 @@ import pytest
 
 from overlay.kernel.wireguard.userspace import TUN, make_tun
 from overlay.lab import matrix, netns
+from tests.support.reach import all_reach
 from tests.support.wait import until
 from tests.support.world import number
 
@@ -33,11 +34,6 @@ def is_over(agent):
 
 def pods_of(world, agents):
     return [world.pod(agent, "a") for agent in agents]
-
-
-def reach(ends, answer_s=0.3):
-    with matrix.Wires(ends) as wires:
-        return all(cell.ok for cell in wires.all(answer_s=answer_s))
 
 
 # --- report 3
@@ -113,7 +109,7 @@ def test_report_4_an_address_on_the_loopback_has_the_mtu_of_the_interface_that_s
         assert (device.mtu, device.local) == (1450, number(f"10.9.9.{n}"))
         assert (under["interface"], under["address"], under["mtu"]) == ("eth0", f"10.9.9.{n}", 1500)
     source, target = pods_of(world, agents)
-    until("pods reach each other", lambda: reach([source, target]), 10)
+    until("pods reach each other", lambda: all_reach([source, target]), 10)
     with matrix.Wires([source, target]) as wires:
         assert {cell.size for cell in wires.all()} == {1450}, "full-size packets pass"
     world.run("node1", "ip", "link", "set", "eth0", "mtu", "1400")
@@ -169,7 +165,7 @@ def test_report_5_peers_behind_a_point_to_point_link_are_reached_by_the_tunnel(w
         assert "tun0" in agents[0].status()["direct_routing"]
         assert "ARP" in agents[0].status()["direct_routing"]
         pods = pods_of(world, agents)
-        until("pods reach each other", lambda: reach(pods), 10)
+        until("pods reach each other", lambda: all_reach(pods), 10)
 
 
 def test_report_5_direct_routes_stand_where_peers_are_neighbours(world):
@@ -270,10 +266,10 @@ def test_a_bridge_that_lost_its_address_is_told_with_the_command_that_mends_it(w
     is_over(agents[0])
     do(world, "ip addr flush dev cni0")
     told = is_told(agents[0], "routes", "cni0, which pods are attached to, has not their gateway's address")
-    assert not reach(pods)
+    assert not all_reach(pods)
     do(world, told.rpartition(": ")[2])
     is_over(agents[0])
-    assert reach(pods)
+    assert all_reach(pods)
 
 
 def test_pods_whose_route_went_get_no_advice_about_the_default_route(world):
@@ -292,10 +288,10 @@ def test_report_6_what_status_advises_mends_it(world):
     other_device(world)
     do(world, "ip rule add pref 5270 lookup 52", "ip route add 10.244.0.0/16 dev mesh0 table 52")
     text = is_told(one, "ways", "puts the pod network's routes before it")
-    assert not reach(pods)
+    assert not all_reach(pods)
     do(world, text.partition("; ")[2].partition(" puts")[0])
     is_over(one)
-    assert reach(pods)
+    assert all_reach(pods)
 
 
 def test_report_6_a_rule_by_mark_is_told_but_ends_no_readiness(world):
@@ -371,10 +367,10 @@ def test_report_6_foreign_rules_that_cut_pods_off_are_named(world, case):
     do(world, *breaks)
     is_told(agents[0], subject, *words)
     if "masquerade" not in case:
-        assert not reach(pods)
+        assert not all_reach(pods)
     do(world, *mends)
     is_over(agents[0])
-    assert reach(pods)
+    assert all_reach(pods)
 
 
 def test_report_6_rules_that_let_pods_through_are_no_news(world):
@@ -402,7 +398,7 @@ def test_report_6_forwarding_switched_off_on_the_pods_bridge_is_put_back(world):
     pods = pods_of(world, agents)
     do(world, "echo 0 > /proc/sys/net/ipv4/conf/cni0/forwarding")
     until("put back", lambda: world.run("node1", "cat", "/proc/sys/net/ipv4/conf/cni0/forwarding").strip() == "1")
-    until("pods reach each other", lambda: reach(pods), 10)
+    until("pods reach each other", lambda: all_reach(pods), 10)
 
 
 def test_report_6_an_underlay_without_carrier_is_told(world):
@@ -439,7 +435,7 @@ def test_report_7_a_bridge_of_another_name_that_has_the_gateway_is_the_pods(worl
     )
     target = world.pod(two, "a")
     end = matrix.End("node1-c", "pod", container, address[:-3], "node1")
-    until("it reaches a pod", lambda: reach([end, target]), 10)
+    until("it reaches a pod", lambda: all_reach([end, target]), 10)
     until("no pod is without protection", lambda: not one.problems())
 
 

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from overlay.lab import matrix, topology
+from tests.support.reach import all_reach
 from tests.support.wait import until
 from tests.support.world import number
 
@@ -72,12 +73,7 @@ def test_the_underlay_goes_down_and_up(world):
     source, target = world.pod(one, "a"), world.pod(two, "a")
     world.run("node1", "ip", "link", "set", "eth0", "down")
     world.run("node1", "ip", "link", "set", "eth0", "up")
-
-    def reached() -> bool:
-        with matrix.Wires([source, target]) as wires:
-            return all(cell.ok for cell in wires.all(answer_s=0.3))
-
-    until("pods reach each other", reached, 20)
+    until("pods reach each other", lambda: all_reach([source, target]), 20)
 
 
 def test_direct_routes_come_back_after_the_underlay_was_down(world):

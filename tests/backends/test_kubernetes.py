@@ -36,8 +36,9 @@ def test_nodes_find_each_other_by_annotations(clusters):
         }
     ends = [end for agent in agents for end in cluster.pod_ends(agent, "a")]
     until("all reach all", lambda: all_reach(ends), 25)
+    until("the condition is told", lambda: cluster.kube.condition("node1", "OverlayReady"))
     version = cluster.kube.read("node1")["metadata"]["resourceVersion"]
     again = cluster.restart(agents[0], "--ip-masq").wait_ready()
     until("it has its peers", lambda: cluster.has_peers(again, 1))
     assert cluster.kube.read("node1")["metadata"]["resourceVersion"] == version, "a restart writes nothing"
-    assert all_reach(ends)
+    until("all reach all", lambda: all_reach(ends))

@@ -29,6 +29,7 @@ def test_nodes_of_both_families(kube_world):
         assert found["mtu"] == 1430
     ends = [world.pod_ends(agent, "a") for agent in agents]
     until("all reach all", lambda: all_reach([end for pair in ends for end in pair]), 25)
+    until("the condition is told", lambda: world.kube.condition("node1", "OverlayReady"))
     version = world.kube.read("node1")["metadata"]["resourceVersion"]
     streams = [world.stream(one, other) for one, other in zip(*ends, strict=True)]
     entered = [stream.__enter__() for stream in streams]

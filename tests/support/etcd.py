@@ -5,23 +5,36 @@ from __future__ import annotations
 
 import base64
 import http.client
+import itertools
 import json
 import os
+import random
 import signal
 import socket
+import ssl
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from overlay.lab import netns
 from overlay.lab.processes import etcd_binary
 
+MOST_PORTS = 2000
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = itertools.count(random.randrange(MOST_PORTS))
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One of this worker's own, below those that the kernel gives to connections: what is bound seconds later is still
+    free then, unless another run of the tests takes it."""
+    for number in itertools.islice(_PORTS, MOST_PORTS):
+        port = 12_000 + MOST_PORTS * (_WORKER % 10) + number % MOST_PORTS
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("every port of this worker is taken")
 
 
 class Etcd:
@@ -72,14 +85,19 @@ class Etcd:
                 raise AssertionError(f"etcd ended: {(self.folder / 'etcd.log').read_text()[-500:]}")
             try:
                 if self.scheme == "https":
-                    with socket.create_connection((self.host, self.port), 1):
-                        time.sleep(0.3)
-                        return
+                    self._shake_hands()  # it does no sooner than it serves
+                    return
                 self.ask("/v3/kv/range", {"key": _b64("x")})
                 return
             except (OSError, http.client.HTTPException, AssertionError):
                 time.sleep(0.03)
         raise AssertionError(f"etcd does not come up: {(self.folder / 'etcd.log').read_text()[-500:]}")
+
+    def _shake_hands(self) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection((self.host, self.port), 2) as plain, context.wrap_socket(plain):
+            pass
 
     def ask(self, path: str, body: dict[str, Any], timeout_s: float = 5.0) -> dict[str, Any]:
         def connect() -> socket.socket:

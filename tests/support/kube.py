@@ -166,6 +166,11 @@ class Kube:
     def read(self, name: str) -> dict[str, Any]:
         return dict(self.ask("GET", f"/api/v1/nodes/{name}"))
 
+    def condition(self, name: str, kind: str) -> str:
+        """ "True", "False" or "Unknown"; "": the Node has no such condition."""
+        conditions = self.read(name).get("status", {}).get("conditions", [])
+        return next((str(each["status"]) for each in conditions if each["type"] == kind), "")
+
     def notes(self, name: str) -> dict[str, str]:
         found = self.read(name)["metadata"].get("annotations") or {}
         return {key.removeprefix(f"{PREFIX}/"): value for key, value in found.items() if key.startswith(PREFIX)}

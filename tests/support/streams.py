@@ -79,7 +79,7 @@ class Stream:
             self._sending.close()
             self.wires.close()
 
-    def lost(self) -> int:
-        """After `stop`."""
+    def lost(self, since: int = 0) -> int:
+        """How many of those from a number on; it ends the stream."""
         self.stop()
-        return self.sent - len(self.came)
+        return sum(number not in self.came for number in range(since, self.sent))

@@ -58,7 +58,7 @@ def ready_the_machine() -> None:
     for name in netns.existing("overlay-t"):
         found = re.match(r"overlay-t(\d+)x", name)
         if found and not Path(f"/proc/{found[1]}").exists():
-            with suppress(FileNotFoundError):  # another worker of this run does the same
+            with suppress(OSError):  # another worker of this run does the same
                 netns.delete(name)
 
 

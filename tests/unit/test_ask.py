@@ -186,10 +186,10 @@ def test_a_door_that_is_closed_is_closed_and_its_thread_ends(secret_file):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    before = {thread.ident for thread in threading.enumerate()}
+    before = threading.enumerate()
     made = TcpDoor("127.0.0.1", port, handler(Asked(secret_file, {})), "asked")
     assert made.open()
-    (mine,) = [thread for thread in threading.enumerate() if thread.ident not in before]
+    (mine,) = [thread for thread in threading.enumerate() if thread not in before]
     made.close()
     mine.join(10)
     assert not mine.is_alive()

@@ -42,7 +42,7 @@ def test_who_has_the_device_is_named_at_every_look(closing):
         descriptors = len(os.listdir("/proc/self/fd"))
         for _ in range(50):
             assert [lock.take(device) for lock in locks] == [first.pid] * 3
-        assert len(os.listdir("/proc/self/fd")) == descriptors + 3
+        assert len(os.listdir("/proc/self/fd")) <= descriptors + 3
         first.kill()
         first.wait()
         with keeper(device) as second:

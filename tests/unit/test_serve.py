@@ -126,8 +126,8 @@ def test_a_socket_that_somebody_removed_comes_back(tmp_path):
         assert serve.ask_unix(str(path), "/healthz") == (200, "ok\n")
         assert path.stat().st_mode & 0o777 == 0o600
     assert not server.keep()
-    until("no thread more", lambda: threading.active_count() == threads)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    until("no thread more", lambda: threading.active_count() <= threads)
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_where_no_descriptor_is_left_nothing_spins(tmp_path, monkeypatch):
