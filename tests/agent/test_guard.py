@@ -119,7 +119,7 @@ def test_a_pod_sends_no_vxlan_to_a_node(world, listener, guarded):
     plain = netns.inside(pod.namespace, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with plain:
         plain.bind((pod.address, PORT))
-        plain.settimeout(2)
+        plain.settimeout(10)
         send(evil.namespace, evil.address, pod.address, b"hello")
         assert plain.recv(100) == b"hello"
 
@@ -226,7 +226,7 @@ def test_no_masqueraded_packet_leaves_from_the_port_of_vxlan(world, random_ports
     outside = netns.inside(topology.underlay_name(world.lab), lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with outside:
         outside.bind((topology.GATEWAY, 9999))
-        outside.settimeout(2)
+        outside.settimeout(10)
 
         def seen(port: int) -> tuple[str, int]:
             def act() -> None:

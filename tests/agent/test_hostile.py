@@ -258,7 +258,7 @@ def test_who_trickles_is_in_nobodys_way(world, door):
                 ended.add(number)
         if turn % 20 == 0:
             with connect() as honest:
-                honest.settimeout(2)
+                honest.settimeout(10)
                 honest.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
                 assert honest.recv(1000).startswith(b"HTTP/1.0 200"), turn
                 asked += 1
