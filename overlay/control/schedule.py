@@ -120,7 +120,16 @@ class _Slot:
     @property
     def harmless(self) -> bool:
         """Whether pods' traffic is as it should be without it: of a second family that does not work here yet it is."""
-        return self.controller.harmless or (self._number > FIRST and _optional(self.inputs))
+        return self.controller.harmless or self._is_optional
+
+    @property
+    def _is_optional(self) -> bool:
+        return self._number > FIRST and _optional(self.inputs)
+
+    @property
+    def blocks(self) -> bool:
+        """Whether those that come after it wait for it; not for the second family, where that does not work here yet."""
+        return self.wants is not None and not self.controller.completed and not (self.waits and self._is_optional)
 
     def update(self, inputs: Inputs) -> None:
         """What it wants, by the inputs of now."""
@@ -149,7 +158,7 @@ class _Slot:
 
     def may_act(self) -> bool:
         """Whether it has something to do, and all that come before it are done."""
-        return not self.waits and all(slot.wants is None or slot.controller.completed for slot in self.after)
+        return not self.waits and not any(slot.blocks for slot in self.after)
 
 
 def _optional(inputs: Inputs | None) -> bool:

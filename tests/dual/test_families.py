@@ -144,8 +144,10 @@ def test_a_family_that_is_gone_costs_the_other_nothing(world):
         world.run("node1", "ip", "-6", "addr", "flush", "dev", "eth0", "scope", "global")
         until("it is said", lambda: "underlay IPv6" in agents[0].problems(), 15)
         assert agents[0].ready(), "IPv4 is as it was"
+        (agents[0].run_dir / "subnet.env").unlink()  # as after a boot
         again = world.restart(agents[0]).wait_ready()
         assert again.status()["lease"]["subnet_ipv6"], "what peers know of us stays"
+        assert "FLANNEL_SUBNET=" in (again.run_dir / "subnet.env").read_text(), "pods can be made"
         world.run("node1", "ip", "-6", "addr", "add", "fd00:192:168:1::2/64", "dev", "eth0", "nodad")
         until("IPv6 is back", lambda: again.problems() == {}, 20)
         assert stream.lost() == 0
@@ -157,6 +159,9 @@ def test_a_node_without_ipv6_is_a_peer_of_ipv4_alone_and_gets_the_other_later(wo
     world.families = (4,)
     node = world.node(2)
     two = world.agent(node, "--node-name=node2").wait_ready()
+    lines = dict(line.split("=") for line in (two.run_dir / "subnet.env").read_text().splitlines())
+    assert lines["FLANNEL_SUBNET"] == two.status()["lease"]["subnet"].replace(".0/", ".1/"), "pods can be made"
+    assert "FLANNEL_IPV6_SUBNET" not in lines
     assert "&" not in two.status()["lease"]["key"]
     assert "no IPv6 address of its own" in two.problems()["lease family"]
     assert "underlay IPv6" in two.problems()
@@ -169,6 +174,7 @@ def test_a_node_without_ipv6_is_a_peer_of_ipv4_alone_and_gets_the_other_later(wo
     until("it has both", lambda: "&" in two.status()["lease"]["key"], 20)
     until("all is well", lambda: two.problems() == {} and len(one.status()["peers_ipv6"]) == 1, 20)
     assert two.status()["lease"]["subnet"] == subnet, "the key is another, the subnet is not"
+    until("pods get addresses of both", lambda: "FLANNEL_IPV6_SUBNET" in (two.run_dir / "subnet.env").read_text())
     assert len(world.records()) == 2
 
 

@@ -42,14 +42,16 @@ def test_nodes_of_both_families(kube_world):
 
 def test_a_node_with_a_podcidr_of_one_family_is_of_that_one(kube_world):
     world = kube_world
-    (one,) = world.nodes(1)
+    (one,) = world.nodes(1, "--ip-masq")
     world.node(2, "10.244.2.0/24")
-    two = world.agent("node2").wait_ready()
+    two = world.agent("node2", "--ip-masq").wait_ready()
     assert "has podCIDR 10.244.2.0/24 only; it needs one of IPv6" in two.problems()["lease family"]
     assert "public-ipv6" not in world.kube.notes("node2")
     until("it is a peer", lambda: [peer["node_name"] for peer in one.status()["peers"]] == ["node2"])
     assert one.status()["peers_ipv6"] == []
     assert one.problems() == {}
+    ends = [end for agent in (one, two) for end in world.pod_ends(agent, "a") if end.family == 4]
+    until("its pods reach others by IPv4", lambda: all_reach(ends), 20)
 
 
 def test_an_operators_addresses_of_both_families(kube_world):
