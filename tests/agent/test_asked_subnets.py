@@ -56,9 +56,8 @@ def test_one_that_is_taken_is_waited_for(world):
 
 def test_a_node_moves_to_what_is_asked_for_and_stays_where_that_is_taken(world):
     world.config()
-    two = world.agent(
-        world.node(2), "--node-name=node2", "--subnet=10.244.40.0/24"
-    ).wait_ready()  # so that LARGE is free
+    # so that LARGE is free
+    two = world.agent(world.node(2), "--node-name=node2", "--subnet=10.244.40.0/24").wait_ready()
     one = world.agent(world.node(1), "--node-name=node1").wait_ready()
     until("all know all", lambda: world.has_peers(one, 1) and world.has_peers(two, 1))
     before = str(one.subnet())

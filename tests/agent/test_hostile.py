@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import time
 from pathlib import Path
@@ -127,10 +126,9 @@ def test_the_corpus_on_kubernetes_costs_nobody_anything(kube_world):
     theirs = two.mac()
     words = f"VtepMAC {theirs} is already used by node2"
     with world.stream(source, target) as stream:
-        two.process.send_signal(signal.SIGSTOP)  # it would take another before the first has looked
-        world.kube.annotate("an-older-thief", backend_data=json.dumps({"VNI": 1, "VtepMAC": theirs}))
-        until("it is refused", lambda: words in one.refused_records().get("an-older-thief", ""))
-        two.process.send_signal(signal.SIGCONT)
+        with two.paused():  # it would take another before the first has looked
+            world.kube.annotate("an-older-thief", backend_data=json.dumps({"VNI": 1, "VtepMAC": theirs}))
+            until("it is refused", lambda: words in one.refused_records().get("an-older-thief", ""))
         until("the robbed one takes another MAC", lambda: two.mac() != theirs)
         until("all are peers", lambda: world.peers("node1") == 3)
     assert stream.lost() < 100, "those on their way while it changed"
@@ -173,10 +171,9 @@ def test_a_mac_is_taken_neither_in_place_nor_by_a_twin_that_waits(world):
     theirs = two.mac()
     words = f"VtepMAC {theirs} is already used by"
     with world.stream(source, target) as stream:
-        two.process.send_signal(signal.SIGSTOP)  # it would take another before the first has looked
-        world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", theirs))
-        until("it is refused", lambda: words in one.refused_records().get("10.244.9.0-24", ""))
-        two.process.send_signal(signal.SIGCONT)
+        with two.paused():  # it would take another before the first has looked
+            world.put_record("10.244.9.0-24", vxlan_record("192.168.1.66", theirs))
+            until("it is refused", lambda: words in one.refused_records().get("10.244.9.0-24", ""))
         until("the robbed one takes another", lambda: two.mac() != theirs)
         until("both are peers", lambda: world.peers("node1") == 2)
     assert stream.lost() < 100, "those on their way while it changed"

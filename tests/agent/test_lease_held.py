@@ -1,7 +1,6 @@
 """A lease that is held: deleted, expired, given away, written over, released; and the store away."""
 
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -41,10 +40,9 @@ def given_away(world, agent) -> str:
     """Another node gets the agent's subnet while it cannot say a word; the key."""
     subnet = agent.subnet()
     key = str(subnet).replace("/", "-")
-    agent.process.send_signal(signal.SIGSTOP)
-    world.etcd.delete(f"{ROOT}/subnets/{key}")
-    world.put_record(key, other())
-    agent.process.send_signal(signal.SIGCONT)
+    with agent.paused():
+        world.etcd.delete(f"{ROOT}/subnets/{key}")
+        world.put_record(key, other())
     until("another subnet", lambda: agent.subnet() != subnet)
     agent.wait_ready()
     return key

@@ -1,7 +1,6 @@
 """The main job: nodes lease subnets, pods reach pods, and a restart costs no packet."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -295,8 +294,8 @@ def test_health_and_readiness_over_tcp(world):
     assert ask("/healthz")[0] == 200
     assert ask("/readyz")[0] == 200
     assert ask("/nothing")[0] == 404
-    os.kill(agent.process.pid, signal.SIGSTOP)
-    os.kill(agent.process.pid, signal.SIGCONT)
+    with agent.paused():
+        pass
     assert ask("/healthz")[0] == 200
 
 
@@ -348,16 +347,14 @@ def test_systemds_watchdog_is_told_while_the_loop_turns(world, tmp_path):
         environ = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "1000000"}
         agent = world.agent(world.node(1), environ=environ)
         assert [listening.recv(100) for _ in range(4)].count(b"WATCHDOG=1") >= 3
-        agent.process.send_signal(signal.SIGSTOP)
         listening.settimeout(2.5)
 
         def read_all() -> None:
             while True:
                 listening.recv(100)
 
-        with pytest.raises(TimeoutError):
+        with agent.paused(), pytest.raises(TimeoutError):
             read_all()
-        agent.process.send_signal(signal.SIGCONT)
         listening.settimeout(20 * PATIENCE)
         assert listening.recv(100) == b"WATCHDOG=1"
 

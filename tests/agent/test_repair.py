@@ -2,7 +2,7 @@
 
 import json
 import shlex
-import signal
+from contextlib import nullcontext
 
 import pytest
 
@@ -117,11 +117,8 @@ def test_the_device(world, pair, command):
     source, target = world.pod(pair[0], "a"), world.pod(pair[1], "a")
     before, device = world.kernel("node1"), world.device("node1")
     asleep = "link add" in command  # it would put its own back before another can stand there
-    if asleep:
-        pair[0].process.send_signal(signal.SIGSTOP)
-    world.run("node1", *shlex.split(command))
-    if asleep:
-        pair[0].process.send_signal(signal.SIGCONT)
+    with pair[0].paused() if asleep else nullcontext():
+        world.run("node1", *shlex.split(command))
 
     def same() -> bool:
         there = world.kernel("node1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import threading
 import time
@@ -108,13 +107,9 @@ class Unhelped:
 
     def inject(self) -> None:
         """The agent goes on afterwards."""
-        process = self._scene.agents[0].process
-        process.send_signal(signal.SIGSTOP)
-        try:
+        with self._scene.agents[0].paused():
             self._scene.world.run("node1", *self._command)
             self._was_broken = self._broken()
-        finally:
-            process.send_signal(signal.SIGCONT)
 
     def bites(self) -> bool:
         """Whether it was."""

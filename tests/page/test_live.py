@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from overlay.ask.server import Refused
 from overlay.page.server import Page, handler
 from overlay.page.token import token_of
 from tests.support.made_cluster import status, subnet
+from tests.support.ports import free_port
 
 SECRET = b"0123456789abcdef"
 
@@ -62,9 +62,7 @@ def served(tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(SECRET)
     now = status(0, 3, {(0, 1)})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     door = TcpDoor(
         "127.0.0.1", port, handler(Page(lambda: json.loads(json.dumps(now)), trace, check, str(secret), True)), "page"
     )

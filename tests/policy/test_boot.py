@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
 
 from overlay.cni.controller import NEW_PODS
@@ -35,11 +33,8 @@ def may_be_made(agent) -> bool:
 def first_seen(world, agent) -> str:
     """The tables of a node's kernel at the moment when a pod may be made."""
     until("a pod may be made", lambda: may_be_made(agent), 60, pause_s=0.001)
-    agent.process.send_signal(signal.SIGSTOP)  # what it does later is not asked
-    try:
+    with agent.paused():  # what it does later is not asked
         return world.run(agent.node, "nft", "list", "ruleset")
-    finally:
-        agent.process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture

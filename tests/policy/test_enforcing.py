@@ -153,8 +153,7 @@ def test_a_pod_that_no_policy_knows_yet_is_held_and_others_wait_for_nothing(thre
     world.apply(objects(world, ELSEWHERE))
     assert all(asks(world, field, "x/b", "x/a"))
     one = world.agents[0]
-    one.process.send_signal(signal.SIGSTOP)
-    try:
+    with one.paused():
         for end in world.named_pod(one, "x", "late"):
             for protocol in ("TCP", "UDP"):
                 field.serve(end, protocol, 80)
@@ -163,8 +162,6 @@ def test_a_pod_that_no_policy_knows_yet_is_held_and_others_wait_for_nothing(thre
         assert not any(asks(world, field, "x/c", "x/late")), "on the same node"
         assert not any(asks(world, field, "x/late", "x/b"))
         assert all(asks(world, field, "x/b", "x/a")), "others go on"
-    finally:
-        one.process.send_signal(signal.SIGCONT)
     until(
         "it is let through", lambda: all(asks(world, field, "x/b", "x/late") + asks(world, field, "x/late", "x/c")), 15
     )

@@ -16,9 +16,10 @@ from lease.tenure.claim import Answer, Claim, Identity
 from lease.tenure.etcd import Tenure
 from lease.tenure.events import Denied, Held, Renewed
 from lease.tenure.keeper import TenureThread
-from tests.support.etcd import Etcd, free_port
+from tests.support.etcd import Etcd
 from tests.support.feed import Follower, follows, put
 from tests.support.pki import EXPIRED, authority, request, signed
+from tests.support.ports import free_port
 from tests.support.wait import until
 
 CONFIG = parse_config('{"Network":"10.244.0.0/16"}')

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from overlay.lab import netns
-from tests.support.etcd import Etcd, free_port
+from tests.support.etcd import Etcd
+from tests.support.ports import free_port
 
 PROGRAMS = Path(__file__).parents[2] / ".venv/kubernetes"
 MANIFEST = Path(__file__).parents[2] / "manifests/overlay.yaml"
@@ -167,7 +168,7 @@ class Kube:
         return dict(self.ask("GET", f"/api/v1/nodes/{name}"))
 
     def condition(self, name: str, kind: str) -> str:
-        """ "True", "False" or "Unknown"; "": the Node has no such condition."""
+        """The status of a Node's condition: True, False or Unknown, as a word; "" where the Node has none of that kind."""
         conditions = self.read(name).get("status", {}).get("conditions", [])
         return next((str(each["status"]) for each in conditions if each["type"] == kind), "")
 

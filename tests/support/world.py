@@ -139,6 +139,15 @@ class Agent:
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """It does nothing meanwhile, and goes on then (SIGSTOP, SIGCONT)."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
 
 class World:
     """The underlay, its etcd, nodes, agents and pods of one test."""

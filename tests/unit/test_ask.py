@@ -14,6 +14,7 @@ from overlay.ask import client
 from overlay.ask.client import NoAnswer, ask_agent, path_of
 from overlay.ask.server import Asked, Refused, handler
 from overlay.ask.signing import HEADER, WITHIN_S, Once, Question, header, secret_of
+from tests.support.ports import free_port
 
 SECRET = b"0123456789abcdef"
 
@@ -138,9 +139,7 @@ def test_a_secret_is_long_enough():
 @pytest.fixture
 def door(secret_file):
     """A server on loopback, at a port of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     made = TcpDoor("127.0.0.1", port, handler(Asked(secret_file, {"/status": dict, "/no": refuse})), "asked")
     assert made.open()
     yield port
@@ -183,9 +182,7 @@ def test_somebody_elses_server_does_not_end_the_asking(door):
 
 
 def test_a_door_that_is_closed_is_closed_and_its_thread_ends(secret_file):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     before = threading.enumerate()
     made = TcpDoor("127.0.0.1", port, handler(Asked(secret_file, {})), "asked")
     assert made.open()
