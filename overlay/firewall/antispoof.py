@@ -191,7 +191,12 @@ class AntiSpoof:
 
     def next_bind(self) -> float | None:
         """When `bind` has something to do, None: it has not."""
-        return self._next if self._table is not None else None
+        return self._next if self._binds else None
+
+    @property
+    def _binds(self) -> bool:
+        """Whether there is a table, and it is known where pods are and which addresses they may have."""
+        return self._table is not None and self._known and bool(self._networks)
 
     def dropped(self) -> int:
         """Frames that were refused, since the table was made. Raises KernelError."""
@@ -203,9 +208,16 @@ class AntiSpoof:
         self._bound.clear()
         self._later.clear()
 
-    def ensure(self, wanted: nf_wire.Table, *networks: Prefix) -> None:
+    def within(self, networks: Iterable[Prefix]) -> None:
+        """The pod networks, one of a family: pods have addresses of these alone."""
+        found = {network.family: network for network in networks}
+        if found != self._networks:
+            self._networks = found
+            self._next = self._clock()
+
+    def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
-        before, self._networks = self._table, {network.family: network for network in networks}
+        before = self._table
         if before is not None and before.name != wanted.name:
             self._sets.remove(before.family, before.name)
         formed = self._sets.is_formed(wanted)
@@ -255,7 +267,7 @@ class AntiSpoof:
 
     def bind(self) -> None:
         """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
-        if self._table is None or not self._networks or not self._known:
+        if self._table is None or not self._binds:
             return
         for index, bound in list(self._bound.items()):
             link = self._ports.get(index)
@@ -295,7 +307,7 @@ class AntiSpoof:
         KernelError."""
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
         settled, bound, first = seen + SETTLED_S, self._bound.get(index), min(self._networks)
-        if bound is not None and bound.of(first) and 6 in bound.addresses and not self._lacks(bound, now - seen):
+        if bound is not None and bound.of(first) and 6 in bound.addresses and not self._lacks(link, bound, now - seen):
             if index not in self._later:
                 return None
             if now < settled:
@@ -329,19 +341,25 @@ class AntiSpoof:
                 bound = bound.with_addresses(6, bound.of(6) | more)
             if self._results(link.name, link.mac) is not None:  # written when all plugins are done
                 bound = bound.with_addresses(4, self._free(4, self._own(link, end, 4), others))
-        if self._lacks(bound, now - seen):  # the kernel gives it after the first one
+        if self._lacks(link, bound, now - seen):  # the kernel gives it after the first one
             bound = bound.with_addresses(6, bound.of(6) | self._free(6, self._own(link, end, 6), others))
         self._bound[index] = bound
         if not bound.of(first):
             return now + LATER_LOOKS_S
-        if self._lacks(bound, now - seen):
+        if now - seen < SECOND_S and self._lacks(link, bound, now - seen):
             return now + FIRST_LOOKS_S
         return settled if index in self._later and now < settled else None
 
-    def _lacks(self, bound: Bound, age_s: float) -> bool:
-        """Whether a pod of two families, that was made a moment ago, is not known by its address of the second."""
+    def _lacks(self, link: Link, bound: Bound, age_s: float) -> bool:
+        """Whether a pod of two families is not known by its address of the second: one that was made a moment ago, and
+        later one that CNI gave an address."""
         network = self._networks.get(6) if len(self._networks) > 1 else None
-        return network is not None and age_s < SECOND_S and not any(map(network.holds, bound.of(6)))
+        if network is None or any(map(network.holds, bound.of(6))):
+            return False
+        if age_s < SECOND_S:
+            return True
+        given = self._results(link.name, link.mac)
+        return given is not None and any(map(network.holds, given.addresses[6]))
 
     def _first(self, link: Link, end: PodEnd, own: frozenset[int], others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""

@@ -363,12 +363,13 @@ class PodsController(_TableController):
         if ports != self._ports:
             self._ports = ports
             self._pods.ports(wants.links.values(), wants.bridges, wants.own_addresses, wants.subnets)
+        self._pods.within(wants.networks)
         self._pods.isolate(wants.isolated)
         self._health.report("unprotected", self._unprotected(wants), harmless=True)
         if self._read_whole or wants.table != self._wanted or self._clock() >= self._cadence.at:
             self._cadence.began()
             began = time.thread_time()
-            self._pods.ensure(wants.table, *wants.networks)
+            self._pods.ensure(wants.table)
             self._cadence.spent(time.thread_time() - began)
             self._cadence.ended()
             self._read_whole, self._wanted = False, wants.table

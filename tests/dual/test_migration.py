@@ -8,7 +8,9 @@ import time
 import pytest
 
 from lease.families import V6
-from lease.model import prefix
+from lease.model import ip_text, prefix
+from overlay.lab import netns
+from overlay.lab.matrix import End
 from tests.support.reach import all_reach
 from tests.support.wait import until
 
@@ -49,6 +51,37 @@ def test_ipv4_to_both_and_back_live(world):
         assert "IPV6" not in (agent.run_dir / "subnet.env").read_text()
         assert agent.events("device.gone") == agent.events("device.down") == []
     assert sorted(world.records()) == sorted(subnet.replace("/", "-") for subnet in subnets)
+
+
+def test_a_pod_made_at_that_moment_sends_by_ipv6(world):
+    """The kernel shows its IPv6 address some time after the first; nothing but the network config changed."""
+    world.config()
+    agents = world.nodes(2)
+    for agent in agents:
+        world.pod(agent, "a")
+    world.use(4, 6)
+    for agent in agents:
+        until("it has both", lambda agent=agent: has_both(agent), 30)
+        assert agent.ready()
+    there = world.pod_ends(agents[1], "b")
+    lease = agents[0].status()["lease"]
+    v4, v6 = (prefix(lease[name]) for name in ("subnet", "subnet_ipv6"))
+    end = End("node1-late/v6", "pod", world.namespace("node1-late"), ip_text(6, v6.base + 0x99), "node1")
+    netns.create(end.namespace)
+    world.run(
+        "node1", *["ip", "link", "add", "vethlate", "type", "veth", "peer", "name", "eth0", "netns"], end.namespace
+    )
+    world.run("node1", *f"ip address replace {ip_text(6, v6.base + 1)}/64 dev cni0 nodad".split())
+    world.run("node1-late", *f"ip address add {ip_text(4, v4.base + 0x99)}/24 dev eth0".split())
+    world.run("node1-late", *["ip", "link", "set", "eth0", "up"])
+    world.run("node1", *["ip", "link", "set", "vethlate", "master", "cni0", "up"])
+    table = ("nft", "list", "set", "bridge", "overlay-1-pods")
+    until("IPv4 is bound", lambda: ip_text(4, v4.base + 0x99) in world.run("node1", *table, "addresses"))
+    assert end.address not in world.run("node1", *table, "addresses6")
+    world.run("node1-late", *f"ip address add {end.address}/64 dev eth0 nodad".split())
+    world.run("node1-late", *f"ip route add default via {ip_text(6, v6.base + 1)}".split())
+    until("IPv6 is bound", lambda: end.address in world.run("node1", *table, "addresses6"), 5)
+    until("it reaches others", lambda: all_reach([end, there[1]]))
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
