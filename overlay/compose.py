@@ -216,7 +216,7 @@ def compose(settings: Settings, outside: Outside) -> Composed:
 
     keys = KeyHolder()
     results = CniResults(settings.cni_results_dir)
-    ports = PodsController(AntiSpoof(sets, requests, clock, results.of), sets, owned, health, clock)
+    ports = PodsController(AntiSpoof(sets, requests, clock, results.refreshed), sets, owned, health, clock)
     controllers: list[Controller] = [
         LiveFiles(current, health, network, outside.set_log_level),
         LinksSource(current, FAMILIES, requests),

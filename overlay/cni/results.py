@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ class CniResult(NamedTuple):
     inside: frozenset[int] = frozenset()
 
 
+Lookup = Callable[[str, int], CniResult | None]
+"""What is behind the node's end of that name and MAC; None where nothing says."""
+
+
 class CniResults:
     """Those of a folder, read as they come."""
 
@@ -34,9 +38,12 @@ class CniResults:
         """By file: what shows whether it was written since (time, size, inode), and its results by the name of the node's
         end."""
 
-    def of(self, interface: str, mac: int) -> CniResult | None:
-        """What is behind the node's end of that name and MAC; None where nothing says."""
+    def refreshed(self) -> Lookup:
+        """What they say now, of one node's end after another: each is a look at every file otherwise."""
         self._refresh()
+        return self._of
+
+    def _of(self, interface: str, mac: int) -> CniResult | None:
         found = (results[interface] for _, results in self._read.values() if interface in results)
         return next((each for each in found if each.mac in (0, mac)), None)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Prefix, ip_text
-from overlay.cni.results import CniResult
+from overlay.cni.results import CniResult, Lookup
 from overlay.firewall.lift import CLOSED
 from overlay.firewall.pods_table import ENDS, MACS, SETS, SPOOFED
 from overlay.kernel.netlink import KernelError, RequestSocket
@@ -91,10 +91,12 @@ class AntiSpoof:
         sets: NetfilterSocket,
         requests: RequestSocket,
         clock: Callable[[], float],
-        results: Callable[[str, int], CniResult | None] = lambda _interface, _mac: None,
+        results: Callable[[], Lookup] = lambda: _nothing_said,
     ) -> None:
-        """results: what CNI gave to the pod behind a node's end, by its name and MAC."""
-        self._sets, self._requests, self._clock, self._results = sets, requests, clock, results
+        """results: what CNI gave to pods, as it is now."""
+        self._sets, self._requests, self._clock, self._results_now = sets, requests, clock, results
+        self._results: Lookup = _nothing_said
+        """Of the bindings under way."""
         self._table: nf_wire.Table | None = None
         self._bridges: set[int] = set()
         self._nodes: set[int] = set()
@@ -269,6 +271,7 @@ class AntiSpoof:
         """Bind what is new, let go of what is gone. Raises KernelError, of one port when all others are done."""
         if self._table is None or not self._binds:
             return
+        self._results = self._results_now()
         for index, bound in list(self._bound.items()):
             link = self._ports.get(index)
             if link is None or not bound.is_of(link):
@@ -351,15 +354,13 @@ class AntiSpoof:
         return settled if index in self._later and now < settled else None
 
     def _lacks(self, link: Link, bound: Bound, age_s: float) -> bool:
-        """Whether a pod of two families is not known by its address of the second: one that was made a moment ago, and
-        later one that CNI gave an address."""
+        """Whether a pod of two families is not known by its address of the second: one that CNI gave such an address,
+        however long ago; where nothing says, one that was made a moment ago."""
         network = self._networks.get(6) if len(self._networks) > 1 else None
         if network is None or any(map(network.holds, bound.of(6))):
             return False
-        if age_s < SECOND_S:
-            return True
         given = self._results(link.name, link.mac)
-        return given is not None and any(map(network.holds, given.addresses[6]))
+        return age_s < SECOND_S if given is None else any(map(network.holds, given.addresses[6]))
 
     def _first(self, link: Link, end: PodEnd, own: frozenset[int], others: list[Bound]) -> Bound:
         """What a port is bound to when its pod is seen first: the rest is another's."""
@@ -444,6 +445,10 @@ class AntiSpoof:
         more = {name: keys - there[name] for name, keys in wanted.items()}
         self._sets.change(table, more, {name: keys - wanted[name] for name, keys in there.items()})
         self._there = wanted
+
+
+def _nothing_said(_interface: str, _mac: int) -> CniResult | None:
+    return None
 
 
 def _key(link: Link) -> tuple[int, int]:

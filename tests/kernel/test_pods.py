@@ -59,7 +59,7 @@ def antispoofing(
 ) -> AntiSpoof:
     """given: what CNI gave to the pod behind a port, by its name and MAC."""
     results = {} if given is None else given
-    made = AntiSpoof(sets, pods, clock, lambda name, mac: results.get((name, mac)))
+    made = AntiSpoof(sets, pods, clock, lambda: lambda name, mac: results.get((name, mac)))
     made.within([NETWORK])
     return made
 
@@ -373,3 +373,16 @@ def test_nothing_is_due_while_nobody_knows_where_pods_are(sets, pods, clock):
     pods.ends = {5: end("10.244.1.5")}
     made.ports([BRIDGE, port(5, 1)], ["cni0"])
     assert made.next_bind() == clock.now
+
+
+def test_a_pod_that_cni_gave_no_ipv6_gets_none_by_showing_it(sets, pods, clock):
+    """However short it is seen: an agent that starts sees every pod for the first time."""
+    ip = NETWORK.base + 0x105
+    made = antispoofing(sets, pods, clock, {("veth5", 1): CniResult(1, {4: frozenset({ip}), 6: frozenset()}, "")})
+    pods.ends = {5: end("10.244.1.5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE)
+    made.within([NETWORK, NETWORK6])
+    pods.ends[5] = with_v6(end("10.244.1.5"), "fd00:10:244:1::99")
+    made.bind()
+    assert (addresses(sets), global6(sets)) == ({(5, 5)}, set())

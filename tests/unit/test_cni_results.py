@@ -37,17 +37,17 @@ MAC = 0x96735B3C0D5A
 
 def test_it_is_read_as_it_comes_and_goes(tmp_path):
     results = CniResults(str(tmp_path))
-    assert results.of("veth8a0b5c1d", MAC) is None
+    assert results.refreshed()("veth8a0b5c1d", MAC) is None
     file = tmp_path / "cbr0-7b0f-eth0"
     file.write_text(json.dumps(CACHED))
-    found = results.of("veth8a0b5c1d", MAC)
+    found = results.refreshed()("veth8a0b5c1d", MAC)
     assert found is not None
     assert found.pod == "shop/web-1"
     assert found.addresses == {4: {ip_number("10.244.1.7", 4)}, 6: {ip_number("fd00:1::7", 6)}}
-    assert results.of("eth0", MAC) is None, "that is the pod's end"
-    assert results.of("veth8a0b5c1d", MAC + 1) is None, "another of the same name"
+    assert results.refreshed()("eth0", MAC) is None, "that is the pod's end"
+    assert results.refreshed()("veth8a0b5c1d", MAC + 1) is None, "another of the same name"
     file.unlink()
-    assert results.of("veth8a0b5c1d", MAC) is None
+    assert results.refreshed()("veth8a0b5c1d", MAC) is None
 
 
 def test_one_that_goes_while_the_folder_is_read_costs_itself_alone(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_one_that_goes_while_the_folder_is_read_costs_itself_alone(tmp_path, mon
         return plain(path, **more)
 
     monkeypatch.setattr(os, "lstat", lstat)
-    assert CniResults(str(tmp_path)).of("veth8a0b5c1d", MAC) is not None
+    assert CniResults(str(tmp_path)).refreshed()("veth8a0b5c1d", MAC) is not None
 
 
 @pytest.mark.parametrize(
@@ -77,11 +77,11 @@ def test_what_is_none_costs_itself_alone(tmp_path, content):
     (tmp_path / "bad").write_text(content)
     (tmp_path / "good").write_text(json.dumps(CACHED))
     (tmp_path / "pipe").mkdir()
-    assert CniResults(str(tmp_path)).of("veth8a0b5c1d", MAC) is not None
+    assert CniResults(str(tmp_path)).refreshed()("veth8a0b5c1d", MAC) is not None
 
 
 def test_no_kubernetes_no_name(tmp_path):
     (tmp_path / "x").write_text(json.dumps({**CACHED, "cniArgs": None}))
-    found = CniResults(str(tmp_path)).of("veth8a0b5c1d", MAC)
+    found = CniResults(str(tmp_path)).refreshed()("veth8a0b5c1d", MAC)
     assert found is not None
     assert found.pod == ""
