@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from overlay.cluster.network import NetworkConfigInput
 from overlay.control.controller import Handler, Source
 from overlay.control.health import Health
-from overlay.control.inputs import CurrentInputs
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.peers.plan import underlay_within
 from overlay.process.log import log
 from overlay.process.watched import FileText
@@ -33,11 +33,25 @@ class LiveFiles(Source):
         """Files that were there once."""
         self._missing: set[str] = set()
         """Files that were logged as missing."""
+        self._refused: FileText | None = None
+        """Settings that this node's lease does not allow."""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
         """What the thread that reads files posts."""
         return {FileText: self._on_file}
+
+    def wants(self, inputs: Inputs) -> object:
+        """What a file may be refused for."""
+        return inputs.own, inputs.displaced
+
+    def reconcile(self, wants: object) -> bool:
+        """What was refused may be right now."""
+        del wants
+        self._network.judge_again()
+        if self._refused is not None:
+            self._on_live(self._refused)
+        return False
 
     def _on_file(self, event: FileText) -> bool:
         subject = f"file {event.what}"
@@ -62,9 +76,12 @@ class LiveFiles(Source):
         return False
 
     def _on_live(self, event: FileText) -> None:
+        self._refused = None
         try:
             live = self._at_start if event.text is None else read_live(event.text, self._at_start)
-            self._refuse_taking_ours(live)
+            if (fault := self._taking_ours(live)) is not None:
+                self._refused = event
+                raise SettingsError(fault)
         except SettingsError as error:
             words = f"{event.path}: {error}; the previous settings stay in effect"
             self._health.problem("live-settings", words, harmless=True)
@@ -89,8 +106,8 @@ class LiveFiles(Source):
             )
             self._set_log_level(live.log_level)
 
-    def _refuse_taking_ours(self, live: Settings) -> None:
-        """Raises SettingsError: the underlay would be where our pods are."""
+    def _taking_ours(self, live: Settings) -> str | None:
+        """Why it cannot be: the underlay would be where our pods are."""
         inputs = self._current.inputs
         for end in inputs.own.ends if inputs.own is not None else ():
             pool = inputs.pool(end.subnet.family)
@@ -98,6 +115,5 @@ class LiveFiles(Source):
                 underlay_within(pool.network, live.underlay_cidrs_of(end.subnet.family)) if pool is not None else ()
             ):
                 if there.overlaps(end.subnet):
-                    raise SettingsError(
-                        f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"
-                    )
+                    return f"underlay-cidr: {there} touches our subnet {end.subnet}, where this node's pods are"
+        return None

@@ -19,9 +19,17 @@ class NetworkConfigInput:
 
     def __init__(self, current: CurrentInputs, health: Health, place: str) -> None:
         self._current, self._health, self._place = current, health, place
+        self._refused: bytes | None = None
+        """What the config says that this node's lease does not allow."""
+
+    def judge_again(self) -> None:
+        """The lease is another now, or is lost."""
+        if self._refused is not None:
+            self.read(self._refused)
 
     def read(self, text: bytes | None) -> None:
         """It says this now; None: there is none."""
+        self._refused = None
         running = self._current.inputs.config
         keeps = "" if running is None else "; the running config is kept"
         if text is None:
@@ -43,8 +51,9 @@ class NetworkConfigInput:
                     f" {FAMILIES[own.first.subnet.family].text}; the running config is kept: restart the agent",
                     harmless=True,
                 )
+                self._refused = text
                 return
-            for end in own.ends:
+            for end in own.ends if not self._current.inputs.displaced else ():  # what is lost need not fit
                 if end.subnet.family in config.pools and not self._fits(config, end.subnet):
                     drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
                     self._health.problem(
@@ -53,6 +62,7 @@ class NetworkConfigInput:
                         f" the running config is kept: drain this node and {drain}",
                         harmless=True,
                     )
+                    self._refused = text
                     return
         if self._current.set(config=config):
             networks = _comma_list(pool.network for pool in config.pools.values())

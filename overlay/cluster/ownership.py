@@ -16,7 +16,7 @@ from lease.tenure.events import Denied, Disputed, Held, Lost, Partial, Renewed
 from overlay.backends.choose import backend_of
 from overlay.backends.wireguard import listen_port
 from overlay.cni.lists import previous_subnet
-from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Underlay
 from overlay.peers.plan import underlay_within
@@ -99,6 +99,8 @@ class Ownership(Controller):
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
         self._partial_at: float | None = None
+        self._said, self._refused = "", False
+        """The problem that the tenure told last, and whether a claim could not be made since."""
         """When to try again for the family that our lease lacks."""
         self._looking_again = False
         """What was in dispute is being settled again."""
@@ -151,6 +153,17 @@ class Ownership(Controller):
 
     def reconcile(self, wants: Any) -> bool:
         """Pass it to the tenure. Raises KernelError, CannotReconcile."""
+        try:
+            self._pass_on(wants)
+        except (OSError, CannotReconcile):
+            self._refused = True
+            raise
+        if self._refused:  # the tenure says nothing of a claim that is as before
+            self._refused = False
+            self._health.report(self.name, self._said)
+        return False
+
+    def _pass_on(self, wants: Any) -> None:
         if self._partial_at is not None and self._clock() >= self._partial_at:
             self._partial_at = self._clock() + PARTIAL_S
             self.recheck()
@@ -161,7 +174,7 @@ class Ownership(Controller):
         self._report_asked()
         self._health.report("public ip", fault)
         if fault:
-            return False  # what is held already holds
+            return  # what is held already holds
         assert self._identity_of is not None
         mac, subnet = self._of_earlier(family, config, settings)
         part = None
@@ -189,7 +202,6 @@ class Ownership(Controller):
         )
         if self.claimer is not None:
             self.claimer.claim(claim, self._first_list if self.held is None else None)
-        return False
 
     def _report_asked(self) -> None:
         """What was asked for by --subnet, and is not held."""
@@ -323,15 +335,19 @@ class Ownership(Controller):
             self._put_right_until = self._clock() + PUT_RIGHT_S
         self.check_rivals()
         self._report_asked()
-        self._health.solved(self.name)
+        self._say("")
         return False
+
+    def _say(self, problem: str) -> None:
+        """What the tenure says of the lease."""
+        self._said = problem
+        self._health.report(self.name, problem)
 
     def _on_lost(self, event: Lost) -> bool:
         self._displace()
-        self._health.problem(
-            self.name,
+        self._say(
             f"we lost {event.lease.first.subnet}: {event.reason}. Pods that run here keep their addresses and their datapath"
-            " on this node until they are made again; another subnet is taken for new pods",
+            " on this node until they are made again; another subnet is taken for new pods"
         )
         return False
 
@@ -342,7 +358,7 @@ class Ownership(Controller):
                 log.error("lease.conflict", reason=event.reason)
                 self._stop(event.reason)
             return False
-        self._health.problem(self.name, event.reason)
+        self._say(event.reason)
         if event.displaced and self.held is not None:
             self._displace()
         return False

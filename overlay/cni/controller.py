@@ -97,7 +97,10 @@ class CniController(Controller):
         if ends[0].subnet.family not in inputs.tunnels:
             return Waiting("for the tunnel device")
         settings, mtu = inputs.settings, _mtu(inputs, ends)
-        networks = [each.network for each in inputs.config.pools.values()]
+        # one whose routes are not all away yet stays, so that a next run takes them away
+        networks = list(
+            dict.fromkeys((*(each.network for each in inputs.config.pools.values()), *self._owned.planned.values()))
+        )
         pods = [PodNetwork(inputs.config.pools[end.subnet.family].network, end.subnet) for end in ends]
         devices = (
             (self._owned.device_file(family), mark_of(backend_of(inputs.config.backend, FAMILIES[family])))

@@ -118,6 +118,10 @@ class Inputs(NamedTuple):
         """The subnets of a family, None where it is not enabled or not known."""
         return self.config.pool(family) if self.config is not None else None
 
+    def others_devices(self, family: int) -> frozenset[str]:
+        """The devices of the other families: WireGuard has modes with one for both."""
+        return frozenset(tunnel.name for number, tunnel in self.tunnels.items() if number != family)
+
     def addresses_of(self, family: int) -> Mapping[AddressKey, Address]:
         """This node's addresses of a family."""
         return self.addresses.get(family, {})

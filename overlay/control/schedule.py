@@ -244,7 +244,8 @@ class Schedule:
                 asked = slot.asked
                 slot.update(self._current.inputs)
                 if asked and not slot.asked:
-                    for subject in slot.controller.reports:
+                    own = (slot.controller.name,) if slot.retry.refusals else ()
+                    for subject in (*slot.controller.reports, *own):
                         self._health.solved(name_of(subject, slot.controller.family))
             if not slot.stale and not slot.more and ((at := slot.due()) is None or at > now):
                 continue

@@ -152,6 +152,7 @@ class DeviceController(Controller):
     other's work."""
 
     name = "device"
+    reports = ("mtu", "another agent", "device lock")
 
     def __init__(
         self,
@@ -353,10 +354,8 @@ class DeviceController(Controller):
 
     def _others(self, name: str) -> bool:
         """Whether it is the other family's device as well: WireGuard has modes with one for both."""
-        if self._family is V6 and self._owned.recorded_device(V4.number) == name:
-            return True
-        tunnels = self._current.inputs.tunnels
-        return any(tunnel.name == name for family, tunnel in tunnels.items() if family != self._family.number)
+        recorded = self._family is V6 and self._owned.recorded_device(V4.number) == name
+        return recorded or name in self._current.inputs.others_devices(self._family.number)
 
     def _drop(self, name: str, now: str) -> None:
         """The device of an earlier network, ours since our own file names it, and what belongs to it. now: the device, or
@@ -382,9 +381,9 @@ class DeviceController(Controller):
     def _leave_device(self, ifindex: int, name: str) -> None:
         """Take this family's address from a device that stays the other's. Raises KernelError."""
         end = self._current.inputs.end(self._family.number)
-        base = end.subnet.base if end is not None else None
+        bases = {self._base, end.subnet.base if end is not None else None}
         for each in self._requests.addresses(self._family):
-            if each.oif == ifindex and each.address == base:
+            if each.oif == ifindex and each.address in bases:
                 shown = f"{ip_text(each.family, each.address)}/{each.length}"
                 log.info("device.address", device=name, action=f"removed {shown}")
                 self._links.remove_address(ifindex, each.address, each.length)
@@ -392,8 +391,12 @@ class DeviceController(Controller):
     def withdraw(self) -> Iterator[str]:
         """Delete it; where flannel has the node again it is flannel's."""
         for name, kinds in tunnel_devices(self._owned.networks(), self._family).items():
-            there = self._links.read(name) if not self._others(name) else None
-            if there is not None and there.kind in kinds and not self._owned.flannel_has_it():
+            there = self._links.read(name)
+            if there is None or there.kind not in kinds:
+                continue
+            if self._others(name):
+                self._leave_device(there.ifindex, name)
+            elif not self._owned.flannel_has_it():
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
         self._device = self._base = None

@@ -29,6 +29,8 @@ class Owned:
         self._settings, self._named = settings, tuple(named)
         self._of_env = lists.networks_of(settings.subnet_file)
         """Read now: who uninstalls takes that file away first."""
+        self.planned: dict[int, Prefix] = {}
+        """By family: the pod network whose routes this agent has in the kernel, or may have. Set by peers/controller.py."""
 
     def device_file(self, family: int) -> str:
         """The file that names our device of a family."""
@@ -48,7 +50,7 @@ class Owned:
 
     def prefixes(self, family: int) -> list[Prefix]:
         """The pod networks of a family that this node is or was in."""
-        recorded = (*lists.recorded_networks(self._settings.run_dir), *self._of_env)
+        recorded = (*lists.recorded_networks(self._settings.run_dir), *self._of_env, *self.planned.values())
         found = {network for network in recorded if network.family == family}
         with suppress(ConfigError):
             pool = parse_config(read(self._settings.net_config_path) or b"").pool(family)

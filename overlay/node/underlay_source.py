@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,6 +102,11 @@ class UnderlaySource(Source):
         if before is not None and before.local != found.local:
             self._moved()
         return False
+
+    def withdraw(self) -> Iterator[str]:
+        """Nothing of a family that is switched off counts: not its MTU either."""
+        self._current.set_family("underlays", self._family.number, None)
+        return iter(())
 
     def status(self) -> Mapping[str, object]:
         """`underlay`."""

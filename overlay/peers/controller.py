@@ -75,6 +75,8 @@ class PeerTableController(Controller):
             return Waiting(f"for a lease of type {inputs.config.backend.type}")
         if number not in inputs.tunnels:
             return Waiting("for the tunnel device")
+        if inputs.end(number) is None:  # the device stays where a lease of both families gives way to one of the other
+            return Waiting(f"for a subnet of {self._family.text}")
         return plan.node_of(
             inputs.config,
             self._family,
@@ -151,6 +153,7 @@ class PeersController(Controller):
     """The peers' entries in the kernel: read whole where that is due, and made as they should be, a slice at a time."""
 
     name = "peers"
+    reports = ("kernel", "dump")
     rechecked = False
 
     def __init__(
@@ -173,6 +176,7 @@ class PeersController(Controller):
         self._doubt_at: float | None = None
         self._device_doubt_at: float | None = None
         self._overruns = 0
+        self._new_plan = False
 
     # --- events
 
@@ -180,8 +184,8 @@ class PeersController(Controller):
     def handles(self) -> Mapping[type, Handler]:
         """Changes of peers, and all news of the kernel's entries."""
         return {
-            Snapshot: lambda _event: True,
-            Changes: lambda _event: True,
+            Snapshot: lambda _event: self._planned,
+            Changes: lambda _event: self._planned,
             events.LinkSeen: self._on_link,
             events.AddressSeen: self._on_address,
             events.RouteSeen: self._on_route,
@@ -189,37 +193,44 @@ class PeersController(Controller):
             events.Overrun: self._on_overrun,
         }
 
+    @property
+    def _planned(self) -> bool:
+        """Whether there is a plan: without one there is nothing to see to, and nothing to withdraw again."""
+        return self._path.node is not None
+
     def _on_link(self, event: events.LinkSeen) -> bool:
         tunnel = self._current.inputs.tunnels.get(self._family.number)
         if tunnel is not None:
             self._read_whole |= self._path.set_tunnel(tunnel)
         # down and up again looks unchanged afterwards, but took the direct routes with it
         self._read_whole |= self._path.on_underlay_link(event.link, event.gone)
-        return True
+        return self._planned
 
     def _on_address(self, event: events.AddressSeen) -> bool:
         """The last address takes the routes with it, silently: read them again."""
         if event.gone and any(device.ifindex == event.address.oif for device in self._path.rec.devices.values()):
             self._read_whole = True
-        return self._read_whole
+        return self._read_whole and self._planned
 
     def _on_route(self, event: events.RouteSeen) -> bool:
         self._path.on_route(event, self._current.inputs.links)
-        return True
+        return self._planned
 
     def _on_neighbours(self, event: events.NeighbourMessages) -> bool:
         self._path.on_neighbour_messages(event.messages)
-        return True
+        return self._planned
 
     def _on_overrun(self, _event: events.Overrun) -> bool:
         self._overruns += 1
         log.warning("monitor.overrun", effect="events were lost; the kernel is read whole again")
         self._read_whole = True
-        return True
+        return self._planned
 
     def planned(self) -> None:
         """There is a new plan: of what the kernel has nothing is believed until it is read."""
-        self._read_whole = True
+        self._read_whole = self._new_plan = True
+        if self._path.node is not None:
+            self._owned.planned[self._family.number] = self._path.node.network
 
     # --- making it so
 
@@ -236,6 +247,7 @@ class PeersController(Controller):
         path = self._path
         if path.node is None:
             return False
+        self._new_plan = False
         self._read_whole |= path.set_tunnel(wants.tunnel)
         self._read_whole |= path.set_underlay(wants.underlay, wants.underlay_up)
         more = path.rec.main in path.rec.devices and self._read_slice()
@@ -294,7 +306,7 @@ class PeersController(Controller):
 
     def due(self) -> float | None:
         """A retry, a doubt, the next check."""
-        asked = [self._path.rec.next_retry(), self._device_doubt_at]
+        asked = [self._path.rec.next_retry(), self._device_doubt_at, 0.0 if self._new_plan else None]
         if self._path.rec.main in self._path.rec.devices:  # else there is nothing to read, however long it is due
             asked += [self._doubt_at, self._cadence.at, (self._reading.at or 0.0) if self._read_whole else None]
         return min((at for at in asked if at is not None), default=None)
@@ -310,9 +322,12 @@ class PeersController(Controller):
         another network's agent may have its own on this node. Raises ValueError where it is not known whose they are."""
         self._path.reset()
         self._current.set(synced_families=self._current.inputs.synced_families - {self._family.number})
+        self._new_plan = False
         kinds = tunnel_devices(self._owned.networks(), self._family)
-        tunnels = {link.ifindex for link in self._requests.links() if link.kind in kinds.get(link.name, ())}
-        dying = set() if self._owned.flannel_has_it() else tunnels
+        links = [link for link in self._requests.links() if link.kind in kinds.get(link.name, ())]
+        tunnels = {link.ifindex for link in links}
+        shared = self._current.inputs.others_devices(self._family.number)
+        dying = {link.ifindex for link in links if link.name not in shared and not self._owned.flannel_has_it()}
         networks = self._owned.prefixes(self._family.number)
         left = [
             route
@@ -327,7 +342,8 @@ class PeersController(Controller):
         if routes:
             self._remove(routes)
             yield f"{len(routes)} routes of ours"
-        if len(left) > len(routes) and not networks:
+        self._owned.planned.pop(self._family.number, None)
+        if len(left) > len(routes) and not networks and self._current.inputs.config is None:  # who uninstalls is told
             raise ValueError(
                 f"{len(left) - len(routes)} routes are ours, or another network's on this node, of which nothing here says"
                 f" which: ip -{self._family.number} route show proto {PROTOCOL}"

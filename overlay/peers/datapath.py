@@ -100,7 +100,7 @@ class Datapath:
     def _stand_on(self, main: int) -> None:
         """The backend may be another, without a tunnel or with one: that device is to be found anew."""
         if self.rec.main != main:
-            self.rec.main, self._tunnel = main, None
+            self.rec.main, self._tunnel, self.rec.device_gone = main, None, False
             self.rec.devices.pop(TUNNEL, None)
 
     def _forget_kernel(self) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from lease.model import ip_number, prefix
 from lease.records.packed import Leases
+from overlay.control.controller import Waiting
 from overlay.control.inputs import Tunnel
 from overlay.firewall import guard
 from overlay.firewall.controllers import DIRECT_S
@@ -209,10 +210,44 @@ def test_direct_routes_wait_at_a_start_that_brings_the_config(bench, via, waits)
     config = bench.current.inputs.config
     near = bench.current.inputs.underlays[4]._replace(neighbours=(prefix("192.168.1.0/24"),))
     bench.current.set(config=config._replace(backend=config.backend._replace(direct_routing=True)), underlays={4: near})
-    bench.kernel.routes_there.append(
-        FoundRoute(RouteKey(ip_number("10.244.9.0", 4), 24, 9), 2, ip_number(via, 4), 4, 111, ())
-    )
+    bench.kernel.routes_there.append(found("10.244.9.0", via))
     controller = bench.table()
     bench.reconcile(controller)
     assert (bench.path.node.neighbours == ()) == waits
     assert (controller.due() is not None) == waits
+
+
+def test_peers_wait_where_the_lease_lost_this_family(bench):
+    """The tunnel device stays, as it is the other family's lease that this one gave way to."""
+    controller = bench.table()
+    assert not isinstance(controller.wants(bench.current.inputs), Waiting)
+    own = bench.current.inputs.own
+    bench.current.set(own=own._replace(v4=None, v6=own.v4._replace(subnet=prefix("fd00:10:244:2::/64"))))
+    assert controller.wants(bench.current.inputs) == Waiting("for a subnet of IPv4")
+
+
+def test_what_was_planned_is_taken_away_whatever_the_files_say_and_nothing_of_others(bench):
+    """A pod network of this agent's, which no file names (yet); and one of another agent on this node."""
+    table, controller = bench.table(), bench.peers()
+    table.planned = controller.planned
+    bench.path.replace(Leases.of([lease("10.244.9.0/24", "192.168.1.9")]), "")
+    bench.reconcile(table)
+    assert controller.due() == 0.0, "it is asked for the new plan, whatever events come"
+    bench.reconcile(controller)
+    assert bench.owned.prefixes(4) == [prefix("10.244.0.0/16")]
+    assert bench.tell(controller, events.RouteSeen(found("10.244.9.0", "192.168.1.9"), gone=True))
+    bench.kernel.routes_there += [found("10.244.9.0", "192.168.1.9"), found("10.99.9.0", "192.168.1.9")]
+    bench.kernel.refuse = 1
+    with pytest.raises(OSError, match="refused"):
+        list(controller.withdraw())
+    assert bench.owned.prefixes(4) == [prefix("10.244.0.0/16")], "until it is done"
+    bench.kernel.refuse = 0
+    assert list(controller.withdraw()) == ["1 routes of ours"]
+    assert bench.owned.prefixes(4) == []
+    assert list(controller.withdraw()) == [], "what is not ours says nothing"
+    assert controller.due() is None or controller.due() > 0
+    assert not bench.tell(controller, events.RouteSeen(found("10.99.9.0", "192.168.1.9"), gone=True))
+
+
+def found(base: str, via: str) -> FoundRoute:
+    return FoundRoute(RouteKey(ip_number(base, 4), 24, 9), 2, ip_number(via, 4), 4, 111, ())

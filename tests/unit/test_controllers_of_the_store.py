@@ -13,6 +13,7 @@ from lease.records.packed import Leases
 from lease.store import Changes, ConfigText, Gone, Snapshot, StoreDown
 from lease.tenure.events import Denied, Disputed, Held, Lost, Renewed
 from overlay.cluster.records import STALE_S
+from overlay.control.controller import CannotReconcile
 from overlay.control.schedule import Schedule
 from overlay.process.watched import FileText
 from tests.support.bench import CONFIG, OTHER_MTU
@@ -115,6 +116,61 @@ def test_a_network_config_that_cannot_be_used_is_told_and_the_running_one_kept(b
     assert bench.current.inputs.config == before
     bench.network.read(CONFIG.encode())
     assert bench.problems() == {}
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["another lease", "none any more"])
+def test_a_refused_network_config_is_judged_again_by_another_lease(bench, lost):
+    """A drained node whose Node is made again in another network: nobody writes the config a second time."""
+    live, other = bench.live(), '{"Network":"10.99.0.0/16","Backend":{"Type":"vxlan"}}'
+    bench.network.read(other.encode())
+    bench.reconcile(live)
+    assert "does not contain our subnet" in bench.problems()["config"]
+    if lost:
+        bench.current.set(displaced=True)
+    else:
+        bench.current.set(own=lease("10.99.2.0/24", "192.168.1.2")._replace(created=0, modified=0))
+    bench.reconcile(live)
+    assert (bench.problems(), str(bench.current.inputs.config.pool(4).network)) == ({}, "10.99.0.0/16")
+
+
+def test_refused_live_settings_are_judged_again_by_another_lease(bench):
+    live = bench.live()
+    bench.tell(live, FileText("live-settings", "/l", b'{"ip-masq": true, "underlay-cidr": ["10.244.2.0/23"]}'))
+    bench.reconcile(live)
+    assert "touches our subnet 10.244.2.0/24" in bench.problems()["live-settings"]
+    bench.current.set(own=lease("10.244.9.0/24", "192.168.1.2")._replace(created=0, modified=0))
+    bench.reconcile(live)
+    assert (bench.problems(), bench.current.inputs.settings.ip_masq) == ({}, True)
+
+
+def test_a_claim_that_can_be_made_again_is_no_problem_though_nobody_answers_it(bench):
+    """The tenure says nothing of one that is as before."""
+    controller = bench.ownership()
+    schedule = Schedule([controller], bench.current, bench.health, bench.clock)
+    schedule.handle(Held(bench.current.inputs.own, "allocated"))
+    schedule.run_pass()
+    existing, controller._existing_macs = controller._existing_macs, {4: refuse}
+    controller._earlier.clear()
+    bench.current.set(**OTHER_MTU)
+    schedule.run_pass()
+    assert "another agent keeps flannel.1" in bench.problems()["lease"]
+    controller._existing_macs = existing
+    bench.clock.now += 10
+    schedule.run_pass()
+    assert bench.problems() == {}
+    controller._earlier.clear()
+    controller._existing_macs = {4: refuse}
+    bench.tell(controller, Denied("no subnet is free"))
+    bench.current.set(underlays={4: bench.current.inputs.underlays[4]._replace(mtu=1300)})
+    schedule.run_pass()
+    controller._existing_macs = existing
+    bench.clock.now += 10
+    schedule.run_pass()
+    assert bench.problems()["lease"] == "no subnet is free", "what the tenure said stands"
+
+
+def refuse(_config: Any) -> int | None:
+    raise CannotReconcile("another agent keeps flannel.1")
 
 
 def test_the_lease_is_claimed_held_lost_and_renewed(bench):

@@ -312,3 +312,14 @@ def test_a_record_whose_address_no_route_leads_to_is_that_peers_trouble_alone(be
         bench.reconcile(controller)
         bench.clock.now = max(controller.due(), bench.clock.now)
     assert str(peers[bad].subnet) in bench.problems()["ways"], "routes of others are another matter"
+
+
+def test_the_underlay_of_a_family_that_is_switched_off_counts_no_more(bench):
+    """Its MTU would: a device that both families share has the least."""
+    controller = bench.underlay()
+    bench.reconcile(controller)
+    assert 4 in bench.current.inputs.underlays
+    assert list(controller.withdraw()) == []
+    assert bench.current.inputs.underlays == {}
+    bench.reconcile(controller)
+    assert 4 in bench.current.inputs.underlays, "switched on again"

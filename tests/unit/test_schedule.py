@@ -258,6 +258,16 @@ def test_what_was_refused_and_must_wait_now_is_not_asked_without_end(world):
     assert world.schedule.next_due() > world.clock.now
 
 
+def test_what_was_refused_is_no_problem_of_one_that_waits(world):
+    world.toy.error = OSError(1, "no")
+    world.schedule.handle("node1")
+    world.turn()
+    assert "toy" in world.health.problems()
+    world.current.set(listed=False)
+    world.turn()
+    assert world.health.problems() == {}
+
+
 def test_a_problem_that_a_controller_set_itself_is_its_own_to_clear(world):
     world.health.problem("toy", "something else")
     world.schedule.handle("node1")
