@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.config import NetworkConfig
@@ -109,19 +109,24 @@ def _enable_ipv6(name: str) -> None:
         write_sysctl(sysctl, "0")
 
 
-def ensure_address(links: Links, index: int, base: int, network: Prefix, there: Iterable[Address]) -> list[str]:
-    """The subnet's base on the device, at full length, and no other address of the network. What was done, for the log.
+def ensure_address(
+    links: Links, index: int, base: int, networks: Collection[Prefix], there: Iterable[Address]
+) -> list[str]:
+    """The subnet's base on the device, at full length, and no other address of the networks that are or were this node's:
+    the first is the source of what the node sends. What was done, for the log.
 
     The new one comes before an old one goes: the last address of a device takes its routes with it, silently.
     """
     mine = [address for address in there if address.oif == index]
-    family, full = network.family, WIDTH[network.family]
+    family = next(iter(networks)).family
+    full = WIDTH[family]
     did = []
     if not any(address.address == base and address.length == full for address in mine):
         links.add_address(index, base, full)
         did.append(f"added {ip_text(family, base)}/{full}")
     for address in mine:
-        if network.holds(address.address) and (address.address, address.length) != (base, full):
+        ours = any(network.holds(address.address) for network in networks)
+        if ours and (address.address, address.length) != (base, full):
             links.remove_address(index, address.address, address.length)
             did.append(f"removed {ip_text(family, address.address)}/{address.length}")
     return did
@@ -177,6 +182,8 @@ class DeviceController(Controller):
         """The underlay's VRF when the device was made sure of last."""
         self._base: int | None = None
         """The address that it was given."""
+        self._networks: set[Prefix] = set()
+        """The pod networks that this node is or was in."""
         self.before_up: Callable[[str], None] = lambda _name: None
         """Called before the device may take frames. Set before the loop runs."""
         self._asks_again: float | None = None
@@ -292,7 +299,8 @@ class DeviceController(Controller):
         if self._family is V6:
             _enable_ipv6(device.name)
         there = self._requests.addresses(self._family)
-        moved = ensure_address(self._links, ensured.ifindex, wants.base, wants.network, there)
+        self._networks |= {wants.network, *self._owned.prefixes(self._family.number)}
+        moved = ensure_address(self._links, ensured.ifindex, wants.base, self._networks, there)
         address_altered = device == self._device and wants.base == self._base and not ensured.made
         if moved:
             write_log = log.warning if address_altered else log.info

@@ -176,6 +176,12 @@ def test_a_wider_network_is_taken_live(kube_world):
     world.config(Network="10.99.0.0/16")
     until("one that does not hold the podCIDR is refused", lambda: "does not contain our subnet" in problems(agents[0]))
     assert "delete its Node" in problems(agents[0])
+    world.kube.delete("node1")
+    world.kube.node("node1", "10.99.1.0/24")
+    until("its Node made again is in the other network", lambda: str(agents[0].subnet()) == "10.99.1.0/24", 40)
+    until("and well", lambda: agents[0].ready() and "config" not in agents[0].problems(), 40)
+    until("by its new address", lambda: "10.99.1.0" in world.run("node1", "ip", "-4", "address", "show", "flannel.1"))
+    assert "10.244.1.0" not in world.run("node1", "ip", "-4", "address", "show", "flannel.1")
 
 
 def test_flannels_config_map_alone_masquerades_as_flannel_does(kube_world):

@@ -62,6 +62,8 @@ def test_a_network_that_does_not_hold_our_subnet_needs_a_drain(world):
     again = world.restart(one).wait_ready()
     assert again.network() == "10.99.0.0/16"
     assert list(world.records()) == [str(again.subnet()).replace("/", "-")], "the old record is given up"
+    shown = world.run("node1", "ip", "-4", "-o", "address", "show", "flannel.1").split("inet ")[1:]
+    assert [each.split()[0] for each in shown] == [str(again.subnet()).replace("/24", "/32")], "nor its address kept"
 
 
 @pytest.mark.timeout(180)

@@ -54,6 +54,26 @@ def test_a_node_with_a_podcidr_of_one_family_is_of_that_one(kube_world):
     until("its pods reach others by IPv4", lambda: all_reach(ends), 20)
 
 
+def test_a_node_made_again_with_a_podcidr_of_one_family_lives_on(kube_world):
+    world = kube_world
+    agents = world.nodes(2, "--ip-masq")
+    pid = agents[1].process.pid
+    for again, cidrs in (
+        (("10.244.2.0/24",), True),
+        (("10.244.9.0/24",), True),
+        (("10.244.9.0/24", "fd00:10:244:9::/64"), False),
+    ):
+        world.kube.delete("node2")
+        world.kube.node("node2", pod_cidrs=again)
+        until("it has it", lambda again=again: agents[1].status()["lease"]["subnet"] == again[0], 40)
+        until("it says so", lambda lacks=cidrs: ("lease family" in agents[1].problems()) == lacks, 40)
+        until("it is ready", agents[1].ready, 40)
+    assert (agents[1].process.pid, agents[1].process.poll()) == (pid, None)
+    ends = [end for agent in agents for end in world.pod_ends(agent, "a")]
+    assert [end.family for end in ends] == [4, 6, 4, 6]
+    until("its pods reach others", lambda: all_reach(ends), 20)
+
+
 def test_an_operators_addresses_of_both_families(kube_world):
     world = kube_world
     (one,) = world.nodes(1)

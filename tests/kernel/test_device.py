@@ -166,16 +166,13 @@ def test_the_base_address_comes_before_another_goes(links, inside):
     index = links.read("flannel.1").ifindex
     links.add_address(index, ip_number("10.244.9.0", 4), 32)
     links.add_address(index, ip_number("172.30.0.1", 4), 32)
-    did = tunnel.ensure_address(
-        links, index, ip_number("10.244.2.0", 4), prefix("10.244.0.0/16"), requests.addresses(V4)
-    )
-    assert did == ["added 10.244.2.0/32", "removed 10.244.9.0/32"]
+    links.add_address(index, ip_number("10.99.9.0", 4), 32)
+    networks = [prefix("10.244.0.0/16"), prefix("10.99.0.0/16")]  # the second is that of before
+    did = tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4))
+    assert did == ["added 10.244.2.0/32", "removed 10.244.9.0/32", "removed 10.99.9.0/32"]
     there = {a.address for a in requests.addresses(V4) if a.oif == index}
     assert there == {ip_number("10.244.2.0", 4), ip_number("172.30.0.1", 4)}
-    assert (
-        tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), prefix("10.244.0.0/16"), requests.addresses(V4))
-        == []
-    )
+    assert tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4)) == []
     requests.close()
 
 
