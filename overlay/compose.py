@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lease.families import V4, V6, Family
@@ -16,6 +16,7 @@ from lease.tenure.claim import Answer
 from overlay.api.serve import Handler
 from overlay.ask.controller import AskController
 from overlay.ask.server import NO_ROUTES, AskRoutes
+from overlay.backends.choose import network_of
 from overlay.backends.wireguard import KIND
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
@@ -24,9 +25,9 @@ from overlay.cluster.records import RecordsSource
 from overlay.cni.controller import CniController, bridges_listed
 from overlay.cni.lists import recorded_public_ip
 from overlay.cni.results import CniResults
-from overlay.control.controller import Controller
+from overlay.control.controller import Controller, NotYet
 from overlay.control.health import Health
-from overlay.control.inputs import CurrentInputs
+from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.firewall.antispoof import AntiSpoof
 from overlay.firewall.controllers import GuardController, PodsController
 from overlay.firewall.guard import Guard
@@ -52,6 +53,7 @@ from overlay.policy.nodes import Nodes
 from overlay.policy.sources import Feeds as PolicyFeeds
 from overlay.policy.sources import NoFeeds
 from overlay.probes.controller import PeerOfPath, ProbesController
+from overlay.process.log import log
 from overlay.process.rundir import DeviceLock
 from overlay.reach import ways
 from overlay.reach.controller import ReachController
@@ -127,8 +129,8 @@ class _Shared(NamedTuple):
     refusals: Refusals
     own_key: Callable[[], str]
     """The key of our record."""
-    leave: Callable[[int], None]
-    """Takes away what was made for a network that this node left."""
+    leave: Callable[[int, Family], bool]
+    """Takes away what was made for a network that this node left with a family."""
 
 
 class _OfFamily:
@@ -192,10 +194,8 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         Refusals(),
     )
 
-    def leave(network: int) -> None:
-        for controller in controllers:
-            for _ in controller.leave(network):
-                pass
+    def leave(network: int, family: Family) -> bool:
+        return leave_network(controllers, current.inputs, network, family)
 
     shared = _Shared(outside, current, health, owned, requests, sets, refusals, lambda: ownership.key, leave)
     each = [_OfFamily(family, shared) for family in FAMILIES]
@@ -247,6 +247,28 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         NoticesController(outside.post, health, clock, outside.teller),
     ]
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
+
+
+def leave_network(controllers: Iterable[Controller], inputs: Inputs, network: int, family: Family) -> bool:
+    """Take away what was made for a network that this node left with a family, by its number; whether nothing is left. What
+    is of no family goes with the last. Raises OSError, when all others are done."""
+    elsewhere = {each for each in FAMILIES if each is not family and each.number in inputs.tunnels}
+    marks = (mark for each in elsewhere for mark in inputs.tunnels[each.number].mark.split()[:1])
+    shared = network in map(network_of, marks)
+    done, refused = True, None
+    for controller in controllers:
+        if controller.family is not family and (shared or controller.family is not None):
+            continue
+        try:
+            for line in controller.leave(network):
+                log.info("withdrawn", controller=controller.name, removed=line)
+        except NotYet:
+            done = False
+        except OSError as error:
+            refused = error
+    if refused is not None:
+        raise refused
+    return done
 
 
 def _wireguard(name: str, settings: Settings) -> WireguardDevice:

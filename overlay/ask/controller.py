@@ -43,8 +43,9 @@ class AskController(Controller):
         public_ips: list[str] = []
         for family, tunnel in sorted(inputs.tunnels.items()):
             under, end = inputs.underlays.get(family), inputs.end(family)
-            if under is not None and end is not None and tunnel.ifindex and inputs.config is not None:
-                vtep = backend_of(inputs.config.backend, FAMILIES[family]).has_vteps
+            backend = inputs.backend(family)
+            if under is not None and end is not None and tunnel.ifindex and backend is not None:
+                vtep = backend_of(backend, FAMILIES[family]).has_vteps
                 own = (end.subnet.base, under.local) if vtep else (under.local,)
                 addresses += (ip_text(family, each) for each in own)
                 public_ips.append(ip_text(family, under.public_ip))

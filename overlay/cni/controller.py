@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Endpoint, Prefix
-from overlay.backends.choose import backend_of, mark_of
+from overlay.backends.choose import backend_of
 from overlay.cni import lists
 from overlay.cni.lists import PodNetwork
 from overlay.control.controller import Controller, Waiting
@@ -102,10 +102,8 @@ class CniController(Controller):
             dict.fromkeys((*(each.network for each in inputs.config.pools.values()), *self._owned.planned.values()))
         )
         pods = [PodNetwork(inputs.config.pools[end.subnet.family].network, end.subnet) for end in ends]
-        devices = (
-            (self._owned.device_file(family), mark_of(backend_of(inputs.config.backend, FAMILIES[family])))
-            for family in sorted(inputs.tunnels)  # which node/device.py has written first
-        )
+        marks = sorted((family, tunnel.mark) for family, tunnel in inputs.tunnels.items() if tunnel.mark)
+        devices = ((self._owned.device_file(family), mark) for family, mark in marks)  # node/device.py wrote them first
         files = (
             *devices,
             (f"{settings.run_dir}/{lists.LEASE_FILE}", lists.lease_file(inputs.own.key, ends, networks)),

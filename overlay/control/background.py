@@ -4,10 +4,10 @@ so that no peer waits for it."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from overlay.control.controller import CannotReconcile, Controller, Handler
+from overlay.control.controller import CannotReconcile, Controller, Handler, NotYet
 from overlay.control.health import Health
 from overlay.kernel.events import Overrun
 from overlay.kernel.netlink import error_text
@@ -61,6 +61,8 @@ class BackgroundController(Controller):
         self._again = False
         """Something came while the work was under way."""
         self._refused = ""
+        self._outdated = False
+        """What is under way was begun before all was withdrawn."""
 
     @property
     def handles(self) -> Mapping[type, Handler]:
@@ -71,6 +73,9 @@ class BackgroundController(Controller):
         if event.worker is not self._worker:
             return False
         self._worker.ended()
+        if self._outdated:  # it may have made what was taken away meanwhile: once more
+            self._outdated = self._again = False
+            return True
         self._refused = event.refused
         self.completed = True  # pods are not kept from a node whose nft is broken, which is reported
         if not event.refused:
@@ -89,6 +94,16 @@ class BackgroundController(Controller):
         else:
             self._worker.begin(lambda: self._work(wants))
         return False
+
+    def withdraw(self) -> Iterator[str]:
+        """What is under way says nothing any more, and what it makes is taken away when it ends."""
+        self._outdated, self._refused = self._worker.busy, ""
+        return iter(())
+
+    def not_while_busy(self) -> None:
+        """Raises NotYet while work is under way, which may make again what is taken away now."""
+        if self._worker.busy:
+            raise NotYet
 
     def _work(self, wants: Any) -> Any:
         """In the thread. Raises OSError, or anything: reported with its text."""

@@ -22,6 +22,10 @@ class Waiting(NamedTuple):
     reason: str
 
 
+class NotYet(Exception):
+    """What is asked for has to wait."""
+
+
 class CannotReconcile(Exception):
     """It cannot be done now, for a reason that is not the kernel's: one line for the operator. Tried again later."""
 
@@ -86,7 +90,8 @@ class Controller:
 
     def leave(self, network: int) -> Iterator[str]:
         """Take away what was made for a network that this node is not in any more, by its number (backends: `network`);
-        each thing removed, as a line. Raises OSError."""
+        each thing removed, as a line. Raises OSError; NotYet where what stands in its place is not made yet, or something
+        is under way: to be asked again."""
         del network
         return iter(())
 

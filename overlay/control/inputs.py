@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lease.backend_config import BackendConfig
 from lease.config import NetworkConfig, Pool
 from lease.model import Endpoint, Lease, Prefix
 from overlay.kernel.route.entries import Address, Link
@@ -47,7 +48,9 @@ class Tunnel(NamedTuple):
 
     rising: we set it up, and the notification of that has not come: what older ones say is from before. downs, makes: how
     often its routes and neighbours, and how often also its FDB, were lost; a controller that remembers the counts it saw
-    last knows what was lost meanwhile. checks: how often it was made sure of.
+    last knows what was lost meanwhile. checks: how often it was made sure of. backend: by which it was made: the network
+    config may name another already. mark: what the file of our device says (node/owned.py): the device, or that of a network
+    before, until nothing is left of that.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Tunnel(NamedTuple):
     downs: int = 0
     makes: int = 0
     checks: int = 0
+    backend: BackendConfig | None = None
+    mark: str = ""
 
 
 class Policed(NamedTuple):
@@ -117,6 +122,13 @@ class Inputs(NamedTuple):
     def pool(self, family: int) -> Pool | None:
         """The subnets of a family, None where it is not enabled or not known."""
         return self.config.pool(family) if self.config is not None else None
+
+    def backend(self, family: int) -> BackendConfig | None:
+        """The backend in force: of the tunnel that stands; where there is none yet, that of the network config."""
+        tunnel = self.tunnels.get(family)
+        if tunnel is not None and tunnel.backend is not None:
+            return tunnel.backend
+        return self.config.backend if self.config is not None else None
 
     def others_devices(self, family: int) -> frozenset[str]:
         """The devices of the other families: WireGuard has modes with one for both."""

@@ -220,8 +220,6 @@ class AntiSpoof:
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""
         before = self._table
-        if before is not None and before.name != wanted.name:
-            self._sets.remove(before.family, before.name)
         formed = self._sets.is_formed(wanted)
         if formed or before is None:
             # in a table of another form, which an agent of another version made, keys may be, too
@@ -244,6 +242,8 @@ class AntiSpoof:
         self._sets.drop_beside(wanted)
         self._table = wanted
         self.bind()
+        if before is not None and before.name != wanted.name:  # last: what is bound and lifted stays so meanwhile
+            self._sets.remove(before.family, before.name)
 
     def _somebody_altered(self, table: nf_wire.Table) -> None:
         self.mended += 1

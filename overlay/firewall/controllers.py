@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lease.backend_config import BackendConfig
 from lease.families import FAMILIES, Family
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
-from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.controller import Controller, Handler, NotYet, Waiting
 from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.control.schedule import RECHECK_S, Cadence
@@ -78,6 +79,9 @@ class _TableController(Controller):
 
     def leave(self, network: int) -> Iterator[str]:
         """No table of a network. Raises KernelError."""
+        yield from self._remove(network)
+
+    def _remove(self, network: int) -> Iterator[str]:
         family, name = self._table_of(network)
         if self._sets.remove(family, name):
             yield f"nft table {family} {name}"
@@ -89,7 +93,7 @@ class _TableController(Controller):
             yield f"nft table {wanted.family} {wanted.name}"
         self._wanted = None
         for network in self._owned.networks():
-            yield from self.leave(network)
+            yield from self._remove(network)
 
 
 class _GuardWants(NamedTuple):
@@ -138,26 +142,33 @@ class GuardController(_TableController):
         if not inputs.settings.vxlan_guard:
             return None
         tunnel = inputs.tunnels.get(self._family.number)
-        return Waiting("for a lease") if tunnel is None else self._wants(inputs, tunnel.name)
+        return (
+            Waiting("for a lease")
+            if tunnel is None
+            else self._wants(inputs, tunnel.name, inputs.backend(self._family.number))
+        )
 
     def shut(self, inputs: Inputs, tunnel: str) -> None:
-        """Before a device takes frames: where there is no table that says from whom, from nobody. Where none can be made
-        (no nftables) pods' traffic goes on without, as it does when the table is lost later; this controller says so."""
-        wanted = self._wants(inputs, tunnel) if inputs.settings.vxlan_guard else None
+        """Before a device takes frames: where there is no table that says from whom, by its port, from nobody. Where none
+        can be made (no nftables) pods' traffic goes on without, as it does when the table is lost later; this controller
+        says so."""
+        by = inputs.config.backend if inputs.config is not None else None  # that of the device to come
+        wanted = self._wants(inputs, tunnel, by) if inputs.settings.vxlan_guard else None
         if not isinstance(wanted, _GuardWants):
             return
         try:
-            if not self._sets.has(wanted.table.family, wanted.table.name):
+            if not any(self._sets.is_formed(table) for table in (wanted.table, wanted.direct_table)):
+                self._read_whole = True
                 self.guard.shut(wanted.table)
         except KernelError as error:
             log.warning("guard.not_made", table=wanted.table.name, reason=error_text(error), effect="tried again")
 
-    def _wants(self, inputs: Inputs, tunnel: str) -> object:
+    def _wants(self, inputs: Inputs, tunnel: str, by: BackendConfig | None) -> object:
         number = self._family.number
         pool, under, end = inputs.pool(number), inputs.underlays.get(number), inputs.end(number)
-        if inputs.config is None or pool is None or end is None:
+        if by is None or pool is None or end is None:
             return Waiting("for a lease")
-        backend = backend_of(inputs.config.backend, self._family)
+        backend = backend_of(by, self._family)
         outer = backend.outer()
         if outer is None:
             return None
@@ -308,6 +319,8 @@ class PodsController(_TableController):
         super().__init__(sets, owned, clock)
         self._pods, self._health = pods, health
         self._ports: tuple[Any, ...] = ()
+        self._on = True
+        """It is wanted, as far as is known."""
 
     def _table_of(self, network: int) -> tuple[str, str]:
         return "bridge", pods_table.table_name(network)
@@ -336,7 +349,7 @@ class PodsController(_TableController):
             if any(network.family == subnet.family and network.holds(subnet.base) for network in networks)
         )
         lift = Lift(tuple(bridges), inputs.policed is not None) if lifts else None
-        number = backend_of(inputs.config.backend, FAMILIES[min(pools)]).network
+        number = backend_of(inputs.backend(min(pools)) or inputs.config.backend, FAMILIES[min(pools)]).network
         table = pods_table.table(number, inputs.settings.pod_antispoof, lift)
         beside: set[str] = set()
         for number, pool in pools.items():
@@ -359,6 +372,7 @@ class PodsController(_TableController):
 
     def _reconcile(self, wants: Any) -> bool:
         """Whole after a doubt, else the ports that are new. Raises KernelError."""
+        self._on = True
         ports = (wants.links, wants.bridges, wants.own_addresses, wants.subnets)
         if ports != self._ports:
             self._ports = ports
@@ -412,8 +426,16 @@ class PodsController(_TableController):
         at = self._pods.next_bind()
         return self._cadence.at if at is None else min(at, self._cadence.at)
 
+    def leave(self, network: int) -> Iterator[str]:
+        """Once the one in its place stands, which lifts what policies are to see. Raises KernelError, NotYet."""
+        stands = self._wanted is not None and self._wanted.name != self._table_of(network)[1]
+        if self._on and not stands:
+            raise NotYet
+        yield from super().leave(network)
+
     def withdraw(self) -> Iterator[str]:
         """Delete it, and forget what is bound: switched on again, it begins anew."""
+        self._on = False
         yield from super().withdraw()
         self._pods.forget()
         for subject in self.reports:

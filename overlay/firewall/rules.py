@@ -30,6 +30,25 @@ tables, which may have forward chains of their own, less often."""
 class _RulesController(BackgroundController):
     """One whose rules pods need: a start waits until they were loaded once."""
 
+    def __init__(self, post: Callable[[Any], None], health: Health, owned: Owned) -> None:
+        super().__init__(post, health)
+        self._owned = owned
+
+    def leave(self, network: int) -> Iterator[str]:
+        """No table or rules of a network. Raises KernelError, NotYet."""
+        self.not_while_busy()
+        yield from self._remove(network)
+
+    def withdraw(self) -> Iterator[str]:
+        """Take away what is ours."""
+        yield from super().withdraw()
+        for network in self._owned.networks():
+            yield from self._remove(network)
+
+    def _remove(self, network: int) -> Iterator[str]:
+        """Take away what is of a network. Raises KernelError."""
+        raise NotImplementedError
+
     def unready(self) -> str:
         """Whether it was done once."""
         return "" if self.completed else f"for the {self.name} rules"
@@ -46,8 +65,8 @@ class NatController(_RulesController):
     name = "nat"
 
     def __init__(self, family: Family, post: Callable[[Any], None], health: Health, owned: Owned) -> None:
-        super().__init__(post, health)
-        self._family, self._owned = family, owned
+        super().__init__(post, health, owned)
+        self._family = family
         self._loaded: tuple[program.Objects, program.Objects] | None = None
         """What we loaded last, and how nft listed it then. Belongs to the worker's thread."""
         self._mended = 0
@@ -65,9 +84,10 @@ class NatController(_RulesController):
         """The table, as nft lists it."""
         number = self._family.number
         pool, end = inputs.pool(number), inputs.end(number)
-        if inputs.config is None or pool is None or end is None or number not in inputs.tunnels:
+        by = inputs.backend(number)
+        if by is None or pool is None or end is None or number not in inputs.tunnels:
             return Waiting("for a lease")
-        backend, live = backend_of(inputs.config.backend, self._family), inputs.settings
+        backend, live = backend_of(by, self._family), inputs.settings
         name, outer = nat.table_name(backend.network), backend.outer()
         nodes = nodes_within(pool.network, inputs.underlays.get(number), live.underlay_cidrs_of(number))
         table = nat.nat_table(
@@ -97,17 +117,11 @@ class NatController(_RulesController):
         elif chains:
             log.info("nat", table=name, masquerade="postrouting" in chains, forward="forward" in chains)
 
-    def leave(self, network: int) -> Iterator[str]:
-        """No table of a network. Raises KernelError."""
+    def _remove(self, network: int) -> Iterator[str]:
         name = nat.table_name(network)
         if program.read_table(self._family.nft, name):
             program.load_table(self._family.nft, name, [])
             yield f"nft table {self._family.nft} {name}"
-
-    def withdraw(self) -> Iterator[str]:
-        """Delete it."""
-        for network in self._owned.networks():
-            yield from self.leave(network)
 
     def counters(self) -> Mapping[str, int]:
         """How often it was put back."""
@@ -129,8 +143,8 @@ class ForwardController(_RulesController):
     def __init__(
         self, family: Family, post: Callable[[Any], None], health: Health, owned: Owned, clock: Callable[[], float]
     ) -> None:
-        super().__init__(post, health)
-        self._family, self._owned, self._clock = family, owned, clock
+        super().__init__(post, health, owned)
+        self._family, self._clock = family, clock
         self._check_at: float | None = None
         self._checked_at = float("-inf")
 
@@ -156,11 +170,11 @@ class ForwardController(_RulesController):
     def wants(self, inputs: Inputs) -> object:
         """Whose packets are let through; None: nobody's by us."""
         number = self._family.number
-        pool = inputs.pool(number)
-        if inputs.config is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+        pool, by = inputs.pool(number), inputs.backend(number)
+        if by is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         network = pool.network if inputs.settings.forward_rules else None
-        return _ForwardWants(nat.table_name(backend_of(inputs.config.backend, self._family).network), network)
+        return _ForwardWants(nat.table_name(backend_of(by, self._family).network), network)
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to check."""
@@ -176,11 +190,5 @@ class ForwardController(_RulesController):
             log.info("forward", action=done)
         self._health.report("forward chain", blocked, harmless=True)
 
-    def leave(self, network: int) -> Iterator[str]:
-        """No rules of a network. Raises KernelError."""
+    def _remove(self, network: int) -> Iterator[str]:
         yield from forward.remove(self._family, nat.table_name(network))
-
-    def withdraw(self) -> Iterator[str]:
-        """Take our rules out of other people's chains."""
-        for network in self._owned.networks():
-            yield from self.leave(network)

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lease.backend_config import BackendConfig
 from lease.config import NetworkConfig
 from lease.families import V4, V6, Family
 from lease.model import WIDTH, Prefix, ip_text, mac_text
@@ -15,7 +16,7 @@ from overlay.control.controller import CannotReconcile, Controller, Handler, Wai
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
-from overlay.kernel.netlink import KernelError, RequestSocket
+from overlay.kernel.netlink import KernelError, RequestSocket, error_text
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.link_wire import IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
@@ -24,8 +25,8 @@ from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
 
-LOCK_RETRY_S = 1.0
-"""While another agent has the device: no event reports when that ends."""
+LOCK_RETRY_S, LEAVE_RETRY_S = 1.0, 1.0
+"""While another agent has the device, or something of a former network cannot be taken away: no event reports the end."""
 
 
 def userspace_folder(run_dir: str) -> str:
@@ -133,10 +134,11 @@ def ensure_address(
 
 
 class _Beside(NamedTuple):
-    """Where the backend has no device: what stands in its place. mark: what names the backend."""
+    """Where the backend has no device: what stands in its place. mark: what names the backend; backend: its config."""
 
     mark: str
     tunnel: Tunnel
+    backend: BackendConfig
 
 
 class _Wants(NamedTuple):
@@ -150,6 +152,7 @@ class _Wants(NamedTuple):
     network: Prefix
     seen: Link | None
     vrf: int
+    backend: BackendConfig
 
 
 class DeviceController(Controller):
@@ -157,7 +160,7 @@ class DeviceController(Controller):
     other's work."""
 
     name = "device"
-    reports = ("mtu", "another agent", "device lock")
+    reports = ("mtu", "another agent", "device lock", "former network")
 
     def __init__(
         self,
@@ -168,16 +171,18 @@ class DeviceController(Controller):
         lock: DeviceLock,
         health: Health,
         owned: Owned,
-        leave: Callable[[int], None],
+        leave: Callable[[int, Family], bool],
         clock: Callable[[], float],
     ) -> None:
-        """leave: takes away what other controllers made for a network, by its number, which this node left."""
+        """leave: takes away what other controllers made for a network, by its number, which this node left with a family;
+        whether nothing is left of it. Raises OSError."""
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
         self._device: DeviceSpec | None = None
-        self._mark = ""
-        """What names it, or the backend where it has none, in the file of our device; "" before it was made sure of."""
+        self._marks: list[str] = []
+        """What the file of our device names: it, or the backend where it has none, and those before of which something is
+        left; empty before it was made sure of."""
         self._vrf: int | None = None
         """The underlay's VRF when the device was made sure of last."""
         self._base: int | None = None
@@ -187,7 +192,7 @@ class DeviceController(Controller):
         self.before_up: Callable[[str], None] = lambda _name: None
         """Called before the device may take frames. Set before the loop runs."""
         self._asks_again: float | None = None
-        """When the lock is asked for again."""
+        """When the lock is asked for again, or what stood before is left."""
         self._lost = 0
         """How often somebody else took it down or away."""
 
@@ -244,11 +249,13 @@ class DeviceController(Controller):
         backend = backend_of(inputs.config.backend, self._family)
         tunnel = backend.tunnel
         if tunnel is None:
-            return _Beside(mark_of(backend), Tunnel(under.name, under.ifindex, under.mtu, under.up))
+            there = Tunnel(under.name, under.ifindex, under.mtu, under.up)
+            return _Beside(mark_of(backend), there, inputs.config.backend)
         mtu = min(each.mtu for each in inputs.underlays.values()) if tunnel.shared else under.mtu
         device = tunnel.device(Lower(under.ifindex, under.local, mtu), end)
         seen = next((link for link in inputs.links.values() if link.name == device.name), None)
-        return _Wants(tunnel, device, tunnel.mtu(mtu)[1], end.subnet.base, pool.network, seen, under.vrf)
+        lowered, base = tunnel.mtu(mtu)[1], end.subnet.base
+        return _Wants(tunnel, device, lowered, base, pool.network, seen, under.vrf, inputs.config.backend)
 
     def reconcile(self, wants: Any) -> bool:
         """Make it so; then it is an input for the others. Raises OSError."""
@@ -258,20 +265,38 @@ class DeviceController(Controller):
             self._set(None)
             return False
         self._asks_again = None
-        old = self._mark or self._owned.recorded_device(self._family.number)
+        former = [one for one in self._marks or self._owned.recorded_devices(self._family.number) if one != mark]
         if isinstance(wants, _Beside):
             tunnel, device, base, self._vrf = wants.tunnel, None, None, None
             self._health.report("mtu", "", harmless=True)
         else:
             tunnel, device, base = self._made(wants), wants.device, wants.base
-        if old not in ("", mark):
-            self._drop(old, mark)
-        self._device, self._base, self._mark = device, base, mark
-        self._set(tunnel)
-        # By it a later run knows what is ours: before any table is made for this network. A disk that is full costs no peer.
+        self._device, self._base = device, base
+        # first of all peers get onto it, whatever is refused of what stood before
+        self._stands(tunnel._replace(backend=wants.backend), [mark, *former])
+        if former and (left := [one for one in former if self._is_left(one, mark)]):
+            self._stands(self._tunnel, [one for one in self._marks if one not in left])
+        return False
+
+    def _stands(self, tunnel: Tunnel, marks: list[str]) -> None:
+        """By the file a later run knows what is ours: before any table is made for this network, and until nothing is left
+        of those before. Raises OSError: a disk that is full costs no peer."""
+        self._marks, text = marks, "\n".join(marks)
+        self._set(tunnel._replace(mark=text))
         file = self._owned.device_file(self._family.number)
-        if not up_to_date(file, mark):
-            write_atomically(file, mark)
+        if not up_to_date(file, text):
+            write_atomically(file, text)
+
+    def _is_left(self, former: str, mark: str) -> bool:
+        """Whether nothing is left of what stood before; else it is tried again."""
+        try:
+            if self._drop(former, mark):
+                self._health.solved("former network")
+                return True
+        except OSError as error:
+            words = f"{former}, which the network config does not name any more: {error_text(error)}; tried again"
+            self._health.problem("former network", words, harmless=True)
+        self._asks_again = self._clock() + LEAVE_RETRY_S
         return False
 
     def _made(self, wants: _Wants) -> Tunnel:
@@ -282,7 +307,7 @@ class DeviceController(Controller):
             log.info("device", device=device.name, reopened="the underlay's VRF changed")
             self._links.set_down(self._tunnel.ifindex)
         self._vrf = wants.vrf
-        if (self._mark and self._device is None) or (self._device and type(self._device) is not type(device)):
+        if (self._marks and self._device is None) or (self._device and type(self._device) is not type(device)):
             self._set(None)  # what is planned for this one must not be put on that of the backend before
         try:
             folder = userspace_folder(self._current.inputs.settings.run_dir)
@@ -346,7 +371,7 @@ class DeviceController(Controller):
         return pid is None
 
     def due(self) -> float | None:
-        """Again, while another agent has the device."""
+        """Again, while another agent has the device, or something of a former network is left."""
         return self._asks_again
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
@@ -362,12 +387,12 @@ class DeviceController(Controller):
 
     def _others(self, name: str) -> bool:
         """Whether it is the other family's device as well: WireGuard has modes with one for both."""
-        recorded = self._family is V6 and self._owned.recorded_device(V4.number) == name
+        recorded = self._family is V6 and name in self._owned.recorded_devices(V4.number)
         return recorded or name in self._current.inputs.others_devices(self._family.number)
 
-    def _drop(self, name: str, now: str) -> None:
+    def _drop(self, name: str, now: str) -> bool:
         """The device of an earlier network, ours since our own file names it, and what belongs to it. now: the device, or
-        backend, in its place. Raises OSError."""
+        backend, in its place. Whether nothing is left. Raises OSError."""
         network = network_of(name)
         if network is None:
             log.warning(
@@ -375,7 +400,7 @@ class DeviceController(Controller):
                 path=self._owned.device_file(self._family.number),
                 reason=f"{name[:20]!a} is not one of our devices",
             )
-            return
+            return True
         there = self._links.read(name)
         if there is not None and there.kind in tunnel_devices([network], self._family).get(name, ()):
             if self._others(name):
@@ -383,8 +408,7 @@ class DeviceController(Controller):
             else:
                 log.info("device.removed", device=name, reason="the network config names another device now")
                 self._links.delete(there.ifindex)
-        if network != network_of(now):
-            self._leave(network)
+        return network == network_of(now) or self._leave(network, self._family)
 
     def _leave_device(self, ifindex: int, name: str) -> None:
         """Take this family's address from a device that stays the other's. Raises KernelError."""
@@ -408,14 +432,14 @@ class DeviceController(Controller):
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
         self._device = self._base = None
-        self._mark = ""
+        self._marks = []
         self._set(None)
 
     def status(self) -> Mapping[str, object]:
         """`device`."""
         device, under, tunnel = self._device, self._current.inputs.underlays.get(self._family.number), self._tunnel
         config = self._current.inputs.config
-        if not self._mark or under is None or config is None or tunnel is _NO_TUNNEL:
+        if not self._marks or under is None or config is None or tunnel is _NO_TUNNEL:
             return {"device": None}
         backend = backend_of(config.backend, self._family)
         outer = backend.outer()

@@ -17,6 +17,8 @@ from overlay.cni import lists
 from overlay.process.files import read, read_text
 from overlay.settings.settings import Settings
 
+MOST = 8
+"""Names that are read of a device file."""
 FIRST = 4
 """The family whose files have no family in their names."""
 
@@ -36,13 +38,14 @@ class Owned:
         """The file that names our device of a family."""
         return f"{self._settings.run_dir}/device{'' if family == FIRST else '-v6'}"
 
-    def recorded_device(self, family: int) -> str:
-        """The device that the file names, "" where there is none."""
-        return read_text(self.device_file(family))
+    def recorded_devices(self, family: int) -> list[str]:
+        """What the file names: our device, and those of networks before of which something is left."""
+        return read_text(self.device_file(family)).split()[:MOST]
 
     def networks(self) -> list[int]:
         """The numbers of our networks on this node."""
-        found = {*(network_of(self.recorded_device(family)) for family in FAMILIES), *self._named}
+        names = [name for family in FAMILIES for name in self.recorded_devices(family)]
+        found = {*map(network_of, names), *self._named}
         with suppress(ConfigError):
             config = parse_config(read(self._settings.net_config_path) or b"")
             found |= {backend_of(config.backend, FAMILIES[family]).network for family in config.pools}

@@ -127,10 +127,11 @@ class SysctlController(Controller):
         """Of which interfaces."""
         number = self._family.number
         tunnel, under = inputs.tunnels.get(number), inputs.underlays.get(number)
-        if tunnel is None or under is None or inputs.config is None:
+        backend = inputs.backend(number)
+        if tunnel is None or under is None or backend is None:
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges) and inputs.settings.pod_lift == "off"
-        direct = backend_of(inputs.config.backend, self._family).reaches_directly
+        direct = backend_of(backend, self._family).reaches_directly
         bridges = tuple(sorted(inputs.bridges))
         if self._family is V4:
             return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, services)

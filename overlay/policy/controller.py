@@ -16,7 +16,7 @@ from lease.model import Prefix
 from overlay.backends.choose import backend_of
 from overlay.cni.results import CniResult
 from overlay.cni.watch import PodsAttached
-from overlay.control.controller import Controller, Handler, Waiting
+from overlay.control.controller import Controller, Handler, NotYet, Waiting
 from overlay.control.health import NOT_ENFORCED, Health
 from overlay.control.inputs import CurrentInputs, Inputs, Policed
 from overlay.control.schedule import Cadence
@@ -108,6 +108,8 @@ class PolicyController(Controller):
         self._attached = True
         """What CNI gave to pods is to be read."""
         self._wanted: _Wants | None = None
+        self._made_for: int | None = None
+        """The network for which all is enforced as it should be, or nothing need be; None: not yet."""
         self.compiled: Compiled = NOTHING
         self._there: Content | None = None
         self._generation = 0
@@ -190,7 +192,8 @@ class PolicyController(Controller):
             return None
         if inputs.config is None or inputs.own is None:
             return Waiting("for a lease")
-        number = backend_of(inputs.config.backend, FAMILIES[min(inputs.config.pools)]).network
+        first = min(inputs.config.pools)
+        number = backend_of(inputs.backend(first) or inputs.config.backend, FAMILIES[first]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         networks = tuple(pool.network for _, pool in sorted(inputs.config.pools.items()))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
@@ -243,6 +246,7 @@ class PolicyController(Controller):
             self._in_force = self._revision
             self._current.set(policies_settled=wants.enforced and self._sources.settled(pods=False))
             self._off(wants.table)
+            self._made_for = wants.network
             self._current.set(policies_known=True)
             return
         if PODS not in cluster.listed:
@@ -266,7 +270,7 @@ class PolicyController(Controller):
             self._make_so(wants)
         elif self._read_whole:
             self._make_so(wants)
-        self._in_force = self._revision
+        self._in_force, self._made_for = self._revision, wants.network
         settled = self._sources.settled(pods=True)
         self._current.set(policed=Policed(self.compiled.isolated), policies_known=True, policies_settled=settled)
 
@@ -416,7 +420,12 @@ class PolicyController(Controller):
         return 0.0 if self._nodes_changed() else self._cadence.at
 
     def leave(self, network: int) -> Iterator[str]:
-        """No table of a network. Raises KernelError."""
+        """No table of a network, once that of the one in its place enforces. Raises KernelError, NotYet."""
+        if self._current.inputs.settings.knows_policies and self._made_for in (None, network):
+            raise NotYet
+        yield from self._remove(network)
+
+    def _remove(self, network: int) -> Iterator[str]:
         which = table(network)
         if self._sets.remove(which.family, which.name):
             yield f"nft table {which.family} {which.name}"
@@ -424,7 +433,8 @@ class PolicyController(Controller):
     def withdraw(self) -> Iterator[str]:
         """Delete the tables."""
         for network in self._owned.networks():
-            yield from self.leave(network)
+            yield from self._remove(network)
+        self._made_for = None
         self._there, self._wanted = None, None
         self._stale = self._read_whole = True
         self._current.set(policed=None)

@@ -122,11 +122,12 @@ class ProbesController(Controller):
             return None
         family = self._family.number
         pool, under, tunnel = inputs.pool(family), inputs.underlays.get(family), inputs.tunnels.get(family)
-        if inputs.config is None or pool is None or under is None or tunnel is None or inputs.own is None:
+        by = inputs.backend(family)
+        if by is None or pool is None or under is None or tunnel is None or inputs.own is None:
             return Waiting("for a lease")
         if not (family in inputs.synced_families and under.up and under.carrier and tunnel.ifindex):
             return Waiting("for peers to be in the kernel, and a link")
-        backend = backend_of(inputs.config.backend, self._family)
+        backend = backend_of(by, self._family)
         outer = backend.outer()
         port = outer.port if outer is not None else 0
         gateway = 0 if backend.has_vteps else self._gateway(inputs)

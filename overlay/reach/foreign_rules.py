@@ -91,9 +91,10 @@ class ForeignRulesController(BackgroundController):
         """Whose packets are tried."""
         number = self._family.number
         here = ways.here_of(inputs, number)
-        if inputs.config is None or here is None:
+        backend = inputs.backend(number)
+        if backend is None or here is None:
             return Waiting("for a lease")
-        outer = backend_of(inputs.config.backend, self._family).outer()
+        outer = backend_of(backend, self._family).outer()
         names = {here.tunnel: inputs.tunnels[number].name, here.underlay: inputs.underlays[number].name}
         attached = tuple(inputs.links[index].name for index in here.bridges)
         bridges = attached or tuple(sorted(inputs.bridges)) or ("cni0",)

@@ -74,7 +74,8 @@ def here_of(inputs: Inputs, family: int) -> Here | None:
     if inputs.pool(family) is None or end is None or tunnel is None or under is None:
         return None
     bridges = bridges_of(end.subnet, inputs.links, inputs.addresses_of(family))
-    outer = backend_of(inputs.config.backend, FAMILIES[family]).outer() if inputs.config is not None else None
+    backend = inputs.backend(family)
+    outer = backend_of(backend, FAMILIES[family]).outer() if backend is not None else None
     port = outer.port if outer is not None else 0
     return Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges, port)
 

@@ -84,6 +84,7 @@ class Bench:
         self.posted: list[Any] = []
         self.lifts = True
         """What the controller of the pods' ports says."""
+        self.leaving_refused = self.leaves_later = False
         self.lock: Any = NoLock()
         self.claims, self.stopped = Claims(), []
         self.path = Datapath(V4, self.kernel, self.clock, random.Random(1))
@@ -117,9 +118,16 @@ class Bench:
             self.lock,
             self.health,
             self.owned,
-            self.posted.append,
+            lambda network, _family: self.leaves(network),
             self.clock,
         )
+
+    def leaves(self, network: int) -> bool:
+        """What other controllers made for a network is asked to be taken away."""
+        self.posted.append(network)
+        if self.leaving_refused:
+            raise OSError(1, "no")
+        return not self.leaves_later
 
     def bridges(self) -> BridgesController:
         return BridgesController(self.current, V4, self.kernel, self.owned)

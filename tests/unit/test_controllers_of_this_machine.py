@@ -112,6 +112,37 @@ def test_the_device_of_an_earlier_vni_goes_with_all_that_was_made_for_it(bench):
     bench.reconcile(controller)
     assert "flannel.7" not in bench.kernel.vxlans
     assert bench.posted == [7]
+    assert (bench.folder / "device").read_text() == "flannel.1"
+    assert controller.due() is None
+
+
+@pytest.mark.parametrize("how", ["leaves_later", "leaving_refused"])
+def test_peers_get_onto_the_new_device_whatever_is_left_of_the_one_before(bench, how):
+    """And it is known what is left, by a next run too, though there is yet another network before that is done."""
+    (bench.folder / "device").write_text("flannel.7")
+    controller = bench.device()
+    setattr(bench, how, True)
+    bench.reconcile(controller)
+    tunnel = bench.current.inputs.tunnels[4]
+    assert (tunnel.name, tunnel.mark, tunnel.backend) == (
+        "flannel.1",
+        "flannel.1\nflannel.7",
+        bench.current.inputs.config.backend,
+    )
+    assert ("former network" in bench.problems()) == (how == "leaving_refused")
+    assert controller.due() is not None
+    config = bench.current.inputs.config
+    bench.current.set(config=config._replace(backend=config.backend._replace(vni=2)))
+    assert bench.current.inputs.backend(4).vni == 1, "until there is its device"
+    again = bench.device()
+    bench.reconcile(again)
+    assert (bench.folder / "device").read_text().split() == ["flannel.2", "flannel.1", "flannel.7"]
+    assert bench.owned.networks() == [1, 2, 7]
+    assert bench.current.inputs.backend(4).vni == 2
+    setattr(bench, how, False)
+    bench.reconcile(again)
+    assert (bench.folder / "device").read_text() == "flannel.2"
+    assert (again.due(), bench.problems()) == (None, {})
 
 
 def test_the_device_is_withdrawn_unless_flannel_has_the_node(bench):

@@ -71,7 +71,7 @@ BRIDGE = {"bridges": frozenset({"cni0"})}
         pytest.param(OTHER_MTU, {"ownership", "device", "bridges"}, id="the underlay's MTU"),
         pytest.param({"underlays": {4: underlay(up=False)}}, {"bridges", "peers", "reach"}, id="the underlay is down"),
         pytest.param(RETAINED, {"bridges", "table", "reach"}, id="a subnet is lost"),
-        pytest.param(DIRECT, {"ownership", "guard", "table", "sysctl"}, id="DirectRouting"),
+        pytest.param(DIRECT, {"ownership", "device", "guard", "table", "sysctl"}, id="DirectRouting"),
         pytest.param(BRIDGE, {"bridges", "pods", "reach", "sysctl"}, id="a bridge of pods"),
         pytest.param({"synced_families": frozenset({4})}, {"cni", "reach"}, id="all peers are in the kernel"),
         pytest.param(INSIDE, {"ownership", "bridges", "guard", "table"}, id="an underlay inside the network"),
