@@ -255,7 +255,7 @@ def leave_network(controllers: Iterable[Controller], inputs: Inputs, network: in
     elsewhere = {each for each in FAMILIES if each is not family and each.number in inputs.tunnels}
     marks = (mark for each in elsewhere for mark in inputs.tunnels[each.number].mark.split()[:1])
     shared = network in map(network_of, marks)
-    done, refused = True, None
+    done, refused = not shared, None
     for controller in controllers:
         if controller.family is not family and (shared or controller.family is not None):
             continue

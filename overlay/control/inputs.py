@@ -66,9 +66,11 @@ class Tunnel(NamedTuple):
 
 
 class Policed(NamedTuple):
-    """There are policies. isolated: the addresses (packed) of pods of this node that some policy selects."""
+    """There are policies. isolated: the addresses (packed) of pods of this node that some policy selects; former: subnets of
+    a family that the network has not any more, and pods of this node have."""
 
     isolated: frozenset[bytes]
+    former: tuple[Prefix, ...] = ()
 
 
 class Inputs(NamedTuple):

@@ -341,12 +341,13 @@ class PodsController(_TableController):
         every = [each for number in FAMILIES for each in inputs.addresses_of(number).values()]
         subnets, networks = subnets_of(every), tuple(pool.network for pool in pools.values())
         on = [inputs.links[index] for index in subnets if index in inputs.links]
+        lifted = (*networks, *(inputs.policed.former if inputs.policed is not None else ()))
         bridges = sorted(
             (subnet, link.mac)
             for link in on
             if link.name in inputs.bridges
             for subnet in subnets[link.ifindex]
-            if any(network.family == subnet.family and network.holds(subnet.base) for network in networks)
+            if any(there.family == subnet.family and there.holds(subnet.base) for there in lifted)
         )
         lift = Lift(tuple(bridges), inputs.policed is not None) if lifts else None
         number = backend_of(inputs.backend(min(pools)) or inputs.config.backend, FAMILIES[min(pools)]).network

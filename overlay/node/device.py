@@ -25,7 +25,7 @@ from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
 
-LOCK_RETRY_S, LEAVE_RETRY_S = 1.0, 1.0
+LOCK_RETRY_S, LEAVE_RETRY_S, LAST_LEAVE_RETRY_S = 1.0, 1.0, 30.0
 """While another agent has the device, or something of a former network cannot be taken away: no event reports the end."""
 
 
@@ -193,6 +193,7 @@ class DeviceController(Controller):
         """Called before the device may take frames. Set before the loop runs."""
         self._asks_again: float | None = None
         """When the lock is asked for again, or what stood before is left."""
+        self._leave_again_s = LEAVE_RETRY_S
         self._lost = 0
         """How often somebody else took it down or away."""
 
@@ -274,7 +275,9 @@ class DeviceController(Controller):
         self._device, self._base = device, base
         # first of all peers get onto it, whatever is refused of what stood before
         self._stands(tunnel._replace(backend=wants.backend), [mark, *former])
-        if former and (left := [one for one in former if self._is_left(one, mark)]):
+        if not former:
+            self._leave_again_s = LEAVE_RETRY_S
+        elif left := [one for one in former if self._is_left(one, mark)]:
             self._stands(self._tunnel, [one for one in self._marks if one not in left])
         return False
 
@@ -296,7 +299,8 @@ class DeviceController(Controller):
         except OSError as error:
             words = f"{former}, which the network config does not name any more: {error_text(error)}; tried again"
             self._health.problem("former network", words, harmless=True)
-        self._asks_again = self._clock() + LEAVE_RETRY_S
+        self._asks_again = self._clock() + self._leave_again_s
+        self._leave_again_s = min(2 * self._leave_again_s, LAST_LEAVE_RETRY_S)
         return False
 
     def _made(self, wants: _Wants) -> Tunnel:

@@ -74,6 +74,14 @@ def subnets_of(addresses: Iterable[Address]) -> dict[int, tuple[Prefix, ...]]:
     return {index: tuple(sorted(prefixes)) for index, prefixes in found.items()}
 
 
+def gateways_on(bridges: Iterable[str], links: Mapping[int, Link], addresses: Iterable[Address]) -> tuple[Prefix, ...]:
+    """The subnets whose gateway a bridge of these names has; none of the link itself."""
+    numbers = {link.ifindex for link in links.values() if link.name in bridges}
+    there = ((each, around(each.family, each.address, each.length)) for each in addresses if each.oif in numbers)
+    found = {subnet for each, subnet in there if each.address == subnet.base + 1 and each.scope < RT_SCOPE_LINK}
+    return tuple(sorted(found))
+
+
 def addresses_by_name(links: Mapping[int, Link], addresses: Mapping[AddressKey, Address]) -> dict[str, frozenset[int]]:
     """Each interface's addresses, by its name; none that IPv6 gives to every interface."""
     lasting = [each for each in addresses.values() if each.family == 4 or each.scope < RT_SCOPE_LINK]

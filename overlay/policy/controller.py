@@ -25,6 +25,7 @@ from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables.content import Content, Table, takes_away
 from overlay.kernel.nftables.marks import clear_marks
 from overlay.kernel.nftables.socket import NetfilterSocket
+from overlay.node.interfaces import gateways_on
 from overlay.node.owned import Owned
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
@@ -58,7 +59,8 @@ class PolicyAsked(NamedTuple):
 
 class _Wants(NamedTuple):
     """network: its number; subnets: those of this node's pods; enforced: whether policies are to be; wide:
-    ClusterNetworkPolicies, too; groups: how pods are grouped; networks: of all pods."""
+    ClusterNetworkPolicies, too; groups: how pods are grouped; networks: of all pods; former: subnets of a family that is
+    switched off, which pods of before may have."""
 
     network: int
     table: Table
@@ -68,6 +70,7 @@ class _Wants(NamedTuple):
     groups: str
     networks: tuple[Prefix, ...]
     ipvs: bool
+    former: tuple[Prefix, ...] = ()
 
     @property
     def custom(self) -> Mapping[str, bool]:
@@ -108,6 +111,8 @@ class PolicyController(Controller):
         self._attached = True
         """What CNI gave to pods is to be read."""
         self._wanted: _Wants | None = None
+        self._former: tuple[Prefix, ...] = ()
+        """Subnets of a family that is switched off, of which pods here have addresses yet."""
         self._made_for: int | None = None
         """The network for which all is enforced as it should be, or nothing need be; None: not yet."""
         self.compiled: Compiled = NOTHING
@@ -197,6 +202,8 @@ class PolicyController(Controller):
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         networks = tuple(pool.network for _, pool in sorted(inputs.config.pools.items()))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
+        off = [number for number in FAMILIES if number not in inputs.config.pools]
+        addresses = [each for number in off for each in inputs.addresses_of(number).values()]
         return _Wants(
             number,
             table(number),
@@ -206,6 +213,7 @@ class PolicyController(Controller):
             settings.groups,
             networks,
             ipvs,
+            gateways_on(inputs.bridges, inputs.links, addresses),
         )
 
     def reconcile(self, wants: Any) -> bool:
@@ -267,12 +275,14 @@ class PolicyController(Controller):
             else:
                 self.compiled = with_pods(self.compiled, cluster.index, cluster.changes)
             cluster.taken()
+            self._former = tuple(each for each in wants.former if cluster.index.uses(self._node, each))
             self._make_so(wants)
         elif self._read_whole:
             self._make_so(wants)
         self._in_force, self._made_for = self._revision, wants.network
         settled = self._sources.settled(pods=True)
-        self._current.set(policed=Policed(self.compiled.isolated), policies_known=True, policies_settled=settled)
+        policed = Policed(self.compiled.isolated, self._former)
+        self._current.set(policed=policed, policies_known=True, policies_settled=settled)
 
     def _custom_known(self, wants: _Wants) -> bool:
         """Whether NetworkPolicies need not wait for ClusterNetworkPolicies and Contracts: these are known, are not wanted,
@@ -352,7 +362,8 @@ class PolicyController(Controller):
     def _believe(self, wants: _Wants) -> None:
         """The table as it is, and as an agent before us left it."""
         before, self._there = self._there, None
-        expected = self._content(wants.subnets, self._generation or 1, self._logs)
+        # in terms of what was written last: by what is to be now, half of it would be unknown, as if somebody had altered it
+        expected = before or self._content(wants.subnets, self._generation or 1, self._logs)
         found = self._sets.read_content(wants.table, expected)
         if found is not None:
             generation = generation_of(found, slot_of(wants.network))
@@ -370,7 +381,7 @@ class PolicyController(Controller):
         self._there = found
 
     def _content(self, subnets: tuple[Prefix, ...], generation: int, logs: bool) -> Content:
-        return self._maker.content(self.compiled, subnets, generation, logs)
+        return self._maker.content(self.compiled, (*subnets, *self._former), generation, logs)
 
     def _commit(self, which: Table, logs: bool, subnets: tuple[Prefix, ...]) -> None:
         there = self._there

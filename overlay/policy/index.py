@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from lease.families import FAMILIES
+from lease.model import Prefix
 from overlay.policy.columns import Columns
 from overlay.policy.model import EXISTS, IN, NOT_IN, Expression, Labels, Pod, PodPeer, Selector, matches
 
@@ -95,6 +97,12 @@ class Index:
     def on_node(self, node: str) -> int:
         """The pods of a node, as bits."""
         return self._of_node.get(node, 0)
+
+    def uses(self, node: str, subnet: Prefix) -> bool:
+        """Whether a pod of a node has an address of a subnet."""
+        size = FAMILIES[subnet.family].size
+        addresses = (each for pod in self.members(self.on_node(node)) for each in pod.addresses)
+        return any(len(each) == size and subnet.holds(int.from_bytes(each, "big")) for each in addresses)
 
     def in_namespace(self, name: str) -> int:
         """Those of a namespace."""
