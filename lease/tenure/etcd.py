@@ -53,7 +53,7 @@ class Tenure:
         """When we last took another MAC, since a record had ours."""
         self._family = V4.number
         """By whose part records are compared: that of the last claim."""
-        self._partial = ""
+        self._partial = self._told_partial = ""
         """Why the lease lacks a family, as it was told last."""
         self._had_one = False
         """A lease was held."""
@@ -84,7 +84,7 @@ class Tenure:
                     if self._second_lost(claim, self.held, snapshot):
                         snapshot = None
                         continue
-                return events
+                return [*events, *self._partly()]
             except (SubnetTaken, RecordChanged):
                 snapshot = None  # a lost race: read again
             except _SubnetLost as lost:
@@ -94,7 +94,18 @@ class Tenure:
             except StoreUnavailable:
                 self.unreported = events
                 raise
-        return [*events, Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause")]
+        return [
+            *events,
+            *self._partly(),
+            Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause"),
+        ]
+
+    def _partly(self) -> list[TenureEvent]:
+        """What is not told yet of the family that the lease lacks: whatever was raised since it was found."""
+        if self._partial == self._told_partial:
+            return []
+        self._told_partial = self._partial
+        return [Partial(self._partial)]
 
     def renew(self) -> Renewed:
         """Keep the etcd lease alive. Raises LeaseExpired, StoreUnavailable."""
@@ -111,9 +122,7 @@ class Tenure:
             return False
         return lost_to_an_earlier(claim, Snapshot(0, None, self._store.later_than(snapshot.revision), {}), held)
 
-    def _second(
-        self, claim: Claim, snapshot: Snapshot, own: Lease | None, first: Prefix, events: list[TenureEvent]
-    ) -> Endpoint | None:
+    def _second(self, claim: Claim, snapshot: Snapshot, own: Lease | None, first: Prefix) -> Endpoint | None:
         """Our part of the other family, None: there is none for now."""
         used, held = _MacsBefore(snapshot.leases, own), self.held is not None
         end, why = second_of(claim, snapshot, own, first, used, self._rng, held)
@@ -123,9 +132,7 @@ class Tenure:
                 end = end._replace(mac=before.mac)  # a record follows us to each that we take
             else:
                 self._macs_left.add(self._clock())
-        if why != self._partial:
-            self._partial = why
-            events.append(Partial(why))
+        self._partial = why
         return end
 
     # --- holding one -------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ class Tenure:
             [Disputed(f"{self._rival(snapshot, held)}, and follows us where we take another")] if mac != unused else []
         )
         wanted = self._lease(
-            claim, self._end(there).subnet, mac, self._second(claim, snapshot, there, self._end(there).subnet, disputed)
+            claim, self._end(there).subnet, mac, self._second(claim, snapshot, there, self._end(there).subnet)
         )
         if wanted.key != there.key:
             return [*self._moved(claim, held, there, wanted), *disputed]
@@ -241,7 +248,6 @@ class Tenure:
     def _restore(self, claim: Claim, snapshot: Snapshot, held: Lease) -> list[TenureEvent]:
         """Our record vanished, or was overwritten with what nobody can read."""
         subnet, mac = self._end(held).subnet, self._mac_left_to_us(claim, snapshot, held)
-        events: list[TenureEvent] = []
         wanted = self._lease(claim, subnet, mac, self._other(held))
         if (broken := snapshot.refused.get(held.key)) is not None:
             self.held = self._put_right(held, broken.modified, wanted)
@@ -250,9 +256,9 @@ class Tenure:
             other = snapshot.leases.get(taken)
             raise _SubnetLost(f"it vanished, and {taken} of {_owner(other) if other else 'somebody'} took its place")
         latest = held._replace(created=snapshot.revision + 1)  # who has our other subnet meanwhile has it first
-        wanted = self._lease(claim, subnet, mac, self._second(claim, snapshot, latest, subnet, events))
+        wanted = self._lease(claim, subnet, mac, self._second(claim, snapshot, latest, subnet))
         self.held = self._store.create(wanted, self._ttl_s)
-        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", warn=True), *events]
+        return [Held(self.held, "taken again: the record had vanished (expired or deleted)", warn=True)]
 
     # --- getting one -------------------------------------------------------------------------------------------------
 
@@ -260,9 +266,8 @@ class Tenure:
         own, method, warn = self._own(claim, snapshot)
         if isinstance(method, Denied):
             return [method]
-        events: list[TenureEvent] = []
-        if own is not None and (kept := self._kept(claim, snapshot, own, method, warn, events)) is not None:
-            return [kept, *events]
+        if own is not None and (kept := self._kept(claim, snapshot, own, method, warn)) is not None:
+            return [kept]
         taken = Occupied(snapshot, claim)
         for there_already in claim.avoid:
             taken.add(there_already, "our underlay")
@@ -270,22 +275,20 @@ class Tenure:
             subnet = choose(claim, taken, claim.previous, self._rng)
         except RangeFull as full:
             return [Denied((_because_of_underlay(claim) if claim.asked is None else "") or str(full))]
-        second = self._second(claim, snapshot, None, subnet, events)
+        second = self._second(claim, snapshot, None, subnet)
         new = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
         self.held = self._store.create(new, self._ttl_s)
         if own is None:
             if (first := self._first_with_our_address(claim, snapshot)) is not None:
                 return [first]
             hows = {claim.previous: "as in subnet.env", claim.asked: "as asked for"}
-            return [Held(self.held, hows.get(subnet, "allocated"), warn), *events]
+            return [Held(self.held, hows.get(subnet, "allocated"), warn)]
         self._to_remove = own
         self._remove_old(snapshot)
         method = f"allocated, since our old {own.key} does not fit the config any more"
-        return [Held(self.held, method, warn=True), *events]
+        return [Held(self.held, method, warn=True)]
 
-    def _kept(
-        self, claim: Claim, snapshot: Snapshot, own: Lease, method: str, warn: bool, events: list[TenureEvent]
-    ) -> Held | None:
+    def _kept(self, claim: Claim, snapshot: Snapshot, own: Lease, method: str, warn: bool) -> Held | None:
         """Our record, where it fits, or moved to the subnet that was asked for; None: another one is needed."""
         subnet = self._end(own).subnet
         if claim.moves_from(subnet, Occupied(snapshot, claim, own.key)):
@@ -294,7 +297,7 @@ class Tenure:
             method = f"as asked for, in place of our old {own.key}: pods made before are to be made again"
         elif not claim.allows(subnet) or earlier_overlap(snapshot, claim, own) is not None:
             return None
-        second = self._second(claim, snapshot, own, subnet, events)
+        second = self._second(claim, snapshot, own, subnet)
         wanted = self._lease(claim, subnet, self._mac(claim, snapshot, own), second)
         put = self._store.change if wanted.key == own.key else self._store.move
         self.held = own if own.same_claim(wanted) else put(own, wanted)

@@ -41,11 +41,15 @@ class CniResults:
     def refreshed(self) -> Lookup:
         """What they say now, of one node's end after another: each is a look at every file otherwise."""
         self._refresh()
-        return self._of
+        by_name: dict[str, list[CniResult]] = {}
+        for _, results in self._read.values():
+            for name, result in results.items():
+                by_name.setdefault(name, []).append(result)
 
-    def _of(self, interface: str, mac: int) -> CniResult | None:
-        found = (results[interface] for _, results in self._read.values() if interface in results)
-        return next((each for each in found if each.mac in (0, mac)), None)
+        def of(interface: str, mac: int) -> CniResult | None:
+            return next((each for each in by_name.get(interface, ()) if each.mac in (0, mac)), None)
+
+        return of
 
     def every(self) -> list[CniResult]:
         """All there are now."""
@@ -66,13 +70,17 @@ class CniResults:
         self._read = {name: known for name, known in self._read.items() if name in there}
         for name, written in there.items():
             if name not in self._read or self._read[name][0] != written:
-                self._read[name] = written, self._parsed(f"{self._folder}/{name}")
+                try:
+                    self._read[name] = written, self._parsed(f"{self._folder}/{name}")
+                except OSError:  # it went, or there is no descriptor for it now: read the next time
+                    self._read.pop(name, None)
 
     @staticmethod
     def _parsed(path: str) -> dict[str, CniResult]:
+        """Raises OSError."""
         try:
             return parse(json.loads(content(path)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return {}
 
 

@@ -173,6 +173,10 @@ class AntiSpoof:
         bound = self._bound.get(link.ifindex)
         return bound if bound is not None and bound.is_of(link) else None
 
+    def look_again(self) -> None:
+        """What CNI gave to pods may be another."""
+        self._next = self._clock()
+
     def isolate(self, addresses: frozenset[bytes]) -> None:
         """The addresses (packed) of pods whose ports are closed to what layer 3 does not see."""
         if addresses != self._isolated:
@@ -310,7 +314,8 @@ class AntiSpoof:
         KernelError."""
         index, now, seen = link.ifindex, self._clock(), self._seen[_key(link)]
         settled, bound, first = seen + SETTLED_S, self._bound.get(index), min(self._networks)
-        if bound is not None and bound.of(first) and 6 in bound.addresses and not self._lacks(link, bound, now - seen):
+        known = bound is not None and bound.of(first) and 6 in bound.addresses
+        if bound is not None and known and not (self._lacks(link, bound, now - seen) or self._macs_said(link, bound)):
             if index not in self._later:
                 return None
             if now < settled:
@@ -329,11 +334,11 @@ class AntiSpoof:
             if bound.of(first):
                 self._disputes.pop(index, None)
         if index not in self._bound and first == 6:
-            bound = bound.with_addresses(4, self._free(4, self._a_few(link, 4, end.addresses[4]), others))
+            bound = bound.with_addresses(4, self._free(4, self._shown(link, end, 4), others))
         if 6 not in bound.addresses or (index not in self._bound and first == 6):
             # and those that its interface makes of its MAC (RFC 4291, appendix A)
             made = map(_link_local_of, bound.macs)
-            shown = self._a_few(link, 6, end.addresses[6])
+            shown = self._shown(link, end, 6)
             bound = bound.with_addresses(6, bound.of(6) | self._free(6, (*shown, *made), others))
             self._later[index] = not any(map(_is_link_local, end.addresses[6]))
         elif index in self._later and now >= settled:
@@ -346,12 +351,19 @@ class AntiSpoof:
                 bound = bound.with_addresses(4, self._free(4, self._own(link, end, 4), others))
         if self._lacks(link, bound, now - seen):  # the kernel gives it after the first one
             bound = bound.with_addresses(6, bound.of(6) | self._free(6, self._own(link, end, 6), others))
+        if said := self._macs_said(link, bound):  # by a plugin behind the bridge's (tuning), however late
+            bound = bound._replace(macs=bound.macs | self._free_macs(said, others))
         self._bound[index] = bound
         if not bound.of(first):
             return now + LATER_LOOKS_S
         if now - seen < SECOND_S and self._lacks(link, bound, now - seen):
             return now + FIRST_LOOKS_S
         return settled if index in self._later and now < settled else None
+
+    def _macs_said(self, link: Link, bound: Bound) -> frozenset[int]:
+        """MACs that CNI's result gives a pod, and it is not bound to."""
+        given = self._results(link.name, link.mac)
+        return given.inside - bound.macs if given is not None else frozenset()
 
     def _lacks(self, link: Link, bound: Bound, age_s: float) -> bool:
         """Whether a pod of two families is not known by its address of the second: one that CNI gave such an address,
@@ -399,8 +411,8 @@ class AntiSpoof:
         if network is None:
             return frozenset()
         given = self._results(link.name, link.mac)
-        if given is not None and (mine := frozenset(filter(network.holds, given.addresses[family]))):
-            return mine
+        if given is not None and any(given.addresses.values()):
+            return frozenset(filter(network.holds, given.addresses[family]))
         subnets = [there for there in self._subnets.get(link.master, ()) if there.family == family]
         shown = [
             address
@@ -408,6 +420,12 @@ class AntiSpoof:
             if network.holds(address) and (not subnets or any(there.holds(address) for there in subnets))
         ]
         return frozenset(self._a_few(link, family, shown))
+
+    def _shown(self, link: Link, end: PodEnd, family: int) -> frozenset[int]:
+        """What a pod has of a family when it is seen first: its own of the pod network, and what it shows beside that."""
+        network = self._networks.get(family)
+        beside = (each for each in end.addresses[family] if network is None or not network.holds(each))
+        return self._own(link, end, family) | frozenset(self._a_few(link, family, beside))
 
     def _a_few(self, link: Link, family: int, addresses: Iterable[int]) -> list[int]:
         """What is believed of what a pod shows: it may have given itself any number."""

@@ -10,6 +10,7 @@ from lease.backend_config import BackendConfig
 from lease.families import FAMILIES, Family
 from lease.model import Prefix
 from overlay.backends.choose import backend_of
+from overlay.cni.watch import PodsAttached
 from overlay.control.controller import Controller, Handler, NotYet, Waiting
 from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
@@ -321,6 +322,15 @@ class PodsController(_TableController):
         self._ports: tuple[Any, ...] = ()
         self._on = True
         """It is wanted, as far as is known."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """And what CNI gave to pods."""
+        return {**super().handles, PodsAttached: self._on_attached}
+
+    def _on_attached(self, _event: PodsAttached) -> bool:
+        self._pods.look_again()
+        return False  # it is due then
 
     def _table_of(self, network: int) -> tuple[str, str]:
         return "bridge", pods_table.table_name(network)

@@ -75,17 +75,17 @@ def _ensure(wrong: Mapping[str, str]) -> Mapping[str, str]:
     return wrong
 
 
-def bridge_filter_fault(read: Callable[[str], str | None]) -> str:
+def bridge_filter_fault(read: Callable[[str], str | None], family: Family = V4) -> str:
     """Why a Service may not answer pods of its own node, "" where nothing stands in the way: kube-proxy's rules must see
     packets between ports of one bridge (flannel does not start without that)."""
-    name = "net/bridge/bridge-nf-call-iptables"
+    name = f"net/bridge/bridge-nf-call-{'iptables' if family is V4 else 'ip6tables'}"
     value = read(name)
     if value == "1":
         return ""
     what = "there is no br_netfilter" if value is None else f"{name.replace('/', '.')} is {value}"
     return (
         f"{what}: a Service whose pod runs on the same node as its client may not answer;"
-        " on the host: modprobe br_netfilter && sysctl net.bridge.bridge-nf-call-iptables=1"
+        f" on the host: modprobe br_netfilter && sysctl {name.replace('/', '.')}=1"
     )
 
 
@@ -98,6 +98,8 @@ class _Wants(NamedTuple):
     direct_routing: bool
     bridges: tuple[str, ...]
     with_services: bool
+    first: bool
+    """Its family is the network's first."""
     routers: tuple[str, ...] = ()
     """Other interfaces that may take routes from routers."""
 
@@ -134,9 +136,12 @@ class SysctlController(Controller):
         direct = backend_of(backend, self._family).reaches_directly
         bridges = tuple(sorted(inputs.bridges))
         if self._family is V4:
-            return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, services)
+            return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, services, True)
         routers = sorted(link.name for link in inputs.links.values() if not (link.loopback or link.master))
-        return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, False, tuple(routers))
+        first = inputs.pool(V4.number) is None
+        return _Wants(
+            tunnel.ifindex, tunnel.name, under.name, direct, bridges, services and first, first, tuple(routers)
+        )
 
     def reconcile(self, wants: Any) -> bool:
         """Set what is wrong. Raises KernelError."""
@@ -152,8 +157,8 @@ class SysctlController(Controller):
                 log.info("sysctl", set=names)
             self._set |= did.keys()
         self._found_right = wants
-        fault = bridge_filter_fault(read_sysctl)
-        if self._family is V4:
+        fault = bridge_filter_fault(read_sysctl, self._family)
+        if wants.first:
             self._current.set(bridge_filtered=not fault)
         self._health.report("bridge filter", fault if wants.with_services else "", harmless=True)
         return False

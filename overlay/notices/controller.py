@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from lease.tenure.events import Held
 from overlay.control.background import BackgroundController
-from overlay.control.controller import Waiting
+from overlay.control.controller import Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.notices import events
 
 LOOK_S, AFTER_S = 10.0, 15.0
 """How often it looks; what passes within AFTER_S is no news."""
+SAY_AGAIN_S = 900.0
+"""So often the condition is set whatever was set before: somebody may have altered it."""
 MOST, WITHIN_S = 10, 600.0
 """So many Events within so long: what comes and goes all the time fills no API server."""
 
@@ -56,9 +59,19 @@ class NoticesController(BackgroundController):
         self._told: dict[str, str] = {}
         """Texts by subject, as they were told."""
         self._said: events.Says | None = None
-        """What the condition says."""
+        """What the condition says, as it was set last: None: not yet, or on a Node that is another now."""
+        self._say_again = 0.0
         self._times: list[float] = []
         """Of the last Events."""
+
+    @property
+    def handles(self) -> Mapping[type, Handler]:
+        """And a lease, which may be of a Node that was made again."""
+        return {**super().handles, Held: self._on_held}
+
+    def _on_held(self, _event: Held) -> bool:
+        self._say_again = 0.0
+        return False
 
     def wants(self, inputs: Inputs) -> object:
         """On which Node."""
@@ -71,6 +84,8 @@ class NoticesController(BackgroundController):
         if self._clock() < self._next and not self._refused:
             return False
         self._next = self._clock() + LOOK_S
+        if self._clock() >= self._say_again:
+            self._say_again, self._said = self._clock() + SAY_AGAIN_S, None
         return super().reconcile((wants.node, *self._news()))
 
     def _news(self) -> tuple[list[events.Notice], events.Says | None]:
@@ -116,4 +131,4 @@ class NoticesController(BackgroundController):
 
     def withdraw(self) -> Iterator[str]:
         """Events end by themselves (an hour); the condition is taken off with the annotations (lease.tenure.kubernetes)."""
-        return iter(())
+        return super().withdraw()

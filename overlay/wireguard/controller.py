@@ -138,22 +138,14 @@ class WireguardController(Controller):
         began = time.thread_time()
         stale: set[bytes] = set().union(*(table.stale for table in self._tables))
         anew = any(table.all_stale for table in self._tables)
-        more = False
+        more, refused = False, None
         for each in wants.devices:
-            state = self._states.get(each.name)
-            if state is None or state.wants[:4] != each[:4]:
-                self._forget(self._states.keys() - {each.name})
-                state = self._states[each.name] = _State(each, self._open(each.name))
             try:
-                if whole or anew or not state.read or state.wants != each:
-                    state.wants = each
-                    self._read(state)
-                state.todo.update(dict.fromkeys(stale))
-                state.todo.update(dict.fromkeys(state.over(self._clock())))
-                more = self._put(state) or more
-            except OSError:
-                state.read = False
-                raise
+                more = self._one(each, whole or anew, stale) or more
+            except OSError as error:  # the other family's goes on
+                refused = error
+        if refused is not None:
+            raise refused
         for table in self._tables:
             table.stale.clear()
             table.all_stale = False
@@ -164,6 +156,23 @@ class WireguardController(Controller):
         if whole:
             self._cadence.ended()
         return more
+
+    def _one(self, each: _Wanted, whole: bool, stale: set[bytes]) -> bool:
+        """One slice of one device; whether there is more. Raises KernelError."""
+        state = self._states.get(each.name)
+        if state is None or state.wants[:4] != each[:4]:
+            self._forget(self._states.keys() - {each.name})
+            state = self._states[each.name] = _State(each, self._open(each.name))
+        try:
+            if whole or not state.read or state.wants != each:
+                state.wants = each
+                self._read(state)
+            state.todo.update(dict.fromkeys(stale))
+            state.todo.update(dict.fromkeys(state.over(self._clock())))
+            return self._put(state)
+        except OSError:
+            state.read = False
+            raise
 
     def _read(self, state: _State) -> None:
         """Whole, and what is not a peer's. Raises KernelError."""
@@ -197,6 +206,7 @@ class WireguardController(Controller):
             self._note(state, tables, key, want)
             change = differing(state.found.get(key), want, state.sent.get(key))
             if change is False:
+                state.lingering.pop(key, None)
                 state.sent[key] = want.place if want is not None else None
                 continue
             assert not isinstance(change, bool)
@@ -209,8 +219,9 @@ class WireguardController(Controller):
                 state.found[key], state.sent[key] = want, want.place
         taken = {there for peer in batch.values() if peer is not None for there in peer.allowed}
         for key in list(gone):
-            if key not in state.lingering and state.found[key].allowed & taken:
+            if key not in state.lingering and (lost := state.found[key].allowed & taken):
                 state.lingering[key] = self._clock() + LINGER_S
+                state.found[key] = state.found[key]._replace(allowed=state.found[key].allowed - lost)
             if state.lingering.get(key, 0.0) > self._clock():
                 del gone[key]
                 continue
@@ -218,9 +229,14 @@ class WireguardController(Controller):
             state.found.pop(key, None)
             state.sent.pop(key, None)
         # first those that get a prefix, which takes it from whoever had it: at no moment has it nobody
-        for some in (batch, gone):
-            if some:
-                state.device.put(some)
+        try:
+            for some in (batch, gone):
+                if some:
+                    state.device.put(some)
+        except OSError:
+            for key in batch:  # where it was sent to last is not known: it is put again
+                state.sent.pop(key, None)
+            raise
         self._counts["put"] += len(batch)
         self._counts["removed"] += len(gone)
         if (batch or gone) and not state.todo:
