@@ -386,3 +386,35 @@ def test_a_pod_that_cni_gave_no_ipv6_gets_none_by_showing_it(sets, pods, clock):
     pods.ends[5] = with_v6(end("10.244.1.5"), "fd00:10:244:1::99")
     made.bind()
     assert (addresses(sets), global6(sets)) == ({(5, 5)}, set())
+
+
+def test_an_address_of_the_pod_network_is_no_pods_by_being_shown_alone(sets, pods, clock):
+    """When its port is seen first it may run for long: an agent that starts, anti-spoofing that is switched on."""
+    made = antispoofing(sets, pods, clock)
+    made.within([NETWORK, NETWORK6])
+    own6 = prefix("fd00:10:244:1::/64")
+    pods.ends = {5: with_v6(end("10.244.9.5"), "fd00:10:244:1::5", "fd00:10:244:2::77", "2001:db8::5")}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"], (), {BRIDGE.ifindex: (SUBNET, own6)})
+    made.ensure(TABLE)
+    assert global6(sets) == {(5, "fd00:10:244:1::5"), (5, "2001:db8::5")}, "not that of another node's pod"
+
+
+def test_a_mac_that_a_later_plugin_sets_counts_whenever_cni_says_it(sets, pods, clock):
+    """And by the next agent, which was not there when the port was bound."""
+    given: Given = {}
+    made = antispoofing(sets, pods, clock, given)
+    pods.ends = {5: end("10.244.1.5")._replace(mac=5)}
+    made.ports([BRIDGE, port(5, 1)], ["cni0"])
+    made.ensure(TABLE)
+    again = antispoofing(sets, pods, clock, given)
+    again.ports([BRIDGE, port(5, 1)], ["cni0"])
+    again.ensure(TABLE)
+    clock.now += antispoof.HURRIED_S
+    again.bind()
+    assert again.next_bind() is None
+    tuned = 0x0200000000AA
+    given["veth5", 1] = CniResult(1, {4: frozenset({NETWORK.base + 0x105}), 6: frozenset()}, "", frozenset({tuned}))
+    again.look_again()
+    assert again.next_bind() == clock.now
+    again.bind()
+    assert (5, "02:00:00:00:00:aa") in macs(sets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lease.families import V4
+from lease.families import V4, V6
 from lease.model import Prefix, ip_number
 from lease.tenure.events import Held, Lost
 from overlay.cni.lists import CONFLIST
@@ -249,6 +249,9 @@ def test_sysctls_are_set_where_they_are_wrong(bench, monkeypatch):
     controller = bench.sysctl()
     bench.reconcile(controller)
     assert there["net/ipv4/ip_forward"] == "1"
+    assert "there is no br_netfilter" in sysctls.bridge_filter_fault(there.get, V6)
+    there["net/bridge/bridge-nf-call-ip6tables"] = "1"
+    assert sysctls.bridge_filter_fault(there.get, V6) == "", "that of IPv6 alone counts there"
     assert controller.due() == sysctls.CHECK_EVERY_S
     bench.current.set(bridges=frozenset({"cni0"}), settings=bench.settings._replace(kube=True))
     bench.reconcile(controller)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from lease.store import StoreUnavailable
+from lease.tenure.events import Held
 from overlay.control.background import Finished
 from overlay.control.health import Problem
 from overlay.notices import events
-from overlay.notices.controller import AFTER_S, LOOK_S, MOST, WITHIN_S, NoticesController
+from overlay.notices.controller import AFTER_S, LOOK_S, MOST, SAY_AGAIN_S, WITHIN_S, NoticesController
 
 
 class Api:
@@ -148,3 +149,13 @@ def test_policies_that_nobody_enforces_are_in_the_condition():
     assert (found.ready, found.reason) == (True, "OverlayPoliciesNotEnforced")
     assert text in found.message
     assert events.says(False, "no lease", {"policies not enforced": Problem(text, 0.0, True)}).message == "no lease"
+
+
+def test_the_condition_is_set_again_on_a_node_made_again_and_now_and_then(told):
+    told.run(LOOK_S * 3)
+    assert len(told.api.conditions) == 1
+    told.bench.tell(told.controller, Held(told.bench.current.inputs.own, "podCIDR of Node Node.1"))
+    told.run(LOOK_S)
+    assert len(told.api.conditions) == 2
+    told.run(SAY_AGAIN_S + LOOK_S)
+    assert len(told.api.conditions) == 3

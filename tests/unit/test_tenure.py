@@ -7,9 +7,10 @@ import pytest
 from lease.config import parse_config
 from lease.model import ip_number, prefix
 from lease.records.codec import encode_value
+from lease.store import StoreUnavailable, SubnetTaken
 from lease.tenure.claim import Claim, Identity
 from lease.tenure.etcd import Tenure
-from lease.tenure.events import Denied, Held, Lost
+from lease.tenure.events import Denied, Held, Lost, Partial
 from tests.support.tenure import (
     CLONE,
     CONFIG,
@@ -316,3 +317,30 @@ def test_races_that_never_end_are_paused_and_told():
     (denied,) = world.settle()
     assert isinstance(denied, Denied)
     assert "races" in denied.reason
+
+
+@pytest.mark.parametrize(
+    "error", [SubnetTaken("raced"), StoreUnavailable("gone for a moment")], ids=["a race", "no answer"]
+)
+def test_what_the_lease_lacks_is_told_whatever_is_raised_since_it_was_found(error):
+    """By it the family is asked for again, and the operator knows."""
+    config = parse_config('{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/48"}')
+    world = World(config=config)
+    create, raised = world.store.create, []
+
+    def once(*asked):
+        if not raised:
+            raised.append(1)
+            raise error
+        return create(*asked)
+
+    world.store.create = once
+    if isinstance(error, StoreUnavailable):
+        with pytest.raises(StoreUnavailable):
+            world.settle()
+    held, partial = world.settle()
+    assert isinstance(held, Held)
+    assert partial == Partial("this node has no IPv6 address of its own")
+    assert world.settle() == [], "once"
+    world.config = CONFIG
+    assert Partial("") in world.settle()

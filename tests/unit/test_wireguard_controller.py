@@ -6,7 +6,7 @@ import pytest
 
 from lease.backend_config import WireguardConfig
 from lease.config import parse_config
-from lease.families import V4
+from lease.families import V4, V6
 from lease.model import Endpoint, Lease, Prefix
 from lease.records.packed import pack
 from overlay.control.controller import Waiting
@@ -184,3 +184,58 @@ def test_it_waits_for_key_and_device():
     assert isinstance(CONFIG.backend, WireguardConfig)
     setting.current.set(config=parse_config('{"Network":"10.0.0.0/8"}'))
     assert setting.it.wants(setting.current.inputs) is None
+
+
+def test_an_endpoint_whose_put_was_refused_is_put_again():
+    """What was sent last counts, not where the peer was heard since: it must not count before the kernel took it."""
+    setting = Setting([lease(1)])
+    setting.run()
+    moved = lease(1)
+    assert moved.v4 is not None
+    moved = moved._replace(v4=moved.v4._replace(public_ip=(192 << 24) + 77))
+    setting.device.refusing = "put"
+    setting.table.peer_changed(lease(1), moved)
+    with pytest.raises(KernelError):
+        setting.run()
+    setting.device.refusing = ""
+    setting.run()
+    (peer,) = setting.device.now.peers.values()
+    assert peer.place is not None
+    assert peer.place.address == (192 << 24) + 77
+
+
+def test_a_peer_that_takes_its_prefix_back_at_once_has_it():
+    """While the one that had it lingers, the kernel took it from him already."""
+    setting = Setting([lease(1)])
+    setting.run()
+    setting.table.peer_changed(lease(1), lease(1, key=70_001))
+    setting.run()
+    setting.table.peer_changed(lease(1, key=70_001), lease(1))
+    setting.run()
+    setting.clock.now += controllers.LINGER_S
+    setting.run()
+    (key,) = setting.device.now.peers
+    assert key == lease(1).first.key
+    assert Prefix(4, (10 << 24) + (1 << 8), 24) in setting.device.now.peers[key].allowed
+
+
+def test_one_familys_device_that_is_refused_keeps_not_the_others():
+    """Mode separate: two devices, and a port of one is another program's."""
+    setting = Setting([lease(1)])
+    devices = {"flannel-wg": Fake(), "flannel-wg-v6": Fake()}
+    devices["flannel-wg"].refusing = "read"
+    config = parse_config(
+        '{"Network":"10.0.0.0/8","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"wireguard","Mode":"separate"}}'
+    )
+    setting.current.set(config=config)
+    setting.current.set_family("tunnels", 6, Tunnel("flannel-wg-v6", 8, 1400))
+    setting.it = WireguardController(
+        setting.current, Health(setting.clock), setting.it._holder, [setting.table, Keyed(V6)], devices.__getitem__,
+        setting.clock,
+    )  # fmt: skip
+    with pytest.raises(KernelError):
+        setting.run()
+    assert devices["flannel-wg-v6"].now.private_key == PRIVATE
+    devices["flannel-wg"].refusing = ""
+    setting.run()
+    assert len(devices["flannel-wg"].now.peers) == 1
