@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
@@ -199,6 +199,8 @@ class KubeClient:
         self._api: Any = None
         self._kept: tuple[Any, dict[str, str], float] = (None, {}, 0.0)
         self._ending = False
+        self._made_of: dict[str, object] = {}
+        """The files that the connection was made by, and what shows whether they were written since."""
 
     @property
     def place(self) -> str:
@@ -313,6 +315,8 @@ class KubeClient:
                 retries=False, redirect=False, timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
         except (urllib3.exceptions.HTTPError, OSError) as error:
+            if self._made_of != {path: _stamp(path) for path in self._made_of}:
+                self.reconnect()  # a kubeconfig may name another server by now, or another authority
             raise StoreUnavailable(f"{api.configuration.host}: {_words(error)}") from error
         answer.check_form(response)
         if response.status // 100 == 2:
@@ -369,6 +373,8 @@ class KubeClient:
         except Exception as error:  # ConfigException, FileNotFoundError, YAML's: whatever stands in that file
             where = f"--kubeconfig-file: {settings.kubeconfig}" if settings.kubeconfig else "service account"
             raise StoreUnavailable(f"{where}: {_words(error)}") from error
+        files = (settings.kubeconfig, made.ssl_ca_cert)
+        self._made_of = {path: _stamp(path) for path in files if path}
         if settings.api_url:
             made.host = settings.api_url
         made.socket_options = _KEEPALIVE
@@ -381,6 +387,13 @@ class KubeClient:
         if self._api is not None:
             self._api.pool_manager.clear()
         self._api = None
+
+
+def _stamp(path: str) -> object:
+    with suppress(OSError):
+        seen = os.stat(path)
+        return seen.st_mtime_ns, seen.st_size, seen.st_ino
+    return None
 
 
 def _words(error: BaseException) -> str:

@@ -114,7 +114,7 @@ class PolicyController(Controller):
         self._former: tuple[Prefix, ...] = ()
         """Subnets of a family that is switched off, of which pods here have addresses yet."""
         self._made_for: int | None = None
-        """The network for which all is enforced as it should be, or nothing need be; None: not yet."""
+        """The network for which all is enforced, or nothing need be; None: not yet."""
         self.compiled: Compiled = NOTHING
         self._there: Content | None = None
         self._generation = 0
@@ -204,17 +204,11 @@ class PolicyController(Controller):
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())
         off = [number for number in FAMILIES if number not in inputs.config.pools]
         addresses = [each for number in off for each in inputs.addresses_of(number).values()]
+        former = gateways_on(inputs.bridges, inputs.links, addresses)
         return _Wants(
-            number,
-            table(number),
-            subnets,
-            settings.network_policy,
-            settings.cluster_network_policy,
-            settings.groups,
-            networks,
-            ipvs,
-            gateways_on(inputs.bridges, inputs.links, addresses),
-        )
+            number, table(number), subnets, settings.network_policy, settings.cluster_network_policy, settings.groups,
+            networks, ipvs, former,
+        )  # fmt: skip
 
     def reconcile(self, wants: Any) -> bool:
         """What is known now, compiled and made so. Raises KernelError."""
@@ -426,7 +420,7 @@ class PolicyController(Controller):
 
     def due(self) -> float | None:
         """When the table is read again."""
-        if self._there is None:
+        if self._there is None or not self._known:
             return None
         return 0.0 if self._nodes_changed() else self._cadence.at
 

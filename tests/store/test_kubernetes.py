@@ -404,3 +404,16 @@ def test_gone_is_told_once(clean, stores):
     watching = store.watch(0)
     clean.delete("n1")
     assert next(watching).changes == (Gone("n1"),)
+
+
+def test_a_kubeconfig_that_names_another_server_is_read_again(kube):
+    """The one before does not answer any more; nobody refuses anything."""
+    path = kube.kubeconfig(name="moved.kubeconfig", port=9)
+    client = KubeClient(KubeSettings(kubeconfig=path))
+    with pytest.raises(StoreUnavailable):
+        client.get("/version")
+    assert kube.kubeconfig(name="moved.kubeconfig") == path
+    with pytest.raises(StoreUnavailable):
+        client.get("/version")
+    assert "gitVersion" in client.get("/version")
+    client.close()
