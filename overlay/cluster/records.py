@@ -190,11 +190,15 @@ class RecordsSource(Source):
         self._report()
         held = self._flaps.held()
         changed, self._changed = self._changed, {}
-        self._settle(self._flaps.changes(changed, self._peers[0].record) if changed else {})
+        self._settle(self._flaps.changes(changed, self._known) if changed else {})
         self._settle(self._flaps.over())
         if held != self._flaps.held():
             self._report_flaps(held, self._flaps.held())
         return False
+
+    def _known(self, key: str) -> Lease | None:
+        """What a record said when it was settled last, of whichever family."""
+        return next((found for peers in self._peers if (found := peers.record(key)) is not None), None)
 
     def _settle(self, records: dict[str, Lease | None]) -> None:
         records.pop(self._ownership.key, None)  # it became ours since it was seen

@@ -295,6 +295,7 @@ class DeviceController(Controller):
         try:
             if self._drop(former, mark):
                 self._health.solved("former network")
+                self._lock.give_back(self._lock_name(former))
                 return True
         except OSError as error:
             words = f"{former}, which the network config does not name any more: {error_text(error)}; tried again"
@@ -360,10 +361,13 @@ class DeviceController(Controller):
                 found.append(why)
         return "".join(f"; {why}" for why in found)
 
-    def _alone(self, device: str) -> bool:
+    def _lock_name(self, device: str) -> str:
         shared = self._family is V6 and "v6" not in device  # both families may go without a device, or by one
+        return f"{device}-v6" if shared else device
+
+    def _alone(self, device: str) -> bool:
         try:
-            pid = self._lock.take(f"{device}-v6" if shared else device)
+            pid = self._lock.take(self._lock_name(device))
         except OSError as error:
             self._health.problem("another agent", f"it is not known whether one manages {device}: {error.strerror}")
             return False
@@ -436,6 +440,8 @@ class DeviceController(Controller):
                 self._links.delete(there.ifindex)
                 yield f"device {name}, with its routes, neighbours and FDB"
         self._device = self._base = None
+        for mark in self._marks:
+            self._lock.give_back(self._lock_name(mark))
         self._marks = []
         self._set(None)
 

@@ -124,6 +124,11 @@ class DeviceLock:
             return None
         return None
 
+    def give_back(self, device: str) -> None:
+        """Another agent may have it."""
+        if (mine := self._held.pop(device, None)) is not None:
+            mine.close()
+
     def close(self) -> None:
         """Give all back."""
         for one in (*self._held.values(), *self._others.values()):

@@ -49,10 +49,14 @@ class NoLock:
 
     def __init__(self) -> None:
         self.squatters: dict[str, Holder] = {}
+        self.taken: set[str] = set()
 
     def take(self, device: str) -> int | None:
-        del device
+        self.taken.add(device)
         return self.other
+
+    def give_back(self, device: str) -> None:
+        self.taken.discard(device)
 
 
 class Claims:

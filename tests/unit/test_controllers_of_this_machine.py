@@ -143,6 +143,9 @@ def test_peers_get_onto_the_new_device_whatever_is_left_of_the_one_before(bench,
     bench.reconcile(again)
     assert (bench.folder / "device").read_text() == "flannel.2"
     assert (again.due(), bench.problems()) == (None, {})
+    assert bench.lock.taken == {"flannel.2"}, "another agent may have those before"
+    list(again.withdraw())
+    assert bench.lock.taken == set()
 
 
 def test_the_device_is_withdrawn_unless_flannel_has_the_node(bench):

@@ -175,3 +175,13 @@ def test_what_stands_in_the_way_of_a_run_directory_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirError, match=rf"--run-dir: {tmp_path}/file: File exists"):
         RunDir(f"{tmp_path}/file")
+
+
+def test_a_device_that_is_given_back_may_be_anothers(closing):
+    device = f"test-{os.getpid()}-back"
+    first, second = closing(DeviceLock()), closing(DeviceLock())
+    assert first.take(device) is None
+    assert second.take(device) == os.getpid()
+    first.give_back(device)
+    assert second.take(device) is None
+    assert first.take(device) == os.getpid()
