@@ -55,6 +55,8 @@ class Tenure:
         """By whose part records are compared: that of the last claim."""
         self._partial = self._told_partial = ""
         """Why the lease lacks a family, as it was told last."""
+        self._raced = False
+        """All races of the last settling were lost."""
         self._had_one = False
         """A lease was held."""
         self._given_up: set[str] = set()
@@ -65,7 +67,7 @@ class Tenure:
 
         Raises StoreUnavailable: try again; what happened until then stands in `unreported`.
         """
-        events, self.unreported = self.unreported, []
+        events, self.unreported, self._raced = self.unreported, [], False
         self._family = claim.family.number
         if self._had_one:
             claim = claim._replace(take_over=False)
@@ -94,11 +96,17 @@ class Tenure:
             except StoreUnavailable:
                 self.unreported = events
                 raise
+        self._raced = True
         return [
             *events,
             *self._partly(),
             Denied(f"{RACES} races for a subnet were lost in a row; trying again after a pause"),
         ]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is to be settled again though a lease is held."""
+        return self._raced or self._to_remove is not None
 
     def _partly(self) -> list[TenureEvent]:
         """What is not told yet of the family that the lease lacks: whatever was raised since it was found."""
@@ -163,7 +171,7 @@ class Tenure:
             return self._write_over(claim, snapshot, held, there)  # no other machine has that address
         if (earlier := earlier_overlap(snapshot, claim, there)) is not None:
             raise _SubnetLost(f"{earlier.key} of {_owner(earlier)} overlaps it and is older")
-        self._remove_old(snapshot)
+        snapshot = self._remove_old(snapshot)
         unused = self._mac(claim._replace(device_mac=self._end(held).mac), snapshot, there)
         mac = self._mac_left(held, unused)
         disputed: list[TenureEvent] = (
@@ -320,18 +328,21 @@ class Tenure:
         self.held = None
         return method
 
-    def _remove_old(self, snapshot: Snapshot) -> None:
-        """Take away the record that our lease replaced; later, where the store does not do it now."""
+    def _remove_old(self, snapshot: Snapshot) -> Snapshot:
+        """Take away the record that our lease replaced; later, where the store does not do it now. The list without it: ours
+        is nobody who has our MAC."""
         old = self._to_remove
         if old is None:
-            return
+            return snapshot
+        without = snapshot._replace(leases=Leases({k: v for k, v in snapshot.leases.packed.items() if k != old.key}))
         there = snapshot.leases.get(old.key)
         if there is not None and there.same_claim(old):
             try:
                 self._store.remove(there)
             except (StoreUnavailable, RecordChanged):
-                return
+                return without
         self._to_remove = None
+        return without
 
     def _own(self, claim: Claim, snapshot: Snapshot) -> tuple[Lease | None, str | Denied, bool]:
         """Our own record, how we know, and whether that is worth a warning; a Denied instead of that: a conflict."""

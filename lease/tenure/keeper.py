@@ -30,6 +30,11 @@ class Holder(Protocol):
     held: Lease | None
     unreported: list[TenureEvent]
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is to be settled again, though something is held."""
+        ...
+
     def settle(self, claim: Claim, snapshot: Snapshot | None = None) -> list[TenureEvent]:
         """Make store and claim agree; what happened. Raises StoreUnavailable."""
 
@@ -121,8 +126,10 @@ class TenureThread(threading.Thread):
             if tenure.held is None:
                 self._post(Denied(str(error)))
             return self._again()
-        self._failures = 0
         self._post(renewed)
+        if tenure.unfinished:
+            return self._again()
+        self._failures = 0
         return (
             self._renew_within_s if renewed.left_s is None else min(self._renew_within_s, renew_every_s(renewed.left_s))
         )

@@ -97,6 +97,11 @@ class NodeTenure:
                 return self._with_unreported(self._deny(str(refused)))
         return self._with_unreported(self._deny(f"{why}; it changed {TRIES} times while it was written"))
 
+    @property
+    def unfinished(self) -> bool:
+        """A Node's lease is written at once."""
+        return False
+
     def _with_unreported(self, events: list[TenureEvent]) -> list[TenureEvent]:
         """These, after what happened in a settling that was broken off."""
         unreported, self.unreported = self.unreported, []

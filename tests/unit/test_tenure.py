@@ -10,7 +10,8 @@ from lease.records.codec import encode_value
 from lease.store import StoreUnavailable, SubnetTaken
 from lease.tenure.claim import Claim, Identity
 from lease.tenure.etcd import Tenure
-from lease.tenure.events import Denied, Held, Lost, Partial
+from lease.tenure.events import Denied, Held, Lost, Partial, Renewed
+from lease.tenure.keeper import TenureThread
 from tests.support.tenure import (
     CLONE,
     CONFIG,
@@ -29,6 +30,7 @@ from tests.support.tenure import (
     only_held,
     running,
 )
+from tests.support.wait import until
 
 
 def test_a_first_start_allocates_and_asks_nobody():
@@ -344,3 +346,53 @@ def test_what_the_lease_lacks_is_told_whatever_is_raised_since_it_was_found(erro
     assert world.settle() == [], "once"
     world.config = CONFIG
     assert Partial("") in world.settle()
+
+
+def test_an_old_record_that_could_not_be_removed_is_removed_later():
+    """Nobody tells of it: it would keep a subnet from others for a day."""
+    world = World()
+    old = world.put(lease("10.244.5.0/24", IP2, MAC_A, ME))
+    world.config = parse_config('{"Network":"10.244.0.0/16","SubnetMin":"10.244.9.0","SubnetMax":"10.244.9.0"}')
+    remove, refused = world.store.remove, []
+
+    def once(there):
+        if not refused:
+            refused.append(there)
+            raise StoreUnavailable("gone for a moment")
+        remove(there)
+
+    world.store.remove = once
+    assert str(only_held(world.settle(device_mac=MAC_A)).lease.first.subnet) == "10.244.9.0/24"
+    before = world.tenure.unfinished, old.key in world.store.records
+    assert world.settle(device_mac=MAC_A) == [], "nor is it somebody who has our MAC"
+    after = world.tenure.unfinished, old.key in world.store.records
+    assert (before, after) == ((True, True), (False, False))
+
+
+class Unfinished:
+    """A Holder that has something left to do after its first settling."""
+
+    def __init__(self) -> None:
+        self.held, self.unreported, self.settled = lease(), [], 0
+
+    @property
+    def unfinished(self) -> bool:
+        return self.settled < 2
+
+    def settle(self, _claim, _snapshot=None):
+        self.settled += 1
+        return []
+
+    def renew(self) -> Renewed:
+        return Renewed(None)
+
+
+def test_what_is_unfinished_is_settled_again_without_news():
+    holder = Unfinished()
+    thread = TenureThread(holder, lambda _event: None)
+    thread.start()
+    thread.claim(Claim(CONFIG, IP2, None, ME, None, False))
+    until("it is settled again", lambda: holder.settled == 2)
+    thread.stop()
+    thread.join()
+    assert holder.settled == 2
