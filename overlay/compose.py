@@ -16,7 +16,6 @@ from lease.tenure.claim import Answer
 from overlay.api.serve import Handler
 from overlay.ask.controller import AskController
 from overlay.ask.server import NO_ROUTES, AskRoutes
-from overlay.backends.choose import network_of
 from overlay.backends.wireguard import KIND
 from overlay.cluster.live import LiveFiles
 from overlay.cluster.network import NetworkConfigInput
@@ -26,8 +25,8 @@ from overlay.cni.controller import CniController, bridges_listed
 from overlay.cni.lists import recorded_public_ip
 from overlay.cni.results import CniResults
 from overlay.control.controller import Controller, NotYet
-from overlay.control.health import Health
-from overlay.control.inputs import CurrentInputs, Inputs
+from overlay.control.health import Health, name_of
+from overlay.control.inputs import CurrentInputs
 from overlay.firewall.antispoof import AntiSpoof
 from overlay.firewall.controllers import GuardController, PodsController
 from overlay.firewall.guard import Guard
@@ -129,7 +128,7 @@ class _Shared(NamedTuple):
     refusals: Refusals
     own_key: Callable[[], str]
     """The key of our record."""
-    leave: Callable[[int, Family], bool]
+    leave: Callable[[int, Family, set[str]], bool]
     """Takes away what was made for a network that this node left with a family."""
 
 
@@ -194,8 +193,8 @@ def compose(settings: Settings, outside: Outside) -> Composed:
         Refusals(),
     )
 
-    def leave(network: int, family: Family) -> bool:
-        return leave_network(controllers, current.inputs, network, family)
+    def leave(network: int, family: Family, done: set[str]) -> bool:
+        return leave_network(controllers, network, family, done)
 
     shared = _Shared(outside, current, health, owned, requests, sets, refusals, lambda: ownership.key, leave)
     each = [_OfFamily(family, shared) for family in FAMILIES]
@@ -249,26 +248,26 @@ def compose(settings: Settings, outside: Outside) -> Composed:
     return Composed(controllers, current, health, ownership, (requests.port, sets.port))
 
 
-def leave_network(controllers: Iterable[Controller], inputs: Inputs, network: int, family: Family) -> bool:
-    """Take away what was made for a network that this node left with a family, by its number; whether nothing is left. What
-    is of no family goes with the last. Raises OSError, when all others are done."""
-    elsewhere = {each for each in FAMILIES if each is not family and each.number in inputs.tunnels}
-    marks = (mark for each in elsewhere for mark in inputs.tunnels[each.number].mark.split()[:1])
-    shared = network in map(network_of, marks)
-    done, refused = not shared, None
+def leave_network(controllers: Iterable[Controller], network: int, family: Family, done: set[str]) -> bool:
+    """Take away what was made for a network that this node left with a family, by its number; whether nothing is left. done:
+    the names of controllers that need not be asked again. What is of no family says itself whether it is of the network yet.
+    Raises OSError, when all others are done."""
+    waits, refused = False, None
     for controller in controllers:
-        if controller.family is not family and (shared or controller.family is not None):
+        name = name_of(controller.name, controller.family)
+        if name in done or controller.family not in (family, None):
             continue
         try:
             for line in controller.leave(network):
-                log.info("withdrawn", controller=controller.name, removed=line)
+                log.info("withdrawn", controller=name, removed=line)
+            done.add(name)
         except NotYet:
-            done = False
+            waits = True
         except OSError as error:
             refused = error
     if refused is not None:
         raise refused
-    return done
+    return not waits
 
 
 def _wireguard(name: str, settings: Settings) -> WireguardDevice:

@@ -359,6 +359,7 @@ class KubeClient:
         from kubernetes.client.rest import RESTClientObject
 
         settings, made = self._settings, Configuration()
+        read = {settings.kubeconfig: _stamp(settings.kubeconfig)} if settings.kubeconfig else {}
         try:
             if settings.kubeconfig:
                 from kubernetes.config import kube_config as loader
@@ -373,8 +374,7 @@ class KubeClient:
         except Exception as error:  # ConfigException, FileNotFoundError, YAML's: whatever stands in that file
             where = f"--kubeconfig-file: {settings.kubeconfig}" if settings.kubeconfig else "service account"
             raise StoreUnavailable(f"{where}: {_words(error)}") from error
-        files = (settings.kubeconfig, made.ssl_ca_cert)
-        self._made_of = {path: _stamp(path) for path in files if path}
+        self._made_of = read | ({made.ssl_ca_cert: _stamp(made.ssl_ca_cert)} if made.ssl_ca_cert else {})
         if settings.api_url:
             made.host = settings.api_url
         made.socket_options = _KEEPALIVE

@@ -43,7 +43,7 @@ class LiveFiles(Source):
 
     def wants(self, inputs: Inputs) -> object:
         """What a file may be refused for."""
-        return inputs.own, inputs.displaced
+        return inputs.own, inputs.lost
 
     def reconcile(self, wants: object) -> bool:
         """What was refused may be right now."""

@@ -53,7 +53,7 @@ class NetworkConfigInput:
                 )
                 self._refused = text
                 return
-            for end in own.ends if not self._current.inputs.displaced else ():  # what is lost need not fit
+            for end in own.ends if not self._current.inputs.lost else ():  # what is lost need not fit
                 if end.subnet.family in config.pools and not self._fits(config, end.subnet):
                     drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
                     self._health.problem(

@@ -98,9 +98,9 @@ class Ownership(Controller):
         self._put_right_until = 0.0
         """Our record was another's for a moment: who claims our MAC since may be the first to peers."""
         self._look_again_at: float | None = None
-        self._partial_at: float | None = None
         self._said, self._refused = "", False
         """The problem that the tenure told last, and whether a claim could not be made since."""
+        self._partial_at: float | None = None
         """When to try again for the family that our lease lacks."""
         self._looking_again = False
         """What was in dispute is being settled again."""
@@ -328,7 +328,7 @@ class Ownership(Controller):
         self._expired = False
         own = lease._replace(created=0, modified=0, handle=0)
         was = self._current.inputs.own
-        self._current.set(own=own, displaced=False)
+        self._current.set(own=own, displaced=False, lost=False)
         if was is not None and was.first.subnet != own.first.subnet:
             self._current.set(synced_families=frozenset())
         if event.warn:
@@ -345,6 +345,7 @@ class Ownership(Controller):
 
     def _on_lost(self, event: Lost) -> bool:
         self._displace()
+        self._current.set(lost=True)
         self._say(
             f"we lost {event.lease.first.subnet}: {event.reason}. Pods that run here keep their addresses and their datapath"
             " on this node until they are made again; another subnet is taken for new pods"
@@ -361,6 +362,7 @@ class Ownership(Controller):
         self._say(event.reason)
         if event.displaced and self.held is not None:
             self._displace()
+            self._current.set(lost=True)
         return False
 
     def _on_disputed(self, event: Disputed) -> bool:

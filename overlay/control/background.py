@@ -100,6 +100,11 @@ class BackgroundController(Controller):
         self._outdated, self._refused = self._worker.busy, ""
         return iter(())
 
+    @property
+    def busy(self) -> bool:
+        """Whether work is under way."""
+        return self._worker.busy
+
     def not_while_busy(self) -> None:
         """Raises NotYet while work is under way, which may make again what is taken away now."""
         if self._worker.busy:

@@ -2,8 +2,9 @@
 
 Who owns a field sets it (compose.py wires them): links and addresses by node/links.py, the underlay by
 node/underlay_source.py, configuration by cluster/records.py and cluster/live.py, the lease by cluster/ownership.py, the
-tunnel device by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by peers/controller.py,
-`bridge_filtered` by node/sysctls.py, `policed`, `policies_known` and `policies_settled` by policy/controller.py.
+tunnel device and `standing` by node/device.py, bridges and retained subnets by node/bridges.py, `synced_families` by
+peers/controller.py, `bridge_filtered` by node/sysctls.py, `policed`, `policies_known` and `policies_settled` by
+policy/controller.py.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ class Tunnel(NamedTuple):
 
     rising: we set it up, and the notification of that has not come: what older ones say is from before. downs, makes: how
     often its routes and neighbours, and how often also its FDB, were lost; a controller that remembers the counts it saw
-    last knows what was lost meanwhile. checks: how often it was made sure of. backend: by which it was made: the network
-    config may name another already. mark: what the file of our device says (node/owned.py): the device, or that of a network
-    before, until nothing is left of that.
+    last knows what was lost meanwhile. checks: how often it was made sure of. mark: what the file of our device says
+    (node/owned.py): the device, and behind it those of networks before, until nothing is left of these.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Tunnel(NamedTuple):
     downs: int = 0
     makes: int = 0
     checks: int = 0
-    backend: BackendConfig | None = None
     mark: str = ""
 
 
@@ -92,6 +91,9 @@ class Inputs(NamedTuple):
     """By family."""
     tunnels: Mapping[int, Tunnel] = {}
     """By family; only while the device is ours to keep."""
+    standing: Mapping[int, BackendConfig] = {}
+    """By family: the backend by which the tunnel was made last. The network config may name another, whose lease or device
+    is not had yet."""
     bridges: frozenset[str] = frozenset()
     """Names of the bridges that pods are attached to."""
     retained: tuple[Prefix, ...] = ()
@@ -112,6 +114,8 @@ class Inputs(NamedTuple):
     """Whether a new pod meets all policies there are: they are in the kernel, or the store refuses this agent."""
     policed: Policed | None = None
     """What policies say of this node's pods; None: there is no policy, or none is enforced."""
+    lost: bool = False
+    """The lease is somebody else's, or its Node is gone: not that it was not renewed in time only (`displaced`)."""
     displacements: int = 0
     """How often we were displaced: what ended before anybody was asked is seen by this."""
 
@@ -126,11 +130,8 @@ class Inputs(NamedTuple):
         return self.config.pool(family) if self.config is not None else None
 
     def backend(self, family: int) -> BackendConfig | None:
-        """The backend in force: of the tunnel that stands; where there is none yet, that of the network config."""
-        tunnel = self.tunnels.get(family)
-        if tunnel is not None and tunnel.backend is not None:
-            return tunnel.backend
-        return self.config.backend if self.config is not None else None
+        """The backend in force: of the tunnel that was made last; where there was none yet, that of the network config."""
+        return self.standing.get(family) or (self.config.backend if self.config is not None else None)
 
     def others_devices(self, family: int) -> frozenset[str]:
         """The devices of the other families: WireGuard has modes with one for both."""

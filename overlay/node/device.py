@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lease.backend_config import BackendConfig
@@ -16,17 +17,19 @@ from overlay.control.controller import CannotReconcile, Controller, Handler, Wai
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
-from overlay.kernel.netlink import KernelError, RequestSocket, error_text
+from overlay.kernel.netlink import KernelError, RequestSocket
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.link_wire import IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
+from overlay.node.former import SUBJECT as FORMER
+from overlay.node.former import Former
 from overlay.node.owned import Owned
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
 
-LOCK_RETRY_S, LEAVE_RETRY_S, LAST_LEAVE_RETRY_S = 1.0, 1.0, 30.0
-"""While another agent has the device, or something of a former network cannot be taken away: no event reports the end."""
+LOCK_RETRY_S = 1.0
+"""While another agent has the device: no event reports when that ends."""
 
 
 def userspace_folder(run_dir: str) -> str:
@@ -160,7 +163,7 @@ class DeviceController(Controller):
     other's work."""
 
     name = "device"
-    reports = ("mtu", "another agent", "device lock", "former network")
+    reports = ("mtu", "another agent", "device lock", FORMER)
 
     def __init__(
         self,
@@ -171,11 +174,11 @@ class DeviceController(Controller):
         lock: DeviceLock,
         health: Health,
         owned: Owned,
-        leave: Callable[[int, Family], bool],
+        leave: Callable[[int, Family, set[str]], bool],
         clock: Callable[[], float],
     ) -> None:
         """leave: takes away what other controllers made for a network, by its number, which this node left with a family;
-        whether nothing is left of it. Raises OSError."""
+        whether nothing is left of it. The set has the names of those that are done. Raises OSError."""
         self._current, self._family, self._requests = current, family, requests
         self._health, self._owned, self._leave, self._clock = health, owned, leave, clock
         self._links, self._lock = links, lock
@@ -192,8 +195,8 @@ class DeviceController(Controller):
         self.before_up: Callable[[str], None] = lambda _name: None
         """Called before the device may take frames. Set before the loop runs."""
         self._asks_again: float | None = None
-        """When the lock is asked for again, or what stood before is left."""
-        self._leave_again_s = LEAVE_RETRY_S
+        """When the lock is asked for again."""
+        self._former = Former(health, clock, self._drop)
         self._lost = 0
         """How often somebody else took it down or away."""
 
@@ -266,7 +269,10 @@ class DeviceController(Controller):
             self._set(None)
             return False
         self._asks_again = None
-        former = [one for one in self._marks or self._owned.recorded_devices(self._family.number) if one != mark]
+        known = self._marks or self._owned.recorded_devices(self._family.number)
+        former = [one for one in known if one != mark]
+        if mark not in known:
+            self._begins([*known, mark])
         if isinstance(wants, _Beside):
             tunnel, device, base, self._vrf = wants.tunnel, None, None, None
             self._health.report("mtu", "", harmless=True)
@@ -274,35 +280,30 @@ class DeviceController(Controller):
             tunnel, device, base = self._made(wants), wants.device, wants.base
         self._device, self._base = device, base
         # first of all peers get onto it, whatever is refused of what stood before
-        self._stands(tunnel._replace(backend=wants.backend), [mark, *former])
-        if not former:
-            self._leave_again_s = LEAVE_RETRY_S
-        elif left := [one for one in former if self._is_left(one, mark)]:
-            self._stands(self._tunnel, [one for one in self._marks if one not in left])
+        self._current.set_family("standing", self._family.number, wants.backend)
+        self._stands(tunnel, [mark, *former])
+        if (left := self._former.leave(former, mark)) != former:
+            self._stands(self._tunnel, [mark, *left])
         return False
+
+    def _begins(self, marks: list[str]) -> None:
+        """What is begun is known by our file before it is made: it may be refused half-way, and another come then."""
+        with suppress(OSError):  # a disk that is full costs no peer; it is said when the device stands
+            self._write(marks)
+        if self._tunnel is not _NO_TUNNEL:
+            self._set(self._tunnel._replace(mark="\n".join(marks)))
 
     def _stands(self, tunnel: Tunnel, marks: list[str]) -> None:
         """By the file a later run knows what is ours: before any table is made for this network, and until nothing is left
-        of those before. Raises OSError: a disk that is full costs no peer."""
+        of those before. Raises OSError."""
+        self._set(tunnel._replace(mark="\n".join(marks)))
+        self._write(marks)
+
+    def _write(self, marks: list[str]) -> None:
         self._marks, text = marks, "\n".join(marks)
-        self._set(tunnel._replace(mark=text))
         file = self._owned.device_file(self._family.number)
         if not up_to_date(file, text):
             write_atomically(file, text)
-
-    def _is_left(self, former: str, mark: str) -> bool:
-        """Whether nothing is left of what stood before; else it is tried again."""
-        try:
-            if self._drop(former, mark):
-                self._health.solved("former network")
-                self._lock.give_back(self._lock_name(former))
-                return True
-        except OSError as error:
-            words = f"{former}, which the network config does not name any more: {error_text(error)}; tried again"
-            self._health.problem("former network", words, harmless=True)
-        self._asks_again = self._clock() + self._leave_again_s
-        self._leave_again_s = min(2 * self._leave_again_s, LAST_LEAVE_RETRY_S)
-        return False
 
     def _made(self, wants: _Wants) -> Tunnel:
         """The device, as it is to be. Raises OSError."""
@@ -380,7 +381,7 @@ class DeviceController(Controller):
 
     def due(self) -> float | None:
         """Again, while another agent has the device, or something of a former network is left."""
-        return self._asks_again
+        return min((at for at in (self._asks_again, self._former.at) if at is not None), default=None)
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
         """The MAC of the device that an earlier run or flannel left. Raises KernelError; CannotReconcile while another agent
@@ -398,9 +399,9 @@ class DeviceController(Controller):
         recorded = self._family is V6 and name in self._owned.recorded_devices(V4.number)
         return recorded or name in self._current.inputs.others_devices(self._family.number)
 
-    def _drop(self, name: str, now: str) -> bool:
+    def _drop(self, name: str, now: str, done: set[str]) -> bool:
         """The device of an earlier network, ours since our own file names it, and what belongs to it. now: the device, or
-        backend, in its place. Whether nothing is left. Raises OSError."""
+        backend, in its place; done: as for `leave`. Whether nothing of ours is left. Raises OSError."""
         network = network_of(name)
         if network is None:
             log.warning(
@@ -409,6 +410,8 @@ class DeviceController(Controller):
                 reason=f"{name[:20]!a} is not one of our devices",
             )
             return True
+        if self._lock.take(self._lock_name(name)) is not None:
+            return True  # another agent's by now
         there = self._links.read(name)
         if there is not None and there.kind in tunnel_devices([network], self._family).get(name, ()):
             if self._others(name):
@@ -416,7 +419,10 @@ class DeviceController(Controller):
             else:
                 log.info("device.removed", device=name, reason="the network config names another device now")
                 self._links.delete(there.ifindex)
-        return network == network_of(now) or self._leave(network, self._family)
+        if network != network_of(now) and not self._leave(network, self._family, done):
+            return False
+        self._lock.give_back(self._lock_name(name))
+        return True
 
     def _leave_device(self, ifindex: int, name: str) -> None:
         """Take this family's address from a device that stays the other's. Raises KernelError."""
@@ -443,21 +449,23 @@ class DeviceController(Controller):
         for mark in self._marks:
             self._lock.give_back(self._lock_name(mark))
         self._marks = []
+        self._former.forget()
+        self._current.set_family("standing", self._family.number, None)
         self._set(None)
 
     def status(self) -> Mapping[str, object]:
         """`device`."""
         device, under, tunnel = self._device, self._current.inputs.underlays.get(self._family.number), self._tunnel
-        config = self._current.inputs.config
+        config = self._current.inputs.backend(self._family.number)
         if not self._marks or under is None or config is None or tunnel is _NO_TUNNEL:
             return {"device": None}
-        backend = backend_of(config.backend, self._family)
+        backend = backend_of(config, self._family)
         outer = backend.outer()
         vxlan = device if isinstance(device, VxlanDevice) else None
         return {
             "device": {
                 "name": tunnel.name,
-                "kind": config.backend.type,
+                "kind": config.type,
                 "index": tunnel.ifindex,
                 "mac": mac_text(vxlan.mac) if vxlan is not None else "",
                 "vni": vxlan.vni if vxlan is not None else None,

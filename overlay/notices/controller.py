@@ -85,7 +85,8 @@ class NoticesController(BackgroundController):
             return False
         self._next = self._clock() + LOOK_S
         if self._clock() >= self._say_again:
-            self._say_again, self._said = self._clock() + SAY_AGAIN_S, None
+            # what is under way may say it on the Node of before
+            self._say_again, self._said = self._clock() + (LOOK_S if self.busy else SAY_AGAIN_S), None
         return super().reconcile((wants.node, *self._news()))
 
     def _news(self) -> tuple[list[events.Notice], events.Says | None]:

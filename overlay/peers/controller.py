@@ -73,7 +73,7 @@ class PeerTableController(Controller):
             return Waiting("for a lease")
         if inputs.own.backend != inputs.config.backend.type:
             return Waiting(f"for a lease of type {inputs.config.backend.type}")
-        if number not in inputs.tunnels:
+        if number not in inputs.tunnels or inputs.backend(number) != inputs.config.backend:
             return Waiting("for the tunnel device")
         if inputs.end(number) is None:  # the device stays where a lease of both families gives way to one of the other
             return Waiting(f"for a subnet of {self._family.text}")

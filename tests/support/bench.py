@@ -50,10 +50,12 @@ class NoLock:
     def __init__(self) -> None:
         self.squatters: dict[str, Holder] = {}
         self.taken: set[str] = set()
+        self.others: dict[str, int] = {}
+        """By device: the pid of whoever has it."""
 
     def take(self, device: str) -> int | None:
         self.taken.add(device)
-        return self.other
+        return self.others.get(device, self.other)
 
     def give_back(self, device: str) -> None:
         self.taken.discard(device)
@@ -122,7 +124,7 @@ class Bench:
             self.lock,
             self.health,
             self.owned,
-            lambda network, _family: self.leaves(network),
+            lambda network, _family, _done: self.leaves(network),
             self.clock,
         )
 

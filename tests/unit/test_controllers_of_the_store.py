@@ -125,8 +125,13 @@ def test_a_refused_network_config_is_judged_again_by_another_lease(bench, lost):
     bench.network.read(other.encode())
     bench.reconcile(live)
     assert "does not contain our subnet" in bench.problems()["config"]
+    bench.current.set(displaced=True)
+    bench.reconcile(live)
+    assert "does not contain our subnet" in bench.problems()["config"], (
+        "it was not renewed in time, and may be ours yet"
+    )
     if lost:
-        bench.current.set(displaced=True)
+        bench.current.set(lost=True)
     else:
         bench.current.set(own=lease("10.99.2.0/24", "192.168.1.2")._replace(created=0, modified=0))
     bench.reconcile(live)

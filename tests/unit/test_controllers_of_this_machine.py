@@ -123,15 +123,15 @@ def test_peers_get_onto_the_new_device_whatever_is_left_of_the_one_before(bench,
     controller = bench.device()
     setattr(bench, how, True)
     bench.reconcile(controller)
-    tunnel = bench.current.inputs.tunnels[4]
-    assert (tunnel.name, tunnel.mark, tunnel.backend) == (
-        "flannel.1",
-        "flannel.1\nflannel.7",
-        bench.current.inputs.config.backend,
-    )
+    tunnel, config = bench.current.inputs.tunnels[4], bench.current.inputs.config
+    assert (tunnel.name, tunnel.mark, bench.current.inputs.backend(4)) == (
+        "flannel.1", "flannel.1\nflannel.7", config.backend,
+    )  # fmt: skip
     assert ("former network" in bench.problems()) == (how == "leaving_refused")
     assert controller.due() is not None
-    config = bench.current.inputs.config
+    asked = len(bench.posted)
+    bench.reconcile(controller)
+    assert len(bench.posted) == asked, "not at each event"
     bench.current.set(config=config._replace(backend=config.backend._replace(vni=2)))
     assert bench.current.inputs.backend(4).vni == 1, "until there is its device"
     again = bench.device()
@@ -140,12 +140,50 @@ def test_peers_get_onto_the_new_device_whatever_is_left_of_the_one_before(bench,
     assert bench.owned.networks() == [1, 2, 7]
     assert bench.current.inputs.backend(4).vni == 2
     setattr(bench, how, False)
+    bench.clock.now = again.due()
     bench.reconcile(again)
     assert (bench.folder / "device").read_text() == "flannel.2"
     assert (again.due(), bench.problems()) == (None, {})
     assert bench.lock.taken == {"flannel.2"}, "another agent may have those before"
     list(again.withdraw())
     assert bench.lock.taken == set()
+
+
+def test_a_device_that_was_begun_and_refused_is_known_all_the_same(bench, monkeypatch):
+    """Another comes in its place: what was made of it is to go."""
+    bench.current.set(tunnels={})
+    controller = bench.device()
+    bench.reconcile(controller)
+    config = bench.current.inputs.config
+
+    def refuse(_index: int) -> None:
+        raise KernelError(98, "Address already in use")
+
+    monkeypatch.setattr(bench.kernel, "set_up", refuse)
+    bench.current.set(config=config._replace(backend=config.backend._replace(vni=2)))
+    with pytest.raises(OSError, match="already in use"):
+        bench.reconcile(controller)
+    assert bench.owned.networks() == [1, 2]
+    assert bench.current.inputs.tunnels[4].mark.split() == ["flannel.1", "flannel.2"], (
+        "as the files' controller keeps it"
+    )
+    assert bench.current.inputs.backend(4).vni == 1
+    assert "flannel.2" in bench.kernel.vxlans
+    monkeypatch.undo()
+    bench.current.set(config=config)
+    bench.reconcile(controller)
+    assert bench.kernel.vxlans.keys() == {"flannel.1"}
+    assert (bench.folder / "device").read_text() == "flannel.1"
+
+
+def test_a_former_device_that_another_agent_has_now_is_not_touched(bench):
+    (bench.folder / "device").write_text("flannel.7")
+    bench.kernel.create(VxlanDevice("flannel.7", 7, 8472, 1, 2, 1450, 3, False, False))
+    bench.lock.others = {"flannel.7": 4711}
+    bench.reconcile(bench.device())
+    assert "flannel.7" in bench.kernel.vxlans
+    assert bench.posted == []
+    assert (bench.folder / "device").read_text() == "flannel.1"
 
 
 def test_the_device_is_withdrawn_unless_flannel_has_the_node(bench):
