@@ -156,6 +156,7 @@ class _OfFamily:
         self.peers = PeersController(current, family, self.path, requests, health, clock, post, owned)
         guarding = GuardController(family, guard, sets, owned, health, clock)
         self.device.before_up = lambda name: guarding.shut(current.inputs, name)
+        self.device.refused = guarding.open_again
         self.rest = (
             guarding,
             self.peers,

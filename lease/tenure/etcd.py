@@ -20,6 +20,8 @@ from lease.tenure.second import lost_to_an_earlier, second_of
 
 RACES = 40
 """Lost races in a row before we pause: twenty nodes over twenty subnets need fewer."""
+MOST_REMOVALS = 20
+"""So often an old record that the store does not remove is tried again by itself; each time all are read."""
 MOST_REWRITES, REWRITES_S = 10, 60.0
 """So often within so long we write over what a copy of this node wrote over ours; then one of the two must give up. What
 another node writes there is written over without end, and told."""
@@ -46,6 +48,8 @@ class Tenure:
         """Of a lease we held: the device keeps it when the subnet is lost."""
         self._to_remove: Lease | None = None
         """Our old record, which the new one replaced."""
+        self._removals = 0
+        """How often the store did not remove it."""
         self._against_others = Recent(MOST_REWRITES, REWRITES_S)
         self._against_copies = Recent(MOST_REWRITES, REWRITES_S)
         """When we last wrote over what another node, or a copy of ours, had written over our record in place."""
@@ -67,7 +71,7 @@ class Tenure:
 
         Raises StoreUnavailable: try again; what happened until then stands in `unreported`.
         """
-        events, self.unreported, self._raced = self.unreported, [], False
+        events, self.unreported, raced, self._raced = self.unreported, [], self._raced, False
         self._family = claim.family.number
         if self._had_one:
             claim = claim._replace(take_over=False)
@@ -86,6 +90,8 @@ class Tenure:
                     if self._second_lost(claim, self.held, snapshot):
                         snapshot = None
                         continue
+                if raced and self.held is not None and not any(isinstance(event, Held) for event in events):
+                    events.append(Held(self.held, "unchanged"))  # the races that were lost are over
                 return [*events, *self._partly()]
             except (SubnetTaken, RecordChanged):
                 snapshot = None  # a lost race: read again
@@ -106,7 +112,7 @@ class Tenure:
     @property
     def unfinished(self) -> bool:
         """Whether it is to be settled again though a lease is held."""
-        return self._raced or self._to_remove is not None
+        return self._raced or (self._to_remove is not None and self._removals < MOST_REMOVALS)
 
     def _partly(self) -> list[TenureEvent]:
         """What is not told yet of the family that the lease lacks: whatever was raised since it was found."""
@@ -291,7 +297,7 @@ class Tenure:
                 return [first]
             hows = {claim.previous: "as in subnet.env", claim.asked: "as asked for"}
             return [Held(self.held, hows.get(subnet, "allocated"), warn)]
-        self._to_remove = own
+        self._to_remove, self._removals = own, 0
         self._remove_old(snapshot)
         method = f"allocated, since our old {own.key} does not fit the config any more"
         return [Held(self.held, method, warn=True)]
@@ -334,12 +340,16 @@ class Tenure:
         old = self._to_remove
         if old is None:
             return snapshot
+        if self.held is not None and old.key == self.held.key:  # it is the one that we have, again
+            self._to_remove = None
+            return snapshot
         without = snapshot._replace(leases=Leases({k: v for k, v in snapshot.leases.packed.items() if k != old.key}))
         there = snapshot.leases.get(old.key)
         if there is not None and there.same_claim(old):
             try:
                 self._store.remove(there)
             except (StoreUnavailable, RecordChanged):
+                self._removals += 1
                 return without
         self._to_remove = None
         return without

@@ -160,9 +160,16 @@ class GuardController(_TableController):
         try:
             if not any(self._sets.is_formed(table) for table in (wanted.table, wanted.direct_table)):
                 self._read_whole = True
-                self.guard.shut(wanted.table)
+                self.guard.shut(wanted.table, wanted.interfaces)
         except KernelError as error:
             log.warning("guard.not_made", table=wanted.table.name, reason=error_text(error), effect="tried again")
+
+    def open_again(self, network: int) -> None:
+        """The device that it was shut for was refused: its table would judge what comes by the one that stands."""
+        try:
+            list(self._remove(network))
+        except KernelError as error:
+            log.warning("guard.not_removed", network=network, reason=error_text(error), effect="tried again")
 
     def _wants(self, inputs: Inputs, tunnel: str, by: BackendConfig | None) -> object:
         number = self._family.number

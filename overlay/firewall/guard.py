@@ -281,9 +281,10 @@ class Guard:
         for each in self._let_in.values():
             each.forget()
 
-    def shut(self, table: nf_wire.Table) -> None:
-        """The table without anybody in it; `ensure` lets peers in. Raises KernelError."""
-        self._socket.replace(table, {})
+    def shut(self, table: nf_wire.Table, interfaces: Mapping[str, frozenset[int]]) -> None:
+        """The table without any peer in it; `ensure` lets them in. interfaces: as for `attached`: what comes by those goes
+        on, also by the tunnel that stands, should the device to come be refused. Raises KernelError."""
+        self._socket.replace(table, {name: _numbers(those) for name, those in interfaces.items()})
 
     def ensure(self, wanted: nf_wire.Table) -> None:
         """The table as it should be, read whole and compared. Raises KernelError."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lease.backend_config import BackendConfig
 from lease.config import NetworkConfig
 from lease.families import V4, V6, Family
-from lease.model import WIDTH, Prefix, ip_text, mac_text
+from lease.model import Prefix, ip_text, mac_text
 from overlay.backends.base import DeviceSpec, Lower, TunnelDevice
 from overlay.backends.choose import backend_of, mark_of, network_of, tunnel_devices
 from overlay.control.controller import CannotReconcile, Controller, Handler, Waiting
@@ -18,9 +18,10 @@ from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs, Tunnel
 from overlay.kernel.events import AddressSeen, DeviceUnknown, LinkSeen, Overrun
 from overlay.kernel.netlink import KernelError, RequestSocket
-from overlay.kernel.route.entries import Address, Link
+from overlay.kernel.route.entries import Link
 from overlay.kernel.route.link_wire import IpipDevice, VxlanDevice, WireguardDevice
 from overlay.kernel.route.links import Links, read_sysctl, write_sysctl
+from overlay.node.device_address import ensure_address
 from overlay.node.former import SUBJECT as FORMER
 from overlay.node.former import Former
 from overlay.node.owned import Owned
@@ -113,29 +114,6 @@ def _enable_ipv6(name: str) -> None:
         write_sysctl(sysctl, "0")
 
 
-def ensure_address(
-    links: Links, index: int, base: int, networks: Collection[Prefix], there: Iterable[Address]
-) -> list[str]:
-    """The subnet's base on the device, at full length, and no other address of the networks that are or were this node's:
-    the first is the source of what the node sends. What was done, for the log.
-
-    The new one comes before an old one goes: the last address of a device takes its routes with it, silently.
-    """
-    mine = [address for address in there if address.oif == index]
-    family = next(iter(networks)).family
-    full = WIDTH[family]
-    did = []
-    if not any(address.address == base and address.length == full for address in mine):
-        links.add_address(index, base, full)
-        did.append(f"added {ip_text(family, base)}/{full}")
-    for address in mine:
-        ours = any(network.holds(address.address) for network in networks)
-        if ours and (address.address, address.length) != (base, full):
-            links.remove_address(index, address.address, address.length)
-            did.append(f"removed {ip_text(family, address.address)}/{address.length}")
-    return did
-
-
 class _Beside(NamedTuple):
     """Where the backend has no device: what stands in its place. mark: what names the backend; backend: its config."""
 
@@ -194,6 +172,8 @@ class DeviceController(Controller):
         """The pod networks that this node is or was in."""
         self.before_up: Callable[[str], None] = lambda _name: None
         """Called before the device may take frames. Set before the loop runs."""
+        self.refused: Callable[[int], None] = lambda _network: None
+        """Called with the network of a device that was not made, while that of another stands. Set before the loop runs."""
         self._asks_again: float | None = None
         """When the lock is asked for again."""
         self._former = Former(health, clock, self._drop)
@@ -273,11 +253,18 @@ class DeviceController(Controller):
         former = [one for one in known if one != mark]
         if mark not in known:
             self._begins([*known, mark])
-        if isinstance(wants, _Beside):
-            tunnel, device, base, self._vrf = wants.tunnel, None, None, None
-            self._health.report("mtu", "", harmless=True)
-        else:
-            tunnel, device, base = self._made(wants), wants.device, wants.base
+        self._former.stands(mark)
+        try:
+            if isinstance(wants, _Beside):
+                tunnel, device, base, self._vrf = wants.tunnel, None, None, None
+                self._health.report("mtu", "", harmless=True)
+            else:
+                tunnel, device, base = self._made(wants), wants.device, wants.base
+        except OSError:
+            network = network_of(mark)
+            if network is not None and self._marks and network != network_of(self._marks[0]):
+                self.refused(network)
+            raise
         self._device, self._base = device, base
         # first of all peers get onto it, whatever is refused of what stood before
         self._current.set_family("standing", self._family.number, wants.backend)
@@ -381,7 +368,7 @@ class DeviceController(Controller):
 
     def due(self) -> float | None:
         """Again, while another agent has the device, or something of a former network is left."""
-        return min((at for at in (self._asks_again, self._former.at) if at is not None), default=None)
+        return self._asks_again if self._asks_again is not None else self._former.at
 
     def existing_mac(self, config: NetworkConfig) -> int | None:
         """The MAC of the device that an earlier run or flannel left. Raises KernelError; CannotReconcile while another agent
@@ -421,7 +408,8 @@ class DeviceController(Controller):
                 self._links.delete(there.ifindex)
         if network != network_of(now) and not self._leave(network, self._family, done):
             return False
-        self._lock.give_back(self._lock_name(name))
+        if self._lock_name(name) != self._lock_name(now):  # WireGuard's devices of IPv6 have one lock
+            self._lock.give_back(self._lock_name(name))
         return True
 
     def _leave_device(self, ifindex: int, name: str) -> None:

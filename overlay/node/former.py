@@ -49,6 +49,10 @@ class Former:
         self._wait_s = min(2 * self._wait_s, most)
         return list(self._there)
 
+    def stands(self, mark: str) -> None:
+        """It is to stand again: what was left of it may be made anew, whatever comes of that."""
+        self._there.pop(mark, None)
+
     def forget(self) -> None:
         """All is withdrawn."""
         self._there, self.at = {}, None

@@ -19,6 +19,7 @@ from overlay.kernel.route.links import Links
 from overlay.lab import netns
 from overlay.node import device as tunnel
 from overlay.node import sysctls
+from overlay.node.device_address import ensure_address
 
 MAC = mac_number("0e:2a:00:00:00:01")
 
@@ -168,11 +169,11 @@ def test_the_base_address_comes_before_another_goes(links, inside):
     links.add_address(index, ip_number("172.30.0.1", 4), 32)
     links.add_address(index, ip_number("10.99.9.0", 4), 32)
     networks = [prefix("10.244.0.0/16"), prefix("10.99.0.0/16")]  # the second is that of before
-    did = tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4))
+    did = ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4))
     assert did == ["added 10.244.2.0/32", "removed 10.244.9.0/32", "removed 10.99.9.0/32"]
     there = {a.address for a in requests.addresses(V4) if a.oif == index}
     assert there == {ip_number("10.244.2.0", 4), ip_number("172.30.0.1", 4)}
-    assert tunnel.ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4)) == []
+    assert ensure_address(links, index, ip_number("10.244.2.0", 4), networks, requests.addresses(V4)) == []
     requests.close()
 
 

@@ -14,6 +14,7 @@ from overlay.kernel.netlink import KernelError
 from overlay.kernel.route.link_wire import VxlanDevice
 from overlay.kernel.route.lookup import Way
 from overlay.node import sysctls
+from overlay.node.device import DeviceController
 from overlay.node.underlay import UnderlayError
 from overlay.process.rundir import Holder
 from overlay.reach import ways
@@ -149,20 +150,27 @@ def test_peers_get_onto_the_new_device_whatever_is_left_of_the_one_before(bench,
     assert bench.lock.taken == set()
 
 
-def test_a_device_that_was_begun_and_refused_is_known_all_the_same(bench, monkeypatch):
-    """Another comes in its place: what was made of it is to go."""
+def test_a_device_that_was_begun_and_refused_is_known_and_costs_nothing(bench, monkeypatch):
+    """Another comes in its place: what was made of it is to go. Until then the one before carries packets."""
     bench.current.set(tunnels={})
-    controller = bench.device()
+    controller, guard = bench.device(), bench.guard()
+    controller.before_up = lambda name: guard.shut(bench.current.inputs, name)
+    controller.refused = guard.open_again
     bench.reconcile(controller)
     config = bench.current.inputs.config
+    shut = []
 
     def refuse(_index: int) -> None:
+        shut.append(bench.kernel.tables["ip", "overlay-2-guard"])
         raise KernelError(98, "Address already in use")
 
     monkeypatch.setattr(bench.kernel, "set_up", refuse)
     bench.current.set(config=config._replace(backend=config.backend._replace(vni=2)))
     with pytest.raises(OSError, match="already in use"):
         bench.reconcile(controller)
+    (elements,) = shut
+    assert elements["pod_interfaces"] == {(3).to_bytes(4, "little")}, "what comes by the device that stands goes on"
+    assert ("ip", "overlay-2-guard") not in bench.kernel.tables, "nor is there a table of the one that was refused"
     assert bench.owned.networks() == [1, 2]
     assert bench.current.inputs.tunnels[4].mark.split() == ["flannel.1", "flannel.2"], (
         "as the files' controller keeps it"
@@ -174,6 +182,57 @@ def test_a_device_that_was_begun_and_refused_is_known_all_the_same(bench, monkey
     bench.reconcile(controller)
     assert bench.kernel.vxlans.keys() == {"flannel.1"}
     assert (bench.folder / "device").read_text() == "flannel.1"
+
+
+def test_what_waits_for_another_agent_does_not_turn_the_loop_for_a_former_network(bench):
+    (bench.folder / "device").write_text("flannel.7")
+    bench.leaves_later = True
+    controller = bench.device()
+    bench.reconcile(controller)
+    config = bench.current.inputs.config
+    bench.lock.others = {"flannel.2": 4711}
+    bench.current.set(config=config._replace(backend=config.backend._replace(vni=2)))
+    for _ in range(3):
+        bench.clock.now += 5
+        bench.reconcile(controller)
+        assert controller.due() > bench.clock.now
+
+
+def test_what_stands_again_is_left_by_all_the_next_time(bench):
+    """It was left half: guard was done, policies were not."""
+    (bench.folder / "device").write_text("flannel.7")
+    asked: list[set[str]] = []
+
+    def leave(_network: int, _family: object, done: set[str]) -> bool:
+        asked.append(set(done))
+        done.add("guard")
+        return False
+
+    controller = bench.device()
+    controller._leave = leave
+    bench.reconcile(controller)
+    config = bench.current.inputs.config
+    for vni in (7, 1):
+        bench.current.set(config=config._replace(backend=config.backend._replace(vni=vni)))
+        bench.reconcile(controller)
+    assert asked == [set(), set(), set()]
+
+
+def test_two_devices_of_one_lock_do_not_give_it_back(bench):
+    """WireGuard's of IPv6, alone and shared with IPv4."""
+    made = DeviceController(
+        bench.current,
+        V6,
+        bench.kernel,
+        bench.kernel,
+        bench.lock,
+        bench.health,
+        bench.owned,
+        lambda *_: True,
+        bench.clock,
+    )
+    assert made._drop("flannel-wg", "flannel-wg-v6", set())
+    assert bench.lock.taken == {"flannel-wg-v6"}
 
 
 def test_a_former_device_that_another_agent_has_now_is_not_touched(bench):

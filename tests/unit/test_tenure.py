@@ -396,3 +396,28 @@ def test_what_is_unfinished_is_settled_again_without_news():
     thread.stop()
     thread.join()
     assert holder.settled == 2
+
+
+def test_an_old_record_that_is_ours_again_is_not_removed():
+    """The one in its place was lost, and the range allows it again."""
+    world = World()
+    world.put(lease("10.244.5.0/24", IP2, MAC_A, ME))
+    narrow = parse_config('{"Network":"10.244.0.0/16","SubnetMin":"10.244.9.0","SubnetMax":"10.244.9.0"}')
+    world.config = narrow
+    remove = world.store.remove
+
+    def refuse(_there):
+        raise StoreUnavailable("gone for a moment")
+
+    world.store.remove = refuse
+    world.settle(device_mac=MAC_A)
+    world.store.remove = remove
+    world.store.delete("10.244.9.0-24")
+    world.put(lease("10.244.9.0/24", IP9, MAC_B, OTHER))
+    world.config = CONFIG
+    for _ in range(3):
+        world.settle(device_mac=MAC_A)
+    assert world.tenure.held is not None
+    assert world.tenure.held.key == "10.244.5.0-24"
+    assert "10.244.5.0-24" in world.store.records
+    assert not world.tenure.unfinished
