@@ -50,7 +50,8 @@ def quiet(found) -> bool:
             assert status["differences"] == [], (agent.node, status["differences"])
             assert agent.problems().keys() <= {"shared port"}, (agent.node, agent.problems())
             mended = {name: n for name, n in status["counters"].items() if name.startswith("mended_") and n}
-            assert mended == {}, (agent.node, mended)
+            said = [line for line in agent.log().splitlines() if any(word in line for word in ("mended", "device"))]
+            assert mended == {}, (agent.run_dir.name, mended, said)
     return True
 
 
