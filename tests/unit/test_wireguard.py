@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -268,3 +273,28 @@ def test_a_device_of_both_families_has_the_smaller_mtu_of_their_underlays(bench,
         underlays={4: under, 6: under._replace(mtu=1400)},
     )
     assert bench.device().wants(bench.current.inputs).device.mtu == mtu
+
+
+SLOW = """#!{python}
+import socket, sys, time
+made = socket.socket(socket.AF_UNIX)
+made.bind("/var/run/wireguard/" + sys.argv[2] + ".sock")
+time.sleep(0.5)
+made.listen(1)
+time.sleep(30)
+"""
+
+
+def test_a_program_that_made_its_socket_and_does_not_listen_yet_is_waited_for(tmp_path):
+    """Who asks then is refused, as by one that is dead, whose device is deleted."""
+    program, folder = tmp_path / "wireguard-go", tmp_path / "sockets"
+    program.write_text(SLOW.format(python=sys.executable))
+    program.chmod(0o755)
+    start = f"from overlay.kernel.wireguard import userspace; print(userspace.start('slow', {str(folder)!r}))"
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-c", start], env=environ, capture_output=True, text=True, check=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.connect(str(folder / "slow.sock"))
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)

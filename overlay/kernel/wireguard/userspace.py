@@ -50,7 +50,7 @@ def start(name: str, folder: str) -> int:
     quiet = subprocess.DEVNULL
     made = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, env=environ, start_new_session=True)
     end = time.monotonic() + START_S
-    while not path.exists():
+    while not _listens(str(path)):  # it is there a moment before: who asks then is refused, as by one that is dead
         if made.poll() is not None:
             why = f"{PROGRAM} {name} ended with {made.returncode}: is /dev/net/tun there, and are we root?"
             raise KernelError(errno.EIO, why)
@@ -59,6 +59,25 @@ def start(name: str, folder: str) -> int:
             raise KernelError(errno.ETIMEDOUT, f"{PROGRAM} {name} made no socket within {START_S:.0f} s")
         time.sleep(0.01)
     return made.pid
+
+
+def _connect(made: socket.socket, path: str) -> None:
+    """Of a path a socket's address has 108 bytes (unix(7)), and run directories may be deep. Raises OSError."""
+    folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        made.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)
+
+
+def _listens(path: str) -> bool:
+    """Whether somebody does there."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.settimeout(ANSWER_S)
+        with contextlib.suppress(OSError):
+            _connect(made, path)
+            return True
+    return False
 
 
 def make_tun() -> None:
@@ -101,11 +120,7 @@ class UserspaceWireguard:
         try:
             with socket.socket(socket.AF_UNIX) as made:
                 made.settimeout(ANSWER_S)
-                folder = os.open(os.path.dirname(self._path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:  # of a path a socket's address has 108 bytes (unix(7)), and run directories may be deep
-                    made.connect(f"/proc/self/fd/{folder}/{os.path.basename(self._path)}")
-                finally:
-                    os.close(folder)
+                _connect(made, self._path)
                 made.sendall(request.encode())
                 answer = b""
                 while not answer.endswith(b"\n\n") and (more := made.recv(1 << 16)):
