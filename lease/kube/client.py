@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
@@ -22,6 +22,7 @@ import urllib3
 from lease.endpoint import shown
 from lease.kube import answer
 from lease.kube.objects import MALFORMED, PROTOBUF, Answer
+from lease.regular import Stamp, stamp
 from lease.store import StoreUnavailable
 
 TIMEOUT_S, ANSWER_S = 10.0, 20.0
@@ -199,7 +200,7 @@ class KubeClient:
         self._api: Any = None
         self._kept: tuple[Any, dict[str, str], float] = (None, {}, 0.0)
         self._ending = False
-        self._made_of: dict[str, object] = {}
+        self._made_of: dict[str, Stamp | None] = {}
         """The files that the connection was made by, and what shows whether they were written since."""
 
     @property
@@ -315,7 +316,7 @@ class KubeClient:
                 retries=False, redirect=False, timeout=urllib3.Timeout(connect=4.0, read=read_s),
             )  # fmt: skip
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            if self._made_of != {path: _stamp(path) for path in self._made_of}:
+            if self._made_of != {path: stamp(path) for path in self._made_of}:
                 self.reconnect()  # a kubeconfig may name another server by now, or another authority
             raise StoreUnavailable(f"{api.configuration.host}: {_words(error)}") from error
         answer.check_form(response)
@@ -359,7 +360,7 @@ class KubeClient:
         from kubernetes.client.rest import RESTClientObject
 
         settings, made = self._settings, Configuration()
-        read = {settings.kubeconfig: _stamp(settings.kubeconfig)} if settings.kubeconfig else {}
+        read = {settings.kubeconfig: stamp(settings.kubeconfig)} if settings.kubeconfig else {}
         try:
             if settings.kubeconfig:
                 from kubernetes.config import kube_config as loader
@@ -374,7 +375,7 @@ class KubeClient:
         except Exception as error:  # ConfigException, FileNotFoundError, YAML's: whatever stands in that file
             where = f"--kubeconfig-file: {settings.kubeconfig}" if settings.kubeconfig else "service account"
             raise StoreUnavailable(f"{where}: {_words(error)}") from error
-        self._made_of = read | ({made.ssl_ca_cert: _stamp(made.ssl_ca_cert)} if made.ssl_ca_cert else {})
+        self._made_of = read | ({made.ssl_ca_cert: stamp(made.ssl_ca_cert)} if made.ssl_ca_cert else {})
         if settings.api_url:
             made.host = settings.api_url
         made.socket_options = _KEEPALIVE
@@ -387,13 +388,6 @@ class KubeClient:
         if self._api is not None:
             self._api.pool_manager.clear()
         self._api = None
-
-
-def _stamp(path: str) -> object:
-    with suppress(OSError):
-        seen = os.stat(path)
-        return seen.st_mtime_ns, seen.st_size, seen.st_ino
-    return None
 
 
 def _words(error: BaseException) -> str:

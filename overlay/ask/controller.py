@@ -10,10 +10,10 @@ from lease.model import ip_text
 from overlay.api.serve import TcpDoor
 from overlay.ask.client import NoAnswer, secret_in
 from overlay.ask.server import Asked, AskRoutes, handler
-from overlay.backends.choose import backend_of
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
+from overlay.node.standing import backend_in_force
 
 
 class _Wants(NamedTuple):
@@ -43,10 +43,9 @@ class AskController(Controller):
         public_ips: list[str] = []
         for family, tunnel in sorted(inputs.tunnels.items()):
             under, end = inputs.underlays.get(family), inputs.end(family)
-            backend = inputs.backend(family)
+            backend = backend_in_force(inputs, FAMILIES[family])
             if under is not None and end is not None and tunnel.ifindex and backend is not None:
-                vtep = backend_of(backend, FAMILIES[family]).has_vteps
-                own = (end.subnet.base, under.local) if vtep else (under.local,)
+                own = (end.subnet.base, under.local) if backend.has_vteps else (under.local,)
                 addresses += (ip_text(family, each) for each in own)
                 public_ips.append(ip_text(family, under.public_ip))
         if not addresses:

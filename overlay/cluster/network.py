@@ -41,35 +41,36 @@ class NetworkConfigInput:
         except ConfigError as error:
             self._health.problem("config", f"{self._place}: {error}{keeps}", harmless=True)
             return
-        own = self._current.inputs.own
-        if running is not None and own is not None:
-            first = min(config.pools)
-            if first != own.first.subnet.family:  # by whose part a lease is found to be ours
-                self._health.problem(
-                    "config",
-                    f"the new config's first family is {FAMILIES[first].text}, the running one's"
-                    f" {FAMILIES[own.first.subnet.family].text}; the running config is kept: restart the agent",
-                    harmless=True,
-                )
-                self._refused = text
-                return
-            for end in own.ends if not self._current.inputs.lost else ():  # what is lost need not fit
-                if end.subnet.family in config.pools and not self._fits(config, end.subnet):
-                    drain = "delete its Node" if self._current.inputs.settings.kube else "restart the agent"
-                    self._health.problem(
-                        "config",
-                        f"the new config ({_comma_list(config.pools.values())}) does not contain our subnet {end.subnet};"
-                        f" the running config is kept: drain this node and {drain}",
-                        harmless=True,
-                    )
-                    self._refused = text
-                    return
+        if running is not None and (fault := self._against_our_lease(config)):
+            self._refused = text
+            self._health.problem("config", fault, harmless=True)
+            return
         if self._current.set(config=config):
             networks = _comma_list(pool.network for pool in config.pools.values())
             log.info("config", network=networks, subnets=_comma_list(config.pools.values()), **backend_fields(config))
             for fault in config.ignored:
                 log.warning("config.ignored", reason=fault)
         self._health.solved("config")
+
+    def _against_our_lease(self, config: NetworkConfig) -> str:
+        """Why the lease that this node has does not allow it."""
+        inputs = self._current.inputs
+        own, first = inputs.own, min(config.pools)
+        if own is None:
+            return ""
+        if first != own.first.subnet.family:  # by whose part a lease is found to be ours
+            return (
+                f"the new config's first family is {FAMILIES[first].text}, the running one's"
+                f" {FAMILIES[own.first.subnet.family].text}; the running config is kept: restart the agent"
+            )
+        for end in own.ends if not inputs.lost else ():  # what is lost need not fit
+            if end.subnet.family in config.pools and not self._fits(config, end.subnet):
+                drain = "delete its Node" if inputs.settings.kube else "restart the agent"
+                return (
+                    f"the new config ({_comma_list(config.pools.values())}) does not contain our subnet {end.subnet};"
+                    f" the running config is kept: drain this node and {drain}"
+                )
+        return ""
 
     def _fits(self, config: NetworkConfig, subnet: Prefix) -> bool:
         """Whether we may hold a subnet: on Kubernetes the cluster gave it, and SubnetLen, Min and Max are not asked."""

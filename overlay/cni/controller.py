@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Endpoint, Prefix
+from lease.regular import Stamp, stamp
 from overlay.backends.choose import backend_of
 from overlay.cni import lists
 from overlay.cni.lists import PodNetwork
@@ -22,8 +23,6 @@ from overlay.process.log import log
 from overlay.settings.flags import DEFAULT_SUBNET_FILE
 from overlay.settings.settings import Settings
 
-Stamp = tuple[int, int, int]
-"""Inode, time of the last write (ns) and size."""
 CHECK_EVERY_S = 1.0
 """No event reports a file: each is checked so often, which costs next to nothing."""
 
@@ -147,7 +146,7 @@ class CniController(Controller):
         fault = f"{self._settings.cni_conf_template}: {wants.fault}" if wants.fault and self._listed else ""
         self._health.report("cni", fault)
         folder = self._settings.cni_conf_dir
-        self._folder = _stamp(folder) if path else None  # before it is read
+        self._folder = stamp(folder) if path else None  # before it is read
         other = lists.preferred(folder, wants.subnets[0]) if path in self._written else ""
         # only the kubelet's runtime goes by the names of files
         self._health.report("cni order", _order(folder, other), harmless=not self._settings.kube, outside=True)
@@ -173,12 +172,12 @@ class CniController(Controller):
     def _write(self, files: Iterable[tuple[str, str]]) -> None:
         """Put files in place where they differ."""
         for path, content in files:
-            altered, stamp = self._written.get(path, ("", None))[0] == content, _stamp(path)
+            altered, now = self._written.get(path, ("", None))[0] == content, stamp(path)
             if up_to_date(path, content):
-                self._written[path] = content, stamp
+                self._written[path] = content, now
                 continue
             write_atomically(path, content)
-            self._written[path] = content, _stamp(path)
+            self._written[path] = content, stamp(path)
             if altered:
                 self._mended += 1
                 log.warning(
@@ -198,9 +197,9 @@ class CniController(Controller):
             return self._next
         if self._held:
             return 0.0
-        if any(_stamp(path) != stamp for path, (_, stamp) in self._written.items()):
+        if any(stamp(path) != before for path, (_, before) in self._written.items()):
             return 0.0
-        if self._folder is not None and _stamp(self._settings.cni_conf_dir) != self._folder:
+        if self._folder is not None and stamp(self._settings.cni_conf_dir) != self._folder:
             return 0.0
         self._next = now + CHECK_EVERY_S
         return self._next
@@ -264,15 +263,6 @@ def _order(folder: str, other: str) -> str:
         f"{folder}/{other} comes before {lists.CONFLIST}, so that pods are made by it, not in our subnet: remove it, or"
         " rename it"
     )
-
-
-def _stamp(path: str) -> Stamp | None:
-    """What differs when a file was written or replaced; None where there is none."""
-    try:
-        there = os.stat(path)
-    except OSError:
-        return None
-    return there.st_ino, there.st_mtime_ns, there.st_size
 
 
 def bridges_listed(settings: Settings) -> set[str]:

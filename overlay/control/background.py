@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from overlay.control.controller import CannotReconcile, Controller, Handler, NotYet
+from overlay.control.controller import CannotReconcile, Controller, Handler
 from overlay.control.health import Health
 from overlay.kernel.events import Overrun
 from overlay.kernel.netlink import error_text
@@ -89,7 +89,7 @@ class BackgroundController(Controller):
         if self._refused:
             refused, self._refused = self._refused, ""
             raise CannotReconcile(refused)
-        if self._worker.busy:
+        if self.busy:
             self._again = True
         else:
             self._worker.begin(lambda: self._work(wants))
@@ -97,18 +97,13 @@ class BackgroundController(Controller):
 
     def withdraw(self) -> Iterator[str]:
         """What is under way says nothing any more, and what it makes is taken away when it ends."""
-        self._outdated, self._refused = self._worker.busy, ""
+        self._outdated, self._refused = self.busy, ""
         return iter(())
 
     @property
     def busy(self) -> bool:
         """Whether work is under way."""
         return self._worker.busy
-
-    def not_while_busy(self) -> None:
-        """Raises NotYet while work is under way, which may make again what is taken away now."""
-        if self._worker.busy:
-            raise NotYet
 
     def _work(self, wants: Any) -> Any:
         """In the thread. Raises OSError, or anything: reported with its text."""

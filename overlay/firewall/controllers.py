@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lease.backend_config import BackendConfig
 from lease.families import FAMILIES, Family
 from lease.model import Prefix
+from overlay.backends.base import Backend
 from overlay.backends.choose import backend_of
 from overlay.cni.watch import PodsAttached
 from overlay.control.controller import Controller, Handler, NotYet, Waiting
@@ -25,6 +25,7 @@ from overlay.kernel.nftables.wire import Table
 from overlay.kernel.route.entries import Link
 from overlay.node.interfaces import interfaces_elsewhere, interfaces_within, pod_veths, subnets_of, without_bridge
 from overlay.node.owned import Owned
+from overlay.node.standing import backend_in_force, network_in_force
 from overlay.peers.plan import nodes_within
 from overlay.process.log import log
 
@@ -143,18 +144,17 @@ class GuardController(_TableController):
         if not inputs.settings.vxlan_guard:
             return None
         tunnel = inputs.tunnels.get(self._family.number)
-        return (
-            Waiting("for a lease")
-            if tunnel is None
-            else self._wants(inputs, tunnel.name, inputs.backend(self._family.number))
-        )
+        if tunnel is None:
+            return Waiting("for a lease")
+        return self._wants(inputs, tunnel.name, backend_in_force(inputs, self._family))
 
     def shut(self, inputs: Inputs, tunnel: str) -> None:
         """Before a device takes frames: where there is no table that says from whom, by its port, from nobody. Where none
         can be made (no nftables) pods' traffic goes on without, as it does when the table is lost later; this controller
         says so."""
-        by = inputs.config.backend if inputs.config is not None else None  # that of the device to come
-        wanted = self._wants(inputs, tunnel, by) if inputs.settings.vxlan_guard else None
+        if inputs.config is None or not inputs.settings.vxlan_guard:
+            return
+        wanted = self._wants(inputs, tunnel, backend_of(inputs.config.backend, self._family))  # of the device to come
         if not isinstance(wanted, _GuardWants):
             return
         try:
@@ -171,12 +171,11 @@ class GuardController(_TableController):
         except KernelError as error:
             log.warning("guard.not_removed", network=network, reason=error_text(error), effect="tried again")
 
-    def _wants(self, inputs: Inputs, tunnel: str, by: BackendConfig | None) -> object:
+    def _wants(self, inputs: Inputs, tunnel: str, backend: Backend | None) -> object:
         number = self._family.number
         pool, under, end = inputs.pool(number), inputs.underlays.get(number), inputs.end(number)
-        if by is None or pool is None or end is None:
+        if backend is None or pool is None or end is None:
             return Waiting("for a lease")
-        backend = backend_of(by, self._family)
         outer = backend.outer()
         if outer is None:
             return None
@@ -353,9 +352,10 @@ class PodsController(_TableController):
         if not settings.pod_antispoof and not lifts:
             return None
         pools = inputs.config.pools if inputs.config is not None else {}
-        if inputs.config is None or inputs.own is None or not pools.keys() & inputs.tunnels.keys():
+        number = network_in_force(inputs)
+        if number is None or inputs.own is None or not pools.keys() & inputs.tunnels.keys():
             return Waiting("for a lease")
-        every = [each for number in FAMILIES for each in inputs.addresses_of(number).values()]
+        every = [each for family in FAMILIES for each in inputs.addresses_of(family).values()]
         subnets, networks = subnets_of(every), tuple(pool.network for pool in pools.values())
         on = [inputs.links[index] for index in subnets if index in inputs.links]
         lifted = (*networks, *(inputs.policed.former if inputs.policed is not None else ()))
@@ -367,12 +367,11 @@ class PodsController(_TableController):
             if any(there.family == subnet.family and there.holds(subnet.base) for there in lifted)
         )
         lift = Lift(tuple(bridges), inputs.policed is not None) if lifts else None
-        number = backend_of(inputs.backend(min(pools)) or inputs.config.backend, FAMILIES[min(pools)]).network
         table = pods_table.table(number, inputs.settings.pod_antispoof, lift)
         beside: set[str] = set()
-        for number, pool in pools.items():
-            if (tunnel := inputs.tunnels.get(number)) is not None:
-                there, under = inputs.addresses_of(number), inputs.underlays.get(number)
+        for family, pool in pools.items():
+            if (tunnel := inputs.tunnels.get(family)) is not None:
+                there, under = inputs.addresses_of(family), inputs.underlays.get(family)
                 beside.update(without_bridge(pool.network, inputs.links, there, under, inputs.bridges, tunnel.name))
         own = frozenset(each.address for each in every)
         isolated = inputs.policed.isolated if inputs.policed is not None else frozenset()

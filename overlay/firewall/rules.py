@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import Prefix
-from overlay.backends.choose import backend_of
 from overlay.control.background import BackgroundController
-from overlay.control.controller import Handler, Waiting
+from overlay.control.controller import Handler, NotYet, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import Inputs
 from overlay.firewall import forward, nat
 from overlay.kernel.events import ForeignRulesSeen, NftSeen
 from overlay.kernel.nftables import program
 from overlay.node.owned import Owned
+from overlay.node.standing import backend_in_force
 from overlay.peers.plan import nodes_within
 from overlay.process.log import log
 
@@ -36,7 +36,8 @@ class _RulesController(BackgroundController):
 
     def leave(self, network: int) -> Iterator[str]:
         """No table or rules of a network. Raises KernelError, NotYet."""
-        self.not_while_busy()
+        if self.busy:  # it may make again what is taken away now
+            raise NotYet
         yield from self._remove(network)
 
     def withdraw(self) -> Iterator[str]:
@@ -84,10 +85,10 @@ class NatController(_RulesController):
         """The table, as nft lists it."""
         number = self._family.number
         pool, end = inputs.pool(number), inputs.end(number)
-        by = inputs.backend(number)
-        if by is None or pool is None or end is None or number not in inputs.tunnels:
+        backend = backend_in_force(inputs, self._family)
+        if backend is None or pool is None or end is None or number not in inputs.tunnels:
             return Waiting("for a lease")
-        backend, live = backend_of(by, self._family), inputs.settings
+        live = inputs.settings
         name, outer = nat.table_name(backend.network), backend.outer()
         nodes = nodes_within(pool.network, inputs.underlays.get(number), live.underlay_cidrs_of(number))
         table = nat.nat_table(
@@ -170,11 +171,11 @@ class ForwardController(_RulesController):
     def wants(self, inputs: Inputs) -> object:
         """Whose packets are let through; None: nobody's by us."""
         number = self._family.number
-        pool, by = inputs.pool(number), inputs.backend(number)
-        if by is None or pool is None or inputs.own is None or number not in inputs.tunnels:
+        pool, backend = inputs.pool(number), backend_in_force(inputs, self._family)
+        if backend is None or pool is None or inputs.own is None or number not in inputs.tunnels:
             return Waiting("for a lease")
         network = pool.network if inputs.settings.forward_rules else None
-        return _ForwardWants(nat.table_name(backend_of(by, self._family).network), network)
+        return _ForwardWants(nat.table_name(backend.network), network)
 
     def reconcile(self, wants: Any) -> bool:
         """Begin to check."""

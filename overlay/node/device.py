@@ -25,6 +25,7 @@ from overlay.node.device_address import ensure_address
 from overlay.node.former import SUBJECT as FORMER
 from overlay.node.former import Former
 from overlay.node.owned import Owned
+from overlay.node.standing import backend_in_force
 from overlay.process.files import up_to_date, write_atomically
 from overlay.process.log import log
 from overlay.process.rundir import DeviceLock, Holder
@@ -251,8 +252,9 @@ class DeviceController(Controller):
         self._asks_again = None
         known = self._marks or self._owned.recorded_devices(self._family.number)
         former = [one for one in known if one != mark]
-        if mark not in known:
-            self._begins([*known, mark])
+        if mark not in known:  # known before it is made: it may be refused half-way, and another come then
+            with suppress(OSError):  # a disk that is full costs no peer; it is said when the device stands
+                self._record(self._tunnel, [*known, mark])
         self._former.stands(mark)
         try:
             if isinstance(wants, _Beside):
@@ -268,26 +270,17 @@ class DeviceController(Controller):
         self._device, self._base = device, base
         # first of all peers get onto it, whatever is refused of what stood before
         self._current.set_family("standing", self._family.number, wants.backend)
-        self._stands(tunnel, [mark, *former])
+        self._record(tunnel, [mark, *former])
         if (left := self._former.leave(former, mark)) != former:
-            self._stands(self._tunnel, [mark, *left])
+            self._record(self._tunnel, [mark, *left])
         return False
 
-    def _begins(self, marks: list[str]) -> None:
-        """What is begun is known by our file before it is made: it may be refused half-way, and another come then."""
-        with suppress(OSError):  # a disk that is full costs no peer; it is said when the device stands
-            self._write(marks)
-        if self._tunnel is not _NO_TUNNEL:
-            self._set(self._tunnel._replace(mark="\n".join(marks)))
-
-    def _stands(self, tunnel: Tunnel, marks: list[str]) -> None:
+    def _record(self, tunnel: Tunnel, marks: list[str]) -> None:
         """By the file a later run knows what is ours: before any table is made for this network, and until nothing is left
         of those before. Raises OSError."""
-        self._set(tunnel._replace(mark="\n".join(marks)))
-        self._write(marks)
-
-    def _write(self, marks: list[str]) -> None:
         self._marks, text = marks, "\n".join(marks)
+        if tunnel is not _NO_TUNNEL:
+            self._set(tunnel._replace(mark=text))
         file = self._owned.device_file(self._family.number)
         if not up_to_date(file, text):
             write_atomically(file, text)
@@ -444,16 +437,15 @@ class DeviceController(Controller):
     def status(self) -> Mapping[str, object]:
         """`device`."""
         device, under, tunnel = self._device, self._current.inputs.underlays.get(self._family.number), self._tunnel
-        config = self._current.inputs.backend(self._family.number)
-        if not self._marks or under is None or config is None or tunnel is _NO_TUNNEL:
+        backend = backend_in_force(self._current.inputs, self._family)
+        if not self._marks or under is None or backend is None or tunnel is _NO_TUNNEL:
             return {"device": None}
-        backend = backend_of(config, self._family)
         outer = backend.outer()
         vxlan = device if isinstance(device, VxlanDevice) else None
         return {
             "device": {
                 "name": tunnel.name,
-                "kind": config.type,
+                "kind": backend.type,
                 "index": tunnel.ifindex,
                 "mac": mac_text(vxlan.mac) if vxlan is not None else "",
                 "vni": vxlan.vni if vxlan is not None else None,

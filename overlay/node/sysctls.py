@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from lease.families import V4, Family
-from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Handler, Waiting
 from overlay.control.health import Health
 from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.kernel.events import Overrun, SysctlSeen
 from overlay.kernel.route.links import read_sysctl, write_sysctl
+from overlay.node.standing import backend_in_force
 from overlay.process.log import log
 
 LOOSE = "2"
@@ -129,11 +129,11 @@ class SysctlController(Controller):
         """Of which interfaces."""
         number = self._family.number
         tunnel, under = inputs.tunnels.get(number), inputs.underlays.get(number)
-        backend = inputs.backend(number)
+        backend = backend_in_force(inputs, self._family)
         if tunnel is None or under is None or backend is None:
             return Waiting("for the tunnel device")
         services = inputs.settings.kube and bool(inputs.bridges) and inputs.settings.pod_lift == "off"
-        direct = backend_of(backend, self._family).reaches_directly
+        direct = backend.reaches_directly
         bridges = tuple(sorted(inputs.bridges))
         if self._family is V4:
             return _Wants(tunnel.ifindex, tunnel.name, under.name, direct, bridges, services, True)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from lease.families import FAMILIES
 from lease.kube.changes import Changed, Listed
 from lease.model import Prefix
-from overlay.backends.choose import backend_of
 from overlay.cni.results import CniResult
 from overlay.cni.watch import PodsAttached
 from overlay.control.controller import Controller, Handler, NotYet, Waiting
@@ -27,6 +26,7 @@ from overlay.kernel.nftables.marks import clear_marks
 from overlay.kernel.nftables.socket import NetfilterSocket
 from overlay.node.interfaces import gateways_on
 from overlay.node.owned import Owned
+from overlay.node.standing import network_in_force
 from overlay.policy.cluster import Cluster
 from overlay.policy.compile import NOTHING, Compiled, compile_node, with_pods
 from overlay.policy.counts import Counts
@@ -195,10 +195,9 @@ class PolicyController(Controller):
         settings = inputs.settings
         if not settings.knows_policies:
             return None
-        if inputs.config is None or inputs.own is None:
+        number = network_in_force(inputs)
+        if inputs.config is None or inputs.own is None or number is None:
             return Waiting("for a lease")
-        first = min(inputs.config.pools)
-        number = backend_of(inputs.backend(first) or inputs.config.backend, FAMILIES[first]).network
         subnets = tuple(dict.fromkeys((*(end.subnet for end in inputs.own.ends), *inputs.retained)))
         networks = tuple(pool.network for _, pool in sorted(inputs.config.pools.items()))
         ipvs = any(link.name == "kube-ipvs0" for link in inputs.links.values())

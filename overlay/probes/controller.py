@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from lease.families import Family
 from lease.model import Lease, Prefix, ip_text
 from lease.records.packed import number, prefix_of, subnet_number_of
-from overlay.backends.choose import backend_of
 from overlay.control.controller import Controller, Waiting
 from overlay.control.health import Health, few
 from overlay.control.inputs import Inputs
 from overlay.node.interfaces import gateway_holders
+from overlay.node.standing import backend_in_force
 from overlay.probes.echo import SMALL, EchoSocket, data_of, refusal_text
 from overlay.probes.mesh import BUDGET, INTERVAL_S, Known, Mesh, Probe, Report, Target
 from overlay.probes.verdict import Kind, State, Verdict
@@ -122,12 +122,11 @@ class ProbesController(Controller):
             return None
         family = self._family.number
         pool, under, tunnel = inputs.pool(family), inputs.underlays.get(family), inputs.tunnels.get(family)
-        by = inputs.backend(family)
-        if by is None or pool is None or under is None or tunnel is None or inputs.own is None:
+        backend = backend_in_force(inputs, self._family)
+        if backend is None or pool is None or under is None or tunnel is None or inputs.own is None:
             return Waiting("for a lease")
         if not (family in inputs.synced_families and under.up and under.carrier and tunnel.ifindex):
             return Waiting("for peers to be in the kernel, and a link")
-        backend = backend_of(by, self._family)
         outer = backend.outer()
         port = outer.port if outer is not None else 0
         gateway = 0 if backend.has_vteps else self._gateway(inputs)

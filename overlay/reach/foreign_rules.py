@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from lease.families import Family
 from lease.model import ip_text
-from overlay.backends.choose import backend_of
 from overlay.control.background import BackgroundController
 from overlay.control.controller import Handler, Waiting
 from overlay.control.health import Health, few
@@ -20,6 +19,7 @@ from overlay.kernel.netlink import KernelError
 from overlay.kernel.nftables import iptables, program
 from overlay.kernel.nftables.program import Chain
 from overlay.kernel.route.links import client_ports
+from overlay.node.standing import backend_in_force
 from overlay.reach import filters, iptables_lines, ways
 from overlay.reach.filters import Flow, Rule, Verdict
 
@@ -91,10 +91,10 @@ class ForeignRulesController(BackgroundController):
         """Whose packets are tried."""
         number = self._family.number
         here = ways.here_of(inputs, number)
-        backend = inputs.backend(number)
+        backend = backend_in_force(inputs, self._family)
         if backend is None or here is None:
             return Waiting("for a lease")
-        outer = backend_of(backend, self._family).outer()
+        outer = backend.outer()
         names = {here.tunnel: inputs.tunnels[number].name, here.underlay: inputs.underlays[number].name}
         attached = tuple(inputs.links[index].name for index in here.bridges)
         bridges = attached or tuple(sorted(inputs.bridges)) or ("cni0",)

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from lease.families import FAMILIES
 from lease.model import Prefix
-from overlay.backends.choose import backend_of
 from overlay.control.inputs import AddressKey, Inputs
 from overlay.kernel.route.entries import Address, Link
 from overlay.kernel.route.lookup import Packet, Way
 from overlay.node.interfaces import gateway_holders
+from overlay.node.standing import backend_in_force
 
 
 class Peer(NamedTuple):
@@ -74,8 +74,8 @@ def here_of(inputs: Inputs, family: int) -> Here | None:
     if inputs.pool(family) is None or end is None or tunnel is None or under is None:
         return None
     bridges = bridges_of(end.subnet, inputs.links, inputs.addresses_of(family))
-    backend = inputs.backend(family)
-    outer = backend_of(backend, FAMILIES[family]).outer() if backend is not None else None
+    backend = backend_in_force(inputs, FAMILIES[family])
+    outer = backend.outer() if backend is not None else None
     port = outer.port if outer is not None else 0
     return Here(end.subnet, tunnel.ifindex, under.ifindex, under.local, bridges, port)
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from lease.backend_config import WireguardConfig
 from lease.model import KEY_SIZE, key_bytes, key_text
+from lease.regular import Stamp, stamp
 from overlay.control.controller import CannotReconcile, Controller, Waiting
 from overlay.control.inputs import CurrentInputs, Inputs
 from overlay.node.owned import Owned
@@ -75,7 +76,7 @@ class KeyController(Controller):
     def __init__(self, current: CurrentInputs, holder: KeyHolder, owned: Owned, clock: Callable[[], float]) -> None:
         self._current, self._holder, self._owned, self._clock = current, holder, owned, clock
         self._next = 0.0
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: Stamp | None = None
 
     def wants(self, inputs: Inputs) -> object:
         """The file, where the network's backend is wireguard."""
@@ -86,8 +87,8 @@ class KeyController(Controller):
     def reconcile(self, wants: str) -> bool:
         """Read it. Raises OSError, CannotReconcile; the key of before goes on."""
         self._next = self._clock() + CHECK_EVERY_S
-        stamp = _stamp(wants)
-        if stamp is not None and stamp == self._stamp and self._holder.private:
+        now = stamp(wants)
+        if now is not None and now == self._stamp and self._holder.private:
             return False
         key = read_key(wants)
         if key is None:
@@ -100,7 +101,7 @@ class KeyController(Controller):
             log.warning(
                 "key.mode", path=wants, effect="others could read it; made 0400. overlay rotate-key makes a new one"
             )
-        self._stamp = _stamp(wants)
+        self._stamp = stamp(wants)
         if key != self._holder.private:
             changed = bool(self._holder.private)
             self._holder.private = key
@@ -134,11 +135,3 @@ class KeyController(Controller):
         if not public:
             return {"key": None}
         return {"key": {"public_key": key_text(public), "file": self._current.inputs.settings.wireguard_key_file}}
-
-
-def _stamp(path: str) -> tuple[int, int] | None:
-    try:
-        there = os.stat(path)
-    except OSError:
-        return None
-    return there.st_ino, there.st_mtime_ns

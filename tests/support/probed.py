@@ -16,14 +16,11 @@ Answers = Callable[[int, int], bool]
 """Whether an address answers a probe with so many bytes of data."""
 
 
-class Asking:
-    """The socket by which requests come."""
+class _Socket:
+    """What came by one."""
 
     def __init__(self) -> None:
         self._came: list[echo.Seen] = []
-
-    def asks(self, address: int) -> None:
-        self._came.append(echo.Seen(address, False, 1, 0))
 
     def seen(self, most: int):
         came, self._came = self._came[:most], self._came[most:]
@@ -33,11 +30,19 @@ class Asking:
         pass
 
 
-class Network:
+class Asking(_Socket):
+    """The socket by which requests come."""
+
+    def asks(self, address: int) -> None:
+        self._came.append(echo.Seen(address, False, 1, 0))
+
+
+class Network(_Socket):
     """In place of a raw socket: answers at once, or never."""
 
     def __init__(self, answers: Answers) -> None:
-        self.answers, self.sent, self._came = answers, [], []
+        super().__init__()
+        self.answers, self.sent = answers, []
         self.sources: set[tuple[int, int]] = set()
         self.refuses = 0
         self.asking = Asking()
@@ -50,13 +55,6 @@ class Network:
         if self.answers(address, size):
             self._came.append(echo.Seen(address, True, sequence, 10**18))
         return 0
-
-    def seen(self, most: int):
-        came, self._came = self._came[:most], self._came[most:]
-        return iter(came)
-
-    def close(self) -> None:
-        pass
 
 
 class Probed:
